@@ -1,0 +1,186 @@
+"""The attention cache of a looped model: one slot for every (layer, loop).
+
+A slot is one tensor (B, capacity, W): whatever an attention layer needs to remember of a token, side
+by side (keys and values for GQA; latent and rotary key for MLA). Capacity doubles when it runs out.
+
+**Tokens of different depth.** A token computed for s loops is seen, by deeper loops of others, with
+the key and value of its last computed loop. The cache keeps that rule by copying: a slot that a
+token did not reach holds what the slot of the loop before holds. Nothing in a row ever depends on
+how deep its neighbours in the batch went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from open_mythos.config import MythosConfig
+from open_mythos.errors import ConfigError
+
+_KEY = "open_mythos"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is known of the cached positions (columns) of every row.
+
+    ``valid_BS`` is false on padding, ``document_BS`` numbers the packed documents; None means that
+    every token is real, or that all belong to one document.
+    """
+
+    length: int
+    valid_BS: Tensor | None = None
+    document_BS: Tensor | None = None
+
+    def extend(self, n_new: int, valid_BT: Tensor | None, document_BT: Tensor | None) -> Columns:
+        """These columns followed by ``n_new`` more."""
+        return Columns(
+            self.length + n_new,
+            _append(self.valid_BS, valid_BT, self.length, n_new, True),
+            _append(self.document_BS, document_BT, self.length, n_new, 0),
+        )
+
+
+def _append(
+    old_BS: Tensor | None, new_BT: Tensor | None, length: int, n_new: int, default: int
+) -> Tensor | None:
+    if old_BS is None and new_BT is None:
+        return None
+    if old_BS is None and new_BT is not None:
+        old_BS = new_BT.new_full((new_BT.shape[0], length), default)
+    if new_BT is None and old_BS is not None:
+        new_BT = old_BS.new_full((old_BS.shape[0], n_new), default)
+    assert old_BS is not None
+    assert new_BT is not None
+    return torch.cat((old_BS, new_BT), dim=1)
+
+
+class KVCache:
+    """Keys and values (or latents) of the tokens seen so far.
+
+    Hand the same object to every call of the model; ``start_pos`` is then ``cache.length``. No
+    gradient flows through a cache: a cached forward runs without autograd.
+
+    Args:
+        capacity: Positions to allocate at first; it doubles when they run out.
+        share_loops: Keep one slot per layer for all loops, which then holds the last computed
+            loop's entries (``kv_share="last"``): L times smaller, and not exact.
+    """
+
+    def __init__(self, capacity: int = 0, share_loops: bool = False) -> None:
+        self.columns = Columns(0)
+        self._capacity = capacity
+        self._share_loops = share_loops
+        self._slots: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def of(
+        cls, kv_cache: KVCache | MutableMapping[str, object] | None, config: MythosConfig
+    ) -> KVCache | None:
+        """The cache behind what a caller passed: None, a cache, or a plain dict that keeps one."""
+        if kv_cache is None or isinstance(kv_cache, KVCache):
+            return kv_cache
+        if not isinstance(kv_cache, MutableMapping):
+            raise ConfigError(
+                "not a cache", where="kv_cache", value=type(kv_cache).__name__,
+                allowed="None, a KVCache, or an empty dict handed back at every step",
+            )  # fmt: skip
+        cache = kv_cache.setdefault(_KEY, cls(share_loops=config.kv_share == "last"))
+        assert isinstance(cache, KVCache)
+        return cache
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return self.columns.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, unused capacity included."""
+        return sum(slot.nbytes for slot in self._slots.values())
+
+    @property
+    def n_slots(self) -> int:
+        """Slots allocated: ``config.cache_slots(deepest loop count seen)``."""
+        return len(self._slots)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise ConfigError(
+                "cannot truncate a cache to more than it holds", where="KVCache.truncate",
+                value=length, allowed=f"0 .. {self.length}",
+            )  # fmt: skip
+        valid, document = self.columns.valid_BS, self.columns.document_BS
+        self.columns = replace(
+            self.columns,
+            length=length,
+            valid_BS=None if valid is None else valid[:, :length],
+            document_BS=None if document is None else document[:, :length],
+        )
+
+    def write(
+        self, layer: int, loop: int, entry_BTW: Tensor, rows_B: Tensor | None = None
+    ) -> Tensor:
+        """Store the entries of the new positions and return those of all positions.
+
+        Args:
+            layer: Number of the layer in the model.
+            loop: Loop index t.
+            entry_BTW: New entries, of the rows ``rows_B`` alone when these are given.
+            rows_B: Rows of the batch still being computed, or None for all of them.
+
+        Returns:
+            (B, S, W), S = length + T: a view of the slot, or a copy of its ``rows_B``.
+        """
+        start, end = self.length, self.length + entry_BTW.shape[1]
+        slot = self._slot(layer, loop, entry_BTW, end, rows_B is not None)
+        if rows_B is None:
+            slot[:, start:end] = entry_BTW
+            return slot[:, :end]
+        if loop > 0 and not self._share_loops:
+            # rows that have left are seen with the entries of their last computed loop
+            slot[:, start:end] = self._slots[layer, loop - 1][:, start:end]
+        slot[rows_B, start:end] = entry_BTW
+        return slot[rows_B, :end]
+
+    def carry_over(self, n_loops: int, n_new: int) -> None:
+        """The new positions ran ``n_loops`` loops: deeper slots see the last of them."""
+        start, end = self.length, self.length + n_new
+        for (layer, loop), slot in sorted(self._slots.items(), key=lambda item: item[0][1]):
+            if loop >= n_loops and not self._share_loops:
+                slot[:, start:end] = self._slots[layer, loop - 1][:, start:end]
+
+    def commit(self, columns: Columns) -> None:
+        """Count the positions written since the last commit as held.
+
+        A call that fails before it gets here leaves the cache as it was.
+        """
+        self.columns = columns
+
+    def _slot(self, layer: int, loop: int, entry_BTW: Tensor, end: int, ragged: bool) -> Tensor:
+        """The slot of (layer, loop), made or grown to hold ``end`` positions."""
+        key = (layer, 0 if self._share_loops else loop)
+        slot = self._slots.get(key)
+        if slot is not None and slot.shape[1] >= end:
+            return slot
+        self._capacity = max(self._capacity, end if slot is None else 2 * slot.shape[1], end)
+        if slot is None and key[1] > 0 and (self.length or ragged):
+            # earlier positions stopped before this loop: they enter with their last one
+            slot = self._slots[layer, key[1] - 1]
+        batch = entry_BTW.shape[0] if slot is None else slot.shape[0]
+        grown = entry_BTW.new_zeros((batch, self._capacity, entry_BTW.shape[2]))
+        if slot is not None:
+            grown[:, : min(end, slot.shape[1])] = slot[:, :end]
+        self._slots[key] = grown
+        return grown
+
+
+def cache_bytes(
+    config: MythosConfig, n_loops: int, positions: int, batch: int = 1, element_size: int = 2
+) -> int:
+    """Bytes a full cache needs: slots x batch x positions x elements per slot x element size."""
+    return config.cache_slots(n_loops) * batch * positions * config.cache_width * element_size

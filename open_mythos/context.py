@@ -1,0 +1,137 @@
+"""Where the tokens of one forward call stand: positions, what each may see, the cache.
+
+Built once per call and handed to every layer and every loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from open_mythos.cache import Columns, KVCache
+from open_mythos.ops.rope import rope_table
+
+
+@dataclass(frozen=True)
+class Context:
+    """Positions, visibility and cache of one call.
+
+    Attributes:
+        positions: (T,) or (B, T) position of each token within its own document, padding ignored.
+        rope: Rotary table of these positions.
+        mask: (B or 1, 1, T, S) boolean, true where a query may look; None when ``causal`` says it
+            all, or when the single new token may see everything.
+        columns: All positions, cached and new.
+        valid_BT: False on the new tokens that are padding; None when none is.
+        cache: Where keys and values are kept between calls.
+        rows: Rows of the batch still being computed; None for all.
+        keys_B: One integer per sequence from which its random numbers follow.
+    """
+
+    positions: Tensor
+    rope: Tensor
+    mask: Tensor | None
+    columns: Columns
+    valid_BT: Tensor | None = None
+    cache: KVCache | None = None
+    rows: Tensor | None = None
+    keys_B: Tensor | None = None
+    _casts: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        n_new: int,
+        rope_dim: int,
+        rope_theta: float,
+        device: torch.device,
+        *,
+        start_pos: int = 0,
+        valid_BT: Tensor | None = None,
+        document_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        keys_B: Tensor | None = None,
+    ) -> Context:
+        """The context of ``n_new`` tokens that begin at ``start_pos``."""
+        past = Columns(0) if cache is None else cache.columns
+        columns = past.extend(n_new, valid_BT, document_BT)
+        positions = _positions(columns, n_new, device) + (start_pos - past.length)
+        return cls(
+            positions=positions,
+            rope=rope_table(positions, rope_dim, rope_theta),
+            mask=_mask(columns, n_new, device),
+            columns=columns,
+            valid_BT=valid_BT,
+            cache=cache,
+            keys_B=keys_B,
+        )
+
+    @property
+    def causal(self) -> bool:
+        """Whether query i simply sees keys 0 .. i."""
+        return self.mask is None and self.columns.length == self.positions.shape[-1]
+
+    def select(self, keep_B: Tensor) -> Context:
+        """The same call for some of its rows: ``keep_B`` indexes the rows still being computed."""
+        rows = keep_B if self.rows is None else self.rows[keep_B]
+        return replace(
+            self,
+            positions=_take(self.positions, keep_B, batched=self.positions.dim() == 2),
+            rope=self.rope[:, keep_B] if self.rope.dim() == 4 else self.rope,
+            mask=None if self.mask is None else _take(self.mask, keep_B, self.mask.shape[0] > 1),
+            valid_BT=None if self.valid_BT is None else self.valid_BT[keep_B],
+            rows=rows,
+            keys_B=None if self.keys_B is None else self.keys_B[keep_B],
+        )
+
+    def cast(self, weight: Tensor) -> Tensor:
+        """``weight`` in the autocast dtype, converted once per call instead of once per loop.
+
+        Autocast keeps such copies for the products it knows; grouped products are not among them.
+        """
+        if not torch.is_autocast_enabled(weight.device.type):
+            return weight
+        key = (id(weight), torch.is_grad_enabled())
+        if key not in self._casts:
+            self._casts[key] = weight.to(torch.get_autocast_dtype(weight.device.type))
+        return self._casts[key]
+
+
+def _take(x: Tensor, keep_B: Tensor, batched: bool) -> Tensor:
+    return x[keep_B] if batched else x
+
+
+def _positions(columns: Columns, n_new: int, device: torch.device) -> Tensor:
+    """Each token's index among the real tokens of its own document."""
+    valid, document = columns.valid_BS, columns.document_BS
+    if valid is None and document is None:
+        return torch.arange(columns.length - n_new, columns.length, device=device)
+    if valid is None:
+        assert document is not None
+        valid = torch.ones_like(document, dtype=torch.bool)
+    rank = (valid.long().cumsum(1) - 1).clamp_min(0)
+    if document is not None:
+        begins = torch.zeros_like(valid)
+        begins[:, 1:] = document[:, 1:] != document[:, :-1]
+        rank = rank - torch.where(begins, rank, 0).cummax(1).values
+    return rank[:, columns.length - n_new :]
+
+
+def _mask(columns: Columns, n_new: int, device: torch.device) -> Tensor | None:
+    """Which columns each new token may see; None when position alone decides and needs no mask."""
+    total = columns.length
+    plain = columns.valid_BS is None and columns.document_BS is None
+    if plain and n_new in (1, total):
+        return None
+    key = torch.arange(total, device=device)
+    query = key[total - n_new :].unsqueeze(1)
+    mask = (key <= query).unsqueeze(0)
+    if columns.valid_BS is not None:
+        mask = mask & columns.valid_BS.unsqueeze(1)
+    if columns.document_BS is not None:
+        document = columns.document_BS
+        mask = mask & (document[:, total - n_new :].unsqueeze(2) == document.unsqueeze(1))
+    # padding sees itself: a softmax over nothing would be NaN
+    return (mask | (key == query)).unsqueeze(1)

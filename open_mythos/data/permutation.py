@@ -1,0 +1,61 @@
+"""Shuffling without memory: a keyed bijection of 0..n-1, evaluated index by index."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from open_mythos.data.checks import check_int
+from open_mythos.runtime import derive_seed
+
+UInt64Array: TypeAlias = npt.NDArray[np.uint64]
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+
+ROUNDS = 6
+
+
+def mix64(x: UInt64Array) -> UInt64Array:
+    """The finaliser of SplitMix64: a bijection of 64-bit words that scatters every bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Permutation:
+    """A pseudo-random permutation of 0..n-1 that depends on ``n``, ``seed`` and ``epoch`` alone.
+
+    A Feistel network permutes the smallest even number of bits that holds n; a value that falls
+    outside 0..n-1 goes through it again until it is inside (cycle walking, under four rounds on
+    average), which keeps it a bijection. Nothing is stored.
+
+    Args:
+        n: Number of elements, at least 1.
+        seed: The run's seed.
+        epoch: Each epoch has its own permutation.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int) -> None:
+        self.n = check_int(n, "n", 1)
+        self._half_bits = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
+        self._mask = (np.uint64(1) << self._half_bits) - np.uint64(1)
+        self._keys = [
+            np.uint64(derive_seed(seed, "data/order", epoch, round_)) for round_ in range(ROUNDS)
+        ]
+
+    def __call__(self, index: Int64Array) -> Int64Array:
+        """The images of ``index``, a 1-D int64 array with values in 0..n-1."""
+        x = self._feistel(index.astype(np.uint64))
+        outside = x >= self.n
+        while outside.any():
+            x[outside] = self._feistel(x[outside])
+            outside = x >= self.n
+        return x.astype(np.int64)
+
+    def _feistel(self, x: UInt64Array) -> UInt64Array:
+        left, right = x >> self._half_bits, x & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (mix64(right ^ key) & self._mask)
+        return (left << self._half_bits) | right

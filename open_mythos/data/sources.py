@@ -1,0 +1,206 @@
+"""Text documents from files: plain text, JSON Lines, Parquet, folders of them, or Python's own.
+
+Nothing that is read is ever executed or unpickled, and a damaged input is a ``DataError`` that
+names the file and the line, row or byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+
+STDLIB = "stdlib"
+# A longer text file is cut at the next line end: memory stays bounded, and a split by whole
+# documents can take a part of it.
+TEXT_PIECE_BYTES = 1 << 16
+MAX_LINE_BYTES = 1 << 28
+PARQUET_ROWS = 256
+# Tests of the standard library hold deliberately broken files; the others are not part of it.
+STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def read_documents(source: str | Path, text_field: str = "text") -> Iterator[str]:
+    """The documents of ``source``, always in the same order.
+
+    Args:
+        source: ``"stdlib"`` (each module of the running Python's standard library), a file, or a
+            folder, which is searched recursively for files of the known kinds (hidden ones and
+            linked folders left out). A ``.txt``, ``.md`` or ``.py`` file is one document, or one
+            per 64 KiB, cut at line ends; ``.jsonl`` has one per line; ``.parquet`` one per row.
+        text_field: The JSON key or Parquet column that holds the text.
+
+    Raises:
+        ConfigError: A file of an unknown kind.
+        DataError: Nothing there, or a damaged file.
+        EnvironmentError_: A file that cannot be read, or Parquet without pyarrow.
+    """
+    if source == STDLIB:
+        yield from _read_stdlib()
+        return
+    path = Path(source)
+    for file in _files(path):
+        try:
+            yield from READERS[file.suffix.lower()](file, text_field)
+        except OSError as error:
+            raise EnvironmentError_(
+                "the file cannot be read", where=str(file), value=str(error)
+            ) from error
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise ConfigError(
+                "no reader for this kind of file",
+                where=str(path),
+                value=path.suffix,
+                allowed=", ".join(sorted(READERS)),
+                fix="decompress or rename it",
+            )
+        return [path]
+    if not path.is_dir():
+        raise DataError(
+            "no such source",
+            where="source",
+            value=str(path),
+            allowed=f'a file, a folder, or "{STDLIB}"',
+        )
+    found = [file for file in _walk(path, set()) if file.suffix.lower() in READERS]
+    if not found:
+        raise DataError(
+            "the folder holds no file that can be read",
+            where="source",
+            value=str(path),
+            allowed=", ".join(sorted(READERS)),
+        )
+    return found
+
+
+def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
+    """Every visible file below ``root``, in the order of the names, folder by folder."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield Path(folder, name)
+
+
+def _read_stdlib() -> Iterator[str]:
+    for file in _walk(Path(sysconfig.get_path("stdlib")), STDLIB_SKIPPED):
+        if file.suffix != ".py":
+            continue
+        try:
+            with tokenize.open(file) as stream:  # honours the encoding that the module declares
+                yield stream.read()
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue
+
+
+def _read_text(file: Path, text_field: str) -> Iterator[str]:
+    with file.open("rb") as stream:
+        offset = 0
+        while piece := stream.read(TEXT_PIECE_BYTES) + stream.readline(MAX_LINE_BYTES):
+            yield _decode(piece, file, offset)
+            offset += len(piece)
+
+
+def _decode(piece: bytes, file: Path, offset: int) -> str:
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            "the file is not UTF-8 text",
+            where=f"{file}, byte {offset + error.start}",
+            value=piece[error.start : error.end],
+            fix="convert it to UTF-8, or leave it out",
+        ) from error
+    if "\0" in text:
+        raise DataError(
+            "the file is binary: it holds a zero byte",
+            where=f"{file}, byte {offset + piece.index(0)}",
+            fix="leave it out",
+        )
+    return text
+
+
+def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
+    with file.open("rb") as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES):
+            number += 1
+            if line.strip():
+                yield _document_of_line(line, f"{file}, line {number}", text_field)
+
+
+def _document_of_line(line: bytes, where: str, text_field: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError("the line is not JSON", where=where, value=str(error)) from error
+    if not isinstance(record, dict) or text_field not in record:
+        raise DataError(
+            f"the line has no field {text_field!r}",
+            where=where,
+            value=list(record) if isinstance(record, dict) else type(record).__name__,
+            allowed=f"an object with the text under {text_field!r}",
+            fix="name the field with text_field",
+        )
+    return _text_of(record[text_field], where)
+
+
+def _text_of(value: Any, where: str) -> str:
+    """``value`` if it is a string that UTF-8 can express (JSON can escape lone surrogates)."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+            return value
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "the text holds a lone surrogate", where=where, value=value[error.start]
+        ) from error
+    raise DataError("the text is not a string", where=where, value=value, allowed="a string")
+
+
+def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise EnvironmentError_(
+            "reading Parquet needs pyarrow", where=str(file), fix="pip install open-mythos[data]"
+        ) from error
+    row = 0
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as table:
+            columns = table.schema_arrow.names
+            if text_field not in columns:
+                raise DataError(
+                    f"the file has no column {text_field!r}",
+                    where=str(file),
+                    value=columns,
+                    fix="name the column with text_field",
+                )
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
+                for cell in batch.column(0):
+                    yield _text_of(cell.as_py(), f"{file}, row {row}")
+                    row += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "the Parquet file is damaged", where=f"{file}, row {row}", value=str(error)
+        ) from error
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".py": _read_text,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,138 @@
+"""PERM-HOP(N, R): follow a chain of relations, one hop per relation.
+
+N entities and R relations, each relation a fixed random permutation of the entities. A program is
+the tokens ``<e> <r1> ... <rk>``; at every relation the label is the entity reached so far,
+r_i(... r_1(e)). Permutations matter: with any other map the last relations alone say much about
+the answer.
+
+A tenth of all prefixes of two hops or more, chosen by a hash, is never a training label: those are
+the queries that a test asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from open_mythos.data.batch import IGNORE_INDEX, Batch
+from open_mythos.data.checks import check_int, check_ranks
+from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
+from open_mythos.runtime import derive_seed, seeded_generator
+
+HELD_OUT_ONE_IN = 10
+
+
+@dataclass(frozen=True)
+class PermHop:
+    """The task; entities are tokens 0..N-1 and relations tokens N..N+R-1.
+
+    Args:
+        entities: N.
+        relations: R.
+        seed: Fixes the permutations, the held-out prefixes and the programs that are drawn.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    entities: int = 16
+    relations: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int(self.entities, "entities", 2)
+        check_int(self.relations, "relations", 1)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens: N + R."""
+        return self.entities + self.relations
+
+    @cached_property
+    def tables(self) -> Int64Array:
+        """``tables[r, e]``: the entity that relation r makes of entity e; (R, N) int64."""
+        generator = seeded_generator(self.seed, "permhop/tables")
+        tables = [torch.randperm(self.entities, generator=generator) for _ in range(self.relations)]
+        return torch.stack(tables).numpy()
+
+    def batch(
+        self,
+        step: int,
+        *,
+        global_batch: int,
+        hops: int,
+        held_out: bool = False,
+        final_only: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
+        """Programs drawn for ``step``: (B, hops + 1) tokens; a pure function of its arguments.
+
+        Args:
+            step: Steps of training and of testing draw from different streams.
+            global_batch: Programs over all ranks; each depends on its place in it alone.
+            hops: k, the relations of every program.
+            held_out: Label only the held-out prefixes (testing), instead of only the others.
+            final_only: Label the last relation only.
+            rank: This process.
+            world_size: Number of processes; it must divide ``global_batch``.
+
+        Returns:
+            Targets are -100 at the entity and at every position without a label.
+
+        Raises:
+            ConfigError: A number is out of range, or the batch does not divide among the ranks.
+        """
+        check_int(step, "step", 0)
+        check_int(hops, "hops", 1)
+        check_ranks(global_batch, "global_batch", rank, world_size)
+        local = global_batch // world_size
+        places_B = np.arange(rank * local, (rank + 1) * local, dtype=np.int64)
+        entity_B, relations_BK = self._draw(step, places_B, hops, held_out)
+        answers_BK = self.answers(entity_B, relations_BK)
+        labelled_BK = self.is_held_out(entity_B, relations_BK) == held_out
+        if final_only:
+            labelled_BK[:, :-1] = False
+        targets_BK = np.where(labelled_BK, answers_BK, IGNORE_INDEX)
+        unlabelled_B1 = np.full((local, 1), IGNORE_INDEX, np.int64)
+        return Batch(
+            torch.from_numpy(np.c_[entity_B, relations_BK + self.entities]),
+            torch.from_numpy(np.c_[unlabelled_B1, targets_BK]),
+            None,
+            torch.from_numpy(step * global_batch + places_B),
+        )
+
+    def answers(self, entity_B: Int64Array, relations_BK: Int64Array) -> Int64Array:
+        """The entity reached after each hop: (B, K) int64."""
+        reached, path = entity_B, []
+        for relation_B in relations_BK.T:
+            reached = self.tables[relation_B, reached]
+            path.append(reached)
+        return np.stack(path, axis=1)
+
+    def is_held_out(self, entity_B: Int64Array, relations_BK: Int64Array) -> np.ndarray:
+        """Whether the prefix that ends at each relation is held out: (B, K) bool."""
+        key = np.uint64(derive_seed(self.seed, "permhop/held-out"))
+        hash_B = mix64(entity_B.astype(np.uint64) ^ key)
+        chosen = []
+        for relation_B in relations_BK.T:
+            hash_B = mix64(hash_B ^ relation_B.astype(np.uint64))
+            chosen.append(hash_B % np.uint64(HELD_OUT_ONE_IN) == 0)
+        held_out_BK = np.stack(chosen, axis=1)
+        held_out_BK[:, 0] = False
+        return held_out_BK
+
+    def _draw(
+        self, step: int, places_B: Int64Array, hops: int, held_out: bool
+    ) -> tuple[Int64Array, Int64Array]:
+        """Entities (B,) and relations (B, K); each number hashes (seed, step, place, position)."""
+        stream = "permhop/test" if held_out else "permhop/train"
+        key = np.uint64(derive_seed(self.seed, stream, step))
+        row_B1 = mix64(places_B.astype(np.uint64) ^ key)[:, None]
+        words: UInt64Array = mix64(row_B1 ^ np.arange(hops + 1, dtype=np.uint64))
+        entity_B = words[:, 0] % np.uint64(self.entities)
+        relations_BK = words[:, 1:] % np.uint64(self.relations)
+        return entity_B.astype(np.int64), relations_BK.astype(np.int64)

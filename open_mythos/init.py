@@ -1,0 +1,45 @@
+"""Every initialiser, in one table.
+
+Output projections start at zero, so that each block begins as the identity; all other matrices are
+normal with standard deviation sqrt(2 / (5 D)) (Huginn, arXiv 2502.05171, section 4). Norms, the
+injection and the read-out start where their modules put them: ones, the decay sqrt(1/5), identity.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+
+def _zero(weight: Tensor, dim: int) -> None:
+    nn.init.zeros_(weight)
+
+
+def _normal(weight: Tensor, dim: int) -> None:
+    nn.init.normal_(weight, std=math.sqrt(2 / (5 * dim)))
+
+
+def _keep(weight: Tensor, dim: int) -> None:
+    """The module's own start."""
+
+
+# first match wins; names are those of `named_parameters()`
+TABLE = (
+    (r"norm\.weight$|injection\.|readout\.|gate\.bias$", _keep),
+    # these open a bottleneck, they do not end a residual branch
+    (r"(q_down|kv_down)\.weight$|lora\.down$", _normal),
+    (r"lora\.up$", _zero),
+    (r"out_proj\.weight$|down(\.weight)?$", _zero),
+    (r"", _normal),
+)
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, dim: int) -> None:
+    """Initialise all parameters of ``module`` in place from torch's global generator."""
+    for name, parameter in module.named_parameters():
+        initialise = next(rule for pattern, rule in TABLE if re.search(pattern, name))
+        initialise(parameter, dim)

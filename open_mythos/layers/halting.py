@@ -1,0 +1,90 @@
+"""When to stop looping: the gate and what its probabilities mean."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ACTHalting(nn.Module):
+    """A scalar gate per position and loop: lambda_t = sigmoid(w h + b), in float32.
+
+    Usable in any looped model. The gate is trained on a frozen trajectory; mixing the loops by its
+    weights during training is known to destroy depth extrapolation.
+
+    Args:
+        dim: Width D of the state.
+        threshold: Cumulative probability at which a position counts as finished.
+    """
+
+    def __init__(self, dim: int, threshold: float = 0.99) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.gate = nn.Linear(dim, 1)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        """(..., D) -> (...) probability of halting now, given that the position still runs."""
+        with torch.autocast(h_BTD.device.type, enabled=False):
+            logit = F.linear(h_BTD.float(), self.gate.weight.float(), self.gate.bias.float())
+        return logit.squeeze(-1).sigmoid()
+
+    def exit_loops(self, lambda_L: Tensor, depth: Tensor | None = None) -> Tensor:
+        """Index of the loop after which each position is finished: see :func:`exit_loops`."""
+        return exit_loops(lambda_L, self.threshold, depth)
+
+
+def halting_weights(lambda_L: Tensor, depth: Tensor | None = None) -> Tensor:
+    """Probability of halting exactly at each loop (the hazard form).
+
+    p_t = lambda_t prod_{s<t} (1 - lambda_s); the last loop takes the remainder, so that the weights
+    of every position sum to 1 whatever the probabilities.
+
+    Args:
+        lambda_L: (L, ...) gate outputs in [0, 1].
+        depth: Loops that each position ran, broadcastable to (...); L everywhere by default.
+
+    Returns:
+        (L, ...) float32 (float64 stays): non-negative, zero from ``depth`` on.
+    """
+    lam = _with_remainder(lambda_L, depth)
+    survive = torch.cat((torch.ones_like(lam[:1]), (1 - lam[:-1]).cumprod(0)))
+    return lam * survive
+
+
+def graves_weights(
+    lambda_L: Tensor, threshold: float = 0.99, depth: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Adaptive Computation Time as first published (Graves, arXiv 1603.08983, section 2).
+
+    A position halts at the first loop where its probabilities add up to ``threshold``; that loop
+    takes the remainder.
+
+    Returns:
+        The (L, ...) mixture weights and the (...) ponder cost: loops run plus remainder.
+    """
+    lam = _with_remainder(lambda_L, depth)
+    total = lam.cumsum(0)
+    before = torch.cat((torch.zeros_like(lam[:1]), total[:-1]))
+    running = before < threshold
+    halts = running & ((total >= threshold) | (lam >= 1))
+    remainder = (1 - before).clamp_min(0)
+    weights = torch.where(halts, remainder, torch.where(running, lam, 0))
+    return weights, running.sum(0) + torch.where(halts, remainder, 0).sum(0)
+
+
+def exit_loops(lambda_L: Tensor, threshold: float, depth: Tensor | None = None) -> Tensor:
+    """(...) index of the first loop whose cumulative halting probability reaches ``threshold``."""
+    reached = halting_weights(lambda_L, depth).cumsum(0) >= threshold
+    last = torch.as_tensor(lambda_L.shape[0] if depth is None else depth, device=lambda_L.device) - 1
+    first = reached.to(torch.int8).argmax(0)
+    return torch.where(reached.any(0), first, last.expand_as(first))
+
+
+def _with_remainder(lambda_L: Tensor, depth: Tensor | None) -> Tensor:
+    """The probabilities with 1 at the last loop of every position, and 0 after it."""
+    lam = lambda_L if lambda_L.dtype == torch.float64 else lambda_L.float()
+    loops = torch.arange(lam.shape[0], device=lam.device).view(-1, *[1] * (lam.dim() - 1))
+    last = (torch.as_tensor(lam.shape[0], device=lam.device) if depth is None else depth) - 1
+    lam = torch.where(loops == last, torch.ones_like(lam), lam)
+    return torch.where(loops > last, torch.zeros_like(lam), lam)

@@ -1,0 +1,119 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.context import Context
+from open_mythos.layers.norm import RMSNorm
+from open_mythos.ops.attention import attend
+from open_mythos.ops.rope import apply_rope
+
+
+class MLAttention(nn.Module):
+    """Keys and values of all heads come from one latent vector per token.
+
+    The cache holds, per token, the *normalised* latent (R elements) and one rotary key shared by
+    all heads. Two ways to attend give the same result:
+
+    - *expanded*: latents become keys and values of every head; cheaper for many new tokens.
+    - *absorbed*: the up-projections are folded into the query and the output, so that the history
+      stays latent; cheaper for few new tokens on a long history, as in decoding.
+
+    :meth:`forward` takes the one that needs fewer multiplications.
+    """
+
+    def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        heads, key_width = cfg.n_heads, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+        if cfg.q_lora_rank:
+            self.q_down = nn.Linear(cfg.dim, cfg.q_lora_rank, bias=False)
+            self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps)
+        self.q_up = nn.Linear(cfg.q_lora_rank or cfg.dim, heads * key_width, bias=False)
+        self.kv_down = nn.Linear(cfg.dim, cfg.kv_lora_rank + cfg.qk_rope_head_dim, bias=False)
+        self.kv_norm = RMSNorm(cfg.kv_lora_rank, cfg.norm_eps)
+        up_width = heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+        self.kv_up = nn.Linear(cfg.kv_lora_rank, up_width, bias=False)
+        self.out_proj = nn.Linear(heads * cfg.v_head_dim, cfg.dim, bias=False)
+        self.scale = key_width**-0.5
+
+    def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
+        """(B, T, D) -> (B, T, D); without a context, causal over the T tokens given."""
+        cfg = self.cfg
+        if ctx is None:
+            ctx = Context.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
+        q_BTHK = self.query(x_BTD, ctx.rope)
+        entry_BSW = self.entry(x_BTD, ctx.rope)
+        if ctx.cache is not None:
+            entry_BSW = ctx.cache.write(self.layer, loop, entry_BSW, ctx.rows)
+        absorb = self.absorbing_is_cheaper(x_BTD.shape[1], entry_BSW.shape[1])
+        attend_latent = self.absorbed if absorb else self.expanded
+        return self.out_proj(attend_latent(q_BTHK, entry_BSW, ctx).flatten(2))
+
+    def query(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        """(B, T, H, nope + rope) queries, the last part rotated."""
+        low = self.q_norm(self.q_down(x_BTD)) if self.cfg.q_lora_rank else x_BTD
+        q_BTHK = self.q_up(low).unflatten(-1, (self.cfg.n_heads, -1))
+        nope, rotary = q_BTHK.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
+        return torch.cat((nope, apply_rope(rotary, rope)), dim=-1)
+
+    def entry(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        """(B, T, R + rope): what the cache keeps of a token."""
+        latent, key = self.kv_down(x_BTD).split(
+            [self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1
+        )
+        key = apply_rope(key.unsqueeze(2), rope).squeeze(2)
+        return torch.cat((self.kv_norm(latent).to(key.dtype), key), dim=-1)
+
+    def expanded(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
+        """Attention over keys and values of every head, (B, T, H, V)."""
+        cfg = self.cfg
+        latent, key = entry_BSW.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1)
+        nope, v_BSHV = (
+            self.kv_up(latent)
+            .unflatten(-1, (cfg.n_heads, -1))
+            .split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=-1)
+        )
+        shared = key.unsqueeze(2).expand(-1, -1, cfg.n_heads, -1)
+        k_BSHK = torch.cat((nope, shared.to(nope.dtype)), dim=-1)
+        return attend(
+            q_BTHK, k_BSHK, v_BSHV, ctx.mask,
+            causal=ctx.causal, scale=self.scale, backend=cfg.attn_backend,
+        )  # fmt: skip
+
+    def absorbed(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
+        """The same attention without leaving the latent space, (B, T, H, V).
+
+        All heads read one "key" (latent and rotary key) and one "value" (latent), so both products
+        are batched over B alone: plain matrix products of (T H, W) with (W, S).
+        """
+        cfg = self.cfg
+        batch, n_new, heads, _ = q_BTHK.shape
+        up_HUR = self.kv_up.weight.unflatten(0, (heads, -1))
+        key_up_HNR, value_up_HVR = up_HUR.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
+        nope, rotary = q_BTHK.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)
+        latent_query = torch.einsum("bthn,hnr->bthr", nope, key_up_HNR)
+        q_BTHW = torch.cat((latent_query, rotary.to(latent_query.dtype)), dim=-1)
+        scores = q_BTHW.reshape(batch, n_new * heads, -1) @ entry_BSW.to(q_BTHW.dtype).mT
+        scores_BTHS = scores.view(batch, n_new, heads, -1).float() * self.scale
+        mask = ctx.mask
+        if ctx.causal:
+            mask = torch.ones(n_new, n_new, dtype=torch.bool, device=scores.device).tril()
+            mask = mask[None, None]
+        if mask is not None:
+            scores_BTHS = scores_BTHS.masked_fill(~mask.transpose(1, 2), -torch.inf)
+        weights = scores_BTHS.softmax(-1).to(entry_BSW.dtype).view(batch, n_new * heads, -1)
+        mixed_BTHR = (weights @ entry_BSW[..., : cfg.kv_lora_rank]).view(batch, n_new, heads, -1)
+        return torch.einsum("bthr,hvr->bthv", mixed_BTHR, value_up_HVR)
+
+    def absorbing_is_cheaper(self, n_new: int, n_all: int) -> bool:
+        """Whether ``n_new`` queries over ``n_all`` positions take fewer products absorbed."""
+        cfg = self.cfg
+        up = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+        key_width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+        expanded = n_all * up + n_new * n_all * (key_width + cfg.v_head_dim)
+        absorbed = n_new * up + n_new * n_all * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+        return absorbed < expanded

@@ -1,0 +1,93 @@
+"""The mixture of fine-grained experts (DeepSeekMoE, arXiv 2401.06066)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.context import Context
+from open_mythos.init import init_weights
+from open_mythos.layers.feed_forward import Expert
+from open_mythos.ops.moe import expert_load, routed_experts
+from open_mythos.trace import LoopTrace
+
+
+class MoEFFN(nn.Module):
+    """Routed experts chosen per token, plus shared experts that see every token.
+
+    Scores are sigmoids in float32. The choice of experts uses score + bias, their weights the score
+    alone, renormalised over the chosen ones. The bias balances the load without a gradient
+    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): call :meth:`update_bias` after each optimizer
+    step with the load of all loops, which a :class:`LoopTrace` collects.
+
+    Usable in any model: only ``dim``, ``n_experts``, ``n_experts_per_tok``, ``expert_dim``,
+    ``n_shared_experts`` and ``moe_backend`` of the configuration are read.
+    """
+
+    router_bias: Tensor
+
+    def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.layer = layer
+        self.top_k = cfg.n_experts_per_tok
+        self.backend = cfg.moe_backend
+        self.router = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
+        self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
+        self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, 2 * cfg.expert_dim))
+        self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.expert_dim, cfg.dim))
+        # n shared experts side by side are one feed-forward of their summed width
+        self.shared = Expert(cfg.dim, cfg.shared_dim) if cfg.n_shared_experts else None
+        init_weights(self, cfg.dim)
+
+    def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (N, E), chosen experts (N, C) and their weights (N, C), all but the second float32."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.float(), self.router.weight.float())
+        scores_NE = logits_NE.sigmoid()
+        experts_NC = (scores_NE + self.router_bias).topk(self.top_k, dim=-1, sorted=False).indices
+        weights_NC = scores_NE.gather(-1, experts_NC)
+        total_N1 = weights_NC.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return scores_NE, experts_NC, weights_NC / total_N1
+
+    def forward(
+        self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0, trace: LoopTrace | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); routing statistics go to ``trace``."""
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        scores_NE, experts_NC, weights_NC = self.route(x_ND)
+        cast = ctx.cast if ctx is not None else _autocast
+        y_ND = routed_experts(
+            x_ND, cast(self.gate_up), cast(self.down), experts_NC, weights_NC, backend=self.backend
+        )
+        if trace is not None:
+            valid = None if ctx is None or ctx.valid_BT is None else ctx.valid_BT.reshape(-1)
+            load_E = expert_load(experts_NC, scores_NE.shape[-1], valid)
+            trace.record_routing(
+                self.layer,
+                loop,
+                load_E,
+                scores_NE.view(*x_BTD.shape[:-1], -1),
+                experts_NC.view(*x_BTD.shape[:-1], -1),
+            )
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        return y_ND.view_as(x_BTD)
+
+    @torch.no_grad()
+    def update_bias(self, load_E: Tensor, speed: float) -> None:
+        """Move the bias by ``speed`` towards the experts below the mean load.
+
+        Args:
+            load_E: Tokens per expert since the last update, over all loops (and all ranks).
+            speed: Step size; DeepSeek-V3 uses 1e-3.
+        """
+        load_E = load_E.to(self.router_bias.device)
+        self.router_bias += speed * torch.sign(load_E.mean() - load_E)
+
+
+def _autocast(weight: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(weight.device.type):
+        return weight
+    return weight.to(torch.get_autocast_dtype(weight.device.type))

@@ -1,0 +1,219 @@
+"""The Recurrent-Depth Transformer.
+
+- Prelude, loop, coda: blocks run once, one block run many times with the same weights, blocks run
+  once. More loops deepen the computation, not the model.
+- The encoded input e is injected at every loop through a linear system with rho(A) < 1.
+- The looped block has a mixture of fine-grained experts, latent or grouped-query attention, and a
+  small adapter per loop depth.
+- Depth is an argument of the call, for the whole batch or for each sequence.
+
+    e       = norm(prelude(embedding(ids)))
+    h_t+1   = A h_t + B e + Transformer(h_t, e)           n_loops times, from h_0
+    logits  = head(norm(coda(C h_n)))
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.base import CausalLM
+from open_mythos.cache import KVCache
+from open_mythos.config import MythosConfig
+from open_mythos.context import Context
+from open_mythos.errors import ConfigError
+from open_mythos.generation import Decoder, generate
+from open_mythos.init import init_weights
+from open_mythos.layers.block import TransformerBlock
+from open_mythos.layers.norm import RMSNorm
+from open_mythos.recurrent import ExitRule, RecurrentBlock
+from open_mythos.trace import LoopTrace
+
+
+class OpenMythos(CausalLM):
+    """A causal language model whose depth is chosen at every call.
+
+    The seam ``embed -> step -> decode`` is public: ``forward`` is nothing but these three.
+
+    Args:
+        cfg: The configuration; it is validated and copied.
+
+    Raises:
+        ConfigError: (a ValueError) the configuration is invalid.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__(cfg)
+        loop, coda = cfg.prelude_layers, cfg.prelude_layers + cfg.recurrent_layers
+        self.prelude = nn.ModuleList(TransformerBlock(cfg, layer=i) for i in range(loop))
+        self.prelude_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.prelude_norm else nn.Identity()
+        self.recurrent = RecurrentBlock(cfg, first_layer=loop)
+        self.readout = nn.Linear(cfg.dim, cfg.dim, bias=False) if cfg.readout else nn.Identity()
+        self.coda = nn.ModuleList(
+            TransformerBlock(cfg, layer=coda + i) for i in range(cfg.coda_layers)
+        )
+        init_weights(self, cfg.dim)
+        if isinstance(self.readout, nn.Linear):
+            nn.init.eye_(self.readout.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        n_loops: int | Sequence[int] | Tensor | None = None,
+        kv_cache: KVCache | MutableMapping[str, object] | None = None,
+        start_pos: int = 0,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sample_seeds: Tensor | None = None,
+        grad_loops: int | None = None,
+        exit_rule: ExitRule | None = None,
+        trace: LoopTrace | None = None,
+    ) -> Tensor:
+        """Logits (B, T, vocab_size).
+
+        Args:
+            input_ids: (B, T) token ids.
+            n_loops: Loops for all rows, or one number per row; ``max_loop_iters`` by default. May
+                exceed the trained depth.
+            kv_cache: A :class:`KVCache`, or an empty dict handed back at every call. A cached call
+                runs without autograd.
+            start_pos: Position of the first token; ``cache.length`` when there is a cache.
+            attention_mask: (B, T), false on padding.
+            document_ids: (B, T); tokens see only their own document.
+            sample_seeds: (B,) keys of each sequence's randomness (dropout, random h_0).
+            grad_loops: Truncated back-propagation: gradient through the last loops of a row only.
+            exit_rule: Lets rows stop before their depth.
+            trace: Receives diagnostics of every loop.
+
+        Raises:
+            ConfigError: An argument is out of range (no loops, an unknown token, too long, ...).
+        """
+        hidden = self.hidden(
+            input_ids, kv_cache, start_pos,
+            attention_mask=attention_mask, document_ids=document_ids, sample_seeds=sample_seeds,
+            n_loops=n_loops, grad_loops=grad_loops, exit_rule=exit_rule, trace=trace,
+        )  # fmt: skip
+        return self.head(hidden)
+
+    def body(
+        self,
+        input_ids: Tensor,
+        ctx: Context,
+        *,
+        n_loops: int | Sequence[int] | Tensor | None = None,
+        grad_loops: int | None = None,
+        exit_rule: ExitRule | None = None,
+        trace: LoopTrace | None = None,
+    ) -> Tensor:
+        """Prelude, loop, coda: (B, T) ids -> (B, T, D)."""
+        depth = self.resolve_depth(n_loops, input_ids.shape[0])
+        if grad_loops is not None and (isinstance(grad_loops, bool) or grad_loops < 1):
+            raise ConfigError(
+                "not a number of loops", where="grad_loops", value=grad_loops, allowed=">= 1, or None"
+            )
+        e_BTD = self.embed(input_ids, ctx)
+        h_BTD = self.recurrent(
+            e_BTD, ctx, depth, grad_loops=grad_loops, exit_rule=exit_rule, trace=trace
+        )
+        return self._coda(h_BTD, ctx)
+
+    def embed(self, input_ids: Tensor, ctx: Context | None = None) -> Tensor:
+        """The encoded input e (B, T, D): embedding, prelude, norm."""
+        ctx = ctx or self.context(input_ids)
+        x_BTD = self.embedding(input_ids)
+        for block in self.prelude:
+            x_BTD = block(x_BTD, ctx)
+        return self.prelude_norm(x_BTD)
+
+    def step(
+        self,
+        h_BTD: Tensor,
+        e_BTD: Tensor,
+        t: int,
+        ctx: Context | None = None,
+        trace: LoopTrace | None = None,
+    ) -> Tensor:
+        """One loop, h_t -> h_{t+1} (B, T, D); see :meth:`RecurrentBlock.step`."""
+        ctx = ctx or self._plain_context(e_BTD)
+        return self.recurrent.step(h_BTD, self.recurrent.injection.drive(e_BTD), t, ctx, trace)
+
+    def decode(self, h_BTD: Tensor, ctx: Context | None = None) -> Tensor:
+        """Logits (B, T, vocab_size) that the state h stands for: read-out, coda, norm, head."""
+        ctx = ctx or self._plain_context(h_BTD)
+        return self.head(self.final_norm(self._coda(h_BTD, ctx)))
+
+    def _coda(self, h_BTD: Tensor, ctx: Context) -> Tensor:
+        x_BTD = self.readout(h_BTD.to(self.head.weight.dtype))
+        for block in self.coda:
+            x_BTD = block(x_BTD, ctx)
+        return x_BTD
+
+    def _plain_context(self, x_BTD: Tensor) -> Context:
+        return Context.build(x_BTD.shape[1], self.cfg.rope_dim, self.cfg.rope_theta, x_BTD.device)
+
+    def resolve_depth(
+        self, n_loops: int | Sequence[int] | Tensor | None, batch: int
+    ) -> int | Tensor:
+        """``n_loops`` as an integer >= 1, or as a (B,) tensor of such.
+
+        Raises:
+            ConfigError: Zero, negative, not an integer, or not one per row.
+        """
+        if n_loops is None:
+            return self.cfg.max_loop_iters
+        if isinstance(n_loops, Tensor | Sequence) and not isinstance(n_loops, str):
+            depth = torch.as_tensor(n_loops)
+            whole = not (depth.is_floating_point() or depth.is_complex() or depth.dtype == torch.bool)
+            if whole and depth.shape == (batch,) and bool((depth >= 1).all()):
+                return depth
+            if whole and depth.dim() == 0 and int(depth) >= 1:
+                return int(depth)
+        elif not isinstance(n_loops, bool):
+            try:
+                depth_for_all = operator.index(n_loops)
+            except TypeError:
+                depth_for_all = 0
+            if depth_for_all >= 1:
+                return depth_for_all
+        raise ConfigError(
+            "not a number of loops", where="n_loops", value=n_loops,
+            allowed=f"an integer >= 1, or {batch} of them (one per row), or None for max_loop_iters",
+        )  # fmt: skip
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 64,
+        n_loops: int | Sequence[int] | Tensor = 8,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        *,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | None = None,
+        stop: str | Sequence[str] = (),
+        tokenizer: Decoder | None = None,
+        on_token: Callable[[int, Tensor], None] | None = None,
+        exit_rule: ExitRule | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continue every row with ``n_loops`` loops per token: (B, T + new), prompt included.
+
+        The arguments are those of :func:`open_mythos.generation.generate`; ``n_loops`` may be one
+        number per row.
+        """
+        sampling: dict[str, Any] = {
+            "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+            "attention_mask": attention_mask, "eos_token_id": eos_token_id, "stop": stop,
+            "tokenizer": tokenizer, "on_token": on_token, "use_cache": use_cache,
+        }  # fmt: skip
+        depth = {"n_loops": n_loops, "exit_rule": exit_rule}
+        return generate(self, input_ids, max_new_tokens, temperature, top_k, depth=depth, **sampling)

@@ -1,0 +1,1 @@
+"""Tensor functions without parameters; each fast path stands beside its plain twin."""

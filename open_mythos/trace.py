@@ -1,0 +1,100 @@
+"""What happens inside the loop, written into an object that the caller owns.
+
+Pass ``trace=LoopTrace()`` to a forward call. Records are keyed by loop (and layer), so writing one
+twice, as activation checkpointing does, changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LoopTrace:
+    """Diagnostics of one forward call.
+
+    Attributes:
+        keep_states: Also keep the state after every loop.
+        keep_routing: Also keep router scores (with their graph) and the chosen experts.
+        state_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1}||.
+        delta_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1} - h_t||.
+        rows: Loop t -> rows of the batch that were computed; None means all of them.
+        load: (layer, loop) -> (E,) tokens that chose each expert, padding not counted.
+        scores: (layer, loop) -> (rows, T, E) router scores, if kept.
+        experts: (layer, loop) -> (rows, T, C) chosen experts, if kept.
+        states: Loop t -> (rows, T, D) state after the loop, if kept.
+        halting: Loop t -> (rows, T) halting probability of the gate, if states are kept.
+    """
+
+    keep_states: bool = False
+    keep_routing: bool = False
+    state_norm: dict[int, Tensor] = field(default_factory=dict)
+    delta_norm: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[int, Tensor | None] = field(default_factory=dict)
+    load: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    scores: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    experts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
+    halting: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def n_loops(self) -> int:
+        """Loops recorded."""
+        return len(self.state_norm)
+
+    @torch.no_grad()
+    def record_state(
+        self, loop: int, before_BTD: Tensor, after_BTD: Tensor, rows_B: Tensor | None
+    ) -> None:
+        """Note what loop ``loop`` did to the state."""
+        after = after_BTD.detach().float()
+        self.state_norm[loop] = after.norm(dim=-1).mean(-1)
+        self.delta_norm[loop] = (after - before_BTD.detach().float()).norm(dim=-1).mean(-1)
+        self.rows[loop] = rows_B
+        if self.keep_states:
+            self.states[loop] = after_BTD.detach()
+
+    def record_routing(
+        self, layer: int, loop: int, load_E: Tensor, scores_BTE: Tensor, experts_BTC: Tensor
+    ) -> None:
+        """Note which experts the tokens of one mixture layer chose."""
+        self.load[layer, loop] = load_E.detach()
+        if self.keep_routing:
+            self.scores[layer, loop] = scores_BTE
+            self.experts[layer, loop] = experts_BTC
+
+    def load_by_layer(self) -> dict[int, Tensor]:
+        """Layer -> (E,) tokens per expert, summed over all loops."""
+        total: dict[int, Tensor] = {}
+        for (layer, _), load_E in self.load.items():
+            total[layer] = total.get(layer, torch.zeros_like(load_E)) + load_E
+        return total
+
+    def load_by_loop(self, layer: int) -> Tensor:
+        """(L, E) tokens per expert at each loop of one layer."""
+        loops = sorted(loop for (at, loop) in self.load if at == layer)
+        return torch.stack([self.load[layer, loop] for loop in loops])
+
+    def routing_entropy(self, layer: int) -> Tensor:
+        """(L,) entropy of the expert load at each loop, in units of log E: 1 is even, 0 one expert."""
+        load_LE = self.load_by_loop(layer)
+        share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp_min(1)
+        entropy = -(share_LE * share_LE.clamp_min(1e-12).log()).sum(-1)
+        return entropy / torch.log(torch.tensor(float(max(2, load_LE.shape[1]))))
+
+    def expert_overlap(self, layer: int) -> Tensor:
+        """(L, L) share of experts a token has in common between two loops; needs keep_routing.
+
+        1 means the same set, 0 disjoint sets. Independent routing gives about C / E.
+        """
+        loops = sorted(loop for (at, loop) in self.experts if at == layer)
+        chosen = [self.experts[layer, loop] for loop in loops]
+        overlap = torch.eye(len(loops))
+        for i, first in enumerate(chosen):
+            for j, second in enumerate(chosen[:i]):
+                same = (first.unsqueeze(-1) == second.unsqueeze(-2)).any(-1)
+                overlap[i, j] = overlap[j, i] = same.float().mean()
+        return overlap
