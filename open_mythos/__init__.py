@@ -36,8 +36,9 @@ _MODULES = {
     ),
     "open_mythos.trace": ("LoopTrace",),
     "open_mythos.variants": (
-        "VARIANTS", "mythos_100b", "mythos_10b", "mythos_1b", "mythos_1t", "mythos_3b", "mythos_500b",
-        "mythos_50b", "mythos_7b", "mythos_nano", "mythos_small", "mythos_tiny", "variant",
+        "VARIANTS", "variant", "mythos_nano", "mythos_tiny", "mythos_small", "mythos_1b",
+        "mythos_3b", "mythos_7b", "mythos_10b", "mythos_50b", "mythos_100b", "mythos_500b",
+        "mythos_1t",
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,9 +1,9 @@
-"""What every causal language model here shares: embedding, head, checks of the input, generation."""
+"""What every causal language model here shares: embedding, head, checks of the input."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from contextlib import nullcontext
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.cache import KVCache
-from open_mythos.config import MythosConfig
+from open_mythos.config import MythosConfig, check_count
 from open_mythos.context import Context
 from open_mythos.errors import ConfigError
 from open_mythos.layers.moe import MoEFFN
 from open_mythos.layers.norm import RMSNorm
 from open_mythos.trace import LoopTrace
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MASKS = (torch.bool, *INTEGERS)
 
 
 class CausalLM(nn.Module):
@@ -26,19 +29,19 @@ class CausalLM(nn.Module):
         ConfigError: The configuration is invalid.
     """
 
+    body: Callable[..., Tensor]
+    """``body(input_ids, ctx, **depth)``: (B, T) ids -> (B, T, D), all before the head."""
+
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
         cfg.validate()
-        self.cfg = replace(cfg)  # a copy: changing the caller's object must not change a built model
+        # a copy: changing the caller's object must not change a built model
+        self.cfg = replace(cfg)
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embedding.weight
-
-    def body(self, input_ids: Tensor, ctx: Context, **depth: Any) -> Tensor:
-        """(B, T) ids -> (B, T, D), everything between embedding and final norm."""
-        raise NotImplementedError
 
     def hidden(
         self,
@@ -59,15 +62,33 @@ class CausalLM(nn.Module):
             input_ids, kv_cache, start_pos,
             attention_mask=attention_mask, document_ids=document_ids, sample_seeds=sample_seeds,
         )  # fmt: skip
-        with torch.no_grad() if ctx.cache is not None else nullcontext():
-            h_BTD = self.final_norm(self.body(input_ids, ctx, **depth))
+        with _autograd(ctx.cache is None):
+            h_BTD = self.body(input_ids, ctx, **depth)
         if ctx.cache is not None:
             ctx.cache.commit(ctx.columns)
         return h_BTD
 
-    def next_token_logits(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+    def logits(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | MutableMapping[str, object] | None = None,
+        start_pos: int = 0,
+        **arguments: Any,
+    ) -> Tensor:
+        """(B, T, vocab): the logits after every position; arguments as of :meth:`hidden`."""
+        with _autograd(kv_cache is None):
+            return self.head(self.hidden(input_ids, kv_cache, start_pos, **arguments))
+
+    def next_token_logits(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | MutableMapping[str, object] | None = None,
+        start_pos: int = 0,
+        **arguments: Any,
+    ) -> Tensor:
         """(B, vocab): the logits after the last position; arguments as of :meth:`hidden`."""
-        return self.head(self.hidden(input_ids, **arguments)[:, -1])
+        with _autograd(kv_cache is None):
+            return self.head(self.hidden(input_ids, kv_cache, start_pos, **arguments)[:, -1])
 
     def context(
         self,
@@ -86,50 +107,29 @@ class CausalLM(nn.Module):
             kv_cache: A :class:`KVCache`, or an empty dict handed back at every call.
             start_pos: Position of the first of these tokens; the cache's length when there is one.
             attention_mask: (B, T), false (0) on padding; padding may stand on either side.
-            document_ids: (B, T) integers; a token sees only its own document's tokens, and its
-                position counts from the document's beginning.
+            document_ids: (B, T) integers; a run of equal ones is a document. A token sees only its
+                own document's tokens, and its position counts from the document's beginning.
             sample_seeds: (B,) int64 keys from which dropout and random initial states follow; drawn
                 from torch's global generator while training, 0 otherwise.
 
         Raises:
             ConfigError: A shape, type or value is wrong, or the context is too short.
         """
-        self._check_ids(input_ids)
+        self.check_ids(input_ids)
         batch, n_new = input_ids.shape
         cache = KVCache.of(kv_cache, self.cfg)
-        held = 0 if cache is None else cache.length
-        if isinstance(start_pos, bool) or not isinstance(start_pos, int) or start_pos < 0:
-            raise ConfigError(
-                "not a position", where="start_pos", value=start_pos, allowed="an integer >= 0"
-            )
-        if cache is not None and start_pos != held:
-            raise ConfigError(
-                "start_pos and the cache disagree", where="start_pos", value=start_pos,
-                allowed=f"the positions the cache holds ({held})",
-                fix="pass start_pos=cache.length, or cache.truncate(start_pos) first",
-            )  # fmt: skip
-        if start_pos + n_new > self.cfg.max_seq_len:
-            raise ConfigError(
-                "the input does not fit the context", where="input_ids",
-                value=f"{start_pos} + {n_new} tokens", allowed=f"max_seq_len ({self.cfg.max_seq_len})",
-                fix="shorten the input or build the model with a larger max_seq_len",
-            )  # fmt: skip
-        for name, given, shape in (
-            ("attention_mask", attention_mask, input_ids.shape),
-            ("document_ids", document_ids, input_ids.shape),
-            ("sample_seeds", sample_seeds, input_ids.shape[:1]),
-        ):
-            if given is not None and given.shape != shape:
-                raise ConfigError(
-                    f"{name} has the wrong shape", where=name, value=tuple(given.shape),
-                    allowed=str(tuple(shape)),
-                    fix="describe the tokens of this call only; the cache remembers the earlier ones",
-                )  # fmt: skip
+        if cache is not None:
+            cache.admit(batch)
+        self._check_span(start_pos, n_new, cache)
+        check_tensor("attention_mask", attention_mask, input_ids.shape, MASKS)
+        check_tensor("document_ids", document_ids, input_ids.shape, INTEGERS)
+        check_tensor("sample_seeds", sample_seeds, input_ids.shape[:1], INTEGERS)
         if sample_seeds is None and self.training:
             sample_seeds = torch.randint(1 << 62, (batch,)).to(input_ids.device)
         return Context.build(
             n_new, self.cfg.rope_dim, self.cfg.rope_theta, input_ids.device,
-            start_pos=start_pos, cache=cache, keys_B=sample_seeds, document_BT=document_ids,
+            start_pos=start_pos, cache=cache, document_BT=document_ids,
+            keys_B=None if sample_seeds is None else sample_seeds.long(),
             valid_BT=None if attention_mask is None else attention_mask.bool(),
         )  # fmt: skip
 
@@ -141,17 +141,31 @@ class CausalLM(nn.Module):
             if isinstance(module, MoEFFN) and module.layer in load:
                 module.update_bias(load[module.layer], speed)
 
-    def _check_ids(self, input_ids: Tensor) -> None:
+    def _check_span(self, start_pos: int, n_new: int, cache: KVCache | None) -> None:
+        """The new tokens begin where the cache ends, and fit the context."""
+        check_count("start_pos", start_pos, least=0)
+        if cache is not None and start_pos != cache.length:
+            raise ConfigError(
+                "start_pos and the cache disagree", where="start_pos", value=start_pos,
+                allowed=f"the positions the cache holds ({cache.length})",
+                fix="pass start_pos=cache.length, or cache.truncate(start_pos) first",
+            )  # fmt: skip
+        if start_pos + n_new > self.cfg.max_seq_len:
+            raise ConfigError(
+                "the input does not fit the context", where="input_ids",
+                value=f"{start_pos} + {n_new} tokens",
+                allowed=f"max_seq_len ({self.cfg.max_seq_len})",
+                fix="shorten the input or build the model with a larger max_seq_len",
+            )  # fmt: skip
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Refuse what is not a (B, T) batch of this model's token ids."""
         is_ids = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int64, torch.int32)
         if not is_ids or input_ids.dim() != 2 or 0 in input_ids.shape:
-            shown = (
-                f"{input_ids.dtype} {tuple(input_ids.shape)}"
-                if isinstance(input_ids, Tensor)
-                else type(input_ids).__name__
-            )
             raise ConfigError(
-                "not a batch of token ids", where="input_ids", value=shown,
+                "not a batch of token ids", where="input_ids", value=_shown(input_ids),
                 allowed="an int64 or int32 tensor (B, T), neither of them 0",
+                fix="encode the text, and give a single sequence a batch axis: ids.unsqueeze(0)",
             )  # fmt: skip
         if input_ids.device.type != "cpu":
             return  # looking at the values would make the host wait for the device at every call
@@ -162,3 +176,26 @@ class CausalLM(nn.Module):
                 value=low if low < 0 else high, allowed=f"0 .. {self.cfg.vocab_size - 1}",
                 fix="check that tokenizer and model belong together",
             )  # fmt: skip
+
+
+def check_tensor(name: str, given: Any, shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse an optional argument that is not a tensor of this shape and one of these types."""
+    fits = isinstance(given, Tensor) and given.shape == shape and given.dtype in dtypes
+    if given is not None and not fits:
+        kinds = "integers" if torch.bool not in dtypes else "booleans (or 0 and 1)"
+        raise ConfigError(
+            f"{name} does not fit the tokens", where=name, value=_shown(given),
+            allowed=f"None, or a tensor {tuple(shape)} of {kinds}",
+            fix="describe the tokens of this call only; the cache remembers the earlier ones",
+        )  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)}"
+
+
+def _autograd(wanted: bool) -> AbstractContextManager[Any]:
+    """The caller's grad mode where a graph is wanted, no graph where not: for cached calls."""
+    return nullcontext() if wanted else torch.no_grad()

@@ -1,7 +1,8 @@
 """The attention cache of a looped model: one slot for every (layer, loop).
 
-A slot is one tensor (B, capacity, W): whatever an attention layer needs to remember of a token, side
-by side (keys and values for GQA; latent and rotary key for MLA). Capacity doubles when it runs out.
+A slot is one tensor (B, capacity, W): whatever an attention layer needs to remember of a token,
+side by side (keys and values for GQA; latent and rotary key for MLA). Capacity doubles when it
+runs out.
 
 **Tokens of different depth.** A token computed for s loops is seen, by deeper loops of others, with
 the key and value of its last computed loop. The cache keeps that rule by copying: a slot that a
@@ -36,23 +37,33 @@ class Columns:
     document_BS: Tensor | None = None
 
     def extend(self, n_new: int, valid_BT: Tensor | None, document_BT: Tensor | None) -> Columns:
-        """These columns followed by ``n_new`` more."""
+        """These columns followed by ``n_new`` more.
+
+        Raises:
+            ConfigError: The documents of the earlier or of the new columns are not known.
+        """
+        if self.length and (self.document_BS is None) != (document_BT is None):
+            raise ConfigError(
+                "packed documents at some cached calls only", where="document_ids",
+                value="missing" if document_BT is None else "given",
+                allowed="at every call on one cache, or at none",
+                fix="repeat the number of the document that the new tokens continue",
+            )  # fmt: skip
         return Columns(
             self.length + n_new,
-            _append(self.valid_BS, valid_BT, self.length, n_new, True),
-            _append(self.document_BS, document_BT, self.length, n_new, 0),
+            _append(self.valid_BS, valid_BT, self.length, n_new),
+            _append(self.document_BS, document_BT, self.length, n_new),
         )
 
 
-def _append(
-    old_BS: Tensor | None, new_BT: Tensor | None, length: int, n_new: int, default: int
-) -> Tensor | None:
+def _append(old_BS: Tensor | None, new_BT: Tensor | None, length: int, n_new: int) -> Tensor | None:
+    """The two side by side; where one is missing, its columns are real tokens (ones)."""
     if old_BS is None and new_BT is None:
         return None
     if old_BS is None and new_BT is not None:
-        old_BS = new_BT.new_full((new_BT.shape[0], length), default)
+        old_BS = new_BT.new_ones(new_BT.shape[0], length)
     if new_BT is None and old_BS is not None:
-        new_BT = old_BS.new_full((old_BS.shape[0], n_new), default)
+        new_BT = old_BS.new_ones(old_BS.shape[0], n_new)
     assert old_BS is not None
     assert new_BT is not None
     return torch.cat((old_BS, new_BT), dim=1)
@@ -81,16 +92,22 @@ class KVCache:
         cls, kv_cache: KVCache | MutableMapping[str, object] | None, config: MythosConfig
     ) -> KVCache | None:
         """The cache behind what a caller passed: None, a cache, or a plain dict that keeps one."""
-        if kv_cache is None or isinstance(kv_cache, KVCache):
-            return kv_cache
-        if not isinstance(kv_cache, MutableMapping):
-            raise ConfigError(
-                "not a cache", where="kv_cache", value=type(kv_cache).__name__,
-                allowed="None, a KVCache, or an empty dict handed back at every step",
-            )  # fmt: skip
-        cache = kv_cache.setdefault(_KEY, cls(share_loops=config.kv_share == "last"))
-        assert isinstance(cache, KVCache)
-        return cache
+        if kv_cache is None:
+            return None
+        share_loops = config.kv_share == "last"
+        cache: object = kv_cache
+        if isinstance(kv_cache, MutableMapping):
+            if not kv_cache:
+                kv_cache[_KEY] = cls(share_loops=share_loops)
+            cache = kv_cache.get(_KEY)
+        if isinstance(cache, KVCache) and cache._share_loops == share_loops:
+            return cache
+        raise ConfigError(
+            "not a cache of this model", where="kv_cache", value=type(kv_cache).__name__,
+            allowed=f"None, KVCache(share_loops={share_loops}) as the model's kv_share says, or an "
+            "empty dict handed back at every step",
+            fix="start with kv_cache={} and pass the same object on",
+        )  # fmt: skip
 
     @property
     def length(self) -> int:
@@ -107,12 +124,29 @@ class KVCache:
         """Slots allocated: ``config.cache_slots(deepest loop count seen)``."""
         return len(self._slots)
 
+    def admit(self, batch: int) -> None:
+        """Make sure that the cache can take ``batch`` rows; an empty one takes any number.
+
+        Raises:
+            ConfigError: It holds another number of rows.
+        """
+        rows = {slot.shape[0] for slot in self._slots.values()}
+        if rows <= {batch}:
+            return
+        if self.length:
+            raise ConfigError(
+                "the cache belongs to another batch", where="kv_cache", value=f"{batch} rows",
+                allowed=f"{rows.pop()} rows", fix="use a cache of its own for every batch",
+            )  # fmt: skip
+        self._slots.clear()
+
     def truncate(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
-        if not 0 <= length <= self.length:
+        if not isinstance(length, int) or not 0 <= length <= self.length:
             raise ConfigError(
                 "cannot truncate a cache to more than it holds", where="KVCache.truncate",
                 value=length, allowed=f"0 .. {self.length}",
+                fix="name a position that the cache holds",
             )  # fmt: skip
         valid, document = self.columns.valid_BS, self.columns.document_BS
         self.columns = replace(
@@ -137,7 +171,7 @@ class KVCache:
             (B, S, W), S = length + T: a view of the slot, or a copy of its ``rows_B``.
         """
         start, end = self.length, self.length + entry_BTW.shape[1]
-        slot = self._slot(layer, loop, entry_BTW, end, rows_B is not None)
+        slot = self._slot(layer, loop, entry_BTW, end)
         if rows_B is None:
             slot[:, start:end] = entry_BTW
             return slot[:, :end]
@@ -150,9 +184,10 @@ class KVCache:
     def carry_over(self, n_loops: int, n_new: int) -> None:
         """The new positions ran ``n_loops`` loops: deeper slots see the last of them."""
         start, end = self.length, self.length + n_new
-        for (layer, loop), slot in sorted(self._slots.items(), key=lambda item: item[0][1]):
-            if loop >= n_loops and not self._share_loops:
-                slot[:, start:end] = self._slots[layer, loop - 1][:, start:end]
+        for layer, loop in sorted(self._slots, key=lambda key: key[1]):
+            if loop >= n_loops:
+                last = self._slots[layer, loop - 1]
+                self._with_room((layer, loop), end)[:, start:end] = last[:, start:end]
 
     def commit(self, columns: Columns) -> None:
         """Count the positions written since the last commit as held.
@@ -161,22 +196,28 @@ class KVCache:
         """
         self.columns = columns
 
-    def _slot(self, layer: int, loop: int, entry_BTW: Tensor, end: int, ragged: bool) -> Tensor:
-        """The slot of (layer, loop), made or grown to hold ``end`` positions."""
+    def _slot(self, layer: int, loop: int, entry_BTW: Tensor, end: int) -> Tensor:
+        """The slot of (layer, loop), made if there is none, with room for ``end`` positions."""
         key = (layer, 0 if self._share_loops else loop)
-        slot = self._slots.get(key)
-        if slot is not None and slot.shape[1] >= end:
-            return slot
-        self._capacity = max(self._capacity, end if slot is None else 2 * slot.shape[1], end)
-        if slot is None and key[1] > 0 and (self.length or ragged):
-            # earlier positions stopped before this loop: they enter with their last one
-            slot = self._slots[layer, key[1] - 1]
-        batch = entry_BTW.shape[0] if slot is None else slot.shape[0]
-        grown = entry_BTW.new_zeros((batch, self._capacity, entry_BTW.shape[2]))
-        if slot is not None:
-            grown[:, : min(end, slot.shape[1])] = slot[:, :end]
-        self._slots[key] = grown
-        return grown
+        if key not in self._slots:
+            self._capacity = max(self._capacity, end)
+            batch, _, width = entry_BTW.shape
+            # positions and rows that stopped before this loop enter it with their last one
+            self._slots[key] = (
+                self._slots[layer, loop - 1].clone()
+                if key[1] > 0
+                else entry_BTW.new_zeros((batch, self._capacity, width))
+            )
+        return self._with_room(key, end)
+
+    def _with_room(self, key: tuple[int, int], end: int) -> Tensor:
+        slot = self._slots[key]
+        if slot.shape[1] < end:
+            self._capacity = max(self._capacity, 2 * slot.shape[1], end)
+            grown = slot.new_zeros((slot.shape[0], self._capacity, slot.shape[2]))
+            grown[:, : slot.shape[1]] = slot
+            self._slots[key] = grown
+        return self._slots[key]
 
 
 def cache_bytes(

@@ -1,12 +1,13 @@
-"""The configuration of a Recurrent-Depth Transformer, as plain data (this module loads no torch)."""
+"""The configuration of a Recurrent-Depth Transformer as plain data (this module loads no torch)."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from open_mythos.errors import ConfigError
 
@@ -162,12 +163,13 @@ class MythosConfig:
         if self.rope_dim % 2:
             field = "qk_rope_head_dim" if self.attn_type == "mla" else "dim / n_heads"
             _refuse(field, self.rope_dim, "an even number: rotary embedding turns pairs")
-        if self.n_experts and self.n_experts_per_tok > self.n_experts:
-            _refuse("n_experts_per_tok", self.n_experts_per_tok, f"1 .. n_experts ({self.n_experts})")
+        top_k = self.n_experts_per_tok
+        if self.n_experts and top_k > self.n_experts:
+            _refuse("n_experts_per_tok", top_k, f"1 .. n_experts ({self.n_experts})")
         if self.loop_embedding and self.dim < 16:
             _refuse("dim", self.dim, "at least 16 with loop_embedding, which uses dim / 8 channels")
         if self.attn_backend == "flash" and self.attn_type == "mla":
-            _refuse("attn_backend", self.attn_backend, 'auto, sdpa or reference with attn_type "mla"')
+            _refuse("attn_backend", self.attn_backend, 'one that can serve attn_type "mla"')
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
@@ -223,6 +225,31 @@ _CHOICES = {
 }
 
 
+def whole(value: Any) -> int | None:
+    """``value`` as an integer, None when it is not one (neither is a bool)."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number (a bool is not)."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
+
+
+def check_count(where: str, value: Any, least: int = 1) -> int:
+    """``value``, refused unless it is an integer of at least ``least``."""
+    count = whole(value)
+    if count is None or count < least:
+        raise ConfigError(
+            f"{where} is out of range", where=where, value=value,
+            allowed=f"an integer >= {least}", fix=f"correct the argument {where}",
+        )  # fmt: skip
+    return count
+
+
 def nearest(key: str, known: Any) -> str:
     """``"did you mean X?"`` for a misspelt key, or the list of what is known."""
     match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
@@ -231,13 +258,17 @@ def nearest(key: str, known: Any) -> str:
 
 def unknown_key(key: str, known: Any, where: str) -> ConfigError:
     """The error for a key that no configuration has."""
-    return ConfigError("unknown key", where=where, value=key, fix=nearest(key, known))
+    return ConfigError(
+        "unknown key", where=where, value=key, allowed=f"the {len(known)} fields of {where}",
+        fix=nearest(str(key), known),
+    )  # fmt: skip
 
 
-def _refuse(name: str, value: Any, allowed: str) -> None:
+def _refuse(name: str, value: Any, allowed: str) -> NoReturn:
     raise ConfigError(
-        f"{name} is out of range", where=f"MythosConfig.{name}", value=value, allowed=allowed
-    )
+        f"{name} is out of range", where=f"MythosConfig.{name}", value=value, allowed=allowed,
+        fix=f"correct {name} in the configuration",
+    )  # fmt: skip
 
 
 def _require_int(name: str, value: Any, least: int) -> None:
@@ -251,6 +282,5 @@ def _require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _require_number(name: str, value: Any, holds: Any, allowed: str) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not holds(value):
+    if not is_number(value) or not holds(value):
         _refuse(name, value, allowed)

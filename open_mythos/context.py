@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.cache import Columns, KVCache
@@ -57,11 +58,12 @@ class Context:
         """The context of ``n_new`` tokens that begin at ``start_pos``."""
         past = Columns(0) if cache is None else cache.columns
         columns = past.extend(n_new, valid_BT, document_BT)
-        positions = _positions(columns, n_new, device) + (start_pos - past.length)
+        run_BS = None if columns.document_BS is None else _runs(columns.document_BS)
+        positions = _positions(columns, run_BS, n_new, device) + (start_pos - past.length)
         return cls(
             positions=positions,
             rope=rope_table(positions, rope_dim, rope_theta),
-            mask=_mask(columns, n_new, device),
+            mask=_mask(columns, run_BS, n_new, device),
             columns=columns,
             valid_BT=valid_BT,
             cache=cache,
@@ -103,26 +105,34 @@ def _take(x: Tensor, keep_B: Tensor, batched: bool) -> Tensor:
     return x[keep_B] if batched else x
 
 
-def _positions(columns: Columns, n_new: int, device: torch.device) -> Tensor:
-    """Each token's index among the real tokens of its own document."""
-    valid, document = columns.valid_BS, columns.document_BS
-    if valid is None and document is None:
-        return torch.arange(columns.length - n_new, columns.length, device=device)
-    if valid is None:
-        assert document is not None
-        valid = torch.ones_like(document, dtype=torch.bool)
-    rank = (valid.long().cumsum(1) - 1).clamp_min(0)
-    if document is not None:
-        begins = torch.zeros_like(valid)
-        begins[:, 1:] = document[:, 1:] != document[:, :-1]
-        rank = rank - torch.where(begins, rank, 0).cummax(1).values
-    return rank[:, columns.length - n_new :]
+def _runs(document_BS: Tensor) -> Tensor:
+    """The documents numbered by where they stand: each run of equal ids is one."""
+    changes = document_BS[:, 1:] != document_BS[:, :-1]
+    return F.pad(changes.long().cumsum(1), (1, 0))
 
 
-def _mask(columns: Columns, n_new: int, device: torch.device) -> Tensor | None:
+def _positions(columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device) -> Tensor:
+    """How many real tokens of its own document stand before each token."""
+    old = columns.length - n_new
+    if columns.valid_BS is not None:
+        valid = columns.valid_BS.long()
+        before = valid.cumsum(1) - valid
+    elif run_BS is not None:
+        before = torch.arange(columns.length, device=device).expand_as(run_BS)
+    else:
+        return torch.arange(old, columns.length, device=device)
+    if run_BS is not None:
+        begins = F.pad(run_BS.diff(dim=1), (1, 0))
+        before = before - (begins * before).cummax(1).values
+    return before[:, old:]
+
+
+def _mask(
+    columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device
+) -> Tensor | None:
     """Which columns each new token may see; None when position alone decides and needs no mask."""
     total = columns.length
-    plain = columns.valid_BS is None and columns.document_BS is None
+    plain = columns.valid_BS is None and run_BS is None
     if plain and n_new in (1, total):
         return None
     key = torch.arange(total, device=device)
@@ -130,8 +140,7 @@ def _mask(columns: Columns, n_new: int, device: torch.device) -> Tensor | None:
     mask = (key <= query).unsqueeze(0)
     if columns.valid_BS is not None:
         mask = mask & columns.valid_BS.unsqueeze(1)
-    if columns.document_BS is not None:
-        document = columns.document_BS
-        mask = mask & (document[:, total - n_new :].unsqueeze(2) == document.unsqueeze(1))
+    if run_BS is not None:
+        mask = mask & (run_BS[:, total - n_new :].unsqueeze(2) == run_BS.unsqueeze(1))
     # padding sees itself: a softmax over nothing would be NaN
     return (mask | (key == query)).unsqueeze(1)

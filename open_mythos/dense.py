@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from open_mythos.base import CausalLM
 from open_mythos.cache import KVCache
-from open_mythos.config import MythosConfig
+from open_mythos.config import MythosConfig, check_count
 from open_mythos.context import Context
 from open_mythos.errors import ConfigError
 from open_mythos.generation import generate
@@ -35,18 +35,20 @@ class DenseTransformer(CausalLM):
     def __init__(
         self, cfg: MythosConfig, n_layers: int | None = None, ffn_dim: int | None = None
     ) -> None:
+        cfg.validate()
+        width = cfg.hidden_dim if ffn_dim is None else ffn_dim
+        super().__init__(replace(cfg, n_experts=0, ffn_dim=width))
         stored = cfg.prelude_layers + cfg.recurrent_layers + cfg.coda_layers
-        self.n_layers = stored if n_layers is None else n_layers
-        if self.n_layers < 1:
-            raise ConfigError("a model needs a layer", where="n_layers", value=n_layers, allowed=">= 1")
-        super().__init__(replace(cfg, n_experts=0, ffn_dim=ffn_dim or cfg.hidden_dim))
+        self.n_layers = check_count("n_layers", stored if n_layers is None else n_layers)
         self.blocks = nn.ModuleList(
             TransformerBlock(self.cfg, layer=i) for i in range(self.n_layers)
         )
         init_weights(self, cfg.dim)
 
     @classmethod
-    def like(cls, cfg: MythosConfig, match: str = "parameters", n_loops: int | None = None) -> DenseTransformer:
+    def like(
+        cls, cfg: MythosConfig, match: str = "parameters", n_loops: int | None = None
+    ) -> DenseTransformer:
         """The dense counterpart of a looped model.
 
         Args:
@@ -60,10 +62,10 @@ class DenseTransformer(CausalLM):
         if match not in MATCHES:
             raise ConfigError(
                 "unknown match", where="DenseTransformer.like", value=match,
-                allowed=" or ".join(MATCHES),
+                allowed=" or ".join(MATCHES), fix="say what the two models shall have in common",
             )  # fmt: skip
         if match == "depth":
-            loops = cfg.max_loop_iters if n_loops is None else n_loops
+            loops = check_count("n_loops", cfg.max_loop_iters if n_loops is None else n_loops)
             layers = cfg.prelude_layers + cfg.recurrent_layers * loops + cfg.coda_layers
             active = cfg.shared_dim + cfg.n_experts_per_tok * cfg.expert_dim
             return cls(cfg, layers, active if cfg.n_experts else cfg.hidden_dim)
@@ -84,18 +86,17 @@ class DenseTransformer(CausalLM):
         sample_seeds: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, vocab_size); the arguments are those of :meth:`OpenMythos.forward`."""
-        hidden = self.hidden(
+        return self.logits(
             input_ids, kv_cache, start_pos, attention_mask=attention_mask,
             document_ids=document_ids, sample_seeds=sample_seeds,
         )  # fmt: skip
-        return self.head(hidden)
 
     def body(self, input_ids: Tensor, ctx: Context) -> Tensor:
         """(B, T) ids -> (B, T, D)."""
         x_BTD = self.embedding(input_ids)
         for block in self.blocks:
             x_BTD = block(x_BTD, ctx)
-        return x_BTD
+        return self.final_norm(x_BTD)
 
     def generate(
         self,
@@ -105,7 +106,7 @@ class DenseTransformer(CausalLM):
         top_k: int | None = 50,
         **sampling: Any,
     ) -> Tensor:
-        """Continue every row; the arguments are those of :func:`open_mythos.generation.generate`."""
+        """Continue every row; arguments as of :func:`open_mythos.generation.generate`."""
         return generate(self, input_ids, max_new_tokens, temperature, top_k, **sampling)
 
 

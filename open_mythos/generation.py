@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from open_mythos.base import MASKS, CausalLM, check_tensor
 from open_mythos.cache import KVCache
+from open_mythos.config import whole
 from open_mythos.errors import ConfigError
-from open_mythos.ops.sampling import filter_logits, penalise_repetition, sample_tokens
+from open_mythos.ops.sampling import Sampling
 from open_mythos.runtime import derive_seed
-
-if TYPE_CHECKING:
-    from open_mythos.base import CausalLM
 
 
 class Decoder(Protocol):
@@ -71,10 +70,14 @@ def generate(
     Raises:
         ConfigError: An argument is out of range, or the result would not fit the context.
     """
-    stops = _check(locals())
+    model.check_ids(input_ids)
     batch, n_prompt = input_ids.shape
-    keys_B = _row_keys(seed, batch, input_ids.device)
-    fill = 0 if eos_token_id is None else eos_token_id
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    _check_length(model, n_prompt, max_new_tokens)
+    _check_prompt_mask(attention_mask, input_ids)
+    _check_end(eos_token_id, model.cfg.vocab_size)
+    stops = _stop_strings(stop, tokenizer)
+    keys_B = _row_keys(seed, batch).to(input_ids.device)
     running_B = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     cache = KVCache(n_prompt + max_new_tokens, model.cfg.kv_share == "last") if use_cache else None
     ids_BT, mask_BT = input_ids, attention_mask
@@ -83,21 +86,13 @@ def generate(
     try:
         for i in range(max_new_tokens):
             held = 0 if cache is None else cache.length
-            new_mask_BT = None if mask_BT is None else mask_BT[:, held:]
             logits_BV = model.next_token_logits(
-                ids_BT[:, held:], kv_cache=cache, start_pos=held, attention_mask=new_mask_BT,
-                **(depth or {}),
-            ).float()  # fmt: skip
+                ids_BT[:, held:], cache, held,
+                attention_mask=None if mask_BT is None else mask_BT[:, held:], **(depth or {}),
+            )  # fmt: skip
             seen_BT = ids_BT if mask_BT is None else ids_BT.masked_fill(~mask_BT.bool(), -1)
-            logits_BV = penalise_repetition(logits_BV, seen_BT, repetition_penalty)
-            if temperature == 0:
-                token_B = logits_BV.argmax(-1)
-            else:
-                logits_BV = filter_logits(
-                    logits_BV / temperature, top_k=top_k or 0, top_p=top_p, min_p=min_p
-                )
-                token_B = sample_tokens(logits_BV, keys_B, i)
-            token_B = torch.where(running_B, token_B, fill)
+            token_B = sampling.choose(logits_BV, seen_BT, keys_B, i)
+            token_B = torch.where(running_B, token_B, eos_token_id or 0)
             ids_BT = torch.cat((ids_BT, token_B.unsqueeze(1)), dim=1)
             if mask_BT is not None:
                 mask_BT = torch.cat((mask_BT, torch.ones_like(mask_BT[:, :1])), dim=1)
@@ -120,68 +115,74 @@ def _stopped(new_BT: Tensor, stops: Sequence[str], tokenizer: Decoder) -> Tensor
     return torch.tensor(found, device=new_BT.device)
 
 
-def _row_keys(seed: int | Sequence[int] | None, batch: int, device: torch.device) -> Tensor:
+def _row_keys(seed: int | Sequence[int] | None, batch: int) -> Tensor:
+    """(B,) one key per row: streams of one seed, or each row's own seed."""
     if seed is None:
-        return torch.randint(1 << 62, (batch,)).to(device)
-    if isinstance(seed, int):
-        keys = [derive_seed(seed, "sample", row) for row in range(batch)]
-    elif len(seed) == batch:
-        keys = [derive_seed(s, "sample", 0) for s in seed]
+        return torch.randint(1 << 62, (batch,))
+    if isinstance(seed, Sequence):
+        given, rows = [whole(s) for s in seed], [0] * batch
     else:
+        given, rows = [whole(seed)] * batch, list(range(batch))
+    seeds = [s for s in given if s is not None]
+    if not len(given) == len(seeds) == batch:
         raise ConfigError(
-            "one seed per row is needed", where="generate(seed)", value=list(seed),
-            allowed=f"an integer, or {batch} integers",
+            "seeds must be integers", where="seed", value=seed,
+            allowed=f"None, an integer, or {batch} integers (one per row)",
+            fix="leave seed out to draw one from torch's global generator",
         )  # fmt: skip
-    return torch.tensor(keys, dtype=torch.long, device=device)
+    return torch.tensor([derive_seed(s, "sample", row) for s, row in zip(seeds, rows, strict=True)])
 
 
-def _check(args: dict[str, Any]) -> list[str]:
-    """Refuse bad arguments before anything is computed; the stop strings as a list."""
-    cfg = args["model"].cfg
-    n_prompt, n_new = args["input_ids"].shape[-1], args["max_new_tokens"]
-    rules = (
-        ("max_new_tokens", _is_int(n_new) and 0 <= n_new <= cfg.max_output_tokens,
-         f"an integer in 0 .. max_output_tokens ({cfg.max_output_tokens})"),
-        ("temperature", _is_number(args["temperature"]) and args["temperature"] >= 0, ">= 0"),
-        ("top_k", args["top_k"] is None or (_is_int(args["top_k"]) and args["top_k"] >= 0),
-         "an integer >= 0, or None"),
-        ("top_p", _is_number(args["top_p"]) and 0 < args["top_p"] <= 1, "0 < top_p <= 1"),
-        ("min_p", _is_number(args["min_p"]) and 0 <= args["min_p"] <= 1, "0 <= min_p <= 1"),
-        ("repetition_penalty",
-         _is_number(args["repetition_penalty"]) and args["repetition_penalty"] > 0, "> 0"),
-    )  # fmt: skip
-    for name, holds, allowed in rules:
-        if not holds:
-            raise ConfigError(
-                f"{name} is out of range", where=f"generate({name})", value=args[name],
-                allowed=allowed,
-            )  # fmt: skip
+def _check_length(model: CausalLM, n_prompt: int, max_new_tokens: int) -> None:
+    cfg, n_new = model.cfg, whole(max_new_tokens)
+    if n_new is None or not 0 <= n_new <= cfg.max_output_tokens:
+        raise ConfigError(
+            "max_new_tokens is out of range", where="max_new_tokens", value=max_new_tokens,
+            allowed=f"an integer in 0 .. max_output_tokens ({cfg.max_output_tokens})",
+            fix="ask for fewer tokens, or build the model with a larger max_output_tokens",
+        )  # fmt: skip
     if n_prompt + n_new > cfg.max_seq_len:
         raise ConfigError(
-            "prompt and new tokens do not fit the context", where="generate(max_new_tokens)",
+            "prompt and new tokens do not fit the context", where="max_new_tokens",
             value=f"{n_prompt} + {n_new}", allowed=f"max_seq_len ({cfg.max_seq_len}) together",
             fix="shorten the prompt or ask for fewer tokens",
         )  # fmt: skip
-    mask = args["attention_mask"]
-    if mask is not None and mask.shape == args["input_ids"].shape and not mask[:, -1].all():
+
+
+def _check_prompt_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
+    check_tensor("attention_mask", attention_mask, input_ids.shape, MASKS)
+    if attention_mask is not None and not attention_mask[:, -1].all():
         raise ConfigError(
-            "prompts must be padded on the left", where="generate(attention_mask)",
-            value=mask[:, -1].tolist(), allowed="true in the last column of every row",
+            "prompts must be padded on the left", where="attention_mask",
+            value=attention_mask[:, -1].tolist(), allowed="true in the last column of every row",
+            fix="move the padding in front of each prompt",
         )  # fmt: skip
-    stops = [args["stop"]] if isinstance(args["stop"], str) else list(args["stop"])
-    if "" in stops:
-        raise ConfigError("an empty stop string would end every row", where="generate(stop)", value=stops)
-    if stops and args["tokenizer"] is None:
+
+
+def _check_end(eos_token_id: int | None, vocab_size: int) -> None:
+    if eos_token_id is None:
+        return
+    end = whole(eos_token_id)
+    if end is None or not 0 <= end < vocab_size:
         raise ConfigError(
-            "stop strings need a tokenizer", where="generate(stop)", value=stops,
+            "not a token id", where="eos_token_id", value=eos_token_id,
+            allowed=f"None, or an integer in 0 .. {vocab_size - 1}",
+            fix="pass the tokenizer's eos id; several ends can be given as stop strings",
+        )  # fmt: skip
+
+
+def _stop_strings(stop: str | Sequence[str], tokenizer: Decoder | None) -> list[str]:
+    """The stop strings as a list, checked."""
+    stops = [stop] if isinstance(stop, str) or not isinstance(stop, Sequence) else list(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise ConfigError(
+            "not stop strings", where="stop", value=stop, allowed="strings of at least a character",
+            fix="leave stop out to generate max_new_tokens",
+        )  # fmt: skip
+    if stops and tokenizer is None:
+        raise ConfigError(
+            "stop strings need a tokenizer", where="stop", value=stops,
+            allowed="stop strings together with tokenizer=",
             fix="pass tokenizer=, or use eos_token_id",
         )  # fmt: skip
     return stops
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9

@@ -1,8 +1,8 @@
 """Every initialiser, in one table.
 
 Output projections start at zero, so that each block begins as the identity; all other matrices are
-normal with standard deviation sqrt(2 / (5 D)) (Huginn, arXiv 2502.05171, section 4). Norms, the
-injection and the read-out start where their modules put them: ones, the decay sqrt(1/5), identity.
+normal with standard deviation sqrt(2 / (5 D)) (Huginn, arXiv 2502.05171, section 4). The read-out
+starts at identity; norms and the injection where their modules put them (ones, decay sqrt(1/5)).
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ def _normal(weight: Tensor, dim: int) -> None:
     nn.init.normal_(weight, std=math.sqrt(2 / (5 * dim)))
 
 
+def _identity(weight: Tensor, dim: int) -> None:
+    nn.init.eye_(weight)
+
+
 def _keep(weight: Tensor, dim: int) -> None:
     """The module's own start."""
 
 
 # first match wins; names are those of `named_parameters()`
 TABLE = (
-    (r"norm\.weight$|injection\.|readout\.|gate\.bias$", _keep),
+    (r"norm\.weight$|injection\.|gate\.bias$", _keep),
+    (r"readout\.weight$", _identity),
     # these open a bottleneck, they do not end a residual branch
     (r"(q_down|kv_down)\.weight$|lora\.down$", _normal),
     (r"lora\.up$", _zero),

@@ -14,16 +14,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from open_mythos.base import CausalLM
 from open_mythos.cache import KVCache
-from open_mythos.config import MythosConfig
+from open_mythos.config import MythosConfig, check_count, whole
 from open_mythos.context import Context
 from open_mythos.errors import ConfigError
 from open_mythos.generation import Decoder, generate
@@ -57,8 +55,6 @@ class OpenMythos(CausalLM):
             TransformerBlock(cfg, layer=coda + i) for i in range(cfg.coda_layers)
         )
         init_weights(self, cfg.dim)
-        if isinstance(self.readout, nn.Linear):
-            nn.init.eye_(self.readout.weight)
 
     def forward(
         self,
@@ -84,7 +80,7 @@ class OpenMythos(CausalLM):
                 runs without autograd.
             start_pos: Position of the first token; ``cache.length`` when there is a cache.
             attention_mask: (B, T), false on padding.
-            document_ids: (B, T); tokens see only their own document.
+            document_ids: (B, T) integers; tokens see only their own document, a run of equal ids.
             sample_seeds: (B,) keys of each sequence's randomness (dropout, random h_0).
             grad_loops: Truncated back-propagation: gradient through the last loops of a row only.
             exit_rule: Lets rows stop before their depth.
@@ -93,12 +89,11 @@ class OpenMythos(CausalLM):
         Raises:
             ConfigError: An argument is out of range (no loops, an unknown token, too long, ...).
         """
-        hidden = self.hidden(
+        return self.logits(
             input_ids, kv_cache, start_pos,
             attention_mask=attention_mask, document_ids=document_ids, sample_seeds=sample_seeds,
             n_loops=n_loops, grad_loops=grad_loops, exit_rule=exit_rule, trace=trace,
         )  # fmt: skip
-        return self.head(hidden)
 
     def body(
         self,
@@ -112,15 +107,13 @@ class OpenMythos(CausalLM):
     ) -> Tensor:
         """Prelude, loop, coda: (B, T) ids -> (B, T, D)."""
         depth = self.resolve_depth(n_loops, input_ids.shape[0])
-        if grad_loops is not None and (isinstance(grad_loops, bool) or grad_loops < 1):
-            raise ConfigError(
-                "not a number of loops", where="grad_loops", value=grad_loops, allowed=">= 1, or None"
-            )
+        if grad_loops is not None:
+            check_count("grad_loops", grad_loops)
         e_BTD = self.embed(input_ids, ctx)
         h_BTD = self.recurrent(
             e_BTD, ctx, depth, grad_loops=grad_loops, exit_rule=exit_rule, trace=trace
         )
-        return self._coda(h_BTD, ctx)
+        return self.read_out(h_BTD, ctx)
 
     def embed(self, input_ids: Tensor, ctx: Context | None = None) -> Tensor:
         """The encoded input e (B, T, D): embedding, prelude, norm."""
@@ -144,45 +137,40 @@ class OpenMythos(CausalLM):
 
     def decode(self, h_BTD: Tensor, ctx: Context | None = None) -> Tensor:
         """Logits (B, T, vocab_size) that the state h stands for: read-out, coda, norm, head."""
-        ctx = ctx or self._plain_context(h_BTD)
-        return self.head(self.final_norm(self._coda(h_BTD, ctx)))
+        return self.head(self.read_out(h_BTD, ctx))
 
-    def _coda(self, h_BTD: Tensor, ctx: Context) -> Tensor:
+    def read_out(self, h_BTD: Tensor, ctx: Context | None = None) -> Tensor:
+        """The final hidden state (B, T, D) that h stands for: C h, coda, norm."""
+        ctx = ctx or self._plain_context(h_BTD)
         x_BTD = self.readout(h_BTD.to(self.head.weight.dtype))
         for block in self.coda:
             x_BTD = block(x_BTD, ctx)
-        return x_BTD
+        return self.final_norm(x_BTD)
 
     def _plain_context(self, x_BTD: Tensor) -> Context:
         return Context.build(x_BTD.shape[1], self.cfg.rope_dim, self.cfg.rope_theta, x_BTD.device)
 
     def resolve_depth(
         self, n_loops: int | Sequence[int] | Tensor | None, batch: int
-    ) -> int | Tensor:
-        """``n_loops`` as an integer >= 1, or as a (B,) tensor of such.
+    ) -> int | list[int]:
+        """``n_loops`` as an integer >= 1, or as a list of ``batch`` of them.
 
         Raises:
             ConfigError: Zero, negative, not an integer, or not one per row.
         """
         if n_loops is None:
             return self.cfg.max_loop_iters
-        if isinstance(n_loops, Tensor | Sequence) and not isinstance(n_loops, str):
-            depth = torch.as_tensor(n_loops)
-            whole = not (depth.is_floating_point() or depth.is_complex() or depth.dtype == torch.bool)
-            if whole and depth.shape == (batch,) and bool((depth >= 1).all()):
-                return depth
-            if whole and depth.dim() == 0 and int(depth) >= 1:
-                return int(depth)
-        elif not isinstance(n_loops, bool):
-            try:
-                depth_for_all = operator.index(n_loops)
-            except TypeError:
-                depth_for_all = 0
-            if depth_for_all >= 1:
-                return depth_for_all
+        given: Any = n_loops.tolist() if isinstance(n_loops, Tensor) else n_loops
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            depths = [whole(depth) or 0 for depth in given]
+            if len(depths) == batch and min(depths) >= 1:
+                return depths
+        elif (depth := whole(given) or 0) >= 1:
+            return depth
         raise ConfigError(
             "not a number of loops", where="n_loops", value=n_loops,
-            allowed=f"an integer >= 1, or {batch} of them (one per row), or None for max_loop_iters",
+            allowed=f"an integer >= 1, {batch} of them (one per row), or None for max_loop_iters",
+            fix="pass n_loops=1 for the shallowest model",
         )  # fmt: skip
 
     def generate(
@@ -216,4 +204,6 @@ class OpenMythos(CausalLM):
             "tokenizer": tokenizer, "on_token": on_token, "use_cache": use_cache,
         }  # fmt: skip
         depth = {"n_loops": n_loops, "exit_rule": exit_rule}
-        return generate(self, input_ids, max_new_tokens, temperature, top_k, depth=depth, **sampling)
+        return generate(
+            self, input_ids, max_new_tokens, temperature, top_k, depth=depth, **sampling
+        )

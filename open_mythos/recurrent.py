@@ -1,14 +1,14 @@
 """The loop. ``step`` is one iteration, and the only loop body there is; ``forward`` repeats it.
 
-    x       = A h + B e                         linear, rho(A) < 1 by construction
-    h_next  = x + R_t(x)                        residual branches: attention, experts, LoRA of loop t
+    x       = A h + B e                       linear, rho(A) < 1 by construction
+    h_next  = x + R_t(x)                      residual branches: attention, experts, LoRA of loop t
 
 so h_next = A h + B e + Transformer(h, e) with exactly A h + B e as its linear part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ ExitRule = Callable[[int, Tensor, Tensor], Tensor]
 The states are (rows, T, D). A row that stops leaves the batch: later loops do not compute it.
 """
 
-_INITIAL_STATE_SALT = 1 << 40
+_INITIAL_STATE_SALT = (1 << 32) - 1  # dropout counts up from 0
 
 
 class RecurrentBlock(nn.Module):
@@ -49,7 +49,9 @@ class RecurrentBlock(nn.Module):
             TransformerBlock(cfg, use_moe=cfg.n_experts > 0, layer=first_layer + i)
             for i in range(cfg.recurrent_layers)
         )
-        self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
+        self.lora = (
+            LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
+        )
         self.lora_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.lora_rank else None
         self.halting = ACTHalting(cfg.dim, cfg.act_threshold)
 
@@ -99,7 +101,7 @@ class RecurrentBlock(nn.Module):
         self,
         e_BTD: Tensor,
         ctx: Context,
-        n_loops: int | Tensor,
+        n_loops: int | Sequence[int],
         *,
         h_BTD: Tensor | None = None,
         grad_loops: int | None = None,
@@ -113,7 +115,7 @@ class RecurrentBlock(nn.Module):
         Args:
             e_BTD: Encoded input, injected at every loop.
             ctx: Positions, masks and cache of the call.
-            n_loops: Loops for all rows, or a (B,) tensor with one depth per row.
+            n_loops: Loops for all rows, or one number per row; at least 1.
             h_BTD: Initial state; :meth:`initial_state` by default.
             grad_loops: Truncated back-propagation: only the last ``grad_loops`` loops of each row
                 carry gradient. All of them by default.
@@ -124,21 +126,18 @@ class RecurrentBlock(nn.Module):
         drive_BTD = self.injection.drive(e_BTD)
         live = _LiveRows(n_loops, e_BTD)
         cache, t = ctx.cache, 0
-        while True:
-            leaving = live.reached(t)
-            if leaving is not None:
-                keep = live.retire(leaving, h_BTD)
-                if keep is None:
-                    break
-                h_BTD, drive_BTD, ctx = h_BTD[keep], drive_BTD[keep], ctx.select(keep)
-            starts_grad, with_grad = live.gradient(t, grad_loops)
-            if starts_grad is not None:
-                h_BTD = torch.where(starts_grad.view(-1, 1, 1), h_BTD.detach(), h_BTD)
-            with torch.set_grad_enabled(with_grad):
+        while live:
+            begins_B, any_grad = live.gradient(t, grad_loops)
+            if begins_B is not None:
+                h_BTD = torch.where(begins_B.view(-1, 1, 1), h_BTD.detach(), h_BTD)
+            with torch.set_grad_enabled(any_grad):
                 before, h_BTD = h_BTD, self.step(h_BTD, drive_BTD, t, ctx, trace)
-            t += 1
             if exit_rule is not None:
-                live.stop(exit_rule(t - 1, before, h_BTD), t)
+                live.stop(exit_rule(t, before, h_BTD), t + 1)
+            t += 1
+            stay = live.retire(t, h_BTD)
+            if stay is not None:
+                h_BTD, drive_BTD, ctx = h_BTD[stay], drive_BTD[stay], ctx.select(stay)
         if cache is not None:
             cache.carry_over(t, e_BTD.shape[1])
         return live.final_states()
@@ -147,33 +146,40 @@ class RecurrentBlock(nn.Module):
 class _LiveRows:
     """Which rows are still being computed, and the final states of those that are not."""
 
-    def __init__(self, n_loops: int | Tensor, e_BTD: Tensor) -> None:
+    def __init__(self, n_loops: int | Sequence[int], e_BTD: Tensor) -> None:
         self._device = e_BTD.device
-        depths = n_loops.tolist() if isinstance(n_loops, Tensor) else [n_loops] * e_BTD.shape[0]
-        self._depths: list[int] = depths
-        self._rows = list(range(len(depths)))
+        batch = e_BTD.shape[0]
+        self._depths = [n_loops] * batch if isinstance(n_loops, int) else list(n_loops)
+        self._rows = list(range(batch))
         self._done: list[tuple[list[int], Tensor]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
 
     def _index(self, positions: list[int]) -> Tensor:
         return torch.tensor(positions, dtype=torch.long, device=self._device)
 
-    def reached(self, t: int) -> list[bool] | None:
-        """Which live rows have run all their ``t`` loops; None when none has."""
-        leaving = [depth <= t for depth in self._depths]
-        return leaving if any(leaving) else None
+    def retire(self, t: int, h_BTD: Tensor) -> Tensor | None:
+        """Take out the rows that have run their ``t`` loops.
 
-    def retire(self, leaving: list[bool], h_BTD: Tensor) -> Tensor | None:
-        """Take the leaving rows out; the index of those that stay, or None when all have left."""
-        out = [i for i, leaves in enumerate(leaving) if leaves]
-        keep = [i for i, leaves in enumerate(leaving) if not leaves]
-        state = h_BTD if not keep else h_BTD[self._index(out)]
-        self._done.append(([self._rows[i] for i in out], state))
-        self._rows = [self._rows[i] for i in keep]
-        self._depths = [self._depths[i] for i in keep]
-        return self._index(keep) if keep else None
+        Returns:
+            The index of the rows that stay; None when it selects nothing: all stay, or none does.
+        """
+        leave = [i for i, depth in enumerate(self._depths) if depth <= t]
+        stay = [i for i, depth in enumerate(self._depths) if depth > t]
+        if not leave:
+            return None
+        rows = [self._rows[i] for i in leave]
+        self._done.append((rows, h_BTD[self._index(leave)] if stay else h_BTD))
+        self._rows = [self._rows[i] for i in stay]
+        self._depths = [self._depths[i] for i in stay]
+        return self._index(stay) if stay else None
 
     def gradient(self, t: int, grad_loops: int | None) -> tuple[Tensor | None, bool]:
-        """Rows whose gradient begins at loop t (None if it need not be cut), and whether any has one."""
+        """Which rows' gradient begins at loop ``t``, and whether any row has one by then.
+
+        The first is None where nothing has to be cut off.
+        """
         if grad_loops is None or not torch.is_grad_enabled():
             return None, torch.is_grad_enabled()
         first = [max(0, depth - grad_loops) for depth in self._depths]

@@ -287,7 +287,7 @@ class StreamDecoder:
         text = self._pending_text()
         # a trailing U+FFFD may be the first bytes of a character that later tokens complete
         settled = text.rstrip("\ufffd")
-        piece, self._emitted = settled[self._emitted :], max(self._emitted, len(settled))
+        piece, self._emitted = settled[self._emitted :], len(settled)
         if len(settled) == len(text):
             self._settle(text)
         return piece

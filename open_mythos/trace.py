@@ -79,7 +79,7 @@ class LoopTrace:
         return torch.stack([self.load[layer, loop] for loop in loops])
 
     def routing_entropy(self, layer: int) -> Tensor:
-        """(L,) entropy of the expert load at each loop, in units of log E: 1 is even, 0 one expert."""
+        """(L,) entropy of the expert load at each loop over log E: 1 is even, 0 a single expert."""
         load_LE = self.load_by_loop(layer)
         share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp_min(1)
         entropy = -(share_LE * share_LE.clamp_min(1e-12).log()).sum(-1)
@@ -88,13 +88,21 @@ class LoopTrace:
     def expert_overlap(self, layer: int) -> Tensor:
         """(L, L) share of experts a token has in common between two loops; needs keep_routing.
 
-        1 means the same set, 0 disjoint sets. Independent routing gives about C / E.
+        1 means the same set, 0 disjoint sets. Independent routing gives about C / E. Only the rows
+        that ran both loops count.
         """
         loops = sorted(loop for (at, loop) in self.experts if at == layer)
-        chosen = [self.experts[layer, loop] for loop in loops]
         overlap = torch.eye(len(loops))
-        for i, first in enumerate(chosen):
-            for j, second in enumerate(chosen[:i]):
-                same = (first.unsqueeze(-1) == second.unsqueeze(-2)).any(-1)
-                overlap[i, j] = overlap[j, i] = same.float().mean()
+        for i, later in enumerate(loops):
+            for j, earlier in enumerate(loops[:i]):
+                before_BTC = self._of_rows(self.experts[layer, earlier], earlier, later)
+                same = before_BTC.unsqueeze(-1) == self.experts[layer, later].unsqueeze(-2)
+                overlap[i, j] = overlap[j, i] = same.any(-1).float().mean()
         return overlap
+
+    def _of_rows(self, record: Tensor, earlier: int, later: int) -> Tensor:
+        """What loop ``earlier`` recorded of the rows that were still running in loop ``later``."""
+        ran, run = self.rows[earlier], self.rows[later]
+        if run is None:
+            return record
+        return record[run if ran is None else torch.searchsorted(ran, run)]

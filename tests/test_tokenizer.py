@@ -107,6 +107,8 @@ def test_ids_may_be_arrays_or_tensors(tokenizer: Tokenizer) -> None:
 def test_what_is_no_id_is_refused(tokenizer: Tokenizer, ids: object) -> None:
     with pytest.raises(DataError, match="token id"):
         tokenizer.decode(ids)
+    with pytest.raises(DataError, match="token id"):
+        tokenizer.decode([tokenizer.vocab_size])
 
 
 @both
@@ -149,6 +151,23 @@ def test_streaming_keeps_the_spaces_of_sentencepiece_like_decoders() -> None:
     stream = StreamDecoder(tokenizer)
     ids = [tokenizer.bos_id, 0, 1, tokenizer.eos_id, 1]
     assert [stream.push(i) for i in ids] == ["", "a", " b", "", " b"]
+    assert stream.flush() == ""
+    assert stream.push(1) == "b"  # a new stream
+
+
+class Chunks:
+    """Decodes chunks of bytes that begin and end inside characters, as merged tokens may."""
+
+    chunks = (b"a\xe2", b"\x82", b"\xac\xe2", b"\x82\xacb", b"\xff")
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self.chunks[i] for i in ids).decode(errors="replace")
+
+
+def test_streaming_gives_the_whole_characters_of_a_token_once() -> None:
+    stream = StreamDecoder(Chunks())
+    assert [stream.push(i) for i in range(5)] == ["a", "", "€", "€b", ""]
+    assert stream.flush() == "\ufffd"
 
 
 def test_bpe_compresses_and_is_reproducible() -> None:

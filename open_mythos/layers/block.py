@@ -36,7 +36,7 @@ class TransformerBlock(nn.Module):
         if cfg.attn_type not in ATTENTION:
             raise ConfigError(
                 "unknown attention", where="MythosConfig.attn_type", value=cfg.attn_type,
-                allowed=", ".join(ATTENTION),
+                allowed=", ".join(ATTENTION), fix="correct attn_type in the configuration",
             )  # fmt: skip
         self.layer, self.dropout = layer, cfg.dropout
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -46,7 +46,11 @@ class TransformerBlock(nn.Module):
         self.context_of = (cfg.rope_dim, cfg.rope_theta)
 
     def forward(
-        self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0, trace: LoopTrace | None = None
+        self,
+        x_BTD: Tensor,
+        ctx: Context | None = None,
+        loop: int = 0,
+        trace: LoopTrace | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D), in the dtype of ``x`` or wider."""
         if ctx is None:

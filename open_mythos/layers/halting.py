@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class ACTHalting(nn.Module):
     """A scalar gate per position and loop: lambda_t = sigmoid(w h + b), in float32.
 
-    Usable in any looped model. The gate is trained on a frozen trajectory; mixing the loops by its
-    weights during training is known to destroy depth extrapolation.
+    Usable in any looped model. The gate is trained on a frozen trajectory; whether mixing the
+    loops by its weights during training keeps depth extrapolation is contested.
 
     Args:
         dim: Width D of the state.
@@ -76,15 +76,19 @@ def graves_weights(
 def exit_loops(lambda_L: Tensor, threshold: float, depth: Tensor | None = None) -> Tensor:
     """(...) index of the first loop whose cumulative halting probability reaches ``threshold``."""
     reached = halting_weights(lambda_L, depth).cumsum(0) >= threshold
-    last = torch.as_tensor(lambda_L.shape[0] if depth is None else depth, device=lambda_L.device) - 1
     first = reached.to(torch.int8).argmax(0)
-    return torch.where(reached.any(0), first, last.expand_as(first))
+    return torch.where(reached.any(0), first, _last_loop(lambda_L, depth).expand_as(first))
+
+
+def _last_loop(lambda_L: Tensor, depth: Tensor | None) -> Tensor:
+    loops = lambda_L.shape[0] if depth is None else depth
+    return torch.as_tensor(loops, device=lambda_L.device) - 1
 
 
 def _with_remainder(lambda_L: Tensor, depth: Tensor | None) -> Tensor:
     """The probabilities with 1 at the last loop of every position, and 0 after it."""
     lam = lambda_L if lambda_L.dtype == torch.float64 else lambda_L.float()
     loops = torch.arange(lam.shape[0], device=lam.device).view(-1, *[1] * (lam.dim() - 1))
-    last = (torch.as_tensor(lam.shape[0], device=lam.device) if depth is None else depth) - 1
+    last = _last_loop(lam, depth)
     lam = torch.where(loops == last, torch.ones_like(lam), lam)
     return torch.where(loops > last, torch.zeros_like(lam), lam)

@@ -49,8 +49,8 @@ class LTIInjection(nn.Module):
         a = self.log_A.float().clamp(-30.0, 30.0).exp()
         dt = F.softplus(self.dt_bias.float().clamp(-60.0, 1e4))
         z = (dt * a).clamp(MIN_EXPONENT, MAX_EXPONENT)
-        # (1 - exp(-z)) / z, exact for small z, is the hold's share of dt; where z met its bound, the
-        # a that belongs to it is z / dt
+        # (1 - exp(-z)) / z, exact for small z, is the hold's share of dt; where z met its bound,
+        # the a that belongs to it is z / dt
         gain = dt if self.rule == "euler" else dt * (-torch.expm1(-z) / z)
         # the clamp absorbs the rounding of exp at the bound
         return torch.exp(-z).clamp(max=MAX_DECAY), gain

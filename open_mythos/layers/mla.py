@@ -88,7 +88,7 @@ class MLAttention(nn.Module):
         """The same attention without leaving the latent space, (B, T, H, V).
 
         All heads read one "key" (latent and rotary key) and one "value" (latent), so both products
-        are batched over B alone: plain matrix products of (T H, W) with (W, S).
+        are batched over B alone: plain matrix products of (S, W) and (W, T H).
         """
         cfg = self.cfg
         batch, n_new, heads, _ = q_BTHK.shape
@@ -97,8 +97,9 @@ class MLAttention(nn.Module):
         nope, rotary = q_BTHK.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)
         latent_query = torch.einsum("bthn,hnr->bthr", nope, key_up_HNR)
         q_BTHW = torch.cat((latent_query, rotary.to(latent_query.dtype)), dim=-1)
-        scores = q_BTHW.reshape(batch, n_new * heads, -1) @ entry_BSW.to(q_BTHW.dtype).mT
-        scores_BTHS = scores.view(batch, n_new, heads, -1).float() * self.scale
+        # the history stands on the left: bfloat16 products on a CPU would copy a transposed one
+        scores = entry_BSW.to(q_BTHW.dtype) @ q_BTHW.reshape(batch, n_new * heads, -1).mT
+        scores_BTHS = scores.mT.reshape(batch, n_new, heads, -1).float() * self.scale
         mask = ctx.mask
         if ctx.causal:
             mask = torch.ones(n_new, n_new, dtype=torch.bool, device=scores.device).tril()
@@ -106,7 +107,8 @@ class MLAttention(nn.Module):
         if mask is not None:
             scores_BTHS = scores_BTHS.masked_fill(~mask.transpose(1, 2), -torch.inf)
         weights = scores_BTHS.softmax(-1).to(entry_BSW.dtype).view(batch, n_new * heads, -1)
-        mixed_BTHR = (weights @ entry_BSW[..., : cfg.kv_lora_rank]).view(batch, n_new, heads, -1)
+        # the rotary keys are mixed along and dropped: leaving them out first would copy the latents
+        mixed_BTHR = (weights @ entry_BSW)[..., : cfg.kv_lora_rank].unflatten(1, (n_new, heads))
         return torch.einsum("bthr,hvr->bthv", mixed_BTHR, value_up_HVR)
 
     def absorbing_is_cheaper(self, n_new: int, n_all: int) -> bool:

@@ -18,9 +18,9 @@ class MoEFFN(nn.Module):
     """Routed experts chosen per token, plus shared experts that see every token.
 
     Scores are sigmoids in float32. The choice of experts uses score + bias, their weights the score
-    alone, renormalised over the chosen ones. The bias balances the load without a gradient
-    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): call :meth:`update_bias` after each optimizer
-    step with the load of all loops, which a :class:`LoopTrace` collects.
+    alone, renormalised over the chosen ones if there are several. The bias balances the load
+    without a gradient (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): call :meth:`update_bias`
+    after each optimizer step with the load of all loops, which a :class:`LoopTrace` collects.
 
     Usable in any model: only ``dim``, ``n_experts``, ``n_experts_per_tok``, ``expert_dim``,
     ``n_shared_experts`` and ``moe_backend`` of the configuration are read.
@@ -42,17 +42,24 @@ class MoEFFN(nn.Module):
         init_weights(self, cfg.dim)
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (N, E), chosen experts (N, C) and their weights (N, C), all but the second float32."""
+        """Scores (N, E), chosen experts (N, C) and weights (N, C); scores and weights float32."""
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.float(), self.router.weight.float())
         scores_NE = logits_NE.sigmoid()
         experts_NC = (scores_NE + self.router_bias).topk(self.top_k, dim=-1, sorted=False).indices
         weights_NC = scores_NE.gather(-1, experts_NC)
-        total_N1 = weights_NC.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return scores_NE, experts_NC, weights_NC / total_N1
+        if self.top_k > 1:
+            # a single weight renormalised would be 1, and the router would learn nothing
+            total_N1 = weights_NC.sum(-1, keepdim=True)
+            weights_NC = weights_NC / total_N1.clamp_min(torch.finfo(torch.float32).tiny)
+        return scores_NE, experts_NC, weights_NC
 
     def forward(
-        self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0, trace: LoopTrace | None = None
+        self,
+        x_BTD: Tensor,
+        ctx: Context | None = None,
+        loop: int = 0,
+        trace: LoopTrace | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); routing statistics go to ``trace``."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])

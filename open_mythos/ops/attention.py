@@ -49,7 +49,7 @@ def attend(
     if backend not in _BACKENDS:
         raise ConfigError(
             "unknown attention backend", where="attn_backend", value=backend,
-            allowed=", ".join(("auto", *_BACKENDS)),
+            allowed=", ".join(("auto", *_BACKENDS)), fix='set attn_backend to "auto"',
         )  # fmt: skip
     _log_once(backend)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
@@ -80,7 +80,8 @@ def _sdpa(
         v_BSGV = F.pad(v_BSGV, (0, key_width - value_width))
     out = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2),
-        attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
+        attn_mask=mask, is_causal=causal, scale=scale,
+        enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
     )  # fmt: skip
     return out.transpose(1, 2)[..., :value_width]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,11 @@ def routed_experts(
         ConfigError: Unknown backend, or one that cannot serve these shapes.
     """
     if backend == "auto":
-        backend = "grouped" if _alignment_problem(gate_up_EDF, down_EFD) is None else "sorted"
+        backend = "grouped" if _grouped_problem(gate_up_EDF, down_EFD) is None else "sorted"
     if backend not in _BACKENDS:
         raise ConfigError(
             "unknown expert backend", where="moe_backend", value=backend,
-            allowed=", ".join(("auto", *_BACKENDS)),
+            allowed=", ".join(("auto", *_BACKENDS)), fix='set moe_backend to "auto"',
         )  # fmt: skip
     _log_once(backend)
     x_ND = x_ND.to(gate_up_EDF.dtype)
@@ -85,61 +86,85 @@ def _reference(
     return out_ND
 
 
-def _in_expert_order(
-    x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of the tokens sorted by expert, their weights, and the sorting permutation.
+class _ToExperts(torch.autograd.Function):
+    """(N, D) tokens -> (N C, D) one row per choice, in the order of the experts.
 
-    Written with permutations alone: their gradients are permutations too, so no atomic additions
-    make the result depend on the order of threads.
+    This and its transpose :class:`_ToTokens` only ever gather rows, forward and backward: no atomic
+    additions make a result depend on the order of threads, and none are waited for.
     """
-    n_tokens, n_chosen = experts_NC.shape
-    order = experts_NC.reshape(-1).argsort(stable=True)
-    copies = x_ND.unsqueeze(1).expand(-1, n_chosen, -1).reshape(n_tokens * n_chosen, -1)
-    return copies[order], weights_NC.reshape(-1)[order].unsqueeze(-1), order
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.n_tokens = x_ND.shape[0]
+        return x_ND.index_select(0, order // (order.numel() // ctx.n_tokens))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _ToTokens.apply(grad, *ctx.saved_tensors, ctx.n_tokens), None, None
 
 
-def _in_token_order(y: Tensor, order: Tensor, shape_NC: torch.Size) -> Tensor:
-    inverse = torch.empty_like(order).scatter_(
-        0, order, torch.arange(order.numel(), device=order.device)
-    )
-    return y[inverse].view(*shape_NC, -1).sum(1)
+class _ToTokens(torch.autograd.Function):
+    """(N C, D) rows in the order of the experts -> (N, D), the sum of each token's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor, n_tokens: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return y.index_select(0, inverse).view(n_tokens, -1, y.shape[-1]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _ToExperts.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+def _expert_order(experts_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """The permutation that sorts all choices by expert, and its inverse."""
+    order = experts_NC.flatten().argsort(stable=True)
+    numbers = torch.arange(order.numel(), device=order.device)
+    return order, torch.empty_like(order).scatter_(0, order, numbers)
 
 
 def _sorted(
     x_ND: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, experts_NC: Tensor, weights_NC: Tensor
 ) -> Tensor:
     """Tokens sorted by expert, one dense product per expert; serves every shape and dtype."""
-    xs, ws, order = _in_expert_order(x_ND, experts_NC, weights_NC)
+    order, inverse = _expert_order(experts_NC)
+    xs = _ToExperts.apply(x_ND, order, inverse)
+    ws = _ToExperts.apply(weights_NC.view(-1, 1), order, inverse)
     counts = expert_load(experts_NC, gate_up_EDF.shape[0]).long().tolist()
     # unbound once: a slice per expert would make the backward pass fill a whole stack each time
-    parts = zip(xs.split(counts), ws.split(counts), gate_up_EDF.unbind(), down_EFD.unbind(), strict=True)
-    y = torch.cat([(_swiglu(x @ gate_up) * w) @ down for x, w, gate_up, down in parts])
-    return _in_token_order(y, order, experts_NC.shape)
+    projections = zip(gate_up_EDF.unbind(), down_EFD.unbind(), strict=True)
+    tokens = zip(xs.split(counts), ws.split(counts), projections, strict=True)
+    y = torch.cat([(_swiglu(x @ gate_up) * w) @ down for x, w, (gate_up, down) in tokens])
+    return _ToTokens.apply(y, order, inverse, x_ND.shape[0])
 
 
 def _grouped(
     x_ND: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, experts_NC: Tensor, weights_NC: Tensor
 ) -> Tensor:
     """Tokens sorted by expert, two grouped matrix products for all experts together."""
-    problem = _alignment_problem(gate_up_EDF, down_EFD)
+    problem = _grouped_problem(gate_up_EDF, down_EFD)
     if problem is not None:
         raise ConfigError(
             "grouped products cannot serve these experts", where="moe_backend", value=problem,
-            allowed="dim and expert_dim whose rows are multiples of 16 bytes",
+            allowed="rows of dim and of expert_dim in multiples of 16 bytes, at most 32-bit floats",
             fix='set moe_backend to "auto"',
         )  # fmt: skip
-    xs, ws, order = _in_expert_order(x_ND, experts_NC, weights_NC)
+    order, inverse = _expert_order(experts_NC)
+    xs = _ToExperts.apply(x_ND, order, inverse)
+    ws = _ToExperts.apply(weights_NC.view(-1, 1), order, inverse)
     ends = expert_load(experts_NC, gate_up_EDF.shape[0]).cumsum(0).to(torch.int32)
     hidden = _swiglu(F.grouped_mm(xs, gate_up_EDF, offs=ends)) * ws
     y = F.grouped_mm(hidden, down_EFD, offs=ends)
-    return _in_token_order(y, order, experts_NC.shape)
+    return _ToTokens.apply(y, order, inverse, x_ND.shape[0])
 
 
-def _alignment_problem(gate_up_EDF: Tensor, down_EFD: Tensor) -> str | None:
+def _grouped_problem(gate_up_EDF: Tensor, down_EFD: Tensor) -> str | None:
     """Why the grouped kernel would refuse these weights, or None."""
     if not hasattr(F, "grouped_mm"):
         return "this PyTorch has no grouped_mm"
+    if gate_up_EDF.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{gate_up_EDF.dtype} weights"
     for width in (gate_up_EDF.shape[1], gate_up_EDF.shape[2], down_EFD.shape[1]):
         if width * gate_up_EDF.element_size() % 16:
             return f"a row of {width} {gate_up_EDF.dtype} elements"

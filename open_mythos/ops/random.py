@@ -1,8 +1,9 @@
 """Random numbers as a function of integers, not of call order.
 
-A counter-based generator: every element's value is a hash of (key of its sequence, position, channel,
-salt). Dropout masks and initial states are therefore the same whether a sequence is computed alone
-or in a batch, on one rank or on eight, the first time or again during checkpointed recomputation.
+A counter-based generator: every element's value is a hash of (key of its sequence, position,
+channel, salt). Dropout masks and initial states are therefore the same whether a sequence is
+computed alone or in a batch, on one rank or on eight, the first time or again during checkpointed
+recomputation.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def counter_uniform(keys_B: Tensor, positions: Tensor, dim: int, salt: int) -> T
         keys_B: One int64 key per sequence.
         positions: (T,) or (B, T) positions of the tokens.
         dim: Channels.
-        salt: Names the use (layer, site, loop); other salts give independent numbers.
+        salt: Names the use (layer, site, loop), below 2^32; other salts give independent numbers.
     """
     row = _mix((keys_B & _WORD) ^ _mix((keys_B >> 32) & _WORD) ^ ((salt * 0x9E3779B9) & _WORD))
     token = _mix((row.unsqueeze(-1) + positions * 0x85EBCA6B) & _WORD)
@@ -46,7 +47,9 @@ def counter_normal(keys_B: Tensor, positions: Tensor, dim: int, salt: int) -> Te
     return math.sqrt(2) * torch.erfinv(2 * uniform - 1)
 
 
-def counter_dropout(x_BTD: Tensor, p: float, keys_B: Tensor, positions: Tensor, salt: int) -> Tensor:
+def counter_dropout(
+    x_BTD: Tensor, p: float, keys_B: Tensor, positions: Tensor, salt: int
+) -> Tensor:
     """Zero each element with probability ``p`` and scale the rest by 1 / (1 - p)."""
     keep = counter_uniform(keys_B, positions, x_BTD.shape[-1], salt) >= p
-    return torch.where(keep, x_BTD / (1 - p), torch.zeros((), dtype=x_BTD.dtype, device=x_BTD.device))
+    return torch.where(keep, x_BTD / (1 - p), torch.zeros_like(x_BTD))

@@ -2,10 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
+from open_mythos.config import is_number, whole
+from open_mythos.errors import ConfigError
 from open_mythos.ops.random import counter_uniform
+
+COLDEST = 1e-4
+"""Lowest temperature above 0; logits divided by less would lose their differences to rounding."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Draw from the k most likely tokens; 0 or None: from all.
+        top_p: Draw from the smallest set with this much probability.
+        min_p: Drop tokens less likely than this share of the most likely one.
+        repetition_penalty: Above 1 makes tokens that have occurred less likely.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+            ("temperature", lambda x: x == 0 or x >= COLDEST, f"0 (greedy), or >= {COLDEST}"),
+            ("top_p", lambda x: 0 < x <= 1, "0 < top_p <= 1"),
+            ("min_p", lambda x: 0 <= x <= 1, "0 <= min_p <= 1"),
+            ("repetition_penalty", lambda x: x > 0, "a finite number > 0"),
+        )
+        for name, holds, allowed in rules:
+            value = getattr(self, name)
+            if not is_number(value) or not holds(value):
+                _refuse(name, value, allowed)
+        if self.top_k is not None and (whole(self.top_k) is None or self.top_k < 0):
+            _refuse("top_k", self.top_k, "an integer >= 0, or None")
+
+    def choose(self, logits_BV: Tensor, seen_BT: Tensor, keys_B: Tensor, position: int) -> Tensor:
+        """The next token of every row, (B,).
+
+        Args:
+            logits_BV: Logits.
+            seen_BT: Token ids that have occurred in each row; negative entries are ignored.
+            keys_B: One int64 key per row, from which its draws follow.
+            position: Number of the draw within the row.
+        """
+        logits_BV = penalise_repetition(logits_BV.float(), seen_BT, self.repetition_penalty)
+        if self.temperature == 0:
+            return logits_BV.argmax(-1)
+        logits_BV = filter_logits(
+            logits_BV / self.temperature, top_k=self.top_k or 0, top_p=self.top_p, min_p=self.min_p
+        )
+        return sample_tokens(logits_BV, keys_B, position)
 
 
 def penalise_repetition(logits_BV: Tensor, seen_BT: Tensor, penalty: float) -> Tensor:
@@ -18,7 +80,8 @@ def penalise_repetition(logits_BV: Tensor, seen_BT: Tensor, penalty: float) -> T
     """
     if penalty == 1.0:
         return logits_BV
-    seen_BV = torch.zeros_like(logits_BV).scatter_(1, seen_BT.clamp_min(0), (seen_BT >= 0).to(logits_BV), reduce="add") > 0
+    occurs_BT = (seen_BT >= 0).to(logits_BV.dtype)
+    seen_BV = torch.zeros_like(logits_BV).scatter_add_(1, seen_BT.clamp_min(0), occurs_BT) > 0
     scaled_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return torch.where(seen_BV, scaled_BV, logits_BV)
 
@@ -28,9 +91,11 @@ def filter_logits(
 ) -> Tensor:
     """Set the logits of tokens that may not be drawn to -inf.
 
+    The filters apply one after the other, each to the distribution that the last one left.
+
     Args:
         logits_BV: Logits, temperature already applied.
-        top_k: Keep the k most likely tokens (0: all).
+        top_k: Keep the k most likely tokens, and those as likely as the k-th (0: all).
         top_p: Keep the smallest set of tokens whose probability reaches ``top_p``
             (arXiv 1904.09751); at least one.
         min_p: Keep tokens at least ``min_p`` times as likely as the most likely one
@@ -41,7 +106,8 @@ def filter_logits(
         logits_BV = logits_BV.masked_fill(logits_BV < kth, -torch.inf)
     if top_p < 1.0:
         ordered, index = logits_BV.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)
         logits_BV = torch.empty_like(logits_BV).scatter_(1, index, ordered)
     if min_p > 0.0:
@@ -60,3 +126,10 @@ def sample_tokens(logits_BV: Tensor, keys_B: Tensor, position: int) -> Tensor:
     position_1 = torch.tensor([position], device=logits_BV.device)
     uniform = counter_uniform(keys_B, position_1, logits_BV.shape[-1], salt=0).squeeze(1)
     return (logits_BV - torch.log(-torch.log(uniform))).argmax(-1)
+
+
+def _refuse(name: str, value: Any, allowed: str) -> NoReturn:
+    raise ConfigError(
+        f"{name} is out of range", where=name, value=value, allowed=allowed,
+        fix=f"leave {name} out for its default",
+    )  # fmt: skip

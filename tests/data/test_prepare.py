@@ -45,6 +45,11 @@ def test_shards_close_at_the_document_that_fills_them(shards) -> None:
     assert all(500 <= size < 500 + 120 for size in sizes[:-1])
 
 
+def test_a_shard_that_is_exactly_full_closes(tmp_path) -> None:
+    index = prepare(["123", "456", "7"], tmp_path / "a", BYTE, shard_tokens=4, val_fraction=0)
+    assert [shard.tokens.items for shard in index.splits["train"].shards] == [4, 4, 2]
+
+
 def test_the_split_depends_on_the_document_and_not_on_its_place(tmp_path, documents) -> None:
     prepare(documents[::-1] + documents[:9], tmp_path / "a", BYTE, val_fraction=0.3)
     prepare(documents, tmp_path / "b", BYTE, val_fraction=0.3)

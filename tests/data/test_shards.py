@@ -40,6 +40,12 @@ def test_tokens_outside_the_split_are_refused(shards, start: int, length: int) -
         shards.tokens(start, length)
 
 
+def test_the_last_token_is_the_last(shards) -> None:
+    assert shards.tokens(len(shards) - 1, 1).tolist() == [shards.eos_id]
+    with pytest.raises(ConfigError, match="no such tokens"):
+        shards.tokens(len(shards) - 1, 2)
+
+
 def test_document_spans_tile_the_split(shards) -> None:
     end = 0
     for document in range(shards.info.documents):
@@ -84,7 +90,7 @@ def test_a_file_cut_under_an_open_reader_is_located(copy) -> None:
 
 def test_an_impossible_id_is_located(copy) -> None:
     content = bytearray((copy / FIRST).read_bytes())
-    content[60:62] = b"\xff\xff"
+    content[60:62] = (320).to_bytes(2, "little")  # the first id that is none
     (copy / FIRST).write_bytes(content)
     shards = TokenShards(copy)
     assert len(shards.tokens(0, 30)) == 30

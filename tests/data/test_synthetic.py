@@ -63,6 +63,10 @@ def test_a_tenth_of_the_prefixes_is_held_out() -> None:
     held_out = TASK.is_held_out(entity, relations)
     assert not held_out[:, 0].any()
     assert 60 < held_out[:, 1].sum() < 150  # of 1,024
+    # the whole prefix decides: its entity, its first and its last relation
+    grid = held_out[:, 1].reshape(16, 8, 8)
+    for axis in range(3):
+        assert (grid.any(axis) & ~grid.all(axis)).any()
 
 
 def test_only_the_task_decides_what_is_held_out() -> None:

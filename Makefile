@@ -1,0 +1,47 @@
+# Two commands matter: `make demo` and `make test`. Each does all its own set-up.
+
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# idle OpenMP threads that spin slow every other process on a small machine
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed; this is {v.major}.{v.minor}. Set PYTHON=/path/to/python3.11")'
+	@echo "setting up $(VENV) with $(PYTHON) (once; PyTorch is the large part)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $(READY)
+
+setup: $(READY)  ## make the virtual environment
+
+demo: $(READY)  ## train a looped model beside a dense one on real text and look at depth (5 minutes)
+	@$(BIN)/open-mythos demo
+
+test: $(READY)  ## all tests that fit into ten minutes on two cores
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not network"
+
+test-slow: $(READY)  ## the longer checks
+	@$(BIN)/python -m pytest -m "slow and not gpu and not network"
+
+lint: $(READY)  ## formatter, linter, type checker
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(READY)  ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## fast paths against their plain twins, side by side, behind a correctness gate
+	@$(BIN)/python -m benchmarks
+
+clean:  ## remove the environment and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

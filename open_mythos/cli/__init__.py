@@ -1,0 +1,34 @@
+"""The command line: ``open-mythos COMMAND ...``; ``open-mythos COMMAND --help`` explains each.
+
+Parsing loads no torch, so that help and mistakes come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from open_mythos.errors import MythosError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code of the process.
+
+    0: done. 2 to 5: a :class:`~open_mythos.errors.MythosError` of that code, explained on standard
+    error. 75: training was interrupted and has saved its state. 130: interrupted.
+    """
+    from open_mythos.cli.parser import parse
+
+    try:
+        run, arguments = parse(list(sys.argv[1:] if argv is None else argv))
+        return run(**arguments)
+    except MythosError as error:
+        print(f"open-mythos: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # the reader of our output has gone (`| head`); leave nothing for the interpreter to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,81 @@
+"""What the demo trains: a looped and a dense model, on a task that needs depth and on text.
+
+Both see the same samples in the same order and have as many parameters.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+from open_mythos.config import MythosConfig
+from open_mythos.data import PermHop
+from open_mythos.train.config import DataConfig, DepthConfig, OptimConfig, RunConfig, TrainConfig
+
+VOCABULARY = 1024
+TRAINED_DEPTH = 4
+EVAL_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+"""Loops measured: to eight times the mean trained depth."""
+PROMPT = "def read_lines(path):\n    "
+SAMPLE_DEPTHS = (1, TRAINED_DEPTH, 4 * TRAINED_DEPTH)
+SAMPLE_TOKENS = 80
+
+
+HOPS = 5
+"""Relations of every program in training."""
+TEST_HOPS = (2, 3, 4, 5, 6, 7, 8, 10)
+HOP_LOOPS = (1, 2, 3, 5, 8, 10, 12, 16, 24, 32)
+TASK = PermHop(entities=16, relations=8)
+
+
+def text_config(folder: Path, seed: int, quick: bool) -> RunConfig:
+    """Language modelling; ``folder`` holds the prepared shards in ``data``, and gets the rest."""
+    model = MythosConfig(
+        vocab_size=VOCABULARY, dim=128, n_heads=4, n_kv_heads=4, max_seq_len=512,
+        max_loop_iters=TRAINED_DEPTH, prelude_layers=1, coda_layers=1, max_output_tokens=512,
+        kv_lora_rank=32, q_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32,
+        n_experts=8, n_shared_experts=1, n_experts_per_tok=2, expert_dim=64, lora_rank=0,
+        ffn_dim=256, tie_embeddings=True,
+    )  # fmt: skip
+    return RunConfig(
+        model=model,
+        data=DataConfig(path=str(folder / "data"), eval_windows=8 if quick else 128),
+        depth=DepthConfig(plan="poisson", mean=TRAINED_DEPTH, max_loops=2 * TRAINED_DEPTH),
+        optim=OptimConfig(lr=6e-3),
+        train=TrainConfig(
+            seed=seed, steps=6 if quick else 360, warmup_steps=2 if quick else 30, seq_len=128,
+            global_batch=16, device="cpu", log_every=2 if quick else 5, min_lr_ratio=0.02,
+            eval_depths=list(EVAL_DEPTHS), out_dir=str(folder / "looped"),
+        ),
+    )  # fmt: skip
+
+
+def hops_config(seed: int, quick: bool) -> RunConfig:
+    """Following chains of relations: never fewer loops than hops while training.
+
+    With fewer, the model would learn several hops per loop, and more loops would not help it.
+    """
+    model = MythosConfig(
+        vocab_size=TASK.vocab_size, dim=128, n_heads=4, n_kv_heads=4, attn_type="gqa",
+        max_seq_len=64, max_loop_iters=2 * HOPS, prelude_layers=1, coda_layers=1, n_experts=0,
+        ffn_dim=256, lora_rank=0,
+    )  # fmt: skip
+    return RunConfig(
+        model=model,
+        depth=DepthConfig(plan="uniform", low=HOPS, high=2 * HOPS),
+        optim=OptimConfig(lr=2e-3, beta2=0.98),
+        train=TrainConfig(
+            seed=seed, steps=6 if quick else 320, warmup_steps=2 if quick else 20,
+            seq_len=HOPS + 1, global_batch=256, device="cpu", log_every=2 if quick else 5,
+            min_lr_ratio=0.02,
+        ),
+    )  # fmt: skip
+
+
+def dense_counterpart(config: RunConfig) -> RunConfig:
+    """The same run with a dense transformer of as many parameters."""
+    dense = deepcopy(config)
+    dense.architecture = "dense"
+    if dense.train.out_dir is not None:
+        dense.train.out_dir = str(Path(dense.train.out_dir).with_name("dense"))
+    return dense

@@ -1,0 +1,118 @@
+"""Loss against depth: one pass over the loops, read out wherever a depth was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from open_mythos.base import CausalLM
+from open_mythos.config import check_count
+from open_mythos.data.batch import IGNORE_INDEX, Batch
+from open_mythos.errors import ConfigError, DataError
+from open_mythos.evaluation.frozen import frozen
+from open_mythos.model import OpenMythos
+from open_mythos.ops.cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """The loss at one depth; ``dataclasses.asdict`` makes it JSON."""
+
+    depth: int | None
+    """Loops; None for a model that has none."""
+    loss: float
+    """Nats per token, every token weighing the same."""
+    bits_per_byte: float | None
+    """loss / bytes per token / ln 2; None when the bytes are not known."""
+    tokens: int
+    """Tokens predicted."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+
+def evaluate_depths(
+    model: CausalLM,
+    batches: Iterable[Batch],
+    depths: Sequence[int],
+    *,
+    bytes_per_token: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[DepthRow]:
+    """The mean loss over ``batches`` at each depth, shallowest first.
+
+    The figures are those of ``model(input_ids, n_loops=depth)`` for every depth, but the loops are
+    run once, up to the deepest.
+
+    Args:
+        model: A looped model, or one without loops, which gives a single row.
+        batches: Validation batches; a finite iterable, read once.
+        depths: Loops, in any order; repetitions count once.
+        bytes_per_token: Bytes of text that a token stands for on average, for bits per byte.
+        dtype: Of the matrix products (autocast); float32 is exact.
+
+    Raises:
+        ConfigError: No depth was given, or one is not a positive integer.
+        DataError: The batches hold nothing to predict.
+    """
+    wanted = _wanted(model, depths)
+    loss_sums, tokens = [0.0] * len(wanted), 0
+    with frozen(model, dtype) as device:
+        for batch in (batch.to(device) for batch in batches):
+            tokens += int((batch.targets != IGNORE_INDEX).sum())
+            for i, hidden_BTD in enumerate(_final_states(model, batch, wanted)):
+                loss_sums[i] += linear_cross_entropy(
+                    hidden_BTD, model.head.weight, batch.targets,
+                    ignore_index=IGNORE_INDEX, reduction="sum",
+                ).item()  # fmt: skip
+    if not tokens:
+        raise DataError(
+            "nothing to evaluate on", where="batches", value="0 tokens to predict",
+            allowed="at least one target", fix="check that the validation split is not empty",
+        )  # fmt: skip
+    return [
+        _row(depth, total / tokens, bytes_per_token, tokens)
+        for depth, total in zip(wanted, loss_sums, strict=True)
+    ]
+
+
+def _wanted(model: CausalLM, depths: Sequence[int]) -> list[int] | list[None]:
+    if not isinstance(model, OpenMythos):
+        return [None]
+    if not depths:
+        raise ConfigError(
+            "no depth to evaluate",
+            where="depths",
+            value=depths,
+            allowed="one or more integers >= 1",
+        )
+    return sorted({check_count("depths", depth) for depth in depths})
+
+
+def _final_states(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -> Iterator[Tensor]:
+    """The normalised final hidden state (B, T, D) at each of ``depths``, which ascend."""
+    if not isinstance(model, OpenMythos):
+        yield model.hidden(batch.input_ids, document_ids=batch.document_ids)
+        return
+    ctx = model.context(batch.input_ids, document_ids=batch.document_ids)
+    e_BTD = model.embed(batch.input_ids, ctx)
+    h_BTD = model.recurrent.initial_state(e_BTD, ctx)
+    drive_BTD = model.recurrent.injection.drive(e_BTD)
+    t = 0
+    for depth in depths:
+        while depth is not None and t < depth:
+            h_BTD = model.recurrent.step(h_BTD, drive_BTD, t, ctx)
+            t += 1
+        # not `decode`: the logits of a whole batch need not exist
+        yield model.read_out(h_BTD, ctx)
+
+
+def _row(depth: int | None, loss: float, bytes_per_token: float | None, tokens: int) -> DepthRow:
+    bits = None if bytes_per_token is None else loss / bytes_per_token / math.log(2)
+    return DepthRow(depth, loss, bits, tokens)

@@ -1,0 +1,26 @@
+"""From a run's configuration to its untrained model."""
+
+from __future__ import annotations
+
+import torch
+
+from open_mythos.dense import DenseTransformer
+from open_mythos.model import OpenMythos
+from open_mythos.runtime import derive_seed
+from open_mythos.train.config import RunConfig
+
+Model = OpenMythos | DenseTransformer
+
+
+def build_model(config: RunConfig) -> Model:
+    """The model of a run on the CPU, its weights a function of ``config.train.seed``.
+
+    Raises:
+        ConfigError: The configuration is invalid.
+    """
+    config.validate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(config.train.seed, "init"))
+        if config.architecture == "dense":
+            return DenseTransformer.like(config.model, match="parameters")
+        return OpenMythos(config.model)

@@ -1,0 +1,326 @@
+"""What defines a training run, as plain data (this module loads no torch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from open_mythos.config import MythosConfig, unknown_key
+from open_mythos.errors import ConfigError
+
+DEPTH_PLAN_NAMES = ("fixed", "uniform", "poisson", "lognormal_poisson")
+SCHEDULE_NAMES = ("cosine", "wsd", "constant")
+DECAY_SHAPES = ("linear", "sqrt")
+ARCHITECTURES = ("looped", "dense")
+TRAIN_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class DepthConfig:
+    """How many loops each training sequence runs. A dense model does not read it."""
+
+    plan: str = "poisson"
+    """"fixed": always ``mean``; "uniform": ``low`` .. ``high``; "poisson": Poisson(mean), at least
+    1; "lognormal_poisson": the heavy tail of Huginn (arXiv 2502.05171), of mean ``mean`` + 1."""
+    mean: float = 8.0
+    """Mean depth; the depth itself for "fixed", then a whole number. "uniform" does not read it."""
+    low: int = 1
+    """Smallest depth of "uniform"."""
+    high: int = 8
+    """Largest depth of "uniform"."""
+    sigma: float = 0.5
+    """Standard deviation of the logarithm of the rate of "lognormal_poisson"."""
+    max_loops: int | None = None
+    """No sequence runs more loops than this; None for no limit."""
+    curriculum_start: float = 1.0
+    """``mean`` at the first step of a curriculum."""
+    curriculum_steps: int = 0
+    """Steps over which ``mean`` grows linearly from ``curriculum_start``; 0 for no curriculum."""
+
+    @property
+    def expected(self) -> float:
+        """Mean depth when any curriculum has ended, before ``max_loops`` cuts it."""
+        if self.plan == "uniform":
+            return (self.low + self.high) / 2
+        return self.mean + 1 if self.plan == "lognormal_poisson" else self.mean
+
+    def validate(self) -> None:
+        """Raises ConfigError if a field, or a relation between fields, is out of range."""
+        check = _Check("depth", self)
+        check.choice("plan", DEPTH_PLAN_NAMES)
+        check.number("mean", lambda x: 1 <= x <= 1024, "1 <= x <= 1024")
+        check.integer("low", 1)
+        check.integer("high", self.low, f"an integer >= low ({self.low})")
+        check.number("sigma", lambda x: 0 <= x <= 2, "0 <= x <= 2")
+        check.integer("max_loops", 1, optional=True)
+        check.number("curriculum_start", lambda x: 1 <= x <= 1024, "1 <= x <= 1024")
+        check.integer("curriculum_steps", 0)
+        if self.plan == "fixed" and self.mean != int(self.mean):
+            check.refuse("mean", 'a whole number with plan "fixed"')
+        if self.plan == "uniform" and self.curriculum_steps:
+            check.refuse("curriculum_steps", '0 with plan "uniform", which has no mean to grow')
+
+
+@dataclass
+class OptimConfig:
+    """AdamW (arXiv 1711.05101)."""
+
+    lr: float = 1e-3
+    """Learning rate at the end of the warm-up."""
+    beta1: float = 0.9
+    """Decay of the first moment, in [0, 1)."""
+    beta2: float = 0.95
+    """Decay of the second moment, in [0, 1)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices; ``open_mythos.train.optim`` says of which."""
+
+    def validate(self) -> None:
+        """Raises ConfigError if a field is out of range."""
+        check = _Check("optim", self)
+        check.number("lr", lambda x: x > 0, "finite and > 0")
+        check.number("beta1", lambda x: 0 <= x < 1, "0 <= x < 1")
+        check.number("beta2", lambda x: 0 <= x < 1, "0 <= x < 1")
+        check.number("eps", lambda x: x > 0, "finite and > 0")
+        check.number("weight_decay", lambda x: x >= 0, "finite and >= 0")
+
+
+@dataclass
+class DataConfig:
+    """Where the tokens come from."""
+
+    path: str = ""
+    """Folder of prepared token shards."""
+    document_masks: bool = False
+    """Keep attention inside documents where several share a sequence."""
+    eval_windows: int = 64
+    """Sequences of the validation split that an evaluation reads."""
+
+    def validate(self) -> None:
+        """Raises ConfigError if a field is out of range."""
+        check = _Check("data", self)
+        check.boolean("document_masks")
+        check.integer("eval_windows", 1)
+
+
+@dataclass
+class TrainConfig:
+    """The loop around the optimizer: length, batch, precision, what is written and when."""
+
+    seed: int = 0
+    """From this all randomness of the run follows: weights, data order, depths, dropout, h_0."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    seq_len: int = 256
+    """Tokens T of a training sequence."""
+    global_batch: int = 16
+    """Sequences per optimizer step."""
+    micro_batch: int | None = None
+    """Sequences computed at a time; divides ``global_batch``. None for all at once."""
+    schedule: str = "cosine"
+    """"cosine": down to ``min_lr_ratio`` over the rest of the run; "wsd": stable, then a decay over
+    the last ``decay_steps``; "constant"."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from (not at) zero."""
+    decay_steps: int = 200
+    """Length of the final decay of "wsd"."""
+    decay_shape: str = "linear"
+    """Shape of that decay: "linear", or "sqrt" (1 - sqrt, arXiv 2405.18392)."""
+    min_lr_ratio: float = 0.1
+    """Where a decay ends, as a share of the learning rate."""
+    clip: float = 1.0
+    """Largest norm of the gradient over all parameters; larger ones are scaled down to it."""
+    max_skips: int = 20
+    """Non-finite steps in a row that are skipped before training gives up with an error."""
+    dtype: str = "float32"
+    """Of the products: "float32", or "bfloat16" by autocast. Weights and moments stay float32."""
+    device: str = "auto"
+    """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:N"."""
+    grad_loops: int | Literal["auto"] | None = None
+    """Truncated back-propagation through the last loops of each sequence: how many, "auto" for half
+    the mean depth (rounded up), None for all of them, which is better where memory allows."""
+    checkpoint_loops: bool = False
+    """Recompute each loop in the backward pass: memory of one state per loop, about a quarter more
+    time."""
+    balance_speed: float = 1e-3
+    """Step of the bias that evens out the experts' load after each step; 0 leaves it still."""
+    balance_coefficient: float = 0.0
+    """Weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4); 0 leaves it out."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    eval_every: int = 0
+    """Steps between two evaluations; 0 for one at the end only."""
+    eval_depths: list[int] = field(default_factory=list)
+    """Loops at which an evaluation measures; empty for the mean training depth."""
+    save_every: int = 0
+    """Steps between two checkpoints; 0 for one at the end only."""
+    keep: int = 2
+    """Newest checkpoints that stay."""
+    out_dir: str | None = None
+    """Folder of metrics and checkpoints; None writes nothing."""
+
+    def validate(self) -> None:
+        """Raises ConfigError if a field, or a relation between fields, is out of range."""
+        check = _Check("train", self)
+        for name, least in _TRAIN_LEAST.items():
+            check.integer(name, least)
+        check.integer("micro_batch", 1, optional=True)
+        if self.global_batch % (self.micro_batch or 1):
+            check.refuse("micro_batch", f"a divisor of global_batch ({self.global_batch})")
+        for name, allowed in _TRAIN_CHOICES.items():
+            check.choice(name, allowed)
+        check.number("min_lr_ratio", lambda x: 0 <= x <= 1, "0 <= x <= 1")
+        check.number("clip", lambda x: x > 0, "finite and > 0")
+        check.number("balance_speed", lambda x: x >= 0, "finite and >= 0")
+        check.number("balance_coefficient", lambda x: x >= 0, "finite and >= 0")
+        check.boolean("checkpoint_loops")
+        if self.grad_loops != "auto":
+            check.integer("grad_loops", 1, 'an integer >= 1, "auto" or None', optional=True)
+        if any(not _is_int(depth) or depth < 1 for depth in self.eval_depths):
+            check.refuse("eval_depths", "integers >= 1")
+        if self.save_every and self.out_dir is None:
+            check.refuse("save_every", "0 without an out_dir to save in")
+        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
+            check.refuse(
+                "decay_steps", f"at most steps - warmup_steps ({self.steps - self.warmup_steps})"
+            )
+
+
+_TRAIN_LEAST = {
+    "seed": 0, "steps": 1, "seq_len": 1, "global_batch": 1, "warmup_steps": 0, "decay_steps": 1,
+    "max_skips": 0, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
+}  # fmt: skip
+_TRAIN_CHOICES = {
+    "schedule": SCHEDULE_NAMES,
+    "decay_shape": DECAY_SHAPES,
+    "dtype": TRAIN_DTYPES,
+}
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run; two runs of equal configuration are equal bit for bit."""
+
+    architecture: str = "looped"
+    """"looped", or "dense": the baseline with as many parameters, which has no depth to choose."""
+    model: MythosConfig = field(default_factory=MythosConfig)
+    """Shape of the looped model, from which the dense one is derived."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the tokens come from."""
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    """How many loops the sequences run."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+
+    @property
+    def grad_loops(self) -> int | None:
+        """Loops that carry gradient, as the model takes it; None for all."""
+        if self.train.grad_loops == "auto":
+            return math.ceil(self.depth.expected / 2)
+        return self.train.grad_loops
+
+    @property
+    def eval_depths(self) -> list[int]:
+        """Loops at which an evaluation measures."""
+        return list(self.train.eval_depths) or [max(1, round(self.depth.expected))]
+
+    def validate(self) -> None:
+        """Raises ConfigError if any field, or a relation between fields, is out of range."""
+        check = _Check("", self)
+        check.choice("architecture", ARCHITECTURES)
+        for section in _SECTIONS:
+            getattr(self, section).validate()
+        check = _Check("train", self.train)
+        if self.train.seq_len > self.model.max_seq_len:
+            check.refuse("seq_len", f"at most model.max_seq_len ({self.model.max_seq_len})")
+        if self.architecture == "dense":
+            for name in ("grad_loops", "checkpoint_loops"):
+                if getattr(self.train, name):
+                    check.refuse(name, "nothing for a dense model, which has no loops")
+        if self.train.balance_coefficient and (
+            self.architecture == "dense" or not self.model.n_experts
+        ):
+            check.refuse("balance_coefficient", "0 for a model without experts")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, nested, as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The inverse of :meth:`to_dict`; missing fields take their defaults.
+
+        Raises:
+            ConfigError: A key is unknown (the nearest field is named) or a value is invalid.
+        """
+        given = dict(_known(values, cls, "RunConfig"))
+        for name, section in _SECTIONS.items():
+            if name in given and not isinstance(given[name], section):
+                given[name] = section(**_known(given[name], section, name))
+        config = cls(**given)
+        config.validate()
+        return config
+
+
+_SECTIONS: dict[str, type] = {
+    "model": MythosConfig,
+    "data": DataConfig,
+    "depth": DepthConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+}
+
+
+def _known(values: Any, cls: type, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError("not a set of fields", where=where, value=values, allowed="a mapping")
+    known = {each.name for each in fields(cls)}
+    for key in values:
+        if key not in known:
+            raise unknown_key(str(key), known, where)
+    return values
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _Check:
+    """Checks on the fields of one section; each raises ConfigError."""
+
+    def __init__(self, section: str, config: Any) -> None:
+        self._prefix, self._config = f"{section}." if section else "", config
+
+    def refuse(self, name: str, allowed: str) -> None:
+        raise ConfigError(
+            f"{name} is out of range", where=self._prefix + name,
+            value=getattr(self._config, name), allowed=allowed,
+        )  # fmt: skip
+
+    def integer(self, name: str, least: int, allowed: str = "", optional: bool = False) -> None:
+        value = getattr(self._config, name)
+        if value is None and optional:
+            return
+        if not _is_int(value) or value < least:
+            self.refuse(
+                name, allowed or f"an integer >= {least}" + (", or None" if optional else "")
+            )
+
+    def number(self, name: str, holds: Callable[[float], bool], allowed: str) -> None:
+        value = getattr(self._config, name)
+        is_number = isinstance(value, float) or _is_int(value)
+        if not is_number or not math.isfinite(value) or not holds(value):
+            self.refuse(name, allowed)
+
+    def choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self._config, name) not in allowed:
+            self.refuse(name, " or ".join(repr(each) for each in allowed))
+
+    def boolean(self, name: str) -> None:
+        if not isinstance(getattr(self._config, name), bool):
+            self.refuse(name, "True or False")

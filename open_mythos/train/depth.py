@@ -1,0 +1,80 @@
+"""How many loops each training sequence runs: a pure function of (seed, step, sample).
+
+Neither the batch nor the rank enters, so micro-batches, world sizes and resumed runs agree on every
+depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from open_mythos.runtime import derive_seed
+from open_mythos.train.config import DepthConfig
+
+
+def _fixed(config: DepthConfig, mean: float, rng: np.random.Generator) -> int:
+    """Always the mean; a curriculum rounds it."""
+    return round(mean)
+
+
+def _uniform(config: DepthConfig, mean: float, rng: np.random.Generator) -> int:
+    """Each of low .. high equally often."""
+    return int(rng.integers(config.low, config.high, endpoint=True))
+
+
+def _poisson(config: DepthConfig, mean: float, rng: np.random.Generator) -> int:
+    """Poisson(mean), zero becoming one (which adds exp(-mean) to the mean)."""
+    return max(1, int(rng.poisson(mean)))
+
+
+def _lognormal_poisson(config: DepthConfig, mean: float, rng: np.random.Generator) -> int:
+    """tau ~ N(log mean - sigma^2 / 2, sigma), then Poisson(e^tau) + 1 (arXiv 2502.05171)."""
+    tau = rng.normal(np.log(mean) - config.sigma**2 / 2, config.sigma)
+    return int(rng.poisson(np.exp(tau))) + 1
+
+
+DEPTH_PLANS: dict[str, Callable[[DepthConfig, float, np.random.Generator], int]] = {
+    "fixed": _fixed,
+    "uniform": _uniform,
+    "poisson": _poisson,
+    "lognormal_poisson": _lognormal_poisson,
+}
+"""Plan name -> ``draw(config, mean of this step, generator of this sample)``."""
+
+
+class DepthPlan:
+    """Draws the depths of a run.
+
+    Args:
+        config: The plan; it is validated and copied.
+        seed: The run's seed.
+
+    Raises:
+        ConfigError: The configuration is invalid.
+    """
+
+    def __init__(self, config: DepthConfig, seed: int) -> None:
+        config.validate()
+        self.config, self.seed = replace(config), seed
+        self._draw = DEPTH_PLANS[config.plan]
+
+    def mean_at(self, step: int) -> float:
+        """The plan's mean at ``step`` (from 0): constant, or growing through a curriculum."""
+        config = self.config
+        done = min(1.0, step / config.curriculum_steps) if config.curriculum_steps else 1.0
+        return config.curriculum_start + done * (config.mean - config.curriculum_start)
+
+    def depths(self, step: int, sample_index_B: Tensor | Iterable[int]) -> Tensor:
+        """(B,) int64 depths >= 1 of the samples with these global numbers, on the CPU."""
+        samples = sample_index_B.tolist() if isinstance(sample_index_B, Tensor) else sample_index_B
+        return torch.tensor([self._depth(step, int(sample)) for sample in samples])
+
+    def _depth(self, step: int, sample: int) -> int:
+        seed = derive_seed(self.seed, "depth", step, sample)
+        depth = self._draw(self.config, self.mean_at(step), np.random.default_rng(seed))
+        return depth if self.config.max_loops is None else min(depth, self.config.max_loops)

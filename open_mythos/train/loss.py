@@ -1,0 +1,134 @@
+"""The training loss: next tokens at the last loop, and the balance of the experts.
+
+Every part is divided by a count over the whole optimizer step, so that the sum over micro-batches
+(and ranks) is the loss of the one large batch, exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos.base import CausalLM
+from open_mythos.errors import ConfigError
+from open_mythos.ops.cross_entropy import linear_cross_entropy
+from open_mythos.trace import LoopTrace
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What one micro-batch adds to the loss of its step; float32 scalars."""
+
+    total: Tensor
+    """``nll`` plus the weighted ``balance``: to be back-propagated."""
+    nll: Tensor
+    """Negative log-likelihood of the next tokens, nats, divided by the tokens of the step."""
+    balance: Tensor
+    """Sequence-wise balance loss, divided by the sequences of the step; 0 without experts."""
+
+
+def count_targets(targets_BT: Tensor) -> int:
+    """Positions that have something to predict."""
+    return int((targets_BT != IGNORE_INDEX).sum())
+
+
+def next_token_loss(
+    model: CausalLM,
+    input_ids: Tensor,
+    targets: Tensor,
+    *,
+    step_tokens: int,
+    step_sequences: int,
+    document_ids: Tensor | None = None,
+    sample_seeds: Tensor | None = None,
+    balance_coefficient: float = 0.0,
+    **depth: Any,
+) -> LossOutput:
+    """The loss of one micro-batch, every sequence at its own last loop.
+
+    Args:
+        model: A looped or a dense model.
+        input_ids: (B, T) token ids.
+        targets: (B, T) next tokens; -100 where there is nothing to predict.
+        step_tokens: Targets that count in the whole optimizer step.
+        step_sequences: Sequences in the whole optimizer step.
+        document_ids: (B, T); tokens see only their own document.
+        sample_seeds: (B,) keys of dropout and of random initial states.
+        balance_coefficient: Weight of :func:`sequence_balance_loss`; above 0 it needs a ``trace``
+            with ``keep_routing`` among ``depth``.
+        depth: ``n_loops``, ``grad_loops`` and ``trace`` of a looped model.
+    """
+    hidden_BTD = model.hidden(
+        input_ids, document_ids=document_ids, sample_seeds=sample_seeds, **depth
+    )
+    nll = linear_cross_entropy(
+        hidden_BTD, model.head.weight, targets, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    nll = nll / max(1, step_tokens)
+    if not balance_coefficient:
+        return LossOutput(nll, nll.detach(), torch.zeros_like(nll, requires_grad=False))
+    balance_B = sequence_balance_loss(depth["trace"], input_ids.shape[0])
+    balance = balance_B.sum() / step_sequences
+    return LossOutput(nll + balance_coefficient * balance, nll.detach(), balance.detach())
+
+
+def sequence_balance_loss(trace: LoopTrace, batch: int, valid_BT: Tensor | None = None) -> Tensor:
+    """The sequence-wise balance loss of DeepSeek-V3 (arXiv 2412.19437, equations 17-20).
+
+    For one sequence of T tokens, E experts and top-C routing, at one mixture layer and loop,
+
+        f_i = E / (C T) * tokens that chose expert i
+        P_i = mean over tokens of score_i / sum of the token's scores
+        loss = sum over i of f_i P_i
+
+    which is 1 for even routing and at most E / C. A sequence's loss is the mean over the layers
+    and loops that it ran, so that deep sequences do not weigh more. The gradient flows through P.
+
+    Args:
+        trace: Of a forward call with ``keep_routing``.
+        batch: Rows B of that call.
+        valid_BT: False on padding, which does not count; None when there is none.
+
+    Returns:
+        (B,) float32.
+
+    Raises:
+        ConfigError: The trace kept no routing.
+    """
+    if not trace.scores:
+        raise ConfigError(
+            "no routing to balance", where="trace",
+            value=f"keep_routing={trace.keep_routing}, {len(trace.load)} mixture records",
+            allowed="a trace with keep_routing=True, of a model with experts",
+            fix="set train.balance_coefficient to 0 for a model without experts",
+        )  # fmt: skip
+    device = next(iter(trace.scores.values())).device
+    total_B, records_B = torch.zeros(batch, device=device), torch.zeros(batch, device=device)
+    for (layer, loop), scores_RTE in trace.scores.items():
+        rows_R = trace.rows[loop]
+        if rows_R is None:
+            rows_R = torch.arange(batch, device=device)
+        valid_RT = None if valid_BT is None else valid_BT[rows_R]
+        loss_R = _balance(scores_RTE, trace.experts[layer, loop], valid_RT)
+        total_B = total_B.index_add(0, rows_R, loss_R)
+        records_B = records_B.index_add(0, rows_R, torch.ones_like(loss_R))
+    return total_B / records_B
+
+
+def _balance(scores_RTE: Tensor, experts_RTC: Tensor, valid_RT: Tensor | None) -> Tensor:
+    """(R,) sum over experts of f_i P_i."""
+    weight_RT = torch.ones_like(scores_RTE[..., 0]) if valid_RT is None else valid_RT.float()
+    tokens_R1 = weight_RT.sum(1, keepdim=True).clamp_min(1)
+    n_experts, n_chosen = scores_RTE.shape[-1], experts_RTC.shape[-1]
+    chosen_RE = torch.zeros_like(scores_RTE[:, 0]).scatter_add_(
+        1, experts_RTC.flatten(1), weight_RT.repeat_interleave(n_chosen, dim=1)
+    )
+    f_RE = n_experts / (n_chosen * tokens_R1) * chosen_RE
+    share_RTE = scores_RTE / scores_RTE.sum(-1, keepdim=True)
+    p_RE = (share_RTE * weight_RT.unsqueeze(-1)).sum(1) / tokens_R1
+    return (f_RE * p_RE).sum(-1)

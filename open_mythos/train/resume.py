@@ -1,0 +1,65 @@
+"""Which settings may differ between a saved run and the one that continues it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from open_mythos.config import nearest
+from open_mythos.errors import ConfigError
+
+MAY_CHANGE = frozenset(
+    {
+        "data.path", "data.eval_windows", "train.steps", "train.device", "train.checkpoint_loops",
+        "train.max_skips", "train.log_every", "train.eval_every", "train.eval_depths",
+        "train.save_every", "train.keep", "train.out_dir",
+    }
+)  # fmt: skip
+"""Fields free to change: they do not alter what a step computes, save that the shape of a decaying
+schedule follows ``train.steps``, and rounding follows ``train.device``. The data itself is checked
+by its fingerprint, wherever it lies."""
+
+
+def refuse_changes(
+    saved: Mapping[str, Any], present: Mapping[str, Any], allow: Collection[str] = ()
+) -> None:
+    """Compare two configurations field by field.
+
+    Args:
+        saved: Nested fields of the saved run.
+        present: Nested fields of the run that wants to continue it.
+        allow: Dotted names of further fields that may differ.
+
+    Raises:
+        ConfigError: A field differs that may not, or ``allow`` names no field.
+    """
+    before, now = _flat(saved), _flat(present)
+    known = before.keys() | now.keys()
+    for name in allow:
+        if name not in known:
+            raise ConfigError(
+                "no such field", where="allow", value=name, allowed="dotted names of fields",
+                fix=nearest(name, known),
+            )  # fmt: skip
+    changed = [
+        f"{name}: saved {before.get(name, 'absent')!r}, now {now.get(name, 'absent')!r}"
+        for name in sorted(known - MAY_CHANGE - set(allow))
+        if name not in before or name not in now or before[name] != now[name]
+    ]
+    if changed:
+        names = ", ".join(line.split(":")[0] for line in changed)
+        raise ConfigError(
+            "the configuration differs from that of the checkpoint:\n    " + "\n    ".join(changed),
+            where="resume", value=names, allowed="the saved values",
+            fix="restore them, start a new run, or allow the change by name",
+        )  # fmt: skip
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

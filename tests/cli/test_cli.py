@@ -1,0 +1,192 @@
+"""The command line as a user meets it: every command in a process-like call, mistakes included."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from open_mythos.accounting import account
+from open_mythos.cli import main
+from open_mythos.variants import variant
+
+TEXT = "def add(a, b):\n    return a + b\n\n" * 200
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a call."""
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    for i in range(8):
+        (folder / "text").mkdir(exist_ok=True)
+        (folder / "text" / f"{i}.py").write_text(f"# file {i}\n" + TEXT)
+    code = main(
+        [
+            "data",
+            "prepare",
+            str(folder / "text"),
+            str(folder / "shards"),
+            "--val-fraction",
+            "0.4",
+            "--quiet",
+        ]
+    )
+    assert code == 0
+    return folder / "shards"
+
+
+def train_arguments(shards: Path, out: Path, steps: int) -> list[str]:
+    return [
+        "train", "--variant", "nano", "--data.path", str(shards), "--train.out_dir", str(out),
+        f"--train.steps={steps}", "--train.warmup-steps", "2", "--train.seq_len", "32",
+        "--train.global_batch", "4", "--depth.mean", "2", "--train.eval_depths", "[1,2,4]",
+        "--data.eval_windows", "4", "--train.log_every", "1", "--train.schedule", "constant",
+        "--quiet",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    assert main(train_arguments(shards, out, 4)) == 0
+    return out
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = (
+        "import sys; from open_mythos.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    clock = time.process_time(), time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--model.kv_lora_rank" in done.stdout
+    assert time.perf_counter() - clock[1] < 10  # 0.5 s on an idle machine
+
+
+@pytest.mark.parametrize(
+    ("argv", "said", "code"),
+    [
+        (["train", "--train.stps", "3"], "did you mean 'train.steps'?", 2),
+        (["info", "1c"], "allowed: nano, tiny", 2),
+        (["info", "1b", "--lops", "[1]"], "did you mean 'loops'?", 2),
+        (["train", "--variant", "hughe"], "unknown variant", 2),
+        (["train", "--model.dim", "many"], "model.dim", 2),
+        (["train", "--train.steps", "0"], "train.steps", 2),
+        (["generate", "nowhere", "x"], "no model there", 3),
+        (["evaluate", "nowhere"], "no model there", 3),
+        (["data", "prepare", "nowhere", "out"], "nowhere", 3),
+        (["data", "prepare", "stdlib", "out", "--tokenizer", "bpe:many"], "bpe:N", 2),
+        (["nonsense"], "nonsense", 2),
+    ],
+)
+def test_mistakes_are_explained(
+    argv: list[str], said: str, code: int, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    got, _, err = run(capsys, *argv)
+    assert (got, said in err) == (code, True), err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_info_counts_what_accounting_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info", "3b", "--loops", "[1,16]", "--json")
+    rows = json.loads(out)["depths"]
+    assert code == 0
+    assert [row["n_loops"] for row in rows] == [1, 16]
+    assert rows[1]["parameters"] == account(variant("3b")).parameters
+    assert rows[1]["cache_bytes_per_token"] == account(variant("3b"), 16).cache_bytes()
+    code, out, _ = run(capsys, "info", "3b")
+    assert f"{account(variant('3b')).parameters:,}" in out
+
+
+def test_info_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump({"model": variant("nano").to_dict()}))
+    code, out, _ = run(capsys, "info", str(path), "--json")
+    assert code == 0
+    assert json.loads(out)["depths"][0]["parameters"] == account(variant("nano")).parameters
+
+
+def test_printed_config_is_a_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--variant", "nano", "--optim.lr", "0.5", "--print-config"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["model"]["dim"] == variant("nano").dim
+    path = tmp_path / "run.yaml"
+    path.write_text(text.replace("dim: 128", "dimm: 128", 1))
+    code, _, err = run(capsys, "train", "--config", str(path))
+    assert (code, "dimm" in err) == (2, True), err
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(path), "--optim.lr", "0.25", "--print-config"])
+    again = yaml.safe_load(capsys.readouterr().out)
+    assert again["optim"]["lr"] == 0.25
+    assert again["model"] == yaml.safe_load(text)["model"]
+
+
+def test_training_leaves_a_run(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    measured = next(line["eval/depths"] for line in lines if "eval/depths" in line)
+    assert [row["depth"] for row in measured] == [1, 2, 4]
+    assert all(0 < row["bits_per_byte"] < 9 for row in measured)
+    assert yaml.safe_load((trained / "run.yaml").read_text())["train"]["steps"] == 4
+
+
+def test_a_run_is_not_overwritten_but_resumed(
+    trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, *train_arguments(shards, trained, 6))
+    assert (code, "--resume latest" in err) == (2, True)
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    assert main(train_arguments(shards, half, 3)) == 0
+    assert main([*train_arguments(shards, half, 6), "--resume", "latest"]) == 0
+    assert main(train_arguments(shards, whole, 6)) == 0
+    weights = [(run / "checkpoints").glob("*6/model.safetensors") for run in (half, whole)]
+    first, second = (next(found).read_bytes() for found in weights)
+    assert first == second
+
+
+def test_generate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["generate", str(trained), "def ", "--max-new-tokens", "12", "--n-loops", "3"]
+    code, streamed, _ = run(capsys, *asked)
+    assert code == 0
+    assert streamed.startswith("def ")
+    _, quiet, _ = run(capsys, *asked, "--quiet")
+    assert streamed == "def " + quiet
+    _, other, _ = run(capsys, *asked, "--quiet", "--seed", "1")
+    assert other != quiet
+    code, _, err = run(capsys, "generate", str(trained), "def ", "--n-loops", "0")
+    assert (code, "n_loops" in err) == (2, True)
+
+
+def test_evaluate(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.json"
+    code, shown, _ = run(
+        capsys, "evaluate", str(trained), "--depths", "[1,2,4]", "--windows", "4",
+        "--seq_len", "32", "--batch", "4", "--out", str(out), "--quiet",
+    )  # fmt: skip
+    assert code == 0
+    rows = json.loads(out.read_text())["depths"]
+    assert [row["depth"] for row in rows] == [1, 2, 4]
+    lines = (trained / "metrics.jsonl").read_text().splitlines()
+    logged = next(json.loads(x)["eval/depths"] for x in lines if "eval/depths" in x)
+    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in logged], rel=1e-5)
+    assert f"{rows[0]['bits_per_byte']:.4f}" in shown

@@ -1,0 +1,41 @@
+"""Settings of all tests, and the models that many of them read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from helpers import ATTENTION_TYPES, small_model
+from hypothesis import settings
+
+from open_mythos import OpenMythos
+
+# the same cases on every run and every machine: a failure is never a matter of luck
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """Every test begins with the same global generator, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ATTENTION_TYPES)
+def attn_type(request: pytest.FixtureRequest) -> str:
+    """Both attention types, one after the other."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def shared_model() -> Callable[[str], OpenMythos]:
+    """The randomised model of an attention type, made once; never to be changed by a test."""
+    return cache(small_model)
+
+
+@pytest.fixture
+def model(attn_type: str, shared_model: Callable[[str], OpenMythos]) -> OpenMythos:
+    """The randomised model of both attention types; never to be changed by a test."""
+    return shared_model(attn_type)

@@ -1,0 +1,135 @@
+"""The parts of the documentation that are made from the code: tables and quoted source.
+
+A document holds each of them between ``<!-- made: NAME -->`` and ``<!-- end -->``. The tests
+compare; this script rewrites:
+
+    python tests/docs/doc_blocks.py
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from open_mythos import OpenMythos, RecurrentBlock, config
+from open_mythos.accounting import account, cache_rows
+from open_mythos.config import MythosConfig
+from open_mythos.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+_MADE = re.compile(r"(<!-- made: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; all but the first column right-aligned where they hold numbers."""
+    rows = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
+    numeric = [all(re.match(r"[-\d.]", row[i]) for row in rows) for i in range(len(head))]
+    rule = ["---:" if number and i else "---" for i, number in enumerate(numeric)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
+
+
+def field_docs() -> dict[str, str]:
+    """The line of documentation under each field of MythosConfig."""
+    tree = ast.parse(inspect.getsource(config))
+    (cls,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "MythosConfig")
+    docs = {}
+    for field, text in zip(cls.body, cls.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    return docs
+
+
+def config_table() -> str:
+    docs = field_docs()
+    shown = {f.name: repr(f.default).replace("'", '"') for f in fields(MythosConfig)}
+    rows = ((f"`{name}`", f"`{default}`", docs[name]) for name, default in shown.items())
+    return table(("field", "default", "meaning"), rows)
+
+
+def billions(count: int) -> str:
+    """``count`` with three significant figures and its unit."""
+    for size, unit in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def variants_table() -> str:
+    head = (
+        "variant", "parameters", "active per token", "dim", "heads", "prelude + coda", "experts",
+        "top-k", "shared", "expert_dim", "loops", "context", "max output", "vocabulary",
+    )  # fmt: skip
+
+    def row(name: str) -> Sequence[object]:
+        cfg = VARIANTS[name]()
+        count = account(cfg)
+        return (
+            f"`mythos_{name}`", billions(count.parameters), billions(count.active_parameters),
+            cfg.dim, cfg.n_heads, f"{cfg.prelude_layers} + {cfg.coda_layers}", cfg.n_experts,
+            cfg.n_experts_per_tok, cfg.n_shared_experts, cfg.expert_dim, cfg.max_loop_iters,
+            f"{cfg.max_seq_len:,}", f"{cfg.max_output_tokens:,}", f"{cfg.vocab_size:,}",
+        )  # fmt: skip
+
+    return table(head, map(row, VARIANTS))
+
+
+def cache_table() -> str:
+    head = (
+        "variant", "heads", "MLA", "MHA", "GQA-8", "GQA-4", "MHA / MLA", "GQA-8 / MLA",
+        "GQA-4 / MLA", "slots", "KiB per token", 'with `kv_share="last"`',
+    )  # fmt: skip
+    ratio = lambda value: "-" if value is None else f"{value:.1f}"  # noqa: E731
+    rows = (
+        (
+            f"`mythos_{row.variant}`", row.n_heads, row.mla, row.mha, row.gqa8 or "-",
+            row.gqa4 or "-", ratio(row.over_mha), ratio(row.over_gqa8), ratio(row.over_gqa4),
+            row.slots, f"{row.bytes_per_token / 1024:.1f}",
+            f"{row.bytes_per_token_shared / 1024:.1f}",
+        )
+        for row in cache_rows()
+    )  # fmt: skip
+    return table(head, rows)
+
+
+def source(thing: Callable[..., object]) -> Callable[[], str]:
+    """The code of ``thing`` as a Markdown block."""
+
+    def quote() -> str:
+        return f"```py\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}\n```\n"
+
+    return quote
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "config": config_table,
+    "variants": variants_table,
+    "cache": cache_table,
+    "RecurrentBlock.step": source(RecurrentBlock.step),
+    "RecurrentBlock.forward": source(RecurrentBlock.forward),
+    "OpenMythos.body": source(OpenMythos.body),
+}
+
+
+def remade(text: str) -> str:
+    """``text`` with every made block as the code now has it."""
+    return _MADE.sub(lambda m: f"{m[1]}{MADE[m[2]]()}{m[3]}", text)
+
+
+def made_blocks(text: str) -> list[str]:
+    """The names of the made blocks of a document."""
+    return [match[2] for match in _MADE.finditer(text)]
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        if (new := remade(old)) != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"rewritten: {page.relative_to(ROOT)}")

@@ -1,0 +1,140 @@
+"""Expert kernels against the plain twin, values and gradients, at odd sizes too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_differs, assert_same
+from torch import Tensor
+
+from open_mythos.ops.moe import expert_load, routed_experts
+
+SHAPES = {  # N, D, F, E, C
+    "plain": (40, 16, 8, 8, 2),
+    "one token": (1, 16, 8, 8, 2),
+    "all experts": (12, 16, 8, 4, 4),
+    "one expert": (12, 16, 8, 1, 1),
+    "more experts than tokens": (3, 8, 4, 32, 2),
+    "odd width": (17, 7, 5, 3, 2),
+    "odd hidden width": (17, 16, 3, 5, 2),
+    "unaligned": (23, 10, 6, 6, 3),
+    "one channel": (5, 1, 1, 2, 1),
+}
+ALIGNED = ("plain", "one token", "all experts", "one expert", "more experts than tokens")
+
+
+def inputs(name: str, chosen: str = "random") -> tuple[list[Tensor], Tensor]:
+    """x, gate_up, down, weights (leaves), and the chosen experts."""
+    n, d, f, e, c = SHAPES[name]
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((n, d), (e, d, 2 * f), (e, f, d), (n, c))
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    if chosen == "first":  # every token at the same experts: all others are empty
+        experts = torch.arange(c).expand(n, c).contiguous()
+    else:
+        experts = torch.rand(n, e, generator=generator).topk(c, sorted=False).indices
+    return leaves, experts
+
+
+def run(name: str, backend: str, chosen: str = "random") -> tuple[Tensor, list[Tensor]]:
+    (x, gate_up, down, weights), experts = inputs(name, chosen)
+    out = routed_experts(x, gate_up, down, experts, weights, backend=backend)
+    signal = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * signal).sum().backward()
+    return out.detach(), [leaf.grad for leaf in (x, gate_up, down, weights)]
+
+
+CASES = [(name, backend) for name in SHAPES for backend in ("sorted", "auto")]
+CASES += [(name, "grouped") for name in ALIGNED]
+
+
+@pytest.mark.parametrize("chosen", ["random", "first"])
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_equals_the_plain_twin(name, backend, chosen):
+    expected, slow = run(name, "reference", chosen)
+    out, fast = run(name, backend, chosen)
+    if expected.numel() > 1:
+        assert_same(out, expected)
+    for gradient, reference in zip(fast, slow, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4)
+
+
+def test_the_twin_is_the_definition():
+    (x, gate_up, down, weights), experts = inputs("unaligned")
+    out = routed_experts(x, gate_up, down, experts, weights, backend="reference")
+    for token in range(len(x)):
+        expected = torch.zeros(10)
+        for choice in range(3):
+            e = experts[token, choice]
+            gate, up = (x[token] @ gate_up[e]).chunk(2)
+            hidden = gate * gate.sigmoid() * up
+            expected = expected + weights[token, choice] * (hidden @ down[e])
+        torch.testing.assert_close(out[token], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sorted", "grouped"])
+def test_choice_and_weight_matter(backend):
+    """Control."""
+    (x, gate_up, down, weights), experts = (inputs("plain")[0], inputs("plain")[1])
+    plain = routed_experts(x, gate_up, down, experts, weights, backend=backend).detach()
+    for other in (
+        routed_experts(x, gate_up, down, (experts + 1) % 8, weights, backend=backend),
+        routed_experts(x, gate_up, down, experts, weights.flip(1), backend=backend),
+        routed_experts(x, gate_up, down, experts.flip(1), weights, backend=backend),
+    ):
+        assert_differs(other.detach(), plain)
+    both = routed_experts(x, gate_up, down, experts.flip(1), weights.flip(1), backend=backend)
+    assert_same(both.detach(), plain)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sorted", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(backend, dtype):
+    (x, gate_up, down, weights), experts = inputs("plain")
+    exact = routed_experts(x, gate_up, down, experts, weights, backend="reference")
+    out = routed_experts(x, gate_up.to(dtype), down.to(dtype), experts, weights, backend=backend)
+    assert out.dtype == dtype
+    assert (out - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_double_precision():
+    (x, gate_up, down, weights), experts = inputs("plain")
+    wide = [leaf.detach().double() for leaf in (x, gate_up, down)]
+    out = routed_experts(*wide, experts, weights.detach())
+    assert out.dtype == torch.float64
+    expected = routed_experts(x, gate_up, down, experts, weights, backend="reference")
+    assert_same(out.float(), expected.detach())
+
+
+def test_inputs_stay_as_they_are():
+    leaves, experts = inputs("plain")
+    before = [leaf.detach().clone() for leaf in leaves]
+    for backend in ("reference", "sorted", "grouped"):
+        routed_experts(*leaves[:3], experts, leaves[3], backend=backend)
+    assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, before, strict=True))
+
+
+class TestLoad:
+    def test_counts(self):
+        experts = torch.tensor([[0, 1], [1, 2], [1, 0]])
+        assert expert_load(experts, 5).tolist() == [2, 3, 1, 0, 0]
+        valid = torch.tensor([True, False, True])
+        assert expert_load(experts, 5, valid).tolist() == [2, 2, 0, 0, 0]
+
+    def test_sums_to_all_choices(self):
+        _, experts = inputs("plain")
+        assert expert_load(experts, 8).sum() == 80
+        torch.testing.assert_close(
+            expert_load(experts, 8), experts.flatten().bincount(minlength=8).float()
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_equals_cpu(name, dtype):
+    leaves, experts = inputs(name)
+    expected = routed_experts(*leaves[:3], experts, leaves[3], backend="reference")
+    x, gate_up, down, weights = (leaf.detach().cuda() for leaf in leaves)
+    out = routed_experts(x, gate_up.to(dtype), down.to(dtype), experts.cuda(), weights)
+    assert (out.cpu().float() - expected).abs().max() < 0.05 * expected.abs().max() + 1e-3
