@@ -18,55 +18,49 @@ GOALS = {"mla": 5.0, "gqa": None}
 TOKENS_PER_TURN = 2
 
 
+def title(scale: Scale) -> str:
+    """What the rows have in common."""
+    experts, chosen = scale.experts[0]
+    return (
+        f"decoding a token for each of {scale.decode_batch} rows, dim {scale.dim}, "
+        f"{scale.n_loops} loops, {experts} experts top-{chosen}"
+    )
+
+
 def rows(scale: Scale) -> Iterator[Row]:
-    """One row for every attention, context and dtype."""
+    """One row for every attention, dtype and context."""
     for attn_type in ("mla", "gqa"):
-        exact = build(scale, attn_type, scale.experts[0]).eval()
-        reference = plain_twin(exact)
         for dtype in (torch.float32, torch.bfloat16):
-            fast = exact.to(dtype) if dtype == torch.float32 else _in_bfloat16(exact)
+            fast = build(scale, attn_type, scale.experts[0]).to(dtype).eval()
+            reference = plain_twin(build(scale, attn_type, scale.experts[0])).eval()
             for context in scale.contexts:
-                yield _row(scale, fast, reference, attn_type, context, dtype)
-
-
-def _in_bfloat16(model: OpenMythos) -> OpenMythos:
-    return model.bfloat16()
+                yield _row(scale, fast, reference, context, dtype)
 
 
 def _row(
-    scale: Scale,
-    fast: OpenMythos,
-    reference: OpenMythos,
-    attn_type: str,
-    context: int,
-    dtype: torch.dtype,
+    scale: Scale, fast: OpenMythos, reference: OpenMythos, context: int, dtype: torch.dtype
 ) -> Row:
-    name = f"decoding, {attn_type}, batch {scale.decode_batch}, context {context}"
-    plain = plain_twin(fast)
-    held = context - (2 + TOKENS_PER_TURN * scale.alternations)
+    attn_type = fast.cfg.attn_type
+    name = f"{attn_type}, context {context}"
+    held = context - (1 + TOKENS_PER_TURN * scale.alternations)
     steps = [
         _decoder(model, cache, scale, held)
         for model, cache in (
             (fast, KVCache(context)),
-            (plain, ConcatenatingCache()),
+            (plain_twin(fast), ConcatenatingCache()),
             (reference, ConcatenatingCache()),
         )
     ]
-    errors = gate(name, *([step()] for step in steps), dtype)
+    logits = [[step()] for step in steps]
     return compare(
         name,
         dtype,
-        lambda: _repeat(steps[0]),
-        lambda: _repeat(steps[1]),
+        *steps[:2],
         alternations=scale.alternations,
+        repeats=TOKENS_PER_TURN,
         goal=GOALS[attn_type] if scale is FULL else None,
-        errors=errors,
+        errors=gate(name, *logits[:2], reference=logits[2], dtype=dtype),
     )
-
-
-def _repeat(step: Callable[[], Tensor]) -> None:
-    for _ in range(TOKENS_PER_TURN):
-        step()
 
 
 def _decoder(model: OpenMythos, cache: KVCache, scale: Scale, held: int) -> Callable[[], Tensor]:

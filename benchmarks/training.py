@@ -1,4 +1,4 @@
-"""Training: forward and backward of one step; the optimizer, equal for both forms, is left out."""
+"""Training: forward and backward of one step. The optimizer, equal for both, is left out."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ GATE_SHAPE = (2, 67)
 """Rows and tokens of the gate: small, and odd on purpose."""
 
 
+def title(scale: Scale) -> str:
+    """What the rows have in common."""
+    return (
+        f"training step (forward, backward), dim {scale.dim}, {scale.n_loops} loops, "
+        f"{scale.batch} x {scale.tokens} tokens"
+    )
+
+
 def rows(scale: Scale) -> Iterator[Row]:
     """One row for every attention, number of experts and dtype."""
     for attn_type in ("mla", "gqa"):
@@ -37,17 +45,14 @@ def _row(
     experts: tuple[int, int],
     dtype: torch.dtype,
 ) -> Row:
-    name = (
-        f"training step, {attn_type}, {experts[0]} experts top-{experts[1]}, {scale.n_loops} loops, "
-        f"{scale.batch} x {scale.tokens} tokens"
-    )
+    name = f"{attn_type}, {experts[0]} experts top-{experts[1]}"
     small = _ids(*GATE_SHAPE)
     errors = gate(
         name,
         gradients(fast, small, scale.n_loops, dtype),
         gradients(plain, small, scale.n_loops, dtype),
-        gradients(plain, small, scale.n_loops, torch.float32),
-        dtype,
+        reference=gradients(plain, small, scale.n_loops, torch.float32),
+        dtype=dtype,
     )
     ids = _ids(scale.batch, scale.tokens)
     return compare(
@@ -61,9 +66,7 @@ def _row(
     )
 
 
-def gradients(
-    model: OpenMythos, ids_BT: Tensor, n_loops: int, dtype: torch.dtype
-) -> list[Tensor]:
+def gradients(model: OpenMythos, ids_BT: Tensor, n_loops: int, dtype: torch.dtype) -> list[Tensor]:
     """The loss, the final hidden state and the gradient of every weight that has one."""
     model.zero_grad(set_to_none=True)
     with autocast(ids_BT.device, dtype):

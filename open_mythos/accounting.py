@@ -311,7 +311,7 @@ def _block_cost(cfg: MythosConfig, moe: bool) -> Cost:
     key = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
     position = cfg.n_heads * (key + cfg.v_head_dim)
     # absorbing folds the up-projection into query and output, which costs one token's worth of it
-    absorbed = cfg.n_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+    absorbed = 2 * cfg.n_heads * cfg.cache_width
     return Cost(_attention_weights(cfg) + feed_forward, position, absorbed)
 
 

@@ -205,15 +205,17 @@ class TestTruncate:
         assert_same(model(ids[:, 5:], 6, cache, 5), model(ids[:, 5:], 6, fresh, 5))
 
     def test_masks_and_documents_are_truncated(self, model):
+        """What is forgotten leaves no mark, and what is kept is still masked."""
         ids = random_ids(1, T)
         mask, documents = torch.ones(1, T, dtype=torch.bool), torch.zeros(1, T, dtype=torch.long)
-        mask[0, 8:10] = False
-        documents[0, 4:] = 1
+        mask[0, 2] = mask[0, 8:10] = False
+        documents[0, 9:] = 1
         cache = KVCache()
         model(ids, 4, cache, attention_mask=mask, document_ids=documents)
         cache.truncate(6)
-        again = model(ids[:, 6:], 4, cache, 6, document_ids=documents[:, 6:])
-        assert_same(again, model(ids, 4, document_ids=documents).detach()[:, 6:])
+        again = model(ids[:, 6:], 4, cache, 6, document_ids=documents[:, :6])
+        kept = ids[:, [0, 1, 3, 4, 5, *range(6, T)]]
+        assert_same(again, model(kept, 4).detach()[:, 5:])
 
     def test_to_nothing_takes_another_batch(self, model):
         cache = KVCache()

@@ -268,6 +268,17 @@ class TestBeyondTheTrainedDepth:
         assert torch.equal(self.step(model, 0), self.step(model, 7))
 
 
+class TestManyLoops:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_state_is_bounded_after_1024_loops(self, attn_type, dtype):
+        """From random weights: the second half of the loops does not grow over the first."""
+        model, trace = small_model(attn_type, n_experts=0).to(dtype), LoopTrace()
+        full(model, random_ids(1, 3), 1024, trace=trace)
+        norms = torch.cat([trace.state_norm[t] for t in range(1024)])
+        assert norms.isfinite().all()
+        assert norms[512:].max() < 1.5 * norms[:512].max()
+
+
 class TestStep:
     def test_linear_part(self, attn_type):
         """With every branch at zero a loop is exactly A h + B e."""

@@ -117,5 +117,5 @@ class MLAttention(nn.Module):
         up = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
         key_width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
         expanded = n_all * up + n_new * n_all * (key_width + cfg.v_head_dim)
-        absorbed = n_new * up + n_new * n_all * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+        absorbed = n_new * up + n_new * n_all * 2 * cfg.cache_width
         return absorbed < expanded

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from open_mythos import OpenMythos, RecurrentBlock, config
 from open_mythos.accounting import account, cache_rows
+from open_mythos.cli.demo.report import hop_summary, text_summary
+from open_mythos.cli.demo.results import DemoResults
 from open_mythos.config import MythosConfig
 from open_mythos.variants import VARIANTS
 
@@ -107,8 +109,19 @@ def source(thing: Callable[..., object]) -> Callable[[], str]:
     return quote
 
 
+def demo_summary() -> str:
+    """What the recorded run of the demo found."""
+    r = DemoResults.load(ROOT / "docs" / "demo" / "results.json")
+    return (
+        f"{hop_summary(r)}\n\n{text_summary(r)}\n\n"
+        f"Both from one recorded run of `make demo` (seed {r.seed}; {r.versions}; {r.machine}; "
+        "[figures](docs/demo/results.json)); yours will differ a little.\n"
+    )
+
+
 MADE: dict[str, Callable[[], str]] = {
     "config": config_table,
+    "demo.summary": demo_summary,
     "variants": variants_table,
     "cache": cache_table,
     "RecurrentBlock.step": source(RecurrentBlock.step),

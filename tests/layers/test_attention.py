@@ -71,8 +71,8 @@ def test_mla_against_its_equations(q_lora_rank):
 
 
 def test_table():
-    classes = {"gqa": GQAttention, "mla": MLAttention}
-    assert ATTENTION == classes
+    assert ATTENTION["gqa"] is GQAttention
+    assert ATTENTION["mla"] is MLAttention
     assert set(ATTENTION) == set(ATTENTION_TYPES) == set(config.ATTENTION_TYPES)
 
 

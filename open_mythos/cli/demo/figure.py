@@ -45,15 +45,14 @@ def _chains(ax: Any, r: DemoResults) -> None:
 
 
 def _lengths(ax: Any, r: DemoResults) -> None:
-    best = [max(row) for row in r.hop_accuracy]
-    at_trained = [row[r.hop_loops.index(r.trained_hops)] for row in r.hop_accuracy]
+    few, many = r.hop_accuracy_at(r.trained_hops), r.hop_accuracy_at(r.chosen_loops)
     ax.axvspan(r.hops[0], r.trained_hops, color=LOOPED, alpha=0.07, lw=0)
-    ax.plot(r.hops, best, "o-", color=LOOPED, label="looped, as many loops as it likes")
-    ax.plot(r.hops, at_trained, "o:", color=LOOPED, label=f"looped, {r.trained_hops} loops")
+    ax.plot(r.hops, many, "o-", color=LOOPED, label=f"looped, {r.chosen_loops} loops")
+    ax.plot(r.hops, few, "o:", color=LOOPED, label=f"looped, {r.trained_hops} loops")
     ax.plot(r.hops, r.hop_dense, "o--", color=DENSE, label="dense, as many parameters")
     ax.axhline(1 / r.entities, color=MUTED, lw=0.8, ls=":", label="guessing")
     ax.set(
-        title="Length is not the limit", xlabel="hops (shaded: seen in training)",
+        title="Longer chains, same weights", xlabel="hops (shaded: seen in training)",
         ylabel="unseen chains answered", ylim=(0, 1.03),
     )  # fmt: skip
     ax.legend(frameon=False)
@@ -100,7 +99,7 @@ def _dynamics(ax: Any, r: DemoResults) -> None:
     ax.plot(loops, r.state_change, color=DENSE, label="change made by the loop")
     ax.set_yscale("log")
     ax.set(
-        title=f"The state settles: rho(A) = {r.rho:.3f}",
+        title=f"State over loops, rho(A) = {r.rho:.3f}",
         xlabel="loop",
         ylabel="mean norm per token",
     )

@@ -42,15 +42,13 @@ def write_report(results: DemoResults, picture: Path, path: Path) -> None:
 
 def hop_summary(r: DemoResults) -> str:
     """What depth did for the chains, in words, whatever it is."""
-    longest, accuracy = r.hops[-1], r.deepest_chain
-    best = max(range(len(accuracy)), key=accuracy.__getitem__)
-    at_trained = accuracy[r.hop_loops.index(r.trained_hops)]
+    few, many = r.hop_accuracy_at(r.trained_hops), r.hop_accuracy_at(r.chosen_loops)
+    deepest = r.hop_accuracy_at(r.hop_loops[-1])
     return (
-        f"Chains of {longest} relations, never seen in training: the looped model answers "
-        f"{at_trained:.0%} with {r.trained_hops} loops and {accuracy[best]:.0%} with "
-        f"{r.hop_loops[best]} of the same weights, {accuracy[-1]:.0%} with {r.hop_loops[-1]}. "
-        f"The dense model of as many parameters answers {r.hop_dense[-1]:.0%}; guessing gives "
-        f"{1 / r.entities:.0%}."
+        f"Chains of {r.hops[-1]} relations, trained on {r.trained_hops} at most: the looped model "
+        f"answers {few[-1]:.0%} with {r.trained_hops} loops, {many[-1]:.0%} with {r.chosen_loops} "
+        f"and {deepest[-1]:.0%} with {r.hop_loops[-1]}, from the same weights. The dense model "
+        f"of as many parameters answers {r.hop_dense[-1]:.0%}; guessing gives {1 / r.entities:.0%}."
     )
 
 
@@ -64,10 +62,10 @@ def text_summary(r: DemoResults) -> str:
     direction = "fewer" if versus < 0 else "more"
     return (
         f"The looped model needs {at[1]:.3f} bits per byte with one loop and {at[best]:.3f} with "
-        f"{best}, {gain:.1%} fewer, from the same weights; {abs(versus):.1%} {direction} than the "
-        f"dense model's {r.dense_bits:.3f}. At {deepest} loops, {deepest // r.mean_depth} times the "
-        f"mean depth of its training, it needs {at[deepest]:.3f} ({drift:+.3f} from its best). "
-        f"rho(A) is {r.rho:.3f}."
+        f"{best}, {gain:.1%} fewer, from the same weights; {abs(versus):.1%} {direction} than "
+        f"the dense model's {r.dense_bits:.3f}. At {deepest} loops, {deepest // r.mean_depth} "
+        f"times the mean depth of its training, it needs {at[deepest]:.3f} ({drift:+.3f} from its "
+        f"best). rho(A) is {r.rho:.3f}."
     )
 
 

@@ -37,6 +37,8 @@ class DemoResults:
     """Entities of the chains: 1 / entities is chance."""
     hop_loops: list[int]
     """Loops they were asked at."""
+    chosen_loops: int
+    """The one of these that the summary reports, chosen before the run."""
     trained_hops: int
     """Longest chain in training."""
     hop_accuracy: list[list[float]]
@@ -84,15 +86,24 @@ class DemoResults:
     versions: str
     """Of Python and PyTorch."""
 
-    @property
-    def deepest_chain(self) -> list[float]:
-        """Accuracy on the longest chains at each number of loops."""
-        return self.hop_accuracy[-1]
+    def hop_accuracy_at(self, loops: int) -> list[float]:
+        """(hops,) share of held-out questions that the looped model answers with ``loops``."""
+        column = self.hop_loops.index(loops)
+        return [row[column] for row in self.hop_accuracy]
 
     @property
     def best_depth(self) -> int:
         """Loops with the fewest bits per byte."""
         return self.depths[self.looped_bits.index(min(self.looped_bits))]
+
+    @classmethod
+    def load(cls, path: Path) -> DemoResults:
+        """The inverse of :meth:`save`."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("looped", "dense", "hop_looped_run", "hop_dense_run"):
+            values[name] = Curve(**values[name])
+        values["samples"] = {int(depth): text for depth, text in values["samples"].items()}
+        return cls(**values)
 
     def save(self, path: Path) -> None:
         """Write the results as JSON."""

@@ -19,6 +19,7 @@ from open_mythos.cli.demo.hops import HopLoader, accuracy_grid
 from open_mythos.cli.demo.report import write_report
 from open_mythos.cli.demo.results import Curve, DemoResults
 from open_mythos.cli.demo.setup import (
+    CHOSEN_LOOPS,
     EVAL_DEPTHS,
     HOP_LOOPS,
     HOPS,
@@ -143,6 +144,7 @@ def _measure(hops: _Pair, text: _Pair) -> DemoResults:
         hops=list(TEST_HOPS),
         entities=TASK.entities,
         hop_loops=list(HOP_LOOPS),
+        chosen_loops=CHOSEN_LOOPS,
         trained_hops=HOPS,
         hop_accuracy=accuracy_grid(hops.looped.model),
         hop_dense=[row[0] for row in accuracy_grid(hops.dense.model)],

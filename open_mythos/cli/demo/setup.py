@@ -25,6 +25,8 @@ HOPS = 5
 """Relations of every program in training."""
 TEST_HOPS = (2, 3, 4, 5, 6, 7, 8, 10)
 HOP_LOOPS = (1, 2, 3, 5, 8, 10, 12, 16, 24, 32)
+CHOSEN_LOOPS = 16
+"""The depth that the summary reports, fixed beforehand: not the best one found."""
 TASK = PermHop(entities=16, relations=8)
 
 

@@ -1,0 +1,98 @@
+"""The cache: bytes held against the formula, and against multi-head attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.measure import GateError
+from benchmarks.models import Scale, config
+from open_mythos.accounting import CacheRow, account, cache_rows
+from open_mythos.cache import KVCache
+from open_mythos.config import MythosConfig
+from open_mythos.model import OpenMythos
+
+
+@dataclass(frozen=True)
+class HeldRow:
+    """Bytes that one prefill left in the cache; ``dataclasses.asdict`` makes it JSON."""
+
+    name: str
+    held: int
+    """Bytes of the tensors in the cache."""
+    formula: int
+    """Slots x rows x positions x elements x bytes of an element."""
+    mha: int
+    """The same formula for as many key/value heads as query heads."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times less than multi-head attention."""
+        return self.mha / self.held
+
+
+def rows(scale: Scale) -> Iterator[HeldRow]:
+    """What is held for latent, grouped-query and multi-head attention, exact and shared.
+
+    Raises:
+        GateError: The bytes held are not those of the formula.
+    """
+    base = config(scale, "mla", scale.experts[0])
+    multi = replace(base, attn_type="gqa", n_kv_heads=base.n_heads)
+    for attention, cfg in {
+        "mla": base,
+        "gqa, 2 heads": replace(base, attn_type="gqa"),
+        "mha": multi,
+    }.items():
+        for share in ("none", "last"):
+            yield _row(
+                f"{attention}, kv_share={share}", replace(cfg, kv_share=share), multi, scale.tokens
+            )
+
+
+def _row(name: str, cfg: MythosConfig, multi: MythosConfig, tokens: int) -> HeldRow:
+    cache = KVCache(share_loops=cfg.kv_share == "last")
+    OpenMythos(cfg)(torch.zeros(1, tokens, dtype=torch.long), kv_cache=cache)
+    row = HeldRow(
+        name,
+        held=cache.nbytes,
+        formula=tokens * account(cfg).cache_bytes(element_size=4),
+        mha=tokens * account(multi).cache_bytes(element_size=4),
+    )
+    if row.held != row.formula:
+        raise GateError(f"cache, {name}: {row.held} bytes held, {row.formula} by the formula")
+    return row
+
+
+def variants_table() -> str:
+    """The Markdown table of all variants: elements per token and slot, bytes over all slots."""
+    header = (
+        "| variant | heads | MLA | MHA | GQA-8 | GQA-4 | MHA / MLA | GQA-8 / MLA | GQA-4 / MLA "
+        "| loops | slots | MLA per token | MHA per token | one loop kept |",
+        "|---|" + "---:|" * 13,
+    )
+    return "\n".join([*header, *(_line(row) for row in cache_rows())])
+
+
+def _line(row: CacheRow) -> str:
+    cells = [
+        f"{row.n_heads} x {row.head_dim}",
+        *(_or_dash(count, "{:,}") for count in (row.mla, row.mha, row.gqa8, row.gqa4)),
+        *(_or_dash(ratio, "{:.1f}") for ratio in (row.over_mha, row.over_gqa8, row.over_gqa4)),
+        str(row.n_loops),
+        str(row.slots),
+        _kib(row.bytes_per_token),
+        _kib(row.bytes_per_token_mha),
+        _kib(row.bytes_per_token_shared),
+    ]
+    return f"| {row.variant} | " + " | ".join(cells) + " |"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _kib(n_bytes: int) -> str:
+    return f"{n_bytes / 1024:,.1f} KiB"

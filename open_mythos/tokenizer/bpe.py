@@ -1,0 +1,76 @@
+"""Byte-level byte-pair encoding of our own: learned from texts, or read from files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from open_mythos.errors import ConfigError
+from open_mythos.tokenizer.files import read_local
+from open_mythos.tokenizer.interface import SPECIALS, utf8
+from open_mythos.tokenizer.rust_backed import RustBacked
+
+# Contractions, words, numbers of at most three digits, punctuation, white space.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class BPETokenizer(RustBacked):
+    """Byte-level byte-pair encoding of our own: every string round-trips exactly."""
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+        """Learn the merges from ``texts``; the same texts give the same tokenizer.
+
+        Args:
+            texts: Any number of strings.
+            vocab_size: Number of ids wanted, special tokens included. Little text gives fewer.
+
+        Raises:
+            ConfigError: ``vocab_size`` leaves no room for 256 bytes and 3 special tokens.
+            DataError: A text is not a string or holds a lone surrogate.
+        """
+        from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as RustTokenizer
+
+        smallest = 256 + len(SPECIALS)
+        if not isinstance(vocab_size, int) or vocab_size < smallest:
+            raise ConfigError(
+                "the vocabulary is too small for byte-level BPE",
+                where="vocab_size",
+                value=vocab_size,
+                allowed=f"an integer >= {smallest}",
+            )
+        rust = RustTokenizer(models.BPE())
+        rust.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        rust.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIALS.values()),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        rust.train_from_iterator(_checked(texts), trainer)
+        return cls(rust, f"bpe-{rust.get_vocab_size()}", SPECIALS)
+
+    @classmethod
+    def load(cls, path: str | Path) -> BPETokenizer:
+        """Read a folder that ``save`` wrote, or a ``tokenizer.json``.
+
+        Raises:
+            DataError: No such file, or not a tokenizer.
+        """
+        return cls(*read_local(Path(path)))
+
+
+def _checked(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        utf8(text)
+        yield text

@@ -1,0 +1,93 @@
+"""The files of a tokenizer on disk: which names are paths, reading and writing."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+from open_mythos.tokenizer.interface import SPECIALS
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
+
+
+def is_path(name: str | Path) -> bool:
+    """Whether ``name`` means a place on disk, and not a model of the hub."""
+    if isinstance(name, Path):
+        return True
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise ConfigError(
+            "not the name of a tokenizer",
+            where="name_or_path",
+            value=name,
+            allowed='"byte", a path, or the name of a model on the Hugging Face hub',
+        )
+    return name.startswith(("/", ".", "~")) or name.endswith(".json") or os.path.exists(name)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The ``tokenizer_config.json`` of a folder; empty without one."""
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError("not a JSON file", where=str(path), value=str(error)) from error
+    return config if isinstance(config, dict) else {}
+
+
+def read_local(path: Path) -> tuple[RustTokenizer, str, dict[str, str]]:
+    """The tokenizer at ``path``, its name, and the special tokens that it declares."""
+    from tokenizers import Tokenizer as RustTokenizer
+
+    path = path.expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(
+            "no tokenizer there",
+            where=str(file),
+            allowed="a tokenizer.json, or a folder with one",
+            fix='check the path; "byte" needs no files; convert a SentencePiece model with '
+            "transformers' save_pretrained",
+        )
+    try:
+        rust = RustTokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError("the file is not a tokenizer", where=str(file), value=str(error)) from error
+    config = read_config(file.parent)
+    name = config.get("name_or_path")
+    return rust, name if isinstance(name, str) and name else file.parent.name, _declared(config)
+
+
+def _declared(config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens of a ``tokenizer_config.json``: strings, or objects with ``content``."""
+    found = {}
+    for role in SPECIALS:
+        token = config.get(f"{role}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            found[role] = content
+    return found
+
+
+def write_json(path: Path, content: dict[str, str]) -> None:
+    """Write ``content``, and the folder around it."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, and the folder around it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentError_(
+            "the tokenizer cannot be saved",
+            where=str(path),
+            value=str(error),
+            fix="free space, or choose a folder that can be written",
+        ) from error

@@ -1,0 +1,104 @@
+"""The tokenizers of the Hugging Face hub, and what is said where the hub is out of reach."""
+
+from __future__ import annotations
+
+import os
+import socket
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.tokenizer.files import is_path, read_local
+from open_mythos.tokenizer.interface import SPECIALS
+from open_mythos.tokenizer.rust_backed import RustBacked
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
+
+DEFAULT_MODEL_ID = "openai/gpt-oss-20b"
+CONNECT_TIMEOUT_S = 3.0
+
+
+class MythosTokenizer(RustBacked):
+    """The tokenizer of a Hugging Face model, or a local one.
+
+    A hub name goes through ``transformers.AutoTokenizer``, from the local cache when it is there;
+    remote code is never run. A path (a ``tokenizer.json``, or a folder with one) needs neither
+    transformers nor a network. A tokenizer that lacks one of bos, eos and pad, or that uses one id
+    for two of them, gets ``<|bos|>``, ``<|eos|>`` or ``<|pad|>`` added after its own ids; eos keeps
+    a shared id before bos, and bos before pad.
+
+    Args:
+        model_id: A name on the hub, or a path.
+
+    Raises:
+        DataError: The path does not exist or holds no tokenizer.
+        EnvironmentError_: transformers is missing, or the hub has no such model or is out of reach.
+    """
+
+    def __init__(self, model_id: str | Path = DEFAULT_MODEL_ID) -> None:
+        source = read_local(Path(model_id)) if is_path(model_id) else _read_hub(str(model_id))
+        super().__init__(*source)
+
+
+def _read_hub(model_id: str) -> tuple[RustTokenizer, str, dict[str, str]]:
+    hf = _auto_tokenizer(model_id)
+    rust = getattr(hf, "backend_tokenizer", None)
+    if rust is None:
+        raise DataError(
+            "the model's tokenizer does not run in the `tokenizers` library",
+            where="model_id",
+            value=model_id,
+            fix="pass a model with a tokenizer.json, or train a BPETokenizer",
+        )
+    tokens = {role: getattr(hf, f"{role}_token", None) for role in SPECIALS}
+    return rust, model_id, {role: str(token) for role, token in tokens.items() if token}
+
+
+def _auto_tokenizer(model_id: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise _unavailable(model_id, "transformers is not installed") from error
+    # Whatever goes wrong inside transformers means one thing here: this tokenizer cannot be had.
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_id, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        unreachable = _hub_unreachable()
+        if unreachable:
+            raise _unavailable(model_id, f"it is not cached, and {unreachable}") from error
+    try:
+        return AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+    except Exception as error:
+        raise _unavailable(model_id, str(error).partition("\n")[0]) from error
+
+
+def _hub_unreachable() -> str:
+    """Why the hub cannot be reached, or "": a probe, since transformers retries for a minute."""
+    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(switch, "0").upper() in {"1", "ON", "YES", "TRUE"}:
+            return f"{switch} is set"
+    if urllib.request.getproxies():
+        return ""
+    hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        socket.create_connection((hub.hostname or "", port), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return f"{hub.hostname} cannot be reached ({error})"
+    return ""
+
+
+def _unavailable(model_id: str, reason: str) -> EnvironmentError_:
+    return EnvironmentError_(
+        f"the tokenizer cannot be loaded: {reason}",
+        where="MythosTokenizer(model_id)",
+        value=model_id,
+        allowed="a public model of the Hugging Face hub, or a local path",
+        fix="pip install open-mythos[hf] and connect once to fill the cache; or pass the path of a "
+        'tokenizer.json; or use the built-in tokenizer "byte" (ByteTokenizer)',
+    )

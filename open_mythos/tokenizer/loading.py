@@ -1,0 +1,38 @@
+"""A tokenizer by name: the bytes, a path, or a model of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from open_mythos.tokenizer.byte_level import ByteTokenizer
+from open_mythos.tokenizer.files import is_path, read_config
+from open_mythos.tokenizer.hub import DEFAULT_MODEL_ID, MythosTokenizer
+from open_mythos.tokenizer.interface import Tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:
+    """The tokenizer called ``"byte"``, the one at a path, or the one of a Hugging Face model.
+
+    A string is a path when it exists, starts with ``/``, ``.`` or ``~``, or ends in ``.json``.
+
+    Raises:
+        DataError: The path does not exist or holds no tokenizer.
+        EnvironmentError_: See :class:`MythosTokenizer`.
+    """
+    if name_or_path == "byte":
+        return ByteTokenizer()
+    if is_path(name_or_path):
+        path = Path(name_or_path).expanduser()
+        config = read_config(path) if path.is_dir() else {}
+        if config.get("tokenizer_class") == ByteTokenizer.__name__:
+            return ByteTokenizer()
+    return MythosTokenizer(name_or_path)
+
+
+def get_vocab_size(name_or_path: str | Path = DEFAULT_MODEL_ID) -> int:
+    """The ``vocab_size`` that a model for this tokenizer takes.
+
+    Raises:
+        DataError, EnvironmentError_: As :func:`load_tokenizer`.
+    """
+    return load_tokenizer(name_or_path).vocab_size

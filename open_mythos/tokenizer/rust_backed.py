@@ -1,0 +1,109 @@
+"""Tokenizers that run in the ``tokenizers`` library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from open_mythos.errors import DataError
+from open_mythos.tokenizer.files import write_json, write_text
+from open_mythos.tokenizer.interface import SPECIALS, id_list, utf8
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
+
+# What the fingerprint encodes: many scripts, white space, digits, emoji, control characters.
+_PROBE = "The quick brown fox,\n\t  it's 31415926 naïve Straße 東京 العربية हिन्दी 👩‍🔬 \x00<|eos|>"
+
+
+class RustBacked:
+    """Shared by the tokenizers that run in the ``tokenizers`` library."""
+
+    def __init__(self, rust: RustTokenizer, name: str, specials: dict[str, str]) -> None:
+        self.name = name
+        self._rust = rust
+        self._specials = _distinct_specials(specials)
+        _register(rust, list(self._specials.values()))
+        vocabulary = rust.get_vocab(with_added_tokens=True)
+        # ids may have gaps, so the length of a vocabulary does not bound them
+        self._length = max(len(vocabulary), max(vocabulary.values()) + 1)
+        self.bos_id = vocabulary[self._specials["bos"]]
+        self.eos_id = vocabulary[self._specials["eos"]]
+        self.pad_id = vocabulary[self._specials["pad"]]
+        if len({self.bos_id, self.eos_id, self.pad_id}) < len(SPECIALS):
+            raise DataError(
+                "bos, eos and pad must differ", where=f"tokenizer {name}", value=self._specials
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def vocab_size(self) -> int:
+        """``len(self)`` rounded up to a multiple of 64."""
+        return -(-self._length // 64) * 64
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary, the special ids and the encoding of a fixed text.
+
+        The saved file is not hashed: its layout changes with the version of ``tokenizers``.
+        """
+        vocabulary = sorted(self._rust.get_vocab(with_added_tokens=True).items())
+        content = [vocabulary, [self.bos_id, self.eos_id, self.pad_id], self.encode(_PROBE)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``, without bos or eos.
+
+        Raises:
+            DataError: ``text`` is not a string, or holds a lone surrogate.
+        """
+        utf8(text)
+        return self._rust.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of every text, on all cores."""
+        for text in texts:
+            utf8(text)
+        encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; special and padding ids give nothing.
+
+        Raises:
+            DataError: An id outside 0..vocab_size - 1.
+        """
+        return self._rust.decode(id_list(ids, self.vocab_size), skip_special_tokens=True)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""
+        config = {f"{role}_token": token for role, token in self._specials.items()}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "name_or_path": self.name}
+        write_json(Path(directory) / "tokenizer_config.json", config)
+        write_text(Path(directory) / "tokenizer.json", self._rust.to_str(pretty=True))
+
+
+def _distinct_specials(declared: dict[str, str]) -> dict[str, str]:
+    """One token per role: the declared one unless it is missing or taken, else our own."""
+    chosen: dict[str, str] = {}
+    for role in ("eos", "bos", "pad"):
+        token = declared.get(role)
+        chosen[role] = token if token and token not in chosen.values() else SPECIALS[role]
+    return chosen
+
+
+def _register(rust: RustTokenizer, tokens: list[str]) -> None:
+    """Make ``tokens`` special, adding those that are new, and read them in no text."""
+    from tokenizers import AddedToken
+
+    rust.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+    rust.encode_special_tokens = True
+    # a stored truncation or padding would change the length of what is encoded
+    rust.no_truncation()
+    rust.no_padding()

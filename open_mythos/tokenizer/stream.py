@@ -1,0 +1,47 @@
+"""Text out of a stream of token ids, whole characters at a time."""
+
+from __future__ import annotations
+
+from open_mythos.tokenizer.interface import Tokenizer
+
+
+class StreamDecoder:
+    """Decode token by token without ever cutting a character.
+
+    A character that is still incomplete is held back until its last token, or until ``flush``;
+    all pieces joined equal ``tokenizer.decode`` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # decoders such as SentencePiece's drop a leading space, so decode after the previous text
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self._emitted = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that ``token_id`` completes, perhaps none."""
+        self._pending.append(token_id)
+        text = self._pending_text()
+        # a trailing U+FFFD may be the first bytes of a character that later tokens complete
+        settled = text.rstrip("\ufffd")
+        piece, self._emitted = settled[self._emitted :], len(settled)
+        if len(settled) == len(text):
+            self._settle(text)
+        return piece
+
+    def flush(self) -> str:
+        """End the stream: what is still held back, with U+FFFD for an incomplete character."""
+        text = self._pending_text()
+        piece = text[self._emitted :]
+        self._context, self._pending, self._emitted = [], [], 0
+        return piece
+
+    def _pending_text(self) -> str:
+        before = len(self._tokenizer.decode(self._context))
+        return self._tokenizer.decode(self._context + self._pending)[before:]
+
+    def _settle(self, text: str) -> None:
+        if text:
+            self._context = self._pending
+        self._pending, self._emitted = [], 0

@@ -1,0 +1,55 @@
+"""Decoding token by token."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models
+
+from open_mythos.tokenizer import StreamDecoder, Tokenizer
+from open_mythos.tokenizer.rust_backed import RustBacked
+from tokenizer.samples import BYTE, both, texts
+
+
+@both
+@settings(deadline=None)
+@given(text=texts, cut=st.integers(0, 200))
+def test_streaming_equals_decoding_at_once(tokenizer: Tokenizer, text: str, cut: int) -> None:
+    ids = tokenizer.encode(text)[cut:]  # the cut may begin inside a character
+    stream = StreamDecoder(tokenizer)
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_streaming_holds_a_character_until_it_is_complete() -> None:
+    stream = StreamDecoder(BYTE)
+    assert [stream.push(i) for i in "a€b".encode()] == ["a", "", "", "€", "b"]
+    assert stream.flush() == ""
+    assert [stream.push(i) for i in "€".encode()[:2]] == ["", ""]
+    assert stream.flush() == "\ufffd"
+    assert stream.push(0xAC) + stream.flush() == "\ufffd"  # nothing left of the stream before
+
+
+def test_streaming_keeps_the_spaces_of_sentencepiece_like_decoders() -> None:
+    rust = RustTokenizer(models.BPE(vocab={"▁a": 0, "▁b": 1}, merges=[]))
+    rust.decoder = decoders.Metaspace()
+    tokenizer = RustBacked(rust, "metaspace", {})
+    stream = StreamDecoder(tokenizer)
+    ids = [tokenizer.bos_id, 0, 1, tokenizer.eos_id, 1]
+    assert [stream.push(i) for i in ids] == ["", "a", " b", "", " b"]
+    assert stream.flush() == ""
+    assert stream.push(1) == "b"  # a new stream
+
+
+class Chunks:
+    """Decodes chunks of bytes that begin and end inside characters, as merged tokens may."""
+
+    chunks = (b"a\xe2", b"\x82", b"\xac\xe2", b"\x82\xacb", b"\xff")
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self.chunks[i] for i in ids).decode(errors="replace")
+
+
+def test_streaming_gives_the_whole_characters_of_a_token_once() -> None:
+    stream = StreamDecoder(Chunks())
+    assert [stream.push(i) for i in range(5)] == ["a", "", "€", "€b", ""]
+    assert stream.flush() == "\ufffd"
