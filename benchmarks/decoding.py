@@ -51,7 +51,7 @@ def _row(
             (reference, ConcatenatingCache()),
         )
     ]
-    logits = [[step()] for step in steps]
+    logits = [list(step()) for step in steps]  # one tensor for each row of the batch
     return compare(
         name,
         dtype,

@@ -45,16 +45,10 @@ class Row:
         return "met" if self.ratio >= self.goal else "MISSED"
 
 
-def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """||actual - expected|| / ||expected|| over all tensors together."""
-    gaps = [(a.float() - b.float()).norm() for a, b in zip(actual, expected, strict=True)]
-    norms = [b.float().norm() for b in expected]
-    return float(torch.stack(gaps).norm() / torch.stack(norms).norm())
-
-
-def worst(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative distance of any single tensor."""
-    return max(distance([a], [b]) for a, b in zip(actual, expected, strict=True) if b.any())
+def distances(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """||actual - expected|| / ||expected|| of every tensor that is not zero."""
+    pairs = ((a.float(), b.float()) for a, b in zip(actual, expected, strict=True))
+    return [float((a - b).norm() / b.norm()) for a, b in pairs if b.any()]
 
 
 def gate(
@@ -67,16 +61,20 @@ def gate(
 ) -> tuple[float, float]:
     """Distances of fast and plain from ``reference``, the plain float32 results.
 
-    In float32 every single tensor must agree. In bfloat16 the plain form is wrong too (rounding
-    changes some choices of experts): there the fast form may be at most 1.5 times as far off.
+    In float32 the worst tensor counts. In bfloat16 the plain form is wrong too: its median tensor
+    sets the scale, and the fast form's may be 1.5 times as far off. (Not the worst: rounding turns
+    a token's choice between two experts of nearly equal score, in either form, here and there.)
 
     Raises:
         GateError: The fast form is further off.
     """
     if dtype == torch.float32:
-        error, plain_error, allowed = worst(fast, reference), 0.0, FLOAT32_TOLERANCE
+        error, plain_error = max(distances(fast, reference)), 0.0
+        allowed = FLOAT32_TOLERANCE
     else:
-        error, plain_error = distance(fast, reference), distance(plain, reference)
+        error, plain_error = (
+            statistics.median(distances(results, reference)) for results in (fast, plain)
+        )
         allowed = BFLOAT16_SLACK * plain_error
     if not error <= allowed:
         raise GateError(f"{name}: the fast form is off by {error:.2e}, allowed {allowed:.2e}")

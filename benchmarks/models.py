@@ -40,12 +40,12 @@ def build(scale: Scale, attn_type: str, experts: tuple[int, int]) -> OpenMythos:
 
 
 def config(scale: Scale, attn_type: str, experts: tuple[int, int]) -> MythosConfig:
-    """8 heads of dim / 8; latents a quarter of dim; experts half as wide as dim."""
+    """8 heads of dim / 8; latents and experts half as wide as dim."""
     dim = scale.dim
     return MythosConfig(
         vocab_size=1024, dim=dim, n_heads=8, n_kv_heads=2, max_seq_len=4096,
         max_loop_iters=scale.n_loops, prelude_layers=1, coda_layers=1, attn_type=attn_type,
-        kv_lora_rank=dim // 4, q_lora_rank=dim // 2, qk_rope_head_dim=dim // 16,
+        kv_lora_rank=dim // 2, q_lora_rank=dim // 2, qk_rope_head_dim=dim // 16,
         qk_nope_head_dim=dim // 8, v_head_dim=dim // 8, n_experts=experts[0], n_shared_experts=1,
         n_experts_per_tok=experts[1], expert_dim=dim // 2, lora_rank=8,
     )  # fmt: skip

@@ -201,7 +201,7 @@ def account(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(
                 "not a positive number", where=f"account({name})", value=value,
-                allowed="an integer >= 1",
+                allowed="an integer >= 1", fix=f"correct the argument {name}",
             )  # fmt: skip
     if n_layers is not None:
         return _dense(cfg, n_layers, context)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.cache import Columns, KVCache
+from open_mythos.ops.moe import LoopedStack
 from open_mythos.ops.rope import rope_table
 
 
@@ -40,6 +41,7 @@ class Context:
     rows: Tensor | None = None
     keys_B: Tensor | None = None
     _casts: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
+    _looped: dict[int, LoopedStack] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -99,6 +101,12 @@ class Context:
         if key not in self._casts:
             self._casts[key] = weight.to(torch.get_autocast_dtype(weight.device.type))
         return self._casts[key]
+
+    def looped(self, weight: Tensor) -> LoopedStack:
+        """The stack through which all loops of this call use ``weight``."""
+        if id(weight) not in self._looped:
+            self._looped[id(weight)] = LoopedStack(weight)
+        return self._looped[id(weight)]
 
 
 def _take(x: Tensor, keep_B: Tensor, batched: bool) -> Tensor:

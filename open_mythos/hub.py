@@ -35,6 +35,7 @@ _KEYS = {
 }
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_CONFIG_BYTES = 1 << 20
+_SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrained"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _STEP = re.compile(r"step_(\d+)")
 
@@ -124,6 +125,7 @@ def model_directory(directory: str | Path) -> Path:
         raise DataError(
             "no model there", where="from_pretrained", value=str(directory),
             allowed=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, a training run, owner/name",
+            fix="check the path; a name on the hub has the form owner/name",
         )  # fmt: skip
     if _holds_model(folder):
         return folder
@@ -158,7 +160,7 @@ def _download(model_id: str) -> Path:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise EnvironmentError_(
             f"neither a folder here nor a model that the hub gives: {reason[0]}",
-            where="from_pretrained", value=model_id,
+            where="from_pretrained", value=model_id, allowed="an existing folder or hub model",
             fix=f"check the name, or on a machine with network: hf download {model_id} "
             f"--local-dir DIR, then load DIR",
         ) from error  # fmt: skip
@@ -166,6 +168,7 @@ def _download(model_id: str) -> Path:
         raise DataError(
             "the hub's model was not saved by this library", where="from_pretrained",
             value=model_id, allowed=f"{CONFIG_FILE} and {WEIGHTS_FILE}",
+            fix="load models of other libraries with the library that saved them",
         )  # fmt: skip
     return folder
 
@@ -179,17 +182,19 @@ def _stored_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise DataError(
-            "the configuration is too large to be one", where=str(path), value=path.stat().st_size,
-            allowed=f"at most {_MAX_CONFIG_BYTES} bytes",
-        )  # fmt: skip
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise DataError("not JSON", where=str(path), value=str(error)) from error
+        with path.open("rb") as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise _unfit(path, "cannot be read", str(error), "a readable file") from error
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise _unfit(path, "is too large to be one", len(text), f"<= {_MAX_CONFIG_BYTES} bytes")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unfit(path, "is not JSON", str(error), "a JSON object") from error
     if not isinstance(values, dict):
-        raise DataError("not a JSON object", where=str(path), value=values)
+        raise _unfit(path, "is not a JSON object", values, "a JSON object")
     return values
 
 
@@ -205,48 +210,47 @@ def _skeleton(
             time without end before its tensors could be found missing.
     """
     architecture = values.get("architecture")
-    for key, allowed in (("format", [FORMAT]), ("library", [LIBRARY]), ("architecture", [*_KEYS])):
-        if values.get(key) not in allowed:
-            raise DataError(
-                f"not a model of this library: {key}", where=str(path), value=values.get(key),
-                allowed=" or ".join(repr(choice) for choice in allowed),
-            )  # fmt: skip
+    for key, choices in (("format", [FORMAT]), ("library", [LIBRARY]), ("architecture", [*_KEYS])):
+        if values.get(key) not in choices:
+            allowed = " or ".join(repr(choice) for choice in choices)
+            raise _unfit(path, f"is of another {key}", values.get(key), allowed)
     expected = _KEYS[str(architecture)]
     if set(values) != expected:
-        raise DataError(
-            "missing or unknown keys", where=str(path), value=sorted(set(values) ^ expected),
-            allowed=", ".join(sorted(expected)),
-        )  # fmt: skip
+        differing = sorted(set(values) ^ expected)
+        raise _unfit(path, "has missing or unknown keys", differing, ", ".join(sorted(expected)))
     config = _config(values["config"], path)
     layers = config.prelude_layers + config.recurrent_layers + config.coda_layers
     if architecture == "dense":
         layers = values["n_layers"]
     if isinstance(layers, bool) or not isinstance(layers, int) or not 0 < layers <= n_tensors:
-        raise DataError(
-            "the configuration has more layers than the weights can fill", where=str(path),
-            value=layers, allowed=f"1 .. {n_tensors}, the tensors in {WEIGHTS_FILE}",
-        )  # fmt: skip
+        allowed = f"1 .. {n_tensors}, the tensors in {WEIGHTS_FILE}"
+        raise _unfit(path, "has more layers than the weights can fill", layers, allowed)
     try:
         with torch.device("meta"):
             if architecture == "dense":
                 return DenseTransformer(config, layers)
             return OpenMythos(config)
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise DataError(
-            "the configuration describes no possible model", where=str(path), value=str(error)
-        ) from error
+        allowed = "sizes that tensors can have"
+        raise _unfit(path, "describes no possible model", str(error), allowed) from error
 
 
 def _config(values: Any, path: Path) -> MythosConfig:
     if not isinstance(values, dict):
-        raise DataError("not a configuration", where=f"{path}: config", value=values)
+        raise _unfit(path, "holds no configuration", values, "an object of MythosConfig's fields")
     try:
         return MythosConfig.from_dict(values)
     except ConfigError as error:
         raise DataError(
             error.what, where=f"{path}: {error.where}", value=error.value,
-            allowed=error.allowed, fix=error.fix,
+            allowed=error.allowed, fix=error.fix or _SAVE_AGAIN,
         ) from error  # fmt: skip
+
+
+def _unfit(path: Path, what: str, value: Any, allowed: str) -> DataError:
+    return DataError(
+        f"the configuration {what}", where=str(path), value=value, allowed=allowed, fix=_SAVE_AGAIN
+    )
 
 
 @contextmanager
@@ -258,6 +262,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         raise DataError(
             "not a whole safetensors file", where=str(path), value=str(error),
+            allowed="the file that save_pretrained wrote",
             fix="copy the file again; pickled weights are never read",
         ) from error  # fmt: skip
 

@@ -113,7 +113,7 @@ class OpenMythos(CausalLM):
         h_BTD = self.recurrent(
             e_BTD, ctx, depth, grad_loops=grad_loops, exit_rule=exit_rule, trace=trace
         )
-        return self.read_out(h_BTD, ctx)
+        return self.final_hidden(h_BTD, ctx)
 
     def embed(self, input_ids: Tensor, ctx: Context | None = None) -> Tensor:
         """The encoded input e (B, T, D): embedding, prelude, norm."""
@@ -137,9 +137,9 @@ class OpenMythos(CausalLM):
 
     def decode(self, h_BTD: Tensor, ctx: Context | None = None) -> Tensor:
         """Logits (B, T, vocab_size) that the state h stands for: read-out, coda, norm, head."""
-        return self.head(self.read_out(h_BTD, ctx))
+        return self.head(self.final_hidden(h_BTD, ctx))
 
-    def read_out(self, h_BTD: Tensor, ctx: Context | None = None) -> Tensor:
+    def final_hidden(self, h_BTD: Tensor, ctx: Context | None = None) -> Tensor:
         """The final hidden state (B, T, D) that h stands for: C h, coda, norm."""
         ctx = ctx or self._plain_context(h_BTD)
         x_BTD = self.readout(h_BTD.to(self.head.weight.dtype))

@@ -190,7 +190,7 @@ class _LiveRows:
     def stop(self, stops_B: Tensor, t: int) -> None:
         """Let the rows marked in ``stops_B`` end at depth ``t``."""
         self._depths = [
-            min(depth, t) if stops else depth
+            t if stops else depth
             for depth, stops in zip(self._depths, stops_B.tolist(), strict=True)
         ]
 

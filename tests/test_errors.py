@@ -191,6 +191,8 @@ BAD_CALLS: dict[str, dict[str, object]] = {
     "no columns": {"input_ids": IDS[:, :0]},
     "a negative id": {"input_ids": IDS - 61},
     "an id too large": {"input_ids": IDS + 61},
+    "the first id too large": {"input_ids": IDS.clamp_max(0) + 61},
+    "the last negative id": {"input_ids": IDS.clamp_max(0) - 1},
     "too long": {"input_ids": random_ids(2, 65)},
     "a mask of another length": {"attention_mask": ONES[:, :5]},
     "a mask of another batch": {"attention_mask": ONES[:1]},

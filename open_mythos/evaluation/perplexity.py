@@ -87,11 +87,9 @@ def _wanted(model: CausalLM, depths: Sequence[int]) -> list[int] | list[None]:
         return [None]
     if not depths:
         raise ConfigError(
-            "no depth to evaluate",
-            where="depths",
-            value=depths,
-            allowed="one or more integers >= 1",
-        )
+            "no depth to evaluate", where="depths", value=depths,
+            allowed="one or more integers >= 1", fix="name the loops to measure at, e.g. [1, 4, 8]",
+        )  # fmt: skip
     return sorted({check_count("depths", depth) for depth in depths})
 
 
@@ -110,7 +108,7 @@ def _final_states(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -
             h_BTD = model.recurrent.step(h_BTD, drive_BTD, t, ctx)
             t += 1
         # not `decode`: the logits of a whole batch need not exist
-        yield model.read_out(h_BTD, ctx)
+        yield model.final_hidden(h_BTD, ctx)
 
 
 def _row(depth: int | None, loss: float, bytes_per_token: float | None, tokens: int) -> DepthRow:

@@ -58,7 +58,7 @@ def expert_routing(
     if not isinstance(model, OpenMythos) or not model.cfg.n_experts:
         raise ConfigError(
             "the model routes nothing", where="model", value=type(model).__name__,
-            allowed="a looped model with n_experts >= 1",
+            allowed="a looped model with n_experts >= 1", fix="evaluate a model with experts",
         )  # fmt: skip
     merged = LoopTrace()
     with frozen(model, dtype) as device:
@@ -70,8 +70,9 @@ def expert_routing(
             _merge(merged, trace)
     if not merged.load:
         raise DataError(
-            "nothing to evaluate on", where="batches", value=0, allowed="a batch or more"
-        )
+            "nothing to evaluate on", where="batches", value="no batch",
+            allowed="at least one", fix="check that the validation split is not empty",
+        )  # fmt: skip
     return [_layer(merged, layer) for layer in sorted(merged.load_by_layer())]
 
 

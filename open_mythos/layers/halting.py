@@ -67,7 +67,7 @@ def graves_weights(
     total = lam.cumsum(0)
     before = torch.cat((torch.zeros_like(lam[:1]), total[:-1]))
     running = before < threshold
-    halts = running & ((total >= threshold) | (lam >= 1))
+    halts = running & (total >= threshold)
     remainder = (1 - before).clamp_min(0)
     weights = torch.where(halts, remainder, torch.where(running, lam, 0))
     return weights, running.sum(0) + torch.where(halts, remainder, 0).sum(0)

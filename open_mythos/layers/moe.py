@@ -10,7 +10,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.context import Context
 from open_mythos.init import init_weights
 from open_mythos.layers.feed_forward import Expert
-from open_mythos.ops.moe import expert_load, routed_experts
+from open_mythos.ops.moe import LoopedStack, deferring_pays, expert_load, routed_experts
 from open_mythos.trace import LoopTrace
 
 
@@ -64,10 +64,8 @@ class MoEFFN(nn.Module):
         """(B, T, D) -> (B, T, D); routing statistics go to ``trace``."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         scores_NE, experts_NC, weights_NC = self.route(x_ND)
-        cast = ctx.cast if ctx is not None else _autocast
-        y_ND = routed_experts(
-            x_ND, cast(self.gate_up), cast(self.down), experts_NC, weights_NC, backend=self.backend
-        )
+        gate_up, down = self._stacks(experts_NC.numel(), ctx)
+        y_ND = routed_experts(x_ND, gate_up, down, experts_NC, weights_NC, backend=self.backend)
         if trace is not None:
             valid = None if ctx is None or ctx.valid_BT is None else ctx.valid_BT.reshape(-1)
             load_E = expert_load(experts_NC, scores_NE.shape[-1], valid)
@@ -81,6 +79,17 @@ class MoEFFN(nn.Module):
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD)
+
+    def _stacks(
+        self, n_choices: int, ctx: Context | None
+    ) -> tuple[Tensor | LoopedStack, Tensor | LoopedStack]:
+        """The experts' weights as this call should use them."""
+        if ctx is None:
+            return _autocast(self.gate_up), _autocast(self.down)
+        gate_up, down = ctx.cast(self.gate_up), ctx.cast(self.down)
+        if deferring_pays(n_choices, gate_up, down, self.backend):
+            return ctx.looped(gate_up), ctx.looped(down)
+        return gate_up, down
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor, speed: float) -> None:

@@ -2,11 +2,15 @@
 
 One signature, three ways to compute it. Each expert is a SwiGLU, ``down(silu(gate x) * up x)``, its
 gate and up projections stored side by side so that they are one product.
+
+In a loop the same experts serve many calls. Their weight gradients can wait for the last of them
+(:class:`LoopedStack`) and become one product over the tokens of all loops.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,10 +23,106 @@ from open_mythos.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
+class LoopedStack:
+    """A stack of expert weights whose gradient is computed once for all its uses in a loop.
+
+    Every use would otherwise write a gradient as large as the whole stack. With few tokens per
+    expert and loop that costs more than the products themselves; their inputs and output gradients
+    are small, so they wait, and one product per expert over the tokens of all loops does the work.
+    Exact but for the order of summation.
+
+    Args:
+        weight_EKM: (E, K, M) weights that require a gradient.
+    """
+
+    def __init__(self, weight_EKM: Tensor) -> None:
+        self._uses: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.weight: Tensor = _GradientOfAllUses.apply(weight_EKM, self._uses)
+
+    def product(self, x: Tensor, ends_E: Tensor) -> Tensor:
+        """(N C, K) rows in expert order times the weights of their experts, (N C, M)."""
+        return _DeferredProduct.apply(x, self.weight, ends_E, self._uses)
+
+
+class _GradientOfAllUses(torch.autograd.Function):
+    """The identity; its backward runs after those of all uses and computes their joint gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_EKM: Tensor, uses: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        ctx.uses = uses
+        ctx.set_materialize_grads(False)
+        return weight_EKM.view_as(weight_EKM)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        assert grad is None, "every use of a looped stack goes through product()"
+        uses, ctx.uses[:] = list(ctx.uses), []
+        return (_weight_gradient(uses) if uses else None), None
+
+
+class _DeferredProduct(torch.autograd.Function):
+    """A grouped product that leaves its weight gradient to :class:`_GradientOfAllUses`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_EKM: Tensor, ends_E: Tensor, uses: list[Any]) -> Tensor:
+        ctx.save_for_backward(x, weight_EKM, ends_E)
+        ctx.uses = uses
+        return F.grouped_mm(x, weight_EKM, offs=ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight_EKM, ends_E = ctx.saved_tensors
+        grad = grad.contiguous()
+        ctx.uses.append((x, grad, ends_E))
+        return F.grouped_mm(grad, weight_EKM.mT, offs=ends_E), None, None, None
+
+
+def _weight_gradient(uses: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """(E, K, M): for each expert, the sum over its tokens in all uses of x^T grad."""
+    ends = torch.stack([ends_E for _, _, ends_E in uses])
+    counts = ends.diff(dim=1, prepend=ends.new_zeros(len(uses), 1))
+    if counts.is_cuda:
+        experts = torch.arange(counts.shape[1], device=counts.device).repeat(len(uses))
+        rows = sum(x.shape[0] for x, _, _ in uses)
+        order = experts.repeat_interleave(counts.flatten(), output_size=rows).argsort(stable=True)
+        x, grad = (torch.cat([use[i] for use in uses])[order] for i in (0, 1))
+        return F.grouped_mm(x.t(), grad, offs=counts.sum(0).cumsum(0).to(torch.int32))
+    # on a CPU the rows of one expert stay in the caches, in two buffers that all experts share
+    (xs, grads), rows_E = ([use[i] for use in uses] for i in (0, 1)), counts.sum(0).tolist()
+    splits = counts.tolist()
+    parts = [[rows.split(n) for rows, n in zip(side, splits, strict=True)] for side in (xs, grads)]
+    buffers = [side[0].new_empty(max(rows_E), side[0].shape[1]) for side in (xs, grads)]
+    total = xs[0].new_empty(len(rows_E), xs[0].shape[1], grads[0].shape[1])
+    for expert, rows in enumerate(rows_E):
+        x, grad = (buffer[:rows] for buffer in buffers)
+        for side, out in zip(parts, (x, grad), strict=True):
+            torch.cat([loop[expert] for loop in side], out=out)
+        torch.mm(x.t(), grad, out=total[expert])
+    return total
+
+
+DEFERRED_TOKENS = 192
+"""Tokens per expert and use up to which deferring pays."""
+
+
+def deferring_pays(
+    n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor, backend: str = "auto"
+) -> bool:
+    """Whether a loop should use :class:`LoopedStack` for ``n_choices`` rows: a rule by shape."""
+    return (
+        n_choices <= DEFERRED_TOKENS * gate_up_EDF.shape[0]
+        and torch.is_grad_enabled()
+        and gate_up_EDF.requires_grad
+        and down_EFD.requires_grad
+        and backend in ("auto", "grouped")
+        and _grouped_problem(gate_up_EDF, down_EFD) is None
+    )
+
+
 def routed_experts(
     x_ND: Tensor,
-    gate_up_EDF: Tensor,
-    down_EFD: Tensor,
+    gate_up_EDF: Tensor | LoopedStack,
+    down_EFD: Tensor | LoopedStack,
     experts_NC: Tensor,
     weights_NC: Tensor,
     *,
@@ -33,7 +133,7 @@ def routed_experts(
     Args:
         x_ND: Tokens.
         gate_up_EDF: (E, D, 2F) gate and up projections.
-        down_EFD: (E, F, D) down projections.
+        down_EFD: (E, F, D) down projections; both may be a :class:`LoopedStack`.
         experts_NC: Chosen experts, int64, distinct within a token.
         weights_NC: Their weights.
         backend: "auto", "grouped", "sorted" or "reference".
@@ -44,7 +144,9 @@ def routed_experts(
     Raises:
         ConfigError: Unknown backend, or one that cannot serve these shapes.
     """
-    if backend == "auto":
+    if isinstance(gate_up_EDF, LoopedStack) or isinstance(down_EFD, LoopedStack):
+        backend = "grouped"
+    elif backend == "auto":
         backend = "grouped" if _grouped_problem(gate_up_EDF, down_EFD) is None else "sorted"
     if backend not in _BACKENDS:
         raise ConfigError(
@@ -52,7 +154,7 @@ def routed_experts(
             allowed=", ".join(("auto", *_BACKENDS)), fix='set moe_backend to "auto"',
         )  # fmt: skip
     _log_once(backend)
-    x_ND = x_ND.to(gate_up_EDF.dtype)
+    x_ND = x_ND.to(_weight(gate_up_EDF).dtype)
     return _BACKENDS[backend](x_ND, gate_up_EDF, down_EFD, experts_NC, weights_NC.to(x_ND.dtype))
 
 
@@ -140,10 +242,14 @@ def _sorted(
 
 
 def _grouped(
-    x_ND: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, experts_NC: Tensor, weights_NC: Tensor
+    x_ND: Tensor,
+    gate_up_EDF: Tensor | LoopedStack,
+    down_EFD: Tensor | LoopedStack,
+    experts_NC: Tensor,
+    weights_NC: Tensor,
 ) -> Tensor:
     """Tokens sorted by expert, two grouped matrix products for all experts together."""
-    problem = _grouped_problem(gate_up_EDF, down_EFD)
+    problem = _grouped_problem(_weight(gate_up_EDF), _weight(down_EFD))
     if problem is not None:
         raise ConfigError(
             "grouped products cannot serve these experts", where="moe_backend", value=problem,
@@ -153,10 +259,21 @@ def _grouped(
     order, inverse = _expert_order(experts_NC)
     xs = _ToExperts.apply(x_ND, order, inverse)
     ws = _ToExperts.apply(weights_NC.view(-1, 1), order, inverse)
-    ends = expert_load(experts_NC, gate_up_EDF.shape[0]).cumsum(0).to(torch.int32)
-    hidden = _swiglu(F.grouped_mm(xs, gate_up_EDF, offs=ends)) * ws
-    y = F.grouped_mm(hidden, down_EFD, offs=ends)
+    n_experts = _weight(gate_up_EDF).shape[0]
+    ends = expert_load(experts_NC, n_experts).cumsum(0).to(torch.int32)
+    hidden = _swiglu(_product(xs, gate_up_EDF, ends)) * ws
+    y = _product(hidden, down_EFD, ends)
     return _ToTokens.apply(y, order, inverse, x_ND.shape[0])
+
+
+def _product(x: Tensor, stack: Tensor | LoopedStack, ends_E: Tensor) -> Tensor:
+    if isinstance(stack, LoopedStack):
+        return stack.product(x, ends_E)
+    return F.grouped_mm(x, stack, offs=ends_E)
+
+
+def _weight(stack: Tensor | LoopedStack) -> Tensor:
+    return stack.weight if isinstance(stack, LoopedStack) else stack
 
 
 def _grouped_problem(gate_up_EDF: Tensor, down_EFD: Tensor) -> str | None:
@@ -176,4 +293,8 @@ def _log_once(backend: str) -> None:
     logger.info("expert backend: %s", backend)
 
 
-_BACKENDS = {"grouped": _grouped, "sorted": _sorted, "reference": _reference}
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "grouped": _grouped,
+    "sorted": _sorted,
+    "reference": _reference,
+}

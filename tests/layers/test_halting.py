@@ -111,6 +111,23 @@ def test_exit_is_the_first_loop_that_reaches_the_threshold(threshold):
         assert exit_loop == 0 or total[exit_loop - 1] < threshold + 1e-12
 
 
+def test_reaching_the_threshold_exactly_is_reaching_it():
+    lam = torch.tensor([0.5, 0.5, 0.5])
+    assert exit_loops(lam, 0.5) == 0
+    assert exit_loops(lam, 0.75) == 1
+    assert graves_weights(lam, 0.5)[0].tolist() == [1, 0, 0]
+
+
+def test_what_a_position_never_ran_is_not_read():
+    """Rows that have left hold nothing, or anything at all."""
+    lam = torch.full((4, 2), 0.3)
+    lam[2:, 0] = torch.nan
+    depth = torch.tensor([2, 4])
+    for weights in (halting_weights(lam, depth), graves_weights(lam, 0.99, depth)[0]):
+        assert weights[:, 0].tolist() == pytest.approx([0.3, 0.7, 0, 0])
+    assert exit_loops(lam, 0.99, depth).tolist() == [1, 3]
+
+
 def test_exit_never_exceeds_the_depth():
     for n_loops in (1, 5, 64):
         lam = gate_outputs(n_loops)

@@ -138,6 +138,15 @@ def test_euler_gain_is_dt():
     torch.testing.assert_close(decay, torch.exp(-dt * log_A.exp()))
 
 
+def test_the_gain_belongs_to_the_decay_at_the_bounds_too():
+    """The hold of the system that the bound made of it: gain (-log A) = dt (1 - A)."""
+    log_A, dt_bias = draws(torch.float32)
+    decay, gain = (part.double() for part in system(log_A, dt_bias).coefficients())
+    dt = torch.nn.functional.softplus(dt_bias.double().clamp(-60, 1e4))
+    torch.testing.assert_close(gain * -decay.log(), dt * (1 - decay), rtol=1e-4, atol=0)
+    assert (decay == MAX_DECAY).sum() > 1000
+
+
 def test_rules_agree_for_small_steps():
     log_A, dt_bias = torch.full((4,), -3.0), torch.linspace(-2.2, -1.5, 4)
     zoh, euler = (system(log_A, dt_bias, rule).coefficients()[1] for rule in RULES)

@@ -58,6 +58,14 @@ def test_filters(seed, vocabulary, top_k, top_p, min_p):
         assert kept[logits[row].argmax()]
 
 
+@pytest.mark.parametrize("strict", [{"min_p": 1.0}, {"top_p": 1e-9}, {"top_k": 1}], ids=str)
+def test_the_most_likely_token_is_never_dropped(strict):
+    logits = torch.randn(20, 9)
+    kept = filter_logits(logits, **strict).isfinite()
+    assert torch.equal(kept.long().argmax(-1), logits.argmax(-1))
+    assert (kept.sum(-1) == 1).all()
+
+
 def test_no_filter_changes_nothing():
     logits = torch.randn(3, 9)
     assert torch.equal(filter_logits(logits), logits)
