@@ -97,8 +97,6 @@ class MLAttention(nn.Module):
         nope, rotary = q_BTHK.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)
         latent_query = torch.einsum("bthn,hnr->bthr", nope, key_up_HNR)
         q_BTHW = torch.cat((latent_query, rotary.to(latent_query.dtype)), dim=-1)
-        if entry_BSW.device.type == "cpu" and entry_BSW.dtype != torch.float32:
-            entry_BSW = entry_BSW.contiguous()
         # the history stands on the left: bfloat16 products on a CPU would copy a transposed one
         scores = entry_BSW.to(q_BTHW.dtype) @ q_BTHW.reshape(batch, n_new * heads, -1).mT
         scores_BTHS = scores.mT.reshape(batch, n_new, heads, -1).float() * self.scale

@@ -41,7 +41,7 @@ def _chains(ax: Any, r: DemoResults) -> None:
         title=f"Trained on {r.trained_hops} hops, asked for more", ylabel="unseen chains answered",
         ylim=(0, 1.03),
     )  # fmt: skip
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, 0.62))
 
 
 def _lengths(ax: Any, r: DemoResults) -> None:
@@ -58,16 +58,15 @@ def _lengths(ax: Any, r: DemoResults) -> None:
     ax.legend(frameon=False)
 
 
-def _loop_axis(ax: Any, loops: list[int]) -> None:
+def _loop_axis(ax: Any, loops: list[int], note: str = "") -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(loops, [str(n) for n in loops])
     ax.minorticks_off()
-    ax.set_xlabel("loops at inference")
+    ax.set_xlabel(f"loops at inference{note}")
 
 
 def _depth(ax: Any, r: DemoResults) -> None:
     ax.axvspan(1, r.max_depth, color=LOOPED, alpha=0.07, lw=0)
-    ax.text(1.04, 0.02, "depths seen in training", transform=ax.get_xaxis_transform(), color=MUTED)
     ax.plot(
         r.depths,
         r.looped_bits,
@@ -77,7 +76,7 @@ def _depth(ax: Any, r: DemoResults) -> None:
     )
     ax.axhline(r.dense_bits, color=DENSE, ls="--", label=f"dense, {_millions(r.dense.parameters)}")
     ax.axvline(r.mean_depth, color=MUTED, lw=0.8, ls=":")
-    _loop_axis(ax, r.depths)
+    _loop_axis(ax, r.depths, " (shaded: seen in training)")
     ax.set(title="Text: same weights, more loops", ylabel="bits per byte, unseen files")
     ax.legend(frameon=False)
 

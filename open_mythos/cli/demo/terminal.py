@@ -35,14 +35,14 @@ def _hop_table(r: DemoResults) -> Table:
         title=f"\nhops: share of unseen chains answered, % (trained on at most {r.trained_hops})",
         title_justify="left",
     )
-    table.add_column("chain")
+    table.add_column("hops \\ loops")
     for loops in r.hop_loops:
-        table.add_column(f"{loops} loops" if loops == 1 else str(loops), justify="right")
+        table.add_column(str(loops), justify="right")
     table.add_column("dense", justify="right")
     for hops, row, dense in zip(r.hops, r.hop_accuracy, r.hop_dense, strict=True):
         style = "bold" if hops == r.hops[-1] else ""
         cells = [f"{100 * share:.0f}" for share in [*row, dense]]
-        table.add_row(f"{hops} hops", *cells, style=style)
+        table.add_row(str(hops), *cells, style=style)
     return table
 
 
