@@ -41,11 +41,11 @@ def text_config(folder: Path, seed: int, quick: bool) -> RunConfig:
     )  # fmt: skip
     return RunConfig(
         model=model,
-        data=DataConfig(path=str(folder / "data"), eval_windows=8 if quick else 128),
+        data=DataConfig(path=str(folder / "data"), eval_windows=8 if quick else 96),
         depth=DepthConfig(plan="poisson", mean=TRAINED_DEPTH, max_loops=2 * TRAINED_DEPTH),
         optim=OptimConfig(lr=6e-3),
         train=TrainConfig(
-            seed=seed, steps=6 if quick else 260, warmup_steps=2 if quick else 30, seq_len=128,
+            seed=seed, steps=6 if quick else 220, warmup_steps=2 if quick else 30, seq_len=128,
             global_batch=16, device="cpu", log_every=2 if quick else 5, min_lr_ratio=0.02,
             eval_depths=list(EVAL_DEPTHS), out_dir=str(folder / "looped"),
         ),
