@@ -94,12 +94,15 @@ class MLAttention(nn.Module):
         batch, n_new, heads, _ = q_BTHK.shape
         up_HUR = self.kv_up.weight.unflatten(0, (heads, -1))
         key_up_HNR, value_up_HVR = up_HUR.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
-        nope, rotary = q_BTHK.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1)
+        # scaling the query is less work than scaling a score for every position
+        nope, rotary = (q_BTHK * self.scale).split(
+            [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1
+        )
         latent_query = torch.einsum("bthn,hnr->bthr", nope, key_up_HNR)
         q_BTHW = torch.cat((latent_query, rotary.to(latent_query.dtype)), dim=-1)
         # the history stands on the left: bfloat16 products on a CPU would copy a transposed one
         scores = entry_BSW.to(q_BTHW.dtype) @ q_BTHW.reshape(batch, n_new * heads, -1).mT
-        scores_BTHS = scores.mT.reshape(batch, n_new, heads, -1).float() * self.scale
+        scores_BTHS = scores.mT.reshape(batch, n_new, heads, -1).float()
         mask = ctx.mask
         if ctx.causal:
             mask = torch.ones(n_new, n_new, dtype=torch.bool, device=scores.device).tril()

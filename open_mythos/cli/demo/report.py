@@ -61,7 +61,8 @@ def text_summary(r: DemoResults) -> str:
     versus = (at[best] - r.dense_bits) / r.dense_bits
     direction = "fewer" if versus < 0 else "more"
     return (
-        f"The looped model needs {at[1]:.3f} bits per byte with one loop and {at[best]:.3f} with "
+        f"Source text: the looped model needs {at[1]:.3f} bits per byte with one loop and "
+        f"{at[best]:.3f} with "
         f"{best}, {gain:.1%} fewer, from the same weights; {abs(versus):.1%} {direction} than "
         f"the dense model's {r.dense_bits:.3f}. At {deepest} loops, {deepest // r.mean_depth} "
         f"times the mean depth of its training, it needs {at[deepest]:.3f} ({drift:+.3f} from its "
