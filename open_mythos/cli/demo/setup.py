@@ -18,7 +18,7 @@ EVAL_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 """Loops measured: to eight times the mean trained depth."""
 PROMPT = "def read_lines(path):\n    "
 SAMPLE_DEPTHS = (1, TRAINED_DEPTH, 4 * TRAINED_DEPTH)
-SAMPLE_TOKENS = 80
+SAMPLE_TOKENS = 60
 
 
 HOPS = 5
@@ -41,11 +41,11 @@ def text_config(folder: Path, seed: int, quick: bool) -> RunConfig:
     )  # fmt: skip
     return RunConfig(
         model=model,
-        data=DataConfig(path=str(folder / "data"), eval_windows=8 if quick else 96),
+        data=DataConfig(path=str(folder / "data"), eval_windows=8 if quick else 64),
         depth=DepthConfig(plan="poisson", mean=TRAINED_DEPTH, max_loops=2 * TRAINED_DEPTH),
         optim=OptimConfig(lr=6e-3),
         train=TrainConfig(
-            seed=seed, steps=6 if quick else 220, warmup_steps=2 if quick else 30, seq_len=128,
+            seed=seed, steps=6 if quick else 170, warmup_steps=2 if quick else 30, seq_len=128,
             global_batch=16, device="cpu", log_every=2 if quick else 5, min_lr_ratio=0.02,
             eval_depths=list(EVAL_DEPTHS), out_dir=str(folder / "looped"),
         ),
