@@ -14,6 +14,7 @@ from torch import Tensor
 from open_mythos.cache import Columns, KVCache
 from open_mythos.ops.moe import LoopedStack
 from open_mythos.ops.rope import rope_table
+from open_mythos.runtime import as_autocast
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Context:
             return weight
         key = (id(weight), torch.is_grad_enabled())
         if key not in self._casts:
-            self._casts[key] = weight.to(torch.get_autocast_dtype(weight.device.type))
+            self._casts[key] = as_autocast(weight)
         return self._casts[key]
 
     def looped(self, weight: Tensor) -> LoopedStack:

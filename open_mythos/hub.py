@@ -23,6 +23,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.dense import DenseTransformer
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.model import OpenMythos
+from open_mythos.runtime import sync_to_disk
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -56,7 +57,7 @@ def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path)
         save_file(_stored_tensors(model), path, metadata={"format": "pt"})
     with _appearing(target / CONFIG_FILE) as path:
         path.write_text(json.dumps(describe(model), indent=2) + "\n", encoding="utf-8")
-    _sync(target)
+    sync_to_disk(target)
 
 
 def from_pretrained(
@@ -299,16 +300,7 @@ def _appearing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _sync(temporary)
+        sync_to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from open_mythos.data.index import DTYPES, INDEX_FILE, Index, Shard, ShardFile, 
 from open_mythos.data.shards import START_DTYPE, TOKENIZER_FOLDER, hash_blocks
 from open_mythos.data.sources import read_documents
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+from open_mythos.runtime import sync_to_disk
 from open_mythos.tokenizer import Tokenizer
 
 # what is encoded at once: enough for every core, small enough for memory
@@ -234,12 +235,12 @@ def _index(
 
 def _publish(partial: Path, out: Path) -> None:
     """Give the finished folder its name; a folder that has it already goes only then."""
-    _sync_folder(partial)
+    sync_to_disk(partial)
     old = partial.with_suffix(".old")
     if out.exists():
         out.rename(old)
     partial.rename(out)
-    _sync_folder(out.parent)
+    sync_to_disk(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -247,11 +248,3 @@ def _sync_and_close(stream: BinaryIO) -> None:
     with stream:
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

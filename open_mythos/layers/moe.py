@@ -11,6 +11,7 @@ from open_mythos.context import Context
 from open_mythos.init import init_weights
 from open_mythos.layers.feed_forward import Expert
 from open_mythos.ops.moe import LoopedStack, deferring_pays, expert_load, routed_experts
+from open_mythos.runtime import as_autocast
 from open_mythos.trace import LoopTrace
 
 
@@ -85,7 +86,7 @@ class MoEFFN(nn.Module):
     ) -> tuple[Tensor | LoopedStack, Tensor | LoopedStack]:
         """The experts' weights as this call should use them."""
         if ctx is None:
-            return _autocast(self.gate_up), _autocast(self.down)
+            return as_autocast(self.gate_up), as_autocast(self.down)
         gate_up, down = ctx.cast(self.gate_up), ctx.cast(self.down)
         if deferring_pays(n_choices, gate_up, down, self.backend):
             return ctx.looped(gate_up), ctx.looped(down)
@@ -101,9 +102,3 @@ class MoEFFN(nn.Module):
         """
         load_E = load_E.to(self.router_bias.device)
         self.router_bias += speed * torch.sign(load_E.mean() - load_E)
-
-
-def _autocast(weight: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(weight.device.type):
-        return weight
-    return weight.to(torch.get_autocast_dtype(weight.device.type))

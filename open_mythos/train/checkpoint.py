@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.hub import describe, from_pretrained, save_pretrained
+from open_mythos.runtime import sync_to_disk
 from open_mythos.train.build import Model
 
 logger = logging.getLogger(__name__)
@@ -71,10 +71,10 @@ def save_checkpoint(
         save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
         _write_json(partial / STATE_FILE, state)
         for path in partial.iterdir():
-            _sync(path)
+            sync_to_disk(path)
         _write_json(partial / MANIFEST_FILE, _manifest(partial))
-        _sync(partial / MANIFEST_FILE)
-        _sync(partial)
+        sync_to_disk(partial / MANIFEST_FILE)
+        sync_to_disk(partial)
         _publish(partial, folder / name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -251,7 +251,7 @@ def _publish(partial: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _sync(final.parent)
+    sync_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -289,12 +289,3 @@ def _damaged(path: Path, value: Any, allowed: str) -> DataError:
         "the checkpoint is damaged", where=str(path), value=value, allowed=allowed,
         fix="resume from an older checkpoint, or copy this one again",
     )  # fmt: skip
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

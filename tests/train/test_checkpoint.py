@@ -243,7 +243,7 @@ def test_another_model_is_refused(trained, make_run):
 
 
 @pytest.mark.parametrize(
-    "fails", ["save_pretrained", "save_file", "_write_json", "_publish", "_sync"]
+    "fails", ["save_pretrained", "save_file", "_write_json", "_publish", "sync_to_disk"]
 )
 def test_a_failed_save_leaves_the_old_ones_and_no_ruin(trained, monkeypatch, fails):
     trainer, _, folder = trained

@@ -37,18 +37,20 @@ from open_mythos.cli.demo.setup import (
 from open_mythos.cli.demo.terminal import show
 from open_mythos.cli.training import TrainProgress, build_trainer
 from open_mythos.data import EpochWindows, TokenShards, prepare
+from open_mythos.errors import ConfigError
 from open_mythos.evaluation import expert_routing
 from open_mythos.model import OpenMythos
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.trace import LoopTrace
 from open_mythos.train import BatchLoader, RunConfig, Trainer, build_model
 
+MARKER = ".open-mythos-demo"
+
 
 def run_demo(folder: Path, *, seed: int, quick: bool, quiet: bool) -> DemoResults:
     """Train, measure, print, draw, and write the report into ``folder``."""
     console = Console(quiet=quiet)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _make_room(folder)
     console.print(
         f"[bold]1[/] Chains of up to {HOPS} relations: a looped and a dense model learn them"
     )
@@ -70,6 +72,20 @@ def run_demo(folder: Path, *, seed: int, quick: bool, quiet: bool) -> DemoResult
     show(results, Console())
     print(f"picture: {folder / 'demo.png'}\nreport:  {folder / 'report.html'}")
     return results
+
+
+def _make_room(folder: Path) -> None:
+    """An empty folder that says what it is for; only an earlier demo's is replaced."""
+    marker = folder / MARKER
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not marker.is_file():
+        raise ConfigError(
+            "the folder holds something else, which the demo would replace", where="--out",
+            value=str(folder), allowed="a new or empty folder, or one of an earlier demo",
+            fix="name another folder",
+        )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    marker.touch()
 
 
 class _Pair:
@@ -118,12 +134,12 @@ class _Run:
         self.rows = metrics.get("eval/depths", self.rows)
 
     def curve(self, label: str) -> Curve:
-        counts = account(
-            self.model, n_loops=TRAINED_DEPTH, context=self.trainer.config.train.seq_len
-        )
+        """The training as data; FLOPs at the mean depth it was trained at."""
+        config = self.trainer.config
+        counts = account(self.model, context=config.train.seq_len)
         return Curve(
-            label, counts.parameters, counts.active_parameters, counts.training_flops(),
-            self.steps, self.loss, self.seconds,
+            label, counts.parameters, counts.active_parameters,
+            counts.training_flops(config.depth.expected), self.steps, self.loss, self.seconds,
         )  # fmt: skip
 
 
