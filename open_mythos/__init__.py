@@ -17,6 +17,10 @@ _MODULES = {
     "open_mythos.errors": (
         "ConfigError", "DataError", "EnvironmentError_", "InternalError", "MythosError",
     ),
+    "open_mythos.exits": (
+        "Acceleration", "ArgmaxStable", "ExitRule", "FixedDepth", "GateExit", "KLExit", "Look",
+        "StateChange", "exit_rule",
+    ),
     "open_mythos.hub": ("from_pretrained", "save_pretrained"),
     "open_mythos.layers.block": ("TransformerBlock",),
     "open_mythos.layers.feed_forward": ("Expert",),

@@ -62,7 +62,7 @@ class CausalLM(nn.Module):
             input_ids, kv_cache, start_pos,
             attention_mask=attention_mask, document_ids=document_ids, sample_seeds=sample_seeds,
         )  # fmt: skip
-        with _autograd(ctx.cache is None):
+        with _autograd(ctx.cache, depth):
             h_BTD = self.body(input_ids, ctx, **depth)
         if ctx.cache is not None:
             ctx.cache.commit(ctx.columns)
@@ -76,7 +76,7 @@ class CausalLM(nn.Module):
         **arguments: Any,
     ) -> Tensor:
         """(B, T, vocab): the logits after every position; arguments as of :meth:`hidden`."""
-        with _autograd(kv_cache is None):
+        with _autograd(kv_cache, arguments):
             return self.head(self.hidden(input_ids, kv_cache, start_pos, **arguments))
 
     def next_token_logits(
@@ -87,7 +87,7 @@ class CausalLM(nn.Module):
         **arguments: Any,
     ) -> Tensor:
         """(B, vocab): the logits after the last position; arguments as of :meth:`hidden`."""
-        with _autograd(kv_cache is None):
+        with _autograd(kv_cache, arguments):
             return self.head(self.hidden(input_ids, kv_cache, start_pos, **arguments)[:, -1])
 
     def context(
@@ -196,6 +196,7 @@ def _shown(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}"
 
 
-def _autograd(wanted: bool) -> AbstractContextManager[Any]:
-    """The caller's grad mode where a graph is wanted, no graph where not: for cached calls."""
+def _autograd(cache: object, depth: dict[str, Any]) -> AbstractContextManager[Any]:
+    """No graph for calls with a cache or an exit rule, the caller's grad mode for all others."""
+    wanted = cache is None and depth.get("exit_rule") is None
     return nullcontext() if wanted else torch.no_grad()

@@ -69,6 +69,23 @@ def _append(old_BS: Tensor | None, new_BT: Tensor | None, length: int, n_new: in
     return torch.cat((old_BS, new_BT), dim=1)
 
 
+@dataclass(frozen=True)
+class Places:
+    """Which of a call's new positions are being computed, when it is not all of them.
+
+    Rows with fewer such positions than others are padded with columns that are not ``real``.
+    """
+
+    rows: Tensor
+    """(R,) rows of the batch, ascending."""
+    columns: Tensor | None = None
+    """(R, T) for each row its positions, counted from the call's first; None for all."""
+    real: Tensor | None = None
+    """(R, T) false on padding; None when all are real."""
+    n_new: int = 0
+    """New positions of the whole call, given together with ``columns``."""
+
+
 class KVCache:
     """Keys and values (or latents) of the tokens seen so far.
 
@@ -86,6 +103,8 @@ class KVCache:
         self._capacity = capacity
         self._share_loops = share_loops
         self._slots: dict[tuple[int, int], Tensor] = {}
+        self._lens: KVCache | None = None
+        self._lens_read = False
 
     @classmethod
     def of(
@@ -115,9 +134,32 @@ class KVCache:
         return self.columns.length
 
     @property
+    def lens(self) -> KVCache:
+        """What the coda's layers remember when the state is read out after every loop.
+
+        The coda's own slots hold finished states. A position that is read out at loop t must see
+        the others at loop t, so these have a slot for every loop.
+
+        Raises:
+            ConfigError: Earlier positions were computed without being read out.
+        """
+        if self._lens is None:
+            self._lens = KVCache(self._capacity, self._share_loops)
+        if self._lens.length != self.length:
+            raise ConfigError(
+                "earlier positions were not read out at every loop", where="exit_rule",
+                value=f"{self._lens.length} of {self.length} positions read out",
+                allowed="a rule that reads predictions at every call on one cache, or at none",
+                fix="use the same exit rule from the first call on",
+            )  # fmt: skip
+        self._lens_read = True
+        return self._lens
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""
-        return sum(slot.nbytes for slot in self._slots.values())
+        own = sum(slot.nbytes for slot in self._slots.values())
+        return own + (0 if self._lens is None else self._lens.nbytes)
 
     @property
     def n_slots(self) -> int:
@@ -130,6 +172,7 @@ class KVCache:
         Raises:
             ConfigError: It holds another number of rows.
         """
+        self._lens_read = False
         rows = {slot.shape[0] for slot in self._slots.values()}
         if rows <= {batch}:
             return
@@ -139,6 +182,7 @@ class KVCache:
                 allowed=f"{rows.pop()} rows", fix="use a cache of its own for every batch",
             )  # fmt: skip
         self._slots.clear()
+        self._lens = None
 
     def truncate(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
@@ -155,31 +199,38 @@ class KVCache:
             valid_BS=None if valid is None else valid[:, :length],
             document_BS=None if document is None else document[:, :length],
         )
+        if self._lens is not None:
+            self._lens.truncate(min(length, self._lens.length))
 
     def write(
-        self, layer: int, loop: int, entry_BTW: Tensor, rows_B: Tensor | None = None
+        self, layer: int, loop: int, entry_BTW: Tensor, places: Places | None = None
     ) -> Tensor:
         """Store the entries of the new positions and return those of all positions.
 
         Args:
             layer: Number of the layer in the model.
             loop: Loop index t.
-            entry_BTW: New entries, of the rows ``rows_B`` alone when these are given.
-            rows_B: Rows of the batch still being computed, or None for all of them.
+            entry_BTW: New entries, of ``places`` alone when these are given.
+            places: Rows and positions still being computed; None for all of them.
 
         Returns:
-            (B, S, W), S = length + T: a view of the slot, or a copy of its ``rows_B``.
+            (B, S, W), S = length + T: a view of the slot, or a copy of the rows of ``places``.
         """
-        start, end = self.length, self.length + entry_BTW.shape[1]
+        n_new = places.n_new if places is not None and places.n_new else entry_BTW.shape[1]
+        start, end = self.length, self.length + n_new
         slot = self._slot(layer, loop, entry_BTW, end)
-        if rows_B is None:
+        if places is None:
             slot[:, start:end] = entry_BTW
             return slot[:, :end]
         if loop > 0 and not self._share_loops:
-            # rows that have left are seen with the entries of their last computed loop
+            # what has left is seen with the entries of its last computed loop
             slot[:, start:end] = self._slots[layer, loop - 1][:, start:end]
-        slot[rows_B, start:end] = entry_BTW
-        return slot[rows_B, :end]
+        if places.columns is None or places.real is None:
+            slot[places.rows, start:end] = entry_BTW
+        else:
+            row, at = places.real.nonzero(as_tuple=True)
+            slot[places.rows[row], start + places.columns[row, at]] = entry_BTW[row, at]
+        return slot[places.rows, :end]
 
     def carry_over(self, n_loops: int, n_new: int) -> None:
         """The new positions ran ``n_loops`` loops: deeper slots see the last of them."""
@@ -188,6 +239,8 @@ class KVCache:
             if loop >= n_loops:
                 last = self._slots[layer, loop - 1]
                 self._with_room((layer, loop), end)[:, start:end] = last[:, start:end]
+        if self._lens is not None:
+            self._lens.carry_over(n_loops, n_new)
 
     def commit(self, columns: Columns) -> None:
         """Count the positions written since the last commit as held.
@@ -195,6 +248,8 @@ class KVCache:
         A call that fails before it gets here leaves the cache as it was.
         """
         self.columns = columns
+        if self._lens is not None and self._lens_read:
+            self._lens.commit(columns)
 
     def _slot(self, layer: int, loop: int, entry_BTW: Tensor, end: int) -> Tensor:
         """The slot of (layer, loop), made if there is none, with room for ``end`` positions."""

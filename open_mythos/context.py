@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.cache import Columns, KVCache
+from open_mythos.cache import Columns, KVCache, Places
 from open_mythos.ops.moe import LoopedStack
 from open_mythos.ops.rope import rope_table
 from open_mythos.runtime import as_autocast
@@ -29,7 +29,7 @@ class Context:
         columns: All positions, cached and new.
         valid_BT: False on the new tokens that are padding; None when none is.
         cache: Where keys and values are kept between calls.
-        rows: Rows of the batch still being computed; None for all.
+        places: Rows and positions of the call still being computed; None for all.
         keys_B: One integer per sequence from which its random numbers follow.
     """
 
@@ -39,7 +39,7 @@ class Context:
     columns: Columns
     valid_BT: Tensor | None = None
     cache: KVCache | None = None
-    rows: Tensor | None = None
+    places: Places | None = None
     keys_B: Tensor | None = None
     _casts: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
     _looped: dict[int, LoopedStack] = field(default_factory=dict, repr=False)
@@ -78,18 +78,55 @@ class Context:
         """Whether query i simply sees keys 0 .. i."""
         return self.mask is None and self.columns.length == self.positions.shape[-1]
 
+    @property
+    def rows(self) -> Tensor | None:
+        """(R,) rows of the batch still being computed; None for all."""
+        return None if self.places is None else self.places.rows
+
     def select(self, keep_B: Tensor) -> Context:
         """The same call for some of its rows: ``keep_B`` indexes the rows still being computed."""
-        rows = keep_B if self.rows is None else self.rows[keep_B]
         return replace(
             self,
             positions=_take(self.positions, keep_B, batched=self.positions.dim() == 2),
             rope=self.rope[:, keep_B] if self.rope.dim() == 4 else self.rope,
             mask=None if self.mask is None else _take(self.mask, keep_B, self.mask.shape[0] > 1),
             valid_BT=None if self.valid_BT is None else self.valid_BT[keep_B],
-            rows=rows,
+            places=Places(keep_B if self.rows is None else self.rows[keep_B]),
             keys_B=None if self.keys_B is None else self.keys_B[keep_B],
         )
+
+    def at(self, rows_R: Tensor, columns_RT: Tensor, real_RT: Tensor) -> Context:
+        """This whole call for some of its positions: see :class:`open_mythos.cache.Places`.
+
+        What pads the rows is no token: it is not written to the cache, and not counted.
+        """
+        ctx = self.select(rows_R)
+        valid_RT = real_RT
+        if ctx.valid_BT is not None:
+            valid_RT = ctx.valid_BT.gather(1, columns_RT) & real_RT
+        positions = ctx.positions.expand(len(rows_R), -1)
+        rope = (
+            ctx.rope if ctx.rope.dim() == 4 else ctx.rope[:, None].expand(-1, len(rows_R), -1, -1)
+        )
+        return replace(
+            ctx,
+            positions=positions.gather(1, columns_RT),
+            rope=rope.take_along_dim(columns_RT[None, ..., None], dim=2),
+            mask=ctx._mask_of(columns_RT),
+            valid_BT=valid_RT,
+            places=Places(rows_R, columns_RT, real_RT, self.positions.shape[-1]),
+        )
+
+    def _mask_of(self, columns_RT: Tensor) -> Tensor | None:
+        """(R, 1, T, S): what the new tokens that stand in ``columns_RT`` may see."""
+        n_new, total = self.positions.shape[-1], self.columns.length
+        if self.mask is not None:
+            mask_RTS = self.mask[:, 0].expand(len(columns_RT), -1, -1)
+            return mask_RTS.take_along_dim(columns_RT.unsqueeze(-1), dim=1).unsqueeze(1)
+        if n_new == 1:
+            return None
+        key = torch.arange(total, device=columns_RT.device)
+        return (key <= columns_RT.unsqueeze(-1) + (total - n_new)).unsqueeze(1)
 
     def cast(self, weight: Tensor) -> Tensor:
         """``weight`` in the autocast dtype, converted once per call instead of once per loop.

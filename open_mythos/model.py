@@ -24,11 +24,12 @@ from open_mythos.cache import KVCache
 from open_mythos.config import MythosConfig, check_count, whole
 from open_mythos.context import Context
 from open_mythos.errors import ConfigError
+from open_mythos.exits import ExitRule
 from open_mythos.generation import Decoder, generate
 from open_mythos.init import init_weights
 from open_mythos.layers.block import TransformerBlock
 from open_mythos.layers.norm import RMSNorm
-from open_mythos.recurrent import ExitRule, RecurrentBlock
+from open_mythos.recurrent import RecurrentBlock
 from open_mythos.trace import LoopTrace
 
 
@@ -83,7 +84,8 @@ class OpenMythos(CausalLM):
             document_ids: (B, T) integers; tokens see only their own document, a run of equal ids.
             sample_seeds: (B,) keys of each sequence's randomness (dropout, random h_0).
             grad_loops: Truncated back-propagation: gradient through the last loops of a row only.
-            exit_rule: Lets rows stop before their depth.
+            exit_rule: Lets positions stop before their depth (:mod:`open_mythos.exits`); such a
+                call runs without autograd.
             trace: Receives diagnostics of every loop.
 
         Raises:
@@ -111,8 +113,9 @@ class OpenMythos(CausalLM):
             check_count("grad_loops", grad_loops)
         e_BTD = self.embed(input_ids, ctx)
         h_BTD = self.recurrent(
-            e_BTD, ctx, depth, grad_loops=grad_loops, exit_rule=exit_rule, trace=trace
-        )
+            e_BTD, ctx, depth,
+            grad_loops=grad_loops, exit_rule=exit_rule, predict=self._predict, trace=trace,
+        )  # fmt: skip
         return self.final_hidden(h_BTD, ctx)
 
     def embed(self, input_ids: Tensor, ctx: Context | None = None) -> Tensor:
@@ -139,12 +142,19 @@ class OpenMythos(CausalLM):
         """Logits (B, T, vocab_size) that the state h stands for: read-out, coda, norm, head."""
         return self.head(self.final_hidden(h_BTD, ctx))
 
-    def final_hidden(self, h_BTD: Tensor, ctx: Context | None = None) -> Tensor:
-        """The final hidden state (B, T, D) that h stands for: C h, coda, norm."""
+    def _predict(self, h_BTD: Tensor, ctx: Context, t: int) -> Tensor:
+        """Logits after loop t, of positions still running; their context holds a lens cache."""
+        return self.head(self.final_hidden(h_BTD, ctx, t))
+
+    def final_hidden(self, h_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
+        """The final hidden state (B, T, D) that h stands for: C h, coda, norm.
+
+        ``loop`` names the cache slots of the coda when a state is read out inside the loop.
+        """
         ctx = ctx or self._plain_context(h_BTD)
         x_BTD = self.readout(h_BTD.to(self.head.weight.dtype))
         for block in self.coda:
-            x_BTD = block(x_BTD, ctx)
+            x_BTD = block(x_BTD, ctx, loop)
         return self.final_norm(x_BTD)
 
     def _plain_context(self, x_BTD: Tensor) -> Context:

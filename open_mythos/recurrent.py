@@ -8,27 +8,23 @@ so h_next = A h + B e + Transformer(h, e) with exactly A h + B e as its linear p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.context import Context
+from open_mythos.exits import ExitRule
 from open_mythos.layers.block import TransformerBlock
 from open_mythos.layers.halting import ACTHalting
 from open_mythos.layers.injection import LTIInjection
 from open_mythos.layers.loop_embedding import loop_index_embedding
 from open_mythos.layers.lora import LoRAAdapter
 from open_mythos.layers.norm import RMSNorm
+from open_mythos.live import Live, LivePositions, LiveRows, Predict
 from open_mythos.ops.random import counter_normal
 from open_mythos.trace import LoopTrace
-
-ExitRule = Callable[[int, Tensor, Tensor], Tensor]
-"""``rule(t, h_t, h_next) -> (rows,)`` boolean: which of the rows still running stop after loop t.
-
-The states are (rows, T, D). A row that stops leaves the batch: later loops do not compute it.
-"""
 
 _INITIAL_STATE_SALT = (1 << 32) - 1  # dropout counts up from 0
 
@@ -76,7 +72,7 @@ class RecurrentBlock(nn.Module):
         if self.lora is not None and self.lora_norm is not None:
             x_BTD = x_BTD + self.lora(self.lora_norm(x_BTD), t)
         if trace is not None:
-            trace.record_state(t, h_BTD, x_BTD, ctx.rows)
+            trace.record_state(t, h_BTD, x_BTD, ctx.places)
             if trace.keep_states:
                 trace.halting[t] = self.halting(x_BTD.detach())
         return x_BTD
@@ -106,11 +102,13 @@ class RecurrentBlock(nn.Module):
         h_BTD: Tensor | None = None,
         grad_loops: int | None = None,
         exit_rule: ExitRule | None = None,
+        predict: Predict | None = None,
         trace: LoopTrace | None = None,
     ) -> Tensor:
         """Run the loop and return the final state (B, T, D), float32.
 
-        Rows that have reached their own depth leave the batch; the others go on without them.
+        What has reached its depth is no longer computed: rows leave the batch, and so do single
+        positions that ``exit_rule`` stops. The others go on without them.
 
         Args:
             e_BTD: Encoded input, injected at every loop.
@@ -119,85 +117,30 @@ class RecurrentBlock(nn.Module):
             h_BTD: Initial state; :meth:`initial_state` by default.
             grad_loops: Truncated back-propagation: only the last ``grad_loops`` loops of each row
                 carry gradient. All of them by default.
-            exit_rule: Stops rows before their depth is reached.
+            exit_rule: Stops positions before their depth is reached; the loops then run without
+                autograd.
+            predict: Reads out states for an ``exit_rule`` that asks for predictions.
             trace: Receives diagnostics.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
         drive_BTD = self.injection.drive(e_BTD)
-        live = _LiveRows(n_loops, e_BTD)
-        cache, t = ctx.cache, 0
+        live: Live = (
+            LiveRows(n_loops, len(h_BTD), ctx)
+            if exit_rule is None
+            else LivePositions(n_loops, h_BTD, ctx, exit_rule, predict, trace)
+        )
+        ctx, t = live.ctx, 0
+        cache, n_new = ctx.cache, e_BTD.shape[1]
         while live:
             begins_B, any_grad = live.gradient(t, grad_loops)
             if begins_B is not None:
                 h_BTD = torch.where(begins_B.view(-1, 1, 1), h_BTD.detach(), h_BTD)
             with torch.set_grad_enabled(any_grad):
                 before, h_BTD = h_BTD, self.step(h_BTD, drive_BTD, t, ctx, trace)
-            if exit_rule is not None:
-                live.stop(exit_rule(t, before, h_BTD), t + 1)
+                keep = live.retire(t, before, h_BTD, ctx)
+            if keep is not None:
+                h_BTD, drive_BTD, ctx = keep.take(h_BTD), keep.take(drive_BTD), keep.ctx
             t += 1
-            stay = live.retire(t, h_BTD)
-            if stay is not None:
-                h_BTD, drive_BTD, ctx = h_BTD[stay], drive_BTD[stay], ctx.select(stay)
         if cache is not None:
-            cache.carry_over(t, e_BTD.shape[1])
+            cache.carry_over(t, n_new)
         return live.final_states()
-
-
-class _LiveRows:
-    """Which rows are still being computed, and the final states of those that are not."""
-
-    def __init__(self, n_loops: int | Sequence[int], e_BTD: Tensor) -> None:
-        self._device = e_BTD.device
-        batch = e_BTD.shape[0]
-        self._depths = [n_loops] * batch if isinstance(n_loops, int) else list(n_loops)
-        self._rows = list(range(batch))
-        self._done: list[tuple[list[int], Tensor]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._rows)
-
-    def _index(self, positions: list[int]) -> Tensor:
-        return torch.tensor(positions, dtype=torch.long, device=self._device)
-
-    def retire(self, t: int, h_BTD: Tensor) -> Tensor | None:
-        """Take out the rows that have run their ``t`` loops.
-
-        Returns:
-            The index of the rows that stay; None when it selects nothing: all stay, or none does.
-        """
-        leave = [i for i, depth in enumerate(self._depths) if depth <= t]
-        stay = [i for i, depth in enumerate(self._depths) if depth > t]
-        if not leave:
-            return None
-        rows = [self._rows[i] for i in leave]
-        self._done.append((rows, h_BTD[self._index(leave)] if stay else h_BTD))
-        self._rows = [self._rows[i] for i in stay]
-        self._depths = [self._depths[i] for i in stay]
-        return self._index(stay) if stay else None
-
-    def gradient(self, t: int, grad_loops: int | None) -> tuple[Tensor | None, bool]:
-        """Which rows' gradient begins at loop ``t``, and whether any row has one by then.
-
-        The first is None where nothing has to be cut off.
-        """
-        if grad_loops is None or not torch.is_grad_enabled():
-            return None, torch.is_grad_enabled()
-        first = [max(0, depth - grad_loops) for depth in self._depths]
-        begins = [t > 0 and t == start for start in first]
-        cut = torch.tensor(begins, device=self._device) if any(begins) else None
-        return cut, any(t >= start for start in first)
-
-    def stop(self, stops_B: Tensor, t: int) -> None:
-        """Let the rows marked in ``stops_B`` end at depth ``t``."""
-        self._depths = [
-            t if stops else depth
-            for depth, stops in zip(self._depths, stops_B.tolist(), strict=True)
-        ]
-
-    def final_states(self) -> Tensor:
-        """(B, T, D) in the order of the batch."""
-        if len(self._done) == 1:
-            return self._done[0][1]
-        order = [row for rows, _ in self._done for row in rows]
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat([state for _, state in self._done])[self._index(inverse)]

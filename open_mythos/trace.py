@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from open_mythos.cache import Places
+
 
 @dataclass
 class LoopTrace:
@@ -21,7 +23,10 @@ class LoopTrace:
         keep_routing: Also keep router scores (with their graph) and the chosen experts.
         state_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1}||.
         delta_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1} - h_t||.
-        rows: Loop t -> rows of the batch that were computed; None means all of them.
+        rows: Loop t -> (rows,) rows of the batch that were computed; None means all of them.
+        columns: Loop t -> (rows, T) the positions computed of these rows, where an exit rule has
+            stopped some; None means all of them. -1 pads rows that have fewer.
+        exits: (B, T) loops that each position ran, if an exit rule was given.
         load: (layer, loop) -> (E,) tokens that chose each expert, padding not counted.
         scores: (layer, loop) -> (rows, T, E) router scores, if kept.
         experts: (layer, loop) -> (rows, T, C) chosen experts, if kept.
@@ -34,6 +39,8 @@ class LoopTrace:
     state_norm: dict[int, Tensor] = field(default_factory=dict)
     delta_norm: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Tensor | None] = field(default_factory=dict)
+    columns: dict[int, Tensor | None] = field(default_factory=dict)
+    exits: Tensor | None = None
     load: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     scores: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     experts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -47,13 +54,18 @@ class LoopTrace:
 
     @torch.no_grad()
     def record_state(
-        self, loop: int, before_BTD: Tensor, after_BTD: Tensor, rows_B: Tensor | None
+        self, loop: int, before_BTD: Tensor, after_BTD: Tensor, places: Places | None
     ) -> None:
-        """Note what loop ``loop`` did to the state."""
+        """Note what loop ``loop`` did to the state of ``places`` (None: of all positions)."""
         after = after_BTD.detach().float()
-        self.state_norm[loop] = after.norm(dim=-1).mean(-1)
-        self.delta_norm[loop] = (after - before_BTD.detach().float()).norm(dim=-1).mean(-1)
-        self.rows[loop] = rows_B
+        change = after - before_BTD.detach().float()
+        real = None if places is None else places.real
+        self.state_norm[loop] = _mean(after.norm(dim=-1), real)
+        self.delta_norm[loop] = _mean(change.norm(dim=-1), real)
+        self.rows[loop] = None if places is None else places.rows
+        self.columns[loop] = None
+        if places is not None and places.columns is not None and real is not None:
+            self.columns[loop] = places.columns.masked_fill(~real, -1)
         if self.keep_states:
             self.states[loop] = after_BTD.detach()
 
@@ -106,3 +118,10 @@ class LoopTrace:
         if run is None:
             return record
         return record[run if ran is None else torch.searchsorted(ran, run)]
+
+
+def _mean(x_BT: Tensor, real_BT: Tensor | None) -> Tensor:
+    """(B,) mean over the real positions."""
+    if real_BT is None:
+        return x_BT.mean(-1)
+    return (x_BT * real_BT).sum(-1) / real_BT.sum(-1).clamp_min(1)

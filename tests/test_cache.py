@@ -13,6 +13,7 @@ from torch import Tensor
 from open_mythos import ConfigError, KVCache, OpenMythos, cache_bytes
 from open_mythos.cache import Columns
 from open_mythos.context import Context
+from open_mythos.exits import Look, Memory
 
 B, T = 3, 12
 
@@ -251,10 +252,10 @@ class TestCalls:
         if held:
             model(ids[:, :held], 5, cache)
 
-        def fail(t: int, before: Tensor, after: Tensor) -> Tensor:
-            if t == 1:
+        def fail(look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
+            if look.t == 1:
                 raise RuntimeError("in the middle of loop 1")
-            return torch.zeros(before.shape[0], dtype=torch.bool)
+            return torch.zeros(look.after_BTD.shape[:2], dtype=torch.bool), ()
 
         with pytest.raises(RuntimeError, match="in the middle"):
             model(random_ids(2, 7, seed=9), n_loops, cache, held, exit_rule=fail)
@@ -268,7 +269,7 @@ class TestCalls:
     def test_a_failed_first_call_may_be_repeated_with_another_batch(self, model):
         cache = KVCache()
 
-        def fail(t: int, before: Tensor, after: Tensor) -> Tensor:
+        def fail(look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
             raise MemoryError
 
         with pytest.raises(MemoryError):

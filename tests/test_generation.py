@@ -8,6 +8,7 @@ from helpers import random_ids, randomise, small_config, small_model
 from torch import Tensor
 
 from open_mythos import ByteTokenizer, ConfigError, DenseTransformer, OpenMythos
+from open_mythos.exits import FixedDepth
 from open_mythos.ops.sampling import filter_logits, penalise_repetition
 
 B, T, NEW = 3, 5, 10
@@ -108,11 +109,7 @@ class TestRows:
 
     def test_an_exit_rule_reaches_the_loop(self, model):
         ids = random_ids(B, T)
-
-        def after_two(t: int, before: Tensor, after: Tensor) -> Tensor:
-            return torch.full((after.shape[0],), t == 1)
-
-        out = model.generate(ids, NEW, 8, temperature=0.0, exit_rule=after_two)
+        out = model.generate(ids, NEW, 8, temperature=0.0, exit_rule=FixedDepth(2))
         assert torch.equal(out, greedy(model, ids, NEW, 2))
 
 

@@ -10,7 +10,7 @@ from helpers import assert_differs, assert_same, random_ids, small_config, small
 from torch import Tensor
 
 from open_mythos import KVCache, LoopTrace, OpenMythos, RecurrentBlock
-from open_mythos.recurrent import ExitRule
+from open_mythos.exits import Look, Memory
 
 B, T = 4, 6
 
@@ -62,62 +62,60 @@ class TestDepth:
             assert_same(model.recurrent(e, ctx, 3, h_BTD=e), h)
 
 
-def leave_after(depths: list[int], calls: list[tuple[int, int]] | None = None) -> ExitRule:
-    """A rule by which row i stops after ``depths[i]`` loops, told by the rows' number alone."""
-    rows = list(range(len(depths)))
+class LeaveAfter:
+    """A rule by which row i stops after ``depths[i]`` loops; its memory is the depths."""
 
-    def rule(t: int, before: Tensor, after: Tensor) -> Tensor:
-        assert before.shape == after.shape
-        assert len(rows) == before.shape[0]
-        stops = [t + 1 >= depths[row] for row in rows]
-        rows[:] = [row for row, stop in zip(rows, stops, strict=True) if not stop]
-        if calls is not None:
-            calls.append((t, before.shape[0]))
-        return torch.tensor(stops)
+    def __init__(self, depths: list[int]) -> None:
+        self.depths = torch.tensor(depths)
+        self.looks: list[Look] = []
 
-    return rule
+    def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
+        self.looks.append(look)
+        shape = look.after_BTD.shape[:2]
+        depths = self.depths.unsqueeze(1).expand(shape) if memory is None else memory[0]
+        assert look.before_BTD.shape == look.after_BTD.shape
+        assert depths.shape == shape
+        return look.t + 1 >= depths, (depths,)
 
 
 class TestExitRule:
     @pytest.mark.parametrize("depths", [[1, 4, 7, 2], [3, 3, 3, 3], [9, 1, 1, 1]])
     def test_leaving_equals_depth_per_row(self, model, depths):
-        ids, calls = random_ids(B, T), []
-        logits = full(model, ids, 9, exit_rule=leave_after(depths, calls))
+        ids, rule = random_ids(B, T), LeaveAfter(depths)
+        logits = full(model, ids, 9, exit_rule=rule)
         assert_same(logits, full(model, ids, depths), tolerance=1e-6)
-        assert calls == [(t, sum(d > t for d in depths)) for t in range(max(depths))]
+        assert [look.after_BTD.shape[:2] for look in rule.looks] == [
+            (sum(d > t for d in depths), T) for t in range(max(depths))
+        ]
 
     def test_leaving_equals_depth_per_row_on_a_cache(self, model):
         ids, left, told = random_ids(B, T), KVCache(), KVCache()
         for depths, end in (([1, 4, 7, 2], 3), ([6, 1, 2, 3], 4), ([2, 2, 9, 1], T)):
             now = slice(left.length, end)
-            first = model(ids[:, now], 9, left, left.length, exit_rule=leave_after(depths))
+            first = model(ids[:, now], 9, left, left.length, exit_rule=LeaveAfter(depths))
             second = model(ids[:, now], depths, told, told.length)
             assert_same(first, second, tolerance=1e-6)
 
     def test_never_leaving(self, model):
         ids = random_ids(B, T)
-        stay: ExitRule = lambda t, before, after: torch.zeros(len(after), dtype=torch.bool)  # noqa: E731
-        assert torch.equal(full(model, ids, 5, exit_rule=stay), full(model, ids, 5))
+        assert_same(
+            full(model, ids, 5, exit_rule=LeaveAfter([99] * B)), full(model, ids, 5), tolerance=1e-6
+        )
 
     def test_a_row_never_exceeds_its_depth(self, model):
-        ids = random_ids(B, T)
-        rule = leave_after([9, 9, 9, 2])
-        trace = LoopTrace()
-        with pytest.raises(AssertionError):  # the rule counts rows, and n_loops took some away
-            full(model, ids, [1, 4, 4, 4], exit_rule=rule, trace=trace)
+        ids, trace = random_ids(B, T), LoopTrace()
+        full(model, ids, [1, 4, 4, 4], exit_rule=LeaveAfter([9, 9, 9, 2]), trace=trace)
         assert trace.rows[1].tolist() == [1, 2, 3]
+        assert trace.exits.tolist() == [[1] * T, [4] * T, [4] * T, [2] * T]
 
     def test_states_of_before_and_after(self, model):
-        ids, trace, pairs = random_ids(B, T), LoopTrace(keep_states=True), []
-
-        def rule(t: int, before: Tensor, after: Tensor) -> Tensor:
-            pairs.append((before, after))
-            return torch.zeros(B, dtype=torch.bool)
-
+        ids, trace, rule = random_ids(B, T), LoopTrace(keep_states=True), LeaveAfter([99] * B)
         full(model, ids, 3, exit_rule=rule, trace=trace)
-        for t, (before, after) in enumerate(pairs):
-            assert torch.equal(after, trace.states[t])
-            assert torch.equal(before, trace.states[t - 1] if t else torch.zeros_like(before))
+        for t, look in enumerate(rule.looks):
+            assert look.t == t
+            assert torch.equal(look.after_BTD, trace.states[t])
+            before = trace.states[t - 1] if t else torch.zeros_like(look.before_BTD)
+            assert torch.equal(look.before_BTD, before)
 
 
 def gradients(model: OpenMythos, forward: Callable[[], Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ the queries that a test asks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import torch
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.checks import check_int, check_ranks
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
+from open_mythos.errors import DataError
 from open_mythos.runtime import derive_seed, seeded_generator
 
 HELD_OUT_ONE_IN = 10
@@ -66,6 +68,7 @@ class PermHop:
         hops: int,
         held_out: bool = False,
         final_only: bool = False,
+        chains: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ) -> Batch:
@@ -77,6 +80,9 @@ class PermHop:
             hops: k, the relations of every program.
             held_out: Label only the held-out prefixes (testing), instead of only the others.
             final_only: Label the last relation only.
+            chains: Programs that stand one after the other in each row, which then has
+                ``chains * (hops + 1)`` tokens: the later ones at positions, and with something
+                before them, that a single program of this length never has.
             rank: This process.
             world_size: Number of processes; it must divide ``global_batch``.
 
@@ -88,21 +94,24 @@ class PermHop:
         """
         check_int(step, "step", 0)
         check_int(hops, "hops", 1)
+        check_int(chains, "chains", 1)
         check_ranks(global_batch, "global_batch", rank, world_size)
         local = global_batch // world_size
-        places_B = np.arange(rank * local, (rank + 1) * local, dtype=np.int64)
+        rows_B = np.arange(rank * local, (rank + 1) * local, dtype=np.int64)
+        # a row's chains have places of their own; B is rows times chains until they are joined
+        places_B = (rows_B[:, None] * chains + np.arange(chains)).reshape(-1)
         entity_B, relations_BK = self._draw(step, places_B, hops, held_out)
         answers_BK = self.answers(entity_B, relations_BK)
         labelled_BK = self.is_held_out(entity_B, relations_BK) == held_out
         if final_only:
             labelled_BK[:, :-1] = False
         targets_BK = np.where(labelled_BK, answers_BK, IGNORE_INDEX)
-        unlabelled_B1 = np.full((local, 1), IGNORE_INDEX, np.int64)
+        unlabelled_B1 = np.full((len(places_B), 1), IGNORE_INDEX, np.int64)
         return Batch(
-            torch.from_numpy(np.c_[entity_B, relations_BK + self.entities]),
-            torch.from_numpy(np.c_[unlabelled_B1, targets_BK]),
+            torch.from_numpy(np.c_[entity_B, relations_BK + self.entities].reshape(local, -1)),
+            torch.from_numpy(np.c_[unlabelled_B1, targets_BK].reshape(local, -1)),
             None,
-            torch.from_numpy(step * global_batch + places_B),
+            torch.from_numpy(step * global_batch + rows_B),
         )
 
     def answers(self, entity_B: Int64Array, relations_BK: Int64Array) -> Int64Array:
@@ -136,3 +145,50 @@ class PermHop:
         entity_B = words[:, 0] % np.uint64(self.entities)
         relations_BK = words[:, 1:] % np.uint64(self.relations)
         return entity_B.astype(np.int64), relations_BK.astype(np.int64)
+
+
+class PermHopLoader:
+    """Fresh programs at every step, for a trainer (a ``BatchLoader``).
+
+    Args:
+        task: Where they are drawn from.
+        global_batch: Rows of a batch.
+        hops: Relations of every program.
+        pair_from: Step from which on every row holds two programs, one after the other; None for
+            one throughout. It begins with single ones because they are learnt faster.
+    """
+
+    def __init__(
+        self, task: PermHop, *, global_batch: int, hops: int, pair_from: int | None = None
+    ) -> None:
+        self.step = 0
+        self._task, self._global_batch, self._hops = task, global_batch, hops
+        self._pair_from = pair_from
+
+    def next_batch(self, step: int) -> Batch:
+        """The programs of ``step``."""
+        pair = self._pair_from is not None and step >= self._pair_from
+        return self._task.batch(
+            step, global_batch=self._global_batch, hops=self._hops, chains=2 if pair else 1
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and identity, JSON-ready."""
+        return {
+            "step": self.step, "task": asdict(self._task), "hops": self._hops,
+            "pair_from": self._pair_from,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a position.
+
+        Raises:
+            DataError: It is that of other programs.
+        """
+        own = self.state_dict()
+        if {**state, "step": 0} != {**own, "step": 0}:
+            raise DataError(
+                "the position belongs to other programs", where="PermHopLoader", value=state,
+                allowed=str(own), fix="build the loader with the same task and settings",
+            )  # fmt: skip
+        self.step = state["step"]

@@ -48,7 +48,7 @@ class MLAttention(nn.Module):
         q_BTHK = self.query(x_BTD, ctx.rope)
         entry_BSW = self.entry(x_BTD, ctx.rope)
         if ctx.cache is not None:
-            entry_BSW = ctx.cache.write(self.layer, loop, entry_BSW, ctx.rows)
+            entry_BSW = ctx.cache.write(self.layer, loop, entry_BSW, ctx.places)
         absorb = self.absorbing_is_cheaper(x_BTD.shape[1], entry_BSW.shape[1])
         attend_latent = self.absorbed if absorb else self.expanded
         return self.out_proj(attend_latent(q_BTHK, entry_BSW, ctx).flatten(2))

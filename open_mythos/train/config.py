@@ -33,15 +33,22 @@ class DepthConfig:
     sigma: float = 0.5
     """Standard deviation of the logarithm of the rate of "lognormal_poisson"."""
     max_loops: int | None = None
-    """No sequence runs more loops than this; None for no limit."""
+    """No sequence runs more loops than this, those of long steps not counted; None for no limit."""
     curriculum_start: float = 1.0
     """``mean`` at the first step of a curriculum."""
     curriculum_steps: int = 0
     """Steps over which ``mean`` grows linearly from ``curriculum_start``; 0 for no curriculum."""
+    long_share: float = 0.0
+    """Share of the steps whose sequences all run further loops, so that the model learns to keep
+    what it has found. With ``train.grad_loops`` these come before the loops that carry gradient:
+    the step begins from a detached state."""
+    long_loops: int = 32
+    """Most of these further loops; their number is log-uniform from 1."""
 
     @property
     def expected(self) -> float:
-        """Mean depth when any curriculum has ended, before ``max_loops`` cuts it."""
+        """Mean depth when any curriculum has ended, before ``max_loops`` cuts it, and without the
+        further loops of long steps."""
         if self.plan == "uniform":
             return (self.low + self.high) / 2
         return self.mean + 1 if self.plan == "lognormal_poisson" else self.mean
@@ -57,6 +64,8 @@ class DepthConfig:
         check.integer("max_loops", 1, optional=True)
         check.number("curriculum_start", lambda x: 1 <= x <= 1024, "1 <= x <= 1024")
         check.integer("curriculum_steps", 0)
+        check.number("long_share", lambda x: 0 <= x <= 1, "0 <= x <= 1")
+        check.integer("long_loops", 1)
         if self.plan == "fixed" and self.mean != int(self.mean):
             check.refuse("mean", 'a whole number with plan "fixed"')
         if self.plan == "uniform" and self.curriculum_steps:

@@ -72,7 +72,20 @@ class DepthPlan:
     def depths(self, step: int, sample_index_B: Tensor | Iterable[int]) -> Tensor:
         """(B,) int64 depths >= 1 of the samples with these global numbers, on the CPU."""
         samples = sample_index_B.tolist() if isinstance(sample_index_B, Tensor) else sample_index_B
-        return torch.tensor([self._depth(step, int(sample)) for sample in samples])
+        depths_B = torch.tensor([self._depth(step, int(sample)) for sample in samples])
+        return depths_B + self.further_loops(step)
+
+    def further_loops(self, step: int) -> int:
+        """Loops that every sequence of ``step`` runs beyond its own depth; mostly 0.
+
+        Bansal et al. (arXiv 2202.05826, section 4) begin training from a state of random age; the
+        log-uniform horizon and the share of plain steps are ours.
+        """
+        config = self.config
+        rng = np.random.default_rng(derive_seed(self.seed, "long", step))
+        if rng.random() >= config.long_share:
+            return 0
+        return round(config.long_loops ** rng.random())
 
     def _depth(self, step: int, sample: int) -> int:
         seed = derive_seed(self.seed, "depth", step, sample)

@@ -21,6 +21,8 @@ STREET = (
     ("cache",),
     ("context", "trace"),
     ("init", "layers"),
+    ("exits",),
+    ("live",),
     ("recurrent", "base"),
     ("generation",),
     ("model",),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from open_mythos.data import PermHop
-from open_mythos.errors import ConfigError
+from open_mythos.data import PermHop, PermHopLoader
+from open_mythos.errors import ConfigError, DataError
 
 TASK = PermHop()
 
@@ -98,6 +98,34 @@ def test_batches_are_pure_functions_of_seed_step_and_place() -> None:
     assert len(whole.split(2)) == 2
 
 
+def test_chains_stand_one_after_the_other() -> None:
+    pairs = TASK.batch(7, global_batch=32, hops=4, chains=2)
+    assert pairs.input_ids.shape == pairs.targets.shape == (32, 10)
+    single = TASK.batch(7, global_batch=64, hops=4)
+    assert torch.equal(pairs.input_ids.view(64, 5), single.input_ids)
+    assert torch.equal(pairs.targets.view(64, 5), single.targets)
+    assert pairs.sample_index.tolist() == list(range(7 * 32, 8 * 32))
+    parts = [TASK.batch(7, global_batch=32, hops=4, chains=2, rank=r, world_size=2) for r in (0, 1)]
+    assert torch.equal(torch.cat([part.input_ids for part in parts]), pairs.input_ids)
+
+
+def test_the_loader_goes_over_to_pairs() -> None:
+    loader = PermHopLoader(TASK, global_batch=4, hops=5, pair_from=3)
+    assert [loader.next_batch(step).input_ids.shape[1] for step in range(5)] == [6, 6, 6, 12, 12]
+    single = PermHopLoader(TASK, global_batch=4, hops=5)
+    assert single.next_batch(99).input_ids.shape == (4, 6)
+
+
+def test_the_loader_takes_up_its_own_position_only() -> None:
+    loader, other = (PermHopLoader(TASK, global_batch=4, hops=hops) for hops in (5, 4))
+    loader.step = 17
+    again = PermHopLoader(TASK, global_batch=4, hops=5)
+    again.load_state_dict(loader.state_dict())
+    assert again.step == 17
+    with pytest.raises(DataError, match="other programs"):
+        other.load_state_dict(loader.state_dict())
+
+
 def test_steps_seeds_and_purposes_draw_other_programs() -> None:
     drawn = [
         TASK.batch(0, global_batch=64, hops=5),
@@ -128,7 +156,14 @@ def test_an_impossible_task_is_refused(bad: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"hops": 0}, {"step": -1}, {"global_batch": 0}, {"global_batch": 3, "world_size": 2}]
+    "bad",
+    [
+        {"hops": 0},
+        {"step": -1},
+        {"global_batch": 0},
+        {"global_batch": 3, "world_size": 2},
+        {"chains": 0},
+    ],
 )
 def test_an_impossible_batch_is_refused(bad: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -97,6 +97,34 @@ def test_curriculum_reaches_the_draws():
     assert torch.equal(draw(step=50, n=200, **fields), draw(step=50, n=200, mean=12.0))
 
 
+def long_steps(share, loops=32, n=4000):
+    plan = DepthPlan(DepthConfig(plan="fixed", mean=3.0, long_share=share, long_loops=loops), 0)
+    return torch.tensor([plan.further_loops(step) for step in range(n)]).double()
+
+
+def test_long_steps_come_as_often_as_asked():
+    further = long_steps(0.3)
+    assert abs((further > 0).double().mean() - 0.3) < 0.03
+    assert not long_steps(0.0).any()
+    assert long_steps(1.0).all()
+
+
+def test_further_loops_are_log_uniform():
+    further = long_steps(1.0)
+    assert further.min() == 1
+    assert further.max() == 32
+    assert abs(further.log2().mean() - 2.5) < 0.15  # half of log2(32); rounding adds a little
+    assert abs((further <= 5.5).double().mean() - math.log(5.5) / math.log(32)) < 0.03
+
+
+def test_all_sequences_of_a_long_step_run_further():
+    config = DepthConfig(plan="uniform", low=2, high=9, long_share=1.0)
+    plan = DepthPlan(config, 0)
+    for step in range(5):
+        longer = draw(step=step, n=50, plan="uniform", low=2, high=9) + plan.further_loops(step)
+        assert torch.equal(plan.depths(step, range(50)).double(), longer)
+
+
 def test_changing_the_config_later_changes_nothing():
     config = DepthConfig(plan="fixed", mean=3.0)
     plan = DepthPlan(config, 0)
