@@ -1,0 +1,183 @@
+"""The Jacobian of a loop, d h_{t+1} / d h_t: whether near states come together or part.
+
+The state of one sequence has n = T D numbers, so J is an (n, n) matrix. Attention is causal: the
+state of a token depends on its own and on earlier ones. J is therefore block lower triangular in
+the tokens, and its eigenvalues are those of the T diagonal blocks (D, D), one of each token.
+
+Experts are chosen by comparing scores. The choice is constant almost everywhere, so J is the
+Jacobian of the chosen experts, their weights included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from open_mythos.config import check_count
+from open_mythos.dynamics.krylov import Spectrum, leading_eigenvalues, leading_singular_values
+from open_mythos.errors import ConfigError
+from open_mythos.evaluation.frozen import frozen
+from open_mythos.model import OpenMythos
+
+_ROWS = 32  # cotangents sent through one forward and backward pass
+
+
+class StepJacobian:
+    """J of ``loops`` consecutive loops at one state of one sequence.
+
+    With ``loops=p`` at a state of a cycle of period p, the eigenvalues say whether the cycle
+    attracts (all inside the unit circle), as those of one loop do for a fixed point.
+
+    Products J^T u are reverse-mode. Products J v differentiate J^T u, which is linear in u, with
+    respect to u: that works through every attention and expert kernel that has a reverse mode, and
+    forward mode does not. Attention runs on PyTorch's plain ("math") kernel meanwhile, as the fused
+    ones cannot be differentiated twice.
+
+    Args:
+        model: In float32; its weights are not changed.
+        input_ids: (1, T) token ids.
+        h_BTD: (1, T, D) the state h_t.
+        t: Index of the first loop.
+        loops: How many loops the map takes.
+
+    Raises:
+        ConfigError: More than one sequence, a state of another shape, or weights that are not
+            float32, whose rounding would be larger than small eigenvalues.
+    """
+
+    def __init__(
+        self, model: OpenMythos, input_ids: Tensor, h_BTD: Tensor, t: int, loops: int = 1
+    ) -> None:
+        expected = (1, input_ids.shape[-1], model.cfg.dim)
+        if tuple(h_BTD.shape) != expected or input_ids.shape[0] != 1:
+            raise ConfigError(
+                "not the state of one sequence", where="h_BTD",
+                value=f"{tuple(h_BTD.shape)} for ids {tuple(input_ids.shape)}",
+                allowed=f"{expected}", fix="take one row: ids[:1], states[t, :1]",
+            )  # fmt: skip
+        if model.head.weight.dtype != torch.float32:
+            raise ConfigError(
+                "a Jacobian needs float32", where="model", value=model.head.weight.dtype,
+                allowed="float32 weights", fix="load the model with dtype=torch.float32",
+            )  # fmt: skip
+        self._t, self._loops = check_count("t", t, least=0), check_count("loops", loops)
+        self._model, self._ids = model, input_ids.to(model.head.weight.device)
+        self._h_BTD = h_BTD.detach().to(self._ids.device, torch.float32)
+        self.tokens, self.dim = expected[1], expected[2]
+        self.size = self.tokens * self.dim
+        self._ctx = model.context(self._ids)
+        with frozen(model, torch.float32):
+            e_BTD = model.embed(self._ids, self._ctx)
+            self._drive_BTD = model.recurrent.injection.drive(e_BTD)
+        with self._differentiable():
+            self._input = self._h_BTD.clone().requires_grad_()
+            self._output = self._map(self._input)
+            self._cotangent = torch.zeros_like(self._output, requires_grad=True)
+            (self._pullback,) = torch.autograd.grad(
+                self._output, self._input, self._cotangent, create_graph=True
+            )
+
+    def apply(self, v: Tensor) -> Tensor:
+        """J v, of the shape of ``v``: (n,) or (1, T, D)."""
+        (out,) = torch.autograd.grad(
+            self._pullback, self._cotangent, v.reshape(self._h_BTD.shape), retain_graph=True
+        )
+        return out.reshape(v.shape)
+
+    def apply_transposed(self, u: Tensor) -> Tensor:
+        """J^T u, of the shape of ``u``: (n,) or (1, T, D)."""
+        (out,) = torch.autograd.grad(
+            self._output, self._input, u.reshape(self._h_BTD.shape), retain_graph=True
+        )
+        return out.reshape(u.shape)
+
+    def matrix(self) -> Tensor:
+        """(n, n) the whole of J; n^2 x 4 bytes and n / 32 passes."""
+        unit = torch.eye(self.size, device=self._h_BTD.device)
+        return torch.cat([self._pull(rows).flatten(1) for rows in unit.split(_ROWS)])
+
+    def block(self, token: int) -> Tensor:
+        """(D, D) the diagonal block of one token: d h_{t+1}[token] / d h_t[token]."""
+        unit = torch.zeros(self.dim, self.tokens, self.dim, device=self._h_BTD.device)
+        unit[:, token] = torch.eye(self.dim, device=unit.device)
+        pulled = [self._pull(rows.flatten(1))[:, token] for rows in unit.split(_ROWS)]
+        return torch.cat(pulled)
+
+    def token_eigenvalues(self, token: int) -> np.ndarray:
+        """(D,) complex128, largest first: the eigenvalues that belong to one token, exactly."""
+        return _sorted(np.linalg.eigvals(self.block(token).double().cpu().numpy()))
+
+    def eigenvalues(
+        self, count: int | None = None, *, max_products: int = 200, tolerance: float = 1e-4
+    ) -> Spectrum:
+        """All n eigenvalues, token by token; or the ``count`` largest from products alone.
+
+        Args:
+            count: None decomposes every block: n / 32 passes and T problems of order D. A number
+                uses :func:`leading_eigenvalues`; J is not normal, so mind the residuals.
+            max_products: Of that method.
+            tolerance: Of that method.
+        """
+        if count is None:
+            values = np.concatenate([self.token_eigenvalues(i) for i in range(self.tokens)])
+            return Spectrum(_sorted(values), np.zeros(self.size), 0)
+        return leading_eigenvalues(
+            self.apply, self.size, count, max_products=max_products, tolerance=tolerance,
+            device=self._h_BTD.device,
+        )  # fmt: skip
+
+    def singular_values(
+        self, count: int | None = None, *, max_products: int = 200, tolerance: float = 1e-4
+    ) -> Spectrum:
+        """All n singular values of the whole matrix; or the ``count`` largest from products alone.
+
+        The largest is the most by which the map can stretch a small change, in any direction.
+
+        Args:
+            count: None decomposes the whole matrix; a number uses :func:`leading_singular_values`.
+            max_products: Of that method.
+            tolerance: Of that method.
+        """
+        if count is None:
+            values = np.linalg.svd(self.matrix().double().cpu().numpy(), compute_uv=False)
+            return Spectrum(values, np.zeros(self.size), 0)
+        return leading_singular_values(
+            self.apply, self.apply_transposed, self.size, count,
+            max_products=max_products, tolerance=tolerance, device=self._h_BTD.device,
+        )  # fmt: skip
+
+    def _map(self, h_BTD: Tensor) -> Tensor:
+        """The state after ``loops`` loops; rows are copies of the sequence."""
+        for t in range(self._t, self._t + self._loops):
+            h_BTD = self._model.recurrent.step(h_BTD, self._drive_BTD, t, self._ctx)
+        return h_BTD
+
+    def _pull(self, cotangents: Tensor) -> Tensor:
+        """J^T u for several u at once, (rows, n) -> (rows, T, D): each is a row of a batch."""
+        rows = len(cotangents)
+        with self._differentiable():
+            h_BTD = self._h_BTD.expand(rows, -1, -1).clone().requires_grad_()
+            u_BTD = cotangents.view(h_BTD.shape)
+            return torch.autograd.grad(self._map(h_BTD), h_BTD, u_BTD)[0]
+
+    @contextmanager
+    def _differentiable(self) -> Iterator[None]:
+        """Evaluation mode, a graph for the state and none for the weights, the plain kernel."""
+        model = self._model
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        try:
+            with frozen(model, torch.float32), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                model.requires_grad_(False)
+                yield
+        finally:
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+
+
+def _sorted(values: np.ndarray) -> np.ndarray:
+    return values[np.argsort(-np.abs(values), kind="stable")].astype(complex)

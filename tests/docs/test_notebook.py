@@ -1,0 +1,85 @@
+"""The notebook runs from top to bottom, and what it shows is so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from doc_blocks import ROOT
+
+NOTEBOOK = ROOT / "examples" / "loop_dynamics.ipynb"
+HOPS = 4
+CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> dict:
+    """The names that the notebook's cells leave behind."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    namespace: dict = {"__name__": "notebook"}
+    for number, cell in enumerate(CELLS):
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            exec(compile(source, f"{NOTEBOOK.name}, cell {number}", "exec"), namespace)
+    namespace["figures"] = len(plt.get_fignums())
+    plt.close("all")
+    return namespace
+
+
+def test_nothing_but_source_is_kept():
+    """Outputs would grow stale; a cell without an id is no valid notebook any more."""
+    assert all(cell["id"] and cell["source"] for cell in CELLS)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in CELLS)
+
+
+def test_links_lead_somewhere():
+    text = "".join(line for cell in CELLS for line in cell["source"])
+    assert "../docs/dynamics.md" in text
+    assert Path(NOTEBOOK.parent / "../docs/dynamics.md").resolve().is_file()
+
+
+def test_more_loops_answer_more(results):
+    accuracy = results["accuracy"]
+    assert accuracy[0] + 0.15 < max(accuracy[3:])
+    assert max(accuracy[3:]) > 0.75
+
+
+def test_the_fit_is_the_eigenvalue(results):
+    """Two ways to one number: a regression of the path and the spectrum of the derivative."""
+    rates = results["fit"].rate[results["row"]].tolist()
+    assert rates[-1] == pytest.approx(results["slowest"][-1], abs=0.12)
+    # no token settles more slowly than the slowest that it looks at
+    assert all(rate < radius + 0.12 for rate, radius in zip(rates, results["slowest"], strict=True))
+    assert 0.2 < results["slowest"][-1] < 1
+
+
+def test_the_long_run(results):
+    counts, tokens = results["counts"], 64 * (HOPS + 1)
+    assert sum(counts.values()) == tokens
+    assert counts["converged"] > 0.7 * tokens
+
+
+def test_routing(results):
+    routing = results["routing"]
+    assert routing.divergence_LL.shape == (2 * HOPS, 2 * HOPS)
+    assert not routing.divergence_LL.diagonal().any()
+    assert routing.divergence_LL.max() > 0
+
+
+def test_answers_appear_as_loops_go_on(results):
+    """In what a probe finds and in what the model says; and later hops appear later."""
+    scores, said = results["scores"], results["said"]
+    assert len(scores) == 7
+    assert abs(scores[0].selectivity) < 0.2  # the first state is zero: there is nothing to find
+    assert scores[6].selectivity > scores[1].selectivity + 0.1
+    assert (said[-1, -1] > said[0, -1] + 0.15).item()
+    gain = (said[-1] - said[0]).tolist()
+    assert max(gain[:2]) < gain[-1]
+
+
+def test_pictures(results):
+    assert results["figures"] == 5
