@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import caches, decoding, machine, training
+from benchmarks import caches, decoding, exits, machine, training
 from benchmarks.measure import Row
 from benchmarks.models import FULL, QUICK, Scale
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TIMED = {"training": training, "decoding": decoding}
+TIMED = {"training": training, "decoding": decoding, "exits": exits}
 SUITES = (*TIMED, "cache")
 
 

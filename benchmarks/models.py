@@ -47,5 +47,5 @@ def config(scale: Scale, attn_type: str, experts: tuple[int, int]) -> MythosConf
         max_loop_iters=scale.n_loops, prelude_layers=1, coda_layers=1, attn_type=attn_type,
         kv_lora_rank=dim // 2, q_lora_rank=dim // 2, qk_rope_head_dim=dim // 16,
         qk_nope_head_dim=dim // 8, v_head_dim=dim // 8, n_experts=experts[0], n_shared_experts=1,
-        n_experts_per_tok=experts[1], expert_dim=dim // 2, lora_rank=8,
+        n_experts_per_tok=max(1, experts[1]), expert_dim=dim // 2, lora_rank=8,
     )  # fmt: skip

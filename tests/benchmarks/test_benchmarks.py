@@ -1,11 +1,12 @@
 """The benchmark runs at a tiny size, and its gate stops what is wrong."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import caches, decoding, training
+from benchmarks import caches, decoding, exits, training
 from benchmarks.__main__ import main
 from benchmarks.measure import GateError, Row, gate
 from benchmarks.models import QUICK, build
@@ -18,7 +19,7 @@ from open_mythos.variants import VARIANTS
 def test_everything_runs_and_is_saved(tmp_path, capsys):
     main(["--quick", "--out", str(tmp_path)])
     assert "no goal missed" in capsys.readouterr().out
-    for suite, n_rows in (("training", 4), ("decoding", 4), ("cache", 6)):
+    for suite, n_rows in (("training", 4), ("decoding", 4), ("exits", 8), ("cache", 6)):
         text = (tmp_path / f"{suite}.json").read_text()
         content = json.loads(text)
         assert len(content["rows"]) == n_rows
@@ -68,6 +69,25 @@ def test_nothing_is_timed_when_results_differ(suite, monkeypatch):
     monkeypatch.setattr(suite, "compare", never)
     with pytest.raises(GateError, match="off by"):
         next(suite.rows(QUICK))
+
+
+def test_exits_are_timed_only_if_they_equal_their_rows_alone(monkeypatch):
+    off_by_one = exits._Dealt.__call__
+
+    def late(self, look, memory):
+        return off_by_one(self, replace(look, t=look.t - 1), memory)
+
+    monkeypatch.setattr(exits._Dealt, "__call__", late)
+    with pytest.raises(GateError, match="off by"):
+        next(exits.rows(QUICK))
+
+
+@pytest.mark.parametrize("shape", [exits._equal, exits._uniform, exits._geometric])
+def test_exits_have_the_mean_they_are_named_after(shape):
+    depths = shape(70, 10).float()
+    assert abs(depths.mean() - exits.MEAN) < 0.1
+    assert depths.min() >= 1
+    assert depths.max() <= exits.DEPTH
 
 
 def test_the_cache_suite_checks_its_formula(monkeypatch):
