@@ -12,7 +12,7 @@ from benchmarks.decoding import fill
 from benchmarks.measure import Row, compare, gate
 from benchmarks.models import FULL, Scale, build
 from open_mythos.cache import KVCache
-from open_mythos.exits import Look, Memory
+from open_mythos.evaluation.exits import GivenDepths
 from open_mythos.model import OpenMythos
 
 DEPTH = 16
@@ -39,17 +39,6 @@ def rows(scale: Scale) -> Iterator[Row]:
             yield _decoding(scale, model, depths_BT, f"decoding, {kind}, {shape.__doc__}")
         depths_BT = _geometric(scale.batch, scale.tokens)
         yield _prefill(scale, model, depths_BT, f"prefill, {kind}, {_geometric.__doc__}")
-
-
-class _Dealt:
-    """An exit rule that deals the depths ``depths_BT``."""
-
-    def __init__(self, depths_BT: Tensor) -> None:
-        self._depths_BT = depths_BT
-
-    def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        depths_BT = self._depths_BT if memory is None else memory[0]
-        return look.t + 1 >= depths_BT, (depths_BT,)
 
 
 def _equal(batch: int, tokens: int) -> Tensor:
@@ -106,7 +95,7 @@ def _compare(
 
         return run
 
-    adaptive = call(n_loops=DEPTH, exit_rule=_Dealt(depths_BT))
+    adaptive = call(n_loops=DEPTH, exit_rule=GivenDepths(depths_BT))
     got, alone = adaptive(), _one_by_one(model, ids, depths_BT, cache, held)
     errors = gate(name, list(got[:, : alone.shape[1]]), list(alone), reference=list(alone),
                   dtype=torch.float32)  # fmt: skip

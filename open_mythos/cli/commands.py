@@ -47,10 +47,62 @@ def train(config: RunConfig, resume: str = "", quiet: bool = False) -> int:
     return train_run(config, resume=resume, quiet=quiet)
 
 
+def train_gate(
+    checkpoint: str,
+    data: str = "",
+    out: str = "",
+    n_loops: int = 16,
+    target: str = "remaining",
+    margin: float = 0.005,
+    positions: int = 8192,
+    steps: int = 600,
+    lr: float = 0.02,
+    seed: int = 0,
+    seq_len: int = 256,
+    batch: int = 16,
+    dtype: str = "float32",
+    device: str = "auto",
+    quiet: bool = False,
+) -> int:
+    """Train the halting gate of a trained model, and nothing else of it.
+
+    Args:
+        checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
+        data: Folder of prepared token shards; by default those the run was trained on, or the task
+            that task.json beside the model names.
+        out: Folder of the model with the trained gate; new or empty, by default runs/gate.
+        n_loops: Loops that the model is followed through.
+        target: "remaining" goes on while any later loop is better, "marginal" while the next one
+            is.
+        margin: Nats at which going on and stopping are equally good; more stops earlier.
+        positions: Most positions to learn from.
+        steps: Optimizer steps.
+        lr: Learning rate.
+        seed: Of the data's order.
+        seq_len: Tokens of a sequence.
+        batch: Sequences at a time.
+        dtype: "float32", or "bfloat16" by autocast.
+        device: "auto", "cpu", "cuda".
+        quiet: No table.
+    """
+    from open_mythos.cli.gate import train_gate_of
+    from open_mythos.train.gate import GateConfig
+
+    config = GateConfig(
+        n_loops=n_loops, target=target, margin=margin, positions=positions, steps=steps, lr=lr,
+        seed=seed,
+    )  # fmt: skip
+    return train_gate_of(
+        checkpoint, config, data=data, out=out, seq_len=seq_len, batch=batch, dtype=dtype,
+        device=device, quiet=quiet,
+    )  # fmt: skip
+
+
 def generate(
     checkpoint: str,
     prompt: str,
     n_loops: int | None = None,
+    exit: str = "",
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 50,
@@ -68,7 +120,9 @@ def generate(
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
         prompt: The text to continue.
-        n_loops: Loops per token; by default the model's max_loop_iters.
+        n_loops: Loops per token, or the most of them; by default the model's max_loop_iters.
+        exit: Rule by which a token stops early: gate, kl, change, acceleration, stable, each with
+            its numbers if wanted, such as gate:0.9 or kl:0.01,1.0; by default none does.
         max_new_tokens: Most tokens to add.
         temperature: Divides the logits; 0 is greedy.
         top_k: Draw from the k most likely tokens; 0: from all.
@@ -89,14 +143,18 @@ def generate(
         "stop": stop or [],
     }  # fmt: skip
     return generate_text(
-        checkpoint, prompt, n_loops, sampling, tokenizer=tokenizer, device=device, quiet=quiet
-    )
+        checkpoint, prompt, n_loops, sampling, exit=exit, tokenizer=tokenizer, device=device,
+        quiet=quiet,
+    )  # fmt: skip
 
 
 def evaluate(
     checkpoint: str,
     data: str = "",
     depths: list[int] | None = None,
+    exit: str = "",
+    n_loops: int | None = None,
+    repeats: int = 0,
     split: str = "val",
     seq_len: int = 256,
     windows: int = 64,
@@ -106,13 +164,21 @@ def evaluate(
     out: str = "",
     quiet: bool = False,
 ) -> int:
-    """Loss and bits per byte at several numbers of loops.
+    """Loss and bits per byte at several numbers of loops, or under an exit rule.
+
+    With ``--exit`` the rule stands beside the same exits dealt to random positions, its mean depth
+    for everybody, and full depth.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
-        data: Folder of prepared token shards; by default the one the run was trained on.
+        data: Folder of prepared token shards; by default the one the run was trained on, or the
+            task that task.json beside the model names.
         depths: Loops to measure at, as a list: [1,2,4,8]; by default powers of two up to four times
             the model's max_loop_iters.
+        exit: Rule by which a position stops early: gate, kl, change, acceleration, stable, each
+            with its numbers if wanted, such as gate:0.9 or kl:0.01,1.0.
+        n_loops: With exit: the most loops; by default the model's max_loop_iters.
+        repeats: With exit: passes by which each depth is timed, in turns; 0 times nothing.
         split: "val" or "train".
         seq_len: Tokens of a sequence.
         windows: Sequences to read at most.
@@ -125,8 +191,9 @@ def evaluate(
     from open_mythos.cli.inference import evaluate_checkpoint
 
     return evaluate_checkpoint(
-        checkpoint, data, depths, split=split, seq_len=seq_len, windows=windows, batch=batch,
-        dtype=dtype, device=device, out=out, quiet=quiet,
+        checkpoint, data, depths, exit=exit, n_loops=n_loops, repeats=repeats, split=split,
+        seq_len=seq_len, windows=windows, batch=batch, dtype=dtype, device=device, out=out,
+        quiet=quiet,
     )  # fmt: skip
 
 
@@ -181,3 +248,57 @@ def data_prepare(
         source, out, tokenizer, val_fraction=val_fraction, shard_tokens=shard_tokens,
         text_field=text_field, overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
+
+
+def trace(
+    checkpoint: str,
+    prompt: str,
+    n_loops: int | None = None,
+    exit: str = "",
+    out: str = "trace.html",
+    device: str = "auto",
+) -> int:
+    """Write a page that shows what the model makes of PROMPT, loop by loop.
+
+    Args:
+        checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
+        prompt: The text; for a model of chains (task.json beside it) names such as "e3 r1 r4".
+        n_loops: Loops; by default the model's max_loop_iters.
+        exit: Rule whose stops are marked: gate, kl, change, acceleration, stable, each with its
+            numbers if wanted, such as gate:0.9 or kl:0.01,1.0; by default the gate, if trained.
+        out: The HTML file to write.
+        device: "auto", "cpu", "cuda".
+    """
+    from open_mythos.cli.trace.run import trace_prompt
+
+    return trace_prompt(checkpoint, prompt, n_loops, exit, out, device)
+
+
+def reproduce(
+    claim: str = "",
+    list: bool = False,
+    scale: str = "cpu",
+    quick: bool = False,
+    record: bool = False,
+    workers: int = 0,
+    out: str = "",
+    fresh: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Run a claim of the field again and print its verdict.
+
+    Args:
+        claim: Id of the claim: c2; --list shows them all.
+        list: Print all claims with what was found.
+        scale: "cpu" or "gpu".
+        quick: Run a cell or two in seconds, to see that everything works.
+        record: Put the results into the source checkout and renew docs/claims.md.
+        workers: Cells at a time; 0 for one per core.
+        out: Folder of the results; by default runs/reproduce/CLAIM/SCALE.
+        fresh: Forget finished cells.
+        quiet: No progress and no tables.
+    """
+    from open_mythos.experiments.reproduce import reproduce as run
+
+    return run(claim, list_claims=list, scale=scale, quick=quick, record=record, workers=workers,
+               out=out, fresh=fresh, quiet=quiet)  # fmt: skip

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from open_mythos.cli.training import CONFIG_FILE
-from open_mythos.data import EpochWindows, TokenShards
+from open_mythos.base import CausalLM
+from open_mythos.cli.task import Source, beside, evaluation_batches
+from open_mythos.data import Batch
 from open_mythos.data.shards import TOKENIZER_FOLDER
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.evaluation import DepthRow, evaluate_depths
-from open_mythos.hub import from_pretrained, model_directory
+from open_mythos.evaluation import DepthRow, ExitReport, ExitRow, evaluate_depths, evaluate_exits
+from open_mythos.exits import exit_rule
+from open_mythos.generation import generate
+from open_mythos.hub import from_pretrained
 from open_mythos.model import OpenMythos
 from open_mythos.runtime import resolve_device, resolve_dtype
 from open_mythos.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from open_mythos.trace import LoopTrace
+
+_BAR = 30
+"""Width of the histogram's longest bar."""
 
 
 def generate_text(
@@ -30,32 +38,37 @@ def generate_text(
     n_loops: int | None,
     sampling: dict[str, Any],
     *,
+    exit: str,
     tokenizer: str,
     device: str,
     quiet: bool,
 ) -> int:
-    """Print the continuation as it is made."""
+    """Print the continuation as it is made, and at the end how deep it went if a rule decided."""
     model = from_pretrained(checkpoint, resolve_device(device))
     tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
     ids = tok.encode(prompt) or [tok.bos_id]
-    stream = StreamDecoder(tok)
+    depth = _depth(model, n_loops, exit)
+    stream, loops, tokens = StreamDecoder(tok), 0, 0
 
     def show(_: int, token_B: torch.Tensor) -> None:
+        nonlocal loops, tokens
+        if exit:
+            ran = depth["trace"].exits  # of the tokens that this one was computed from
+            loops, tokens = loops + int(ran.sum()), tokens + ran.numel()
         if not quiet and int(token_B) != tok.eos_id:
             print(stream.push(int(token_B)), end="", flush=True)
 
     if not quiet:
         print(prompt, end="", flush=True)
-    depth: dict[str, Any] = {}
-    if isinstance(model, OpenMythos):
-        depth["n_loops"] = model.cfg.max_loop_iters if n_loops is None else n_loops
-    elif n_loops is not None:
-        raise ConfigError("a dense model has no loops", where="--n-loops", value=n_loops)
     prompt_ids = torch.tensor([ids], device=model.head.weight.device)
-    out = model.generate(
-        prompt_ids, eos_token_id=tok.eos_id, tokenizer=tok, on_token=show, **sampling, **depth
-    )
+    out = generate(
+        model, prompt_ids, eos_token_id=tok.eos_id, tokenizer=tok, on_token=show, depth=depth,
+        **sampling,
+    )  # fmt: skip
     print(tok.decode(out[0, len(ids) :].tolist()) if quiet else stream.flush())
+    if tokens and not quiet:
+        most = depth["n_loops"]
+        print(f"{loops / tokens:.2f} of {most} loops per token, {tokens} tokens", file=sys.stderr)
     return 0
 
 
@@ -64,6 +77,9 @@ def evaluate_checkpoint(
     data: str,
     depths: list[int] | None,
     *,
+    exit: str,
+    n_loops: int | None,
+    repeats: int,
     split: str,
     seq_len: int,
     windows: int,
@@ -73,22 +89,31 @@ def evaluate_checkpoint(
     out: str,
     quiet: bool,
 ) -> int:
-    """Print loss and bits per byte against depth."""
+    """Print loss and bits per byte against depth, or under an exit rule."""
+    _refuse_what_would_be_ignored(depths, exit, n_loops, repeats)
     model = from_pretrained(checkpoint, resolve_device(device))
-    shards = TokenShards(data or _data_of_the_run(checkpoint), split)
-    batches = EpochWindows(shards, seq_len=seq_len, global_batch=batch, max_windows=windows)
-    if depths is None:
-        trained = model.cfg.max_loop_iters
-        depths = [2**k for k in range((4 * trained).bit_length())]
-    shown = track(
-        batches, "evaluating", console=Console(stderr=True), disable=quiet, transient=True
+    source = evaluation_batches(
+        checkpoint, data, split, seq_len=seq_len, windows=windows, batch=batch
     )
-    rows = evaluate_depths(
-        model, shown, depths, bytes_per_token=shards.bytes_per_token, dtype=resolve_dtype(dtype)
-    )
-    Console().print(_table(rows, checkpoint, split))
+    options: dict[str, Any] = {
+        "bytes_per_token": source.bytes_per_token, "dtype": resolve_dtype(dtype)
+    }  # fmt: skip
+    content: dict[str, Any] = {"checkpoint": checkpoint, "split": source.name}
+    if exit:
+        rule = exit_rule(exit, model)
+        shown = _progress(source, quiet)
+        report = evaluate_exits(model, shown, rule, n_loops, repeats=repeats, **options)
+        for table in _exit_tables(report, f"{checkpoint}, {source.name}", exit):
+            Console().print(table)
+        content |= {"exit": exit, "report": asdict(report)}
+    else:
+        if depths is None:
+            trained = model.cfg.max_loop_iters
+            depths = [2**k for k in range((4 * trained).bit_length())]
+        rows = evaluate_depths(model, _progress(source, quiet), depths, **options)
+        Console().print(_table(rows, checkpoint, source.name))
+        content["depths"] = [asdict(row) for row in rows]
     if out:
-        content = {"checkpoint": checkpoint, "split": split, "depths": [asdict(r) for r in rows]}
         Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 
@@ -99,21 +124,78 @@ def stored_tokenizer(checkpoint: str) -> Tokenizer:
     Raises:
         DataError: There is none.
     """
-    return load_tokenizer(_beside(checkpoint, TOKENIZER_FOLDER, "name one with --tokenizer"))
+    found = beside(checkpoint, TOKENIZER_FOLDER)
+    if found is None:
+        raise DataError(
+            f"no {TOKENIZER_FOLDER} is stored with the model", where=checkpoint,
+            value=TOKENIZER_FOLDER, fix="name one with --tokenizer",
+        )  # fmt: skip
+    return load_tokenizer(found)
 
 
-def _data_of_the_run(checkpoint: str) -> str:
-    run = _beside(checkpoint, CONFIG_FILE, "name prepared shards with --data")
-    return str(yaml.safe_load(run.read_text(encoding="utf-8"))["data"]["path"])
+def _depth(model: CausalLM, n_loops: int | None, exit: str) -> dict[str, Any]:
+    """What ``generate`` hands to every forward call."""
+    if isinstance(model, OpenMythos):
+        depth: dict[str, Any] = {
+            "n_loops": model.cfg.max_loop_iters if n_loops is None else n_loops
+        }
+        return depth | ({"exit_rule": exit_rule(exit, model), "trace": LoopTrace()} if exit else {})
+    for option, value in (("--n-loops", n_loops), ("--exit", exit or None)):
+        if value is not None:
+            raise ConfigError("a dense model has no loops", where=option, value=value)
+    return {}
 
 
-def _beside(checkpoint: str, name: str, fix: str) -> Path:
-    """``name`` in the model's folder, or in the run's folder two levels up."""
-    folder = model_directory(checkpoint).resolve()
-    for parent in (folder, folder.parent, folder.parent.parent):
-        if (parent / name).exists():
-            return parent / name
-    raise DataError(f"no {name} is stored with the model", where=checkpoint, value=name, fix=fix)
+def _refuse_what_would_be_ignored(
+    depths: list[int] | None, exit: str, n_loops: int | None, repeats: int
+) -> None:
+    if exit and depths is not None:
+        raise ConfigError(
+            "an exit rule chooses the depths", where="--depths", value=depths,
+            allowed="--n_loops: the most loops", fix="leave out --depths or --exit",
+        )  # fmt: skip
+    for option, value in (("--n_loops", n_loops), ("--repeats", repeats or None)):
+        if not exit and value is not None:
+            raise ConfigError(
+                "only an exit rule reads this", where=option, value=value,
+                allowed="together with --exit", fix="name fixed depths with --depths",
+            )  # fmt: skip
+
+
+def _progress(source: Source, quiet: bool) -> Iterable[Batch]:
+    return track(
+        source.batches, "evaluating", console=Console(stderr=True), disable=quiet, transient=True
+    )
+
+
+def _exit_tables(report: ExitReport, title: str, rule: str) -> tuple[Table, Table]:
+    """Adaptive depth beside the others, and where the positions left."""
+    columns: dict[str, Callable[[ExitRow], str]] = {
+        "loops": lambda row: f"{row.mean_loops:.2f}",
+        "computed": lambda row: f"{row.computed:.1%}",
+        "loss": lambda row: f"{row.loss:.4f}",
+        "accuracy": lambda row: f"{row.accuracy:.2%}",
+    }
+    if report.full.bits_per_byte is not None:
+        columns["bits/byte"] = lambda row: f"{row.bits_per_byte:.4f}"
+    if report.full.seconds is not None:
+        columns["seconds"] = lambda row: f"{row.seconds:.3f}"
+    depths = Table(title=f"{title}: {report.tokens:,} tokens", title_justify="left")
+    depths.add_column("depth", no_wrap=True)
+    for heading in columns:
+        depths.add_column(heading, justify="right")
+    for row in report.rows:
+        name = rule if row is report.adaptive else row.name
+        depths.add_row(name, *(shown(row) for shown in columns.values()))
+    left = Table(title=f"loops run under {rule}", title_justify="left")
+    for heading in ("loops", "positions", "share"):
+        left.add_column(heading, justify="right")
+    left.add_column("")
+    most, total = max(report.histogram), sum(report.histogram)
+    for loops, count in enumerate(report.histogram, start=1):
+        bar = "█" * round(_BAR * count / most)
+        left.add_row(str(loops), f"{count:,}", f"{count / total:.1%}", bar)
+    return depths, left
 
 
 def _table(rows: list[DepthRow], checkpoint: str, split: str) -> Table:

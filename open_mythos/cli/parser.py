@@ -51,7 +51,7 @@ def build_parser(model: MythosConfig) -> ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     groups = {"": parser.add_subcommands(required=False, dest="command")}
     for name, (command, summary) in _COMMANDS.items():
-        group, _, last = name.rpartition(" ")
+        group, _, last = _one_word(name).rpartition(" ")
         if group not in groups:
             group_parser = _Parser(description=_GROUPS[group])
             groups[""].add_subcommand(group, group_parser, help=_GROUPS[group])
@@ -67,6 +67,9 @@ def build_parser(model: MythosConfig) -> ArgumentParser:
             sub.set_defaults({"model": model.to_dict()})
             sub.add_argument("--resume", default="", help=_RESUME)
             sub.add_argument("--quiet", type=bool, default=False, help="no progress bar")
+        elif command is commands.reproduce:
+            sub.add_argument("claim", nargs="?", default="", type=str, help="id of a claim: c2")
+            sub.add_function_arguments(command, as_positional=True, skip={"claim"})
         else:
             sub.add_function_arguments(command, as_positional=True)
         groups[group].add_subcommand(last, sub, help=summary)
@@ -79,6 +82,7 @@ def parse(argv: list[str]) -> tuple[Command, dict[str, Any]]:
     Raises:
         ConfigError: An option is unknown or its value is not of its type.
     """
+    argv = _joined(argv)
     following = [*argv[1:], ""]
     argv = [_normalised(word, after) for word, after in zip(argv, following, strict=True)]
     parser = build_parser(variant(_variant_named_in(argv)))
@@ -91,7 +95,8 @@ def parse(argv: list[str]) -> tuple[Command, dict[str, Any]]:
     words, arguments = [given.command], given[given.command]
     if given.command in _GROUPS:
         words, arguments = [given.command, arguments.command], arguments[arguments.command]
-    command = _COMMANDS[" ".join(words)][0]
+    known = {_one_word(name): command for name, (command, _) in _COMMANDS.items()}
+    command = known[" ".join(words)]
     arguments.pop("config", None)
     if command is commands.train:
         return command, _train_arguments(arguments)
@@ -103,6 +108,18 @@ def _train_arguments(arguments: Namespace) -> dict[str, Any]:
     values = arguments.as_dict()
     run = RunConfig.from_dict({name: values.pop(name) for name in _SECTIONS})
     return {"config": run, **values}
+
+
+def _one_word(name: str) -> str:
+    """A command's name as the parser has it: "train-gate", because "train" is a command too."""
+    return name.replace(" ", "-") if name.partition(" ")[0] in _COMMANDS else name
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """``argv`` with a command of two such words as one."""
+    words = argv[:1] if argv[:1] and argv[0] in _COMMANDS else []
+    name = " ".join([*words, *argv[1:2]])
+    return [_one_word(name), *argv[2:]] if words and name in _COMMANDS else argv
 
 
 def _normalised(word: str, following: str) -> str:
@@ -137,8 +154,14 @@ _COMMANDS: dict[str, tuple[Command, str]] = {
         "Train a looped model beside a dense one on real text; see what depth does.",
     ),
     "train": (commands.train, "Train a model."),
+    "train gate": (commands.train_gate, "Teach a trained model when to stop (train gate)."),
     "generate": (commands.generate, "Continue a text with a trained model."),
-    "evaluate": (commands.evaluate, "Loss and bits per byte against the number of loops."),
+    "evaluate": (commands.evaluate, "Loss against the number of loops, or under an exit rule."),
+    "trace": (commands.trace, "See the thinking: a page of a prompt, loop by loop."),
+    "reproduce": (
+        commands.reproduce,
+        "Run a claim of the field again; --list shows all verdicts.",
+    ),
     "info": (commands.info, "Parameters, FLOPs per token and cache bytes against depth."),
     "data prepare": (commands.data_prepare, "Turn text into token shards."),
 }

@@ -17,6 +17,7 @@ _MODULES = {
         "DataConfig", "DepthConfig", "OptimConfig", "RunConfig", "TrainConfig",
     ),
     "open_mythos.train.depth": ("DEPTH_PLANS", "DepthPlan"),
+    "open_mythos.train.gate": ("GATE_TARGETS", "GateConfig", "GateReport", "train_gate"),
     "open_mythos.train.loss": ("LossOutput", "next_token_loss", "sequence_balance_loss"),
     "open_mythos.train.metrics": ("JsonlLogger", "MetricsLogger"),
     "open_mythos.train.optim": ("build_optimizer", "parameter_groups"),

@@ -53,6 +53,13 @@ class DepthConfig:
             return (self.low + self.high) / 2
         return self.mean + 1 if self.plan == "lognormal_poisson" else self.mean
 
+    @property
+    def expected_further(self) -> float:
+        """Mean further loops of a step, long or not."""
+        if self.long_loops == 1:
+            return self.long_share
+        return self.long_share * (self.long_loops - 1) / math.log(self.long_loops)
+
     def validate(self) -> None:
         """Raises ConfigError if a field, or a relation between fields, is out of range."""
         check = _Check("depth", self)

@@ -72,12 +72,12 @@ def test_nothing_is_timed_when_results_differ(suite, monkeypatch):
 
 
 def test_exits_are_timed_only_if_they_equal_their_rows_alone(monkeypatch):
-    off_by_one = exits._Dealt.__call__
+    told = exits.GivenDepths.__call__
 
     def late(self, look, memory):
-        return off_by_one(self, replace(look, t=look.t - 1), memory)
+        return told(self, replace(look, t=look.t - 1), memory)
 
-    monkeypatch.setattr(exits._Dealt, "__call__", late)
+    monkeypatch.setattr(exits.GivenDepths, "__call__", late)
     with pytest.raises(GateError, match="off by"):
         next(exits.rows(QUICK))
 

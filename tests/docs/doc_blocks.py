@@ -21,6 +21,7 @@ from open_mythos.accounting import account, cache_rows
 from open_mythos.cli.demo.report import hop_summary, text_summary
 from open_mythos.cli.demo.results import DemoResults
 from open_mythos.config import MythosConfig
+from open_mythos.experiments.listing import lines
 from open_mythos.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +120,21 @@ def demo_summary() -> str:
     )
 
 
+def claims_table() -> str:
+    """Every claim, its verdicts and the figures that decided."""
+    rows = (
+        (
+            f"[{line.claim}](docs/claims.md) {line.title}",
+            "; ".join([*(f"**{verdict}**" for verdict in line.verdicts.values())]) or line.missing,
+            "; ".join(line.keys.values()),
+        )
+        for line in lines()
+    )
+    return table(("claim", "verdict at CPU scale", "figures"), rows)
+
+
 MADE: dict[str, Callable[[], str]] = {
+    "claims": claims_table,
     "config": config_table,
     "demo.summary": demo_summary,
     "variants": variants_table,

@@ -117,6 +117,12 @@ def test_further_loops_are_log_uniform():
     assert abs((further <= 5.5).double().mean() - math.log(5.5) / math.log(32)) < 0.03
 
 
+def test_the_mean_of_further_loops_is_the_one_that_is_counted():
+    for share, loops in ((0.3, 32), (1.0, 8), (0.5, 1), (0.0, 32)):
+        counted = DepthConfig(long_share=share, long_loops=loops).expected_further
+        assert abs(long_steps(share, loops, n=20_000).mean() - counted) < 0.1
+
+
 def test_all_sequences_of_a_long_step_run_further():
     config = DepthConfig(plan="uniform", low=2, high=9, long_share=1.0)
     plan = DepthPlan(config, 0)

@@ -35,7 +35,8 @@ def _chains(ax: Any, r: DemoResults) -> None:
         depth = (hops - r.trained_hops + 2) / (r.hops[-1] - r.trained_hops + 2)
         accuracy = r.hop_accuracy[r.hops.index(hops)]
         ax.plot(r.hop_loops, accuracy, "o-", color=LOOPED, alpha=depth, ms=4, label=f"{hops} hops")
-    ax.axhline(r.hop_dense[-1], color=DENSE, ls="--", label=f"dense, {r.hops[-1]} hops")
+    dense = r.hop_dense[r.hops.index(r.asked_hops)]
+    ax.axhline(dense, color=DENSE, ls="--", label=f"dense, {r.asked_hops} hops")
     _loop_axis(ax, r.hop_loops)
     ax.set(
         title=f"Trained on {r.trained_hops} hops, asked for more", ylabel="unseen chains answered",

@@ -42,13 +42,17 @@ def write_report(results: DemoResults, picture: Path, path: Path) -> None:
 
 def hop_summary(r: DemoResults) -> str:
     """What depth did for the chains, in words, whatever it is."""
-    few, many = r.hop_accuracy_at(r.trained_hops), r.hop_accuracy_at(r.chosen_loops)
-    deepest = r.hop_accuracy_at(r.hop_loops[-1])
+    i, deepest = r.hops.index(r.asked_hops), r.hop_loops[-1]
+    few, many, most = (
+        r.hop_accuracy_at(loops)[i] for loops in (r.trained_hops, r.chosen_loops, deepest)
+    )
     return (
-        f"Chains of {r.hops[-1]} relations, trained on {r.trained_hops} at most: the looped model "
-        f"answers {few[-1]:.0%} with {r.trained_hops} loops, {many[-1]:.0%} with {r.chosen_loops} "
-        f"and {deepest[-1]:.0%} with {r.hop_loops[-1]}, from the same weights. The dense model "
-        f"of as many parameters answers {r.hop_dense[-1]:.0%}; guessing gives {1 / r.entities:.0%}."
+        f"Chains of {r.asked_hops} relations, trained on {r.trained_hops} at most: the looped "
+        f"model answers {few:.0%} with {r.trained_hops} loops, {many:.0%} with {r.chosen_loops} "
+        f"and {most:.0%} with {deepest}, from the same weights. Left to stop by itself it answers "
+        f"{r.exit_accuracy[i]:.0%} with {r.exit_loops[i]:.1f} loops on average, and runs "
+        f"{r.exit_loops[0]:.1f} on chains of {r.hops[0]}. The dense model of as many parameters "
+        f"answers {r.hop_dense[i]:.0%}; guessing gives {1 / r.entities:.0%}."
     )
 
 
@@ -74,11 +78,14 @@ def _hop_table(r: DemoResults) -> str:
     head = "".join(f"<th>{loops}</th>" for loops in r.hop_loops)
     rows = "".join(
         f"<tr><td>{hops}{' (unseen length)' if hops > r.trained_hops else ''}</td>"
-        + "".join(_share_cell(share, 1.0) for share in [*row, dense])
-        + "</tr>"
-        for hops, row, dense in zip(r.hops, r.hop_accuracy, r.hop_dense, strict=True)
+        + "".join(_share_cell(share, 1.0) for share in [*r.hop_accuracy[i], r.exit_accuracy[i]])
+        + f"<td>{r.exit_loops[i]:.1f}</td>{_share_cell(r.hop_dense[i], 1.0)}</tr>"
+        for i, hops in enumerate(r.hops)
     )
-    return f"<table><tr><th>hops \\ loops</th>{head}<th>dense</th></tr>{rows}</table>"
+    return (
+        f"<table><tr><th>hops \\ loops</th>{head}<th>by itself</th><th>its loops</th>"
+        f"<th>dense</th></tr>{rows}</table>"
+    )
 
 
 def _depth_table(r: DemoResults) -> str:

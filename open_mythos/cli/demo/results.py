@@ -45,6 +45,12 @@ class DemoResults:
     """(hops, loops): share of held-out questions the looped model answers."""
     hop_dense: list[float]
     """(hops,) the same for the dense model."""
+    exit_rule: str
+    """The rule by which the looped model also chose its depth by itself."""
+    exit_loops: list[float]
+    """(hops,) mean loops that it then ran for the answer."""
+    exit_accuracy: list[float]
+    """(hops,) share of held-out questions that it then answered."""
     hop_looped_run: Curve
     hop_dense_run: Curve
     looped: Curve
@@ -90,6 +96,11 @@ class DemoResults:
         """(hops,) share of held-out questions that the looped model answers with ``loops``."""
         column = self.hop_loops.index(loops)
         return [row[column] for row in self.hop_accuracy]
+
+    @property
+    def asked_hops(self) -> int:
+        """Twice the longest chain in training: what the summary reports."""
+        return 2 * self.trained_hops
 
     @property
     def best_depth(self) -> int:

@@ -4,45 +4,47 @@ from __future__ import annotations
 
 import platform
 import shutil
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from open_mythos.accounting import account
 from open_mythos.cli.data import tokenizer_named
 from open_mythos.cli.demo.figure import draw
-from open_mythos.cli.demo.hops import HopLoader, accuracy_grid
 from open_mythos.cli.demo.report import write_report
-from open_mythos.cli.demo.results import Curve, DemoResults
+from open_mythos.cli.demo.results import DemoResults
 from open_mythos.cli.demo.setup import (
-    CHOSEN_LOOPS,
     EVAL_DEPTHS,
+    EXIT_RULE,
     HOP_LOOPS,
-    HOPS,
     PROMPT,
     SAMPLE_DEPTHS,
     SAMPLE_TOKENS,
-    TASK,
     TEST_HOPS,
     TRAINED_DEPTH,
     VOCABULARY,
     dense_counterpart,
-    hops_config,
     text_config,
 )
 from open_mythos.cli.demo.terminal import show
-from open_mythos.cli.training import TrainProgress, build_trainer
+from open_mythos.cli.demo.training import Job, Trained, train_all
 from open_mythos.data import EpochWindows, TokenShards, prepare
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import expert_routing
+from open_mythos.exits import exit_rule
+from open_mythos.experiments.c1_depth.recipe import (
+    CHOSEN_LOOPS,
+    TASK,
+    TRAINED_HOPS,
+    accuracy_grid,
+    questions,
+    recipe,
+)
 from open_mythos.model import OpenMythos
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.trace import LoopTrace
-from open_mythos.train import BatchLoader, RunConfig, Trainer, build_model
+from open_mythos.train import RunConfig
 
 MARKER = ".open-mythos-demo"
 
@@ -51,11 +53,7 @@ def run_demo(folder: Path, *, seed: int, quick: bool, quiet: bool) -> DemoResult
     """Train, measure, print, draw, and write the report into ``folder``."""
     console = Console(quiet=quiet)
     _make_room(folder)
-    console.print(
-        f"[bold]1[/] Chains of up to {HOPS} relations: a looped and a dense model learn them"
-    )
-    hops = _Pair(hops_config(seed, quick), quiet, HopLoader)
-    console.print("[bold]2[/] Python's own standard library becomes text to learn")
+    console.print("[bold]1[/] Python's own standard library becomes text to learn")
     tokenizer = tokenizer_named(f"bpe:{VOCABULARY}", "stdlib")
     prepare("stdlib", folder / "data", tokenizer, val_fraction=0.03)
     text = TokenShards(folder / "data").info
@@ -63,9 +61,19 @@ def run_demo(folder: Path, *, seed: int, quick: bool, quiet: bool) -> DemoResult
         f"  {text.documents} files, {text.text_bytes / 1e6:.1f} MB, {text.tokens:,} tokens"
     )
     console.print(
-        "[bold]3[/] Two models of as many parameters learn the same text in the same order"
+        "[bold]2[/] Looped models, and dense ones of as many parameters, learn the text and chains "
+        f"of {TRAINED_HOPS} relations"
     )
-    results = _measure(hops, _Pair(text_config(folder, seed, quick), quiet))
+    chains, words = recipe(seed, quick=quick), text_config(folder, seed, quick)
+    jobs = [
+        Job("looped", chains, folder / "chains" / "looped", is_chains=True),
+        Job("looped, mixture of experts", words, folder / "looped", is_chains=False),
+        Job("dense", dense_counterpart(words), folder / "dense", is_chains=False),
+        Job("dense", dense_counterpart(chains), folder / "chains" / "dense", is_chains=True),
+    ]  # the longest first
+    looped_chains, looped_text, dense_text, dense_chains = train_all(jobs, quiet)
+    console.print("[bold]3[/] The same weights, asked at other depths")
+    results = _measure(words, quick, looped_chains, dense_chains, looped_text, dense_text)
     results.save(folder / "results.json")
     draw(results, folder / "demo.png")
     write_report(results, folder / "demo.png", folder / "report.html")
@@ -88,64 +96,20 @@ def _make_room(folder: Path) -> None:
     marker.touch()
 
 
-class _Pair:
-    """A looped model and its dense counterpart, trained on the same samples."""
-
-    def __init__(
-        self, config: RunConfig, quiet: bool, loader: Callable[[int], BatchLoader] | None = None
-    ) -> None:
-        self.config = config
-        self.looped = _Run(config, "  looped", quiet, loader)
-        self.dense = _Run(dense_counterpart(config), "  dense ", quiet, loader)
-
-
-class _Run:
-    """One training, and what it logged on the way."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        label: str,
-        quiet: bool,
-        loader: Callable[[int], BatchLoader] | None,
-    ) -> None:
-        self.steps: list[int] = []
-        self.loss: list[float] = []
-        self.rows: list[dict[str, Any]] = []
-        clock = time.perf_counter()
-        with TrainProgress(config.train.steps, quiet, label) as progress:
-            loggers = [progress, self]
-            self.trainer = (
-                build_trainer(config, loggers=loggers)
-                if loader is None
-                else Trainer(
-                    build_model(config), loader(config.train.global_batch), config, loggers=loggers
-                )
-            )
-            self.trainer.fit()
-        self.seconds = time.perf_counter() - clock
-        self.model = self.trainer.model.eval()
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep the losses and the evaluation."""
-        if "loss" in metrics:
-            self.steps.append(step)
-            self.loss.append(metrics["loss"])
-        self.rows = metrics.get("eval/depths", self.rows)
-
-    def curve(self, label: str) -> Curve:
-        """The training as data; FLOPs at the mean depth it was trained at."""
-        config = self.trainer.config
-        counts = account(self.model, context=config.train.seq_len)
-        return Curve(
-            label, counts.parameters, counts.active_parameters,
-            counts.training_flops(config.depth.expected), self.steps, self.loss, self.seconds,
-        )  # fmt: skip
-
-
-def _measure(hops: _Pair, text: _Pair) -> DemoResults:
-    config, looped, dense = text.config, text.looped, text.dense
-    assert isinstance(looped.model, OpenMythos)
+def _measure(
+    config: RunConfig,
+    quick: bool,
+    looped_chains: Trained,
+    dense_chains: Trained,
+    looped: Trained,
+    dense: Trained,
+) -> DemoResults:
+    chain_model, text_model = looped_chains.model, looped.model
+    assert isinstance(chain_model, OpenMythos)
+    assert isinstance(text_model, OpenMythos)
+    programs = 200 if quick else 4096  # a tenth of them is held out of training, and asked
+    chosen = [_by_itself(chain_model, hops, programs) for hops in TEST_HOPS]
+    exit_loops, exit_accuracy = zip(*chosen, strict=True)
     shards = TokenShards(config.data.path, "val")
     tokenizer = shards.tokenizer()
     batches = list(
@@ -153,27 +117,32 @@ def _measure(hops: _Pair, text: _Pair) -> DemoResults:
     )
     trace = LoopTrace()
     with torch.no_grad():
-        looped.model(batches[0].input_ids, n_loops=EVAL_DEPTHS[-1], trace=trace)
-    routing = expert_routing(looped.model, batches, 2 * TRAINED_DEPTH)[0]
-    train_bytes = looped.trainer.state.tokens * TokenShards(config.data.path).bytes_per_token
+        text_model(batches[0].input_ids, n_loops=EVAL_DEPTHS[-1], trace=trace)
+    routing = expert_routing(text_model, batches, 2 * TRAINED_DEPTH)[0]
+    train_bytes = looped.tokens * TokenShards(config.data.path).bytes_per_token
     return DemoResults(
         hops=list(TEST_HOPS),
         entities=TASK.entities,
         hop_loops=list(HOP_LOOPS),
         chosen_loops=CHOSEN_LOOPS,
-        trained_hops=HOPS,
-        hop_accuracy=accuracy_grid(hops.looped.model),
-        hop_dense=[row[0] for row in accuracy_grid(hops.dense.model)],
-        hop_looped_run=hops.looped.curve("looped"),
-        hop_dense_run=hops.dense.curve("dense"),
-        looped=looped.curve("looped, mixture of experts"),
-        dense=dense.curve("dense"),
+        trained_hops=TRAINED_HOPS,
+        hop_accuracy=accuracy_grid(chain_model, TEST_HOPS, HOP_LOOPS, programs),
+        hop_dense=[
+            row[0] for row in accuracy_grid(dense_chains.model, TEST_HOPS, HOP_LOOPS, programs)
+        ],
+        exit_rule=EXIT_RULE,
+        exit_loops=list(exit_loops),
+        exit_accuracy=list(exit_accuracy),
+        hop_looped_run=looped_chains.curve,
+        hop_dense_run=dense_chains.curve,
+        looped=looped.curve,
+        dense=dense.curve,
         depths=list(EVAL_DEPTHS),
         looped_bits=[row["bits_per_byte"] for row in looped.rows],
         dense_bits=dense.rows[0]["bits_per_byte"],
         mean_depth=TRAINED_DEPTH,
-        max_depth=looped.trainer.state.max_depth,
-        rho=looped.model.recurrent.injection.spectral_radius().item(),
+        max_depth=looped.max_depth,
+        rho=text_model.recurrent.injection.spectral_radius().item(),
         state_norm=[trace.state_norm[t].mean().item() for t in range(trace.n_loops)],
         state_change=[trace.delta_norm[t].mean().item() for t in range(trace.n_loops)],
         expert_load=routing.load,
@@ -189,7 +158,18 @@ def _measure(hops: _Pair, text: _Pair) -> DemoResults:
     )
 
 
-def _continue(run: _Run, tokenizer: Tokenizer, **depth: int) -> str:
+def _by_itself(model: OpenMythos, hops: int, programs: int) -> tuple[float, float]:
+    """Mean loops on chains of ``hops`` until the exit rule stops, and the share answered."""
+    ids_BT, answers_B = questions(hops, programs)
+    trace = LoopTrace()
+    rule = exit_rule(EXIT_RULE, model)
+    logits = model(ids_BT, n_loops=HOP_LOOPS[-1], exit_rule=rule, trace=trace)
+    assert trace.exits is not None
+    right = logits[:, -1].argmax(-1) == answers_B
+    return trace.exits[:, -1].float().mean().item(), right.float().mean().item()
+
+
+def _continue(run: Trained, tokenizer: Tokenizer, **depth: Any) -> str:
     """The text that greedy decoding adds to the prompt."""
     ids = tokenizer.encode(PROMPT)
     out = run.model.generate(

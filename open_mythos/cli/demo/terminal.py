@@ -38,11 +38,14 @@ def _hop_table(r: DemoResults) -> Table:
     table.add_column("hops \\ loops")
     for loops in r.hop_loops:
         table.add_column(str(loops), justify="right")
-    table.add_column("dense", justify="right")
-    for hops, row, dense in zip(r.hops, r.hop_accuracy, r.hop_dense, strict=True):
-        style = "bold" if hops == r.hops[-1] else ""
-        cells = [f"{100 * share:.0f}" for share in [*row, dense]]
-        table.add_row(str(hops), *cells, style=style)
+    for heading in ("by itself", "loops", "dense"):
+        table.add_column(heading, justify="right")
+    for i, hops in enumerate(r.hops):
+        style = "bold" if hops == r.asked_hops else ""
+        cells = [f"{100 * share:.0f}" for share in [*r.hop_accuracy[i], r.exit_accuracy[i]]]
+        table.add_row(
+            str(hops), *cells, f"{r.exit_loops[i]:.1f}", f"{100 * r.hop_dense[i]:.0f}", style=style
+        )
     return table
 
 

@@ -1,0 +1,1 @@
+"""``open-mythos trace``: what a looped model makes of a prompt, loop by loop, as one HTML page."""

@@ -1,0 +1,151 @@
+"""COMPOSED FACTS: facts that are composed in training, and facts that never are.
+
+The graph is that of PERM-HOP: N entities, R relations, a fact r(e) for each pair. A share of the
+facts, chosen by a hash, is *lone*: shown as ``<e> <r>`` and in no longer chain. All others are also
+shown composed, ``<e> <r1> ... <rk>``, but for the chains that PERM-HOP holds out. So there are two
+things to ask that training never showed:
+
+- "known": held-out chains of facts that occur in other chains (generalisation in distribution);
+- "lone": chains of lone facts alone (systematic generalisation: each fact is known, none was ever
+  composed). "lone-first" and "lone-last" have a single lone fact, at one end of the chain.
+
+The split into facts seen composed and facts that are not is that of arXiv 2405.15071.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from open_mythos.data.batch import IGNORE_INDEX, Batch
+from open_mythos.data.permutation import Int64Array
+from open_mythos.data.synthetic import PermHop
+from open_mythos.errors import ConfigError, DataError
+from open_mythos.runtime import seeded_generator
+
+KINDS = ("trained", "known", "lone", "lone-first", "lone-last")
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ComposedFacts:
+    """The task.
+
+    Args:
+        graph: Entities, relations, tables, and which chains are held out.
+        lone_share: Share of the facts that are never composed in training.
+
+    Raises:
+        ConfigError: ``lone_share`` is not a share.
+    """
+
+    graph: PermHop = field(default_factory=lambda: PermHop(entities=64, relations=8))
+    lone_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lone_share < 1:
+            raise ConfigError(
+                "not a share", where="lone_share", value=self.lone_share, allowed="0 < x < 1"
+            )
+
+    @cached_property
+    def lone(self) -> BoolArray:
+        """``lone[r, e]``: whether the fact r(e) is never composed in training; (R, N)."""
+        shape = self.graph.relations, self.graph.entities
+        generator = seeded_generator(self.graph.seed, "facts/lone")
+        return (torch.rand(shape, generator=generator) < self.lone_share).numpy()
+
+    def batch(self, step: int, *, global_batch: int, hops: int) -> Batch:
+        """Training chains of ``step``: (B, hops + 1) tokens, drawn as PERM-HOP draws them.
+
+        Every first relation is labelled; a later one if no fact up to it is lone and the chain up
+        to it is not held out.
+        """
+        drawn = self.graph.batch(step, global_batch=global_batch, hops=hops)
+        tokens = drawn.input_ids.numpy()
+        entity_B, relations_BK = tokens[:, 0], tokens[:, 1:] - self.graph.entities
+        labelled_BK = self.kinds(entity_B, relations_BK)["trained"]
+        targets_BK = np.where(labelled_BK, self.graph.answers(entity_B, relations_BK), IGNORE_INDEX)
+        unlabelled_B1 = np.full((len(entity_B), 1), IGNORE_INDEX, np.int64)
+        return Batch(
+            drawn.input_ids, torch.from_numpy(np.c_[unlabelled_B1, targets_BK]), None,
+            drawn.sample_index,
+        )  # fmt: skip
+
+    def questions(self, kind: str, hops: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every chain of a kind (Q, hops + 1), and its answer (Q,).
+
+        Raises:
+            ConfigError: No such kind.
+        """
+        if kind not in KINDS:
+            raise ConfigError(
+                "no such kind of chain", where="kind", value=kind, allowed=", ".join(KINDS)
+            )
+        n, r = self.graph.entities, self.graph.relations
+        entity_B, *later = np.indices((n, *[r] * hops)).reshape(hops + 1, -1)
+        relations_BK = np.stack(later, axis=1)
+        asked_B = self.kinds(entity_B, relations_BK)[kind][:, -1]
+        answers_B = self.graph.answers(entity_B, relations_BK)[asked_B, -1]
+        tokens = np.c_[entity_B, relations_BK + n][asked_B]
+        return torch.from_numpy(tokens), torch.from_numpy(answers_B)
+
+    def kinds(self, entity_B: Int64Array, relations_BK: Int64Array) -> dict[str, BoolArray]:
+        """Kind -> whether the prefix that ends at each relation is of it, (B, K)."""
+        reached_BK = self.graph.answers(entity_B, relations_BK)
+        from_BK = np.c_[entity_B, reached_BK[:, :-1]]
+        lone_BK = self.lone[relations_BK, from_BK]
+        count_BK = lone_BK.cumsum(axis=1)
+        length_K = np.arange(1, relations_BK.shape[1] + 1)
+        composed_BK = np.broadcast_to(length_K > 1, lone_BK.shape)
+        held_out_BK = self.graph.is_held_out(entity_B, relations_BK)
+        known_BK = count_BK == 0
+        one_BK = composed_BK & (count_BK == 1)
+        return {
+            "trained": ~composed_BK | (known_BK & ~held_out_BK),
+            "known": known_BK & held_out_BK,
+            "lone": composed_BK & (count_BK == length_K),
+            "lone-first": one_BK & lone_BK[:, :1],
+            "lone-last": one_BK & lone_BK,
+        }
+
+
+class FactLoader:
+    """Fresh chains at every step, for a trainer (a ``BatchLoader``).
+
+    Args:
+        task: Where they are drawn from.
+        global_batch: Rows of a batch.
+        hops: Relations of every chain.
+    """
+
+    def __init__(self, task: ComposedFacts, *, global_batch: int, hops: int) -> None:
+        self.step = 0
+        self._task, self._global_batch, self._hops = task, global_batch, hops
+
+    def next_batch(self, step: int) -> Batch:
+        """The chains of ``step``."""
+        return self._task.batch(step, global_batch=self._global_batch, hops=self._hops)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and identity, JSON-ready."""
+        return {"step": self.step, "task": asdict(self._task), "hops": self._hops}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a position.
+
+        Raises:
+            DataError: It is that of other chains.
+        """
+        own = self.state_dict()
+        if {**state, "step": 0} != {**own, "step": 0}:
+            raise DataError(
+                "the position belongs to other chains", where="FactLoader", value=state,
+                allowed=str(own), fix="build the loader with the same task and settings",
+            )  # fmt: skip
+        self.step = state["step"]

@@ -1,0 +1,24 @@
+"""Rank correlation."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.ArrayLike
+
+
+def spearman(x: Numbers, y: Numbers) -> float:
+    """Spearman's rho: the correlation of the ranks, ties sharing their mean rank.
+
+    0 where one side is constant: it then orders nothing.
+    """
+    a, b = _ranks(x), _ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale else 0.0
+
+
+def _ranks(values: Numbers) -> npt.NDArray[np.float64]:
+    _, place, count = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[place.reshape(-1)]

@@ -1,0 +1,387 @@
+"""The page says what the model says, and nothing that a prompt holds becomes code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import small_config, small_model
+
+from open_mythos import (
+    DenseTransformer,
+    LoopTrace,
+    OpenMythos,
+    from_pretrained,
+    save_pretrained,
+)
+from open_mythos.cli.trace.chain import Chains
+from open_mythos.cli.trace.collect import Prediction, PromptTrace, TokenTrace
+from open_mythos.cli.trace.page import page, summary
+from open_mythos.cli.trace.run import trace_of, trace_prompt
+from open_mythos.cli.trace.words import visible
+from open_mythos.data import PermHop
+from open_mythos.errors import ConfigError, DataError, MythosError
+from open_mythos.exits import StateChange
+from open_mythos.tokenizer import ByteTokenizer
+
+TASK = PermHop(entities=6, relations=3)
+CHAIN = "e3 r1 r0 r2"
+TEXT = "a <b>\n&é"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028]]>"
+LOOPS = 5
+VOID = {"meta", "input"}
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    save_pretrained(small_model("mla", vocab_size=320, recurrent_layers=2), folder)
+    ByteTokenizer().save(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder: the task lies two levels above the weights."""
+    run = tmp_path_factory.mktemp("chain")
+    save_pretrained(
+        small_model("gqa", vocab_size=9, n_experts=0), run / "checkpoints/step_00000007"
+    )
+    task = {"task": "permhop", "entities": 6, "relations": 3, "seed": 0}
+    (run / "task.json").write_text(json.dumps(task))
+    return run
+
+
+@pytest.fixture(scope="module")
+def text_trace(text_folder: Path) -> PromptTrace:
+    return trace_of(str(text_folder), TEXT, n_loops=LOOPS, exit="change:0.5", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def chain_trace(chain_folder: Path) -> PromptTrace:
+    return trace_of(str(chain_folder), CHAIN, n_loops=LOOPS, device="cpu")
+
+
+def model_in(folder: Path) -> OpenMythos:
+    model = from_pretrained(folder)
+    assert isinstance(model, OpenMythos)
+    return model
+
+
+class Reader(HTMLParser):
+    """Tags, attributes and text of a page; unbalanced tags fail."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+
+def data_of(text: str) -> dict:
+    """What the page hands to its script."""
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    return json.loads(found)
+
+
+# what is collected
+
+
+def test_predictions_are_those_of_the_model(text_folder, text_trace):
+    model, ids = model_in(text_folder), torch.tensor([ByteTokenizer().encode(TEXT)])
+    assert len(text_trace.tokens) == ids.shape[1]
+    for depth in (1, LOOPS):
+        with torch.no_grad():
+            probabilities = model(ids, n_loops=depth)[0].softmax(-1)
+        best = probabilities.topk(5)
+        for i, token in enumerate(text_trace.tokens):
+            found = token.predictions[depth - 1]
+            assert [each.token for each in found] == best.indices[i].tolist()
+            shares = [each.probability for each in found]
+            assert shares == pytest.approx(best.values[i].tolist(), abs=1e-4)
+            if i + 1 < ids.shape[1]:
+                following = probabilities[i, ids[0, i + 1]].item()
+                assert token.goal_probability[depth - 1] == pytest.approx(following, abs=1e-4)
+                assert token.right[depth - 1] == (found[0].token == ids[0, i + 1].item())
+    assert text_trace.tokens[-1].goal is None
+
+
+def test_what_happens_in_the_loop(text_folder, text_trace):
+    model, ids = model_in(text_folder), torch.tensor([ByteTokenizer().encode(TEXT)])
+    trace = LoopTrace(keep_states=True, keep_routing=True)
+    with torch.no_grad():
+        model(ids, n_loops=LOOPS, trace=trace)
+    last, before = trace.states[LOOPS - 1][0], trace.states[LOOPS - 2][0]
+    change = ((last - before).norm(dim=-1) / last.norm(dim=-1)).tolist()
+    assert [token.change[-1] for token in text_trace.tokens] == pytest.approx(change, rel=1e-3)
+    for i, token in enumerate(text_trace.tokens):
+        assert len(token.experts) == LOOPS
+        for t, layers in enumerate(token.experts):
+            chosen = [trace.experts[layer, t][0, i].tolist() for layer in (1, 2)]
+            assert layers == [sorted(each) for each in chosen]
+
+
+def test_exits_are_those_of_the_rule(text_folder, text_trace):
+    model, ids = model_in(text_folder), torch.tensor([ByteTokenizer().encode(TEXT)])
+    trace = LoopTrace()
+    model(ids, n_loops=LOOPS, exit_rule=StateChange(0.5), trace=trace)
+    exits = [token.exit for token in text_trace.tokens]
+    assert exits == trace.exits[0].tolist()
+    assert len(set(exits)) > 1
+
+
+def test_the_plane_holds_the_most_variance(text_folder, text_trace):
+    model, ids = model_in(text_folder), torch.tensor([ByteTokenizer().encode(TEXT)])
+    trace = LoopTrace(keep_states=True)
+    with torch.no_grad():
+        model(ids, n_loops=LOOPS, trace=trace)
+    states = torch.cat([torch.zeros_like(trace.states[0]), *trace.states.values()])
+    flat = states.flatten(0, 1) - states.flatten(0, 1).mean(0)
+    share = torch.linalg.svdvals(flat).square()
+    share = share / share.sum()
+    assert text_trace.explained == pytest.approx(share[:2].tolist(), abs=1e-4)
+    plane = torch.tensor([token.path for token in text_trace.tokens]).transpose(0, 1).flatten(0, 1)
+    assert plane.square().sum() == pytest.approx(
+        float((share[0] + share[1]) * flat.square().sum()), rel=1e-3
+    )
+
+
+def test_where_chains_lead(chain_trace):
+    assert [token.text for token in chain_trace.tokens] == CHAIN.split()
+    entity, reached = 3, []
+    for relation in (1, 0, 2):
+        entity = int(TASK.tables[relation, entity])
+        reached.append(f"e{entity}")
+    assert [token.goal for token in chain_trace.tokens] == [None, *reached]
+    assert [token.hops for token in chain_trace.tokens] == [None, 1, 2, 3]
+    assert not chain_trace.tokens[0].experts
+    assert chain_trace.tokens[0].exit is None
+
+
+def token_that_says(*words: int, goal: int) -> TokenTrace:
+    return TokenTrace(
+        text="x", predictions=[[Prediction(word, str(word), 0.5)] for word in words],
+        change=[0.1] * len(words), path=[(0.0, 0.0)] * (len(words) + 1), experts=[], exit=None,
+        goal=str(goal), goal_probability=[0.5] * len(words), right=[w == goal for w in words],
+        hops=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "settled", "right_from"),
+    [
+        ((7, 7, 7), 1, 1), ((1, 7, 7), 2, 2), ((7, 1, 7), 3, 3), ((7, 7, 1), 3, None),
+        ((1, 1, 1), 1, None), ((7,), 1, 1),
+    ],
+)  # fmt: skip
+def test_from_which_loop_on(words, settled, right_from):
+    token = token_that_says(*words, goal=7)
+    assert (token.settled, token.right_from) == (settled, right_from)
+
+
+def test_a_trained_gate_is_the_default_rule(text_folder, tmp_path):
+    plain = trace_of(str(text_folder), "ab", n_loops=2, device="cpu")
+    assert (plain.exit_rule, plain.tokens[0].exit) == ("", None)
+    for file in text_folder.rglob("*.*"):
+        target = tmp_path / file.relative_to(text_folder)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    (tmp_path / "gate.json").write_text("{}")
+    gated = trace_of(str(tmp_path), "ab", n_loops=2, device="cpu")
+    assert gated.exit_rule == "gate"
+    assert gated.tokens[0].exit in (1, 2)
+
+
+# prompts of chains
+
+
+def test_names_and_ids():
+    chains = Chains(TASK)
+    assert chains.encode("e0  e5\nr0 r2") == [0, 5, 6, 8]
+    assert [chains.name(token) for token in (0, 5, 6, 8, 9)] == ["e0", "e5", "r0", "r2", "<9>"]
+    two = chains.reached(chains.encode("e1 r0 e2 r0 r1"))
+    assert [hops for hops, _ in two] == [0, 1, 0, 1, 2]
+    assert two[1][1] == TASK.tables[0, 1]
+    assert two[4][1] == TASK.tables[1, TASK.tables[0, 2]]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "r1 r2", "e6 r1", "e1 r3", "e1 r-1", "e1 r01", "E1", "e1,r1", "e1 r1x", "3 1"]
+)
+def test_what_is_no_chain(prompt):
+    with pytest.raises(ConfigError, match=r"entity|name of this task"):
+        Chains(TASK).encode(prompt)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"task": "sums"}', '{"task": "permhop", "entities": 6}', "{}", "7"]
+)
+def test_what_is_no_task(chain_folder, tmp_path, content):
+    save_pretrained(model_in(chain_folder), tmp_path)
+    (tmp_path / "task.json").write_text(content)
+    with pytest.raises(DataError, match="task"):
+        trace_of(str(tmp_path), CHAIN, device="cpu")
+
+
+# the page
+
+
+@pytest.fixture(params=["text", "chains"])
+def trace(request: pytest.FixtureRequest) -> PromptTrace:
+    return request.getfixturevalue({"text": "text_trace", "chains": "chain_trace"}[request.param])
+
+
+def test_the_page_needs_no_other(trace):
+    text = page(trace)
+    assert not re.search(r"https?:|url\(|@import|\bsrc=|\bhref=|import\(|fetch\(", text)
+    assert "default-src 'none'" in text
+    read = Reader(text)
+    assert read.tags["script"] == 2
+    assert not [name for name, _ in read.attributes if name.startswith("on")]
+
+
+def test_the_table_is_there_without_a_script(trace):
+    without = re.sub(r"<script.*?</script>", "", page(trace), flags=re.DOTALL)
+    cells = re.findall(
+        r'<td class="c[^"]*" data-i="(\d+)" data-t="(\d+)".*?<span>(.*?)</span>', without
+    )
+    assert len(cells) == len(trace.tokens) * trace.n_loops
+    for i, t, shown in cells:
+        best = trace.tokens[int(i)].predictions[int(t) - 1][0]
+        assert shown == visible(best.text).replace("&", "&amp;").replace("<", "&lt;").replace(
+            ">", "&gt;"
+        ).replace('"', "&quot;").replace("'", "&#x27;")
+    assert summary(trace) in " ".join(Reader(without).text)
+
+
+def test_the_script_gets_what_was_collected(trace):
+    data = data_of(page(trace))
+    assert data["loops"] == trace.n_loops
+    for found, token in zip(data["tokens"], trace.tokens, strict=True):
+        assert found["text"] == visible(token.text)
+        assert found["top"][0][0][0] == visible(token.predictions[0][0].text)
+        assert (found["exit"], found["experts"]) == (token.exit, token.experts)
+        assert len(found["top"]) == len(found["change"]) == trace.n_loops
+
+
+def test_pictures(text_trace, chain_trace):
+    text, chain = page(text_trace), page(chain_trace)
+    for each, trace in ((text, text_trace), (chain, chain_trace)):
+        # a path and a line of changes for every token, every point finite
+        assert each.count('<g class="way"') == 2 * len(trace.tokens)
+        assert not re.search(r"\bnan\b|\binf\b", each)
+    assert ('class="hops"' in chain, 'class="experts"' in chain) == (True, False)
+    assert ('class="hops"' in text, text.count('class="experts"')) == (False, 2)
+    expected = re.findall(r'<circle class="expected" cx="([\d.]+)" cy="([\d.]+)"', chain)
+    xs, ys = zip(*((float(x), float(y)) for x, y in expected), strict=True)
+    # one hop per loop is a diagonal
+    assert [round(b - a) for a, b in pairwise(xs)] == [40, 40]
+    assert [round(b - a) for a, b in pairwise(ys)] == [-20, -20]
+
+
+def test_the_exit_is_marked(text_trace):
+    text = page(text_trace)
+    stopped = [token for token in text_trace.tokens if token.exit < LOOPS]
+    assert len(re.findall(r'<td class="c[^"]* stop[ "]', text)) == len(stopped) > 0
+    after = sum(LOOPS - token.exit for token in stopped)
+    assert len(re.findall(r'<td class="c[^"]* after[ "]', text)) == after
+    assert f"stops {len(stopped)} of {len(text_trace.tokens)}" in summary(text_trace)
+
+
+def test_nothing_of_a_prompt_becomes_code(text_trace):
+    """Everywhere a text can stand: prompt, checkpoint, tokens, predictions."""
+    plain = Reader(page(text_trace))
+    bad = [Prediction(1, HOSTILE, 0.5)]
+    token = replace(text_trace.tokens[0], text=HOSTILE, goal=HOSTILE, predictions=[bad] * LOOPS)
+    hostile = replace(
+        text_trace, prompt=HOSTILE, checkpoint=HOSTILE, exit_rule=HOSTILE,
+        tokens=[token, *text_trace.tokens[1:]],
+    )  # fmt: skip
+    text = page(hostile)
+    read = Reader(text)
+    assert read.tags == plain.tags
+    assert {name for name, _ in read.attributes} == {name for name, _ in plain.attributes}
+    assert HOSTILE.split("\u2028")[0] in " ".join(read.text)
+    assert data_of(text)["tokens"][0]["text"] == visible(HOSTILE)
+    # the template's own sign is no sign in a text
+    assert "$style" in page(replace(text_trace, prompt="$style ${title}"))
+
+
+def test_signs_for_what_is_not_seen():
+    assert visible("a b\n\t") == "a␣b⏎⇥"
+    assert visible(" " * 3) == "␣␣␣"
+    assert visible("x" + " " * 12 + "y") == "x␣×12y"  # noqa: RUF001
+    assert visible("\x00é<") == "\\u0000é<"
+
+
+# from the command's arguments to the file
+
+
+def test_the_file_is_written(chain_folder, tmp_path, capsys):
+    out = tmp_path / "new" / "page.html"
+    assert trace_prompt(str(chain_folder), CHAIN, None, "fixed:2", str(out), "cpu") == 0
+    assert str(out) in capsys.readouterr().out
+    text = out.read_text(encoding="utf-8")
+    assert len(data_of(text)["tokens"]) == 4
+    assert data_of(text)["loops"] == 4  # max_loop_iters
+    assert {token["exit"] for token in data_of(text)["tokens"]} == {2}
+
+
+def test_a_trace_is_json(text_trace):
+    assert json.loads(json.dumps(asdict(text_trace)))["task"] == "text"
+
+
+def test_an_empty_text_begins_with_bos(text_folder):
+    found = trace_of(str(text_folder), "", n_loops=1, device="cpu")
+    assert [token.text for token in found.tokens] == ["<256>"]
+    assert "nan" not in page(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_loops": 0}, "loops"),
+        ({"exit": "whenever"}, "exit rule"),
+        ({"device": "sofa"}, "device"),
+    ],
+)
+def test_arguments_are_checked(chain_folder, options, message):
+    with pytest.raises(MythosError, match=message):
+        trace_of(str(chain_folder), CHAIN, **{"device": "cpu", **options})
+
+
+def test_models_that_cannot_be_traced(tmp_path):
+    save_pretrained(DenseTransformer(small_config("gqa")), tmp_path / "dense")
+    with pytest.raises(ConfigError, match="no loops"):
+        trace_of(str(tmp_path / "dense"), "a", device="cpu")
+    save_pretrained(small_model("gqa"), tmp_path / "bare")
+    with pytest.raises(DataError, match="tokenizer"):
+        trace_of(str(tmp_path / "bare"), "a", device="cpu")

@@ -1,0 +1,76 @@
+"""C6: what is measured is exact and as large as counted, and the verdict needs both."""
+
+from __future__ import annotations
+
+import pytest
+
+from open_mythos.accounting import cache_rows
+from open_mythos.config import MythosConfig
+from open_mythos.experiments import c6_cache as c6
+from open_mythos.experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
+
+
+def records(recorded, *, gqa=1, mha=1, difference=1e-6, off=0):
+    """Every cell; the rivals' caches times a factor, the measured ones off by some bytes."""
+    found = []
+    for cell in c6.cells("cpu"):
+        if cell.arm == "counted":
+            rows = [vars(row).copy() for row in cache_rows()]
+            for row in rows:
+                row["mha"] *= mha
+                for rival in ("gqa8", "gqa4"):
+                    row[rival] = row[rival] and row[rival] * gqa
+            found.append(recorded(cell, rows=rows))
+        else:
+            shared = cell.settings["model"]["kv_share"] == "last"
+            found.append(recorded(
+                cell, bytes=100 + off, formula=100, difference=1.0 if shared else difference,
+                other_choices=0.25 if shared else 0.0,
+            ))  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"gqa": 20}, HOLDS),
+        ({}, HOLDS_IN_PART),
+        ({"mha": 0.5}, DOES_NOT_HOLD),
+        ({"gqa": 20, "difference": 1e-3}, DOES_NOT_HOLD),
+        ({"gqa": 20, "off": 4}, DOES_NOT_HOLD),
+    ],
+)
+def test_verdicts(recorded, changes, verdict):
+    assert c6.summarise(records(recorded, **changes)).verdict == verdict
+
+
+def test_sharing_between_loops_is_reported_and_does_not_decide(recorded, tmp_path):
+    summary = c6.summarise(records(recorded))
+    assert "25%" in summary.sentence
+    c6.plot(summary, tmp_path / "c6.png")
+    assert (tmp_path / "c6.png").stat().st_size > 10_000
+
+
+def test_quick_cells_run(place):
+    counted, measured = (c6.run_cell(cell, place) for cell in c6.cells("quick"))
+    assert [row["variant"] for row in counted["rows"]] == c6.cells("quick")[0].settings["variants"]
+    assert measured["bytes"] == measured["formula"] > 0
+    assert measured["difference"] < 1e-4 * measured["deviation"]
+    assert measured["other_choices"] == 0
+
+
+def test_a_shared_slot_is_smaller_and_not_exact(place):
+    """The negative control: were all weights zero, nothing would differ."""
+    exact = c6.cells("quick")[1]
+    shared = c6.run_cell(
+        type(exact)("mla-shared", 0, exact.settings
+                    | {"model": exact.settings["model"] | {"kv_share": "last"}}),
+        place,
+    )  # fmt: skip
+    assert shared["bytes"] * 2 == c6.run_cell(exact, place)["bytes"]  # 3 slots instead of 6
+    assert shared["difference"] > 1e-3 * shared["deviation"]
+
+
+def test_gpu_settings_are_valid():
+    for cell in c6.cells("gpu")[1:]:
+        MythosConfig.from_dict(cell.settings["model"])

@@ -1,0 +1,137 @@
+"""The command: what it refuses, where results go, what recording writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from open_mythos.errors import ConfigError
+from open_mythos.experiments import listing, report, table
+from open_mythos.experiments.reproduce import reproduce
+from open_mythos.experiments.runner import CellsFailedError
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A source checkout with no results yet."""
+    package = tmp_path / "checkout" / "open_mythos" / "experiments"
+    package.mkdir(parents=True)
+    (tmp_path / "checkout" / "docs").mkdir()
+    (tmp_path / "checkout" / "pyproject.toml").touch()
+    monkeypatch.setattr(table, "PACKAGE", package)
+    monkeypatch.setattr(report, "PACKAGE", package)
+    return tmp_path / "checkout"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"claim": "c99"}, "no such claim"),
+        ({"claim": ""}, "no claim was named"),
+        ({"claim": "c7"}, "needs the serving engine"),
+        ({"claim": "toy", "scale": "gpu"}, "no such scale"),
+        ({"claim": "toy", "record": True, "quick": True}, "--quick"),
+        ({"claim": "toy", "record": True, "out": "here"}, "--out here"),
+        ({"claim": "toy", "workers": -1}, "--workers"),
+    ],
+)
+def test_refusals(toy, tmp_path, options, said):
+    with pytest.raises(ConfigError, match=said):
+        reproduce(**options)
+    assert toy.ran == []
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_an_installed_package_records_nothing(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PACKAGE", tmp_path / "site-packages" / "open_mythos" / "x")
+    with pytest.raises(ConfigError, match="source checkout"):
+        reproduce("toy", record=True)
+    assert toy.ran == []
+
+
+def test_results_and_verdict(toy, tmp_path, capsys):
+    assert reproduce("toy", workers=1) == 0
+    printed = capsys.readouterr().out
+    assert "holds" in printed
+    assert "They did." in printed
+    assert "pass mark: all doubled" in printed
+    folder = tmp_path / "runs" / "reproduce" / "toy" / "cpu"
+    assert len(list(folder.glob("*.json"))) == 3
+    assert (folder / "toy.png").exists()
+    assert reproduce("toy", workers=1, out="there", quiet=True) == 0
+    assert len(list((tmp_path / "there").glob("*.json"))) == 3
+    assert toy.ran == [0, 1, 2, 0, 1, 2]
+
+
+def test_fresh_runs_everything_anew(toy):
+    reproduce("toy", workers=1, quiet=True)
+    toy.factor = 5
+    with pytest.raises(ConfigError):
+        reproduce("toy", workers=1, quiet=True)
+    reproduce("toy", workers=1, quiet=True, fresh=True)
+    record = json.loads(Path("runs/reproduce/toy/cpu/double-seed2.json").read_text())
+    assert record["figures"]["doubled"] == 10
+
+
+def test_fresh_forgets_checkpoints(toy):
+    def fail(cell):
+        raise ValueError
+
+    toy.misbehave = fail
+    with pytest.raises(CellsFailedError):
+        reproduce("toy", workers=1, quiet=True)
+    toy.misbehave = lambda cell: None
+    reproduce("toy", workers=1, quiet=True, fresh=True)  # the toy refuses a folder that is there
+
+
+def test_quick_gives_no_verdict(toy, capsys):
+    assert reproduce("toy", quick=True) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "says nothing" in printed
+    assert "They did." not in printed
+    assert reproduce("toy", quick=True) == 0, "a quick run is never resumed"
+    assert toy.ran == [0, 1, 2, 0, 1, 2]
+
+
+def test_recording_renews_page_and_picture(toy, checkout):
+    assert reproduce("toy", record=True, workers=1, quiet=True) == 0
+    results = checkout / "open_mythos" / "experiments" / "toy" / "results" / "cpu"
+    assert len(list(results.glob("*.json"))) == 3
+    page = (checkout / "docs" / "claims.md").read_text(encoding="utf-8")
+    assert "**Holds** (cpu). They did." in page
+    assert "| all | 0 2 4 |" in page
+    assert r"0\|2\|4" in page, "a bar may not split a cell"
+    assert "![a toy](claims/toy.png)" in page
+    assert (checkout / "docs" / "claims" / "toy.png").read_bytes() == b"a picture"
+
+
+def test_a_part_of_the_cells_is_no_answer(toy, checkout):
+    reproduce("toy", record=True, workers=1, quiet=True)
+    (line,) = (line for line in listing.lines() if line.claim == "toy")
+    assert line.verdicts == {"cpu": "holds"}
+    assert line.missing == ""
+    table.committed_results("toy", "cpu").joinpath("double-seed0.json").unlink()
+    (line,) = (line for line in listing.lines() if line.claim == "toy")
+    assert line.verdicts == {}
+    assert line.missing == "cpu: not run, needs anything for about 0.1 minutes"
+
+
+def test_the_list_has_every_claim(toy, checkout, capsys):
+    assert reproduce(list_claims=True) == 0
+    printed = capsys.readouterr().out
+    for claim in [*table.CLAIMS, *table.PENDING]:
+        assert f"{claim} " in printed
+    assert "not answered" in printed
+    assert toy.ran == []
+
+
+def test_the_list_is_in_order():
+    numbers = [line.claim for line in listing.lines()]
+    assert numbers.index("c2") < numbers.index("c9") < numbers.index("c10")
