@@ -20,7 +20,7 @@ PROMPT = "def read_lines(path):\n    "
 SAMPLE_DEPTHS = (1, TRAINED_DEPTH, 4 * TRAINED_DEPTH)
 SAMPLE_TOKENS = 60
 TEST_HOPS = (2, 3, 4, 5, 6, 8, 10, 12, 15)
-HOP_LOOPS = (1, 2, 3, 5, 8, 10, 12, 16, 24, 32, 64, 128)
+HOP_LOOPS = (1, 2, 5, 8, 10, 12, 16, 24, 64, 128)
 EXIT_RULE = "kl:0.0001,0.1"
 """Lets the model choose its depth on chains by itself, without knowing how long they are."""
 

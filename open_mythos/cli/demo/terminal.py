@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -34,12 +35,14 @@ def _hop_table(r: DemoResults) -> Table:
     table = Table(
         title=f"\nhops: share of unseen chains answered, % (trained on at most {r.trained_hops})",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("hops \\ loops")
+    table.add_column("hops", no_wrap=True)
     for loops in r.hop_loops:
-        table.add_column(str(loops), justify="right")
-    for heading in ("by itself", "loops", "dense"):
-        table.add_column(heading, justify="right")
+        table.add_column(str(loops), justify="right", no_wrap=True)
+    for heading in ("own", "loops", "dense"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for i, hops in enumerate(r.hops):
         style = "bold" if hops == r.asked_hops else ""
         cells = [f"{100 * share:.0f}" for share in [*r.hop_accuracy[i], r.exit_accuracy[i]]]

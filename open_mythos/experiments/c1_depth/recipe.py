@@ -1,6 +1,6 @@
 """A model that answers longer chains than it was shown, by looping more; two minutes on one core.
 
-What it takes, each measured by an arm of this claim:
+What it takes; arms of this claim take away all but the last:
 
 - Depths drawn from 5 .. 10 loops and chains of 5 hops: never fewer loops than hops, or a loop
   learns to do several hops and the answer no longer moves on by itself.
