@@ -7,8 +7,8 @@
 """
 
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.data.facts import ComposedFacts, FactLoader
-from open_mythos.data.in_context import InContextHop, InContextLoader
+from open_mythos.data.facts import ComposedFacts
+from open_mythos.data.in_context import InContextHop
 from open_mythos.data.index import Index
 from open_mythos.data.loader import EpochWindows, Loader
 from open_mythos.data.packing import PackedWindows, document_ids
@@ -16,22 +16,21 @@ from open_mythos.data.permutation import Permutation
 from open_mythos.data.prepare import prepare
 from open_mythos.data.shards import TokenShards
 from open_mythos.data.sources import read_documents
-from open_mythos.data.synthetic import PermHop, PermHopLoader
+from open_mythos.data.synthetic import PermHop, PermHopLoader, TaskLoader
 
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
     "ComposedFacts",
     "EpochWindows",
-    "FactLoader",
     "InContextHop",
-    "InContextLoader",
     "Index",
     "Loader",
     "PackedWindows",
     "PermHop",
     "PermHopLoader",
     "Permutation",
+    "TaskLoader",
     "TokenShards",
     "document_ids",
     "prepare",

@@ -14,9 +14,8 @@ The split into facts seen composed and facts that are not is that of arXiv 2405.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ import torch
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.permutation import Int64Array
 from open_mythos.data.synthetic import PermHop
-from open_mythos.errors import ConfigError, DataError
+from open_mythos.errors import ConfigError
 from open_mythos.runtime import seeded_generator
 
 KINDS = ("trained", "known", "lone", "lone-first", "lone-last")
@@ -113,39 +112,3 @@ class ComposedFacts:
             "lone-first": one_BK & lone_BK[:, :1],
             "lone-last": one_BK & lone_BK,
         }
-
-
-class FactLoader:
-    """Fresh chains at every step, for a trainer (a ``BatchLoader``).
-
-    Args:
-        task: Where they are drawn from.
-        global_batch: Rows of a batch.
-        hops: Relations of every chain.
-    """
-
-    def __init__(self, task: ComposedFacts, *, global_batch: int, hops: int) -> None:
-        self.step = 0
-        self._task, self._global_batch, self._hops = task, global_batch, hops
-
-    def next_batch(self, step: int) -> Batch:
-        """The chains of ``step``."""
-        return self._task.batch(step, global_batch=self._global_batch, hops=self._hops)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position and identity, JSON-ready."""
-        return {"step": self.step, "task": asdict(self._task), "hops": self._hops}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a position.
-
-        Raises:
-            DataError: It is that of other chains.
-        """
-        own = self.state_dict()
-        if {**state, "step": 0} != {**own, "step": 0}:
-            raise DataError(
-                "the position belongs to other chains", where="FactLoader", value=state,
-                allowed=str(own), fix="build the loader with the same task and settings",
-            )  # fmt: skip
-        self.step = state["step"]

@@ -12,8 +12,7 @@ still uniform would have nothing to learn from.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ import torch
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.checks import check_int, check_ranks
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
-from open_mythos.errors import DataError
 from open_mythos.runtime import derive_seed
 
 
@@ -104,39 +102,3 @@ class InContextHop:
         key = np.uint64(derive_seed(self.seed, stream, step))
         row_B1 = mix64(rows_B.astype(np.uint64) ^ key)[:, None]
         return mix64(row_B1 ^ np.arange(self.entities + self.stated, dtype=np.uint64))
-
-
-class InContextLoader:
-    """Fresh rows at every step, for a trainer (a ``BatchLoader``).
-
-    Args:
-        task: Where they are drawn from.
-        global_batch: Rows of a batch.
-        hops: Relations of every chain.
-    """
-
-    def __init__(self, task: InContextHop, *, global_batch: int, hops: int) -> None:
-        self.step = 0
-        self._task, self._global_batch, self._hops = task, global_batch, hops
-
-    def next_batch(self, step: int) -> Batch:
-        """The rows of ``step``."""
-        return self._task.batch(step, global_batch=self._global_batch, hops=self._hops)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position and identity, JSON-ready."""
-        return {"step": self.step, "task": asdict(self._task), "hops": self._hops}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a position.
-
-        Raises:
-            DataError: It is that of other rows.
-        """
-        own = self.state_dict()
-        if {**state, "step": 0} != {**own, "step": 0}:
-            raise DataError(
-                "the position belongs to other rows", where="InContextLoader", value=state,
-                allowed=str(own), fix="build the loader with the same task and settings",
-            )  # fmt: skip
-        self.step = state["step"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -147,8 +147,53 @@ class PermHop:
         return entity_B.astype(np.int64), relations_BK.astype(np.int64)
 
 
-class PermHopLoader:
-    """Fresh programs at every step, for a trainer (a ``BatchLoader``).
+class Task(Protocol):
+    """A synthetic task: a dataclass that draws batches."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def batch(self, step: int, *, global_batch: int, hops: int) -> Batch:
+        """The rows of ``step``, a pure function of the arguments."""
+
+
+class TaskLoader:
+    """Fresh rows of a task at every step, for a trainer (a ``BatchLoader``).
+
+    Args:
+        task: Where they are drawn from.
+        global_batch: Rows of a batch.
+        hops: Length of what a row asks.
+    """
+
+    def __init__(self, task: Task, *, global_batch: int, hops: int) -> None:
+        self.step = 0
+        self._task, self._global_batch, self._hops = task, global_batch, hops
+
+    def next_batch(self, step: int) -> Batch:
+        """The rows of ``step``."""
+        return self._task.batch(step, global_batch=self._global_batch, hops=self._hops)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and identity, JSON-ready."""
+        return {"step": self.step, "task": asdict(self._task), "hops": self._hops}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a position.
+
+        Raises:
+            DataError: It is that of other rows.
+        """
+        own = self.state_dict()
+        if {**state, "step": 0} != {**own, "step": 0}:
+            raise DataError(
+                "the position belongs to other rows", where=type(self).__name__, value=state,
+                allowed=str(own), fix="build the loader with the same task and settings",
+            )  # fmt: skip
+        self.step = state["step"]
+
+
+class PermHopLoader(TaskLoader):
+    """Fresh programs at every step, singly and then in pairs.
 
     Args:
         task: Where they are drawn from.
@@ -161,34 +206,16 @@ class PermHopLoader:
     def __init__(
         self, task: PermHop, *, global_batch: int, hops: int, pair_from: int | None = None
     ) -> None:
-        self.step = 0
-        self._task, self._global_batch, self._hops = task, global_batch, hops
-        self._pair_from = pair_from
+        super().__init__(task, global_batch=global_batch, hops=hops)
+        self._programs, self._pair_from = task, pair_from
 
     def next_batch(self, step: int) -> Batch:
         """The programs of ``step``."""
         pair = self._pair_from is not None and step >= self._pair_from
-        return self._task.batch(
+        return self._programs.batch(
             step, global_batch=self._global_batch, hops=self._hops, chains=2 if pair else 1
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Position and identity, JSON-ready."""
-        return {
-            "step": self.step, "task": asdict(self._task), "hops": self._hops,
-            "pair_from": self._pair_from,
-        }  # fmt: skip
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a position.
-
-        Raises:
-            DataError: It is that of other programs.
-        """
-        own = self.state_dict()
-        if {**state, "step": 0} != {**own, "step": 0}:
-            raise DataError(
-                "the position belongs to other programs", where="PermHopLoader", value=state,
-                allowed=str(own), fix="build the loader with the same task and settings",
-            )  # fmt: skip
-        self.step = state["step"]
+        return super().state_dict() | {"pair_from": self._pair_from}

@@ -11,6 +11,7 @@ from open_mythos.experiments.claim import Experiment
 
 CLAIMS = {
     "c1": "c1_depth",
+    "c1b": "c1b_in_context",
     "c4": "c4_halting",
     "c2": "c2_stability",
     "c3": "c3_half_the_parameters",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from open_mythos.data import ComposedFacts, FactLoader, PermHop
+from open_mythos.data import ComposedFacts, PermHop, TaskLoader
 from open_mythos.data.facts import KINDS
 from open_mythos.errors import ConfigError, DataError
 
@@ -88,14 +88,14 @@ def test_one_hop_is_always_trained():
 
 
 def test_the_loader_draws_by_step_and_takes_up_its_own_position_only():
-    loader = FactLoader(TASK, global_batch=8, hops=2)
+    loader = TaskLoader(TASK, global_batch=8, hops=2)
     assert torch.equal(loader.next_batch(3).targets, TASK.batch(3, global_batch=8, hops=2).targets)
     loader.step = 9
-    again = FactLoader(TASK, global_batch=8, hops=2)
+    again = TaskLoader(TASK, global_batch=8, hops=2)
     again.load_state_dict(loader.state_dict())
     assert again.step == 9
-    with pytest.raises(DataError, match="other chains"):
-        FactLoader(TASK, global_batch=8, hops=3).load_state_dict(loader.state_dict())
+    with pytest.raises(DataError, match="other rows"):
+        TaskLoader(TASK, global_batch=8, hops=3).load_state_dict(loader.state_dict())
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1, float("nan")])

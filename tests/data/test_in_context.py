@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from open_mythos.data import InContextHop, InContextLoader
+from open_mythos.data import InContextHop, TaskLoader
 from open_mythos.errors import ConfigError, DataError
 
 TASK = InContextHop(entities=9, stated=5)
@@ -61,15 +61,15 @@ def test_batches_are_pure_functions_of_seed_step_and_place():
 
 
 def test_the_loader_draws_by_step_and_takes_up_its_own_position_only():
-    loader = InContextLoader(TASK, global_batch=4, hops=2)
+    loader = TaskLoader(TASK, global_batch=4, hops=2)
     drawn = TASK.batch(3, global_batch=4, hops=2)
     assert torch.equal(loader.next_batch(3).input_ids, drawn.input_ids)
     loader.step = 9
-    again = InContextLoader(TASK, global_batch=4, hops=2)
+    again = TaskLoader(TASK, global_batch=4, hops=2)
     again.load_state_dict(loader.state_dict())
     assert again.step == 9
     with pytest.raises(DataError, match="other rows"):
-        InContextLoader(TASK, global_batch=4, hops=3).load_state_dict(loader.state_dict())
+        TaskLoader(TASK, global_batch=4, hops=3).load_state_dict(loader.state_dict())
 
 
 @pytest.mark.parametrize("bad", [{"stated": 1}, {"entities": 4, "stated": 5}])

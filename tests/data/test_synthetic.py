@@ -122,7 +122,7 @@ def test_the_loader_takes_up_its_own_position_only() -> None:
     again = PermHopLoader(TASK, global_batch=4, hops=5)
     again.load_state_dict(loader.state_dict())
     assert again.step == 17
-    with pytest.raises(DataError, match="other programs"):
+    with pytest.raises(DataError, match="other rows"):
         other.load_state_dict(loader.state_dict())
 
 

@@ -24,12 +24,13 @@ from open_mythos.trace import LoopTrace
 from .small import BATCHES, TOKENS, batch, busy, config
 
 DEPTH = 6
-RULE = "change:0.3"
+RULE = "change:0.2"
 """On the busy model its exits are spread over the loops."""
 
 
 @pytest.fixture(scope="module")
 def model() -> OpenMythos:
+    torch.manual_seed(0)  # made once, so the seed that every test begins with comes too late
     return busy(OpenMythos(config())).eval()
 
 

@@ -79,6 +79,7 @@ CLAIM = Claim(
     "runs on the same relations, so the seeds vary weights, depths and order, not the task. Arms "
     "of a single seed show a direction, not a size.",
     hardware={"cpu": "two cores"},
+    minutes={"cpu": 35},
 )  # fmt: skip
 
 _HOPS = list(range(2, 16))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from open_mythos.accounting import account
-from open_mythos.data import InContextLoader
+from open_mythos.data import TaskLoader
 from open_mythos.dense import DenseTransformer
 from open_mythos.experiments.c1b_in_context.cells import TASK, TRAINED_HOPS
 from open_mythos.experiments.claim import Cell, Place
@@ -23,7 +23,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     run = RunConfig.from_dict(s["run"])
     run.train.seed = cell.seed
     model, ask = _build(run, s["unrolled"]), s["ask"]
-    loader = InContextLoader(TASK, global_batch=run.train.global_batch, hops=TRAINED_HOPS)
+    loader = TaskLoader(TASK, global_batch=run.train.global_batch, hops=TRAINED_HOPS)
     curves = Curves("loss")
     Trainer(model, loader, run, loggers=[curves]).fit()
     return {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from open_mythos.accounting import account
-from open_mythos.data import FactLoader
+from open_mythos.data import TaskLoader
 from open_mythos.data.facts import KINDS
 from open_mythos.dense import DenseTransformer
 from open_mythos.experiments.claim import Cell, Place
@@ -33,7 +33,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         return {kind: answered(model, *asked, [ask["at"]])[0] for kind, asked in samples.items()}
 
     curves = Curves("loss", *(f"eval/{kind}" for kind in STAGES))
-    loader = FactLoader(TASK, global_batch=run.train.global_batch, hops=HOPS)
+    loader = TaskLoader(TASK, global_batch=run.train.global_batch, hops=HOPS)
     Trainer(model, loader, run, evaluate=follow, loggers=[curves]).fit()
     counts = account(model, context=HOPS + 1)
     tokens = run.train.steps * run.train.global_batch * (HOPS + 1)
