@@ -41,7 +41,7 @@ def train_run(config: RunConfig, *, resume: str, quiet: bool) -> int:
         if resume:
             latest = resume in ("latest", "strict")
             trainer.resume("latest" if latest else resume, strict=resume == "strict")
-        _keep_what_defines_the_run(config, out)
+        keep_what_defines_the_run(config, out)
         trainer.fit()
     if not quiet:
         Console(stderr=True).print(f"[bold]{out}[/]: checkpoints, metrics.jsonl, {CONFIG_FILE}")
@@ -137,7 +137,7 @@ def _standard_library(out: Path) -> str:
     return str(folder)
 
 
-def _keep_what_defines_the_run(config: RunConfig, out: Path) -> None:
+def keep_what_defines_the_run(config: RunConfig, out: Path) -> None:
     """Configuration and tokenizer beside the checkpoints, for generate and evaluate."""
     TokenShards(config.data.path).tokenizer().save(out / TOKENIZER_FOLDER)
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)

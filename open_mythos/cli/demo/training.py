@@ -20,14 +20,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from open_mythos.accounting import account
 from open_mythos.cli.demo.results import Curve
-from open_mythos.cli.training import build_trainer
+from open_mythos.cli.trace.chain import TASK_FILE
+from open_mythos.cli.training import build_trainer, keep_what_defines_the_run
 from open_mythos.experiments.c1_depth.recipe import TASK, chains
 from open_mythos.hub import from_pretrained, save_pretrained
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
-
-MODEL_FOLDER = "model"
-TASK_FILE = "task.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def train_all(jobs: Sequence[Job], quiet: bool) -> list[Trained]:
         each = zip(*((job, i, news, threads) for i, job in enumerate(jobs)), strict=True)
         found = list(pool.map(_train, *each))
     return [
-        Trained(from_pretrained(job.folder / MODEL_FOLDER).eval(), *rest)
+        Trained(from_pretrained(job.folder).eval(), *rest)
         for job, rest in zip(jobs, found, strict=True)
     ]
 
@@ -113,10 +111,12 @@ def _train(
         counts.training_flops(*loops), listener.steps, listener.loss,
         time.perf_counter() - clock,
     )  # fmt: skip
-    save_pretrained(trainer.model, job.folder / MODEL_FOLDER)
-    if job.is_chains:
+    save_pretrained(trainer.model, job.folder)
+    if not job.is_chains:
+        keep_what_defines_the_run(config, job.folder)
+    else:
         task = {"task": "permhop", **asdict(TASK)}
-        (job.folder / MODEL_FOLDER / TASK_FILE).write_text(json.dumps(task) + "\n")
+        (job.folder / TASK_FILE).write_text(json.dumps(task) + "\n")
     return curve, listener.rows, trainer.state.tokens, trainer.state.max_depth
 
 
