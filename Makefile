@@ -24,7 +24,7 @@ $(READY): pyproject.toml
 
 setup: $(READY)  ## make the virtual environment
 
-demo: $(READY)  ## train a looped model beside a dense one on real text and look at depth (5 minutes)
+demo: $(READY)  ## train a looped model beside a dense one on real text and look at depth (4 minutes)
 	@$(BIN)/open-mythos demo
 
 test: $(READY)  ## all tests that fit into ten minutes on two cores
