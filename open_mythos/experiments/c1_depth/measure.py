@@ -110,8 +110,8 @@ def _costs(model: Model, run: RunConfig, hops: int, pair_from: int | None) -> di
     tokens = rows * run.train.global_batch * (hops + 1)
     counts = account(model, context=hops + 1)
     depth = run.depth
-    further = depth.long_share * (depth.long_loops - 1) / math.log(depth.long_loops)
-    loops = (depth.expected + further, depth.expected) if isinstance(model, OpenMythos) else ()
+    deep = depth.expected + depth.expected_further
+    loops = (deep, depth.expected) if isinstance(model, OpenMythos) else ()
     return {
         "parameters": counts.parameters_without_embedding,
         "tokens": tokens,
