@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from open_mythos.dense import DenseTransformer
 from open_mythos.errors import DataError
 from open_mythos.evaluation import evaluate_depths
 from open_mythos.experiments.claim import Cell, Place
+from open_mythos.experiments.synthetic import Curves
 from open_mythos.runtime import derive_seed, resolve_dtype
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train import RunConfig, Trainer, build_model, find_checkpoint
@@ -75,18 +76,6 @@ class Trained:
         }
 
 
-class _Curve:
-    """Keeps the training loss."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, float]] = []
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep what was logged of the loss."""
-        if "loss" in metrics:
-            self.points.append((step, metrics["loss"]))
-
-
 def train(cell: Cell, place: Place, change: Callable[[Model], Any] = lambda model: None) -> Trained:
     """Train the language model that ``cell.settings`` describe.
 
@@ -110,15 +99,15 @@ def train(cell: Cell, place: Place, change: Callable[[Model], Any] = lambda mode
     )  # fmt: skip
     model = _build(run, cell.settings.get("n_layers"))
     change(model)
-    curve = _Curve()
-    trainer = Trainer(model, loader, run, loggers=[curve])
+    curves = Curves("loss")
+    trainer = Trainer(model, loader, run, loggers=[curves])
     with suppress(DataError):  # a run that was killed early has no whole checkpoint
         trainer.resume(find_checkpoint(place.own / "checkpoints"))
     trainer.fit()
     batches = validation(
         Path(run.data.path), seq_len=run.train.seq_len, windows=cell.settings["val_windows"]
     )
-    return Trained(trainer.model, run, batches, curve.points)
+    return Trained(trainer.model, run, batches, curves.points["loss"])
 
 
 def _build(run: RunConfig, n_layers: int | None) -> Model:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from open_mythos.cli.demo.results import Curve
 from open_mythos.cli.trace.chain import TASK_FILE
 from open_mythos.cli.training import build_trainer, keep_what_defines_the_run
 from open_mythos.experiments.c1_depth.recipe import TASK, chains
+from open_mythos.experiments.machine import cores
 from open_mythos.hub import from_pretrained, save_pretrained
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
@@ -58,8 +58,8 @@ class Trained:
 
 def train_all(jobs: Sequence[Job], quiet: bool) -> list[Trained]:
     """Train every job in a process of its own, as many at a time as there are cores, at most 2."""
-    at_once = min(2, os.cpu_count() or 1)
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    at_once = min(2, cores())
+    threads = max(1, cores() // at_once)
     # spawn: a forked child of a process that has used threads may hang
     context = multiprocessing.get_context("spawn")
     with (
