@@ -24,6 +24,7 @@ from open_mythos.dense import DenseTransformer
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.model import OpenMythos
 from open_mythos.runtime import sync_to_disk
+from open_mythos.sharded import is_sharded, read_tensors, stored_shapes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -34,6 +35,7 @@ _KEYS = {
     "looped": {"format", "library", "architecture", "config"},
     "dense": {"format", "library", "architecture", "config", "n_layers"},
 }
+_IN_SHARDS = "model/"
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_CONFIG_BYTES = 1 << 20
 _SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrained"
@@ -54,7 +56,7 @@ def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     with _appearing(target / WEIGHTS_FILE) as path:
-        save_file(_stored_tensors(model), path, metadata={"format": "pt"})
+        save_file(model_tensors(model), path, metadata={"format": "pt"})
     with _appearing(target / CONFIG_FILE) as path:
         path.write_text(json.dumps(describe(model), indent=2) + "\n", encoding="utf-8")
     sync_to_disk(target)
@@ -66,9 +68,10 @@ def from_pretrained(
     """Load what :func:`save_pretrained` wrote, in evaluation mode.
 
     Args:
-        directory: A folder with ``config.json`` and ``model.safetensors``; a training run or its
-            ``checkpoints`` folder, whose newest checkpoint is taken; or, as a string
-            ``"owner/name"`` that is no folder here, a model on the Hugging Face hub.
+        directory: A folder with ``config.json`` and ``model.safetensors``, or with the shards that
+            several processes wrote; a training run or its ``checkpoints`` folder, whose newest
+            checkpoint is taken; or, as a string ``"owner/name"`` that is no folder here, a model
+            on the Hugging Face hub.
         device: Where the weights go.
         dtype: Of the parameters; as stored by default. Buffers keep theirs.
 
@@ -80,10 +83,12 @@ def from_pretrained(
     folder = model_directory(directory)
     config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     description = _read_json(config)
+    if not weights.is_file():
+        return _from_shards(folder, description, device, dtype)
     with _opened(weights) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         model = _skeleton(description, config, len(slices))
-        _check_tensors(_stored_tensors(model), slices, weights)
+        _check_tensors(model_tensors(model), slices, weights)
         parameters = {name for name, _ in model.named_parameters()}
         # copies: a mapped file that shrinks later would kill the process
         tensors = {
@@ -92,6 +97,39 @@ def from_pretrained(
         }
     if model.cfg.tie_embeddings:
         tensors["head.weight"] = tensors["embedding.weight"]
+    return _filled(model, tensors)
+
+
+def _from_shards(
+    folder: Path, description: Mapping[str, Any], device: str | torch.device, dtype: Any
+) -> OpenMythos | DenseTransformer:
+    """The model of a checkpoint that several processes wrote."""
+    shapes = stored_shapes(folder)
+    names = {name for name in shapes if name.startswith(_IN_SHARDS)}
+    model = _skeleton(description, folder / CONFIG_FILE, len(names))
+    expected = {f"{_IN_SHARDS}{name}": each for name, each in model_tensors(model).items()}
+    for name in sorted(expected.keys() ^ names):
+        raise DataError(
+            "the shards are not those of the configuration", where=str(folder), value=name,
+            allowed=f"exactly the {len(expected)} tensors of the model",
+            fix="copy the checkpoint again",
+        )  # fmt: skip
+    into = {name: torch.empty_like(each, device="cpu") for name, each in expected.items()}
+    read_tensors(folder, into)
+    parameters = {name for name, _ in model.named_parameters()}
+    tensors = {
+        name: tensor.to(device, dtype if name in parameters else None)
+        for key, tensor in into.items()
+        for name in [key.removeprefix(_IN_SHARDS)]
+    }
+    if model.cfg.tie_embeddings:
+        tensors["head.weight"] = tensors["embedding.weight"]
+    return _filled(model, tensors)
+
+
+def _filled(
+    model: OpenMythos | DenseTransformer, tensors: Mapping[str, Tensor]
+) -> OpenMythos | DenseTransformer:
     model.load_state_dict(tensors, assign=True)
     if model.cfg.tie_embeddings:
         model.head.weight = model.embedding.weight
@@ -148,7 +186,8 @@ def _matches(parent: Path) -> Iterator[tuple[Path, re.Match[str]]]:
 
 
 def _holds_model(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+    weights = (folder / WEIGHTS_FILE).is_file() or is_sharded(folder)
+    return (folder / CONFIG_FILE).is_file() and weights
 
 
 def _download(model_id: str) -> Path:
@@ -174,7 +213,7 @@ def _download(model_id: str) -> Path:
     return folder
 
 
-def _stored_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:
+def model_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:
     """Name -> tensor of everything that is saved: a shared weight once."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.cfg.tie_embeddings:

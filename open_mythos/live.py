@@ -59,14 +59,17 @@ class Live(Protocol):
 class LiveRows:
     """Rows that each run a depth known beforehand; gradient flows."""
 
-    def __init__(self, depth: int | Sequence[int], batch: int, ctx: Context) -> None:
-        self.ctx = ctx
+    def __init__(
+        self, depth: int | Sequence[int], batch: int, ctx: Context, least_loops: int = 0
+    ) -> None:
+        self.ctx, self._least = ctx, least_loops
         self._depths = [depth] * batch if isinstance(depth, int) else list(depth)
         self._rows = list(range(batch))
+        self._run = 0
         self._done: list[tuple[list[int], Tensor]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._rows)
+        return bool(self._rows) or self._run < self._least
 
     def gradient(self, t: int, grad_loops: int | None) -> tuple[Tensor | None, bool]:
         """As the protocol says."""
@@ -79,15 +82,16 @@ class LiveRows:
 
     def retire(self, t: int, before_RTD: Tensor, h_RTD: Tensor, ctx: Context) -> Keep | None:
         """As the protocol says."""
+        self._run = t + 1
         leave = [i for i, depth in enumerate(self._depths) if depth <= t + 1]
         stay = [i for i, depth in enumerate(self._depths) if depth > t + 1]
-        if not leave:
+        if not leave and self._rows:
             return None
         rows = [self._rows[i] for i in leave]
         self._done.append((rows, h_RTD[self._index(leave)] if stay else h_RTD))
         self._rows = [self._rows[i] for i in stay]
         self._depths = [self._depths[i] for i in stay]
-        if not stay:
+        if not self:
             return None
         keep = self._index(stay)
         return Keep(ctx.select(keep), keep)

@@ -105,16 +105,21 @@ class OpenMythos(CausalLM):
         n_loops: int | Sequence[int] | Tensor | None = None,
         grad_loops: int | None = None,
         exit_rule: ExitRule | None = None,
+        least_loops: int = 0,
         trace: LoopTrace | None = None,
     ) -> Tensor:
-        """Prelude, loop, coda: (B, T) ids -> (B, T, D)."""
+        """Prelude, loop, coda: (B, T) ids -> (B, T, D).
+
+        The arguments are those of :meth:`forward` and of :meth:`RecurrentBlock.forward`.
+        """
         depth = self.resolve_depth(n_loops, input_ids.shape[0])
         if grad_loops is not None:
             check_count("grad_loops", grad_loops)
         e_BTD = self.embed(input_ids, ctx)
         h_BTD = self.recurrent(
             e_BTD, ctx, depth,
-            grad_loops=grad_loops, exit_rule=exit_rule, predict=self._predict, trace=trace,
+            grad_loops=grad_loops, exit_rule=exit_rule, predict=self._predict,
+            least_loops=least_loops, trace=trace,
         )  # fmt: skip
         return self.final_hidden(h_BTD, ctx)
 

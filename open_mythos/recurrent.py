@@ -103,6 +103,7 @@ class RecurrentBlock(nn.Module):
         grad_loops: int | None = None,
         exit_rule: ExitRule | None = None,
         predict: Predict | None = None,
+        least_loops: int = 0,
         trace: LoopTrace | None = None,
     ) -> Tensor:
         """Run the loop and return the final state (B, T, D), float32.
@@ -120,12 +121,14 @@ class RecurrentBlock(nn.Module):
             exit_rule: Stops positions before their depth is reached; the loops then run without
                 autograd.
             predict: Reads out states for an ``exit_rule`` that asks for predictions.
+            least_loops: Go on to so many loops, if need be with no rows at all: what joins several
+                processes in every loop needs each of them there.
             trace: Receives diagnostics.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
         drive_BTD = self.injection.drive(e_BTD)
         live: Live = (
-            LiveRows(n_loops, len(h_BTD), ctx)
+            LiveRows(n_loops, len(h_BTD), ctx, least_loops)
             if exit_rule is None
             else LivePositions(n_loops, h_BTD, ctx, exit_rule, predict, trace)
         )

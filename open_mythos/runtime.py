@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from open_mythos.errors import ConfigError, EnvironmentError_
 
@@ -59,6 +61,48 @@ def resolve_device(name: str = "auto") -> torch.device:
             fix="use --device cpu, or install a CUDA build of PyTorch",
         )
     return device
+
+
+def launched() -> bool:
+    """Whether a launcher such as ``torchrun`` started this process as one of a group."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def rank() -> int:
+    """Number of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def over_ranks(values: Sequence[float], device: torch.device) -> list[list[float]]:
+    """For each of ``values``, those of all processes in the order of their ranks, as float64."""
+    if world_size() == 1:
+        return [[value] for value in values]
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).T.tolist()
+
+
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a training run's products on ``device``; "auto" is what its hardware is fast in.
+
+    GPUs before compute capability 8 have no bfloat16 units: there it is float16.
+    """
+    if name != "auto":
+        return resolve_dtype(name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.cache import Places
@@ -21,8 +22,10 @@ class LoopTrace:
     Attributes:
         keep_states: Also keep the state after every loop.
         keep_routing: Also keep router scores (with their graph) and the chosen experts.
+        keep_correlation: Also measure how alike the states of a row's tokens are.
         state_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1}||.
         delta_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1} - h_t||.
+        correlation: Loop t -> (rows,) :func:`token_correlation` of h_{t+1}, if kept.
         rows: Loop t -> (rows,) rows of the batch that were computed; None means all of them.
         columns: Loop t -> (rows, T) the positions computed of these rows, where an exit rule has
             stopped some; None means all of them. -1 pads rows that have fewer.
@@ -36,8 +39,10 @@ class LoopTrace:
 
     keep_states: bool = False
     keep_routing: bool = False
+    keep_correlation: bool = False
     state_norm: dict[int, Tensor] = field(default_factory=dict)
     delta_norm: dict[int, Tensor] = field(default_factory=dict)
+    correlation: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Tensor | None] = field(default_factory=dict)
     columns: dict[int, Tensor | None] = field(default_factory=dict)
     exits: Tensor | None = None
@@ -66,6 +71,8 @@ class LoopTrace:
         self.columns[loop] = None
         if places is not None and places.columns is not None and real is not None:
             self.columns[loop] = places.columns.masked_fill(~real, -1)
+        if self.keep_correlation:
+            self.correlation[loop] = token_correlation(after, real)
         if self.keep_states:
             self.states[loop] = after_BTD.detach()
 
@@ -92,10 +99,7 @@ class LoopTrace:
 
     def routing_entropy(self, layer: int) -> Tensor:
         """(L,) entropy of the expert load at each loop over log E: 1 is even, 0 a single expert."""
-        load_LE = self.load_by_loop(layer)
-        share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp_min(1)
-        entropy = -(share_LE * share_LE.clamp_min(1e-12).log()).sum(-1)
-        return entropy / torch.log(torch.tensor(float(max(2, load_LE.shape[1]))))
+        return load_entropy(self.load_by_loop(layer))
 
     def expert_overlap(self, layer: int) -> Tensor:
         """(L, L) share of experts a token has in common between two loops; needs keep_routing.
@@ -118,6 +122,33 @@ class LoopTrace:
         if run is None:
             return record
         return record[run if ran is None else torch.searchsorted(ran, run)]
+
+
+def load_entropy(load_LE: Tensor) -> Tensor:
+    """(L,) entropy of each row's shares over log E: 1 is even, 0 a single expert (or no token)."""
+    share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp_min(1)
+    entropy = -(share_LE * share_LE.clamp_min(1e-12).log()).sum(-1)
+    return entropy / torch.log(torch.tensor(float(max(2, load_LE.shape[1]))))
+
+
+def token_correlation(h_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
+    """(B,) mean cosine between the states of two different tokens of a row; 0 for a single token.
+
+    1 means that all tokens have become the same direction (collapse, oversmoothing), 0 that they
+    have nothing in common. Computed from the sum of the unit vectors, ||sum u||^2 = T + sum of all
+    cosines, so it costs T D and not T^2 D.
+
+    Args:
+        h_BTD: States.
+        real_BT: True at the positions that count; None for all of them.
+    """
+    unit_BTD = F.normalize(h_BTD.float(), dim=-1)
+    if real_BT is not None:
+        unit_BTD = unit_BTD * real_BT.unsqueeze(-1)
+    # a state of zero has no direction: its own square is 0, not 1
+    own_B, pairs_B = unit_BTD.square().sum((1, 2)), unit_BTD.sum(1).square().sum(-1)
+    n_B = torch.full_like(own_B, h_BTD.shape[1]) if real_BT is None else real_BT.sum(-1).float()
+    return (pairs_B - own_B) / (n_B * (n_B - 1)).clamp_min(1)
 
 
 def _mean(x_BT: Tensor, real_BT: Tensor | None) -> Tensor:

@@ -39,7 +39,8 @@ def train(config: RunConfig, resume: str = "", quiet: bool = False) -> int:
     Args:
         config: The run; ``--print_config`` shows it whole, as YAML for ``--config``.
         resume: "latest" goes on with the newest valid checkpoint of ``train.out_dir``, "strict"
-            refuses if the newest is damaged; a path goes on with that one.
+            refuses if the newest is damaged, "auto" begins anew if there is none; a path goes on
+            with that one.
         quiet: No progress bar.
     """
     from open_mythos.cli.training import train_run
@@ -214,6 +215,64 @@ def info(
     return show_info(model, loops, context, as_json=json)
 
 
+def plan(
+    model: str,
+    gpus: int = 8,
+    gpu: str = "h100",
+    tokens: str = "",
+    context: int | None = None,
+    n_loops: float | None = None,
+    max_loops: int | None = None,
+    grad_loops: int | None = None,
+    dtype: str = "bfloat16",
+    optimizer: str = "adamw",
+    ema: bool = False,
+    global_batch_tokens: str = "",
+    mfu: float | None = None,
+    price: float | None = None,
+    kind: str = "",
+    shard: int | None = None,
+    experts: int | None = None,
+    micro_batch: int | None = None,
+    checkpoint_loops: bool | None = None,
+    json: bool = False,
+) -> int:
+    """Memory, communication, layout, time and cost of a training, before it is paid for.
+
+    Args:
+        model: A variant (3b), a YAML or JSON file with a model's configuration, or a folder with a
+            model, a checkpoint or a run.
+        gpus: How many there are, in nodes of eight.
+        gpu: "h100", "h200" or "b200".
+        tokens: To train on: 30B, 1.5T, 3e10; by default 20 for each parameter.
+        context: Tokens of a sequence; by default the model's context, at most 8192.
+        n_loops: Mean loops of a sequence; by default the model's max_loop_iters.
+        max_loops: Most loops of a sequence, which memory has to hold; by default the mean.
+        grad_loops: Truncated back-propagation through so many loops; by default all.
+        dtype: Of the products: "bfloat16", "float16" or "float32".
+        optimizer: "adamw" or "muon".
+        ema: Keep a running mean of the weights.
+        global_batch_tokens: Of a step: 4M; by default 4 Mi, or a sequence for each GPU.
+        mfu: Share of the peak rate while computing; by default 0.3.
+        price: US dollars of a GPU for an hour; by default that of a table.
+        kind: "none", "ddp" or "fsdp"; by default the plan chooses, as of the next four.
+        shard: GPUs that share one copy of the weights.
+        experts: GPUs over which the routed experts are divided.
+        micro_batch: Sequences that a GPU computes at a time.
+        checkpoint_loops: Whether loops are computed again in the backward pass.
+        json: Print JSON instead of tables.
+    """
+    from open_mythos.cli.plan import show_plan
+    from open_mythos.plan import Wish
+
+    wish = Wish(kind or None, shard, experts, micro_batch, checkpoint_loops)
+    return show_plan(
+        model, gpus=gpus, gpu_name=gpu, tokens=tokens, context=context, n_loops=n_loops,
+        max_loops=max_loops, grad_loops=grad_loops, dtype=dtype, optimizer=optimizer, ema=ema,
+        global_batch_tokens=global_batch_tokens, mfu=mfu, price=price, wish=wish, as_json=json,
+    )  # fmt: skip
+
+
 def data_prepare(
     source: str,
     out: str,
@@ -272,6 +331,18 @@ def trace(
     from open_mythos.cli.trace.run import trace_prompt
 
     return trace_prompt(checkpoint, prompt, n_loops, exit, out, device)
+
+
+def report(run: str, out: str = "") -> int:
+    """Write a page of a run: curves, depths, loops, alarms.
+
+    Args:
+        run: Folder of a run; it may still be going on.
+        out: The HTML file to write; by default report.html in the run's folder.
+    """
+    from open_mythos.cli.report.run import report_run
+
+    return report_run(run, out)
 
 
 def reproduce(

@@ -16,13 +16,14 @@ from open_mythos.variants import VARIANTS, variant
 
 Command = Callable[..., int]
 _DEFAULT_VARIANT = "tiny"
-_SECTIONS = ("architecture", "model", "data", "depth", "optim", "train")
+_SECTIONS = ("architecture", "model", "data", "depth", "optim", "train", "parallel", "watch")
 
 
-class _Parser(ArgumentParser):
+class Parser(ArgumentParser):
     """A parser whose mistakes are ConfigErrors that name the nearest option."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise the mistake as a ConfigError."""
         fix = f"see {self.prog} --help"
         for pattern in (
             r"unrecognized arguments: --?([\w.]+)",
@@ -44,7 +45,7 @@ def _option_names(parser: ArgumentParser) -> list[str]:
 def build_parser(model: MythosConfig) -> ArgumentParser:
     """The whole parser; ``model`` gives the defaults of ``train --model.*``."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(
+    parser = Parser(
         prog="open-mythos",
         description="Recurrent-Depth Transformers: train, generate, evaluate at any depth.",
     )
@@ -53,10 +54,10 @@ def build_parser(model: MythosConfig) -> ArgumentParser:
     for name, (command, summary) in _COMMANDS.items():
         group, _, last = _one_word(name).rpartition(" ")
         if group not in groups:
-            group_parser = _Parser(description=_GROUPS[group])
+            group_parser = Parser(description=_GROUPS[group])
             groups[""].add_subcommand(group, group_parser, help=_GROUPS[group])
             groups[group] = group_parser.add_subcommands(required=True, dest="command")
-        sub = _Parser(description=summary)
+        sub = Parser(description=summary)
         sub.add_argument("--config", action="config", help="a YAML file with these options")
         if command is commands.train:
             sub.add_argument(
@@ -158,6 +159,11 @@ _COMMANDS: dict[str, tuple[Command, str]] = {
     "generate": (commands.generate, "Continue a text with a trained model."),
     "evaluate": (commands.evaluate, "Loss against the number of loops, or under an exit rule."),
     "trace": (commands.trace, "See the thinking: a page of a prompt, loop by loop."),
+    "plan": (
+        commands.plan,
+        "Memory, layout, days and cost of a training, before it is paid for.",
+    ),
+    "report": (commands.report, "One HTML page of a run: curves, depths, loops, alarms."),
     "reproduce": (
         commands.reproduce,
         "Run a claim of the field again; --list shows all verdicts.",
@@ -167,6 +173,6 @@ _COMMANDS: dict[str, tuple[Command, str]] = {
 }
 _RESUME = (
     '"latest" goes on with the newest valid checkpoint of train.out_dir, "strict" refuses if the '
-    "newest is damaged; a path goes on with that checkpoint"
+    'newest is damaged, "auto" begins anew if there is none; a path goes on with that checkpoint'
 )
 _GROUPS = {"data": "Prepare training data."}

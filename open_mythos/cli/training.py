@@ -15,17 +15,22 @@ from open_mythos.data import EpochWindows, Loader, TokenShards, prepare
 from open_mythos.data.shards import TOKENIZER_FOLDER
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import evaluate_depths
-from open_mythos.runtime import resolve_dtype
+from open_mythos.runtime import rank, training_dtype, world_size
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
+from open_mythos.train.checkpoint import CHECKPOINTS_FOLDER, checkpoints
+from open_mythos.train.distributed import first_decides, process_group
 
 CONFIG_FILE = "run.yaml"
 DEFAULT_OUT = "runs/train"
 
 
 def train_run(config: RunConfig, *, resume: str, quiet: bool) -> int:
-    """Train as ``config`` says; the run's folder then holds all that the other commands need."""
+    """Train as ``config`` says; the run's folder then holds all that the other commands need.
+
+    Under ``torchrun`` all processes do it together.
+    """
     config = deepcopy(config)
     config.train.out_dir = out_dir = config.train.out_dir or DEFAULT_OUT
     config.validate()
@@ -35,14 +40,17 @@ def train_run(config: RunConfig, *, resume: str, quiet: bool) -> int:
             "the folder holds a run", where="train.out_dir", value=out_dir,
             fix="go on with it by --resume latest, or name another folder",
         )  # fmt: skip
-    config.data.path = config.data.path or _standard_library(out)
-    with TrainProgress(config.train.steps, quiet) as progress:
-        trainer = build_trainer(config, loggers=[progress])
-        if resume:
-            latest = resume in ("latest", "strict")
-            trainer.resume("latest" if latest else resume, strict=resume == "strict")
-        keep_what_defines_the_run(config, out)
-        trainer.fit()
+    with process_group(config.parallel, config.train.device):
+        quiet = quiet or rank() > 0
+        config.data.path = config.data.path or str(first_decides(lambda: _standard_library(out)))
+        with TrainProgress(config.train.steps, quiet) as progress:
+            trainer = build_trainer(config, loggers=[progress])
+            if resume and not (resume == "auto" and not checkpoints(out / CHECKPOINTS_FOLDER)):
+                latest = resume in ("auto", "latest", "strict")
+                trainer.resume("latest" if latest else resume, strict=resume == "strict")
+            if rank() == 0:
+                keep_what_defines_the_run(config, out)
+            trainer.fit()
     if not quiet:
         Console(stderr=True).print(f"[bold]{out}[/]: checkpoints, metrics.jsonl, {CONFIG_FILE}")
     return 0
@@ -65,6 +73,7 @@ def build_trainer(config: RunConfig, *, loggers: list[Any]) -> Trainer:
     loader = Loader(
         shards, seq_len=config.train.seq_len, global_batch=config.train.global_batch,
         seed=config.train.seed, mask_documents=config.data.document_masks,
+        rank=rank(), world_size=world_size(),
     )  # fmt: skip
     return Trainer(
         build_model(config), loader, config, evaluate=evaluation(config), loggers=loggers
@@ -79,7 +88,9 @@ def evaluation(config: RunConfig) -> Any:
     windows = EpochWindows(
         shards,
         seq_len=config.train.seq_len,
-        global_batch=config.train.micro_batch or config.train.global_batch,
+        global_batch=world_size() * (config.train.micro_batch or config.train.global_batch),
+        rank=rank(),
+        world_size=world_size(),
         mask_documents=config.data.document_masks,
         max_windows=config.data.eval_windows,
     )
@@ -87,7 +98,7 @@ def evaluation(config: RunConfig) -> Any:
     def evaluate(model: Model, depths: list[int]) -> dict[str, Any]:
         rows = evaluate_depths(
             model, windows, depths, bytes_per_token=shards.bytes_per_token,
-            dtype=resolve_dtype(config.train.dtype),
+            dtype=training_dtype(config.train.dtype, model.head.weight.device),
         )  # fmt: skip
         return {"depths": [asdict(row) for row in rows]}
 
@@ -130,11 +141,11 @@ def _measured(rows: list[dict[str, Any]]) -> str:
     return "bits per byte: " + ", ".join(shown)
 
 
-def _standard_library(out: Path) -> str:
+def _standard_library(out: Path) -> Path:
     folder = out / "data"
     if not folder.exists():
         prepare("stdlib", folder, ByteTokenizer())
-    return str(folder)
+    return folder
 
 
 def keep_what_defines_the_run(config: RunConfig, out: Path) -> None:

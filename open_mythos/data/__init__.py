@@ -1,9 +1,15 @@
-"""Text to training batches: sources, token shards, packing, exact-resume loading, synthetic tasks.
+"""Text to training batches: sources, token shards, streams, packing, exact resume, synthetic tasks.
 
 >>> from open_mythos.data import Loader, TokenShards, prepare
 >>> from open_mythos.tokenizer import load_tokenizer
 >>> prepare("stdlib", "shards", load_tokenizer("byte"))      # doctest: +SKIP
 >>> loader = Loader(TokenShards("shards"), seq_len=256, global_batch=8)     # doctest: +SKIP
+
+or, without preparing anything:
+
+>>> from open_mythos.data import StreamLoader, fineweb_edu, open_corpus
+>>> corpus = open_corpus(fineweb_edu("sample-10BT"))     # doctest: +SKIP
+>>> loader = StreamLoader(corpus, load_tokenizer(), seq_len=2048, global_batch=8)  # doctest: +SKIP
 """
 
 from open_mythos.data.batch import IGNORE_INDEX, Batch
@@ -16,13 +22,18 @@ from open_mythos.data.permutation import Permutation
 from open_mythos.data.prepare import prepare
 from open_mythos.data.shards import TokenShards
 from open_mythos.data.sources import read_documents
+from open_mythos.data.stream import StreamLoader
+from open_mythos.data.stream_corpus import Corpus, fineweb_edu, open_corpus
+from open_mythos.data.stream_held_out import HeldOutWindows
 from open_mythos.data.synthetic import PermHop, PermHopLoader, TaskLoader
 
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
     "ComposedFacts",
+    "Corpus",
     "EpochWindows",
+    "HeldOutWindows",
     "InContextHop",
     "Index",
     "Loader",
@@ -30,9 +41,12 @@ __all__ = [
     "PermHop",
     "PermHopLoader",
     "Permutation",
+    "StreamLoader",
     "TaskLoader",
     "TokenShards",
     "document_ids",
+    "fineweb_edu",
+    "open_corpus",
     "prepare",
     "read_documents",
 ]

@@ -173,7 +173,7 @@ def _tokenize(
     for texts in _batches(documents):
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             content = text.encode()
-            (val if _place(content) < val_fraction else train).add(ids, len(content))
+            (val if held_out_place(content) < val_fraction else train).add(ids, len(content))
         if progress is not None:
             progress(train.documents + val.documents, train.tokens + val.tokens)
 
@@ -193,7 +193,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _place(content: bytes) -> float:
+def held_out_place(content: bytes) -> float:
     """A number in [0, 1) that depends on the document alone."""
     digest = hashlib.blake2b(content, digest_size=6, person=b"mythos-split").digest()
     return int.from_bytes(digest, "big") / 2**48

@@ -45,7 +45,7 @@ def read_documents(source: str | Path, text_field: str = "text") -> Iterator[str
         yield from _read_stdlib()
         return
     path = Path(source)
-    for file in _files(path):
+    for file in find_files(path):
         try:
             yield from READERS[file.suffix.lower()](file, text_field)
         except OSError as error:
@@ -54,7 +54,13 @@ def read_documents(source: str | Path, text_field: str = "text") -> Iterator[str
             ) from error
 
 
-def _files(path: Path) -> list[Path]:
+def find_files(path: Path) -> list[Path]:
+    """``path`` if it is a file; else every file of a known kind below it, in a fixed order.
+
+    Raises:
+        ConfigError: A file of an unknown kind.
+        DataError: Nothing there, or no such file in it.
+    """
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise ConfigError(
@@ -92,26 +98,42 @@ def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
+def stdlib_modules() -> tuple[Path, list[Path]]:
+    """The folder of the running Python's standard library, and its modules in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return root, [file for file in _walk(root, STDLIB_SKIPPED) if file.suffix == ".py"]
+
+
+def read_module(file: Path) -> str | None:
+    """The source of a module; None where it cannot be decoded."""
+    try:
+        with tokenize.open(file) as stream:  # honours the encoding that the module declares
+            return stream.read()
+    except (SyntaxError, UnicodeDecodeError, OSError):
+        return None
+
+
 def _read_stdlib() -> Iterator[str]:
-    for file in _walk(Path(sysconfig.get_path("stdlib")), STDLIB_SKIPPED):
-        if file.suffix != ".py":
-            continue
-        try:
-            with tokenize.open(file) as stream:  # honours the encoding that the module declares
-                yield stream.read()
-        except (SyntaxError, UnicodeDecodeError, OSError):
-            continue
+    for file in stdlib_modules()[1]:
+        text = read_module(file)
+        if text is not None:
+            yield text
 
 
 def _read_text(file: Path, text_field: str) -> Iterator[str]:
     with file.open("rb") as stream:
         offset = 0
         while piece := stream.read(TEXT_PIECE_BYTES) + stream.readline(MAX_LINE_BYTES):
-            yield _decode(piece, file, offset)
+            yield decode_text(piece, file, offset)
             offset += len(piece)
 
 
-def _decode(piece: bytes, file: Path, offset: int) -> str:
+def decode_text(piece: bytes, file: Path | str, offset: int) -> str:
+    """The text of ``piece``, which begins at byte ``offset`` of ``file``.
+
+    Raises:
+        DataError: It is not UTF-8, or holds a zero byte; names the byte.
+    """
     try:
         text = piece.decode()
     except UnicodeDecodeError as error:
@@ -136,10 +158,15 @@ def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
         while line := stream.readline(MAX_LINE_BYTES):
             number += 1
             if line.strip():
-                yield _document_of_line(line, f"{file}, line {number}", text_field)
+                yield document_of_line(line, f"{file}, line {number}", text_field)
 
 
-def _document_of_line(line: bytes, where: str, text_field: str) -> str:
+def document_of_line(line: bytes, where: str, text_field: str) -> str:
+    """The text under ``text_field`` of a line of JSON.
+
+    Raises:
+        DataError: There is none.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -152,11 +179,15 @@ def _document_of_line(line: bytes, where: str, text_field: str) -> str:
             allowed=f"an object with the text under {text_field!r}",
             fix="name the field with text_field",
         )
-    return _text_of(record[text_field], where)
+    return text_of(record[text_field], where)
 
 
-def _text_of(value: Any, where: str) -> str:
-    """``value`` if it is a string that UTF-8 can express (JSON can escape lone surrogates)."""
+def text_of(value: Any, where: str) -> str:
+    """``value`` if it is a string that UTF-8 can express (JSON can escape lone surrogates).
+
+    Raises:
+        DataError: It is not.
+    """
     try:
         if isinstance(value, str):
             value.encode()
@@ -168,7 +199,12 @@ def _text_of(value: Any, where: str) -> str:
     raise DataError("the text is not a string", where=where, value=value, allowed="a string")
 
 
-def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
+def import_pyarrow(file: Path | str) -> tuple[Any, Any]:
+    """The modules ``pyarrow`` and ``pyarrow.parquet``.
+
+    Raises:
+        EnvironmentError_: They are not installed.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -176,20 +212,29 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
         raise EnvironmentError_(
             "reading Parquet needs pyarrow", where=str(file), fix="pip install open-mythos[data]"
         ) from error
+    return pa, pq
+
+
+def require_column(columns: list[str], text_field: str, file: Path | str) -> None:
+    """Raise a DataError unless the Parquet file has the column ``text_field``."""
+    if text_field not in columns:
+        raise DataError(
+            f"the file has no column {text_field!r}",
+            where=str(file),
+            value=columns,
+            fix="name the column with text_field",
+        )
+
+
+def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
+    pa, pq = import_pyarrow(file)
     row = 0
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
-            columns = table.schema_arrow.names
-            if text_field not in columns:
-                raise DataError(
-                    f"the file has no column {text_field!r}",
-                    where=str(file),
-                    value=columns,
-                    fix="name the column with text_field",
-                )
+            require_column(table.schema_arrow.names, text_field, file)
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
                 for cell in batch.column(0):
-                    yield _text_of(cell.as_py(), f"{file}, row {row}")
+                    yield text_of(cell.as_py(), f"{file}, row {row}")
                     row += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(

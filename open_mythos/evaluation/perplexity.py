@@ -16,6 +16,7 @@ from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model import OpenMythos
 from open_mythos.ops.cross_entropy import linear_cross_entropy
+from open_mythos.runtime import over_ranks
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def evaluate_depths(
 
     Args:
         model: A looped model, or one without loops, which gives a single row.
-        batches: Validation batches; a finite iterable, read once.
+        batches: Validation batches; a finite iterable, read once. In a process group the figures
+            are over the batches of all processes.
         depths: Loops, in any order; repetitions count once.
         bytes_per_token: Bytes of text that a token stands for on average, for bits per byte.
         dtype: Of the matrix products (autocast); float32 is exact.
@@ -71,14 +73,16 @@ def evaluate_depths(
                     hidden_BTD, model.head.weight, batch.targets,
                     ignore_index=IGNORE_INDEX, reduction="sum",
                 ).item()  # fmt: skip
-    if not tokens:
+    # each process may have read windows of its own
+    *totals, predicted = (sum(each) for each in over_ranks([*loss_sums, tokens], device))
+    if not predicted:
         raise DataError(
             "nothing to evaluate on", where="batches", value="0 tokens to predict",
             allowed="at least one target", fix="check that the validation split is not empty",
         )  # fmt: skip
     return [
-        _row(depth, total / tokens, bytes_per_token, tokens)
-        for depth, total in zip(wanted, loss_sums, strict=True)
+        _row(depth, total / predicted, bytes_per_token, int(predicted))
+        for depth, total in zip(wanted, totals, strict=True)
     ]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.experiments.claim import Cell, Record
 from open_mythos.runtime import sync_to_disk
+from open_mythos.train import RunConfig
 
 
 class Results:
@@ -36,11 +37,10 @@ class Results:
         if not path.exists():
             return None
         record = _read(path)
-        if record.settings != plain(cell.settings):
+        before, now = _complete(record.settings), _complete(plain(cell.settings))
+        if before != now:
             differing = sorted(
-                key
-                for key in record.settings.keys() | cell.settings.keys()
-                if record.settings.get(key) != plain(cell.settings).get(key)
+                key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
             )
             raise ConfigError(
                 "a finished cell has other settings", where=str(path),
@@ -87,6 +87,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """With every field of the run: one that a record is older than had its default."""
+    if "run" not in settings:
+        return settings
+    return settings | {"run": plain(RunConfig.from_dict(settings["run"]).to_dict())}
 
 
 def _read(path: Path) -> Record:

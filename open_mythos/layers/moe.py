@@ -65,8 +65,7 @@ class MoEFFN(nn.Module):
         """(B, T, D) -> (B, T, D); routing statistics go to ``trace``."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         scores_NE, experts_NC, weights_NC = self.route(x_ND)
-        gate_up, down = self._stacks(experts_NC.numel(), ctx)
-        y_ND = routed_experts(x_ND, gate_up, down, experts_NC, weights_NC, backend=self.backend)
+        y_ND = self.mix(x_ND, experts_NC, weights_NC, ctx)
         if trace is not None:
             valid = None if ctx is None or ctx.valid_BT is None else ctx.valid_BT.reshape(-1)
             load_E = expert_load(experts_NC, scores_NE.shape[-1], valid)
@@ -74,12 +73,19 @@ class MoEFFN(nn.Module):
                 self.layer,
                 loop,
                 load_E,
-                scores_NE.view(*x_BTD.shape[:-1], -1),
-                experts_NC.view(*x_BTD.shape[:-1], -1),
+                scores_NE.view(*x_BTD.shape[:-1], scores_NE.shape[-1]),
+                experts_NC.view(*x_BTD.shape[:-1], self.top_k),
             )
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD)
+
+    def mix(
+        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, ctx: Context | None
+    ) -> Tensor:
+        """(N, D): what the chosen experts (N, C) make of each token, added by weight (N, C)."""
+        gate_up, down = self._stacks(experts_NC.numel(), ctx)
+        return routed_experts(x_ND, gate_up, down, experts_NC, weights_NC, backend=self.backend)
 
     def _stacks(
         self, n_choices: int, ctx: Context | None

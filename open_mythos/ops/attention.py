@@ -51,7 +51,8 @@ def attend(
             "unknown attention backend", where="attn_backend", value=backend,
             allowed=", ".join(("auto", *_BACKENDS)), fix='set attn_backend to "auto"',
         )  # fmt: skip
-    _log_once(backend)
+    if not torch.compiler.is_compiling():
+        _log_once(backend)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     return _BACKENDS[backend](q_BTHK, k_BSGK, v_BSGV, mask, causal, scale)
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from open_mythos.errors import DataError
 from open_mythos.tokenizer.files import write_json, write_text
@@ -38,6 +38,11 @@ class RustBacked:
             raise DataError(
                 "bos, eos and pad must differ", where=f"tokenizer {name}", value=self._specials
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # a pickled tokenizer forgets that text may not spell special tokens
+        _register(self._rust, list(self._specials.values()))
 
     def __len__(self) -> int:
         return self._length

@@ -4,20 +4,21 @@
       config.json, model.safetensors    what `from_pretrained` loads
       optimizer.safetensors             moments, by parameter name
       state.json                        step, tokens, data position, configuration, depths trained
-      manifest.json                     size and SHA-256 of every other file; written last
+      manifest.json                     size and hashes of every other file; written last
 
-It is written under another name, forced to the disk, renamed into place, and read back before an
-older one is removed. All randomness follows from the seed and the step, so there is no generator
-state to store.
+It is written under another name, forced to the disk, read back, and only then renamed into place;
+older ones go after that. All randomness follows from the seed and the step, so there is no
+generator state to store. The format is described in docs/checkpoint_format.md.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,91 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from open_mythos.errors import DataError, EnvironmentError_
-from open_mythos.hub import describe, from_pretrained, save_pretrained
+from open_mythos.hub import CONFIG_FILE, WEIGHTS_FILE, describe, from_pretrained, model_tensors
 from open_mythos.runtime import sync_to_disk
 from open_mythos.train.build import Model
+from open_mythos.train.manifest import (
+    MANIFEST_FILE,
+    Entry,
+    as_json,
+    damaged,
+    entry_of_tensors,
+    entry_of_text,
+    manifest_text,
+    read_json,
+    verify_files,
+)
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 CHECKPOINTS_FOLDER = "checkpoints"
-OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE = "optimizer.safetensors", "state.json", "manifest.json"
-_NAME = re.compile(r"step_(\d{8,})")
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+_OLD = ".old"
+_NAME = re.compile(rf"step_(\d{{8,}})({re.escape(_OLD)})?")
 _UNFINISHED = ".unfinished-"
+
+Extra = Mapping[str, Mapping[str, Tensor]]
+"""Further safetensors file of a checkpoint -> name -> tensor."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint will hold, on the CPU."""
+
+    step: int
+    """Optimizer steps done."""
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """File -> name -> tensor, contiguous."""
+    texts: Mapping[str, str]
+    """File -> content."""
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's folder."""
+        return f"step_{self.step:08d}"
+
+
+def take_snapshot(
+    step: int,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    *,
+    extra: Extra | None = None,
+    copy: bool = False,
+) -> Snapshot:
+    """What is to be saved of this moment.
+
+    Args:
+        step: Optimizer steps done.
+        model: Its weights are stored as :func:`open_mythos.hub.save_pretrained` stores them.
+        optimizer: Built by :func:`open_mythos.train.optim.build_optimizer`.
+        state: JSON-ready; what :func:`load_checkpoint` gives back.
+        extra: Further safetensors files and their tensors.
+        copy: Let nothing that happens later change it. Takes as much host memory as the
+            checkpoint is large; without it, tensors that are on the CPU are shared.
+    """
+    tensors = {
+        file: {name: each.to("cpu", copy=copy).contiguous() for name, each in tensors.items()}
+        for file, tensors in stored_tensors(model, optimizer, extra).items()
+    }
+    return Snapshot(
+        step, tensors, {CONFIG_FILE: as_json(describe(model)), STATE_FILE: as_json(state)}
+    )
+
+
+def stored_tensors(
+    model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None = None
+) -> dict[str, Mapping[str, Tensor]]:
+    """File -> name -> tensor of a checkpoint, where they are; moments not yet made are missing."""
+    return {
+        WEIGHTS_FILE: model_tensors(model),
+        OPTIMIZER_FILE: _optimizer_tensors(optimizer),
+        **{
+            file: {name: each.detach() for name, each in tensors.items()}
+            for file, tensors in (extra or {}).items()
+        },
+    }
 
 
 def save_checkpoint(
@@ -45,57 +120,56 @@ def save_checkpoint(
     step: int,
     model: Model,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    state: Mapping[str, Any],
     keep: int,
 ) -> Path:
+    """:func:`write_snapshot` of the present; :class:`open_mythos.train.saving.Saver` does more."""
+    return write_snapshot(directory, take_snapshot(step, model, optimizer, state), keep)
+
+
+def write_snapshot(directory: str | Path, snapshot: Snapshot, keep: int) -> Path:
     """Write ``directory/step_<step>``, verify it, then remove all but the newest ``keep``.
 
     Args:
         directory: Folder of a run's checkpoints; made if missing.
-        step: Optimizer steps done.
-        model: Its weights are stored as :func:`open_mythos.hub.save_pretrained` stores them.
-        optimizer: Built by :func:`open_mythos.train.optim.build_optimizer`.
-        state: JSON-ready; what :func:`load_checkpoint` gives back.
+        snapshot: What to write.
         keep: Checkpoints that stay, the new one included.
 
     Raises:
-        EnvironmentError_: The disk is full or cannot be written; older checkpoints are untouched.
+        EnvironmentError_: The disk is full, cannot be written, or does not give back what was
+            written; older checkpoints are untouched.
     """
-    folder, name = Path(directory), f"step_{step:08d}"
-    partial = folder / f"{_UNFINISHED}{name}"
+    folder, name = Path(directory), snapshot.name
+    partial = unfinished(folder, name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(folder)
-        partial.mkdir()
-        save_pretrained(model, partial)
-        save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
-        _write_json(partial / STATE_FILE, state)
-        for path in partial.iterdir():
-            sync_to_disk(path)
-        _write_json(partial / MANIFEST_FILE, _manifest(partial))
-        sync_to_disk(partial / MANIFEST_FILE)
-        sync_to_disk(partial)
-        _publish(partial, folder / name)
+        begin_folder(partial)
+        fill_folder(partial, snapshot)
+        publish(partial, folder / name)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise EnvironmentError_(
             "the checkpoint could not be written", where=str(folder / name), value=str(error),
             fix="make room or mend the permissions, then resume; older checkpoints are untouched",
         ) from error  # fmt: skip
-    verify_checkpoint(folder / name)
-    others = [path for path in checkpoints(folder) if path.name != name]
-    for path in others[: max(0, len(others) - (keep - 1))]:
-        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    remove_old(folder / name, keep)
     return folder / name
 
 
 def checkpoints(directory: str | Path) -> list[Path]:
-    """The checkpoints in ``directory``, oldest first, valid or not."""
-    folder = Path(directory)
+    """The checkpoints in ``directory``, oldest first, valid or not.
+
+    One that was about to be replaced when the run was killed comes before the one of its step.
+
+    Raises:
+        EnvironmentError_: The folder cannot be read.
+    """
     found = [
-        (int(match[1]), path) for path in _children(folder) if (match := _NAME.fullmatch(path.name))
+        (int(match[1]), not match[2], path)
+        for path in _children(Path(directory))
+        if (match := _NAME.fullmatch(path.name))
     ]
-    return [path for _, path in sorted(found)]
+    return [path for *_, path in sorted(found)]
 
 
 def usable_checkpoint(directory: str | Path, strict: bool = False) -> Path:
@@ -147,22 +221,7 @@ def verify_checkpoint(path: str | Path) -> None:
     Raises:
         DataError: A file is missing, superfluous or changed; names it.
     """
-    folder = Path(path)
-    manifest = _read_json(folder / MANIFEST_FILE)
-    files = manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(files, dict):
-        raise _damaged(folder / MANIFEST_FILE, manifest.get("format"), f"format {FORMAT}")
-    # the manifest vouches for itself by its form: a lost last byte would still be JSON
-    if (folder / MANIFEST_FILE).read_text(encoding="utf-8") != _json(manifest):
-        raise _damaged(folder / MANIFEST_FILE, "another form", "as it was written")
-    names = {each.name for each in _children(folder)} - {MANIFEST_FILE}
-    for name in sorted(names ^ files.keys()):
-        expected = "as listed in the manifest" if name in files else "no file of this name"
-        raise _damaged(folder / name, "present" if name in names else "missing", expected)
-    for name, expected in files.items():
-        found = _fingerprint(folder / name)
-        if found != expected:
-            raise _damaged(folder / name, found, str(expected))
+    verify_files(Path(path))
 
 
 def load_checkpoint(
@@ -191,13 +250,13 @@ def load_checkpoint(
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """The content of ``state.json``."""
-    return _read_json(Path(path) / STATE_FILE)
+    return read_json(Path(path) / STATE_FILE)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """ "parameter name/moment" -> tensor."""
     tensors = {}
-    for name, parameter in _named(optimizer):
+    for name, parameter in named_parameters(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{key}"] = value.detach().contiguous()
     return tensors
@@ -208,22 +267,21 @@ def _optimizer_state(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, 
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error), "a safetensors file") from error
-    parameters = dict(_named(optimizer))
+        raise damaged(path, str(error), "a safetensors file") from error
+    parameters = dict(named_parameters(optimizer))
     number = {name: i for i, name in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, moment = key.rpartition("/")
         fits = name in parameters and (not value.dim() or value.shape == parameters[name].shape)
         if not fits:
-            raise _damaged(
-                path, f"{key} {tuple(value.shape)}", "moments of this model's parameters"
-            )
+            raise damaged(path, f"{key} {tuple(value.shape)}", "moments of this model's parameters")
         state.setdefault(number[name], {})[moment] = value
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+def named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """The optimizer's parameters with their names, in its order."""
     return [
         pair
         for group in optimizer.param_groups
@@ -231,61 +289,127 @@ def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
-    return {"format": FORMAT, "files": files}
+def fill_folder(
+    folder: Path, snapshot: Snapshot, others: Mapping[str, Entry] | None = None
+) -> None:
+    """Write all files into ``folder``, force them to the disk and read them back.
+
+    Disk and hashing go on beside the writing: neither waits for the other.
+
+    Args:
+        folder: Holds nothing but the files of ``others``.
+        snapshot: What to write.
+        others: The manifest's entries of files that are there already.
+    """
+    with ThreadPoolExecutor() as jobs, ThreadPoolExecutor() as pool:
+        synced, entries = [], {}
+        for name, tensors in snapshot.tensors.items():
+            path = folder / name
+            save_file(dict(tensors), path, metadata={"format": "pt"})
+            # the library makes files that only their owner can read, whatever the umask is
+            path.chmod(folder.stat().st_mode & 0o666)
+            synced.append(jobs.submit(sync_to_disk, path))
+            entries[name] = jobs.submit(entry_of_tensors, path, tensors, pool)
+        for name, text in snapshot.texts.items():
+            _write_text(folder / name, text)
+            synced.append(jobs.submit(sync_to_disk, folder / name))
+            entries[name] = jobs.submit(entry_of_text, folder / name, text, pool)
+        text = manifest_text(
+            {name: entry.result() for name, entry in entries.items()} | dict(others or {})
+        )
+        _write_text(folder / MANIFEST_FILE, text)
+        sync_to_disk(folder / MANIFEST_FILE)
+        entry_of_text(folder / MANIFEST_FILE, text, pool)
+        for each in synced:
+            each.result()
+    sync_to_disk(folder)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"bytes": file.tell(), "sha256": digest}
-    except OSError as error:
-        raise _damaged(path, str(error), "a readable file") from error
+def publish(partial: Path, final: Path) -> None:
+    """Give the finished folder its name.
 
-
-def _publish(partial: Path, final: Path) -> None:
-    """Give the finished folder its name; a damaged one of that name makes room."""
-    replaced = final.with_name(f"{_UNFINISHED}replaced-{final.name}")
+    One that has the name already goes: at once if it is damaged, else when the new one is there.
+    Until then it is kept under a name that :func:`checkpoints` knows.
+    """
+    old = final.with_name(final.name + _OLD)
     if final.exists():
-        final.rename(replaced)
+        if _is_whole(final):
+            _discard(old)
+            final.rename(old)
+        else:
+            _discard(final)
     partial.rename(final)
     sync_to_disk(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """What a killed run left behind."""
+def remove_old(new: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and what ``new`` replaces."""
+    replaced = new.with_name(new.name + _OLD)
+    others = [path for path in checkpoints(new.parent) if path not in (new, replaced)]
+    for path in (replaced, *others[: max(0, len(others) - (keep - 1))]):
+        try:
+            _discard(path)
+        except OSError as error:
+            logger.warning("the old checkpoint %s could not be removed: %s", path, error)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; half removed, it no longer has the name of one."""
+    if path.exists():
+        doomed = path.with_name(f"{_UNFINISHED}removed-{path.name}")
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except DataError:
+        return False
+    return True
+
+
+def unfinished(directory: Path, name: str) -> Path:
+    """Where the checkpoint of this name is written."""
+    return directory / f"{_UNFINISHED}{name}"
+
+
+def begin_folder(partial: Path) -> None:
+    """Make the empty folder of :func:`unfinished`; what a killed run left beside it goes."""
+    make_folder(partial.parent)
+    remove_unfinished(partial.parent)
+    partial.mkdir()
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and what is missing above it, so that a power cut does not undo it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_to_disk(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run left behind; what cannot be removed is named in a warning."""
     for path in _children(folder):
         if path.name.startswith(_UNFINISHED):
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                logger.warning("leftover %s could not be removed: %s", path, error)
 
 
 def _children(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(_json(values), encoding="utf-8")
-
-
-def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error), "a JSON object") from error
-    if not isinstance(values, dict):
-        raise _damaged(path, values, "a JSON object")
-    return values
+        return list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise EnvironmentError_(
+            "the folder of the checkpoints cannot be read", where=str(folder), value=str(error),
+            fix="mend its permissions",
+        ) from error  # fmt: skip
 
 
-def _damaged(path: Path, value: Any, allowed: str) -> DataError:
-    return DataError(
-        "the checkpoint is damaged", where=str(path), value=value, allowed=allowed,
-        fix="resume from an older checkpoint, or copy this one again",
-    )  # fmt: skip
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

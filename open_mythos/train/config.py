@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from open_mythos.config import MythosConfig, unknown_key
 from open_mythos.errors import ConfigError
+from open_mythos.train.checks import Check, is_int
 
 DEPTH_PLAN_NAMES = ("fixed", "uniform", "poisson", "lognormal_poisson")
 SCHEDULE_NAMES = ("cosine", "wsd", "constant")
 DECAY_SHAPES = ("linear", "sqrt")
 ARCHITECTURES = ("looped", "dense")
-TRAIN_DTYPES = ("float32", "bfloat16")
+TRAIN_DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZER_NAMES = ("adamw", "muon")
+PARALLEL_KINDS = ("auto", "none", "ddp", "fsdp")
 
 
 @dataclass
@@ -62,7 +65,7 @@ class DepthConfig:
 
     def validate(self) -> None:
         """Raises ConfigError if a field, or a relation between fields, is out of range."""
-        check = _Check("depth", self)
+        check = Check("depth", self)
         check.choice("plan", DEPTH_PLAN_NAMES)
         check.number("mean", lambda x: 1 <= x <= 1024, "1 <= x <= 1024")
         check.integer("low", 1)
@@ -81,8 +84,11 @@ class DepthConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW (arXiv 1711.05101)."""
+    """AdamW (arXiv 1711.05101), or Muon (arXiv 2502.16982) with AdamW where Muon does not apply."""
 
+    name: str = "adamw"
+    """"adamw"; "muon": Muon for the matrices of attention, feed-forwards and experts, AdamW for all
+    else; its best rate is about four times AdamW's (docs/optimizers.md)."""
     lr: float = 1e-3
     """Learning rate at the end of the warm-up."""
     beta1: float = 0.9
@@ -94,9 +100,24 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices; ``open_mythos.train.optim`` says of which."""
 
+    momentum: float = 0.95
+    """Muon: decay of the mean of gradients, in [0, 1). AdamW does not read it."""
+    nesterov: bool = True
+    """Muon: look ahead by one step of the momentum. AdamW does not read it."""
+    ns_steps: int = 5
+    """Muon: Newton-Schulz iterations. AdamW does not read it."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights that forgets this slowly, in [0, 1), e.g.
+    0.999; evaluations use it. 0 keeps none."""
+
     def validate(self) -> None:
         """Raises ConfigError if a field is out of range."""
-        check = _Check("optim", self)
+        check = Check("optim", self)
+        check.choice("name", OPTIMIZER_NAMES)
+        check.boolean("nesterov")
+        check.integer("ns_steps", 1)
+        check.number("momentum", lambda x: 0 <= x < 1, "0 <= x < 1")
+        check.number("ema_decay", lambda x: 0 <= x < 1, "0 <= x < 1")
         check.number("lr", lambda x: x > 0, "finite and > 0")
         check.number("beta1", lambda x: 0 <= x < 1, "0 <= x < 1")
         check.number("beta2", lambda x: 0 <= x < 1, "0 <= x < 1")
@@ -117,9 +138,73 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raises ConfigError if a field is out of range."""
-        check = _Check("data", self)
+        check = Check("data", self)
         check.boolean("document_masks")
         check.integer("eval_windows", 1)
+
+
+@dataclass
+class ParallelConfig:
+    """How the processes of a run share its work. Every kind gives the same losses."""
+
+    kind: str = "auto"
+    """"none": one process; "ddp": every process holds the whole model; "fsdp": each holds a part of
+    weights, gradients and moments, gathered while they are needed (FSDP2); "auto": "none" for one
+    process, "ddp" for several."""
+    shard: int | None = None
+    """With "fsdp": processes that share one copy of the model; None for all. Fewer (HSDP) keep a
+    copy in each group of neighbours, such as the GPUs of a node."""
+    experts: int = 1
+    """With "fsdp": processes over which the routed experts are divided; tokens travel to them. 1
+    leaves experts to the sharding of everything else."""
+    timeout: float = 600.0
+    """Seconds after which a collective operation that a process misses ends the run."""
+
+    def validate(self) -> None:
+        """Raises ConfigError if a field is out of range."""
+        check = Check("parallel", self)
+        check.choice("kind", PARALLEL_KINDS)
+        check.integer("shard", 1, optional=True)
+        check.integer("experts", 1)
+        check.number("timeout", lambda x: x > 0, "finite and > 0")
+        if self.kind != "fsdp":
+            for name, plain in (("shard", None), ("experts", 1)):
+                if getattr(self, name) != plain:
+                    check.refuse(name, f'{plain} unless parallel.kind is "fsdp"')
+
+
+@dataclass
+class WatchConfig:
+    """What a run is watched by, and what it does when something is wrong."""
+
+    loggers: list[str] = field(default_factory=list)
+    """Beside ``metrics.jsonl``: "tensorboard", "wandb", "trackio"; each is a package of its own."""
+    project: str = "open-mythos"
+    """Under which wandb and trackio file the run."""
+    watchdog: bool = True
+    """Name faults of the loops: collapse, explosion, loops that change nothing, uneven experts."""
+    spike_window: int = 128
+    """Recent losses that a step's loss is compared with."""
+    spike_threshold: float = 6.0
+    """Standard deviations above their median from which a loss is high."""
+    spike_patience: int = 4
+    """High losses in a row that are a spike."""
+    max_rewinds: int = 2
+    """How often a run may go back to its last checkpoint, and leave out the batches since, after a
+    spike or after more than ``train.max_skips`` non-finite steps in a row; then it gives up."""
+    peak_flops: float | None = None
+    """Peak FLOP/s of one device, for the utilisation; None looks known GPUs up."""
+
+    def validate(self) -> None:
+        """Raises ConfigError if a field is out of range; loggers are checked when they open."""
+        check = Check("watch", self)
+        check.boolean("watchdog")
+        check.integer("spike_window", 8)
+        check.number("spike_threshold", lambda x: x > 0, "finite and > 0")
+        check.integer("spike_patience", 1)
+        check.integer("max_rewinds", 0)
+        if self.peak_flops is not None:
+            check.number("peak_flops", lambda x: x > 0, "finite and > 0, or None")
 
 
 @dataclass
@@ -152,7 +237,9 @@ class TrainConfig:
     max_skips: int = 20
     """Non-finite steps in a row that are skipped before training gives up with an error."""
     dtype: str = "float32"
-    """Of the products: "float32", or "bfloat16" by autocast. Weights and moments stay float32."""
+    """Of the products: "float32"; "bfloat16" or "float16" by autocast; "auto" is bfloat16 on GPUs
+    that compute in it, float16 on older ones, float32 on a CPU. Weights and moments stay float32;
+    float16 comes with a dynamic loss scale."""
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:N"."""
     grad_loops: int | Literal["auto"] | None = None
@@ -161,6 +248,8 @@ class TrainConfig:
     checkpoint_loops: bool = False
     """Recompute each loop in the backward pass: memory of one state per loop, about a quarter more
     time."""
+    compile: bool = False
+    """Compile each block (not the whole model: one graph then serves every number of loops)."""
     balance_speed: float = 1e-3
     """Step of the bias that evens out the experts' load after each step; 0 leaves it still."""
     balance_coefficient: float = 0.0
@@ -175,12 +264,14 @@ class TrainConfig:
     """Steps between two checkpoints; 0 for one at the end only."""
     keep: int = 2
     """Newest checkpoints that stay."""
+    async_save: bool = False
+    """Write checkpoints behind the training: each is a copy of the moment it was asked for."""
     out_dir: str | None = None
     """Folder of metrics and checkpoints; None writes nothing."""
 
     def validate(self) -> None:
         """Raises ConfigError if a field, or a relation between fields, is out of range."""
-        check = _Check("train", self)
+        check = Check("train", self)
         for name, least in _TRAIN_LEAST.items():
             check.integer(name, least)
         check.integer("micro_batch", 1, optional=True)
@@ -192,10 +283,11 @@ class TrainConfig:
         check.number("clip", lambda x: x > 0, "finite and > 0")
         check.number("balance_speed", lambda x: x >= 0, "finite and >= 0")
         check.number("balance_coefficient", lambda x: x >= 0, "finite and >= 0")
-        check.boolean("checkpoint_loops")
+        for name in ("checkpoint_loops", "compile", "async_save"):
+            check.boolean(name)
         if self.grad_loops != "auto":
             check.integer("grad_loops", 1, 'an integer >= 1, "auto" or None', optional=True)
-        if any(not _is_int(depth) or depth < 1 for depth in self.eval_depths):
+        if any(not is_int(depth) or depth < 1 for depth in self.eval_depths):
             check.refuse("eval_depths", "integers >= 1")
         if self.save_every and self.out_dir is None:
             check.refuse("save_every", "0 without an out_dir to save in")
@@ -232,6 +324,10 @@ class RunConfig:
     """The optimizer."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How several processes share the work."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """What it is watched by."""
 
     @property
     def grad_loops(self) -> int | None:
@@ -247,17 +343,28 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises ConfigError if any field, or a relation between fields, is out of range."""
-        check = _Check("", self)
+        check = Check("", self)
         check.choice("architecture", ARCHITECTURES)
         for section in _SECTIONS:
             getattr(self, section).validate()
-        check = _Check("train", self.train)
+        check = Check("train", self.train)
         if self.train.seq_len > self.model.max_seq_len:
             check.refuse("seq_len", f"at most model.max_seq_len ({self.model.max_seq_len})")
         if self.architecture == "dense":
             for name in ("grad_loops", "checkpoint_loops"):
                 if getattr(self.train, name):
                     check.refuse(name, "nothing for a dense model, which has no loops")
+        if self.parallel.experts > 1 and (
+            self.architecture == "dense" or self.model.n_experts % self.parallel.experts
+        ):
+            raise ConfigError(
+                "the experts do not divide", where="parallel.experts",
+                value=self.parallel.experts,
+                allowed=f"a divisor of model.n_experts ({self.model.n_experts})",
+            )  # fmt: skip
+        if self.parallel.experts > 1 and self.train.grad_loops is not None:
+            # processes would differ in the loops that carry gradient, and wait for each other
+            check.refuse("grad_loops", "None with parallel.experts above 1")
         if self.train.balance_coefficient and (
             self.architecture == "dense" or not self.model.n_experts
         ):
@@ -289,6 +396,8 @@ _SECTIONS: dict[str, type] = {
     "depth": DepthConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
+    "parallel": ParallelConfig,
+    "watch": WatchConfig,
 }
 
 
@@ -300,43 +409,3 @@ def _known(values: Any, cls: type, where: str) -> Mapping[str, Any]:
         if key not in known:
             raise unknown_key(str(key), known, where)
     return values
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-class _Check:
-    """Checks on the fields of one section; each raises ConfigError."""
-
-    def __init__(self, section: str, config: Any) -> None:
-        self._prefix, self._config = f"{section}." if section else "", config
-
-    def refuse(self, name: str, allowed: str) -> None:
-        raise ConfigError(
-            f"{name} is out of range", where=self._prefix + name,
-            value=getattr(self._config, name), allowed=allowed,
-        )  # fmt: skip
-
-    def integer(self, name: str, least: int, allowed: str = "", optional: bool = False) -> None:
-        value = getattr(self._config, name)
-        if value is None and optional:
-            return
-        if not _is_int(value) or value < least:
-            self.refuse(
-                name, allowed or f"an integer >= {least}" + (", or None" if optional else "")
-            )
-
-    def number(self, name: str, holds: Callable[[float], bool], allowed: str) -> None:
-        value = getattr(self._config, name)
-        is_number = isinstance(value, float) or _is_int(value)
-        if not is_number or not math.isfinite(value) or not holds(value):
-            self.refuse(name, allowed)
-
-    def choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self._config, name) not in allowed:
-            self.refuse(name, " or ".join(repr(each) for each in allowed))
-
-    def boolean(self, name: str) -> None:
-        if not isinstance(getattr(self._config, name), bool):
-            self.refuse(name, "True or False")

@@ -6,8 +6,7 @@ Every part is divided by a count over the whole optimizer step, so that the sum 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from open_mythos.trace import LoopTrace
 IGNORE_INDEX = -100
 
 
-@dataclass(frozen=True)
-class LossOutput:
+class LossOutput(NamedTuple):
     """What one micro-batch adds to the loss of its step; float32 scalars."""
 
     total: Tensor

@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
-from open_mythos.errors import EnvironmentError_
-from open_mythos.trace import LoopTrace
+from open_mythos.errors import EnvironmentError_, InternalError
+from open_mythos.runtime import rank
+from open_mythos.trace import LoopTrace, load_entropy
 
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, Any]
 """Name -> number, list of numbers (one per loop), or whatever JSON an evaluation gives."""
+
+
+PER_ROW = ("state_norm", "delta_norm", "correlation")
+"""What a trace records of every row."""
+EVENTS = ("resumed", "skipped", "rewound", "preempted", "stopped")
+"""What can happen to a run beside steps: continued from a checkpoint, a step left out, gone back to
+an older checkpoint, told to stop, given up."""
 
 
 class MetricsLogger(Protocol):
@@ -57,7 +66,7 @@ class JsonlLogger:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system."""
-        line = json.dumps({"step": step, **{k: _finite(v) for k, v in metrics.items()}})
+        line = json.dumps({"step": step, **{k: finite(v) for k, v in metrics.items()}})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -74,7 +83,7 @@ class LoggerGroup:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Call every logger."""
-        if not _is_first_rank():
+        if rank() != 0:
             return
         for each in self._loggers:
             try:
@@ -87,10 +96,48 @@ class LoggerGroup:
                         type(each).__name__, step, error,
                     )  # fmt: skip
 
+    def close(self) -> None:
+        """Let every logger that has a ``close`` write what it still holds."""
+        for each in self._loggers:
+            try:
+                getattr(each, "close", _nothing)()
+            except Exception as error:
+                logger.warning("%s could not be closed: %s", type(each).__name__, error)
+
+
+def event(kind: str, **facts: Any) -> Metrics:
+    """A line that tells what happened instead of what was measured: ``{"event": {...}}``.
+
+    Args:
+        kind: One of :data:`EVENTS`.
+        facts: Numbers and texts about it, JSON-ready.
+
+    Raises:
+        InternalError: The kind is unknown.
+    """
+    if kind not in EVENTS:
+        raise InternalError("no such event", where="event", value=kind, allowed=", ".join(EVENTS))
+    return {"event": {"kind": kind, **facts}}
+
+
+def depth_metrics(depths_B: Tensor | Sequence[int]) -> Metrics:
+    """Mean and largest of the depths that ran, and how many sequences ran 1, 2, ... loops."""
+    depths = torch.as_tensor(depths_B)
+    return {
+        "mean_depth": depths.double().mean().item(),
+        "max_depth": int(depths.max()),
+        "depth_histogram": torch.bincount(depths.long().flatten())[1:].tolist(),
+    }
+
+
+def exit_histogram(exits: Tensor, max_loops: int) -> list[int]:
+    """How many positions left after 1, 2, ... ``max_loops`` loops, from ``LoopTrace.exits``."""
+    return torch.bincount(exits.flatten().cpu(), minlength=max_loops + 1)[1:].tolist()
+
 
 def merge_trace(total: LoopTrace, trace: LoopTrace) -> None:
-    """Add the norms and expert loads of one micro-batch to those of its step."""
-    for name in ("state_norm", "delta_norm"):
+    """Add what one micro-batch recorded per row, and its expert loads, to those of its step."""
+    for name in PER_ROW:
         into, rows = getattr(total, name), getattr(trace, name)
         for loop, value_R in rows.items():
             into[loop] = torch.cat([into[loop], value_R]) if loop in into else value_R
@@ -98,24 +145,82 @@ def merge_trace(total: LoopTrace, trace: LoopTrace) -> None:
         total.load[key] = total.load[key] + load_E if key in total.load else load_E
 
 
-def loop_metrics(trace: LoopTrace) -> Metrics:
-    """Per loop: mean norm of state and step, and the entropy of the load of each mixture layer."""
-    metrics: Metrics = {}
-    for name in ("state_norm", "delta_norm"):
-        by_loop = getattr(trace, name)
-        metrics[name] = [by_loop[loop].mean().item() for loop in sorted(by_loop)]
-    for layer in sorted({layer for layer, _ in trace.load}):
-        metrics[f"router_entropy/layer{layer}"] = trace.routing_entropy(layer).tolist()
-    return metrics
+@dataclass(frozen=True)
+class LoopFigures:
+    """What the loops of a step did; made by :meth:`of`."""
+
+    rows: list[int]
+    """(L,) sequences that ran each loop."""
+    means: dict[str, list[float]]
+    """"state_norm", "delta_norm" and, where it was measured, "correlation" -> (L,) mean over the
+    sequences that ran each loop."""
+    load: dict[int, Tensor]
+    """Mixture layer -> (L, E) tokens that chose each expert at each loop; float64, on the CPU."""
+
+    @classmethod
+    def of(cls, trace: LoopTrace) -> LoopFigures:
+        """The figures of a step.
+
+        Args:
+            trace: Of all its micro-batches and, under data parallelism, of all ranks: see
+                :func:`merge_trace`.
+        """
+        names = [name for name in PER_ROW if getattr(trace, name)]
+        loops = range(trace.n_loops)
+        means: dict[str, list[float]] = {}
+        if names:
+            # one tensor, so that an accelerator is waited for once
+            found = torch.stack([getattr(trace, name)[t].mean() for name in names for t in loops])
+            rows = found.view(len(names), -1).tolist()
+            means = dict(zip(names, rows, strict=True))
+        return cls(
+            rows=[len(trace.state_norm[t]) for t in loops],
+            means=means,
+            load={
+                layer: trace.load_by_loop(layer).double().cpu()
+                for layer in sorted({layer for layer, _ in trace.load})
+            },
+        )
+
+    def expert_share(self, layer: int) -> list[float]:
+        """(E,) share of all choices that each expert got, over all loops."""
+        load_E = self.load[layer].sum(0)
+        return (load_E / load_E.sum().clamp_min(1)).tolist()
+
+    def metrics(self, detail: bool = False) -> Metrics:
+        """Everything by its logged name, a list with an entry per loop each.
+
+        Args:
+            detail: Also the share of every expert at every loop, L E numbers per layer.
+        """
+        metrics: Metrics = {_LOGGED.get(name, name): each for name, each in self.means.items()}
+        for layer, load_LE in self.load.items():
+            share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp_min(1)
+            metrics[f"router_entropy/layer{layer}"] = load_entropy(load_LE).tolist()
+            metrics[f"router_min/layer{layer}"] = share_LE.amin(-1).tolist()
+            metrics[f"router_max/layer{layer}"] = share_LE.amax(-1).tolist()
+            if detail:
+                rows = [[round(share, 4) for share in row] for row in share_LE.tolist()]
+                metrics[f"router_share/layer{layer}"] = rows
+        return metrics
 
 
-def _finite(value: Any) -> Any:
+def loop_metrics(trace: LoopTrace, detail: bool = False) -> Metrics:
+    """The metrics of a step's loops; see :meth:`LoopFigures.metrics`."""
+    return LoopFigures.of(trace).metrics(detail)
+
+
+_LOGGED = {"correlation": "token_correlation"}
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for every number that is not finite: what JSON can hold."""
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: finite(each) for name, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_first_rank() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+def _nothing() -> None:
+    """What a logger without ``close`` does."""

@@ -1,49 +1,169 @@
-"""AdamW, and which parameters its weight decay reaches.
+"""Which optimizer a parameter gets, and whether weight decay reaches it: one table, :data:`RULES`.
 
-Decayed are the matrices of attention, feed-forwards, experts, router, adapters and head. Not
-decayed are norms and biases; the injection (log_A, dt_bias, B) and the read-out C, whose rest
-position is not zero but the start of a stable recurrence; and the embedding, whose rows for rare
-tokens would shrink at every step that does not contain them (a tied head shares that choice). The
-halting gate is in no group: it is trained later, on the frozen model.
+"adamw" is AdamW for everything. "muon" is Muon for the matrices inside the blocks and AdamW for
+what is left (:mod:`open_mythos.train.muon`); both go by the same learning rate and weight decay.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from open_mythos.errors import ConfigError
 from open_mythos.train.config import OptimConfig
+from open_mythos.train.muon import Muon, MuonAdamW
 
-NO_DECAY = re.compile(r"injection\.|readout\.|embedding\.|norm\.|bias$")
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the parameters whose names match."""
+
+    pattern: str
+    """Searched for in the name."""
+    what: str
+    """Which parameters these are."""
+    decayed: bool
+    """Whether weight decay reaches them."""
+    maps: int
+    """Maps of equal size that share one of Muon's matrices; 0 where Muon does not apply."""
+    why: str
+    """The reason."""
+
+
 NOT_TRAINED = re.compile(r"halting\.")
+"""The halting gate is in no group: it is trained later, on the frozen model."""
+
+RULES = (
+    Rule(
+        r"norm\.|bias$", "norms and biases", False, 0,
+        "no matrices; a norm's rest position is one, not zero",
+    ),
+    Rule(
+        r"injection\.|readout\.", "injection (log_A, dt_bias, B) and read-out C", False, 0,
+        "their rest position is not zero but the start of a stable recurrence; Muon, whose updates "
+        "are as large in every direction, would leave it fast",
+    ),
+    Rule(
+        r"embedding\.", "embedding, and the head if tied to it", False, 0,
+        "a table of rows; those of rare tokens would shrink at every step without the token",
+    ),
+    Rule(
+        r"head\.|router\.", "head and router", True, 0,
+        "their outputs are read one by one, as scores of tokens and of experts",
+    ),
+    Rule(
+        r"lora\.", "adapters of the loops", True, 0,
+        "few samples reach the deep loops; Muon would let those move as far as the first ones",
+    ),
+    Rule(
+        r"kv_proj\.weight$", "keys and values of grouped-query attention", True, 2,
+        "two maps in one matrix",
+    ),
+    Rule(
+        r"(q_proj|out_proj|(q|kv)_(down|up))\.weight$",
+        "queries and output of attention; down- and up-projections of latent attention", True, 1,
+        "hidden matrices",
+    ),
+    Rule(
+        r"gate_up(\.weight)?$", "gate and up of feed-forwards and of every expert", True, 2,
+        "two maps in one matrix",
+    ),
+    Rule(
+        r"down(\.weight)?$", "down of feed-forwards and of every expert", True, 1,
+        "hidden matrices",
+    ),
+    Rule(r"", "any other matrix", True, 0, "not known to be a hidden map"),
+)  # fmt: skip
+"""First match wins, but what is no matrix is neither decayed nor Muon's, whatever its name."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of named parameters, "decay" and "no_decay", in the order of the model."""
-    decay: list[tuple[str, nn.Parameter]] = []
-    no_decay: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in model.named_parameters():
-        if NOT_TRAINED.search(name):
+def rule_of(name: str) -> Rule:
+    """The rule of a parameter that is a matrix or a stack of them."""
+    return next(rule for rule in RULES if re.search(rule.pattern, name))
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, name: str = "adamw"
+) -> list[dict[str, Any]]:
+    """Groups of named parameters, each in the order of the model; the halting gate is in none.
+
+    Args:
+        model: Its parameters are judged by their names, as the layers of this library give them.
+        weight_decay: Of the groups that are decayed.
+        name: "adamw": groups "decay" and "no_decay". "muon": before them "muon" and "muon_pairs",
+            whose matrices hold two maps; their ``side_by_side`` says so. Empty groups are left out.
+
+    Raises:
+        ConfigError: There is no such optimizer.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigError(
+            "unknown optimizer", where="optim.name", value=name, allowed=" or ".join(OPTIMIZERS)
+        )
+    decay: dict[str, Any] = {"name": "decay", "params": [], "weight_decay": weight_decay}
+    no_decay: dict[str, Any] = {"name": "no_decay", "params": [], "weight_decay": 0.0}
+    hidden: dict[int, dict[str, Any]] = {
+        maps: {"name": group, "params": [], "weight_decay": weight_decay, "side_by_side": maps}
+        for maps, group in ((1, "muon"), (2, "muon_pairs"))
+    }
+    for each, parameter in model.named_parameters():
+        if NOT_TRAINED.search(each):
             continue
-        exempt = parameter.dim() < 2 or NO_DECAY.search(name)
-        (no_decay if exempt else decay).append((name, parameter))
-    return [
-        {"name": "decay", "params": decay, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
-    ]
+        rule = rule_of(each)
+        group = decay if rule.decayed and parameter.dim() > 1 else no_decay
+        if name == "muon" and rule.maps and parameter.dim() > 1:
+            group = hidden[rule.maps]
+        group["params"].append((each, parameter))
+    return [group for group in (*hidden.values(), decay, no_decay) if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over :func:`parameter_groups`, in one fused kernel where the device has it."""
-    parameters = list(model.parameters())
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names, over :func:`parameter_groups`.
+
+    To its caller it is one optimizer: groups with ``param_names``, one learning rate that serves
+    them all, one state. Sharding a model replaces its parameters, so shard first.
+
+    Raises:
+        ConfigError: There is no such optimizer.
+    """
+    groups = parameter_groups(model, config.weight_decay, config.name)
+    return OPTIMIZERS[config.name](groups, config)
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW, in one fused kernel where the device has it."""
+    parameters = [parameter for group in groups for _, parameter in group["params"]]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused,
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused
+    )
+
+
+def _muon(groups: list[dict[str, Any]], config: OptimConfig) -> MuonAdamW:
+    """Muon for the groups with ``side_by_side``, AdamW for the others."""
+    hidden = [group for group in groups if "side_by_side" in group]
+    if not hidden:
+        raise ConfigError(
+            "the model has no matrices that Muon knows", where="optim.name", value=config.name,
+            allowed="a model of this library's layers", fix='set optim.name to "adamw"',
+        )  # fmt: skip
+    muon = Muon(
+        hidden, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
     )  # fmt: skip
+    return MuonAdamW(muon, _adamw([g for g in groups if "side_by_side" not in g], config))
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+}
+"""Name -> ``build(groups, config)``."""
 
 
 def freeze_halting_gate(model: nn.Module) -> None:

@@ -11,13 +11,16 @@ from open_mythos.errors import ConfigError
 MAY_CHANGE = frozenset(
     {
         "data.path", "data.eval_windows", "train.steps", "train.device", "train.checkpoint_loops",
-        "train.max_skips", "train.log_every", "train.eval_every", "train.eval_depths",
-        "train.save_every", "train.keep", "train.out_dir",
+        "train.micro_batch", "train.compile", "train.max_skips", "train.log_every",
+        "train.eval_every", "train.eval_depths", "train.save_every", "train.keep",
+        "train.async_save", "train.out_dir", "parallel.kind", "parallel.shard", "parallel.experts",
+        "parallel.timeout", "watch.loggers", "watch.project", "watch.watchdog",
+        "watch.max_rewinds", "watch.peak_flops",
     }
 )  # fmt: skip
 """Fields free to change: they do not alter what a step computes, save that the shape of a decaying
-schedule follows ``train.steps``, and rounding follows ``train.device``. The data itself is checked
-by its fingerprint, wherever it lies."""
+schedule follows ``train.steps``, and that rounding follows the device and how work is divided. The
+data itself is checked by its fingerprint, wherever it lies."""
 
 
 def refuse_changes(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -10,9 +11,8 @@ from typing import Any
 
 from open_mythos.errors import MythosError
 
-logger = logging.getLogger(__name__)
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STANDARD_ERROR = 2
 
 
 class PreemptedError(MythosError):
@@ -24,9 +24,12 @@ class PreemptedError(MythosError):
 class StopRequest:
     """Within ``with``, SIGINT and SIGTERM set :attr:`received` instead of ending the process.
 
-    Only the first of them: the next one acts as it did before, so that a run that hangs while it
-    saves can still be ended. Outside the main thread, where Python delivers no signals, it does
-    nothing.
+    SIGINT does so once: the next one, from whichever signal was first, acts as it did before, so
+    that somebody at a terminal can end a run that hangs while it saves. SIGTERM may come again and
+    changes nothing: a launcher such as torchrun passes on what the scheduler has sent to every
+    process already. What ends a process that does not leave is SIGKILL.
+
+    Outside the main thread, where Python delivers no signals, it does nothing.
 
     Args:
         active: False leaves the signals alone.
@@ -49,14 +52,22 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        for number in STOP_SIGNALS:
+            self._restore(number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        logger.warning("%s: finishing the step, then saving", self.received.name)
-        self._restore()
+        first = self.received is None
+        if first:
+            self.received = signal.Signals(number)
+        self._restore(signal.SIGINT)
+        if first:
+            # a handler runs in the middle of anything, a write to sys.stderr included, which cannot
+            # be entered twice: no logging here
+            said = f"{signal.Signals(number).name}: finishing the step, then saving\n"
+            with contextlib.suppress(OSError):
+                os.write(_STANDARD_ERROR, said.encode())
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+    def _restore(self, number: signal.Signals) -> None:
+        if number in self._before:
+            # None stands for a handler that was not set from Python and cannot be set again
+            signal.signal(number, self._before.pop(number) or signal.SIG_DFL)

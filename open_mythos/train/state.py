@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.trace import LoopTrace
-from open_mythos.train.metrics import Metrics, loop_metrics
+from open_mythos.train.metrics import Metrics, depth_metrics, loop_metrics
 
 
 class TokenBatch(Protocol):
@@ -45,6 +45,18 @@ class BatchLoader(Protocol):
         """Take up a position; refuses that of other data."""
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """A step in all processes together."""
+
+    tokens: int
+    """Targets."""
+    min_depth: int
+    """Fewest loops of a sequence; 0 for a dense model."""
+    max_depth: int
+    """Most loops of a sequence."""
+
+
 @dataclass
 class TrainState:
     """How far a run has come: what resuming needs beside weights, moments and configuration."""
@@ -59,17 +71,26 @@ class TrainState:
     """Fewest loops that any sequence ran; 0 before the first step, and for a dense model."""
     max_depth: int = 0
     """Most loops that any sequence ran."""
+    rewinds: int = 0
+    """How often the run went back to a checkpoint because something was wrong."""
+    left_out: int = 0
+    """Batches that rewinds have left out: the data is so much further than the steps."""
 
-    def advance(self, tokens: int, depths: Tensor | None, skipped: bool) -> None:
+    @property
+    def data_step(self) -> int:
+        """Number of the next batch."""
+        return self.step + self.left_out
+
+    def advance(self, result: StepResult) -> None:
         """Count a step."""
-        self.step, self.skips = self.step + 1, self.skips + 1 if skipped else 0
-        if skipped:
+        self.step += 1
+        if result.skipped:
+            self.skips += not result.rescaled
             return
-        self.tokens += tokens
-        if depths is not None:
-            low, high = int(depths.min()), int(depths.max())
-            self.min_depth = min(low, self.min_depth) if self.min_depth else low
-            self.max_depth = max(high, self.max_depth)
+        self.skips, self.tokens = 0, self.tokens + result.counts.tokens
+        low, high = result.counts.min_depth, result.counts.max_depth
+        self.min_depth = min(low, self.min_depth) if self.min_depth else low
+        self.max_depth = max(high, self.max_depth)
 
 
 @dataclass(frozen=True)
@@ -86,15 +107,19 @@ class StepResult:
     """Norm of the gradient before it was clipped."""
     skipped: bool
     """Whether the weights stayed as they were, because loss or gradient was not finite."""
-    tokens: int
-    """Targets in the batch."""
+    rescaled: bool
+    """Whether it was float16 that overflowed, and the loss scale has given way."""
+    counts: StepCounts
+    """Of all processes."""
+    length: int
+    """Tokens T of its sequences."""
     depths: Tensor | None
     """(B,) loops of each sequence; None for a dense model."""
     trace: LoopTrace
     """State norms and expert loads over all micro-batches."""
 
-    def metrics(self) -> Metrics:
-        """The numbers to log."""
+    def metrics(self, detail: bool = False) -> Metrics:
+        """The numbers to log; ``detail`` adds the share of every expert at every loop."""
         metrics: Metrics = {
             "loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm,
             "skipped": int(self.skipped),
@@ -102,5 +127,5 @@ class StepResult:
         if self.balance:
             metrics["balance_loss"] = self.balance
         if self.depths is not None:
-            metrics |= {"mean_depth": self.depths.double().mean().item()} | loop_metrics(self.trace)
+            metrics |= depth_metrics(self.depths) | loop_metrics(self.trace, detail=detail)
         return metrics

@@ -8,8 +8,14 @@ import torch
 from open_mythos.config import MythosConfig
 from open_mythos.data import Batch
 from open_mythos.errors import DataError
-from open_mythos.runtime import seeded_generator
-from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
+from open_mythos.runtime import rank, seeded_generator, world_size
+from open_mythos.train import (
+    DepthConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 torch.set_num_threads(2)
 
@@ -26,6 +32,9 @@ class CountingLoader:
     def __init__(self, run: RunConfig, vocab: int = 13, fingerprint: str = "data") -> None:
         self.step, self.vocab, self.fingerprint = 0, vocab, fingerprint
         self.size, self.length = run.train.global_batch, run.train.seq_len
+        self.mine = slice(
+            rank() * self.size // world_size(), (rank() + 1) * self.size // world_size()
+        )
 
     def next_batch(self, step: int) -> Batch:
         generator = seeded_generator(0, "test-data", step)
@@ -34,7 +43,8 @@ class CountingLoader:
         targets = ids[:, 1:].clone()
         targets[0, : self.length // 2] = -100
         index = step * self.size + torch.arange(self.size)
-        return Batch(ids[:, :-1].contiguous(), targets, None, index)
+        mine = self.mine
+        return Batch(ids[mine, :-1].contiguous(), targets[mine], None, index[mine])
 
     def state_dict(self):
         return {"step": self.step, "fingerprint": self.fingerprint}
@@ -45,25 +55,29 @@ class CountingLoader:
         self.step = state["step"]
 
 
+def tiny_run(
+    model=None, depth=None, optim=None, train=None, parallel=None, architecture="looped"
+) -> RunConfig:
+    """Six steps of eight sequences; every section takes other values as a dict."""
+    return RunConfig(
+        architecture=architecture,
+        model=replace(MODEL, **(model or {})),
+        depth=DepthConfig(**({"mean": 2.5} | (depth or {}))),
+        optim=OptimConfig(**(optim or {})),
+        train=TrainConfig(
+            **(
+                {"steps": 6, "seq_len": 6, "global_batch": 8, "warmup_steps": 2, "log_every": 1,
+                 "device": "cpu"} | (train or {})
+            )
+        ),
+        parallel=ParallelConfig(**(parallel or {})),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def make_run():
     """``make_run(model={...}, depth={...}, optim={...}, train={...}, architecture=...)``."""
-
-    def make(model=None, depth=None, optim=None, train=None, architecture="looped") -> RunConfig:
-        return RunConfig(
-            architecture=architecture,
-            model=replace(MODEL, **(model or {})),
-            depth=DepthConfig(**({"mean": 2.5} | (depth or {}))),
-            optim=OptimConfig(**(optim or {})),
-            train=TrainConfig(
-                **(
-                    {"steps": 6, "seq_len": 6, "global_batch": 8, "warmup_steps": 2, "log_every": 1,
-                     "device": "cpu"} | (train or {})
-                )
-            ),
-        )  # fmt: skip
-
-    return make
+    return tiny_run
 
 
 @pytest.fixture(scope="session")

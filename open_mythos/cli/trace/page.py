@@ -24,7 +24,7 @@ def page(trace: PromptTrace) -> str:
     """The whole page."""
     return Template(_file("page.html")).substitute(
         title=escape(f"{_short(trace.prompt)}: {trace.n_loops} loops"),
-        style=_file("page.css"),
+        style=_file("../base.css") + _file("page.css"),
         script=_file("page.js"),
         data=_json_in_html(_script_data(trace)),
         prompt=escape(trace.prompt),

@@ -33,13 +33,15 @@ CLAIM = Claim(
     literature="Looped transformers extrapolate over facts kept in their weights. Reading facts "
     "from the prompt takes attention that looks up what it has just found, which is learnt late "
     "and all at once.",
-    expected="If the lookup is learnt at all within these steps, the looped model repeats it. It "
-    "may not be learnt: the loss then stays at the plateau of naming any entity of the prompt.",
+    expected="A pilot of one seed: with blocks of their own around the loop the first hop is "
+    "looked up there and the second is not learnt (17 % of 3 hops after 800 steps); without them "
+    "all 3 are learnt at once near step 500, and 6 hops are answered at 45 % at 12 loops. So: in "
+    "part.",
     method=f"{TASK.stated} facts, one token each, in random order: a cyclic permutation, fresh in "
     f"every row, of {TASK.stated} of {TASK.entities} entities; then one of these and a marker for "
-    "each further hop, all labelled. No row is ever seen twice. One prelude block, two looped "
-    "blocks, one coda block of width 64, 3 to 6 loops, long steps and the small rotary base of "
-    f"c1; {TRAINED_HOPS} hops in training. The looped model is asked at {CHOSEN_LOOPS} loops, a "
+    "each further hop, all labelled. No row is ever seen twice. Two looped blocks of width 64 and "
+    "none before or after the loop, 3 to 6 loops, long steps and the small rotary base of c1; "
+    f"{TRAINED_HOPS} hops in training. The looped model is asked at {CHOSEN_LOOPS} loops, a "
     "depth fixed before the runs. Dense arms see the same rows: with as many parameters, and "
     "with a layer for every block that 6 loops run.",
     pass_mark=f"Means over the seeds: holds if the looped model answers at least {SOLVED:.0%} of "
@@ -51,10 +53,11 @@ CLAIM = Claim(
     limits="Eight facts of one token each; a fact of several tokens would first have to be put "
     "together.",
     hardware={"cpu": "two cores"},
+    minutes={"cpu": 21},
 )  # fmt: skip
 
 _RUNS = {
-    "cpu": {"dim": 64, "batch": 256, "steps": 800, "every": 50, "rows": 1024},
+    "cpu": {"dim": 64, "batch": 128, "steps": 2000, "every": 50, "rows": 1024},
     QUICK: {"dim": 16, "batch": 8, "steps": 4, "every": 2, "rows": 16},
 }
 
@@ -74,7 +77,7 @@ def _cell(arm: str, seed: int, scale: str) -> Cell:
         architecture=fields["architecture"],
         model=MythosConfig(
             vocab_size=TASK.vocab_size, dim=sizes["dim"], n_heads=4, n_kv_heads=4,
-            attn_type="gqa", max_seq_len=32, max_loop_iters=6, prelude_layers=1, coda_layers=1,
+            attn_type="gqa", max_seq_len=32, max_loop_iters=6, prelude_layers=0, coda_layers=0,
             recurrent_layers=2, n_experts=0, ffn_dim=2 * sizes["dim"], lora_rank=0, rope_theta=10.0,
         ),
         depth=DepthConfig(plan="uniform", low=3, high=6, long_share=0.3, long_loops=16),

@@ -41,7 +41,7 @@ CLAIM = Claim(
     "hardly specialise at this size, and each learns from a part of the tokens only, so that "
     "with one loop they may be behind the dense model.",
     hardware={"cpu": "two cores", "gpu": "one GPU of 80 GB"},
-    minutes={"cpu": 5},
+    minutes={"cpu": 3},
 )  # fmt: skip
 
 _CPU: dict[str, Any] = {

@@ -1,0 +1,257 @@
+"""``open-mythos plan``: what a training needs and costs, before it is paid for."""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+
+from rich.console import Console
+from rich.table import Table
+
+from open_mythos.cli.info import described_model
+from open_mythos.plan import Job, Plan, Wish, gpu, make_plan, parse_count
+from open_mythos.plan.hardware import LINK_EFFICIENCY, MFU, NODE, USABLE
+from open_mythos.plan.memory import PARTS
+
+LONGEST_CONTEXT = 8192
+"""Tokens of a training sequence at most, unless asked for: long contexts are trained last."""
+TOKENS_PER_PARAMETER = 20
+"""Where no tokens are given (arXiv 2203.15556)."""
+WIDTH = 100
+
+
+def show_plan(
+    model: str,
+    *,
+    gpus: int,
+    gpu_name: str,
+    tokens: str | float,
+    context: int | None,
+    n_loops: float | None,
+    max_loops: int | None,
+    grad_loops: int | None,
+    dtype: str,
+    optimizer: str,
+    ema: bool,
+    global_batch_tokens: str | float,
+    mfu: float | None,
+    price: float | None,
+    wish: Wish,
+    as_json: bool,
+) -> int:
+    """Print the plan as tables or as JSON.
+
+    Raises:
+        DoesNotFitError: No layout of the GPUs holds the training.
+        ConfigError: An argument is out of range.
+        DataError: The model's file is not a configuration.
+    """
+    cfg, n_layers = described_model(model)
+    loops = 1 if n_layers is not None else n_loops or max_loops or cfg.max_loop_iters
+    job = Job(
+        cfg, n_layers, context=context or min(cfg.max_seq_len, LONGEST_CONTEXT), n_loops=loops,
+        max_loops=max_loops or ceil(loops), grad_loops=grad_loops, dtype=dtype,
+        optimizer=optimizer, ema=ema,
+    )  # fmt: skip
+    given = tokens not in ("", 0)
+    wanted = parse_count(tokens, "tokens") if given else float(
+        TOKENS_PER_PARAMETER * job.counts.parameters
+    )  # fmt: skip
+    batch = parse_count(global_batch_tokens, "global_batch_tokens") if global_batch_tokens else 0
+    plan = make_plan(
+        job, gpu(gpu_name), gpus, wanted,
+        batch_tokens=batch, mfu=MFU if mfu is None else mfu, price=price, wish=wish,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps({"name": model} | plan.to_dict()))
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    for part in (_summary(model, plan, given), _depths(plan), _memory(plan), _kept(plan),
+                 _traffic(plan), _training(plan), _inference(plan)):  # fmt: skip
+        if part is not None:
+            console.print(part)
+            console.print()
+    console.print(_assumptions(plan), style="dim", highlight=False)
+    return 0
+
+
+def _summary(name: str, plan: Plan, given: bool) -> Table:
+    job, layout, counts = plan.job, plan.layout, plan.job.counts
+    table = _table(f"{name} on {layout.gpus:,} x {plan.gpu.name}", header=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("figure", overflow="fold")
+    table.add_row(
+        "parameters", f"{_count(counts.parameters)}, {_count(counts.active_parameters)} of them "
+        "active in a token",
+    )  # fmt: skip
+    if job.looped:
+        depth = f"{job.n_loops:g} loops" if job.n_loops == job.max_loops else (
+            f"{job.n_loops:g} loops on average, {job.max_loops} at most"
+        )  # fmt: skip
+        if job.grad_loops is not None:
+            depth += f", gradient through the last {job.grad_loops}"
+        table.add_row("depth", depth)
+    table.add_row(
+        "tokens", f"{_count(plan.tokens)}" + ("" if given else " (20 for each parameter)")
+    )
+    table.add_row(
+        "step", f"{layout.global_batch:,} sequences of {job.context:,} tokens: "
+        f"{_count(plan.step_tokens)} tokens",
+    )  # fmt: skip
+    table.add_section()
+    table.add_row("layout", layout.name)
+    table.add_row(
+        "each GPU", f"{layout.micro_batches} x {layout.micro_batch} sequences, loops "
+        + ("computed again in the backward pass" if layout.checkpoint_loops else "kept whole"),
+    )  # fmt: skip
+    table.add_row("options", layout.options(job))
+    return table
+
+
+def _depths(plan: Plan) -> Table:
+    length = f"{plan.job.context:,} tokens"
+    table = _table(
+        "FLOPs of a token by depth",
+        caption=f"forward and training: mean over {length}; decoding: at their end",
+    )
+    for heading in ("loops", "forward", "training", "decoding"):
+        table.add_column(heading, justify="right")
+    for each in plan.depths():
+        table.add_row(
+            str(each.n_loops), _flop(each.forward_flops()),
+            _flop(each.training_flops(grad_loops=plan.job.grad_loops)), _flop(each.decode_flops()),
+        )  # fmt: skip
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    here, other = plan.memory, plan.other_memory
+    table = _table(
+        "memory of a GPU at the worst moment of a step",
+        caption=f"usable: {_bytes(plan.gpu.usable)} of {_bytes(plan.gpu.memory)}",
+    )
+    table.add_column("", no_wrap=True)
+    table.add_column("planned", justify="right")
+    if other is not None:
+        again = plan.layout.checkpoint_loops
+        table.add_column("loops kept" if again else "loops computed again", justify="right")
+    both = [each for each in (here, other) if each is not None]
+    for part in PARTS:
+        row = [each.parts.get(part, 0) for each in both]
+        if any(row):
+            table.add_row(part, *(_bytes(n) if n else "-" for n in row))
+    table.add_section()
+    table.add_row("all", *(_bytes(each.total) for each in both))
+    table.add_row("of the usable", *(f"{each.total / plan.gpu.usable:.0%}" for each in both))
+    table.add_row("the worst moment", *(_MOMENTS[each.moment] for each in both))
+    return table
+
+
+_MOMENTS = {"backward": "forward, backward", "optimizer": "optimizer step"}
+
+
+def _kept(plan: Plan) -> Table | None:
+    if not plan.activations:
+        return None
+    table = _table("what one loop of one token leaves for the backward pass")
+    for name in plan.activations:
+        table.add_column(name, justify="right")
+    table.add_row(*(_bytes(n) for n in plan.activations.values()))
+    return table
+
+
+def _traffic(plan: Plan) -> Table | None:
+    if not plan.traffic:
+        return None
+    table = _table("communication of a GPU in a step (received)")
+    table.add_column("", no_wrap=True)
+    for heading in ("NVLink", "network", "time"):
+        table.add_column(heading, justify="right")
+    for each in plan.traffic:
+        table.add_row(each.what, _bytes(each.nvlink), _bytes(each.network), _time(each.seconds))
+    if len(plan.traffic) > 1:
+        table.add_section()
+        table.add_row(
+            "all", _bytes(sum(each.nvlink for each in plan.traffic)),
+            _bytes(sum(each.network for each in plan.traffic)), _time(plan.traffic_seconds),
+        )  # fmt: skip
+    return table
+
+
+def _training(plan: Plan) -> Table:
+    table = _table(
+        f"training: {plan.steps:,} steps, {plan.flops:.3g} useful FLOPs",
+        caption="at best all communication hides behind computing, at worst none of it does",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("at best", "at worst"):
+        table.add_column(heading, justify="right")
+    seconds = plan.step_seconds
+    table.add_row("a step", *(_time(s) for s in seconds))
+    table.add_row("tokens a second", *(_count(plan.step_tokens / s) for s in seconds))
+    table.add_row("useful share of the peak", *(f"{share:.0%}" for share in plan.utilisation))
+    table.add_row("days", *(f"{days:,.1f}" for days in plan.days))
+    table.add_row("GPU hours", *(f"{hours:,.0f}" for hours in plan.gpu_hours))
+    table.add_row("cost", *(f"${cost:,.0f}" for cost in plan.cost))
+    return table
+
+
+def _inference(plan: Plan) -> Table:
+    counts, positions = plan.job.counts, plan.job.cfg.max_seq_len
+    table = _table(f"inference in bfloat16: weights {_bytes(2 * counts.parameters)}")
+    table.add_column("cache", no_wrap=True)
+    for heading in ("a token", f"{positions:,} tokens"):
+        table.add_column(heading, justify="right")
+    rows = {"exact": plan.cache_bytes()}
+    if plan.job.looped:
+        rows = {
+            f"a slot for each of {plan.job.max_loops} loops": plan.cache_bytes(),
+            "one slot for all loops": plan.cache_bytes(share_loops=True),
+        }
+    for name, n in rows.items():
+        table.add_row(name, _bytes(n / positions), _bytes(n))
+    return table
+
+
+def _assumptions(plan: Plan) -> str:
+    gpu_ = plan.gpu
+    return (
+        f"Assumed: products at {plan.mfu:.0%} of {gpu_.rate(plan.job.dtype) / 1e12:,.0f} TFLOP/s "
+        f"(--mfu), ${plan.price:,.2f} for a GPU hour (--price), nodes of {NODE} GPUs, NVLink "
+        f"{gpu_.nvlink / 1e9:,.0f} GB/s and network {gpu_.network / 1e9:,.0f} GB/s each way at "
+        f"{LINK_EFFICIENCY:.0%}, {1 - USABLE:.0%} of the memory kept free, experts equally loaded. "
+        f"Figures of the GPU: {gpu_.source}. GB are 10^9 bytes. docs/plan.md has the formulas."
+    )
+
+
+def _table(title: str, caption: str | None = None, header: bool = True) -> Table:
+    return Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left",
+        show_header=header, title_style="bold", min_width=min(WIDTH, len(title) + 2),
+    )  # fmt: skip
+
+
+def _count(value: float) -> str:
+    """ "2.98 B"."""
+    return _scaled(value, ("", " k", " M", " B", " T")).strip()
+
+
+def _flop(value: float) -> str:
+    return _scaled(value, (" ", " k", " M", " G", " T", " P")) + "FLOP"
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, (" ", " k", " M", " G", " T")) + "B"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    power = 0
+    while value >= 999.5 and power + 1 < len(units):
+        value, power = value / 1000, power + 1
+    return f"{value:.3g}{units[power]}" if value < 999.5 else f"{value:,.0f}{units[power]}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

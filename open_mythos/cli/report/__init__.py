@@ -1,0 +1,1 @@
+"""``open-mythos report``: what became of a run, as one HTML page."""

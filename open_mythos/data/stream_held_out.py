@@ -1,0 +1,105 @@
+"""The documents that a stream leaves out, as windows to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from open_mythos.data.batch import Batch
+from open_mythos.data.checks import check_int
+from open_mythos.data.packing import document_ids
+from open_mythos.data.prepare import held_out_place
+from open_mythos.data.stream_corpus import Corpus, Unit
+from open_mythos.data.stream_read import read_unit
+from open_mythos.errors import ConfigError, DataError
+from open_mythos.tokenizer import Tokenizer
+
+
+class TooFewHeldOutError(DataError):
+    """The held-out documents do not fill one window."""
+
+
+class HeldOutWindows:
+    """The first windows of the held-out documents, kept in memory; iterated any number of times.
+
+    A document is held out by the hash of its text, as by :func:`~open_mythos.data.prepare`, so
+    equal documents fall on the same side. They are looked for from the start of the corpus: it is
+    read as far as needed, about ``windows * seq_len / held_out`` tokens of it. The windows depend
+    on the corpus alone, not on the batch or the number of processes of a run.
+
+    Args:
+        corpus: The text.
+        tokenizer: That of the run.
+        seq_len: T, the length of every sequence.
+        windows: Sequences wanted; fewer if the corpus ends before.
+        held_out: The share that the run's ``StreamLoader`` leaves out.
+        batch: Sequences at a time.
+        mask_documents: Whether batches carry ``document_ids``.
+
+    Raises:
+        ConfigError: A number is out of range.
+        TooFewHeldOutError: The held-out documents do not fill one window.
+        DataError, EnvironmentError_: The corpus is damaged, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        windows: int,
+        held_out: float,
+        batch: int,
+        mask_documents: bool = False,
+    ) -> None:
+        self._seq_len, self._batch = check_int(seq_len, "seq_len", 1), check_int(batch, "batch", 1)
+        if not 0 < held_out < 1:
+            raise ConfigError("no share", where="held_out", value=held_out, allowed="0 < x < 1")
+        wanted = check_int(windows, "windows", 1) * seq_len + 1
+        ids: list[int] = []
+        text_bytes = 0
+        for text in held_out_documents(corpus, held_out):
+            ids += [*tokenizer.encode(text), tokenizer.eos_id]
+            text_bytes += len(text.encode())
+            if len(ids) >= wanted:
+                break
+        self.bytes_per_token = text_bytes / max(1, len(ids))
+        """Mean bytes of text per token: bits per byte = nats per token / (this * ln 2)."""
+        self.windows = (min(len(ids), wanted) - 1) // seq_len
+        """Sequences that there are."""
+        if self.windows < 1:
+            raise TooFewHeldOutError(
+                "the held-out documents do not fill one window", where=corpus.source,
+                value=f"{len(ids)} tokens", allowed=f"seq_len + 1 = {seq_len + 1} tokens or more",
+                fix="hold out a larger share, or lower seq_len",
+            )  # fmt: skip
+        self._ids = torch.from_numpy(np.array(ids[:wanted], np.int64))
+        self._eos_id = tokenizer.eos_id if mask_documents else None
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-self.windows // self._batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        length = self._seq_len
+        for first in range(0, self.windows, self._batch):
+            index = torch.arange(first, min(first + self._batch, self.windows))
+            rows = [self._ids[i * length : (i + 1) * length + 1] for i in index.tolist()]
+            inputs_BT, targets_BT = torch.stack(rows)[:, :-1], torch.stack(rows)[:, 1:]
+            masks = None if self._eos_id is None else document_ids(inputs_BT, self._eos_id)
+            yield Batch(inputs_BT.contiguous(), targets_BT.contiguous(), masks, index)
+
+
+def held_out_documents(corpus: Corpus, share: float) -> Iterator[str]:
+    """The held-out documents of ``corpus`` that are not empty, in the order of its files.
+
+    Raises:
+        DataError, EnvironmentError_: As of :func:`~open_mythos.data.stream_read.read_unit`.
+    """
+    for file in range(len(corpus.files)):
+        for document in read_unit(corpus, Unit(file, 0, 1)):
+            if document.text and held_out_place(document.text.encode()) < share:
+                yield document.text

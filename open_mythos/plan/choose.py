@@ -1,0 +1,284 @@
+"""The layout that a plan recommends: of all that fit, the one whose steps are shortest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import gcd
+
+from open_mythos.errors import ConfigError
+from open_mythos.plan.communication import communication
+from open_mythos.plan.hardware import GPU, NODE
+from open_mythos.plan.job import Job, Layout
+from open_mythos.plan.memory import Memory, least_bytes, memory
+from open_mythos.plan.parameters import LOOP, ROOT
+from open_mythos.plan.tape import GATHERED
+
+MOST_GPUS, LEAST_CONTEXT = 65_536, 512
+"""How far a refusal looks for a number of GPUs, or a length of sequences, that would do."""
+NEARLY = 1.02
+"""Layouts whose steps take at most so many times the shortest: of these the simplest is taken."""
+SHALLOW = 3
+"""Loops of the step that is looked at before one of full depth."""
+MOST_TOKENS = 131_072
+"""Largest micro-batch considered; more saves no time worth mentioning."""
+
+
+class DoesNotFitError(ConfigError):
+    """No layout of these GPUs holds the model.
+
+    Attributes:
+        layout: The most frugal layout that was found.
+        least: What it needs on each GPU.
+        gpus_needed: The fewest GPUs that would do, in doublings; None if no number does. As many
+            as there are if another layout fits than the one wished for.
+        context_that_fits: The longest sequences that would, in halvings; None if none do.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        gpu: GPU,
+        layout: Layout,
+        least: Memory,
+        gpus_needed: int | None,
+        context_that_fits: int | None,
+    ) -> None:
+        self.layout, self.least = layout, least
+        self.gpus_needed, self.context_that_fits = gpus_needed, context_that_fits
+        worst = max(least.parts, key=lambda name: least.parts[name])
+        most = f"{_gb(least.parts[worst])} of it {worst}"
+        if worst == GATHERED:
+            whole = [each for each in job.parameters if each.unit in (ROOT, LOOP)
+                     and not (each.expert and layout.experts > 1)]  # fmt: skip
+            largest = max(whole, key=lambda each: each.n)
+            most += f" (the largest {largest.name}, {largest.n / 1e9:.3g} B elements)"
+        ways = []
+        if gpus_needed == layout.gpus:
+            ways.append("leave more of the layout to the plan: there is one that fits")
+        elif gpus_needed is not None:
+            ways.append(f"take {gpus_needed:,} of these GPUs")
+        if context_that_fits not in (None, job.context):
+            ways.append(f"train on sequences of {context_that_fits:,} tokens")
+        fix = ", or ".join([*ways, "take GPUs with more memory"])
+        if gpus_needed is None:
+            fix += f"; no number of these up to {MOST_GPUS:,} does"
+        super().__init__(
+            "the training does not fit", where="plan",
+            value=f"{_gb(least.total)} on each {gpu.name} at the least, {most}: {layout.name}",
+            allowed=f"{_gb(gpu.usable)} of {_gb(gpu.memory)} on each of {layout.gpus:,}",
+            fix=fix,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What of a layout is given; None leaves it to be chosen.
+
+    Attributes:
+        kind: "none", "ddp" or "fsdp".
+        shard: GPUs that share one copy of the weights.
+        experts: GPUs over which the routed experts are divided.
+        micro_batch: Sequences that a GPU computes at a time.
+        checkpoint_loops: Whether loops are computed again in the backward pass.
+    """
+
+    kind: str | None = None
+    shard: int | None = None
+    experts: int | None = None
+    micro_batch: int | None = None
+    checkpoint_loops: bool | None = None
+
+    def allows(self, layout: Layout) -> bool:
+        """Whether ``layout`` is as wished."""
+        return all(
+            wanted is None or getattr(layout, name) == wanted for name, wanted in vars(self).items()
+        )
+
+
+def choose(
+    job: Job, gpu: GPU, gpus: int, local_batch: int, mfu: float, wish: Wish | None = None
+) -> Layout:
+    """The fastest layout that fits; of several nearly as fast, the simplest.
+
+    Args:
+        job: What is trained.
+        gpu: On what.
+        gpus: On how many.
+        local_batch: Sequences of a step for each of them.
+        mfu: Share of the peak rate while computing.
+        wish: What is given.
+
+    Raises:
+        DoesNotFitError: None fits; says how many GPUs would do.
+        ConfigError: The wish cannot be had on so many GPUs, or the model is not planned for.
+    """
+    wish = wish or Wish()
+    ways = [way for way in layouts(job, gpus) if replace(wish, micro_batch=None).allows(way)]
+    if wish.shard is None:  # less than a node is not worth its weights
+        ways = [way for way in ways if way.kind != "fsdp" or way.shard >= min(NODE, gpus)]
+    sizes = _sizes(job, local_batch)
+    if wish.micro_batch is not None:
+        sizes = [n for n in _divisors(local_batch) if n == wish.micro_batch]
+    if not ways or not sizes:
+        raise ConfigError(
+            "there is no such layout", where="plan", value=wish,
+            allowed=f"kinds, and divisors of {gpus} GPUs, of {job.cfg.n_experts} experts and of "
+            f"{local_batch} sequences for each GPU",
+            fix="leave some of it to the plan",
+        )  # fmt: skip
+    found = [
+        replace(way, micro_batch=n, micro_batches=local_batch // n) for way in ways for n in sizes
+    ]
+    fastest = _fastest(job, gpu, found, mfu)
+    if fastest is not None:
+        return fastest
+    layout, least = _most_frugal(job, [each for each in found if each.micro_batch == sizes[0]])
+    if wish != Wish() and _any_fits(job, gpu, gpus, local_batch):
+        raise DoesNotFitError(job, gpu, layout, least, gpus, job.context)
+    raise DoesNotFitError(
+        job, gpu, layout, least, _gpus_needed(job, gpu, gpus, local_batch),
+        _context_that_fits(job, gpu, gpus, local_batch),
+    )  # fmt: skip
+
+
+def step_seconds(job: Job, gpu: GPU, layout: Layout, mfu: float) -> tuple[float, float]:
+    """Seconds of a step that are computing, and that are communication.
+
+    What checkpointing computes again takes time like all else. None of the communication is taken
+    to be hidden behind computing.
+    """
+    tokens = layout.micro_batch * layout.micro_batches * job.context
+    flops = job.training_flops() + (job.recomputed_flops() if layout.checkpoint_loops else 0.0)
+    sent = sum(each.seconds for each in communication(job, layout, gpu))
+    return tokens * flops / (mfu * gpu.rate(job.dtype)), sent
+
+
+def fits(job: Job, gpu: GPU, layout: Layout) -> bool:
+    """Whether a GPU can hold its part."""
+    return _may_fit(job, gpu, layout) and memory(job, layout).total <= gpu.usable
+
+
+def _may_fit(job: Job, gpu: GPU, layout: Layout) -> bool:
+    """Whether the bounds leave it open that ``layout`` fits; the quicker ones come first."""
+    if any(least_bytes(job, layout, counted_only=each) > gpu.usable for each in (True, False)):
+        return False
+    # more loops never need less, so a shallow step that is too large says enough
+    shallow = replace(job, n_loops=1, max_loops=min(SHALLOW, job.max_loops))
+    return memory(shallow, layout).total <= gpu.usable
+
+
+def _fastest(job: Job, gpu: GPU, all_of: list[Layout], mfu: float) -> Layout | None:
+    """Of those that fit, and are nearly as fast as the fastest of them, the simplest."""
+    sizes: dict[Layout, list[Layout]] = {}
+    for each in all_of:
+        sizes.setdefault(_way(each), []).append(each)
+    # a larger micro-batch needs more memory, so the smallest tells about all of a way
+    hopeful = [
+        each
+        for way in sizes.values()
+        if _may_fit(job, gpu, min(way, key=lambda each: each.micro_batch))
+        for each in way
+    ]
+    seconds = {each: sum(step_seconds(job, gpu, each, mfu)) for each in hopeful}
+    # of equal times that with the larger micro-batch: its products are larger
+    ordered = sorted(hopeful, key=lambda each: (seconds[each], -each.micro_batch))
+    good: list[Layout] = []
+    too_large: dict[Layout, int] = {}
+    for layout in ordered:
+        if good and seconds[layout] > NEARLY * seconds[good[0]]:
+            break
+        if layout.micro_batch >= too_large.get(_way(layout), layout.micro_batch + 1):
+            continue
+        if fits(job, gpu, layout):
+            good.append(layout)
+        else:
+            too_large[_way(layout)] = layout.micro_batch
+    return min(good, key=_complexity, default=None)
+
+
+def _way(layout: Layout) -> Layout:
+    """All but the batch."""
+    return replace(layout, micro_batch=1, micro_batches=1)
+
+
+def _complexity(layout: Layout) -> tuple[float, ...]:
+    """The simpler, the smaller."""
+    shape = 0 if layout.kind != "fsdp" else 1 if layout.shard == layout.gpus else 2
+    odd = layout.kind == "fsdp" and layout.shard != layout.gpus and layout.shard != NODE
+    return (layout.checkpoint_loops, layout.experts > 1, shape + odd, -layout.micro_batch)
+
+
+def _most_frugal(job: Job, all_of: list[Layout]) -> tuple[Layout, Memory]:
+    """The layout that needs least; of equal division of the experts one is looked at."""
+    frugal = job.looped and job.max_loops > 1
+    bounds = {
+        each: least_bytes(job, each, counted_only=True)
+        for each in all_of
+        if each.checkpoint_loops == frugal
+    } or {each: least_bytes(job, each, counted_only=True) for each in all_of}
+    least: dict[tuple[str, int], Layout] = {}
+    for each in sorted(bounds, key=bounds.__getitem__):
+        least.setdefault((each.kind, each.experts), each)
+    best = min(least.values(), key=lambda each: memory(job, each).total)
+    return best, memory(job, best)
+
+
+def _any_fits(job: Job, gpu: GPU, gpus: int, local_batch: int) -> bool:
+    """Whether ``gpus`` could do it at all: one sequence at a time, loops computed again."""
+    frugal = job.looped and job.max_loops > 1
+    ways = [
+        replace(way, micro_batches=local_batch)
+        for way in layouts(job, gpus)
+        if way.checkpoint_loops == frugal
+    ]
+    ways.sort(key=lambda way: least_bytes(job, way, counted_only=True))
+    return any(fits(job, gpu, way) for way in ways)
+
+
+def _gpus_needed(job: Job, gpu: GPU, gpus: int, local_batch: int) -> int | None:
+    """The fewest GPUs, in doublings of ``gpus``, that could do it."""
+    more = gpus
+    while (more := 2 * more) <= MOST_GPUS:
+        if _any_fits(job, gpu, more, max(1, round(local_batch * gpus / more))):
+            return more
+    return None
+
+
+def _context_that_fits(job: Job, gpu: GPU, gpus: int, local_batch: int) -> int | None:
+    """The longest sequences, in halvings, that ``gpus`` could train on."""
+    shorter = job.context
+    while (shorter := shorter // 2) >= LEAST_CONTEXT:
+        if _any_fits(
+            replace(job, context=shorter), gpu, gpus, local_batch * job.context // shorter
+        ):
+            return shorter
+    return None
+
+
+def layouts(job: Job, gpus: int) -> Iterator[Layout]:
+    """All ways to share ``job`` among ``gpus``, with micro-batches of one sequence."""
+    for checkpoint in (False, True) if job.looped else (False,):
+        if gpus == 1:
+            yield Layout(1, "none", checkpoint_loops=checkpoint)
+            continue
+        yield Layout(gpus, "ddp", checkpoint_loops=checkpoint)
+        # truncated back-propagation and divided experts exclude each other in training
+        divides = job.looped and job.cfg.n_experts > 0 and job.grad_loops is None
+        for experts in _divisors(gcd(gpus, job.cfg.n_experts)) if divides else [1]:
+            for shard in _divisors(gpus)[1:]:
+                yield Layout(gpus, "fsdp", shard, experts, checkpoint)
+
+
+def _sizes(job: Job, local_batch: int) -> list[int]:
+    """Micro-batches that divide the local batch, smallest first."""
+    found = _divisors(local_batch)
+    return [n for n in found if n == 1 or n * job.context <= MOST_TOKENS]
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:,.0f} GB"

@@ -1,0 +1,227 @@
+"""An exponential moving average of the weights, to evaluate with in their place.
+
+After every step that changed the weights, average <- d average + (1 - d) weights. In update n,
+counted from 0, d = min(decay, (1 + n) / (10 + n)): the warm-up of TensorFlow's
+``tf.train.ExponentialMovingAverage``. Until d has reached ``decay`` the average so looks back over
+about a ninth of the updates so far, and soon forgets the untrained weights.
+
+What an average gains is what a lower learning rate would: it takes out the noise of the last steps
+(arXiv 2411.18704). At a learning rate that has decayed to nothing little is left to gain; in the
+middle of a run, or under a constant one, much.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.errors import ConfigError, DataError, InternalError
+from open_mythos.hub import from_pretrained
+from open_mythos.sharded import read_tensors, stored_shapes
+from open_mythos.train.build import Model
+from open_mythos.train.muon import is_sharded, local
+
+AVERAGE_FILE = "average.safetensors"
+"""What a checkpoint calls it."""
+UPDATES = "updates"
+"""Key of the number of updates, beside the names of the weights."""
+
+
+class WeightAverage:
+    """Averages of all weights that are trained, and of the biases that balance the experts.
+
+    The averages lie beside the weights, sharded like them if FSDP2 has sharded the model, so make
+    this after sharding.
+
+    Args:
+        model: Weights that require no gradient are left out; the others must be float32 at least,
+            for a narrower average could not take in a small share of a weight.
+        decay: d in the long run: the average looks back over about 1 / (1 - decay) updates.
+        outermost: The last module that was given to FSDP2, if that is not the model itself.
+
+    Raises:
+        ConfigError: ``decay`` is out of range, or a weight is too narrow.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, outermost: nn.Module | None = None) -> None:
+        if not 0 < decay < 1:
+            raise ConfigError(
+                "not a decay", where="ema_decay", value=decay, allowed="0 < decay < 1",
+                fix="set it to 0.999, or leave the average out with 0",
+            )  # fmt: skip
+        self.decay, self.updates = decay, 0
+        self._model, self._outermost, self._swapped = model, outermost or model, False
+        _reshard(self._outermost)
+        self._weights = _averaged(model)
+        for name, weight in self._weights.items():
+            if weight.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(
+                    "a weight is too narrow to be averaged", where=name, value=str(weight.dtype),
+                    allowed="float32 weights; products may be narrower by autocast",
+                )  # fmt: skip
+        self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the present weights. Call it after a step that changed them, and only then."""
+        self._refuse_swapped("update")
+        share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(_local(self._averages), _local(self._weights), share)
+        self.updates += 1
+
+    @contextmanager
+    def swap(self) -> Iterator[None]:
+        """Inside, the model's weights are the averages; afterwards, what they were, bit for bit.
+
+        Weights and averages change places value by value: whoever holds the parameters, as the
+        optimizer does, still holds the right ones.
+
+        Raises:
+            InternalError: ``outermost`` was forgotten.
+        """
+        self._refuse_swapped("swap")
+        self._exchange()
+        self._swapped = True
+        try:
+            yield
+        finally:
+            self._exchange()
+            self._swapped = False
+            self._check_nothing_is_gathered()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the names of their weights, not copied, and :data:`UPDATES`.
+
+        DTensors if the model is sharded. Two runs of equal state go on alike, bit for bit.
+        """
+        self._refuse_swapped("state_dict")
+        return self._averages | {UPDATES: torch.tensor(self.updates)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`; nothing is changed unless everything fits.
+
+        Args:
+            state: Whole tensors, or DTensors sharded like the weights.
+
+        Raises:
+            DataError: A name is missing or unknown, or a shape is another.
+        """
+        self._refuse_swapped("load_state_dict")
+        _check_fit(state, {name: average.shape for name, average in self._averages.items()})
+        for name, average in self._averages.items():
+            _copy(average, state[name])
+        self.updates = int(state[UPDATES])
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        _reshard(self._outermost)
+        for weight, average in zip(_local(self._weights), _local(self._averages), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def _check_nothing_is_gathered(self) -> None:
+        """What FSDP2 has gathered inside :meth:`swap` would be used as the weights from now on."""
+        present = dict(self._model.named_parameters())
+        for name, weight in self._weights.items():
+            if present.get(name, weight) is not weight:
+                raise InternalError(
+                    "averages that FSDP2 has gathered are still there", where=name,
+                    value=type(self._outermost).__name__,
+                    allowed="the module that was given to FSDP2 last",
+                    fix="pass it as WeightAverage(model, decay, outermost)",
+                )  # fmt: skip
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise InternalError(
+                "weights and averages have changed places", where=f"WeightAverage.{what}",
+                value="called inside swap()", allowed="only outside of it",
+            )  # fmt: skip
+
+
+def averaged_model(checkpoint: str | Path) -> Model:
+    """The model of a checkpoint with the averages as its weights, on the CPU.
+
+    Args:
+        checkpoint: Folder of a verified checkpoint (``find_checkpoint`` gives one).
+
+    Raises:
+        DataError: The checkpoint holds no averages, or they are not of its model.
+    """
+    folder = Path(checkpoint)
+    prefix = f"{Path(AVERAGE_FILE).stem}/"
+    stored = {name: each for name, each in stored_shapes(folder).items() if name.startswith(prefix)}
+    if not stored:
+        raise DataError(
+            "the checkpoint holds no averaged weights", where=str(folder), value="none",
+            allowed="a checkpoint of a run with optim.ema_decay > 0",
+            fix="use the weights themselves",
+        )  # fmt: skip
+    parts = {name: torch.empty(shape) for name, shape in stored.items()}
+    read_tensors(folder, parts)
+    averages = {name.removeprefix(prefix): each for name, each in parts.items()}
+    model = from_pretrained(folder)
+    weights = _averaged(model)
+    # the halting gate is frozen in training, but not in a model as it is loaded
+    trained = {name: weight.shape for name, weight in weights.items() if "halting." not in name}
+    _check_fit(averages, trained)
+    with torch.no_grad():
+        for name in trained:
+            weights[name].copy_(averages[name])
+    return model
+
+
+def _averaged(model: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters and router biases, by name, in the order of the model."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | {
+        name: buffer for name, buffer in model.named_buffers() if name.endswith("router_bias")
+    }
+
+
+def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [local(tensor) for tensor in tensors.values()]
+
+
+def _check_fit(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse averages that are not of these weights."""
+    expected = {name: tuple(shape) for name, shape in shapes.items()} | {UPDATES: ()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise DataError(
+                "the averages are not of this model's weights", where=name,
+                value=found.get(name, "missing"), allowed=str(expected.get(name, "no such weight")),
+                fix="resume from a checkpoint of this model that was saved with an average",
+            )  # fmt: skip
+
+
+def _copy(target: Any, value: Any) -> None:
+    """Copy a whole tensor, or one that is sharded alike, into ``target``."""
+    if is_sharded(target) and not is_sharded(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        # every process has read the whole tensor, so none has to send its part
+        value = distribute_tensor(
+            value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+    local(target).copy_(local(value))
+
+
+def _reshard(model: nn.Module) -> None:
+    """Have FSDP2 drop gathered weights. After an evaluation they may still be there, and would be
+    taken for the weights of the next step when those have changed."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()

@@ -1,0 +1,113 @@
+"""R7: a step that is not finite changes nothing: not a bit of weights, moments or averages."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+
+from chaos import lab
+from chaos.controls import CONTROLS
+from chaos.poisons import LOOPS, POISONS, VALUES
+from open_mythos.train import DivergedError
+
+SAME_DEPTH = {"depth": {"plan": "fixed", "mean": float(LOOPS), "curriculum_steps": 0}}
+
+
+@pytest.fixture
+def trainer(data):
+    """After two steps, so that there are moments."""
+    trainer = lab.new_trainer(lab.run_config(None, data, SAME_DEPTH))
+    for step in range(2):
+        assert not trainer.train_step(step).skipped
+    return trainer
+
+
+def what_changed(trainer, poison, value):
+    """Tensors that are different after a poisoned step; it must have met the poison."""
+    before = lab.tensors(trainer)
+    with POISONS[poison](trainer, value):
+        result = trainer.train_step(trainer.state.step)
+    assert result.skipped or not math.isfinite(result.loss * result.grad_norm), "missed"
+    return result, lab.differing(before, lab.tensors(trainer))
+
+
+@pytest.mark.goal("R7", "NaN, Inf and -Inf put into one step")
+@pytest.mark.parametrize("poison", POISONS)
+def test_nothing_changes(trainer, row, poison):
+    tokens = trainer.state.tokens
+    for value in VALUES:
+        result, changed = what_changed(trainer, poison, value)
+        assert changed == []
+        assert result.skipped
+        assert all(p.grad is None for p in trainer.parameters)
+        row.count()
+    assert trainer.state.skips == len(VALUES)
+    assert trainer.state.tokens == tokens
+    before = lab.tensors(trainer)
+    assert not trainer.train_step(trainer.state.step).skipped
+    assert trainer.state.skips == 0
+    assert all(p.isfinite().all() for p in trainer.parameters)
+    assert "head.weight" in lab.differing(before, lab.tensors(trainer))
+    kinds = sum(name.startswith("average/") for name in before)
+    assert kinds > 10
+    row.outcome = f"{poison}: weights, moments, averages equal bit for bit; the next step proceeds"
+
+
+@pytest.mark.goal("R7", "a skipped step, and the same run without that poison in its step")
+def test_the_skip_itself_is_all_that_differs(data, tmp_path, row):
+    """Resumed from before the poison, the run is what it would have been."""
+    out = tmp_path / "run"
+    run = lab.run_config(out, data, SAME_DEPTH)
+    clean, poisoned = lab.new_trainer(run), None
+    for step in range(3):
+        clean.train_step(step)
+    clean.save()
+    shutil.copytree(out, tmp_path / "kept")
+    poisoned = lab.new_trainer(run)
+    poisoned.resume()
+    with POISONS["the loss"](poisoned, float("nan")):
+        assert poisoned.train_step(3).skipped
+    again = lab.new_trainer(run)
+    again.resume(tmp_path / "kept" / "checkpoints" / "step_00000003")
+    assert lab.differing(lab.tensors(again), lab.tensors(poisoned)) == []
+    assert again.train_step(3).loss == clean.train_step(3).loss
+    row.outcome = "the step is counted, nothing is learnt from it"
+
+
+@pytest.mark.goal("R7", "every step poisoned")
+def test_a_run_that_only_skips_ends(data, tmp_path, row):
+    """It goes back to its checkpoint as often as it may, and then stops with an error."""
+    changes = {"train": {"max_skips": 2, "save_every": 2}}
+    trainer = lab.new_trainer(lab.run_config(tmp_path / "run", data, changes))
+    fetch, calls = trainer.loader.next_batch, []
+    poison = POISONS["the loss"](trainer, float("nan"))
+
+    def next_batch(step):
+        calls.append(step)
+        if len(calls) == 5:
+            poison.__enter__()
+        return fetch(step)
+
+    trainer.loader.next_batch = next_batch
+    try:
+        with pytest.raises(DivergedError) as caught:
+            trainer.fit()
+    finally:
+        poison.__exit__(None, None, None)
+    assert trainer.state.skips > 2
+    assert trainer.state.rewinds == trainer.config.watch.max_rewinds > 0
+    assert lab.has_checkpoint(trainer.out_dir)
+    row.count(len(calls))
+    row.outcome = f"{caught.value.what}: {caught.value.value}"
+
+
+@pytest.mark.goal("control", "a bad step multiplied by zero instead of left out")
+def test_multiplying_by_zero_is_caught(trainer, row):
+    with CONTROLS["a bad step is multiplied by zero"](trainer):
+        before = lab.tensors(trainer)
+        with POISONS["one element of a gradient"](trainer, float("nan")):
+            trainer.train_step(2)
+        assert "recurrent.injection.log_A" in lab.differing(before, lab.tensors(trainer))
+    row.outcome = "multiplying by zero: caught"

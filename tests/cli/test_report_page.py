@@ -1,0 +1,417 @@
+"""The report says what a run's folder says, however little that is; nothing in it becomes code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import small_config, small_model
+
+from open_mythos import DenseTransformer, save_pretrained
+from open_mythos.cli.report import charts
+from open_mythos.cli.report.charts import Line, Mark, bars, curves, depth_curve, heat, short
+from open_mythos.cli.report.page import page, summary
+from open_mythos.cli.report.record import read_run
+from open_mythos.cli.report.run import report_run
+from open_mythos.cli.training import train_run
+from open_mythos.data import prepare
+from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.train import DataConfig, DepthConfig, OptimConfig, RunConfig, TrainConfig
+from open_mythos.train.validated import STATE_KEY, depth_record
+from open_mythos.variants import variant
+
+HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(2)>"
+VOID = {"meta"}
+ALARM = {"name": "state_collapse", "what": "all alike", "fix": "wait", "loop": 2}
+ROWS = [
+    {"depth": depth, "loss": loss, "bits_per_byte": loss / 2}
+    for depth, loss in ((1, 3.0), (2, 2.5), (4, 2.0), (8, 2.02), (16, 2.4))
+]
+
+
+class Reader(HTMLParser):
+    """Tags, attributes and text of a page; unbalanced tags fail."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def line(step: int, **changes) -> dict:
+    """What a trainer logs at one step of two loops and four experts."""
+    return {
+        "step": step, "loss": 4.0 - step / 100, "lr": 0.001, "grad_norm": 1.5, "skipped": 0,
+        "tokens": 64 * step, "tokens_per_second": 640.0, "rho": 0.45, "mean_depth": 1.5,
+        "depth_histogram": [4, 4], "state_norm": [1.0, 1.5], "delta_norm": [1.0, 0.25],
+        "token_correlation": [0.1, 0.2], "router_entropy/layer1": [0.9, 0.8],
+        "router_share/layer1": [[0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]],
+    } | changes  # fmt: skip
+
+
+def write_lines(folder: Path, lines: list) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def write_config(folder: Path, **train) -> RunConfig:
+    config = RunConfig(
+        model=small_config(), depth=DepthConfig(mean=4.0),
+        train=TrainConfig(steps=100, seq_len=16, **train),
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    return config
+
+
+def write_checkpoint(folder: Path, step: int, model, state: dict) -> Path:
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_pretrained(model, path)
+    (path / "state.json").write_text(json.dumps(state))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run with everything, which went back once and raised an alarm."""
+    folder = tmp_path_factory.mktemp("runs") / "whole run"
+    config = write_config(folder)
+    lines = [line(step) for step in (10, 20, 30)]
+    lines += [
+        {"step": 30, "event": {"kind": "rewound", "to": 20, "why": "the loss rose"}},
+        *(line(step) for step in (30, 40)),
+        {"step": 40, "eval/depths": [row | {"loss": row["loss"] + 1} for row in ROWS]},
+        line(60, alarms=[ALARM]), line(80, skipped=1, loss=None, grad_norm=None),
+        line(100), {"step": 100, "eval/depths": ROWS},
+    ]  # fmt: skip
+    write_lines(folder, lines)
+    state = {"config": config.to_dict(), STATE_KEY: depth_record(ROWS, 4.0)}
+    write_checkpoint(folder, 100, small_model(), state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def read(whole) -> Reader:
+    return Reader(page(read_run(whole)))
+
+
+# what is read
+
+
+def test_what_the_folder_says(whole):
+    run = read_run(whole)
+    assert list(run.steps) == [10, 20, 30, 40, 60, 80, 100]
+    assert run.curve("loss") == [(s, 4.0 - s / 100) for s in (10, 20, 30, 40, 60, 100)]
+    assert run.by_loop("delta_norm")[2] == [(s, 0.25) for s in run.steps]
+    assert {step: len(rows) for step, rows in run.evaluations.items()} == {40: 5, 100: 5}
+    kinds = [(event.step, event.kind) for event in run.events]
+    assert kinds == [(30, "rewound"), (60, "alarm"), (80, "skipped")]
+    assert run.events[0].text == "to step 20, the loss rose"
+    assert (run.last_step, run.wanted_steps, run.looped) == (100, 100, True)
+    assert (run.mean_depth, run.valid_range, run.loss_limit) == (4.0, (4, 8), 2.05)
+    assert run.layers("router_share") == [1]
+
+
+def test_decays_are_those_of_the_model(whole):
+    run = read_run(whole)
+    expected = small_model().recurrent.injection.coefficients()[0]
+    assert run.checkpoint is not None
+    assert run.checkpoint.decays == pytest.approx(sorted(expected.tolist()))
+
+
+def test_parameters_are_those_of_the_model(whole):
+    counts = read_run(whole).counts()
+    assert counts is not None
+    assert counts.parameters == sum(p.numel() for p in small_model().parameters())
+
+
+def test_time_is_that_of_the_steps_run_again_included(whole):
+    """64 tokens a step at 640 a second: 100 steps, and step 21 to 30 twice."""
+    assert read_run(whole).seconds == pytest.approx(11.0)
+
+
+def test_a_resumed_run_without_a_word_about_it(tmp_path):
+    folder = write_lines(tmp_path / "run", [line(s) for s in (10, 20, 30, 20, 30, 40)])
+    run = read_run(folder)
+    assert list(run.steps) == [10, 20, 30, 40]
+    assert [(event.step, event.kind) for event in run.events] == [(20, "resumed")]
+    told = [line(10), line(20), {"step": 10, "event": {"kind": "resumed"}}, line(20)]
+    run = read_run(write_lines(tmp_path / "told", told))
+    assert list(run.steps) == [10, 20]
+    assert [(event.step, event.kind) for event in run.events] == [(10, "resumed")]
+
+
+def test_steps_that_were_not_run_again_are_dropped(tmp_path):
+    """The run went back from 50 and has come to 30."""
+    lines = [line(s, loss=9.0) for s in (10, 20, 30, 40, 50)]
+    rewound = {"step": 50, "event": {"kind": "rewound", "to": 20}}
+    run = read_run(write_lines(tmp_path, [*lines, rewound, line(30, loss=1.0)]))
+    assert run.curve("loss") == [(10, 9.0), (20, 9.0), (30, 1.0)]
+
+
+# what is shown
+
+
+def test_the_page_holds_every_part(read):
+    for heading in (
+        "whole run", "Alarms", "Learning", "Depth", "States in the loop", "Spectrum of A",
+        "Routing", "Configuration", "Loss against depth", "Depths that ran", "Decays",
+        "Layer 1: experts by loop", "Norm of the state",
+    ):  # fmt: skip
+        assert heading in read.text, heading
+    assert "finished, 100 steps" in read.text
+    assert "trained on 6,400 tokens in 11 s" in read.text
+    assert "state_collapse, step 60" in read.text
+    assert "all alike. To do: wait." in read.text
+    assert "validated at depths from 4 to 8 loops" in read.text
+    assert "1.000 bits per byte, best with 4 loops" in read.text
+    assert "went back to an older checkpoint" in read.text
+    assert read.tags["svg"] >= 11
+
+
+def test_the_page_needs_nothing_but_itself(whole):
+    text = page(read_run(whole))
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "url(" not in text
+    assert not {"script", "link", "img", "iframe"} & set(Reader(text).tags)
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert "$" not in re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+
+
+def test_fields_that_differ_from_the_default_stand_out(whole):
+    text = page(read_run(whole))
+    assert re.search(r'<th>steps</th><td class="set">100<', text)
+    assert re.search(r"<th>schedule</th><td>cosine<", text)
+
+
+def test_every_event_is_marked_in_every_curve(whole):
+    text = page(read_run(whole))
+    learning = text.partition("<h2>Learning</h2>")[2].partition("<h2>")[0]
+    charts_ = learning.count("<svg")
+    for kind in ("rewound", "alarm", "skipped"):
+        assert learning.count(f'class="mark {kind}"') == charts_ == 4
+
+
+def test_nothing_a_run_holds_becomes_code(tmp_path):
+    folder = write_lines(
+        tmp_path / "run",
+        [line(10, alarms=[ALARM | {"name": HOSTILE, "what": HOSTILE, "fix": HOSTILE}]),
+         {"step": 10, "event": {"kind": HOSTILE, "why": HOSTILE, HOSTILE: 3}}],
+    )  # fmt: skip
+    config = write_config(folder).to_dict()
+    config["data"]["path"], config["architecture"], config[HOSTILE] = HOSTILE, "looped", HOSTILE
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    read = Reader(page(read_run(folder)))
+    assert not {"script", "img"} & set(read.tags)
+    assert not [name for name, _ in read.attributes if name.startswith("on")]
+    assert HOSTILE in read.text
+
+
+# what is missing
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "Nothing has been logged yet"),
+        ([line(10)], "No evaluation yet"),
+        ([line(10), '{"step": 20, "lo'], "1 line is not JSON"),
+        ([{"step": 10, "loss": 2.0}], "No state was logged"),
+        ([{"step": 10, "loss": None, "state_norm": [None, None]}], "No step has been logged"),
+        ([line(10) | {"router_share/layer1": None}], "there was none yet"),
+    ],
+)
+def test_partial_runs_say_what_is_missing(tmp_path, lines, said):
+    folder = write_lines(tmp_path / "run", lines)
+    if not lines:
+        write_checkpoint(folder, 7, small_model(), {})
+    read = Reader(page(read_run(folder)))
+    assert said in read.text
+    assert "There is no run.yaml" in read.text
+
+
+def test_status_of_a_run_that_has_not_ended(tmp_path):
+    write_config(tmp_path)
+    for lines, said in (
+        ([line(40)], "at step 40 of 100: still running, or killed"),
+        ([line(40), {"step": 40, "event": {"kind": "preempted"}}], "told to stop after step 40"),
+        ([line(40), {"step": 40, "event": {"kind": "stopped"}}], "gave up after step 40"),
+        ([line(40), {"step": 40, "event": {"kind": "preempted"}}, line(100)], "finished"),
+    ):
+        assert said in Reader(page(read_run(write_lines(tmp_path, lines)))).text
+
+
+def test_a_dense_run(tmp_path):
+    config = write_config(tmp_path).to_dict() | {"architecture": "dense"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    dense = {"step": 100, "loss": 2.0, "lr": 0.1, "tokens": 100, "tokens_per_second": 10.0}
+    rows = [{"depth": None, "loss": 2.5, "bits_per_byte": 1.25}]
+    write_lines(tmp_path, [dense, {"step": 100, "eval/depths": rows}])
+    model = DenseTransformer(small_config(), n_layers=2)
+    write_checkpoint(tmp_path, 100, model, {"config": config, STATE_KEY: None})
+    read = Reader(page(read_run(tmp_path)))
+    count = sum(p.numel() for p in model.parameters())
+    assert f"A dense model of {count:,} parameters" in read.text
+    assert "A dense model has no loops. Its validation loss is 2.5000" in read.text
+    assert "Spectrum" not in read.text
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    folder = write_lines(tmp_path, [line(10)])
+    path = write_checkpoint(folder, 10, small_model(), {})
+    (path / "model.safetensors").write_bytes(b"\xff" * 64)
+    read = Reader(page(read_run(folder)))
+    assert "The newest checkpoint (step_00000010) is damaged" in read.text
+    assert "whose weights can be read" in read.text
+
+
+GARBAGE = ["x", -1, [], {}, [1], [[]], [None], {"a": [1]}, True, 1e300, "NaN", [["x"], [1, 2]]]
+
+
+@pytest.mark.parametrize("value", GARBAGE, ids=repr)
+def test_metrics_of_another_form_do_not_stop_the_report(tmp_path, value):
+    names = [*line(10), "alarms", "event", "eval/depths", "eval/validated", "mfu", "loop_gap"]
+    lines = [line(10), *({"step": 20 + i, name: value} for i, name in enumerate(names))]
+    lines += [{"step": 90, **dict.fromkeys(names[1:], value)}]
+    Reader(page(read_run(write_lines(tmp_path, lines))))
+
+
+def test_lines_that_are_no_metrics_are_counted(tmp_path):
+    odd = ["null", "[1]", '{"loss": 1}', '{"step": "x"}', "\x00", "{" * 5000, '{"step": 1e999}']
+    run = read_run(write_lines(tmp_path, [line(10), *odd, line(20)]))
+    assert (run.broken_lines, list(run.steps)) == (len(odd), [10, 20])
+
+
+def test_no_run_is_an_error(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match="no run to report on"):
+            report_run(str(folder))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_is_written_where_asked(whole, tmp_path, capsys):
+    out = tmp_path / "deep" / "page.html"
+    assert report_run(str(whole), str(out)) == 0
+    assert out.read_text(encoding="utf-8") == page(read_run(whole))
+    assert str(out) in capsys.readouterr().out
+    with pytest.raises(EnvironmentError_):
+        report_run(str(whole), str(tmp_path))
+
+
+def test_a_real_run(tmp_path):
+    """What the trainer writes is what the report reads."""
+    text = tmp_path / "text.txt"
+    text.write_text("def add(a, b):\n    return a + b\n\n" * 400)
+    files = tmp_path / "files"
+    files.mkdir()
+    for i in range(6):
+        (files / f"{i}.py").write_text(f"# {i}\n" + text.read_text())
+    prepare(str(files), tmp_path / "shards", ByteTokenizer(), val_fraction=0.4)
+    config = RunConfig(
+        model=variant("nano"), data=DataConfig(path=str(tmp_path / "shards"), eval_windows=4),
+        depth=DepthConfig(mean=2.0, max_loops=4), optim=OptimConfig(lr=1e-3),
+        train=TrainConfig(
+            steps=4, warmup_steps=1, seq_len=16, global_batch=4, log_every=1, device="cpu",
+            eval_depths=[1, 2, 4], out_dir=str(tmp_path / "run"),
+        ),
+    )  # fmt: skip
+    train_run(config, resume="", quiet=True)
+    run = read_run(tmp_path / "run")
+    assert list(run.steps) == [1, 2, 3, 4]
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "rho", "mean_depth"):
+        assert len(run.curve(name)) == 4, name
+    for name in ("state_norm", "delta_norm", "router_entropy/layer1"):
+        assert len(run.by_loop(name)[1]) == 4, name
+    assert [row["depth"] for row in run.evaluations[4]] == [1, 2, 4]
+    assert run.checkpoint is not None
+    assert len(run.checkpoint.decays) == config.model.dim
+    read = Reader(page(run))
+    assert "finished, 4 steps" in read.text
+    assert "is damaged" not in read.text
+    assert "not JSON" not in read.text
+
+
+# pictures
+
+
+def test_curves_keep_their_extremes_however_long(whole):
+    points = [(float(i), 1.0) for i in range(5000)]
+    points[3333] = (3333.0, 9.0)
+    thin = charts._thin(points)
+    assert len(thin) < 500
+    assert (3333.0, 9.0) in thin
+    assert thin[0] == points[0]
+    assert thin[-1] == points[-1]
+    assert [x for x, _ in thin] == sorted(x for x, _ in thin)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.0), (2.5, 2.5), (-1.0, 3.0), (1e-9, 2e-9), (3.94, 4.01), (1, 1e9)]
+)
+@pytest.mark.parametrize("zero", [True, False])
+def test_axes_hold_all_values_at_round_numbers(low, high, zero):
+    if zero and low < 0:
+        return
+    scale = charts._vertical([low, high], False, zero)
+    room = 1e-6 * scale.step
+    assert scale.low - room <= low <= high <= scale.high + room
+    assert 1 <= round((scale.high - scale.low) / scale.step) <= 6
+    assert scale(scale.low) == scale.start
+    assert scale(scale.high) == scale.end
+
+
+def test_pictures_of_extreme_data_are_well_formed():
+    Reader(curves([Line([(1, 1.0)])], "one point"))
+    Reader(curves([Line([(1, 0.0), (2, 1e-9)])], "logarithm of zero", log=True))
+    Reader(curves([Line([(1, -1.0), (2, 3.0)], "hue:20", "<&>")], "names", bound=0.5,
+                  marks=[Mark(1.5, "alarm", '"<&>')]))  # fmt: skip
+    Reader(depth_curve([(1, 2.0)], "one depth", valid=(1, 1), mean=4.0, limit=2.05))
+    Reader(bars([0.0, 0.0], ["a", "b"], "nothing", "x", "y"))
+    Reader(heat([[1.0]], "one expert"))
+    Reader(heat(torch.rand(64, 256).tolist(), "many experts"))
+
+
+def test_numbers_are_short():
+    shown = [short(x) for x in (0, 0.5, 1234, 1.2e6, 3.4e9, -5e3, 0.00012, 1e13)]
+    assert shown == ["0", "0.5", "1.23 k", "1.2 M", "3.4 G", "-5 k", "1e-04", "10 T"]
+
+
+def test_the_summary_is_made_of_what_is_there(whole, tmp_path):
+    assert "Alarms: state_collapse." in summary(read_run(whole))
+    assert summary(read_run(write_lines(tmp_path, [{"step": 1}]))) == "No alarm was raised."

@@ -1,0 +1,320 @@
+"""The recommended layout, and the refusal where none fits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import yaml
+
+from open_mythos.errors import ConfigError
+from open_mythos.plan import (
+    GPUS,
+    DoesNotFitError,
+    Job,
+    Layout,
+    Wish,
+    gpu,
+    layouts,
+    make_plan,
+    memory,
+    parse_count,
+)
+from open_mythos.plan.choose import step_seconds
+from open_mythos.train.config import RunConfig
+from open_mythos.variants import VARIANTS
+
+from .small import job_of, small_job
+
+H100 = gpu("h100")
+
+
+def planned(name: str, gpus: int, gpu_name: str = "h100", **options: object):
+    return make_plan(job_of(name), gpu(gpu_name), gpus, 1e9, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "gpu_name"),
+    [("nano", 1, "h100"), ("small", 8, "h100"), ("3b", 64, "h100"), ("50b", 512, "b200")],
+)  # fmt: skip
+def test_what_is_recommended_fits(name: str, gpus: int, gpu_name: str) -> None:
+    plan = planned(name, gpus, gpu_name)
+    assert plan.memory.total <= plan.gpu.usable < plan.gpu.memory
+    assert plan.layout.gpus == gpus
+    assert plan.memory == memory(plan.job, plan.layout)
+    assert plan.layout.global_batch % gpus == 0
+
+
+def with_memory(megabytes: float):
+    """A GPU that small models can fill."""
+    return replace(H100, memory=megabytes * 1e6 / 0.92)
+
+
+@pytest.mark.parametrize("megabytes", [3, 4, 6, 12])
+def test_no_layout_that_fits_is_much_faster(megabytes: float) -> None:
+    job, gpus, local = small_job(4), 8, 4
+    plan = make_plan(job, with_memory(megabytes), gpus, 1e6, batch_tokens=gpus * local * 32)
+    seconds = sum(step_seconds(job, H100, plan.layout, plan.mfu))
+    assert plan.memory.total <= plan.gpu.usable
+    for way in layouts(job, gpus):
+        for size in (1, 2, 4):
+            other = replace(way, micro_batch=size, micro_batches=local // size)
+            if way.shard in (1, 8) and memory(job, other).total <= plan.gpu.usable:
+                assert sum(step_seconds(job, H100, other, plan.mfu)) > seconds / 1.03
+
+
+def test_the_less_memory_the_slower() -> None:
+    plans = [
+        make_plan(small_job(4), with_memory(megabytes), 8, 1e6, batch_tokens=8 * 4 * 32)
+        for megabytes in (3, 4, 6, 12, 100)
+    ]
+    seconds = [sum((plan.compute_seconds, plan.traffic_seconds)) for plan in plans]
+    assert all(fast <= 1.03 * slow for slow, fast in pairwise(seconds))
+    assert plans[0].layout.kind == "fsdp"
+    assert plans[-1].layout.kind == "ddp"
+    assert plans[-1].layout.micro_batch == 4
+
+
+def test_small_models_are_not_sharded() -> None:
+    assert planned("tiny", 1).layout.kind == "none"
+    plan = planned("small", 8)
+    assert plan.layout.kind == "ddp"
+    assert not plan.layout.checkpoint_loops
+    assert plan.layout.micro_batch > 1
+
+
+def test_the_wish_is_granted() -> None:
+    wish = Wish(kind="fsdp", shard=4, experts=2, micro_batch=2, checkpoint_loops=True)
+    assert wish.allows(planned("small", 8, wish=wish).layout)
+    for name, value in vars(wish).items():
+        assert getattr(planned("small", 8, wish=Wish(**{name: value})).layout, name) == value
+    with pytest.raises(ConfigError, match="no such layout"):
+        planned("small", 8, wish=Wish(shard=3))
+    with pytest.raises(ConfigError, match="no such layout"):
+        planned("small", 8, wish=Wish(kind="ddp", shard=8))
+
+
+def test_a_refusal_says_how_many_gpus_would_do() -> None:
+    job, small = small_job(4, model={"n_experts": 64}), with_memory(4)
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(job, small, 2, 1e6)
+    error = caught.value
+    assert error.exit_code == 2
+    assert error.gpus_needed is not None
+    assert str(error.gpus_needed) in error.fix
+    assert error.least == memory(job, error.layout)
+    assert error.least.total > small.usable
+    assert make_plan(job, small, error.gpus_needed, 1e6).memory.total <= small.usable
+    with pytest.raises(DoesNotFitError):
+        make_plan(job, small, error.gpus_needed // 2, 1e6)
+
+
+def test_a_refused_wish_is_told_from_what_cannot_be_had() -> None:
+    job, small = small_job(4), with_memory(3)
+    assert make_plan(job, small, 8, 1e6).layout.kind == "fsdp"
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(job, small, 8, 1e6, wish=Wish(kind="ddp"))
+    assert caught.value.layout.kind == "ddp"
+    assert caught.value.gpus_needed == 8
+    assert "leave more of the layout" in caught.value.fix
+
+
+def test_a_refusal_names_what_no_number_of_gpus_divides() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        planned("1t", 4096, "b200")
+    assert caught.value.gpus_needed is None
+    assert "gathered weights" in str(caught.value)
+    assert "no number" in caught.value.fix
+
+
+def test_a_refusal_names_a_context_that_fits() -> None:
+    job = small_job(4, context=2048, model={"max_seq_len": 2048})
+    small = with_memory(12)
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(job, small, 2, 1e6)
+    shorter = caught.value.context_that_fits
+    assert shorter is not None
+    assert f"{shorter:,}" in caught.value.fix
+    assert make_plan(replace(job, context=shorter), small, 2, 1e6).memory.total <= small.usable
+    with pytest.raises(DoesNotFitError):
+        make_plan(replace(job, context=2 * shorter), small, 2, 1e6)
+
+
+def test_divided_experts_and_truncation_exclude_each_other() -> None:
+    assert any(way.experts > 1 for way in layouts(small_job(), 8))
+    assert all(way.experts == 1 for way in layouts(small_job(grad_loops=2), 8))
+    assert all(way.experts == 1 for way in layouts(small_job(model={"n_experts": 0}), 8))
+    dense = small_job(1, model={"n_experts": 0}, n_layers=4)
+    assert not any(way.checkpoint_loops for way in layouts(dense, 8))
+
+
+def test_options_are_those_of_a_run() -> None:
+    """What the plan prints can be pasted behind ``open-mythos train``."""
+    job = small_job(4, optimizer="muon", dtype="float16", grad_loops=2)
+    layout = Layout(16, "fsdp", 8, 1, True, 2, 3)
+    words = layout.options(job).split()
+    given = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+    values: dict = {}
+    for name, value in given.items():
+        section, field = name.split(".")
+        values.setdefault(section, {})[field] = yaml.safe_load(value)
+    run = RunConfig.from_dict(values | {"model": job.cfg.to_dict()})
+    assert (run.parallel.kind, run.parallel.shard) == ("fsdp", 8)
+    assert (run.train.micro_batch, run.train.global_batch) == (2, layout.global_batch) == (2, 96)
+    assert (run.train.checkpoint_loops, run.train.grad_loops) == (True, 2)
+    assert (run.train.dtype, run.train.seq_len, run.optim.name) == ("float16", 32, "muon")
+
+
+def test_layouts_divide_the_gpus() -> None:
+    for gpus in (1, 6, 8):
+        for way in layouts(small_job(), gpus):
+            assert gpus % way.shard == gpus % way.experts == 0
+            assert way.gpus == gpus
+
+
+def has_an_answer(name: str, gpus: int, gpu_name: str) -> None:
+    plan, refusal = None, None
+    try:
+        plan = planned(name, gpus, gpu_name)
+    except DoesNotFitError as error:
+        refusal = error
+    usable = gpu(gpu_name).usable
+    if plan is not None:
+        assert plan.memory.total <= usable
+    else:
+        assert refusal is not None
+        assert refusal.least.total > usable
+        assert refusal.allowed
+        assert refusal.fix
+
+
+@pytest.mark.parametrize("name", ["tiny", "3b", "500b"])
+def test_middle_and_large_variants_have_an_answer(name: str) -> None:
+    has_an_answer(name, 64, "h100")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("gpu_name", GPUS)
+@pytest.mark.parametrize("gpus", [8, 1024])
+def test_every_variant_has_an_answer(name: str, gpu_name: str, gpus: int) -> None:
+    has_an_answer(name, gpus, gpu_name)
+
+
+def test_time_and_cost() -> None:
+    plan = planned("1b", 8, mfu=0.5, price=2.0)
+    assert plan.steps == -(-1_000_000_000 // plan.step_tokens)
+    flops = plan.step_tokens * plan.job.training_flops()
+    assert plan.compute_seconds == pytest.approx(flops / (8 * 0.5 * 989.4e12))
+    assert not plan.layout.checkpoint_loops
+    best, worst = plan.step_seconds
+    assert worst == best + plan.traffic_seconds
+    assert plan.utilisation[0] == pytest.approx(0.5)
+    assert plan.gpu_hours[1] == pytest.approx(plan.steps * worst * 8 / 3600)
+    assert plan.cost[1] == pytest.approx(2.0 * plan.gpu_hours[1])
+    assert plan.days[1] == pytest.approx(plan.gpu_hours[1] / 24 / 8)
+
+
+def test_computing_again_takes_time() -> None:
+    job = job_of("1b")
+    kept, again = (
+        step_seconds(job, H100, Layout(8, "ddp", checkpoint_loops=flag), 0.3)[0]
+        for flag in (False, True)
+    )
+    per_loop = job.counts.forward_flops(1) - job.counts.forward_flops(0)
+    assert job.recomputed_flops() == pytest.approx(16 * per_loop)
+    assert 1.2 < again / kept < 4 / 3
+    truncated = replace(job, grad_loops=4)
+    assert truncated.recomputed_flops() == pytest.approx(4 * per_loop)
+
+
+def test_mean_and_largest_depth() -> None:
+    """Computing costs what the mean costs; memory holds the deepest."""
+    job = small_job(8, n_loops=3.5)
+    assert job.training_flops() == job.counts.training_flops(3.5)
+    deepest = small_job(8)
+    assert memory(job, Layout(1, "none")) == memory(deepest, Layout(1, "none"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"context": 0}, {"context": 257}, {"n_loops": 5}, {"n_loops": 0}, {"max_loops": 0},
+     {"grad_loops": 0}, {"dtype": "int8"}, {"optimizer": "sgd"}],
+)  # fmt: skip
+def test_bad_jobs(changes: dict) -> None:
+    with pytest.raises(ConfigError):
+        small_job(**changes)
+
+
+def test_a_job_does_not_change_with_the_configuration_it_was_made_from() -> None:
+    cfg = small_job().cfg
+    job = Job(cfg, context=32)
+    before = memory(job, Layout(1, "none"))
+    cfg.dim *= 2
+    assert memory(job, Layout(1, "none")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"gpus": 0}, "gpus"), ({"tokens": 0}, "tokens"), ({"mfu": 0}, "mfu"),
+        ({"mfu": 1.5}, "mfu"), ({"price": -1}, "price"), ({"batch_tokens": 64}, "global_batch"),
+    ],
+)  # fmt: skip
+def test_bad_numbers(options: dict, where: str) -> None:
+    fields = {"gpus": 8, "tokens": 1e9} | options
+    with pytest.raises(ConfigError) as caught:
+        make_plan(small_job(), H100, fields.pop("gpus"), fields.pop("tokens"), **fields)
+    assert where in caught.value.where
+
+
+def test_the_batch_is_rounded_to_the_gpus() -> None:
+    plan = make_plan(small_job(), H100, 8, 1e6, batch_tokens=1000 * 32)
+    assert plan.layout.global_batch == 1000
+    plan = make_plan(small_job(), H100, 3, 1e6, batch_tokens=1000 * 32)
+    assert plan.layout.global_batch == 999
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("30B", 30e9), ("1.5T", 1.5e12), ("2e10", 2e10), ("500m", 5e8), (3e10, 3e10), ("7 k", 7e3),
+     (12, 12.0), ("1_000", 1000.0)],
+)  # fmt: skip
+def test_counts_are_read(text: str | float, value: float) -> None:
+    assert parse_count(text, "tokens") == value
+
+
+@pytest.mark.parametrize("text", ["", "B", "-3B", "3Q", "0", "nan", "1e999", "3 apples", "1.2.3"])
+def test_what_is_no_count(text: str) -> None:
+    with pytest.raises(ConfigError, match="not a number of tokens"):
+        parse_count(text, "tokens")
+
+
+def test_unknown_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match="h100"):
+        gpu("h101")
+    assert gpu("H100") is GPUS["h100"]
+
+
+def test_plans_are_json() -> None:
+    values = json.loads(json.dumps(planned("1b", 8).to_dict()))
+    assert values["layout"]["gpus"] == 8
+    assert values["memory"]["total"] == sum(values["memory"]["parts"].values())
+    assert values["counts"]["parameters"] == job_of("1b").counts.parameters
+    assert values["cache"]["bytes"] > values["cache"]["bytes_shared"]
+
+
+def test_planning_loads_no_torch() -> None:
+    code = (
+        "import sys; from open_mythos.cli.plan import show_plan; "
+        "from open_mythos.plan import Wish; "
+        "show_plan('1b', gpus=8, gpu_name='h100', tokens='1B', context=None, n_loops=None, "
+        "max_loops=None, grad_loops=None, dtype='bfloat16', optimizer='adamw', ema=False, "
+        "global_batch_tokens='', mfu=None, price=None, wish=Wish(), as_json=True); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,113 @@
+"""Bytes that travel in a step, counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from open_mythos.accounting import account
+from open_mythos.plan import Layout, communication, gpu
+from open_mythos.plan.communication import Group, _all_gather, _all_reduce, _all_to_all
+from open_mythos.plan.hardware import GPUS, LINK_EFFICIENCY
+from open_mythos.plan.parameters import parameters
+
+from .small import SMALL, small_job
+
+H100 = gpu("h100")
+
+
+def by_purpose(job, layout: Layout) -> dict[str, tuple[float, float]]:
+    found = communication(job, layout, H100)
+    return {each.what.partition(" (")[0]: (each.nvlink, each.network) for each in found}
+
+
+def n_of(*units: str) -> int:
+    return sum(each.n for each in parameters(SMALL) if each.unit in units)
+
+
+@pytest.mark.parametrize(
+    ("group", "in_node", "nodes"),
+    [
+        (Group(8), 8, 1), (Group(2), 2, 1), (Group(32), 8, 4), (Group(4, 8), 1, 4),
+        (Group(16, 2), 4, 4), (Group(4, 2), 4, 1), (Group(2, 64), 1, 2),
+    ],
+)  # fmt: skip
+def test_groups(group: Group, in_node: int, nodes: int) -> None:
+    assert (group.in_node, group.nodes) == (in_node, nodes)
+
+
+def test_rings() -> None:
+    assert _all_gather(800, Group(8)) == (700, 0)
+    assert _all_reduce(800, Group(8)) == (1400, 0)
+    assert _all_gather(800, Group(4, 8)) == (0, 600)
+    # two nodes: each gets the other's half over eight adapters, the rest over NVLink
+    assert _all_gather(1600, Group(16)) == (1400, 100)
+    assert _all_to_all(800, Group(8)) == (700, 0)
+    assert _all_to_all(1600, Group(16)) == (700, 800)
+    assert _all_gather(800, Group(1)) == (0, 0)
+
+
+def test_one_gpu_is_silent() -> None:
+    assert communication(small_job(), Layout(1, "none"), H100) == []
+
+
+def test_ddp_sums_every_gradient_once_a_step() -> None:
+    trained = account(SMALL).parameters - SMALL.dim - 1
+    for micro_batches in (1, 4):
+        found = by_purpose(small_job(), Layout(8, "ddp", micro_batches=micro_batches))
+        assert found == {"sum gradients": (2 * 4 * trained * 7 / 8, 0)}
+
+
+def test_fsdp_gathers_the_loop_once_and_blocks_twice() -> None:
+    layout = Layout(8, "fsdp", 8, micro_batches=3)
+    found = by_purpose(small_job(), layout)
+    padded = {
+        unit: sum(8 * each.chunk(8) for each in parameters(SMALL) if each.unit == unit)
+        for unit in ("model", "recurrent", "prelude.0", "coda.0")
+    }
+    elements = padded["model"] + padded["recurrent"] + 2 * (padded["prelude.0"] + padded["coda.0"])
+    assert found["gather weights"] == (3 * 4 * elements * 7 / 8, 0)
+    # a hidden width of 85 makes matrices of 170 rows, which eight processes pad to 176
+    assert padded["prelude.0"] == n_of("prelude.0") + 6 * SMALL.dim
+    gate = 8 * (SMALL.dim + 1)  # of one row each: padded, and not trained
+    assert found["sum gradients"] == (3 * 4 * (sum(padded.values()) - gate) * 7 / 8, 0)
+
+
+def test_traffic_does_not_depend_on_the_number_of_loops_unless_experts_are_divided() -> None:
+    """The module that owns the loop is gathered once for all loops; tokens travel at each."""
+    whole, apart = Layout(8, "fsdp", 8), Layout(8, "fsdp", 8, 4)
+    assert by_purpose(small_job(1), whole) == by_purpose(small_job(4), whole)
+    once, four = (by_purpose(small_job(n), apart) for n in (1, 4))
+    tokens = "tokens to experts and back"
+    assert four[tokens][0] == 4 * once[tokens][0]
+    rows, width = 32 * SMALL.n_experts_per_tok, SMALL.dim
+    there_and_back = 4 + 2  # float32 rows, bfloat16 results
+    assert once[tokens] == (rows * width * there_and_back * 2 * 3 / 4, 0)
+    again = by_purpose(small_job(1), Layout(8, "fsdp", 8, 4, checkpoint_loops=True))
+    assert again[tokens][0] == 1.5 * once[tokens][0]
+    for name in once.keys() - {tokens}:
+        assert four[name] == once[name]
+
+
+def test_hybrid_sharding_keeps_gathering_in_the_node() -> None:
+    found = by_purpose(small_job(), Layout(32, "fsdp", 8))
+    assert found["gather weights"][1] == found["sum gradients"][1] == 0
+    nvlink, network = found["sum gradients of copies"]
+    local = sum(each.chunk(8) for each in parameters(SMALL) if each.trained)
+    assert (nvlink, network) == (0, 2 * 4 * local * 3 / 4)
+    assert by_purpose(small_job(), Layout(32, "fsdp", 32))["gather weights"][1] > 0
+
+
+def test_muon_gathers_matrices_but_not_experts() -> None:
+    layout = Layout(8, "fsdp", 8)
+    extra = by_purpose(small_job(optimizer="muon"), layout)["gather Muon's updates"]
+    assert "gather Muon's updates" not in by_purpose(small_job(), layout)
+    assert 0 < extra[0] < 2 * account(SMALL).parameters
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_time_is_that_of_the_slower_link(name: str) -> None:
+    for each in communication(small_job(), Layout(64, "fsdp", 64, 8), gpu(name)):
+        nvlink = each.nvlink / gpu(name).nvlink / LINK_EFFICIENCY
+        network = each.network / gpu(name).network / LINK_EFFICIENCY
+        assert each.seconds == pytest.approx(max(nvlink, network))
+        assert each.seconds > 0

@@ -1,0 +1,72 @@
+"""Several processes compute what one does: losses, weights, depths."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from open_mythos.train import Trainer, build_model
+from tests.train.conftest import CountingLoader, tiny_run
+from tests.train.ranks import run_ranks
+
+RUN = {"depth": {"plan": "uniform", "low": 1, "high": 5}, "train": {"balance_coefficient": 0.01,
+       "steps": 6}}  # fmt: skip
+KINDS = {
+    "ddp": {"kind": "ddp"},
+    "fsdp": {"kind": "fsdp"},
+    "hsdp": {"kind": "fsdp", "shard": 2},
+    "experts": {"kind": "fsdp", "experts": 2},
+}
+
+
+class Losses:
+    def __init__(self):
+        self.lines = []
+
+    def log(self, step, metrics):
+        self.lines.append({name: metrics[name] for name in ("loss", "grad_norm", "mean_depth")})
+
+
+def trained(run):
+    """The lines of a run (on rank 0), and its weights, whole."""
+    losses = Losses()
+    trainer = Trainer(build_model(run), CountingLoader(run), run, loggers=[losses])
+    trainer.fit()
+    return losses.lines, whole(trainer.model.state_dict()), trainer.state
+
+
+def whole(tensors):
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+
+
+def every_kind(ranks, options):
+    found = {}
+    for size in (1, 2, 4):
+        for name, parallel in KINDS.items():
+            if (size < 4 and name == "hsdp") or size < 2:
+                continue
+            with ranks.group(size) as inside:
+                if inside:
+                    found[name, size] = trained(tiny_run(**options, parallel=parallel))
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [RUN, RUN | {"train": RUN["train"] | {"micro_batch": 1, "checkpoint_loops": True}}],
+    ids=["plain", "micro-batches, checkpointed"],
+)
+def test_every_kind_computes_what_one_process_does(options):
+    lines, weights, state = trained(tiny_run(**options))
+    found = run_ranks(4, every_kind, options)
+    for key, (got, tensors, at) in found[0].items():
+        for step, (a, b) in enumerate(zip(got, lines, strict=True)):
+            assert a["loss"] == pytest.approx(b["loss"], abs=5e-6), (key, step)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), (key, step)
+            assert a["mean_depth"] == b["mean_depth"], (key, step)
+        assert at == state, key
+        assert tensors.keys() == weights.keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(tensors[name], value, atol=2e-4, rtol=0, msg=f"{key} {name}")
+            for other in found[1:]:
+                if key in other:
+                    assert torch.equal(other[key][1][name], tensors[name]), (key, name)

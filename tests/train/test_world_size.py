@@ -1,0 +1,209 @@
+"""A run goes on with any number and kind of processes, and they act as one."""
+
+import itertools
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from open_mythos import from_pretrained
+from open_mythos.train import PreemptedError, Trainer, build_model, verify_checkpoint
+from tests.train.conftest import CountingLoader, tiny_run
+from tests.train.ranks import run_ranks
+from tests.train.test_distributed import Losses, whole
+
+RUN = {"depth": {"plan": "uniform", "low": 1, "high": 4}, "optim": {"ema_decay": 0.9}}
+STEPS, CUT = 24, 4
+SIZES = {"ddp": (1, 2, 4), "fsdp": (1, 2, 4)}
+KINDS = [(kind, size) for kind, sizes in SIZES.items() for size in sizes]
+
+
+def run_of(folder, kind, **train):
+    options = RUN | {"train": {"steps": STEPS, "out_dir": str(folder), "keep": 3} | train}
+    return tiny_run(**options, parallel={"kind": kind})
+
+
+def trainer_of(run, losses=None):
+    loggers = [] if losses is None else [losses]
+    return Trainer(build_model(run), CountingLoader(run), run, loggers=loggers)
+
+
+def save_and_resume_everywhere(ranks, folder):
+    """Six saved runs, each continued in six ways: (from, to) -> losses; and the whole weights."""
+    saved, found = {}, {}
+    for kind, size in KINDS:
+        run = run_of(Path(folder) / f"{kind}{size}", kind)
+        saved[kind, size] = run.train.out_dir
+        with ranks.group(size) as inside:
+            if inside:
+                trainer = trainer_of(run)
+                for step in range(CUT):
+                    trainer.train_step(step)
+                trainer.save()
+                state = whole(trainer.model.state_dict())
+                average = whole(trainer.average.state_dict())
+                found["saved", kind, size] = state, average
+    for kind, size in KINDS:
+        with ranks.group(size) as inside:
+            for before in KINDS if inside else ():
+                losses = Losses()
+                run = run_of(Path(folder) / f"next-{before}-{kind}{size}", kind)
+                trainer = trainer_of(run, losses)
+                trainer.resume(saved[before])
+                here = whole(trainer.model.state_dict())
+                same = all(
+                    torch.equal(here[name], value)
+                    for name, value in found["saved", *before][0].items()
+                ) if ("saved", *before) in found else None  # fmt: skip
+                lines = [trainer.train_step(step).loss for step in range(CUT, STEPS)]
+                found[before, (kind, size)] = lines, same
+    return found
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return folder, run_ranks(4, save_and_resume_everywhere, str(folder))
+
+
+def test_every_ordered_pair_resumes(everywhere):
+    _, found = everywhere
+    straight = trainer_of(tiny_run(**RUN, train={"steps": STEPS}))
+    want = [straight.train_step(step).loss for step in range(STEPS)][CUT:]
+    for before, after in itertools.product(KINDS, KINDS):
+        lines, same = found[0][before, after]
+        assert same, (before, after)
+        assert lines == pytest.approx(want, abs=5e-6), (before, after)
+
+
+def test_a_sharded_checkpoint_is_whole_and_loads_as_a_model(everywhere):
+    folder, found = everywhere
+    for size in (2, 4):
+        path = folder / f"fsdp{size}" / "checkpoints" / f"step_{CUT:08d}"
+        verify_checkpoint(path)
+        assert len(list(path.glob("shard-*.safetensors"))) == size
+        weights = from_pretrained(folder / f"fsdp{size}").state_dict()
+        want, _ = found[0]["saved", "fsdp", size]
+        assert weights.keys() == want.keys()
+        assert all(torch.equal(weights[name], value) for name, value in want.items())
+
+
+def stop_one(ranks, folder, kind, which):
+    """Process ``which`` is told to stop in step 3; how each ends, and after which step."""
+    with ranks.group(2):
+        run = run_of(folder, kind)
+        trainer = trainer_of(run)
+        step = trainer.train_step
+
+        def told(number):
+            if number == 3 and ranks.rank == which:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(number)
+
+        trainer.train_step = told
+        with pytest.raises(PreemptedError) as caught:
+            trainer.fit()
+        assert caught.value.exit_code == 75
+        return trainer.state.step
+
+
+@pytest.mark.parametrize(("kind", "which"), [("ddp", 0), ("fsdp", 1)])
+def test_a_signal_to_one_process_stops_all(tmp_path, kind, which):
+    assert run_ranks(2, stop_one, str(tmp_path), kind, which) == [4, 4]
+    path = tmp_path / "checkpoints" / "step_00000004"
+    verify_checkpoint(path)
+
+
+def poison_one(ranks, kind, where):
+    """Something is NaN in process 1 only, in step 1; what both think of it."""
+    with ranks.group(2):
+        trainer = trainer_of(tiny_run(**RUN, parallel={"kind": kind}))
+        trainer.train_step(0)
+        before = {n: t.clone() for n, t in whole(trainer.model.state_dict()).items()}
+        average = {n: t.clone() for n, t in whole(trainer.average.state_dict()).items()}
+        plain = trainer.parallel.train_on
+
+        def poisoned(function, **arguments):
+            out = plain(function, **arguments)
+            if ranks.rank == 1 and where == "loss":
+                return out._replace(total=out.total * torch.nan, nll=out.nll * torch.nan)
+            if ranks.rank == 1:
+                # finite loss, one bad gradient
+                return out._replace(total=out.total * torch.inf)
+            return out
+
+        trainer.parallel.train_on = poisoned
+        result = trainer.train_step(1)
+        trainer.parallel.train_on = plain
+        after = whole(trainer.model.state_dict())
+        kept = all(torch.equal(after[n], v) for n, v in before.items())
+        averages = whole(trainer.average.state_dict())
+        kept = kept and all(torch.equal(averages[n], v) for n, v in average.items())
+        return result.skipped, trainer.state.skips, kept, trainer.train_step(2).skipped
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_number_that_is_none_in_one_process_is_skipped_by_all(kind, where):
+    assert run_ranks(2, poison_one, kind, where) == [(True, 1, True, False)] * 2
+
+
+def save_behind(ranks, folder, kind):
+    with ranks.group(2):
+        run = run_of(folder, kind, async_save=True, save_every=2, steps=6)
+        trainer = trainer_of(run)
+        trainer.fit()
+        return whole(trainer.model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_saves_behind_the_training(tmp_path, kind):
+    weights, _ = run_ranks(2, save_behind, str(tmp_path), kind)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000002", "step_00000004", "step_00000006"]
+    for name in names:
+        verify_checkpoint(tmp_path / "checkpoints" / name)
+    stored = from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(stored[name], value) for name, value in weights.items())
+    # the one in the middle is of its own moment: going on from it gives the same end
+    run = replace(run_of(tmp_path / "again", "none"), architecture="looped")
+    trainer = trainer_of(run)
+    assert trainer.resume(tmp_path / "checkpoints" / "step_00000004").step == 4
+
+
+def lose_one(ranks, folder, how):
+    """Process 1 dies or hangs in step 3; how long the other takes to notice, and what it says."""
+    with ranks.group(2, timeout=4):
+        run = run_of(folder, "ddp")
+        trainer = trainer_of(run)
+        step = trainer.train_step
+
+        def lost(number):
+            if number == 3 and ranks.rank == 1:
+                if how == "killed":
+                    torch.save(None, Path(ranks.folder) / "result1.pt")
+                    os._exit(0)
+                time.sleep(14)
+                os._exit(0)
+            return step(number)
+
+        trainer.train_step = lost
+        if ranks.rank == 1:
+            torch.save(None, Path(ranks.folder) / "result1.pt")
+        start = time.monotonic()
+        try:
+            trainer.fit()
+        except RuntimeError as error:
+            return time.monotonic() - start, str(error)
+        raise AssertionError("nobody noticed")
+
+
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_the_others_notice_a_lost_process(tmp_path, how):
+    seconds, said = run_ranks(2, lose_one, str(tmp_path), how)[0]
+    assert seconds < 10
+    assert said
