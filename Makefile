@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow chaos lint format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,10 +28,13 @@ demo: $(READY)  ## train a looped model beside a dense one on real text and look
 	@$(BIN)/open-mythos demo
 
 test: $(READY)  ## all tests that fit into ten minutes on two cores
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not network"
+	@$(BIN)/python -m pytest -m "not slow and not chaos and not gpu and not network"
 
 test-slow: $(READY)  ## the longer checks
-	@$(BIN)/python -m pytest -m "slow and not gpu and not network"
+	@$(BIN)/python -m pytest -m "slow and not chaos and not gpu and not network"
+
+chaos: $(READY)  ## break training in every way and print what came of it (10 minutes)
+	@$(BIN)/python -m pytest tests/chaos -m "not short" --chaos-json chaos.json
 
 lint: $(READY)  ## formatter, linter, type checker
 	@$(BIN)/ruff format --check .

@@ -34,7 +34,7 @@ from open_mythos.train import (
     Trainer,
     build_model,
 )
-from open_mythos.train.ema import WeightAverage
+from open_mythos.train.optimizers.ema import WeightAverage
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "lr_transfer.json"

@@ -37,7 +37,7 @@ from open_mythos.train import (
     Trainer,
     build_model,
 )
-from open_mythos.train.muon import local
+from open_mythos.train.optimizers.muon import local
 
 OUT = Path(__file__).resolve().parent / "results" / "plan_memory.json"
 PROCESSES = 2

@@ -57,6 +57,8 @@ def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path)
     target.mkdir(parents=True, exist_ok=True)
     with _appearing(target / WEIGHTS_FILE) as path:
         save_file(model_tensors(model), path, metadata={"format": "pt"})
+        # the library makes files that only their owner can read, whatever the umask is
+        path.chmod(target.stat().st_mode & 0o666)
     with _appearing(target / CONFIG_FILE) as path:
         path.write_text(json.dumps(describe(model), indent=2) + "\n", encoding="utf-8")
     sync_to_disk(target)

@@ -19,8 +19,8 @@ from open_mythos.runtime import rank, training_dtype, world_size
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint import CHECKPOINTS_FOLDER, checkpoints
-from open_mythos.train.distributed import first_decides, process_group
+from open_mythos.train.processes.distributed import first_decides, process_group
+from open_mythos.train.saving.checkpoint import CHECKPOINTS_FOLDER, checkpoints
 
 CONFIG_FILE = "run.yaml"
 DEFAULT_OUT = "runs/train"

@@ -197,7 +197,7 @@ def activations_per_loop(job: Job) -> dict[str, float]:
 
 
 def is_muon(parameter: Parameter) -> bool:
-    """Whether "muon" updates it by Muon; ``open_mythos.train.optim`` has the table."""
+    """Whether "muon" updates it by Muon; ``open_mythos.train.optimizers.optim`` has the table."""
     return ".lora." not in parameter.name and bool(_MUON.search(parameter.name))
 
 

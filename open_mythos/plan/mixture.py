@@ -1,5 +1,5 @@
 """The mixture of experts in ghost tensors: ``layers/moe.py``, ``ops/moe.py`` and
-``train/expert_parallel.py``, line by line, as if all experts had equally many tokens."""
+``train/processes/expert_parallel.py``, line by line, as if all experts had equally many tokens."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 _MODULES = {
     "open_mythos.train.build": ("build_model",),
-    "open_mythos.train.checkpoint": (
+    "open_mythos.train.saving.checkpoint": (
         "find_checkpoint", "load_checkpoint", "read_state", "save_checkpoint", "verify_checkpoint",
     ),
     "open_mythos.train.config": (
@@ -18,17 +18,17 @@ _MODULES = {
         "WatchConfig",
     ),
     "open_mythos.train.depth": ("DEPTH_PLANS", "DepthPlan"),
-    "open_mythos.train.distributed": ("process_group",),
-    "open_mythos.train.ema": ("WeightAverage", "averaged_model"),
+    "open_mythos.train.processes.distributed": ("process_group",),
+    "open_mythos.train.optimizers.ema": ("WeightAverage", "averaged_model"),
     "open_mythos.train.gate": ("GATE_TARGETS", "GateConfig", "GateReport", "train_gate"),
     "open_mythos.train.loss": ("LossOutput", "next_token_loss", "sequence_balance_loss"),
-    "open_mythos.train.metrics": ("JsonlLogger", "MetricsLogger"),
-    "open_mythos.train.muon": ("Muon", "MuonAdamW"),
-    "open_mythos.train.optim": ("build_optimizer", "parameter_groups"),
-    "open_mythos.train.parallel": (
+    "open_mythos.train.watching.metrics": ("JsonlLogger", "MetricsLogger"),
+    "open_mythos.train.optimizers.muon": ("Muon", "MuonAdamW"),
+    "open_mythos.train.optimizers.optim": ("build_optimizer", "parameter_groups"),
+    "open_mythos.train.processes.parallel": (
         "ParallelModel", "apply_activation_checkpointing", "parallelize",
     ),
-    "open_mythos.train.schedule": ("SCHEDULES", "learning_rate"),
+    "open_mythos.train.optimizers.schedule": ("SCHEDULES", "learning_rate"),
     "open_mythos.train.signals": ("PreemptedError",),
     "open_mythos.train.state": ("BatchLoader", "StepResult", "TokenBatch", "TrainState"),
     "open_mythos.train.trainer": ("DivergedError", "Trainer"),

@@ -98,7 +98,7 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrices; ``open_mythos.train.optim`` says of which."""
+    """Decoupled weight decay of the matrices; ``train.optimizers.optim`` says of which."""
 
     momentum: float = 0.95
     """Muon: decay of the mean of gradients, in [0, 1). AdamW does not read it."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.trace import LoopTrace
-from open_mythos.train.metrics import Metrics, depth_metrics, loop_metrics
+from open_mythos.train.watching.metrics import Metrics, depth_metrics, loop_metrics
 
 
 class TokenBatch(Protocol):

@@ -18,16 +18,16 @@ from open_mythos.trace import LoopTrace
 from open_mythos.train.build import Model
 from open_mythos.train.config import RunConfig, TrainConfig
 from open_mythos.train.depth import DepthPlan
-from open_mythos.train.distributed import device_of_process, sum_loads
-from open_mythos.train.ema import WeightAverage
-from open_mythos.train.gradients import gradient_norm, scale_gradients
 from open_mythos.train.loss import count_targets, next_token_loss
-from open_mythos.train.loss_scale import LossScale
-from open_mythos.train.metrics import merge_trace
-from open_mythos.train.optim import build_optimizer, freeze_halting_gate
-from open_mythos.train.parallel import parallelize
-from open_mythos.train.schedule import learning_rate
+from open_mythos.train.optimizers.ema import WeightAverage
+from open_mythos.train.optimizers.gradients import gradient_norm, scale_gradients
+from open_mythos.train.optimizers.loss_scale import LossScale
+from open_mythos.train.optimizers.optim import build_optimizer, freeze_halting_gate
+from open_mythos.train.optimizers.schedule import learning_rate
+from open_mythos.train.processes.distributed import device_of_process, sum_loads
+from open_mythos.train.processes.parallel import parallelize
 from open_mythos.train.state import StepCounts, StepResult, TokenBatch
+from open_mythos.train.watching.metrics import merge_trace
 
 
 class TrainStep:

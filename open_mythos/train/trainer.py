@@ -26,19 +26,25 @@ from open_mythos.runtime import (
     rank,
     world_size,
 )
-from open_mythos.train import checkpoint
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint import CHECKPOINTS_FOLDER, checkpoints
 from open_mythos.train.config import RunConfig
-from open_mythos.train.distributed import (
+from open_mythos.train.optimizers.ema import AVERAGE_FILE
+from open_mythos.train.optimizers.loss_scale import LossScale
+from open_mythos.train.processes.distributed import (
     first_decides,
     merge_over_ranks,
 )
-from open_mythos.train.ema import AVERAGE_FILE
-from open_mythos.train.loggers import LoggedRun, open_loggers
-from open_mythos.train.loss_scale import LossScale
-from open_mythos.train.manifest import as_json
-from open_mythos.train.metrics import (
+from open_mythos.train.saving import checkpoint
+from open_mythos.train.saving.checkpoint import CHECKPOINTS_FOLDER, checkpoints
+from open_mythos.train.saving.manifest import as_json
+from open_mythos.train.saving.restoring import holds_file, restore
+from open_mythos.train.saving.resume import refuse_changes
+from open_mythos.train.saving.saver import Saver
+from open_mythos.train.signals import PreemptedError, StopRequest
+from open_mythos.train.state import BatchLoader, StepResult, TokenBatch, TrainState
+from open_mythos.train.step import TrainStep
+from open_mythos.train.watching.loggers import LoggedRun, open_loggers
+from open_mythos.train.watching.metrics import (
     JsonlLogger,
     LoggerGroup,
     LoopFigures,
@@ -46,14 +52,8 @@ from open_mythos.train.metrics import (
     event,
     finite,
 )
-from open_mythos.train.restoring import holds_file, restore
-from open_mythos.train.resume import refuse_changes
-from open_mythos.train.saving import Saver
-from open_mythos.train.signals import PreemptedError, StopRequest
-from open_mythos.train.state import BatchLoader, StepResult, TokenBatch, TrainState
-from open_mythos.train.step import TrainStep
-from open_mythos.train.validated import depth_record, depths_to_validate
-from open_mythos.train.watch import Watch
+from open_mythos.train.watching.validated import depth_record, depths_to_validate
+from open_mythos.train.watching.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +314,7 @@ class Trainer(TrainStep):
             source: "latest" (in ``train.out_dir``), a checkpoint, or the folder of another run.
             strict: Refuse a damaged newest checkpoint instead of falling back to an older one.
             allow: Fields such as "optim.lr" that may differ from the saved configuration, beside
-                those of :data:`open_mythos.train.resume.MAY_CHANGE`.
+                those of :data:`open_mythos.train.saving.resume.MAY_CHANGE`.
 
         Raises:
             DataError: There is no whole checkpoint, or it is of another model or other data.

@@ -11,7 +11,9 @@ from unittest.mock import patch
 
 import torch
 
-from open_mythos.train import Trainer, checkpoint, saving
+from open_mythos.train import Trainer
+from open_mythos.train.saving import checkpoint
+from open_mythos.train.saving import saver as saving
 
 
 def _after_resume(change: Callable[[Trainer], None]) -> Callable[[Trainer], Any]:

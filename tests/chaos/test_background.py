@@ -11,7 +11,9 @@ import pytest
 from chaos import lab
 from chaos.controls import CONTROLS
 from open_mythos.errors import EnvironmentError_
-from open_mythos.train import checkpoint, find_checkpoint, saving
+from open_mythos.train import find_checkpoint
+from open_mythos.train.saving import checkpoint
+from open_mythos.train.saving import saver as saving
 
 BEHIND = {"train": {"async_save": True}}
 SOON = 60.0

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from chaos import lab
 from open_mythos.errors import DataError
-from open_mythos.train import find_checkpoint, manifest, verify_checkpoint
+from open_mythos.train import verify_checkpoint
+from open_mythos.train.saving import manifest
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoint_format.md"
 BLOCK = manifest.BLOCK_BYTES
@@ -48,32 +49,6 @@ def test_names_of_tensors(newest):
 def test_files_can_be_read_by_whom_the_folder_can(newest):
     for path in newest.iterdir():
         assert path.stat().st_mode & 0o777 == newest.stat().st_mode & 0o666, path.name
-
-
-def as_format_1(folder):
-    """The manifest as version 0.1.0 wrote it."""
-    files = {
-        path.name: {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        for path in sorted(folder.iterdir())
-        if path.name != "manifest.json"
-    }
-    text = json.dumps({"format": 1, "files": files}, indent=2) + "\n"
-    (folder / "manifest.json").write_text(text)
-
-
-def test_format_1_is_read(newest):
-    as_format_1(newest)
-    assert find_checkpoint(newest) == newest
-    for path in newest.iterdir():
-        content = path.read_bytes()
-        path.write_bytes(content[:-1])
-        with pytest.raises(DataError, match="the checkpoint is damaged"):
-            verify_checkpoint(newest)
-        path.write_bytes(content)
-    verify_checkpoint(newest)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 import open_mythos.ops.moe as moe
 from open_mythos.model import OpenMythos
 from open_mythos.ops.moe import LoopedStack, deferring_pays, routed_experts
-from open_mythos.train.parallel import apply_activation_checkpointing
+from open_mythos.train.processes.parallel import apply_activation_checkpointing
 from tests.helpers import randomise, small_config
 
 

@@ -12,7 +12,7 @@ from open_mythos.dense import DenseTransformer
 from open_mythos.model import OpenMythos
 from open_mythos.plan.memory import is_muon
 from open_mythos.plan.parameters import Parameter, parameters
-from open_mythos.train.optim import NOT_TRAINED, rule_of
+from open_mythos.train.optimizers.optim import NOT_TRAINED, rule_of
 from open_mythos.variants import VARIANTS, variant
 
 from .small import SMALL

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from open_mythos.errors import ConfigError, DataError, InternalError
 from open_mythos.hub import save_pretrained
 from open_mythos.train import build_model
-from open_mythos.train.ema import AVERAGE_FILE, UPDATES, WeightAverage, averaged_model
-from open_mythos.train.optim import freeze_halting_gate
+from open_mythos.train.optimizers.ema import AVERAGE_FILE, UPDATES, WeightAverage, averaged_model
+from open_mythos.train.optimizers.optim import freeze_halting_gate
 
 IDS = torch.arange(12).view(2, 6)
 

@@ -14,7 +14,7 @@ from helpers import random_ids, small_model
 from open_mythos import LoopTrace
 from open_mythos.errors import ConfigError, EnvironmentError_, InternalError
 from open_mythos.trace import load_entropy, token_correlation
-from open_mythos.train.loggers import (
+from open_mythos.train.watching.loggers import (
     IDENTITY_FILE,
     LOGGERS,
     LoggedRun,
@@ -22,7 +22,7 @@ from open_mythos.train.loggers import (
     flat_metrics,
     open_loggers,
 )
-from open_mythos.train.metrics import (
+from open_mythos.train.watching.metrics import (
     EVENTS,
     LoggerGroup,
     LoopFigures,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from open_mythos.train import Trainer, build_model
-from open_mythos.train.loss_scale import INTERVAL, LossScale
+from open_mythos.train.optimizers.loss_scale import INTERVAL, LossScale
 from tests.train.conftest import CountingLoader, tiny_run
 
 

@@ -14,8 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from open_mythos.errors import ConfigError, InternalError
 from open_mythos.train import OptimConfig, build_model, build_optimizer
-from open_mythos.train.ema import WeightAverage
-from open_mythos.train.muon import Muon, is_sharded, orthogonalise
+from open_mythos.train.optimizers.ema import WeightAverage
+from open_mythos.train.optimizers.muon import Muon, is_sharded, orthogonalise
 from tests.train.ranks import run_ranks
 
 

@@ -16,8 +16,8 @@ from open_mythos.train import (
     parameter_groups,
 )
 from open_mythos.train.config import OPTIMIZER_NAMES
-from open_mythos.train.muon import MuonAdamW
-from open_mythos.train.optim import NOT_TRAINED, OPTIMIZERS, RULES, rule_of
+from open_mythos.train.optimizers.muon import MuonAdamW
+from open_mythos.train.optimizers.optim import NOT_TRAINED, OPTIMIZERS, RULES, rule_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
 MLA = {"attn_type": "mla", "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,

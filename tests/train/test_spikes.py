@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from open_mythos.errors import ConfigError
-from open_mythos.train.spikes import SpikeDetector
+from open_mythos.train.watching.spikes import SpikeDetector
 
 RECORDED = Path(__file__).parents[2] / "docs" / "demo" / "results.json"
 STEPS = 10_000

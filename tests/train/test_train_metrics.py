@@ -10,7 +10,7 @@ import torch
 from open_mythos import LoopTrace
 from open_mythos.errors import EnvironmentError_
 from open_mythos.train import JsonlLogger
-from open_mythos.train.metrics import LoggerGroup, loop_metrics, merge_trace
+from open_mythos.train.watching.metrics import LoggerGroup, loop_metrics, merge_trace
 
 
 def read(path):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from open_mythos import DenseTransformer, MythosConfig, OpenMythos
 from open_mythos.accounting import account
 from open_mythos.train.loss import next_token_loss
-from open_mythos.train.utilisation import PEAKS, Utilisation, device_peak
+from open_mythos.train.watching.utilisation import PEAKS, Utilisation, device_peak
 
 CONFIG = MythosConfig(
     vocab_size=40, dim=32, n_heads=4, n_kv_heads=2, max_seq_len=16, max_loop_iters=6,

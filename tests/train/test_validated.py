@@ -6,7 +6,7 @@ import math
 import pytest
 
 from open_mythos.evaluation.perplexity import DepthRow
-from open_mythos.train.validated import depth_record, depths_to_validate, validated_depths
+from open_mythos.train.watching.validated import depth_record, depths_to_validate, validated_depths
 
 
 def rows(losses: dict[int, float | None]) -> list[dict]:

@@ -13,8 +13,8 @@ from open_mythos.data import PermHop
 from open_mythos.exits import exit_rule
 from open_mythos.train import DepthConfig, DepthPlan
 from open_mythos.train.loss import count_targets, next_token_loss
-from open_mythos.train.metrics import LoopFigures, exit_histogram
-from open_mythos.train.watchdog import (
+from open_mythos.train.watching.metrics import LoopFigures, exit_histogram
+from open_mythos.train.watching.watchdog import (
     REMEDIES,
     LoopWatchdog,
     Thresholds,

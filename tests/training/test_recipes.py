@@ -22,7 +22,7 @@ from open_mythos.data import prepare
 from open_mythos.errors import ConfigError
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
 from open_mythos.train import OptimConfig, RunConfig, TrainConfig
-from open_mythos.train.schedule import learning_rate
+from open_mythos.train.optimizers.schedule import learning_rate
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "training").glob("*.py"))

@@ -12,7 +12,7 @@ from open_mythos.data.stream_corpus import open_corpus
 from open_mythos.tokenizer import DEFAULT_MODEL_ID, load_tokenizer
 from open_mythos.tokenizer.files import is_path
 from open_mythos.train.config import RunConfig
-from open_mythos.train.schedule import learning_rate
+from open_mythos.train.optimizers.schedule import learning_rate
 
 KNOWN_VOCABULARIES = {DEFAULT_MODEL_ID: 200_064, "openai-community/gpt2": 50_304}
 """``vocab_size`` of tokenizers on the hub, so that a plan need not fetch them: gpt-oss has 200,019

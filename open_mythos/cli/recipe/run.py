@@ -23,8 +23,8 @@ from open_mythos.runtime import rank, world_size
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train import MetricsLogger, RunConfig, Trainer, TrainState, build_model
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint import CHECKPOINTS_FOLDER, checkpoints
-from open_mythos.train.distributed import process_group
+from open_mythos.train.processes.distributed import process_group
+from open_mythos.train.saving.checkpoint import CHECKPOINTS_FOLDER, checkpoints
 
 SOURCE_FILE = "source.json"
 """In the run's folder: which text it was trained on."""

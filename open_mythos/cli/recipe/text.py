@@ -27,7 +27,7 @@ from open_mythos.runtime import rank, training_dtype, world_size
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train import RunConfig
 from open_mythos.train.build import Model
-from open_mythos.train.distributed import first_decides
+from open_mythos.train.processes.distributed import first_decides
 from open_mythos.train.trainer import Evaluate
 
 logger = logging.getLogger(__name__)

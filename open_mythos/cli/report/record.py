@@ -18,7 +18,7 @@ from open_mythos.accounting import Accounting, account
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError, MythosError
 from open_mythos.train.config import DepthConfig
-from open_mythos.train.validated import STATE_KEY, depth_record
+from open_mythos.train.watching.validated import STATE_KEY, depth_record
 
 METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "run.yaml"
 CHECKPOINTS = "checkpoints"
@@ -30,7 +30,7 @@ class Event:
 
     step: int
     kind: str
-    """A kind of :data:`open_mythos.train.metrics.EVENTS`, or "alarm"."""
+    """A kind of :data:`open_mythos.train.watching.metrics.EVENTS`, or "alarm"."""
     text: str
     """What happened, in a few words."""
 

@@ -13,8 +13,8 @@ from open_mythos.errors import DataError
 from open_mythos.hub import CONFIG_FILE, describe, model_tensors
 from open_mythos.sharded import holds_parts, is_sharded, read_tensors, stored_shapes
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint import load_checkpoint, named_parameters, read_state
-from open_mythos.train.manifest import read_json
+from open_mythos.train.saving.checkpoint import load_checkpoint, named_parameters, read_state
+from open_mythos.train.saving.manifest import read_json
 
 _OPTIMIZER = "optimizer/"
 

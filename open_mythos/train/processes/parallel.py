@@ -28,7 +28,7 @@ from open_mythos.runtime import world_size
 from open_mythos.trace import LoopTrace
 from open_mythos.train.build import Model
 from open_mythos.train.config import ParallelConfig, RunConfig
-from open_mythos.train.expert_parallel import apply_expert_parallelism, expert_parameters
+from open_mythos.train.processes.expert_parallel import apply_expert_parallelism, expert_parameters
 
 
 def parallelize(model: Model, config: RunConfig) -> ParallelModel:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.runtime import rank, sync_to_disk, world_size
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint import (
+from open_mythos.train.saving.checkpoint import (
     Extra,
     Snapshot,
     checkpoints,
@@ -31,7 +31,7 @@ from open_mythos.train.checkpoint import (
     stored_tensors,
     take_snapshot,
 )
-from open_mythos.train.joint_saving import agreed, write_jointly
+from open_mythos.train.saving.joint import agreed, write_jointly
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from open_mythos.errors import EnvironmentError_, MythosError
 from open_mythos.runtime import rank, sync_to_disk, world_size
 from open_mythos.sharded import holds_parts, write_shards
-from open_mythos.train.checkpoint import (
+from open_mythos.train.saving.checkpoint import (
     Snapshot,
     begin_folder,
     fill_folder,
@@ -30,7 +30,7 @@ from open_mythos.train.checkpoint import (
     unfinished,
     write_snapshot,
 )
-from open_mythos.train.manifest import Entry, entry_of_file
+from open_mythos.train.saving.manifest import Entry, entry_of_file
 
 T = TypeVar("T")
 
@@ -47,8 +47,8 @@ def write_jointly(
         group: None for a run of one process.
 
     Raises:
-        EnvironmentError_: Some process could not write; older checkpoints are untouched.
-        DataError: What can be read back is not what was written; so are they.
+        EnvironmentError_: Some process could not write, or reads back something else; older
+            checkpoints are untouched.
     """
     if group is None:
         return write_snapshot(directory, snapshot, keep)

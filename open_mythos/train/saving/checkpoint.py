@@ -31,7 +31,7 @@ from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.hub import CONFIG_FILE, WEIGHTS_FILE, describe, from_pretrained, model_tensors
 from open_mythos.runtime import sync_to_disk
 from open_mythos.train.build import Model
-from open_mythos.train.manifest import (
+from open_mythos.train.saving.manifest import (
     MANIFEST_FILE,
     Entry,
     as_json,
@@ -86,7 +86,7 @@ def take_snapshot(
     Args:
         step: Optimizer steps done.
         model: Its weights are stored as :func:`open_mythos.hub.save_pretrained` stores them.
-        optimizer: Built by :func:`open_mythos.train.optim.build_optimizer`.
+        optimizer: Built by :func:`open_mythos.train.optimizers.optim.build_optimizer`.
         state: JSON-ready; what :func:`load_checkpoint` gives back.
         extra: Further safetensors files and their tensors.
         copy: Let nothing that happens later change it. Takes as much host memory as the
@@ -123,7 +123,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """:func:`write_snapshot` of the present; :class:`open_mythos.train.saving.Saver` does more."""
+    """:func:`write_snapshot` of the present; :class:`Saver` does more."""
     return write_snapshot(directory, take_snapshot(step, model, optimizer, state), keep)
 
 

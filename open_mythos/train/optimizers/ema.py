@@ -25,7 +25,7 @@ from open_mythos.errors import ConfigError, DataError, InternalError
 from open_mythos.hub import from_pretrained
 from open_mythos.sharded import read_tensors, stored_shapes
 from open_mythos.train.build import Model
-from open_mythos.train.muon import is_sharded, local
+from open_mythos.train.optimizers.muon import is_sharded, local
 
 AVERAGE_FILE = "average.safetensors"
 """What a checkpoint calls it."""

@@ -21,7 +21,7 @@ from open_mythos.layers.moe import MoEFFN
 from open_mythos.runtime import launched, local_rank, rank, resolve_device, world_size
 from open_mythos.trace import LoopTrace
 from open_mythos.train.config import ParallelConfig
-from open_mythos.train.metrics import PER_ROW, merge_trace
+from open_mythos.train.watching.metrics import PER_ROW, merge_trace
 
 T = TypeVar("T")
 

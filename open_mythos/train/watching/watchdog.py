@@ -17,8 +17,8 @@ from open_mythos.config import MythosConfig
 from open_mythos.data.batch import Batch
 from open_mythos.evaluation import evaluate_depths
 from open_mythos.model import OpenMythos
-from open_mythos.train.metrics import LoopFigures
 from open_mythos.train.state import TokenBatch
+from open_mythos.train.watching.metrics import LoopFigures
 
 REMEDIES: dict[str, str] = {
     "not_finite": "nothing was learnt from this step; lower optim.lr or train.clip, or compute in "
@@ -155,7 +155,7 @@ class LoopWatchdog:
                 "state_collapse" is to be found.
             loop_gap: :func:`relative_gap`, if it was measured.
             exits: Positions that an exit rule let run 1, 2, ... loops, up to the most allowed; see
-                :func:`open_mythos.train.metrics.exit_histogram`.
+                :func:`open_mythos.train.watching.metrics.exit_histogram`.
         """
         raised = []
         for found in self._look(step, figures, loop_gap, exits):

@@ -21,8 +21,6 @@ from open_mythos.errors import DataError, EnvironmentError_
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
-WHOLE_FILE_FORMAT = 1
-"""Of version 0.1.0: one hash for each file instead of one for each block. Still read."""
 BLOCK_BYTES = 1 << 24
 _READ_BYTES = 1 << 20
 
@@ -90,7 +88,7 @@ def verify_files(folder: Path) -> None:
     text = _read_text(path)
     manifest = _object(path, text)
     files, version = manifest.get("files"), manifest.get("format")
-    if version not in (FORMAT, WHOLE_FILE_FORMAT) or not isinstance(files, dict):
+    if version != FORMAT or not isinstance(files, dict):
         raise damaged(path, version, f"format {FORMAT}")
     # the manifest vouches for itself by its form: a lost last byte would still be JSON
     if text != as_json(manifest):
@@ -104,10 +102,7 @@ def verify_files(folder: Path) -> None:
         raise damaged(folder / name, "present" if name in names else "missing", expected)
     with ThreadPoolExecutor() as pool:
         for name, expected in files.items():
-            found = (
-                entry_of_file(folder / name, pool) if version == FORMAT
-                else _entry_of_whole_file(folder / name)
-            )  # fmt: skip
+            found = entry_of_file(folder / name, pool)
             if found != expected:
                 raise damaged(folder / name, *_difference(found, expected))
 
@@ -211,15 +206,6 @@ def _block_of_file(path: Path, start: int) -> str:
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()
-
-
-def _entry_of_whole_file(path: Path) -> Entry:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"bytes": file.tell(), "sha256": digest}
-    except OSError as error:
-        raise damaged(path, str(error), "a readable file") from error
 
 
 def _difference(found: Entry, expected: Any) -> tuple[str, str]:

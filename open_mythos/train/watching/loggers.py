@@ -16,7 +16,7 @@ from typing import Any
 from open_mythos.config import nearest
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.runtime import rank
-from open_mythos.train.metrics import MetricsLogger
+from open_mythos.train.watching.metrics import MetricsLogger
 
 IDENTITY_FILE = "loggers.json"
 """In the run's folder: the name under which the services know the run, so that a resumed run goes

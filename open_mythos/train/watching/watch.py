@@ -13,12 +13,12 @@ from open_mythos.model import OpenMythos
 from open_mythos.runtime import over_ranks, world_size
 from open_mythos.train.build import Model
 from open_mythos.train.config import RunConfig
-from open_mythos.train.metrics import LoopFigures, Metrics
-from open_mythos.train.parallel import ParallelModel
-from open_mythos.train.spikes import Spike, SpikeDetector
+from open_mythos.train.processes.parallel import ParallelModel
 from open_mythos.train.state import StepResult, TokenBatch
-from open_mythos.train.utilisation import Utilisation, device_peak
-from open_mythos.train.watchdog import (
+from open_mythos.train.watching.metrics import LoopFigures, Metrics
+from open_mythos.train.watching.spikes import Spike, SpikeDetector
+from open_mythos.train.watching.utilisation import Utilisation, device_peak
+from open_mythos.train.watching.watchdog import (
     LoopWatchdog,
     Thresholds,
     first_judged_step,

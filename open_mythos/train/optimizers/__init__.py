@@ -1,0 +1,1 @@
+"""What changes the weights: optimizers, learning rates, averages, scales of the loss."""
