@@ -1,8 +1,8 @@
 """Sharding in ghost tensors: when FSDP2 gathers weights, lets them go and adds up gradients.
 
 Follows ``torch.distributed.fsdp`` and ``train/processes/parallel.py``. Weights are gathered in
-float32 into one flat buffer and copied out of it; the buffer of a unit stays until the next one has been
-gathered. In the backward pass the unit before is gathered ahead. Gradients are copied into one
+float32 into one flat buffer and copied out of it; the buffer of a unit stays until the next one has
+been gathered. In the backward pass the unit before is gathered ahead. Gradients are copied into one
 padded buffer, which stays until the next unit's is needed.
 """
 

@@ -18,7 +18,8 @@ from open_mythos.model import OpenMythos
 from open_mythos.plan import Job, Layout
 from open_mythos.plan.memory import WEIGHTS, held_parts, local_elements
 from open_mythos.plan.parameters import parameters
-from open_mythos.train import ParallelConfig, RunConfig, parallel, parallelize
+from open_mythos.train import ParallelConfig, RunConfig, parallelize
+from open_mythos.train.processes import parallel
 from open_mythos.variants import VARIANTS, variant
 
 from .small import SMALL

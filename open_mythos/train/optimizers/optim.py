@@ -1,8 +1,8 @@
 """Which optimizer a parameter gets, and whether weight decay reaches it: one table, :data:`RULES`.
 
 "adamw" is AdamW for everything. "muon" is Muon for the matrices inside the blocks and AdamW for
-what is left (:mod:`open_mythos.train.optimizers.muon`); both go by the same learning rate and weight
-decay.
+what is left (:mod:`open_mythos.train.optimizers.muon`); both go by the same learning rate and
+weight decay.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def everywhere(tmp_path_factory):
     return folder, run_ranks(4, save_and_resume_everywhere, str(folder))
 
 
-def test_every_ordered_pair_resumes(everywhere):
+@pytest.mark.goal("R9", "a run of 1, 2 or 4 processes, replicated or sharded, continued by another")
+def test_every_ordered_pair_resumes(everywhere, row):
     _, found = everywhere
     straight = trainer_of(tiny_run(**RUN, train={"steps": STEPS}))
     want = [straight.train_step(step).loss for step in range(STEPS)][CUT:]
@@ -78,6 +79,8 @@ def test_every_ordered_pair_resumes(everywhere):
         lines, same = found[0][before, after]
         assert same, (before, after)
         assert lines == pytest.approx(want, abs=5e-6), (before, after)
+        row.count()
+    row.outcome = f"weights equal bit for bit, the next {len(want)} losses within 5e-6"
 
 
 def test_a_sharded_checkpoint_is_whole_and_loads_as_a_model(everywhere):
@@ -111,11 +114,13 @@ def stop_one(ranks, folder, kind, which):
         return trainer.state.step
 
 
+@pytest.mark.goal("R5", "SIGTERM to one process of two")
 @pytest.mark.parametrize(("kind", "which"), [("ddp", 0), ("fsdp", 1)])
-def test_a_signal_to_one_process_stops_all(tmp_path, kind, which):
+def test_a_signal_to_one_process_stops_all(tmp_path, row, kind, which):
     assert run_ranks(2, stop_one, str(tmp_path), kind, which) == [4, 4]
-    path = tmp_path / "checkpoints" / "step_00000004"
-    verify_checkpoint(path)
+    verify_checkpoint(tmp_path / "checkpoints" / "step_00000004")
+    row.count()
+    row.outcome = f"{kind}: both stop after the same step, with one whole checkpoint and code 75"
 
 
 def poison_one(ranks, kind, where):
@@ -146,10 +151,13 @@ def poison_one(ranks, kind, where):
         return result.skipped, trainer.state.skips, kept, trainer.train_step(2).skipped
 
 
+@pytest.mark.goal("R7", "NaN or Inf in one process of two")
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_number_that_is_none_in_one_process_is_skipped_by_all(kind, where):
+def test_a_number_that_is_none_in_one_process_is_skipped_by_all(row, kind, where):
     assert run_ranks(2, poison_one, kind, where) == [(True, 1, True, False)] * 2
+    row.count()
+    row.outcome = f"{kind}: both skip; weights and averages equal bit for bit; the next proceeds"
 
 
 def save_behind(ranks, folder, kind):
@@ -160,8 +168,9 @@ def save_behind(ranks, folder, kind):
         return whole(trainer.model.state_dict())
 
 
+@pytest.mark.goal("R4", "saves behind the training of two processes")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_saves_behind_the_training(tmp_path, kind):
+def test_saves_behind_the_training(tmp_path, row, kind):
     weights, _ = run_ranks(2, save_behind, str(tmp_path), kind)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000002", "step_00000004", "step_00000006"]
@@ -169,10 +178,12 @@ def test_saves_behind_the_training(tmp_path, kind):
         verify_checkpoint(tmp_path / "checkpoints" / name)
     stored = from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(stored[name], value) for name, value in weights.items())
-    # the one in the middle is of its own moment: going on from it gives the same end
+    # one process can go on from the one in the middle
     run = replace(run_of(tmp_path / "again", "none"), architecture="looped")
     trainer = trainer_of(run)
     assert trainer.resume(tmp_path / "checkpoints" / "step_00000004").step == 4
+    row.count(3)
+    row.outcome = f"{kind}: all whole, the last one equal to the weights"
 
 
 def lose_one(ranks, folder, how):
@@ -202,8 +213,11 @@ def lose_one(ranks, folder, how):
         raise AssertionError("nobody noticed")
 
 
+@pytest.mark.goal("R11", "one process of two lost in a step")
 @pytest.mark.parametrize("how", ["killed", "hung"])
-def test_the_others_notice_a_lost_process(tmp_path, how):
+def test_the_others_notice_a_lost_process(tmp_path, row, how):
     seconds, said = run_ranks(2, lose_one, str(tmp_path), how)[0]
     assert seconds < 10
     assert said
+    row.count()
+    row.outcome = f"{how}: the other ends with an error within 10 s (timeout 4 s)"
