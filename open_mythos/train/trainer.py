@@ -180,9 +180,9 @@ class Trainer(TrainStep):
                 f"(train.max_skips = {allowed})"
             )
         spike = self.watch.spike(self.state.step, result.loss)
-        if spike is None:
+        if spike is None or self.saver is None:
             return ""
-        if self.saver and self.config.watch.max_rewinds and checkpoints(self.saver.directory):
+        if self.config.watch.max_rewinds and checkpoints(self.saver.directory):
             return str(spike)
         # with nothing to go back to, going on is the better choice: many a loss comes down again
         logger.warning("%s", spike)
