@@ -294,3 +294,11 @@ def test_tied_embeddings_survive(make_run, make_loader, tmp_path):
     second.resume()
     assert_same(snapshot(second), snapshot(first))
     assert second.model.head.weight is second.model.embedding.weight
+
+
+def test_moments_of_another_optimizer_are_refused(trained, make_run, make_loader):
+    _, run, folder = trained
+    other = replace(run, optim=replace(run.optim, name="muon"))
+    with pytest.raises(DataError, match="moments of this optimizer"):
+        fresh(other, make_loader).resume(allow=["optim.name"])
+    assert folder.is_dir()

@@ -36,6 +36,8 @@ class Rule:
     """The reason."""
 
 
+_ADAMW_KEEPS = frozenset({"step", "exp_avg", "exp_avg_sq"})
+_MUON_KEEPS = frozenset({"momentum_buffer"})
 NOT_TRAINED = re.compile(r"halting\.")
 """The halting gate is in no group: it is trained later, on the frozen model."""
 
@@ -165,6 +167,15 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.
     "muon": _muon,
 }
 """Name -> ``build(groups, config)``."""
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, frozenset[str]]:
+    """Parameter -> what the optimizer keeps of it, as checkpoints name it."""
+    return {
+        name: _MUON_KEEPS if "ns_steps" in group else _ADAMW_KEEPS
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
 
 
 def freeze_halting_gate(model: nn.Module) -> None:

@@ -31,6 +31,7 @@ from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.hub import CONFIG_FILE, WEIGHTS_FILE, describe, from_pretrained, model_tensors
 from open_mythos.runtime import sync_to_disk
 from open_mythos.train.build import Model
+from open_mythos.train.optimizers.optim import moments_of
 from open_mythos.train.saving.manifest import (
     MANIFEST_FILE,
     Entry,
@@ -269,13 +270,15 @@ def _optimizer_state(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, 
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error), "a safetensors file") from error
     parameters = dict(named_parameters(optimizer))
-    number = {name: i for i, name in enumerate(parameters)}
+    number, kept = {name: i for i, name in enumerate(parameters)}, moments_of(optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, moment = key.rpartition("/")
-        fits = name in parameters and (not value.dim() or value.shape == parameters[name].shape)
+        fits = moment in kept.get(name, ()) and value.shape in ((), parameters[name].shape)
         if not fits:
-            raise damaged(path, f"{key} {tuple(value.shape)}", "moments of this model's parameters")
+            raise damaged(
+                path, f"{key} {tuple(value.shape)}", "moments of this optimizer and model"
+            )
         state.setdefault(number[name], {})[moment] = value
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 

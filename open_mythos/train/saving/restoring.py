@@ -13,6 +13,7 @@ from open_mythos.errors import DataError
 from open_mythos.hub import CONFIG_FILE, describe, model_tensors
 from open_mythos.sharded import holds_parts, is_sharded, read_tensors, stored_shapes
 from open_mythos.train.build import Model
+from open_mythos.train.optimizers.optim import moments_of
 from open_mythos.train.saving.checkpoint import load_checkpoint, named_parameters, read_state
 from open_mythos.train.saving.manifest import read_json
 
@@ -78,17 +79,19 @@ def _restore_parts(path: Path, model: Model, optimizer: torch.optim.Optimizer) -
 
 def _empty_moments(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """Parameter -> moment -> room for it, for all moments in the checkpoint."""
-    parameters = dict(named_parameters(optimizer))
+    parameters, kept = dict(named_parameters(optimizer)), moments_of(optimizer)
     moments: dict[str, dict[str, Tensor]] = {}
     for stored, shape in stored_shapes(path).items():
         if not stored.startswith(_OPTIMIZER):
             continue
         name, _, key = stored.removeprefix(_OPTIMIZER).rpartition("/")
         parameter = parameters.get(name)
-        if parameter is None or (shape and shape != parameter.shape):
+        known = parameter is not None and key in kept[name]
+        if parameter is None or not known or (shape and shape != parameter.shape):
             raise DataError(
-                "the checkpoint has moments of another model", where=str(path),
-                value=f"{name}/{key} {tuple(shape)}", allowed="moments of this model's parameters",
+                "the checkpoint has moments of another optimizer or model", where=str(path),
+                value=f"{name}/{key} {tuple(shape)}", allowed="those that this run goes on with",
+                fix="start a new run from the checkpoint's weights",
             )  # fmt: skip
         room = torch.zeros_like(parameter.detach()) if shape else torch.zeros(())
         moments.setdefault(name, {})[key] = room
