@@ -24,7 +24,6 @@ from open_mythos.dense import DenseTransformer
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.model import OpenMythos
 from open_mythos.runtime import sync_to_disk
-from open_mythos.sharded import is_sharded, read_tensors, stored_shapes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -106,6 +105,8 @@ def _from_shards(
     folder: Path, description: Mapping[str, Any], device: str | torch.device, dtype: Any
 ) -> OpenMythos | DenseTransformer:
     """The model of a checkpoint that several processes wrote."""
+    from open_mythos.sharded import read_tensors, stored_shapes
+
     shapes = stored_shapes(folder)
     names = {name for name in shapes if name.startswith(_IN_SHARDS)}
     model = _skeleton(description, folder / CONFIG_FILE, len(names))
@@ -188,8 +189,14 @@ def _matches(parent: Path) -> Iterator[tuple[Path, re.Match[str]]]:
 
 
 def _holds_model(folder: Path) -> bool:
-    weights = (folder / WEIGHTS_FILE).is_file() or is_sharded(folder)
-    return (folder / CONFIG_FILE).is_file() and weights
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    if (folder / WEIGHTS_FILE).is_file():
+        return True
+    # what reads shards takes as long to import as half of torch
+    from open_mythos.sharded import is_sharded
+
+    return is_sharded(folder)
 
 
 def _download(model_id: str) -> Path:

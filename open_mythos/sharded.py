@@ -118,18 +118,20 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
         for name, tensor in into.items():
             stem, _, key = name.partition("/")
             with safe_open(folder / f"{stem}.safetensors", "pt") as file:
-                _copy_part(tensor, file.get_tensor(key))
+                copy_part(tensor, file.get_tensor(key))
 
 
-def _copy_part(target: Tensor, whole: Tensor) -> None:
-    if isinstance(target, DTensor):
-        # every process reads the whole tensor, so none has to send anything
-        part = distribute_tensor(
-            whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+def copy_part(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor, or one that is sharded alike, into ``target``, whole or sharded."""
+    if not isinstance(target, DTensor):
+        target.copy_(source)
+        return
+    if not isinstance(source, DTensor):
+        # every process has read the whole tensor, so none has to send anything
+        source = distribute_tensor(
+            source.to(target.device), target.device_mesh, target.placements, src_data_rank=None
         )
-        target.to_local().copy_(part.to_local())
-    else:
-        target.copy_(whole)
+    target.to_local().copy_(source.to_local())
 
 
 def holds_parts(tensors: Mapping[str, Tensor]) -> bool:

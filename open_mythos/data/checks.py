@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from open_mythos.errors import ConfigError
+from open_mythos.errors import ConfigError, DataError
 
 
 def check_int(value: Any, where: str, minimum: int) -> int:
@@ -36,4 +37,30 @@ def check_ranks(batch: int, where: str, rank: int, world_size: int) -> None:
             where=where,
             value=batch,
             allowed=f"a multiple of the world size, {world_size}",
+        )
+
+
+def check_position(saved: Mapping[str, Any], present: Mapping[str, Any], what: str) -> None:
+    """A saved position must be one in the data that is there.
+
+    Args:
+        saved: Its fields.
+        present: The fields that it must have.
+        what: What is wrong if it has others.
+
+    Raises:
+        DataError: ``what``; names each field that differs.
+    """
+    differing = {
+        key: (saved.get(key, "missing"), present.get(key, "unknown"))
+        for key in sorted(present.keys() | saved.keys())
+        if key not in saved or key not in present or saved[key] != present[key]
+    }
+    if differing:
+        raise DataError(
+            what,
+            where="load_state_dict: " + ", ".join(differing),
+            value="; ".join(f"{key}: saved {a!r}, now {b!r}" for key, (a, b) in differing.items()),
+            allowed="equal fields",
+            fix="resume with the data and settings of the saved run, or start a new run",
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.data.checks import check_int, check_ranks
+from open_mythos.data.checks import check_int, check_position, check_ranks
 from open_mythos.data.packing import PackedWindows
 from open_mythos.data.permutation import Int64Array, Permutation
 from open_mythos.data.shards import TokenShards
@@ -112,21 +112,7 @@ class Loader:
                 "not a position", where="state['step']", value=step, allowed="an integer >= 0"
             )
         expected |= {"step": step, "epoch": step * self.global_batch // self.windows}
-        differing = {
-            key: (state.get(key, "missing"), expected.get(key, "unknown"))
-            for key in sorted(expected.keys() | state.keys())
-            if key not in state or key not in expected or state[key] != expected[key]
-        }
-        if differing:
-            raise DataError(
-                "the saved position is of other data or another geometry",
-                where="load_state_dict: " + ", ".join(differing),
-                value="; ".join(
-                    f"{key}: saved {a!r}, now {b!r}" for key, (a, b) in differing.items()
-                ),
-                allowed="equal fields",
-                fix="resume with the data and settings of the saved run, or start a new run",
-            )
+        check_position(state, expected, "the saved position is of other data or another geometry")
         self.step = step
 
     def _order(self, samples: Int64Array) -> Int64Array:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from open_mythos.data.batch import Batch
-from open_mythos.data.checks import check_int, check_ranks
+from open_mythos.data.checks import check_int, check_position, check_ranks
 from open_mythos.data.packing import document_ids
 from open_mythos.data.stream_corpus import Corpus
 from open_mythos.data.stream_lanes import Position, StreamPlan
@@ -205,21 +205,7 @@ class StreamLoader:
             raise _not_a_position("step", step, "an integer >= 0")
         place = {"step": step, "lanes": lanes, "epoch": min(lane[0] for lane in lanes)}
         expected = self._identity() | place
-        differing = {
-            key: (state.get(key, "missing"), expected.get(key, "unknown"))
-            for key in sorted(expected.keys() | state.keys())
-            if key not in state or key not in expected or state[key] != expected[key]
-        }
-        if differing:
-            raise DataError(
-                "the saved position is of another stream",
-                where="load_state_dict: " + ", ".join(differing),
-                value="; ".join(
-                    f"{key}: saved {a!r}, now {b!r}" for key, (a, b) in differing.items()
-                ),
-                allowed="equal fields",
-                fix="resume with the data and settings of the saved run, or start a new run",
-            )
+        check_position(state, expected, "the saved position is of another stream")
         self._begin(step, [Position(*lanes[lane]) for lane in self._lanes])
 
     def _begin(self, step: int, positions: list[Position]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from open_mythos.trace import LoopTrace
-from open_mythos.train.watching.metrics import Metrics, depth_metrics, loop_metrics
+from open_mythos.train.watching.metrics import LoopFigures, Metrics, depth_metrics
 
 
 class TokenBatch(Protocol):
@@ -118,6 +119,11 @@ class StepResult:
     trace: LoopTrace
     """State norms and expert loads over all micro-batches."""
 
+    @cached_property
+    def figures(self) -> LoopFigures:
+        """What the loops did; reading it waits for the device, once."""
+        return LoopFigures.of(self.trace)
+
     def metrics(self, detail: bool = False) -> Metrics:
         """The numbers to log; ``detail`` adds the share of every expert at every loop."""
         metrics: Metrics = {
@@ -127,5 +133,5 @@ class StepResult:
         if self.balance:
             metrics["balance_loss"] = self.balance
         if self.depths is not None:
-            metrics |= depth_metrics(self.depths) | loop_metrics(self.trace, detail=detail)
+            metrics |= depth_metrics(self.depths) | self.figures.metrics(detail)
         return metrics

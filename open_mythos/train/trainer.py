@@ -47,7 +47,6 @@ from open_mythos.train.watching.loggers import LoggedRun, open_loggers
 from open_mythos.train.watching.metrics import (
     JsonlLogger,
     LoggerGroup,
-    LoopFigures,
     MetricsLogger,
     event,
     finite,
@@ -254,8 +253,7 @@ class Trainer(TrainStep):
             metrics["loss_scale"] = self.scale.scale
         if isinstance(self.model, OpenMythos):
             metrics["rho"] = self.parallel.look_at(_spectral_radius)
-            figures = LoopFigures.of(trace)
-            metrics |= self.watch.look(step, figures, self.parallel, self._batch)
+            metrics |= self.watch.look(step, result.figures, self.parallel, self._batch)
         self.logger.log(step, metrics)
 
     def _evaluate(self, last: bool) -> None:

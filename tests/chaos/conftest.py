@@ -14,11 +14,6 @@ from chaos.lives import Reference, reference
 from chaos.results import Recorder, Row
 
 _RECORDER = "chaos-recorder"
-MARKS = (
-    "chaos: full size of the failure tests; run by `make chaos`, not by `make test`",
-    "short: the small twin of a full-size failure test; not run by `make chaos`",
-    "goal(number, what): the test is a row of the table of failures",
-)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,8 +21,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for mark in MARKS:
-        config.addinivalue_line("markers", mark)
     if not config.pluginmanager.has_plugin(_RECORDER):
         config.pluginmanager.register(Recorder(), _RECORDER)
 

@@ -16,16 +16,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from open_mythos.errors import ConfigError, DataError, InternalError
 from open_mythos.hub import from_pretrained
-from open_mythos.sharded import read_tensors, stored_shapes
+from open_mythos.sharded import copy_part, read_tensors, stored_shapes
 from open_mythos.train.build import Model
-from open_mythos.train.optimizers.muon import is_sharded, local
+from open_mythos.train.optimizers.muon import local
 
 AVERAGE_FILE = "average.safetensors"
 """What a checkpoint calls it."""
@@ -116,7 +115,7 @@ class WeightAverage:
         self._refuse_swapped("load_state_dict")
         _check_fit(state, {name: average.shape for name, average in self._averages.items()})
         for name, average in self._averages.items():
-            _copy(average, state[name])
+            copy_part(average, state[name])
         self.updates = int(state[UPDATES])
 
     @torch.no_grad()
@@ -202,18 +201,6 @@ def _check_fit(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) ->
                 value=found.get(name, "missing"), allowed=str(expected.get(name, "no such weight")),
                 fix="resume from a checkpoint of this model that was saved with an average",
             )  # fmt: skip
-
-
-def _copy(target: Any, value: Any) -> None:
-    """Copy a whole tensor, or one that is sharded alike, into ``target``."""
-    if is_sharded(target) and not is_sharded(value):
-        from torch.distributed.tensor import distribute_tensor
-
-        # every process has read the whole tensor, so none has to send its part
-        value = distribute_tensor(
-            value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-        )
-    local(target).copy_(local(value))
 
 
 def _reshard(model: nn.Module) -> None:

@@ -69,7 +69,7 @@ def parallelize(model: Model, config: RunConfig) -> ParallelModel:
                 # the loss is divided by counts of the whole step, so gradients are added up
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
-    return ParallelModel(call, model, kind, keep_step=kind == "fsdp" and parallel.experts > 1)
+    return ParallelModel(call, model, keep_step=kind == "fsdp" and parallel.experts > 1)
 
 
 class _Call(nn.Module):
@@ -89,12 +89,11 @@ class ParallelModel:
     Args:
         call: Calls functions on the model, wrapped as the kind asks for.
         model: Inside it.
-        kind: "none", "ddp" or "fsdp".
         keep_step: Whether all processes have to run every loop together.
     """
 
-    def __init__(self, call: nn.Module, model: Model, kind: str, keep_step: bool) -> None:
-        self.model, self.kind, self.keep_step = model, kind, keep_step
+    def __init__(self, call: nn.Module, model: Model, keep_step: bool) -> None:
+        self.model, self.keep_step = model, keep_step
         self._call = call
 
     @property

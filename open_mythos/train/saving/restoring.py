@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from open_mythos.hub import CONFIG_FILE, describe, model_tensors
 from open_mythos.sharded import holds_parts, is_sharded, read_tensors, stored_shapes
 from open_mythos.train.build import Model
 from open_mythos.train.optimizers.optim import moments_of
-from open_mythos.train.saving.checkpoint import load_checkpoint, named_parameters, read_state
+from open_mythos.train.saving.checkpoint import load_checkpoint, named_parameters
 from open_mythos.train.saving.manifest import read_json
 
 _OPTIMIZER = "optimizer/"
@@ -25,8 +24,8 @@ def restore(
     model: Model,
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Mapping[str, Tensor]],
-) -> dict[str, Any]:
-    """Load a verified checkpoint; returns its state. All processes of a run call it together.
+) -> None:
+    """Load the tensors of a verified checkpoint. All processes of a run call it together.
 
     Args:
         path: Folder of the checkpoint.
@@ -39,12 +38,11 @@ def restore(
             and shapes do not fit.
     """
     if is_sharded(path) or holds_parts(model.state_dict()):
-        state = _restore_parts(path, model, optimizer)
+        _restore_parts(path, model, optimizer)
     else:
-        state = load_checkpoint(path, model, optimizer)
+        load_checkpoint(path, model, optimizer)
     for file, tensors in extra.items():
         read_tensors(path, {f"{Path(file).stem}/{name}": each for name, each in tensors.items()})
-    return state
 
 
 def holds_file(path: Path, file: str) -> bool:
@@ -52,8 +50,8 @@ def holds_file(path: Path, file: str) -> bool:
     return any(name.startswith(f"{Path(file).stem}/") for name in stored_shapes(path))
 
 
-def _restore_parts(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state, stored = read_state(path), read_json(path / CONFIG_FILE)
+def _restore_parts(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
+    stored = read_json(path / CONFIG_FILE)
     if stored != describe(model):
         raise DataError(
             "the checkpoint is of another model", where=str(path), value=stored,
@@ -74,7 +72,6 @@ def _restore_parts(path: Path, model: Model, optimizer: torch.optim.Optimizer) -
             "param_groups": optimizer.state_dict()["param_groups"],
         }
     )
-    return state
 
 
 def _empty_moments(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
