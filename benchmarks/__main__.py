@@ -1,106 +1,182 @@
-"""``python -m benchmarks [--only NAME] [--quick] [--out DIR]``: see ``--help``."""
+"""``python -m benchmarks [--only NAME] [--device cuda] [--quick] [--out DIR]``: see ``--help``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# PyTorch's profiler otherwise reports every start on the terminal; it reads this when it is loaded
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import caches, decoding, exits, machine, training
-from benchmarks.measure import Row
-from benchmarks.models import FULL, QUICK, Scale
+from benchmarks import caches, machine, report, roofline, store, suites
+from benchmarks.clock import OutOfTime, deadline, device, on, release, threads
+from benchmarks.measure import Absent, GateError
+from benchmarks.models import FULL, GPU, QUICK, Scale
+from open_mythos.errors import MythosError
 
-RESULTS = Path(__file__).resolve().parent / "results"
-TIMED = {"training": training, "decoding": decoding, "exits": exits}
-SUITES = (*TIMED, "cache")
+BUDGET = {"cpu": float("inf"), "cuda": 480.0}
+"""Seconds that all suites may take together."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@dataclass
+class Outcome:
+    """What came of one suite."""
+
+    rows: list[Any] = field(default_factory=list)
+    stopped: str = ""
+    """Why it ended early; "" if it did not."""
+    failed: bool = False
+    """Whether it ended by an error, and not for want of time."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites, show and save what they measure; a missed goal is a row that says so.
 
-    Raises:
-        GateError: A fast form disagrees with its plain twin.
+    Every suite is saved when it ends, so that what fails later loses nothing.
+
+    Returns:
+        The exit code: 1 if a suite failed, because a fast form disagreed with its plain twin or
+        for another reason.
     """
     options = _parse(arguments)
-    scale = QUICK if options.quick else FULL
+    try:
+        with on(options.device) as chosen:
+            budget = BUDGET.get(chosen.type, float("inf"))
+            return _run(options, chosen, options.budget or budget)
+    except MythosError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _run(options: argparse.Namespace, chosen: torch.device, budget: float) -> int:
+    begin = time.monotonic()
     console = Console(width=None if Console().is_terminal else 150)
+    scale = QUICK if options.quick else GPU if chosen.type == "cuda" else FULL
     description = machine.describe()
-    console.print(", ".join(f"{key} {value}" for key, value in description.items()))
+    console.print(", ".join(f"{key} {value}" for key, value in description.items() if value))
+    if (warning := machine.warning(description)) is not None:
+        console.print(f"[bold]{warning}[/bold]")
     if options.quick:
         console.print("quick: a check that everything runs; the figures mean nothing")
-    out = options.out or (None if options.quick else RESULTS)
-    missed = 0
-    for suite in [options.only] if options.only else SUITES:
-        if suite == "cache":
-            content: Any = _cache(scale, console, out)
-        else:
-            timed = _timed(suite, scale, console)
-            missed += sum(row.verdict == "MISSED" for row in timed)
-            content = [asdict(row) | {"verdict": row.verdict} for row in timed]
-        _save(out, suite, {"machine": description, "scale": asdict(scale), "rows": content})
+    out = options.out
+    if out is None and not options.quick:
+        out = store.RESULTS / machine.slug(description)
+    allowed = suites.of_device(chosen.type)
+    if options.only:
+        allowed = {options.only: float("inf")}
+    contents, failed = {}, False
+    for suite, end in _deadlines(allowed, begin, budget).items():
+        around, start = machine.Neighbours(), time.monotonic()
+        outcome = _measure(suite, scale, end, console)
+        failed |= outcome.failed
+        content = {
+            "suite": suite, "title": suites.suite(suite).title(scale), "machine": description,
+            "seconds": round(time.monotonic() - start, 1), "others": around.share(),
+            "complete": not outcome.stopped, "stopped": outcome.stopped,
+            "scale": asdict(scale), "limits": _limits() if outcome.rows else None,
+            "rows": [store.as_json(row) for row in outcome.rows],
+        }  # fmt: skip
+        _show(suite, content, console)
+        # nothing measured must not take the place of what was measured before
+        if out is not None and outcome.rows and not outcome.failed:
+            store.save(out, suite, content)
+            if suite == "cache":
+                (out / "cache.md").write_text(caches.variants_table() + "\n", encoding="utf-8")
+        contents[suite] = content
+    _summary(contents, console)
+    taken = time.monotonic() - begin
+    console.print(f"{taken / 60:.1f} minutes" if taken > 90 else f"{taken:.0f} seconds")
+    return int(failed)
+
+
+def _deadlines(allowed: Mapping[str, float], begin: float, budget: float) -> dict[str, float]:
+    """When each suite must have ended: what one leaves over, those after it have."""
+    total, passed, found = sum(allowed.values()), 0.0, {}
+    for suite, seconds in allowed.items():
+        passed += seconds
+        share = passed / total if total < float("inf") else 1.0
+        found[suite] = begin + budget * share
+    return found
+
+
+def _measure(suite: str, scale: Scale, end: float, console: Console) -> Outcome:
+    """The rows of a suite until it ends, fails, or its time is over."""
+    found = Outcome()
+    try:
+        with deadline(end):
+            for row in suites.suite(suite).rows(scale):
+                found.rows.append(row)
+                if not isinstance(row, caches.HeldRow):
+                    figure = report.figure(store.as_json(row))
+                    console.print(f"[dim]{suite}, {row.name}, {row.dtype}: {figure}[/dim]")
+    except OutOfTime:
+        found.stopped = "out of time" if found.rows else "not run: out of time"
+    except GateError as error:
+        found.stopped, found.failed = f"wrong: {error}", True
+    except torch.OutOfMemoryError as error:
+        found.stopped = f"out of memory: {str(error).splitlines()[0]}"
+    except Exception as error:
+        console.print(traceback.format_exc(), markup=False, soft_wrap=True)
+        found.stopped, found.failed = f"failed: {type(error).__name__}", True
+    release()  # or the next suite finds the device full
+    return found
+
+
+def _limits() -> list[dict[str, Any]]:
+    """What the machine allows, in one thread and in all; measured at most once in a run."""
+    found = []
+    for n in sorted({1, torch.get_num_threads()} if device().type == "cpu" else {1}):
+        with threads(n) if device().type == "cpu" else contextlib.nullcontext():
+            found.append(roofline.describe(device()))
+    return found
+
+
+def _show(suite: str, content: Mapping[str, Any], console: Console) -> None:
+    """A suite's figures as a table."""
+    rows = content["rows"]
+    if rows and suite == "cache":
+        columns, lines = report.cache_lines(rows)
+    else:
+        columns, lines = report.lines(rows)
+    table = Table(title=f"{suite}: {content['title']}")
+    for name, numeric in columns:
+        table.add_column(name, justify="right" if numeric else "left")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    for note in report.notes(content):
+        console.print(note)
+
+
+def _summary(contents: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """The goals, row by row, and how many were missed."""
+    goals = report.goals(contents)
+    if goals:
+        table = Table(title="goals, row by row")
+        for name in ("", "goal", "measured", "", "why not more"):
+            table.add_column(name)
+        for goal in goals:
+            table.add_row(goal.name, goal.goal, goal.measured, goal.verdict, goal.reason)
+        console.print(table)
+    missed = sum(goal.verdict == "MISSED" for goal in goals)
+    absent = [suite for suite, content in contents.items() if content["stopped"]]
+    absent += [row["name"] for content in contents.values() for row in content["rows"]
+               if row["kind"] == Absent.__name__]  # fmt: skip
+    if absent:
+        console.print(f"incomplete: {', '.join(absent)}")
     console.print(f"{missed} goals missed" if missed else "no goal missed")
-
-
-def _timed(suite: str, scale: Scale, console: Console) -> list[Row]:
-    """The rows of a suite, each shown as soon as it is there, then all as a table."""
-    module = TIMED[suite]
-    rows = []
-    for row in module.rows(scale):
-        console.print(f"[dim]{suite}, {row.name}, {row.dtype}: {row.ratio:.2f}x[/dim]")
-        rows.append(row)
-    table = Table(title=f"{module.title(scale)}; medians of {scale.alternations} turns")
-    _columns(table, ["", "dtype"], ["fast", "plain", "ratio", "CPU ratio", "goal"])
-    _columns(table, ["verdict"], ["error", "error of plain"])
-    for row in rows:
-        table.add_row(
-            row.name, row.dtype, _time(row.fast_seconds), _time(row.plain_seconds),
-            f"{row.ratio:.2f}x", f"{row.cpu_ratio:.2f}x",
-            "-" if row.goal is None else f"{row.goal:.1f}x", row.verdict,
-            f"{row.error:.1e}", f"{row.plain_error:.1e}",
-        )  # fmt: skip
-    console.print(table)
-    return rows
-
-
-def _cache(scale: Scale, console: Console, out: Path | None) -> list[dict[str, Any]]:
-    """Bytes held by real caches, and the table of all variants as Markdown beside them."""
-    rows = list(caches.rows(scale))
-    table = Table(title=f"cache of one row, {scale.tokens} tokens, {scale.n_loops} loops, float32")
-    _columns(table, [""], ["bytes held", "formula", "MHA", "times less"])
-    for row in rows:
-        table.add_row(
-            row.name, f"{row.held:,}", f"{row.formula:,}", f"{row.mha:,}", f"{row.ratio:.1f}x"
-        )
-    console.print(table)
-    console.print(caches.variants_table(), markup=False, soft_wrap=True)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "cache.md").write_text(caches.variants_table() + "\n", encoding="utf-8")
-    return [asdict(row) | {"ratio": row.ratio} for row in rows]
-
-
-def _columns(table: Table, text: Iterable[str], numbers: Iterable[str]) -> None:
-    for name in text:
-        table.add_column(name)
-    for name in numbers:
-        table.add_column(name, justify="right")
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
-
-
-def _save(out: Path | None, suite: str, content: dict[str, Any]) -> None:
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content, indent=2) + "\n"
-        (out / f"{suite}.json").write_text(text, encoding="utf-8")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -108,13 +184,26 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Fast paths against their plain twins, behind a correctness gate.",
     )
-    parser.add_argument("--only", choices=SUITES, help="one suite instead of all")
+    parser.add_argument("--only", choices=suites.names(), help="one suite instead of all")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument(
-        "--out", type=Path, help="folder of the JSON files (benchmarks/results; none if --quick)"
+        "--budget", type=_seconds, help="seconds for all suites (cuda: 480; cpu: no limit)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the JSON files (benchmarks/results/MACHINE; none if --quick)",
     )
     return parser.parse_args(arguments)
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError("not a positive number of seconds")
+    return value
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

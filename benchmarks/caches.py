@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-
+from benchmarks.clock import device
 from benchmarks.measure import GateError
-from benchmarks.models import Scale, config
+from benchmarks.models import Scale, config, random_ids
 from open_mythos.accounting import CacheRow, account, cache_rows
 from open_mythos.cache import KVCache
 from open_mythos.config import MythosConfig
@@ -33,6 +32,11 @@ class HeldRow:
         return self.mha / self.held
 
 
+def title(scale: Scale) -> str:
+    """What the rows have in common."""
+    return f"cache of one row, {scale.tokens} tokens, {scale.n_loops} loops, float32"
+
+
 def rows(scale: Scale) -> Iterator[HeldRow]:
     """What is held for latent, grouped-query and multi-head attention, exact and shared.
 
@@ -54,7 +58,7 @@ def rows(scale: Scale) -> Iterator[HeldRow]:
 
 def _row(name: str, cfg: MythosConfig, multi: MythosConfig, tokens: int) -> HeldRow:
     cache = KVCache(share_loops=cfg.kv_share == "last")
-    OpenMythos(cfg)(torch.zeros(1, tokens, dtype=torch.long), kv_cache=cache)
+    OpenMythos(cfg).to(device())(random_ids(1, tokens), kv_cache=cache)
     row = HeldRow(
         name,
         held=cache.nbytes,

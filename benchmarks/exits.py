@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.clock import device, threads
 from benchmarks.decoding import fill
-from benchmarks.measure import Row, compare, gate
+from benchmarks.measure import Measured, Row, attempt, compare, gate
 from benchmarks.models import FULL, Scale, build
 from open_mythos.cache import KVCache
 from open_mythos.evaluation.exits import GivenDepths
@@ -19,31 +21,37 @@ DEPTH = 16
 MEAN = 4
 GOAL = 2.5
 """Wall clock at a mean depth of 4 of 16: at most 0.4 of the full depth's."""
+REST = "the loops of the deepest row, alone in its batch,"
 
 
 def title(scale: Scale) -> str:
     """What the rows have in common."""
     return (
         f"exits of mean depth {MEAN} against the full depth of {DEPTH}, dim {scale.dim}, "
-        f"MLA; decoding: a token for each of {2 * scale.decode_batch} rows"
+        f"MLA; decoding: a token for each of {2 * scale.decode_batch} rows in one thread"
     )
 
 
-def rows(scale: Scale) -> Iterator[Row]:
+def rows(scale: Scale) -> Iterator[Measured]:
     """Decoding and prefill, for exits that agree, differ a little, and differ much."""
     for experts in ((0, 0), scale.experts[0]):
         model = build(scale, "mla", experts).eval()
         kind = f"{experts[0]} experts" if experts[0] else "dense"
         for shape in (_equal, _uniform, _geometric):
             depths_BT = shape(2 * scale.decode_batch, 1)
-            yield _decoding(scale, model, depths_BT, f"decoding, {kind}, {shape.__doc__}")
+            name = f"decoding, {kind}, {shape.__doc__}"
+            with threads(1):
+                yield attempt(
+                    name, torch.float32, partial(_decoding, scale, model, depths_BT, name)
+                )
         depths_BT = _geometric(scale.batch, scale.tokens)
-        yield _prefill(scale, model, depths_BT, f"prefill, {kind}, {_geometric.__doc__}")
+        name = f"prefill, {kind}, {_geometric.__doc__}"
+        yield attempt(name, torch.float32, partial(_prefill, scale, model, depths_BT, name))
 
 
 def _equal(batch: int, tokens: int) -> Tensor:
     """all at 4"""
-    return torch.full((batch, tokens), MEAN)
+    return torch.full((batch, tokens), MEAN, device=device())
 
 
 def _uniform(batch: int, tokens: int) -> Tensor:
@@ -59,19 +67,19 @@ def _geometric(batch: int, tokens: int) -> Tensor:
 
 
 def _shuffled(x: Tensor) -> Tensor:
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))].to(device())
 
 
 def _decoding(scale: Scale, model: OpenMythos, depths_BT: Tensor, name: str) -> Row:
     batch, context = len(depths_BT), scale.contexts[0]
-    ids = torch.arange(batch).unsqueeze(1) % model.cfg.vocab_size
+    ids = torch.arange(batch, device=device()).unsqueeze(1) % model.cfg.vocab_size
     cache = KVCache(context)
     fill(cache, model, batch, context - 1, DEPTH)
     return _compare(scale, model, ids, depths_BT, name, cache)
 
 
 def _prefill(scale: Scale, model: OpenMythos, depths_BT: Tensor, name: str) -> Row:
-    ids = torch.arange(depths_BT.numel()).view_as(depths_BT) % model.cfg.vocab_size
+    ids = torch.arange(depths_BT.numel(), device=device()).view_as(depths_BT) % model.cfg.vocab_size
     return _compare(scale, model, ids, depths_BT, name, None)
 
 
@@ -103,7 +111,26 @@ def _compare(
         name, torch.float32, adaptive, call(n_loops=DEPTH),
         alternations=scale.alternations, repeats=2, errors=errors,
         goal=GOAL if scale is FULL and cache is not None else None,
+        rest=None if cache is None else (REST, _deepest(scale, model, depths_BT, held)),
+        numbers={"deepest": int(depths_BT.max()), "mean": float(depths_BT.float().mean())},
     )  # fmt: skip
+
+
+def _deepest(scale: Scale, model: OpenMythos, depths_BT: Tensor, held: int) -> Callable[[], Tensor]:
+    """One row at the largest depth: its loops, and its reads of the weights, nobody can leave out.
+
+    Other rows only add to them.
+    """
+    cache, deepest = KVCache(held + 1), int(depths_BT.max())
+    fill(cache, model, 1, held, deepest)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device())
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        cache.truncate(held)
+        return model(ids, deepest, cache, held)
+
+    return run
 
 
 CHECKED_TOKENS = 8

@@ -255,7 +255,9 @@ def _held(trainer: Trainer) -> int:
 
 def _peak(call: Callable[[], object]) -> tuple[int, int]:
     """Most bytes that ``call`` had allocated at a time beyond those before it, and those left."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        acc_events=True, activities=[ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         call()
     results = profiler.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]

@@ -13,6 +13,7 @@ _MODULES = {
     "open_mythos.accounting": ("Accounting", "account"),
     "open_mythos.cache": ("KVCache", "cache_bytes"),
     "open_mythos.config": ("MythosConfig",),
+    "open_mythos.decoder": ("StaticDecoder",),
     "open_mythos.dense": ("DenseTransformer",),
     "open_mythos.errors": (
         "ConfigError", "DataError", "EnvironmentError_", "InternalError", "MythosError",
@@ -34,6 +35,7 @@ _MODULES = {
     "open_mythos.layers.norm": ("RMSNorm",),
     "open_mythos.model": ("OpenMythos",),
     "open_mythos.ops.rope": ("apply_rope", "precompute_rope_freqs"),
+    "open_mythos.quantization": ("WeightBytes", "is_quantized", "quantize", "weight_bytes"),
     "open_mythos.recurrent": ("RecurrentBlock",),
     "open_mythos.tokenizer": (
         "BPETokenizer", "ByteTokenizer", "MythosTokenizer", "get_vocab_size", "load_tokenizer",

@@ -16,6 +16,7 @@ from open_mythos.context import Context
 from open_mythos.errors import ConfigError
 from open_mythos.layers.moe import MoEFFN
 from open_mythos.layers.norm import RMSNorm
+from open_mythos.runtime import to_device
 from open_mythos.trace import LoopTrace
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -125,7 +126,7 @@ class CausalLM(nn.Module):
         check_tensor("document_ids", document_ids, input_ids.shape, INTEGERS)
         check_tensor("sample_seeds", sample_seeds, input_ids.shape[:1], INTEGERS)
         if sample_seeds is None and self.training:
-            sample_seeds = torch.randint(1 << 62, (batch,)).to(input_ids.device)
+            sample_seeds = to_device(torch.randint(1 << 62, (batch,)), input_ids.device)
         return Context.build(
             n_new, self.cfg.rope_dim, self.cfg.rope_theta, input_ids.device,
             start_pos=start_pos, cache=cache, document_BT=document_ids,

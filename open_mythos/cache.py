@@ -12,7 +12,7 @@ how deep its neighbours in the batch went.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -184,6 +184,12 @@ class KVCache:
         self._slots.clear()
         self._lens = None
 
+    def clear(self) -> None:
+        """Forget everything. The slots keep their memory and are zero, as new ones are."""
+        self.columns, self._lens = Columns(0), None
+        for slot in self._slots.values():
+            slot.zero_()
+
     def truncate(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
         if not isinstance(length, int) or not 0 <= length <= self.length:
@@ -228,9 +234,23 @@ class KVCache:
         if places.columns is None or places.real is None:
             slot[places.rows, start:end] = entry_BTW
         else:
-            row, at = places.real.nonzero(as_tuple=True)
-            slot[places.rows[row], start + places.columns[row, at]] = entry_BTW[row, at]
+            # what pads the rows stays as it is: to pick the real ones would wait for the device
+            at = places.rows.unsqueeze(1), start + places.columns
+            slot[at] = torch.where(places.real.unsqueeze(-1), entry_BTW, slot[at])
         return slot[:, :end].index_select(0, places.rows)  # half the time of plain indexing
+
+    def step(
+        self, loop: int, n_columns: int, column_1: Tensor, live_B11: Tensor | None = None
+    ) -> StepCache:
+        """Loop ``loop`` of this cache for decoding steps of constant shape: see :class:`StepCache`.
+
+        The slots must exist, with room for ``n_columns``, and stay where they are in memory as long
+        as the result is used: an earlier call of as many loops made them.
+        """
+        own = 0 if self._share_loops else loop
+        slots = {layer: slot[:, :n_columns] for (layer, t), slot in self._slots.items() if t == own}
+        last = {layer: self._slots[layer, max(0, own - 1)][:, :n_columns] for layer in slots}
+        return StepCache(slots, last if own else slots, column_1, live_B11)
 
     def carry_over(self, n_loops: int, n_new: int) -> None:
         """The new positions ran ``n_loops`` loops: deeper slots see the last of them."""
@@ -273,6 +293,50 @@ class KVCache:
             grown[:, : slot.shape[1]] = slot
             self._slots[key] = grown
         return self._slots[key]
+
+
+class StepCache(KVCache):
+    """One loop's slots of a :class:`KVCache`, as decoding steps of constant shape use them.
+
+    A step adds one token to every row. Its entry goes to the column that a tensor names, and all
+    the columns are read whether or not they are in use: a mask has to hide those that are not. So
+    nothing about a step depends on how many tokens there are, and it can be captured or compiled
+    once. The memory is that of the cache it came from, which alone counts bytes and positions.
+
+    Args:
+        slots: (B, S, W) by layer: the slots of the loop.
+        last: (B, S, W) by layer: those of the loop before, or the same ones where there is none.
+        column_1: (1,) int64 column of the new token.
+        live_B11: (B, 1, 1) rows that run this loop; the others keep the entry of their last one.
+            None for all.
+    """
+
+    def __init__(
+        self,
+        slots: dict[int, Tensor],
+        last: dict[int, Tensor],
+        column_1: Tensor,
+        live_B11: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self._by_layer, self._last_by_layer = slots, last
+        self._column_1, self._live_B11 = column_1, live_B11
+
+    def slots(self) -> Iterator[Tensor]:
+        """All slots that a step may read."""
+        yield from self._by_layer.values()
+        yield from self._last_by_layer.values()
+
+    def write(
+        self, layer: int, loop: int | Tensor, entry_BTW: Tensor, places: Places | None = None
+    ) -> Tensor:
+        """Store the entries (B, 1, W) of the new token; (B, S, W), used columns and others."""
+        slot = self._by_layer[layer]
+        entry_BTW = entry_BTW.to(slot.dtype)
+        if self._live_B11 is not None:
+            last_BTW = self._last_by_layer[layer].index_select(1, self._column_1)
+            entry_BTW = torch.where(self._live_B11, entry_BTW, last_BTW)
+        return slot.index_copy_(1, self._column_1, entry_BTW)
 
 
 def cache_bytes(

@@ -16,7 +16,7 @@ INJECTION_RULES = ("zoh", "euler")
 INJECTION_MATRICES = ("full", "diagonal")
 INITIAL_STATES = ("zero", "normal", "prelude")
 KV_SHARING = ("none", "last")
-ATTENTION_BACKENDS = ("auto", "sdpa", "flash", "reference")
+ATTENTION_BACKENDS = ("auto", "sdpa", "flash", "flex", "reference")
 MOE_BACKENDS = ("auto", "grouped", "sorted", "reference")
 
 
@@ -99,7 +99,7 @@ class MythosConfig:
     kv_share: str = "none"
     """Cache over loops: "none" keeps a slot per loop, "last" only the last computed loop's."""
     attn_backend: str = "auto"
-    """Attention kernel: "auto", "sdpa", "flash" (package flash-attn) or "reference"."""
+    """Attention kernel: "auto", "sdpa", "flash" (package flash-attn), "flex" or "reference"."""
     moe_backend: str = "auto"
     """Expert kernel: "auto", "grouped", "sorted" or "reference"."""
 
@@ -168,8 +168,6 @@ class MythosConfig:
             _refuse("n_experts_per_tok", top_k, f"1 .. n_experts ({self.n_experts})")
         if self.loop_embedding and self.dim < 16:
             _refuse("dim", self.dim, "at least 16 with loop_embedding, which uses dim / 8 channels")
-        if self.attn_backend == "flash" and self.attn_type == "mla":
-            _refuse("attn_backend", self.attn_backend, 'one that can serve attn_type "mla"')
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from open_mythos.cache import Columns, KVCache, Places
 from open_mythos.ops.moe import LoopedStack
 from open_mythos.ops.rope import rope_table
+from open_mythos.ops.visibility import Visibility
 from open_mythos.runtime import as_autocast
 
 
@@ -24,8 +25,9 @@ class Context:
     Attributes:
         positions: (T,) or (B, T) position of each token within its own document, padding ignored.
         rope: Rotary table of these positions.
-        mask: (B or 1, 1, T, S) boolean, true where a query may look; None when ``causal`` says it
-            all, or when the single new token may see everything.
+        mask: What queries may look at: a visibility, or a boolean tensor (B or 1, 1, T, S) that is
+            true where they may. None when ``causal`` says it all, or when the single new token may
+            see everything.
         columns: All positions, cached and new.
         valid_BT: False on the new tokens that are padding; None when none is.
         cache: Where keys and values are kept between calls.
@@ -35,7 +37,7 @@ class Context:
 
     positions: Tensor
     rope: Tensor
-    mask: Tensor | None
+    mask: Visibility | Tensor | None
     columns: Columns
     valid_BT: Tensor | None = None
     cache: KVCache | None = None
@@ -66,7 +68,7 @@ class Context:
         return cls(
             positions=positions,
             rope=rope_table(positions, rope_dim, rope_theta),
-            mask=_mask(columns, run_BS, n_new, device),
+            mask=_visibility(columns, run_BS, n_new, device),
             columns=columns,
             valid_BT=valid_BT,
             cache=cache,
@@ -89,7 +91,7 @@ class Context:
             self,
             positions=_take(self.positions, keep_B, batched=self.positions.dim() == 2),
             rope=self.rope[:, keep_B] if self.rope.dim() == 4 else self.rope,
-            mask=None if self.mask is None else _take(self.mask, keep_B, self.mask.shape[0] > 1),
+            mask=self._mask_of_rows(keep_B),
             valid_BT=None if self.valid_BT is None else self.valid_BT[keep_B],
             places=Places(keep_B if self.rows is None else self.rows[keep_B]),
             keys_B=None if self.keys_B is None else self.keys_B[keep_B],
@@ -117,16 +119,35 @@ class Context:
             places=Places(rows_R, columns_RT, real_RT, self.positions.shape[-1]),
         )
 
-    def _mask_of(self, columns_RT: Tensor) -> Tensor | None:
-        """(R, 1, T, S): what the new tokens that stand in ``columns_RT`` may see."""
+    def window(self, start: int, stop: int) -> Context:
+        """This call for a run of its new tokens, as attention needs it: ``mask`` is a tensor.
+
+        Nothing else is cut. A single new token that sees everything goes on without a mask.
+        """
+        mask = self.mask
+        if self.causal:
+            n_new = self.positions.shape[-1]
+            mask = Visibility(n_new, n_new, self.positions.device)
+        if isinstance(mask, Visibility):
+            all_of_it = (start, stop) == (0, mask.n_queries)
+            return replace(self, mask=mask.whole() if all_of_it else mask.rows(start, stop))
+        return replace(self, mask=None if mask is None else mask[:, :, start:stop])
+
+    def _mask_of_rows(self, keep_B: Tensor) -> Visibility | Tensor | None:
+        if isinstance(self.mask, Visibility):
+            return self.mask.select(keep_B)
+        return None if self.mask is None else _take(self.mask, keep_B, self.mask.shape[0] > 1)
+
+    def _mask_of(self, columns_RT: Tensor) -> Visibility | Tensor | None:
+        """What the new tokens that stand in ``columns_RT`` may see."""
         n_new, total = self.positions.shape[-1], self.columns.length
-        if self.mask is not None:
+        if isinstance(self.mask, Tensor):
             mask_RTS = self.mask[:, 0].expand(len(columns_RT), -1, -1)
             return mask_RTS.take_along_dim(columns_RT.unsqueeze(-1), dim=1).unsqueeze(1)
-        if n_new == 1:
+        if self.mask is None and n_new == 1:
             return None
-        key = torch.arange(total, device=columns_RT.device)
-        return (key <= columns_RT.unsqueeze(-1) + (total - n_new)).unsqueeze(1)
+        mask = self.mask or Visibility(n_new, total, columns_RT.device)
+        return mask.at(columns_RT)
 
     def cast(self, weight: Tensor) -> Tensor:
         """``weight`` in the autocast dtype, converted once per call instead of once per loop.
@@ -173,20 +194,10 @@ def _positions(columns: Columns, run_BS: Tensor | None, n_new: int, device: torc
     return before[:, old:]
 
 
-def _mask(
+def _visibility(
     columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device
-) -> Tensor | None:
+) -> Visibility | None:
     """Which columns each new token may see; None when position alone decides and needs no mask."""
-    total = columns.length
-    plain = columns.valid_BS is None and run_BS is None
-    if plain and n_new in (1, total):
+    if columns.valid_BS is None and run_BS is None and n_new in (1, columns.length):
         return None
-    key = torch.arange(total, device=device)
-    query = key[total - n_new :].unsqueeze(1)
-    mask = (key <= query).unsqueeze(0)
-    if columns.valid_BS is not None:
-        mask = mask & columns.valid_BS.unsqueeze(1)
-    if run_BS is not None:
-        mask = mask & (run_BS[:, total - n_new :].unsqueeze(2) == run_BS.unsqueeze(1))
-    # padding sees itself: a softmax over nothing would be NaN
-    return (mask | (key == query)).unsqueeze(1)
+    return Visibility(n_new, columns.length, device, columns.valid_BS, run_BS)

@@ -1,8 +1,14 @@
-"""Naive generation, one token at a time: the oracle that faster engines must equal."""
+"""Generation, one token at a time: the plain form is the oracle that faster ones must equal.
+
+The plain form runs the model on a cache that grows by a column per token. The others make every
+step the same work on the same memory (:mod:`open_mythos.decoder`), so that it can be captured or
+compiled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +17,13 @@ from torch import Tensor
 from open_mythos.base import MASKS, CausalLM, check_tensor
 from open_mythos.cache import KVCache
 from open_mythos.config import whole
+from open_mythos.decoder import MODES, StaticDecoder, refuse
 from open_mythos.errors import ConfigError
 from open_mythos.ops.sampling import Sampling
 from open_mythos.runtime import derive_seed
+
+DECODE = ("eager", *MODES)
+"""Ways to decode by name; "eager" is the plain form."""
 
 
 class Decoder(Protocol):
@@ -42,6 +52,7 @@ def generate(
     on_token: Callable[[int, Tensor], None] | None = None,
     use_cache: bool = True,
     depth: dict[str, Any] | None = None,
+    decode: str | StaticDecoder = "eager",
 ) -> Tensor:
     """Continue every row of ``input_ids``.
 
@@ -60,15 +71,25 @@ def generate(
         eos_token_id: Ends a row; the rest of the row is filled with it.
         stop: Strings that end a row as soon as its new text contains one; needs ``tokenizer``.
         tokenizer: Anything with ``decode``.
-        on_token: Called as ``on_token(i, tokens_B)`` after each new token i.
+        on_token: Called as ``on_token(i, tokens_B)`` after each new token i; on CUDA possibly when
+            the device already works on the next one.
         use_cache: False recomputes everything at every token: slow, and the oracle of the cache.
         depth: Keyword arguments of the forward call, such as ``n_loops``.
+        decode: How the steps after the prompt run; the tokens are the same but for rounding.
+
+            - "eager": op by op on a history that grows, the plain form; serves every call.
+            - "static", "graph", "compile": steps of constant shape, run op by op, as CUDA graphs,
+              or through ``torch.compile``; not with an ``exit_rule``, without a cache or under
+              autocast.
+            - a :class:`StaticDecoder`, whose graphs and compiled code a later call uses again.
 
     Returns:
         (B, T + new), prompt included; new < max_new_tokens when every row ended early.
 
     Raises:
-        ConfigError: An argument is out of range, or the result would not fit the context.
+        ConfigError: An argument is out of range, the result would not fit the context, or the
+            way to decode cannot serve the call.
+        EnvironmentError_: Graphs were asked for by name without a CUDA device.
     """
     model.check_ids(input_ids)
     batch, n_prompt = input_ids.shape
@@ -78,35 +99,140 @@ def generate(
     _check_end(eos_token_id, model.cfg.vocab_size)
     stops = _stop_strings(stop, tokenizer)
     keys_B = _row_keys(seed, batch).to(input_ids.device)
-    running_B = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    cache = KVCache(n_prompt + max_new_tokens, model.cfg.kv_share == "last") if use_cache else None
-    ids_BT, mask_BT = input_ids, attention_mask
+    call = _Call(
+        model, input_ids, attention_mask, max_new_tokens, sampling, keys_B, eos_token_id,
+        use_cache, depth or {},
+    )  # fmt: skip
+    decoder = _decoder(decode, call)
+    running_B = torch.ones_like(keys_B, dtype=torch.bool) if decoder is None else decoder.running_B
+    tokens: list[Tensor] = []
     was_training = model.training
     model.eval()
     try:
+        steps = _growing(call, running_B) if decoder is None else _static(call, decoder)
         for i in range(max_new_tokens):
-            held = 0 if cache is None else cache.length
-            logits_BV = model.next_token_logits(
-                ids_BT[:, held:], cache, held,
-                attention_mask=None if mask_BT is None else mask_BT[:, held:], **(depth or {}),
-            )  # fmt: skip
-            seen_BT = ids_BT if mask_BT is None else ids_BT.masked_fill(~mask_BT.bool(), -1)
-            token_B = sampling.choose(logits_BV, seen_BT, keys_B, i)
-            token_B = torch.where(running_B, token_B, eos_token_id or 0)
-            ids_BT = torch.cat((ids_BT, token_B.unsqueeze(1)), dim=1)
-            if mask_BT is not None:
-                mask_BT = torch.cat((mask_BT, torch.ones_like(mask_BT[:, :1])), dim=1)
+            ended = _Ended(running_B) if i and (stops or eos_token_id is not None) else None
+            if ended is not None and not ended.is_late and ended.read():
+                break
+            token_B = next(steps).clone()
+            if ended is not None and ended.is_late and ended.read():
+                break  # this token was asked for before it was known that no row wants it
+            tokens.append(token_B)
             if on_token is not None:
                 on_token(i, token_B)
-            if eos_token_id is not None:
-                running_B = running_B & (token_B != eos_token_id)
             if stops and tokenizer is not None:
-                running_B = running_B & ~_stopped(ids_BT[:, n_prompt:], stops, tokenizer)
-            if not running_B.any():
-                break
+                running_B.logical_and_(~_stopped(torch.stack(tokens, dim=1), stops, tokenizer))
     finally:
         model.train(was_training)
-    return ids_BT
+    return torch.cat((input_ids, *(token_B.unsqueeze(1) for token_B in tokens)), dim=1)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of :func:`generate` asks for, checked."""
+
+    model: CausalLM
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    max_new_tokens: int
+    sampling: Sampling
+    keys_B: Tensor
+    eos_token_id: int | None
+    use_cache: bool
+    depth: dict[str, Any]
+
+    @property
+    def length(self) -> int:
+        """Positions of a row, prompt and new tokens together."""
+        return self.input_ids.shape[1] + self.max_new_tokens
+
+
+def _growing(call: _Call, running_B: Tensor) -> Iterator[Tensor]:
+    """The plain form: the tokens (B,) one after the other; rows that end are marked."""
+    model, ids_BT, mask_BT = call.model, call.input_ids, call.attention_mask
+    cache = KVCache(call.length, model.cfg.kv_share == "last") if call.use_cache else None
+    for i in range(call.max_new_tokens):
+        held = 0 if cache is None else cache.length
+        logits_BV = model.next_token_logits(
+            ids_BT[:, held:], cache, held,
+            attention_mask=None if mask_BT is None else mask_BT[:, held:], **call.depth,
+        )  # fmt: skip
+        seen_BT = ids_BT if mask_BT is None else ids_BT.masked_fill(~mask_BT.bool(), -1)
+        token_B = call.sampling.choose(logits_BV, seen_BT, call.keys_B, i)
+        token_B = token_B.masked_fill(~running_B, call.eos_token_id or 0)
+        if call.eos_token_id is not None:
+            running_B.logical_and_(token_B != call.eos_token_id)
+        ids_BT = torch.cat((ids_BT, token_B.unsqueeze(1)), dim=1)
+        if mask_BT is not None:
+            mask_BT = torch.cat((mask_BT, torch.ones_like(mask_BT[:, :1])), dim=1)
+        yield token_B
+
+
+def _static(call: _Call, decoder: StaticDecoder) -> Iterator[Tensor]:
+    """Steps of constant shape: the same tokens, in a buffer that each step overwrites."""
+    yield decoder.start(
+        call.input_ids, sampling=call.sampling, keys_B=call.keys_B,
+        attention_mask=call.attention_mask, eos_token_id=call.eos_token_id,
+        n_loops=call.depth.get("n_loops"),
+    )  # fmt: skip
+    for _ in range(1, call.max_new_tokens):
+        yield decoder.step()
+
+
+class _Ended:
+    """Whether all rows have ended by now, to be read later.
+
+    On CUDA the answer is copied while the device goes on, and reading it waits for the copy alone:
+    the next step is launched before, in vain once per call at most.
+    """
+
+    def __init__(self, running_B: Tensor) -> None:
+        self.is_late = running_B.is_cuda
+        self._running = running_B.any()
+        if self.is_late:
+            host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._running = host.copy_(self._running, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> bool:
+        """The answer."""
+        if self.is_late:
+            self._copied.synchronize()
+        return not self._running
+
+
+def _decoder(decode: str | StaticDecoder, call: _Call) -> StaticDecoder | None:
+    """What decodes in steps of constant shape; None for the plain form."""
+    name = decode.mode if isinstance(decode, StaticDecoder) else decode
+    if name not in DECODE:
+        raise ConfigError(
+            "unknown way to decode", where="decode", value=decode,
+            allowed=f"{', '.join(DECODE)}, or a StaticDecoder", fix='leave it at "eager"',
+        )  # fmt: skip
+    if name == "eager":
+        return None
+    if (problem := _only_growing(call)) is not None:
+        refuse(f"{name} decoding cannot serve this call", problem, "calls without it")
+    batch = call.input_ids.shape[0]
+    if not isinstance(decode, StaticDecoder):
+        return StaticDecoder(call.model, batch, call.length, mode=name)
+    if decode.model is not call.model or decode.batch != batch or decode.capacity < call.length:
+        refuse(
+            "the decoder was made for other calls",
+            f"{type(call.model).__name__}, {batch} rows of {call.length} positions",
+            f"its own {type(decode.model).__name__}, {decode.batch} rows of {decode.capacity} "
+            "positions at most",
+        )  # fmt: skip
+    return decode
+
+
+def _only_growing(call: _Call) -> str | None:
+    """What of a call only the plain form can do, or None."""
+    if torch.is_autocast_enabled(call.input_ids.device.type):
+        return "autocast"
+    asked = [name for name, given in call.depth.items() if name != "n_loops" and given is not None]
+    return ", ".join(asked) or (None if call.use_cache else "use_cache=False")
 
 
 def _stopped(new_BT: Tensor, stops: Sequence[str], tokenizer: Decoder) -> Tensor:

@@ -14,6 +14,7 @@ from open_mythos.cache import KVCache
 from open_mythos.context import Context
 from open_mythos.errors import ConfigError
 from open_mythos.exits import ExitRule, Look, Memory
+from open_mythos.runtime import to_device
 from open_mythos.trace import LoopTrace
 
 Predict = Callable[[Tensor, Context, int], Tensor]
@@ -57,55 +58,81 @@ class Live(Protocol):
 
 
 class LiveRows:
-    """Rows that each run a depth known beforehand; gradient flows."""
+    """Rows that each run a depth known beforehand; gradient flows.
+
+    Who leaves when is worked out before the first loop: the device is told once, and the host never
+    waits for it.
+    """
 
     def __init__(
         self, depth: int | Sequence[int], batch: int, ctx: Context, least_loops: int = 0
     ) -> None:
-        self.ctx, self._least = ctx, least_loops
+        self.ctx, self._least, self._run = ctx, least_loops, 0
         self._depths = [depth] * batch if isinstance(depth, int) else list(depth)
-        self._rows = list(range(batch))
-        self._run = 0
-        self._done: list[tuple[list[int], Tensor]] = []
+        self._done: list[Tensor] = []
+        none = torch.empty(0, dtype=torch.long, device=ctx.rope.device)
+        self._nobody = none, none
+        self._departures = dict.fromkeys(self._depths, self._nobody)
+        self._depth_R = self._inverse = none
+        if len(self._departures) > 1:
+            self._depth_R, self._inverse, *indices = _integers(_lists(self._depths), none.device)
+            leave, stay = indices[::2], indices[1::2]
+            pairs = zip(leave, stay, strict=True)
+            self._departures = dict(zip(sorted(self._departures), pairs, strict=True))
 
     def __bool__(self) -> bool:
-        return bool(self._rows) or self._run < self._least
+        return bool(self._depths) or self._run < self._least
 
     def gradient(self, t: int, grad_loops: int | None) -> tuple[Tensor | None, bool]:
         """As the protocol says."""
         if grad_loops is None or not torch.is_grad_enabled():
             return None, torch.is_grad_enabled()
         first = [max(0, depth - grad_loops) for depth in self._depths]
-        begins = [t > 0 and t == start for start in first]
-        cut = torch.tensor(begins, device=self.ctx.rope.device) if any(begins) else None
+        begins, cut = [t > 0 and t == start for start in first], None
+        if any(begins):
+            device = self.ctx.rope.device
+            cut = torch.ones(len(begins), dtype=torch.bool, device=device)
+            cut = cut if all(begins) else self._depth_R == t + grad_loops
         return cut, any(t >= start for start in first)
 
     def retire(self, t: int, before_RTD: Tensor, h_RTD: Tensor, ctx: Context) -> Keep | None:
         """As the protocol says."""
         self._run = t + 1
-        leave = [i for i, depth in enumerate(self._depths) if depth <= t + 1]
-        stay = [i for i, depth in enumerate(self._depths) if depth > t + 1]
-        if not leave and self._rows:
+        if self._depths and t + 1 not in self._departures:
             return None
-        rows = [self._rows[i] for i in leave]
-        self._done.append((rows, h_RTD[self._index(leave)] if stay else h_RTD))
-        self._rows = [self._rows[i] for i in stay]
-        self._depths = [self._depths[i] for i in stay]
+        leave, stay = self._departures.get(t + 1, self._nobody)
+        self._depths = [depth for depth in self._depths if depth > t + 1]
+        self._done.append(h_RTD[leave] if self._depths else h_RTD)
         if not self:
             return None
-        keep = self._index(stay)
-        return Keep(ctx.select(keep), keep)
+        self._depth_R = self._depth_R[stay]
+        return Keep(ctx.select(stay), stay)
 
     def final_states(self) -> Tensor:
         """As the protocol says."""
         if len(self._done) == 1:
-            return self._done[0][1]
-        order = [row for rows, _ in self._done for row in rows]
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat([state for _, state in self._done])[self._index(inverse)]
+            return self._done[0]
+        states = torch.cat(self._done)
+        return states[self._inverse] if len(self._inverse) else states
 
-    def _index(self, places: list[int]) -> Tensor:
-        return torch.tensor(places, dtype=torch.long, device=self.ctx.rope.device)
+
+def _lists(depths: list[int]) -> list[list[int]]:
+    """The depths; where each row stands in the order of leaving; then for each departure which of
+    the rows that ran leave, and which stay."""
+    rows, order, pairs = list(range(len(depths))), [], []
+    for loops in sorted(set(depths)):
+        leave = [i for i, row in enumerate(rows) if depths[row] == loops]
+        stay = [i for i, row in enumerate(rows) if depths[row] > loops]
+        order += [rows[i] for i in leave]
+        rows = [rows[i] for i in stay]
+        pairs += [leave, stay]
+    return [depths, sorted(range(len(order)), key=order.__getitem__), *pairs]
+
+
+def _integers(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """The lists on ``device``, by one copy that the host does not wait for."""
+    flat = torch.tensor([each for some in lists for each in some], dtype=torch.long)
+    return list(to_device(flat, device).split([len(some) for some in lists]))
 
 
 class LivePositions:
@@ -138,7 +165,7 @@ class LivePositions:
         cache = KVCache(n_new, share_loops=True) if ctx.cache is None else ctx.cache
         self.ctx = self._whole = replace(ctx, cache=cache)
         self._rule, self._predict = rule, predict
-        limit = torch.tensor(depth, device=device).expand(batch)
+        (limit,) = _integers([[depth] * batch if isinstance(depth, int) else depth], device)
         self._limit_RT = limit.unsqueeze(1).expand(batch, n_new)
         self._rows = torch.arange(batch, device=device)
         self._columns = torch.arange(n_new, device=device).expand(batch, n_new)
@@ -163,15 +190,17 @@ class LivePositions:
         stop_RT, self._memory = self._rule(look, self._memory)
         stop_RT = stop_RT | (self._limit_RT <= t + 1)
         leave_RT, stay_RT = self._real & stop_RT, self._real & ~stop_RT
-        row, at = leave_RT.nonzero(as_tuple=True)
-        place = self._rows[row], self._columns[row, at]
-        self._final[place] = h_RTD[row, at].float()
-        self._exits_BT[place] = t + 1
+        # all are written, changed or not: to pick those that leave would wait for the device
+        place = self._rows.unsqueeze(1), self._columns
+        self._final[place] = torch.where(leave_RT.unsqueeze(-1), h_RTD.float(), self._final[place])
+        self._exits_BT[place] = torch.where(leave_RT, t + 1, self._exits_BT[place])
         count_R = stay_RT.sum(1)
-        rows, width = (count_R > 0).nonzero().squeeze(1), int(count_R.max())
-        if not len(row) or not width:
+        sizes = torch.stack((leave_RT.sum(), (count_R > 0).sum(), count_R.max()))
+        gone, n_rows, width = sizes.tolist()  # the one wait of a loop: shapes follow from these
+        if not gone or not width:
             self._real, self._rows = stay_RT, self._rows if width else self._rows[:0]
             return None
+        rows = (count_R == 0).to(torch.int8).argsort(stable=True)[:n_rows]
         # those that stay, in their order, then as many of the others as fill the row
         columns = (~stay_RT[rows]).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
         self._real = stay_RT[rows].gather(1, columns)

@@ -23,6 +23,7 @@ from open_mythos.base import CausalLM
 from open_mythos.cache import KVCache
 from open_mythos.config import MythosConfig, check_count, whole
 from open_mythos.context import Context
+from open_mythos.decoder import StaticDecoder
 from open_mythos.errors import ConfigError
 from open_mythos.exits import ExitRule
 from open_mythos.generation import Decoder, generate
@@ -207,6 +208,7 @@ class OpenMythos(CausalLM):
         on_token: Callable[[int, Tensor], None] | None = None,
         exit_rule: ExitRule | None = None,
         use_cache: bool = True,
+        decode: str | StaticDecoder = "eager",
     ) -> Tensor:
         """Continue every row with ``n_loops`` loops per token: (B, T + new), prompt included.
 
@@ -217,6 +219,7 @@ class OpenMythos(CausalLM):
             "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
             "attention_mask": attention_mask, "eos_token_id": eos_token_id, "stop": stop,
             "tokenizer": tokenizer, "on_token": on_token, "use_cache": use_cache,
+            "decode": decode,
         }  # fmt: skip
         depth = {"n_loops": n_loops, "exit_rule": exit_rule}
         return generate(

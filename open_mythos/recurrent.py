@@ -9,6 +9,7 @@ so h_next = A h + B e + Transformer(h, e) with exactly A h + B e as its linear p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,21 +53,21 @@ class RecurrentBlock(nn.Module):
         self.halting = ACTHalting(cfg.dim, cfg.act_threshold)
 
     def step(
-        self, h_BTD: Tensor, drive_BTD: Tensor, t: int, ctx: Context, trace: LoopTrace | None = None
+        self, h_BTD: Tensor, drive_BTD: Tensor, t: Any, ctx: Context, trace: LoopTrace | None = None
     ) -> Tensor:
         """One iteration, h_t -> h_{t+1}.
 
         Args:
             h_BTD: State h_t; kept in float32 whatever the model's dtype.
             drive_BTD: B e from ``injection.drive(e)``; it is the same at every loop.
-            t: Loop index, from 0; past the trained depth LoRA and embedding keep their last.
+            t: Loop index, from 0, or (1,) of one that only the device knows; past the trained depth
+                LoRA and embedding keep their last.
             ctx: Positions, masks and cache of the call.
             trace: Receives state norms and routing.
         """
         x_BTD = self.injection.hold(h_BTD) + drive_BTD
         if self.cfg.loop_embedding:
-            trained = min(t, self.cfg.max_loop_iters - 1)
-            x_BTD = loop_index_embedding(x_BTD, trained, self.cfg.dim // 8)
+            x_BTD = loop_index_embedding(x_BTD, self._trained(t), self.cfg.dim // 8)
         for block in self.blocks:
             x_BTD = block(x_BTD, ctx, t, trace)
         if self.lora is not None and self.lora_norm is not None:
@@ -76,6 +77,11 @@ class RecurrentBlock(nn.Module):
             if trace.keep_states:
                 trace.halting[t] = self.halting(x_BTD.detach())
         return x_BTD
+
+    def _trained(self, t: Any) -> Any:
+        """``t``, or the last loop of the training where it is deeper."""
+        last = self.cfg.max_loop_iters - 1
+        return t.clamp(max=last) if isinstance(t, Tensor) else min(t, last)
 
     def initial_state(self, e_BTD: Tensor, ctx: Context) -> Tensor:
         """h_0 in float32: zero, the encoded input, or a truncated normal of variance 2/5.

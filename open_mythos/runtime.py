@@ -63,6 +63,13 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of ``x``, which lies on the host, that the host does not wait for."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def launched() -> bool:
     """Whether a launcher such as ``torchrun`` started this process as one of a group."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))

@@ -12,6 +12,7 @@ from torch import Tensor
 from open_mythos import KVCache
 from open_mythos.context import Context
 from open_mythos.ops.rope import rope_table
+from open_mythos.ops.visibility import Visibility
 
 CPU = torch.device("cpu")
 
@@ -36,6 +37,8 @@ def slow(valid: list[bool], document: list[int]) -> tuple[list[int], list[list[b
 
 def visible(ctx: Context, total: int) -> Tensor:
     """(B or 1, T, S) what the context says, whichever way it says it."""
+    if isinstance(ctx.mask, Visibility):
+        return ctx.mask.rows()[:, 0]
     if ctx.mask is not None:
         return ctx.mask[:, 0]
     n_new = ctx.positions.shape[-1]
@@ -112,8 +115,9 @@ def test_select_keeps_what_belongs_to_a_row():
     some = ctx.select(torch.tensor([0, 2, 3])).select(torch.tensor([1, 2]))
     assert some.rows.tolist() == [2, 3]
     assert some.keys_B.tolist() == [6, 7]
-    for name in ("positions", "mask", "valid_BT"):
+    for name in ("positions", "valid_BT"):
         assert torch.equal(getattr(some, name), getattr(ctx, name)[2:])
+    assert torch.equal(some.mask.rows(), ctx.mask.rows()[2:])
     assert torch.equal(some.rope, ctx.rope[:, 2:])
 
 
@@ -122,7 +126,7 @@ def test_select_leaves_alone_what_all_rows_share():
     cache.commit(build(2, cache=cache).columns)
     ctx = build(2, start_pos=2, cache=cache)
     some = ctx.select(torch.tensor([1]))
-    assert torch.equal(some.mask, ctx.mask)
+    assert torch.equal(some.mask.rows(), ctx.mask.rows())
     assert torch.equal(some.positions, ctx.positions)
 
 

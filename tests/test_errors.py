@@ -78,7 +78,7 @@ BAD_FIELDS: list[tuple[str, object]] = [
     ("prelude_norm", 1), ("readout", None), ("loop_embedding", "yes"), ("tie_embeddings", 0),
     ("norm_eps", 0.0), ("norm_eps", -1e-6), ("norm_eps", NAN),
     ("kv_share", "first"), ("kv_share", True), ("attn_backend", "flash3"),
-    ("attn_backend", "flash"), ("moe_backend", "triton"), ("moe_backend", None),
+    ("moe_backend", "triton"), ("moe_backend", None),
 ]  # fmt: skip
 
 BAD_RELATIONS: dict[str, dict[str, object]] = {

@@ -112,6 +112,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop: list[str] | None = None,
+    quantize: str = "",
     tokenizer: str = "",
     device: str = "auto",
     quiet: bool = False,
@@ -132,6 +133,8 @@ def generate(
         repetition_penalty: Above 1 makes tokens that have occurred less likely.
         seed: Of the draws; the same seed gives the same text.
         stop: Strings that end the text, as a list: '["\\n\\n"]'.
+        quantize: Round the weights of all blocks: int8, or int4, with the size of its groups if
+            wanted, such as int4:64; the model then computes in bfloat16.
         tokenizer: "byte" or a path; by default the one stored with the model.
         device: "auto", "cpu", "cuda".
         quiet: Print the new text only, at the end.
@@ -144,8 +147,8 @@ def generate(
         "stop": stop or [],
     }  # fmt: skip
     return generate_text(
-        checkpoint, prompt, n_loops, sampling, exit=exit, tokenizer=tokenizer, device=device,
-        quiet=quiet,
+        checkpoint, prompt, n_loops, sampling, exit=exit, quantize=quantize, tokenizer=tokenizer,
+        device=device, quiet=quiet,
     )  # fmt: skip
 
 
@@ -161,6 +164,7 @@ def evaluate(
     windows: int = 64,
     batch: int = 16,
     dtype: str = "float32",
+    quantize: str = "",
     device: str = "auto",
     out: str = "",
     quiet: bool = False,
@@ -185,6 +189,8 @@ def evaluate(
         windows: Sequences to read at most.
         batch: Sequences at a time.
         dtype: "float32", or "bfloat16" by autocast.
+        quantize: Round the weights of all blocks: int8, or int4, with the size of its groups if
+            wanted, such as int4:64; the model then computes in bfloat16, whatever the dtype.
         device: "auto", "cpu", "cuda".
         out: Also write the rows to this file, as JSON.
         quiet: No progress bar.
@@ -193,8 +199,8 @@ def evaluate(
 
     return evaluate_checkpoint(
         checkpoint, data, depths, exit=exit, n_loops=n_loops, repeats=repeats, split=split,
-        seq_len=seq_len, windows=windows, batch=batch, dtype=dtype, device=device, out=out,
-        quiet=quiet,
+        seq_len=seq_len, windows=windows, batch=batch, dtype=dtype, quantize=quantize,
+        device=device, out=out, quiet=quiet,
     )  # fmt: skip
 
 

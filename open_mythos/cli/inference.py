@@ -24,6 +24,7 @@ from open_mythos.exits import exit_rule
 from open_mythos.generation import generate
 from open_mythos.hub import from_pretrained
 from open_mythos.model import OpenMythos
+from open_mythos.quantization import quantize as quantize_model
 from open_mythos.runtime import resolve_device, resolve_dtype
 from open_mythos.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from open_mythos.trace import LoopTrace
@@ -39,12 +40,13 @@ def generate_text(
     sampling: dict[str, Any],
     *,
     exit: str,
+    quantize: str,
     tokenizer: str,
     device: str,
     quiet: bool,
 ) -> int:
     """Print the continuation as it is made, and at the end how deep it went if a rule decided."""
-    model = from_pretrained(checkpoint, resolve_device(device))
+    model = _loaded(checkpoint, device, quantize)
     tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
     ids = tok.encode(prompt) or [tok.bos_id]
     depth = _depth(model, n_loops, exit)
@@ -85,13 +87,14 @@ def evaluate_checkpoint(
     windows: int,
     batch: int,
     dtype: str,
+    quantize: str,
     device: str,
     out: str,
     quiet: bool,
 ) -> int:
     """Print loss and bits per byte against depth, or under an exit rule."""
     _refuse_what_would_be_ignored(depths, exit, n_loops, repeats)
-    model = from_pretrained(checkpoint, resolve_device(device))
+    model = _loaded(checkpoint, device, quantize)
     source = evaluation_batches(
         checkpoint, data, split, seq_len=seq_len, windows=windows, batch=batch
     )
@@ -99,6 +102,7 @@ def evaluate_checkpoint(
         "bytes_per_token": source.bytes_per_token, "dtype": resolve_dtype(dtype)
     }  # fmt: skip
     content: dict[str, Any] = {"checkpoint": checkpoint, "split": source.name}
+    content |= {"quantize": quantize} if quantize else {}
     if exit:
         rule = exit_rule(exit, model)
         shown = _progress(source, quiet)
@@ -131,6 +135,20 @@ def stored_tokenizer(checkpoint: str) -> Tokenizer:
             value=TOKENIZER_FOLDER, fix="name one with --tokenizer",
         )  # fmt: skip
     return load_tokenizer(found)
+
+
+def _loaded(checkpoint: str, device: str, quantised: str) -> CausalLM:
+    """The model, quantised if ``quantised`` says how: "int8", "int4" or "int4:GROUP"."""
+    model = from_pretrained(checkpoint, resolve_device(device))
+    if not quantised:
+        return model
+    kind, colon, group = quantised.partition(":")
+    if colon and not group.isdecimal():
+        raise ConfigError(
+            "not a group size", where="--quantize", value=quantised,
+            allowed="int8, int4, or int4 with the size of its groups: int4:64",
+        )  # fmt: skip
+    return quantize_model(model, kind, group_size=int(group) if colon else None)
 
 
 def _depth(model: CausalLM, n_loops: int | None, exit: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.exits import ExitRule, Look, Memory
 from open_mythos.model import OpenMythos
+from open_mythos.ops.cross_entropy import chunk_rows
 from open_mythos.runtime import seeded_generator
 from open_mythos.trace import LoopTrace
 
@@ -225,13 +226,16 @@ def every_loop(
 
 
 def token_scores(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = 1024
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Loss (N,) in nats of every target, and whether it is the most likely token.
 
-    The logits of ``chunk`` positions exist at a time; there is no gradient.
+    The logits of ``chunk`` positions exist at a time, by default of
+    :func:`open_mythos.ops.cross_entropy.chunk_rows`; there is no gradient.
     """
     losses, right = [], []
+    if chunk is None:
+        chunk = chunk_rows(len(targets_N), len(weight_VD), torch.float32, weight_VD.device)
     with torch.no_grad():
         for rows_ND, rows_N in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
             logits_NV = F.linear(rows_ND, weight_VD).float()

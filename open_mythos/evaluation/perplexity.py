@@ -64,17 +64,16 @@ def evaluate_depths(
         DataError: The batches hold nothing to predict.
     """
     wanted = _wanted(model, depths)
-    loss_sums, tokens = [0.0] * len(wanted), 0
+    sums, tokens = [], 0
     with frozen(model, dtype) as device:
-        for batch in (batch.to(device) for batch in batches):
-            tokens += int((batch.targets != IGNORE_INDEX).sum())
-            for i, hidden_BTD in enumerate(_final_states(model, batch, wanted)):
-                loss_sums[i] += linear_cross_entropy(
-                    hidden_BTD, model.head.weight, batch.targets,
-                    ignore_index=IGNORE_INDEX, reduction="sum",
-                ).item()  # fmt: skip
+        for batch in batches:
+            tokens += int((batch.targets != IGNORE_INDEX).sum())  # where the batch still is
+            sums.append(loss_sums(model, batch.to(device), wanted))
+    # read at the end: the device would have nothing to do while the host read a loss
+    each_batch = torch.stack(sums).cpu().double() if sums else torch.zeros(1, len(wanted))
+    losses = each_batch.sum(0).tolist()
     # each process may have read windows of its own
-    *totals, predicted = (sum(each) for each in over_ranks([*loss_sums, tokens], device))
+    *totals, predicted = (sum(each) for each in over_ranks([*losses, tokens], device))
     if not predicted:
         raise DataError(
             "nothing to evaluate on", where="batches", value="0 tokens to predict",
@@ -84,6 +83,21 @@ def evaluate_depths(
         _row(depth, total / predicted, bytes_per_token, int(predicted))
         for depth, total in zip(wanted, totals, strict=True)
     ]
+
+
+def loss_sums(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -> Tensor:
+    """The loss summed over the targets of ``batch``, at each of ``depths``, which ascend; float32.
+
+    Depths are numbers of loops, or a single None for a model without loops. The caller sets the
+    conditions.
+    """
+    return torch.stack([
+        linear_cross_entropy(
+            hidden_BTD, model.head.weight, batch.targets,
+            ignore_index=IGNORE_INDEX, reduction="sum",
+        )
+        for hidden_BTD in _final_states(model, batch, depths)
+    ])  # fmt: skip
 
 
 def _wanted(model: CausalLM, depths: Sequence[int]) -> list[int] | list[None]:

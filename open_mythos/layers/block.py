@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +13,10 @@ from open_mythos.errors import ConfigError
 from open_mythos.layers.feed_forward import Expert
 from open_mythos.layers.gqa import GQAttention
 from open_mythos.layers.mla import MLAttention
-from open_mythos.layers.moe import MoEFFN
+from open_mythos.layers.moe import MoEFFN, Routing, Stacks
 from open_mythos.layers.norm import RMSNorm
 from open_mythos.ops.random import counter_dropout
+from open_mythos.runtime import as_autocast
 from open_mythos.trace import LoopTrace
 
 ATTENTION: dict[str, type[GQAttention] | type[MLAttention]] = {
@@ -55,19 +58,38 @@ class TransformerBlock(nn.Module):
         """(B, T, D) -> (B, T, D), in the dtype of ``x`` or wider."""
         if ctx is None:
             ctx = Context.build(x_BTD.shape[1], *self.context_of, x_BTD.device)
-        x_BTD = x_BTD + self._drop(self.attn(self.attn_norm(x_BTD), ctx, loop), ctx, loop, 0)
-        y_BTD = self.ffn_norm(x_BTD)
+        moe = self.ffn if isinstance(self.ffn, MoEFFN) else None
+        stacks = None if moe is None else moe.stacks(x_BTD, ctx)
+        y_BTD, routing = self.compute(x_BTD, ctx, loop, stacks)
+        if trace is not None and moe is not None and routing is not None:
+            moe.record(routing, x_BTD, ctx, loop, trace)
+        return y_BTD
+
+    def compute(
+        self, x_BTD: Tensor, ctx: Context, loop: int | Tensor, stacks: Stacks | None
+    ) -> tuple[Tensor, Routing | None]:
+        """The block itself, and what its router decided: what ``train.compile`` compiles.
+
+        Args:
+            x_BTD: Input.
+            ctx: Of the call.
+            loop: Index t; dropout takes a tensor too, and nothing else reads it without a cache.
+            stacks: Weights of the mixture of experts, if there is one.
+        """
+        attended = self.attn(as_autocast(self.attn_norm(x_BTD)), ctx, loop)
+        x_BTD = x_BTD + self._drop(attended, ctx, loop, 0)
+        y_BTD, routing = self.ffn_norm(x_BTD), None
         if isinstance(self.ffn, MoEFFN):
-            y_BTD = self.ffn(y_BTD, ctx, loop, trace)
+            y_BTD, routing = self.ffn.compute(y_BTD, stacks)
         else:
             y_BTD = self.ffn(y_BTD)
-        return x_BTD + self._drop(y_BTD, ctx, loop, 1)
+        return x_BTD + self._drop(y_BTD, ctx, loop, 1), routing
 
-    def _drop(self, x_BTD: Tensor, ctx: Context, loop: int, site: int) -> Tensor:
-        if not self.training or self.dropout == 0:
+    def _drop(self, x_BTD: Tensor, ctx: Context, loop: int | Tensor, site: int) -> Tensor:
+        if self.dropout == 0 or not self.training:
             return x_BTD
         keys_B = ctx.keys_B
         if keys_B is None:
             keys_B = torch.randint(1 << 62, (x_BTD.shape[0],), device=x_BTD.device)
-        salt = (loop * 4096 + self.layer) * 2 + site
+        salt: Any = (loop * 4096 + self.layer) * 2 + site
         return counter_dropout(x_BTD, self.dropout, keys_B, ctx.positions, salt)

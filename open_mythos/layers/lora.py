@@ -23,7 +23,14 @@ class LoRAAdapter(nn.Module):
         self.down = nn.Parameter(torch.randn(max_loops, dim, rank) * dim**-0.5)
         self.up = nn.Parameter(torch.zeros(max_loops, rank, dim))
 
-    def forward(self, x: Tensor, loop_t: int) -> Tensor:
-        """(..., D) -> (..., D) with the weights of loop ``loop_t``."""
-        depth = min(loop_t, self.max_loops - 1)
+    def forward(self, x: Tensor, loop_t: int | Tensor) -> Tensor:
+        """(..., D) -> (..., D) with the weights of loop ``loop_t``.
+
+        Args:
+            x: Input; (B, T, D) where the loop is a tensor.
+            loop_t: The loop of all rows, or (B,) int64, one per row ((1,) for all of them): a
+                number that only the device knows.
+        """
+        last = self.max_loops - 1
+        depth = loop_t.clamp(max=last) if isinstance(loop_t, Tensor) else min(loop_t, last)
         return (x @ self.down[depth]) @ self.up[depth]

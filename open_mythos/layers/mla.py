@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.context import Context
 from open_mythos.layers.norm import RMSNorm
 from open_mythos.ops.attention import attend
+from open_mythos.ops.latent_attention import latent_attend, latent_values
 from open_mythos.ops.rope import apply_rope
+from open_mythos.ops.visibility import Visibility
+
+SCORES_AT_ONCE = 1 << 24
+"""Most scores that absorbed attention writes out at once."""
+EXPANDED_AT_ONCE = 1 << 26
+"""Most elements of keys and values that a call without gradient expands at once."""
 
 
 class MLAttention(nn.Module):
@@ -50,7 +58,10 @@ class MLAttention(nn.Module):
         if ctx.cache is not None:
             entry_BSW = ctx.cache.write(self.layer, loop, entry_BSW, ctx.places)
         absorb = self.absorbing_is_cheaper(x_BTD.shape[1], entry_BSW.shape[1])
-        attend_latent = self.absorbed if absorb else self.expanded
+        if absorb and torch.is_grad_enabled():
+            # autograd would keep the scores of all pairs
+            absorb = _scores(q_BTHK, entry_BSW) <= SCORES_AT_ONCE
+        attend_latent = self._absorbed_in_blocks if absorb else self.expanded
         return self.out_proj(attend_latent(q_BTHK, entry_BSW, ctx).flatten(2))
 
     def query(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
@@ -69,30 +80,56 @@ class MLAttention(nn.Module):
         return torch.cat((self.kv_norm(latent).to(key.dtype), key), dim=-1)
 
     def expanded(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
-        """Attention over keys and values of every head, (B, T, H, V)."""
+        """Attention over keys and values of every head, (B, T, H, V).
+
+        Where no gradient is kept, a long history is expanded for some heads after the others.
+        """
         cfg = self.cfg
+        heads = cfg.n_heads
+        widths = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+        if not torch.is_grad_enabled():
+            positions = entry_BSW.shape[0] * entry_BSW.shape[1]
+            heads = min(heads, max(1, EXPANDED_AT_ONCE // max(1, positions * widths)))
         latent, key = entry_BSW.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1)
-        nope, v_BSHV = (
-            self.kv_up(latent)
-            .unflatten(-1, (cfg.n_heads, -1))
-            .split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=-1)
+        if heads == cfg.n_heads:
+            return self._attend_expanded(q_BTHK, self.kv_up(latent), key, ctx)
+        up_HUR = self.kv_up.weight.unflatten(0, (cfg.n_heads, -1))
+        return torch.cat([
+            self._attend_expanded(q, F.linear(latent, up.flatten(0, 1)), key, ctx)
+            for q, up in zip(q_BTHK.split(heads, dim=2), up_HUR.split(heads), strict=True)
+        ], dim=2)  # fmt: skip
+
+    def _attend_expanded(self, q_BTHK: Tensor, up_BSU: Tensor, key: Tensor, ctx: Context) -> Tensor:
+        """``up_BSU``: keys without position and values of as many heads as there are queries."""
+        cfg, heads = self.cfg, q_BTHK.shape[2]
+        nope, v_BSHV = up_BSU.unflatten(-1, (heads, -1)).split(
+            [cfg.qk_nope_head_dim, cfg.v_head_dim], dim=-1
         )
-        shared = key.unsqueeze(2).expand(-1, -1, cfg.n_heads, -1)
+        shared = key.unsqueeze(2).expand(-1, -1, heads, -1)
         k_BSHK = torch.cat((nope, shared.to(nope.dtype)), dim=-1)
         return attend(
             q_BTHK, k_BSHK, v_BSHV, ctx.mask,
             causal=ctx.causal, scale=self.scale, backend=cfg.attn_backend,
         )  # fmt: skip
 
-    def absorbed(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
-        """The same attention without leaving the latent space, (B, T, H, V).
+    def _absorbed_in_blocks(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
+        """:meth:`absorbed`, for as many queries at once as leave their scores small."""
+        n_new = q_BTHK.shape[1]
+        size = max(1, n_new * SCORES_AT_ONCE // max(1, _scores(q_BTHK, entry_BSW)))
+        if size >= n_new:
+            seen = ctx.window(0, n_new) if isinstance(ctx.mask, Visibility) else ctx
+            return self.absorbed(q_BTHK, entry_BSW, seen)
+        spans = [(start, min(start + size, n_new)) for start in range(0, n_new, size)]
+        return torch.cat([
+            self.absorbed(q_BTHK[:, start:stop], entry_BSW, ctx.window(start, stop))
+            for start, stop in spans
+        ], dim=1)  # fmt: skip
 
-        All heads read one "key" (latent and rotary key) and one "value" (latent), so both products
-        are batched over B alone: plain matrix products of (S, W) and (W, T H).
-        """
+    def absorbed(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
+        """The same attention without leaving the latent space, (B, T, H, V)."""
+        assert not isinstance(ctx.mask, Visibility), "a window of the call has its mask"
         cfg = self.cfg
-        batch, n_new, heads, _ = q_BTHK.shape
-        up_HUR = self.kv_up.weight.unflatten(0, (heads, -1))
+        up_HUR = self.kv_up.weight.unflatten(0, (cfg.n_heads, -1))
         key_up_HNR, value_up_HVR = up_HUR.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
         # scaling the query is less work than scaling a score for every position
         nope, rotary = (q_BTHK * self.scale).split(
@@ -100,19 +137,10 @@ class MLAttention(nn.Module):
         )
         latent_query = torch.einsum("bthn,hnr->bthr", nope, key_up_HNR)
         q_BTHW = torch.cat((latent_query, rotary.to(latent_query.dtype)), dim=-1)
-        # the history stands on the left: bfloat16 products on a CPU would copy a transposed one
-        scores = entry_BSW.to(q_BTHW.dtype) @ q_BTHW.reshape(batch, n_new * heads, -1).mT
-        scores_BTHS = scores.mT.reshape(batch, n_new, heads, -1).float()
-        mask = ctx.mask
-        if ctx.causal:
-            mask = torch.ones(n_new, n_new, dtype=torch.bool, device=scores.device).tril()
-            mask = mask[None, None]
-        if mask is not None:
-            scores_BTHS = scores_BTHS.masked_fill(~mask.transpose(1, 2), -torch.inf)
-        weights = scores_BTHS.softmax(-1).to(entry_BSW.dtype).view(batch, n_new * heads, -1)
-        # the rotary keys are mixed along and dropped: leaving them out first would copy the latents
-        mixed_BTHR = (weights @ entry_BSW)[..., : cfg.kv_lora_rank].unflatten(1, (n_new, heads))
-        return torch.einsum("bthr,hvr->bthv", mixed_BTHR, value_up_HVR)
+        mixed_BTHR = latent_attend(
+            q_BTHW, entry_BSW.to(q_BTHW.dtype), ctx.mask, rank=cfg.kv_lora_rank, causal=ctx.causal
+        )
+        return latent_values(mixed_BTHR, value_up_HVR)
 
     def absorbing_is_cheaper(self, n_new: int, n_all: int) -> bool:
         """Whether ``n_new`` queries over ``n_all`` positions take fewer products absorbed."""
@@ -122,3 +150,8 @@ class MLAttention(nn.Module):
         expanded = n_all * up + n_new * n_all * (key_width + cfg.v_head_dim)
         absorbed = n_new * up + n_new * n_all * 2 * cfg.cache_width
         return absorbed < expanded
+
+
+def _scores(q_BTHK: Tensor, entry_BSW: Tensor) -> int:
+    """Elements of the scores of all queries, heads and positions."""
+    return q_BTHK.shape[:3].numel() * entry_BSW.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,18 @@ from open_mythos.layers.feed_forward import Expert
 from open_mythos.ops.moe import LoopedStack, deferring_pays, expert_load, routed_experts
 from open_mythos.runtime import as_autocast
 from open_mythos.trace import LoopTrace
+
+Stacks = tuple[Tensor | LoopedStack, Tensor | LoopedStack]
+"""Gate and up projections of all experts, and their down projections, as one call uses them."""
+
+
+class Routing(NamedTuple):
+    """What the router decided for N tokens."""
+
+    scores_NE: Tensor
+    """Score of every expert, float32."""
+    experts_NC: Tensor
+    """Chosen experts, int64."""
 
 
 class MoEFFN(nn.Module):
@@ -63,37 +77,62 @@ class MoEFFN(nn.Module):
         trace: LoopTrace | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); routing statistics go to ``trace``."""
+        y_BTD, routing = self.compute(x_BTD, self.stacks(x_BTD, ctx))
+        if trace is not None:
+            self.record(routing, x_BTD, ctx, loop, trace)
+        return y_BTD
+
+    def compute(self, x_BTD: Tensor, stacks: Stacks | None) -> tuple[Tensor, Routing]:
+        """:meth:`forward` and what the router decided: tensors in, tensors out.
+
+        Nothing here depends on the loop, so one compiled graph serves all of them.
+
+        Args:
+            x_BTD: Tokens.
+            stacks: What :meth:`stacks` returned.
+        """
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         scores_NE, experts_NC, weights_NC = self.route(x_ND)
-        y_ND = self.mix(x_ND, experts_NC, weights_NC, ctx)
-        if trace is not None:
-            valid = None if ctx is None or ctx.valid_BT is None else ctx.valid_BT.reshape(-1)
-            load_E = expert_load(experts_NC, scores_NE.shape[-1], valid)
-            trace.record_routing(
-                self.layer,
-                loop,
-                load_E,
-                scores_NE.view(*x_BTD.shape[:-1], scores_NE.shape[-1]),
-                experts_NC.view(*x_BTD.shape[:-1], self.top_k),
-            )
+        # once for experts and shared expert; the router alone reads float32
+        x_ND = as_autocast(x_ND)
+        y_ND = self.mix(x_ND, experts_NC, weights_NC, stacks)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
-        return y_ND.view_as(x_BTD)
+        return y_ND.view_as(x_BTD), Routing(scores_NE, experts_NC)
+
+    def record(
+        self, routing: Routing, x_BTD: Tensor, ctx: Context | None, loop: int, trace: LoopTrace
+    ) -> None:
+        """Note the router's decisions for the tokens ``x_BTD`` in ``trace``."""
+        scores_NE, experts_NC = routing
+        valid = None if ctx is None or ctx.valid_BT is None else ctx.valid_BT.reshape(-1)
+        trace.record_routing(
+            self.layer,
+            loop,
+            expert_load(experts_NC, scores_NE.shape[-1], valid),
+            scores_NE.view(*x_BTD.shape[:-1], scores_NE.shape[-1]),
+            experts_NC.view(*x_BTD.shape[:-1], self.top_k),
+        )
 
     def mix(
-        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, ctx: Context | None
+        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, stacks: Stacks | None
     ) -> Tensor:
         """(N, D): what the chosen experts (N, C) make of each token, added by weight (N, C)."""
-        gate_up, down = self._stacks(experts_NC.numel(), ctx)
-        return routed_experts(x_ND, gate_up, down, experts_NC, weights_NC, backend=self.backend)
+        assert stacks is not None
+        return routed_experts(x_ND, *stacks, experts_NC, weights_NC, backend=self.backend)
 
-    def _stacks(
-        self, n_choices: int, ctx: Context | None
-    ) -> tuple[Tensor | LoopedStack, Tensor | LoopedStack]:
-        """The experts' weights as this call should use them."""
+    def stacks(self, x_BTD: Tensor, ctx: Context | None) -> Stacks | None:
+        """The experts' weights as a call on ``x_BTD`` should use them.
+
+        None where :meth:`mix` was replaced by something with weights of its own: experts in other
+        processes, or packed ones.
+        """
+        if "mix" in vars(self) or type(self).mix is not MoEFFN.mix:
+            return None
         if ctx is None:
             return as_autocast(self.gate_up), as_autocast(self.down)
         gate_up, down = ctx.cast(self.gate_up), ctx.cast(self.down)
+        n_choices = x_BTD.numel() // x_BTD.shape[-1] * self.top_k
         if deferring_pays(n_choices, gate_up, down, self.backend):
             return ctx.looped(gate_up), ctx.looped(down)
         return gate_up, down

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from open_mythos.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -24,5 +25,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of ``x``."""
-        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return y.to(self.weight.dtype)
+        return rms_norm(x.float(), self.weight.float(), self.eps).to(self.weight.dtype)

@@ -52,14 +52,16 @@ class Sampling:
         if self.top_k is not None and (whole(self.top_k) is None or self.top_k < 0):
             _refuse("top_k", self.top_k, "an integer >= 0, or None")
 
-    def choose(self, logits_BV: Tensor, seen_BT: Tensor, keys_B: Tensor, position: int) -> Tensor:
+    def choose(
+        self, logits_BV: Tensor, seen_BT: Tensor, keys_B: Tensor, position: int | Tensor
+    ) -> Tensor:
         """The next token of every row, (B,).
 
         Args:
             logits_BV: Logits.
             seen_BT: Token ids that have occurred in each row; negative entries are ignored.
             keys_B: One int64 key per row, from which its draws follow.
-            position: Number of the draw within the row.
+            position: Number of the draw within the row; (1,) int64 where only the device knows it.
         """
         logits_BV = penalise_repetition(logits_BV.float(), seen_BT, self.repetition_penalty)
         if self.temperature == 0:
@@ -117,14 +119,15 @@ def filter_logits(
     return logits_BV
 
 
-def sample_tokens(logits_BV: Tensor, keys_B: Tensor, position: int) -> Tensor:
+def sample_tokens(logits_BV: Tensor, keys_B: Tensor, position: int | Tensor) -> Tensor:
     """Draw one token per row from softmax(logits), (B,).
 
     The draw is a function of the row's key and the position alone (the Gumbel-max method over
     counter-based noise), so a row's tokens do not depend on its batch or on the device.
     """
-    position_1 = torch.tensor([position], device=logits_BV.device)
-    uniform = counter_uniform(keys_B, position_1, logits_BV.shape[-1], salt=0).squeeze(1)
+    if isinstance(position, int):
+        position = keys_B.new_full((1,), position)  # made on the device: nothing is copied
+    uniform = counter_uniform(keys_B, position, logits_BV.shape[-1], salt=0).squeeze(1)
     return (logits_BV - torch.log(-torch.log(uniform))).argmax(-1)
 
 

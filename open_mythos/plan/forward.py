@@ -14,10 +14,13 @@ from open_mythos.plan.mixture import Call, Mixture
 from open_mythos.plan.ops import Ops
 from open_mythos.plan.parameters import LOOP, Parameter, parameters
 from open_mythos.plan.sharding import Sharding
-from open_mythos.plan.tape import FLOAT32, HALF, HEAD, INT64, Ghost, Gradients, Saved, Weight
+from open_mythos.plan.tape import BOOL, FLOAT32, HALF, HEAD, INT64, Ghost, Gradients, Saved, Weight
 
-LOSS_CHUNK = 1024
-"""Default of ``open_mythos.ops.cross_entropy``, which loads torch; a test compares."""
+CHUNK_BYTES = {False: 1 << 28, True: 1 << 30}
+"""Bytes of logits that exist at a time, on a CPU and on CUDA: those of
+``open_mythos.ops.cross_entropy``, which loads torch; a test compares."""
+BLOCK_BYTES = {False: 1 << 22, True: 1 << 26}
+"""Bytes of float32 that its softmax and its sums work on at a time."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,10 @@ class Block:
     def __call__(self, ops: Ops, x: Ghost, tokens: int, call: Call) -> Ghost:
         """``forward``."""
         p = self.cfg.dropout
-        x = ops.add(x, dropped(ops, self.attn(ops, ops.rms_norm(x, self.attn_norm), tokens), p))
+        if isinstance(self.ffn, Mixture) and self.ffn.processes == 1:
+            self.ffn.stacks(ops, x, call)
+        y = ops.low(ops.rms_norm(x, self.attn_norm))
+        x = ops.add(x, dropped(ops, self.attn(ops, y, tokens), p))
         y = ops.rms_norm(x, self.ffn_norm)
         y = self.ffn(ops, y, call) if isinstance(self.ffn, Mixture) else self.ffn(ops, y)
         return ops.add(x, dropped(ops, y, p))
@@ -242,43 +248,57 @@ def _local_shape(parameter: Parameter, experts: int) -> tuple[int, ...]:
     return (parameter.shape[0] // experts, *parameter.shape[1:])
 
 
+def chunk_rows(rows: int, vocab: int, size: int, cuda: bool) -> int:
+    """Of ``rows`` positions, how many have their logits at a time."""
+    most = max(1, CHUNK_BYTES[cuda] // (vocab * size))
+    return max(1, -(-rows // -(-rows // most))) if rows else 1
+
+
 def _cross_entropy(ops: Ops, hidden: Ghost, weight: Weight) -> Ghost:
     """``linear_cross_entropy``: logits exist for a chunk at a time, gradients are made at once."""
     size, (vocab, dim) = HALF if ops.autocast else FLOAT32, weight.shape
     rows = hidden.n // dim
     with ops.labelled(HEAD):
+        counts, classes = ops.new(rows, BOOL), ops.new(rows, INT64)
         of_hidden, of_weight = ops.new(hidden.n, FLOAT32), ops.new(weight.n, FLOAT32)
         low_weight = weight if size == FLOAT32 else ops.new(weight.n, size)
-        residual = part = None
-        for start in range(0, rows, LOSS_CHUNK):
-            count = min(LOSS_CHUNK, rows - start)
-            part = hidden.view() if size == FLOAT32 else ops.new(count * dim, size)
-            residual = _chunk_residual(ops, count * vocab, size)
-            for n in (count * dim, weight.n):  # gradient of the rows, then of the weight
-                low = residual if size == FLOAT32 else ops.new(residual.n, size)
-                product = ops.new(n, size)
-                del low
-                if size != FLOAT32 and not ops.cuda:  # a CPU adds nothing but equal dtypes
-                    wide = ops.new(n, FLOAT32)
-                    del wide
-                del product
-        del low_weight, residual, part
+        chunk = chunk_rows(rows, vocab, size, ops.cuda)
+        buffer, part = ops.new(min(chunk, rows) * vocab, size), None
+        for start in range(0, rows, chunk):
+            count = min(chunk, rows - start)
+            low = hidden.view() if size == FLOAT32 else ops.new(count * dim, size)
+            part = ops.new(count * dim, size)
+            del low
+            _softmax(ops, min(count, _in_block(ops, vocab)) * vocab, size)
+            product = ops.new(count * dim, size)
+            del product
+            if size != FLOAT32:
+                _weight_sum(ops, min(vocab, _in_block(ops, dim)) * dim, size, start > 0)
+        del low_weight, part, buffer, counts, classes
         loss = ops.new(1, FLOAT32)
-    counts = hidden.n, weight.n
+    counted = hidden.n, weight.n
 
     def apply(grads: Gradients, saved: Saved) -> Gradients:
-        return [ops.new(n, FLOAT32, HEAD) for n in counts]
+        return [ops.new(n, FLOAT32, HEAD) for n in counted]
 
     ops.record((loss,), (hidden, weight), apply, (of_hidden, of_weight))
     return loss
 
 
-def _chunk_residual(ops: Ops, n: int, size: int) -> Ghost:
-    """``_chunk_loss`` of ``n`` logits."""
-    logits = ops.new(n, size)
-    wide = logits if size == FLOAT32 else ops.new(n, FLOAT32)
+def _in_block(ops: Ops, width: int) -> int:
+    """Rows of ``width`` float32 in a block."""
+    return max(1, BLOCK_BYTES[ops.cuda] // (FLOAT32 * width))
+
+
+def _softmax(ops: Ops, n: int, size: int) -> None:
+    """``_to_residual`` of ``n`` logits; only CUDA's softmax reads half precision."""
+    wide = None if size == FLOAT32 or ops.cuda else ops.new(n, FLOAT32)
     log_p = ops.new(n, FLOAT32)
-    del wide
-    masked = ops.new(n, FLOAT32)
-    del logits, log_p
-    return masked
+    del wide, log_p
+
+
+def _weight_sum(ops: Ops, n: int, size: int, more: bool) -> None:
+    """``_add_product`` of ``n`` elements of the weight's gradient; a CPU adds only equal dtypes."""
+    product = ops.new(n, size)
+    wide = ops.new(n, FLOAT32) if more and not ops.cuda else None
+    del product, wide

@@ -12,6 +12,8 @@ from open_mythos.errors import ConfigError
 from open_mythos.plan.ops import Ops
 from open_mythos.plan.tape import BOOL, FLOAT32, INT64, Ghost, Weight
 
+SCORES_AT_ONCE = 1 << 24
+"""Of ``open_mythos.layers.mla``, which loads torch; a test compares."""
 Weights = Mapping[str, Weight]
 """Name in the state dict -> parameter."""
 
@@ -32,7 +34,7 @@ class Attention:
         if cfg.attn_backend == "reference":
             raise ConfigError(
                 "the plain twin of attention is not planned for", where="attn_backend",
-                value=cfg.attn_backend, allowed='"auto", "sdpa" or "flash"',
+                value=cfg.attn_backend, allowed='"auto", "sdpa", "flash" or "flex"',
                 fix='set attn_backend to "auto"',
             )  # fmt: skip
         self.cfg = cfg
@@ -44,7 +46,7 @@ class Attention:
             return self._gqa(ops, x)
         q = self._query(ops, x)
         entry = self._entry(ops, x)
-        if self._absorbs():
+        if self._absorbs(q, tokens):
             return ops.linear(self._absorbed(ops, q, entry, tokens), self._of("out_proj"))
         return ops.linear(self._expanded(ops, q, entry), self._of("out_proj"))
 
@@ -83,16 +85,20 @@ class Attention:
         shared = ops.spread(key, key.n * cfg.n_heads)
         k = ops.cat(nope, ops.to(shared, nope.size))
         rows = q.n // key_width
+        if cfg.v_head_dim > key_width:
+            q, k = (ops.pad(x, rows * cfg.v_head_dim) for x in (q, k))
         if cfg.v_head_dim >= key_width:
             return ops.attention(q, k, v, rows)
         y = ops.attention(q, k, ops.pad(v, rows * key_width), rows)
         # the slice is not contiguous, so joining the heads copies it
         return ops.copy(ops.part(y, rows * cfg.v_head_dim))
 
-    def _absorbs(self) -> bool:
-        """``absorbing_is_cheaper`` for as many queries as positions."""
+    def _absorbs(self, q: Ghost, tokens: int) -> bool:
+        """``absorbing_is_cheaper`` for as many queries as positions, if their scores are few."""
         cfg = self.cfg
-        return 2 * cfg.cache_width < cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+        key_width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+        few = q.n // key_width * tokens <= SCORES_AT_ONCE
+        return few and 2 * cfg.cache_width < key_width + cfg.v_head_dim
 
     def _absorbed(self, ops: Ops, q: Ghost, entry: Ghost, tokens: int) -> Ghost:
         """Attention in the latent space, which writes the scores of all pairs out."""

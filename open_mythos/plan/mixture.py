@@ -1,4 +1,4 @@
-"""The mixture of experts in ghost tensors: ``layers/moe.py``, ``ops/moe.py`` and
+"""The mixture of experts in ghost tensors: ``layers/moe.py``, ``ops/expert_kernels.py`` and
 ``train/processes/expert_parallel.py``, line by line, as if all experts had equally many tokens."""
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Mixture:
         """``forward``."""
         x = ops.reshaped(x)
         experts, weights = self._route(ops, x)
+        x = ops.low(x)
         y = (
-            self._mix(ops, x, weights, call)
+            self._routed(ops, x, experts, weights, *self.stacks(ops, x, call))
             if self.processes == 1
             else self._mix_apart(ops, x, weights)
         )
         if self.shared is not None:
             y = ops.add(y, self.shared(ops, x))
-        del experts
         return ops.reshaped(y)
 
     def _route(self, ops: Ops, x: Ghost) -> tuple[Ghost, Ghost]:
@@ -79,11 +79,15 @@ class Mixture:
             weights = ops.mul(weights, ops.unary(ops.total(weights, tokens)))
         return experts, weights
 
-    def _mix(self, ops: Ops, x: Ghost, weights: Ghost, call: Call) -> Ghost:
-        """``mix``: all experts are here."""
+    def stacks(self, ops: Ops, x: Ghost, call: Call) -> tuple[Ghost, Ghost, list[Stack]]:
+        """``stacks``: weights as products read them; the second time, those of the first.
+
+        With them come the two stacks whose gradients wait for all loops, or none.
+        """
         gate_up, down = (_cast(ops, each, call) for each in (self.gate_up, self.down))
-        defers = ops.recording and weights.n <= DEFERRED_TOKENS * self.cfg.n_experts
-        return self._routed(ops, x, weights, gate_up, down, call if defers else None)
+        chosen = x.n // self.cfg.dim * self.cfg.n_experts_per_tok
+        defers = ops.recording and chosen <= DEFERRED_TOKENS * self.cfg.n_experts
+        return gate_up, down, [_looped(ops, w, call) for w in (gate_up, down)] if defers else []
 
     def _mix_apart(self, ops: Ops, x: Ghost, weights: Ghost) -> Ghost:
         """``_Mix``: rows travel to their experts and back."""
@@ -93,9 +97,7 @@ class Mixture:
         rows = _travelled(ops, ops.take(x, chosen * cfg.dim, ops.integers(chosen)))
         rows = ops.cat(rows, ops.new(cfg.dim, rows.size))
         numbers, ones = ops.integers(chosen), ops.new(chosen + 1, FLOAT32)
-        made = ops.part(
-            self._routed(ops, rows, ones, gate_up, down, None, top_k=1), chosen * cfg.dim
-        )
+        made = ops.part(self._routed(ops, rows, numbers, ones, gate_up, down, []), chosen * cfg.dim)
         back = _travelled(ops, made)
         inverse = ops.integers(chosen)
         y = ops.take(back, back.n, inverse)
@@ -109,64 +111,66 @@ class Mixture:
         self,
         ops: Ops,
         x: Ghost,
+        experts: Ghost,
         weights: Ghost,
         gate_up: Ghost,
         down: Ghost,
-        call: Call | None,
-        top_k: int = 0,
+        stacks: list[Stack],
     ) -> Ghost:
-        """``routed_experts``; the stacks' gradients wait for all loops if there is a ``call``."""
-        cfg = self.cfg
+        """``routed_experts``; gradients of the two ``stacks``, if there are any, wait."""
+        if self.cfg.moe_backend == "reference":
+            raise ConfigError(
+                "the plain twin of the experts is not planned for", where="moe_backend",
+                value=self.cfg.moe_backend, allowed='"auto", "grouped" or "sorted"',
+                fix='set moe_backend to "auto"',
+            )  # fmt: skip
         x, weights = ops.to(x, gate_up.size), ops.to(weights, gate_up.size)
-        order, inverse = ops.integers(weights.n), ops.integers(weights.n)
-        rows = _to_experts(ops, x, cfg.dim, order, inverse)
-        row_weights = _to_experts(ops, weights, 1, order, inverse)
-        if _backend(cfg, gate_up.size) == "sorted":
-            y = self._sorted(ops, rows, row_weights, gate_up, down)
-        else:
-            hidden = self._product(ops, rows, gate_up, 2 * cfg.expert_dim, call)
-            hidden = ops.mul(ops.swiglu(hidden), row_weights)
-            y = self._product(ops, hidden, down, cfg.dim, call)
-        return _to_tokens(ops, y, top_k or cfg.n_experts_per_tok, order, inverse)
+        size, chosen, hidden = x.size, weights.n, weights.n * self.cfg.expert_dim
+        spread, tokens = chosen * self.cfg.dim, x.n
+        # a node keeps alive what it refers to: numbers and lists, no tensors
+        waiting, sizes = [stack.uses for stack in stacks], (gate_up.n, down.n)
+        order = ops.integers(chosen)
+        first = _first_product(ops, chosen, spread, 2 * hidden, size)
+        activated = ops.new(hidden, size)
+        second = ops.new(spread, size)
+        y = _to_tokens(ops, chosen, spread, tokens, size)
+        del activated, second
 
-    def _product(self, ops: Ops, x: Ghost, stack: Ghost, width: int, call: Call | None) -> Ghost:
-        """``_product`` of rows with the stack, whose results are ``width`` wide."""
-        if call is None:
-            return ops.product(x, stack, width, self.local_experts)
-        if id(stack) not in call.stacks:
-            call.stacks[id(stack)] = _looped(ops, stack)
-        rows = x.n * self.local_experts * width // stack.n
-        return _deferred(ops, x, call.stacks[id(stack)], rows * width)
+        def apply(grads: Gradients, saved: Saved) -> Gradients:
+            number_of_row, row_weights = ops.integers(chosen), ops.new(chosen, size)
+            grad = ops.new(spread, size)
+            d_hidden, d_first = ops.new(hidden, size), ops.new(2 * hidden, size)
+            silu, again, d_weights = (ops.new(n, size) for n in (hidden, hidden, chosen))
+            del silu
+            d_down = d_gate_up = None
+            if waiting:
+                waiting[1].append((again, grad))
+            else:
+                d_down = ops.new(sizes[1], size, GRADIENTS)
+            del d_hidden, again, grad
+            rows = ops.new(spread, size)
+            if waiting:
+                waiting[0].append((rows, d_first))
+            else:
+                d_gate_up = ops.new(sizes[0], size, GRADIENTS)
+            del rows
+            d_rows = ops.new(spread, size)
+            d_x = _to_tokens(ops, chosen, spread, tokens, size)
+            del d_rows, d_first, number_of_row, row_weights, d_weights
+            return (d_x, ops.new(chosen, size), d_gate_up, d_down)
 
-    def _sorted(self, ops: Ops, x: Ghost, weights: Ghost, gate_up: Ghost, down: Ghost) -> Ghost:
-        """``_sorted``: one dense product for each expert."""
-        cfg, n = self.cfg, self.local_experts
-        counts = [weights.n * (i + 1) // n - weights.n * i // n for i in range(n)]
-        rows, row_weights = (
-            ops.split(x, *(c * cfg.dim for c in counts)),
-            ops.split(weights, *counts),
-        )
-        gate_ups = ops.split(gate_up, *[gate_up.n // n] * n, label=GRADIENTS)
-        downs = ops.split(down, *[down.n // n] * n, label=GRADIENTS)
-        parts = []
-        for i in range(n):
-            hidden = ops.swiglu(ops.product(rows[i], gate_ups[i], 2 * cfg.expert_dim))
-            parts.append(ops.product(ops.mul(hidden, row_weights[i]), downs[i], cfg.dim))
-        return ops.cat(*parts)
+        through = [stack.weight for stack in stacks] or [gate_up, down]
+        kept = (x, weights, *through, experts, first, order)
+        ops.record((y,), (x, weights, *through), apply, kept)
+        return y
 
 
-def _backend(cfg: MythosConfig, size: int) -> str:
-    """The kernel that "auto" stands for: grouped products need rows of 16 bytes."""
-    if cfg.moe_backend == "reference":
-        raise ConfigError(
-            "the plain twin of the experts is not planned for", where="moe_backend",
-            value=cfg.moe_backend, allowed='"auto", "grouped" or "sorted"',
-            fix='set moe_backend to "auto"',
-        )  # fmt: skip
-    if cfg.moe_backend != "auto":
-        return cfg.moe_backend
-    widths = (cfg.dim, 2 * cfg.expert_dim, cfg.expert_dim)
-    return "sorted" if any(width * size % 16 for width in widths) else "grouped"
+def _first_product(ops: Ops, chosen: int, rows: int, n: int, size: int) -> Ghost:
+    """The rows of all choices times gate and up projections."""
+    token_of_row, gathered = ops.integers(chosen), ops.new(rows, size)
+    product = ops.new(n, size)
+    del token_of_row, gathered
+    return product
 
 
 def _cast(ops: Ops, weight: Weight, call: Call) -> Ghost:
@@ -192,41 +196,20 @@ def _travelled(ops: Ops, rows: Ghost) -> Ghost:
     return y
 
 
-def _to_experts(ops: Ops, x: Ghost, width: int, order: Ghost, inverse: Ghost) -> Ghost:
-    """``_ToExperts``: one row for each choice."""
-    token_of_row = ops.integers(order.n)
-    y, n, size, rows = ops.new(order.n * width, x.size), x.n, x.size, order.n * width
-    del token_of_row
-
-    def apply(grads: Gradients, saved: Saved) -> Gradients:
-        gathered = ops.new(rows, size)
-        summed = ops.new(n, size)
-        del gathered
-        return (summed,)
-
-    ops.record((y,), (x,), apply, (order, inverse))
-    return y
-
-
-def _to_tokens(ops: Ops, y: Ghost, top_k: int, order: Ghost, inverse: Ghost) -> Ghost:
-    """``_ToTokens``: the sum of each token's rows."""
-    gathered = ops.new(y.n, y.size)
-    out, n, size, chosen = ops.new(y.n // top_k, y.size), y.n, y.size, order.n
-    del gathered
-
-    def apply(grads: Gradients, saved: Saved) -> Gradients:
-        token_of_row = ops.integers(chosen)
-        spread = ops.new(n, size)
-        del token_of_row
-        return (spread,)
-
-    ops.record((out,), (y,), apply, (order, inverse))
+def _to_tokens(ops: Ops, chosen: int, rows: int, n: int, size: int) -> Ghost:
+    """The sum of each token's rows."""
+    inverse = ops.integers(chosen)
+    gathered = ops.new(rows, size) if ops.cuda else ops.integers(2 * chosen)
+    out = ops.new(n, size)
+    del inverse, gathered
     return out
 
 
-def _looped(ops: Ops, weight: Ghost) -> Stack:
-    """``LoopedStack(weight)``; its node computes the joint gradient of all uses."""
-    stack = Stack(weight.view())
+def _looped(ops: Ops, weight: Ghost, call: Call) -> Stack:
+    """``Context.looped``: a stack whose node computes the joint gradient of all uses."""
+    if id(weight) in call.stacks:
+        return call.stacks[id(weight)]
+    stack = call.stacks[id(weight)] = Stack(weight.view())
     uses, n, size = stack.uses, weight.n, weight.size
 
     def apply(grads: Gradients, saved: Saved) -> Gradients:
@@ -250,17 +233,3 @@ def _joined(ops: Ops, uses: list[tuple[Ghost, Ghost]]) -> list[Ghost]:
         joined.append(ops.new(together.n, together.size))
         del together
     return joined
-
-
-def _deferred(ops: Ops, x: Ghost, stack: Stack, n: int) -> Ghost:
-    """``_DeferredProduct`` with ``n`` results; operand and gradient stay for :func:`_looped`."""
-    y, uses = ops.new(n, x.size), stack.uses
-
-    def apply(grads: Gradients, saved: Saved) -> Gradients:
-        (grad,), operand = grads, saved[0]
-        assert grad is not None
-        uses.append((operand, grad))
-        return (ops.new(operand.n, operand.size), None)
-
-    ops.record((y,), (x, stack.weight), apply, (x, stack.weight))
-    return y

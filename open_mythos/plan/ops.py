@@ -163,27 +163,6 @@ class Ops(Tape):
         self.record((y,), (x,), lambda g, s: (self.new(n, size),), (saved,))
         return y
 
-    def square(self, x: Ghost) -> Ghost:
-        """x^2; the derivative is worked out in three steps."""
-        y, n, size = self.new(x.n, x.size), x.n, x.size
-
-        def apply(grads: Gradients, saved: Saved) -> Gradients:
-            power = self.new(n, size)
-            twice = self.new(n, size)
-            del power
-            grad = self.new(n, size)
-            del twice
-            return (grad,)
-
-        self.record((y,), (x,), apply, (x,))
-        return y
-
-    def mean(self, x: Ghost, rows: int) -> Ghost:
-        """Of each of ``rows``."""
-        y, n, size = self.new(rows, x.size), x.n, x.size
-        self.record((y,), (x,), lambda g, s: (self.new(n, size),))
-        return y
-
     def total(self, x: Ghost, n: int) -> Ghost:
         """A sum that leaves ``n`` elements; its gradient is a repeating view."""
         y, before = self.new(n, x.size), x.n
@@ -193,12 +172,6 @@ class Ops(Tape):
     def rms_norm(self, x: Ghost, weight: Weight) -> Ghost:
         """``RMSNorm.forward``: computed and returned in float32, the weight's dtype."""
         x, rows = self.to(x, FLOAT32), x.n // weight.n
-        if self.cuda:
-            return self._fused_norm(x, weight, rows)
-        root = self.unary(self.mean(self.square(x), rows), saves_result=True)
-        return self.mul(self.mul(x, root), weight)
-
-    def _fused_norm(self, x: Ghost, weight: Weight, rows: int) -> Ghost:
         y, root = self.new(x.n, FLOAT32), self.new(rows, FLOAT32)
         n, width = x.n, weight.n
 
@@ -266,11 +239,6 @@ class Ops(Tape):
             self.add(self.scaled(first), self.scaled(second)),
         )
         return self.to(rotated, x.size)
-
-    def swiglu(self, gate_up: Ghost) -> Ghost:
-        """silu(gate) * up, the two side by side in ``gate_up``."""
-        gate, up = self.split(gate_up, gate_up.n // 2, gate_up.n // 2)
-        return self.mul(self.unary(gate), up)
 
     def integers(self, n: int) -> Ghost:
         """``n`` elements of int64."""

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from open_mythos.errors import ConfigError
 from open_mythos.model import OpenMythos
-from open_mythos.runtime import autocast, derive_seed, over_ranks, training_dtype, world_size
+from open_mythos.quantization import is_quantized
+from open_mythos.runtime import (
+    autocast,
+    derive_seed,
+    over_ranks,
+    to_device,
+    training_dtype,
+    world_size,
+)
 from open_mythos.trace import LoopTrace
 from open_mythos.train.build import Model
 from open_mythos.train.config import RunConfig, TrainConfig
@@ -145,7 +153,7 @@ class TrainStep:
     def _sample_seeds(self, step: int, sample_index_B: Tensor) -> Tensor:
         seed = self.config.train.seed
         seeds = [derive_seed(seed, "sample", step, i) for i in sample_index_B.tolist()]
-        return torch.tensor(seeds, device=self.device)
+        return to_device(torch.tensor(seeds), self.device)
 
     def new_average(self) -> WeightAverage | None:
         """An average that begins with the present weights; None where none is wanted."""
@@ -167,6 +175,12 @@ def _local_batch(train: TrainConfig) -> int:
 
 
 def _check_model(model: Model, config: RunConfig) -> None:
+    if is_quantized(model):
+        raise ConfigError(
+            "a quantised model cannot be trained", where="Trainer(model, config)",
+            value=type(model).__name__, allowed="a model as it was before quantize()",
+            fix="load the model again",
+        )  # fmt: skip
     looped = isinstance(model, OpenMythos)
     if looped != (config.architecture == "looped") or (looped and model.cfg != config.model):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The benchmark runs at a tiny size, and its gate stops what is wrong."""
+"""The benchmark runs at a tiny size, and its gates stop what is wrong."""
 
 import json
 from dataclasses import replace
@@ -6,28 +6,99 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import caches, decoding, exits, training
+from benchmarks import (
+    batch,
+    caches,
+    context,
+    decoding,
+    exits,
+    experts,
+    kernels,
+    loops,
+    measure,
+    prefill,
+    pretraining,
+    roofline,
+    serving,
+    start,
+    suites,
+    training,
+)  # fmt: skip
 from benchmarks.__main__ import main
-from benchmarks.measure import GateError, Row, gate
-from benchmarks.models import QUICK, build
-from benchmarks.plain import ConcatenatingCache, plain_twin
+from benchmarks.clock import shares_text, where_time_goes
+from benchmarks.measure import Finding, GateError, Row, compare, gate
+from benchmarks.models import QUICK, build, dense_like
+from benchmarks.plain import ConcatenatingCache, common_parts, plain_twin
+from open_mythos.accounting import account
 from open_mythos.cache import KVCache
 from open_mythos.layers.mla import MLAttention
+from open_mythos.layers.moe import MoEFFN
 from open_mythos.variants import VARIANTS
 
+OWN = tuple(name for name in suites.CPU if name not in suites.OPTIONAL)
 
-def test_everything_runs_and_is_saved(tmp_path, capsys):
-    main(["--quick", "--out", str(tmp_path)])
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    """One thread; the machine's limits from small products and short reads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(roofline, "PRODUCT", {"cpu": 128})
+    monkeypatch.setattr(roofline, "SIZES", {"cpu": (1,)})
+    for measured in (roofline.peak, roofline.read_rates, roofline.copy_rate):
+        measured.cache_clear()
+    yield
+    torch.set_num_threads(threads)
+    for measured in (roofline.peak, roofline.read_rates, roofline.copy_rate):
+        measured.cache_clear()
+
+
+def test_everything_runs_and_is_saved(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suites, "CPU", OWN)
+    monkeypatch.setattr(start, "COMMANDS", {"python": (("-c", ""), 0.3, "")})
+    assert main(["--quick", "--out", str(tmp_path)]) == 0
     assert "no goal missed" in capsys.readouterr().out
-    for suite, n_rows in (("training", 4), ("decoding", 4), ("exits", 8), ("cache", 6)):
+    n_rows = {
+        "experts": 2, "training": 5, "loops": 15, "prefill": 4, "decoding": 4,
+        "context": 12, "batch": 6, "exits": 8, "start": 1, "cache": 6,
+    }  # fmt: skip
+    assert set(n_rows) == set(OWN)
+    for suite in OWN:
         text = (tmp_path / f"{suite}.json").read_text()
         content = json.loads(text)
-        assert len(content["rows"]) == n_rows
+        assert len(content["rows"]) == n_rows[suite], suite
+        assert content["complete"]
         assert content["machine"]["torch"] == torch.__version__
+        assert content["limits"][0]["peak_flops"]["float32"] > 1e8
         assert str(tmp_path) not in text
     lines = (tmp_path / "cache.md").read_text().splitlines()
     assert len(lines) == 2 + len(VARIANTS)
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_decoding_is_shown_in_all_threads_too():
+    torch.set_num_threads(2)
+    names = [(row.name, row.threads) for row in decoding.rows(QUICK)]
+    assert names.count(("mla, context 40, 2 threads", 2)) == 2
+    assert {threads for name, threads in names if "threads" not in name} == {1}
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("suite", [kernels, serving])
+def test_what_a_gpu_runs_runs_on_a_cpu_too(suite):
+    rows = list(suite.rows(replace(QUICK, served=(2,))))
+    assert [row.verdict for row in rows] == ["no goal"] * (6 if suite is kernels else 2)
+    assert all(row.share > 0 and row.error < 2e-2 for row in rows)
+
+
+def test_training_at_real_size_counts_the_loops_that_ran():
+    rows = list(pretraining.rows(QUICK))
+    assert [row.unit for row in rows] == ["% MFU", "tok/s"]
+    for row in rows:
+        tokens = QUICK.large_batch * QUICK.large_tokens
+        assert row.numbers["tokens_per_second"] == pytest.approx(tokens / row.seconds)
+        expected = row.floor.flops / row.seconds / row.floor.peak
+        assert row.numbers["mfu"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
@@ -43,32 +114,95 @@ def test_the_twin_is_plain_and_has_the_same_weights(attn_type):
             assert not module.absorbing_is_cheaper(1, 10_000)
     ids = torch.arange(24).view(2, 12)
     caches_ = KVCache(), ConcatenatingCache()
-    for start in (0, 6, 9):
-        end = {0: 6, 6: 9, 9: 12}[start]
+    for begin in (0, 6, 9):
+        end = {0: 6, 6: 9, 9: 12}[begin]
         logits = [
-            model(ids[:, start:end], n_loops=3, kv_cache=cache, start_pos=start)
+            model(ids[:, begin:end], n_loops=3, kv_cache=cache, start_pos=begin)
             for model, cache in zip((fast, plain), caches_, strict=True)
         ]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
-def broken_twin(model):
-    """A twin that is wrong in one weight of one expert."""
+def test_common_parts_have_the_same_weights_and_neither_experts_nor_history(monkeypatch):
+    model = build(QUICK, "mla", (4, 2)).eval()
+    rest = common_parts(model, attention=True)
+    pairs = zip(model.parameters(), rest.parameters(), strict=True)
+    assert all(a is b for a, b in pairs)
+
+    def never(*_, **__):
+        raise AssertionError("computed")
+
+    ids, cache = torch.arange(2).view(2, 1), KVCache(8)
+    decoding.fill(cache, rest, 2, 4, 2)
+    before = {key: slot.clone() for key, slot in cache._slots.items()}
+    with monkeypatch.context() as patched:
+        for name in ("expanded", "absorbed"):
+            patched.setattr(MLAttention, name, never)
+        patched.setattr(MoEFFN, "mix", never)
+        logits = rest(ids, 2, cache, 4)
+    assert logits.isfinite().all()
+    assert all(torch.equal(before[key], slot) for key, slot in cache._slots.items())
+    assert model(ids).isfinite().all()  # the model itself has kept its parts
+
+
+def test_the_dense_model_takes_as_many_flops():
+    model = build(QUICK, "mla", (4, 2))
+    dense = account(dense_like(model.cfg, 5)).training_flops(context=64)
+    assert dense == pytest.approx(account(model, 5).training_flops(context=64), rel=0.05)
+
+
+def wrong_twin(model):
+    """A twin that is wrong in one weight of one expert, and in its head."""
     twin = plain_twin(model)
     with torch.no_grad():
-        twin.recurrent.blocks[0].ffn.down[0, 0, 0] += 0.5
+        twin.head.weight.mul_(2)
+        for block in twin.recurrent.blocks:
+            if isinstance(block.ffn, MoEFFN):
+                block.ffn.down[0, 0, 0] += 0.5
     return twin
 
 
-@pytest.mark.parametrize("suite", [training, decoding])
+@pytest.mark.parametrize(
+    "suite", [training, decoding, loops, prefill, context, serving, pretraining]
+)
 def test_nothing_is_timed_when_results_differ(suite, monkeypatch):
     def never(*_, **__):
         raise AssertionError("timed")
 
-    monkeypatch.setattr(suite, "plain_twin", broken_twin)
-    monkeypatch.setattr(suite, "compare", never)
-    with pytest.raises(GateError, match="off by"):
+    monkeypatch.setattr(suite, "plain_twin", wrong_twin)
+    for timer in ("compare", "alternate", "clocked"):
+        monkeypatch.setattr(suite, timer, never, raising=False)
+    with pytest.raises(GateError, match=r"off by|not that of"):
         next(suite.rows(QUICK))
+
+
+def test_layers_and_operations_are_timed_only_if_they_equal_their_twins(monkeypatch):
+    def doubled(layer, backend):
+        twin = variant(layer, backend)
+        twin.down = torch.nn.Parameter(2 * layer.down.detach())
+        return twin
+
+    variant = experts._variant
+    monkeypatch.setattr(experts, "_variant", doubled)
+    with pytest.raises(GateError, match="off by"):
+        next(experts.rows(QUICK))
+    monkeypatch.setattr(kernels, "latent_attend", lambda q, entry, rank, backend:
+                        q[..., :rank] * (2 if backend == "auto" else 1))  # fmt: skip
+    with pytest.raises(GateError, match="off by"):
+        next(kernels.rows(QUICK))
+
+
+def test_a_batch_is_timed_only_if_its_rows_equal_themselves_alone(monkeypatch):
+    monkeypatch.setattr(batch, "distances", lambda *_: [0.1])
+    with pytest.raises(GateError, match="itself alone"):
+        next(batch.rows(QUICK))
+
+
+def test_starting_fails_if_torch_is_loaded_or_the_help_is_not_printed():
+    for arguments, begins in ((("-c", "import sys; sys.exit(1)"), ""), (("-c", "print(1)"), "us")):
+        with pytest.raises(GateError, match="ended with"):
+            start._run("it", arguments, begins)
+    assert "torch" in start.IMPORT
 
 
 def test_exits_are_timed_only_if_they_equal_their_rows_alone(monkeypatch):
@@ -94,6 +228,8 @@ def test_the_cache_suite_checks_its_formula(monkeypatch):
     monkeypatch.setattr(KVCache, "nbytes", 1)
     with pytest.raises(GateError, match="by the formula"):
         next(caches.rows(QUICK))
+    with pytest.raises(GateError, match="bytes"):
+        next(context.rows(QUICK))
 
 
 def test_the_gate():
@@ -106,5 +242,40 @@ def test_the_gate():
 
 @pytest.mark.parametrize(("goal", "verdict"), [(None, "no goal"), (2.0, "met"), (2.1, "MISSED")])
 def test_verdicts(goal, verdict):
-    row = Row("", "float32", 1.0, 2.0, 2.0, 2.0, goal, 0.0, 0.0)
-    assert row.verdict == verdict
+    assert Row("", "float32", 1.0, 2.0, 2.0, 2.0, goal, 0.0, 0.0).verdict == verdict
+    assert Finding("", "float32", 2.0, "x", goal=goal).verdict == verdict
+    most = Finding("", "float32", 2.05, "x", goal=goal, at_most=True)
+    assert most.verdict == {2.0: "MISSED", 2.1: "met"}.get(goal, "no goal")
+
+
+def test_a_row_says_what_no_fast_form_could_save(monkeypatch):
+    taken = {"fast": 2.0, "plain": 4.0, "rest": 1.0, "dense": 3.0}
+
+    def alternate(forms, **_):
+        return {name: measure.Times(taken[name], taken[name]) for name in forms}
+
+    monkeypatch.setattr(measure, "alternate", alternate)
+    x = torch.ones(300, 300)
+    arguments = {"alternations": 1, "errors": (0.0, 0.0), "rest": ("the rest", None)}
+    missed = compare("", torch.float32, lambda: x @ x, None, goal=5.0, **arguments)
+    assert (missed.verdict, missed.ratio, missed.rest_seconds) == ("MISSED", 2.0, 1.0)
+    assert "take 1 s, 50% of the fast form's time" in missed.reason
+    assert "at most 4.0x" in missed.reason
+    assert "time of the fast form: products" in missed.reason
+    met = compare("", torch.float32, None, None, goal=2.0, **arguments)
+    assert (met.verdict, met.why) == ("met", "")
+
+
+def test_the_cost_of_a_loop_is_compared_with_the_mean():
+    even = loops.deviations({2: 5.0, 4: 9.0, 8: 17.0})
+    assert even == pytest.approx({"2 to 4": 0, "4 to 8": 0})
+    dearer = loops.deviations({2: 5.0, 4: 9.0, 8: 21.0})
+    assert dearer == pytest.approx({"2 to 4": 2 / (16 / 6) - 1, "4 to 8": 3 / (16 / 6) - 1})
+
+
+def test_the_profiler_finds_the_products():
+    x = torch.randn(400, 400)
+    shares = where_time_goes(lambda: x @ x)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["products"] > 0.5
+    assert shares_text({"products": 0.5}) == "products 50%"

@@ -16,7 +16,7 @@ from chaos.lives import Story
     [
         ("resuming forgets the step", "step 0"),
         ("resuming forgets the moments", "grad_norm"),
-        ("resuming moves one weight by one bit", "loss"),
+        ("resuming moves one weight by one bit", "head.weight at the end"),
         ("depths come from one stream", "depths"),
     ],
 )

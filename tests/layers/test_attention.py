@@ -10,6 +10,7 @@ from torch import Tensor
 from open_mythos import GQAttention, KVCache, MLAttention, apply_rope, config
 from open_mythos.context import Context
 from open_mythos.layers.block import ATTENTION
+from open_mythos.ops.attention_pieces import plan_pieces
 
 B, T = 2, 9
 
@@ -115,7 +116,7 @@ class TestAbsorption:
         entries = layer.entry(x, context(n_old + n_new, layer).rope)
         query, results = layer.query(x[:, n_old:], ctx.rope), []
         weights = torch.randn(B, n_new, 4, 10)
-        for attend in (layer.expanded, layer.absorbed):
+        for attend in (layer.expanded, layer._absorbed_in_blocks):
             q, entry = (t.detach().requires_grad_() for t in (query, entries))
             layer.zero_grad()
             out = attend(q, entry, ctx)
@@ -172,3 +173,21 @@ class TestAbsorption:
         layer = randomise(MLAttention(small_config()))
         assert not layer.absorbing_is_cheaper(T, T)
         assert layer.absorbing_is_cheaper(1, T)
+
+
+@pytest.mark.parametrize(("attn_type", "kind"), [("gqa", "document_BT"), ("mla", "valid_BT")])
+def test_padding_and_documents_compile_whole(attn_type, kind):
+    """Without a graph break; long enough that uncompiled they are computed one by one."""
+    layer, n = randomise(ATTENTION[attn_type](small_config(attn_type))), 160
+    x, second = torch.randn(B, n, 32), torch.arange(n).expand(B, n) >= 70
+    ctx = context(n, layer, **{kind: second if kind == "valid_BT" else second.long()})
+    real = second if kind == "valid_BT" else torch.ones_like(second)
+    assert plan_pieces(ctx.mask, x.dtype) is not None
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        part = x.clone().requires_grad_()
+        y = call(part, ctx, 0)
+        (y[real] ** 2).sum().backward()
+        results.append((y.detach()[real], part.grad[real]))
+    for found, right in zip(*reversed(results), strict=True):
+        assert_same(found, right)

@@ -51,6 +51,29 @@ class TestLoRA:
         for t in (3, 4, 1000):
             assert torch.equal(adapter(x, t), adapter(x, 2))
 
+    def test_a_loop_for_every_row(self):
+        """Loops that only the device knows: outputs and gradients as row by row."""
+        adapter, x = LoRAAdapter(7, 2, 3), torch.randn(4, 5, 7, requires_grad=True)
+        torch.nn.init.normal_(adapter.up)
+        loops = [2, 0, 5, 1]
+        parameters = (x, adapter.down, adapter.up)
+        together = adapter(x, torch.tensor(loops))
+        single = torch.stack([adapter(row, t) for row, t in zip(x, loops, strict=True)])
+        torch.testing.assert_close(together, single)
+        weight = torch.randn_like(single)
+        for got, expected in zip(
+            torch.autograd.grad((together * weight).sum(), parameters),
+            torch.autograd.grad((single * weight).sum(), parameters),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected)
+
+    @pytest.mark.parametrize("t", [0, 2, 9])
+    def test_one_loop_for_all_rows(self, t):
+        adapter, x = LoRAAdapter(7, 2, 3), torch.randn(4, 5, 7)
+        torch.nn.init.normal_(adapter.up)
+        torch.testing.assert_close(adapter(x, torch.tensor([t])), adapter(x, t))
+
 
 class TestLoopEmbedding:
     def test_formula(self):
@@ -70,6 +93,16 @@ class TestLoopEmbedding:
         signals = [loop_index_embedding(h, t, 8) for t in range(64)]
         for t, signal in enumerate(signals):
             assert not any(torch.allclose(signal, other, atol=1e-3) for other in signals[:t])
+
+    def test_a_loop_for_every_row(self):
+        h, loops = torch.randn(3, 2, 9), [4, 0, 7]
+        rows = [loop_index_embedding(row, t, 6) for row, t in zip(h, loops, strict=True)]
+        torch.testing.assert_close(
+            loop_index_embedding(h, torch.tensor(loops), 6), torch.stack(rows)
+        )
+        torch.testing.assert_close(
+            loop_index_embedding(h, torch.tensor([4]), 6), loop_index_embedding(h, 4, 6)
+        )
 
     @pytest.mark.parametrize("loop_dim", [0, 1, 2, 7, 8])
     def test_any_width(self, loop_dim):

@@ -1,12 +1,31 @@
-"""Chunked cross-entropy against its plain twin: values and gradients."""
+"""Chunked cross-entropy against its plain twin: values, gradients, memory; and its back ends."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from itertools import accumulate
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from open_mythos.errors import ConfigError
-from open_mythos.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.ops import cross_entropy
+from open_mythos.ops.cross_entropy import (
+    chunk_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+
+needs_liger = pytest.mark.skipif(
+    not importlib.util.find_spec("liger_kernel"), reason="liger-kernel is not installed"
+)
 
 
 def problem(batch, tokens, dim, vocab, ignored=0.3, dtype=torch.float32):
@@ -29,11 +48,13 @@ def with_gradients(fn, hidden, weight, targets, **options):
     tokens=st.integers(1, 9),
     vocab=st.integers(2, 17),
     chunk=st.integers(1, 30),
+    block=st.integers(1, 1000),
     reduction=st.sampled_from(["sum", "mean"]),
 )
-def test_equals_reference(batch, tokens, vocab, chunk, reduction):
+def test_equals_reference(batch, tokens, vocab, chunk, block, reduction):
     inputs = problem(batch, tokens, 5, vocab)
-    got = with_gradients(linear_cross_entropy, *inputs, chunk=chunk, reduction=reduction)
+    with patch.object(cross_entropy, "BLOCK_BYTES", block):
+        got = with_gradients(linear_cross_entropy, *inputs, chunk=chunk, reduction=reduction)
     want = with_gradients(linear_cross_entropy_reference, *inputs, reduction=reduction)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
@@ -100,28 +121,219 @@ def test_gradients_of_one_input_only():
     torch.testing.assert_close(torch.autograd.grad(3 * frozen, weight)[0], want[2])
 
 
-def test_never_holds_the_logits_of_the_batch(monkeypatch):
-    sizes = []
-    plain = torch.log_softmax
-    monkeypatch.setattr(torch, "log_softmax", lambda x, **o: sizes.append(x.shape) or plain(x, **o))
-    linear_cross_entropy(*problem(3, 10, 4, 6), chunk=8)
-    assert sizes == [(8, 6), (8, 6), (8, 6), (6, 6)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_blocks_of_half_precision(dtype, monkeypatch):
+    inputs = problem(3, 7, 9, 23)
+    want = with_gradients(linear_cross_entropy_reference, *inputs)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        got = with_gradients(linear_cross_entropy, *inputs, chunk=5)
+    for mine, theirs in zip(got, want, strict=True):
+        assert (mine - theirs).norm() <= (0.02 if dtype == torch.bfloat16 else 1e-6) * theirs.norm()
+
+
+def test_the_weight_gradient_is_summed_in_float32():
+    """In bfloat16 the sum of many small chunks stops growing."""
+    hidden, weight = torch.ones(4096, 1), torch.zeros(2, 1, requires_grad=True)
+    targets = torch.zeros(4096, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets, chunk=1, reduction="sum")
+    loss.backward()
+    assert weight.grad.flatten().tolist() == [-2048.0, 2048.0]
+    low = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(4096):
+        low += 0.5
+    assert low < 2048
+
+
+def test_what_does_not_count_may_be_anything():
+    hidden, weight, targets = problem(2, 6, 4, 5)
+    want = with_gradients(linear_cross_entropy_reference, hidden, weight, targets)
+    spoilt = hidden.detach().masked_fill((targets == -100).unsqueeze(-1), torch.nan)
+    got = with_gradients(linear_cross_entropy, spoilt.requires_grad_(), weight, targets, chunk=5)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_graph_may_be_used_twice():
+    hidden, weight, targets = problem(2, 6, 4, 5)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    first, second = (
+        torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True) for _ in range(2)
+    )
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tied_weights():
+    """The head's weight is the embedding too: the gradients of both uses are added."""
+    _, weight, targets = problem(2, 6, 4, 11)
+    ids = torch.randint(11, targets.shape)
+    for chunk in (None, 5):
+        hidden = torch.tanh(torch.nn.functional.embedding(ids, weight))
+        mine = linear_cross_entropy(hidden, weight, targets, chunk=chunk)
+        theirs = linear_cross_entropy_reference(hidden, weight, targets)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x, weight, retain_graph=True)[0] for x in (mine, theirs))
+        )
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_never_holds_the_logits_of_the_batch(half, monkeypatch):
+    """One chunk of logits in the dtype of the products, and blocks that are small beside it."""
+    n, dim, vocab, size = 1024, 16, 4096, 2 if half else 4
+    chunk_bytes, block = 64 * vocab * size, 4096 * 4 * 4
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", block)
+    inputs = torch.randn(n, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)
+    targets = torch.randint(vocab, (n,))
+
+    def peak(fn):
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+            profile(
+                activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+            ) as profiler,
+        ):
+            fn(*inputs, targets)
+        events = profiler.profiler.kineto_results.events()
+        sizes = [each for each in events if each.name() == "[memory]"]
+        sizes.sort(key=lambda each: each.start_ns())
+        return max(accumulate(each.nbytes() for each in sizes))
+
+    gradients = 4 * sum(each.numel() for each in inputs)
+    copies = sum(each.numel() for each in inputs) * size + 64 * n
+    found, logits = peak(linear_cross_entropy), n * vocab * 4
+    # with several threads, products in half precision take as much as their result once more
+    assert chunk_bytes + gradients < found < 2 * chunk_bytes + gradients + copies + 3 * block
+    assert found < logits / 4
+    assert peak(linear_cross_entropy_reference) > logits  # so it can be measured
+
+
+@given(
+    n_rows=st.integers(0, 10**6),
+    vocab=st.integers(1, 10**6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_chunks_are_equal_and_within_their_bytes(n_rows, vocab, dtype, device):
+    rows = chunk_rows(n_rows, vocab, dtype, torch.device(device))
+    limit = getattr(cross_entropy, "CHUNK_BYTES" if device == "cpu" else "ACCELERATOR_CHUNK_BYTES")
+    assert rows == 1 or rows * vocab * dtype.itemsize <= limit
+    chunks = -(-n_rows // rows)
+    assert chunks == max(1, -(-n_rows // max(1, limit // (vocab * dtype.itemsize)))) or not n_rows
+    assert (
+        n_rows == 0 or chunks * rows - n_rows < chunks
+    )  # the last is short by less than a row each
 
 
 def test_without_autograd_prepares_no_gradient(monkeypatch):
     hidden, weight, targets = problem(1, 5, 4, 6)
     want = linear_cross_entropy(hidden, weight, targets)
-    monkeypatch.setattr(torch, "zeros_like", lambda *a, **o: pytest.fail("a gradient buffer"))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **o: pytest.fail("a gradient buffer"))
+    monkeypatch.setattr(Tensor, "exp_", lambda self: pytest.fail("a softmax"))
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), want.detach())
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"reduction": "none"}, {"chunk": 0}, {"targets": torch.zeros(1, 4, dtype=torch.long)}],
+    [
+        {"reduction": "none"},
+        {"chunk": 0},
+        {"targets": torch.zeros(1, 4, dtype=torch.long)},
+        {"backend": "cut"},
+    ],
 )
 def test_refuses(options):
     hidden, weight, targets = problem(1, 5, 4, 6)
     targets = options.pop("targets", targets)
     with pytest.raises(ConfigError):
         linear_cross_entropy(hidden, weight, targets, **options)
+
+
+class TestBackends:
+    def test_auto_is_logged_once(self, caplog):
+        cross_entropy._log_once.cache_clear()
+        with caplog.at_level(logging.INFO):
+            for _ in range(3):
+                linear_cross_entropy(*problem(1, 5, 4, 6))
+        assert [each.getMessage() for each in caplog.records] == ["loss backend: chunked"]
+
+    @pytest.mark.parametrize("reduction", ["sum", "mean"])
+    def test_by_name(self, reduction):
+        inputs = problem(2, 5, 4, 6)
+        want = with_gradients(linear_cross_entropy_reference, *inputs, reduction=reduction)
+        for backend in ("reference", "chunked"):
+            got = with_gradients(
+                linear_cross_entropy, *inputs, reduction=reduction, backend=backend
+            )
+            for mine, theirs in zip(got, want, strict=True):
+                torch.testing.assert_close(mine, theirs)
+
+    @pytest.mark.parametrize(
+        ("device", "dtype", "installed", "chosen"),
+        [
+            ("cuda", torch.bfloat16, True, "liger"),
+            ("cuda", torch.float16, True, "liger"),
+            ("cuda", torch.bfloat16, False, "chunked"),
+            ("cuda", torch.float32, True, "chunked"),
+            ("cpu", torch.bfloat16, True, "chunked"),
+        ],
+    )
+    def test_auto(self, device, dtype, installed, chosen, monkeypatch):
+        monkeypatch.setattr(cross_entropy, "_liger_installed", lambda: installed)
+        assert cross_entropy._choose("auto", torch.device(device), dtype) == chosen
+
+    def test_liger_that_is_missing(self, monkeypatch):
+        monkeypatch.setattr(cross_entropy, "_liger_installed", lambda: False)
+        with pytest.raises(EnvironmentError_, match=r"open-mythos\[kernels\]"):
+            linear_cross_entropy(*problem(1, 5, 4, 6), backend="liger")
+
+    @needs_liger
+    def test_liger_serves_no_cpu(self):
+        with pytest.raises(ConfigError, match="tensors on cpu"):
+            linear_cross_entropy(*problem(1, 5, 4, 6), backend="liger")
+
+    @needs_liger
+    def test_liger_equals_reference(self):
+        """Triton's interpreter has to be chosen before the kernels are imported."""
+        done = subprocess.run(
+            [sys.executable, "-c", LIGER], capture_output=True, text=True, check=False,
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "equal\n"
+
+
+LIGER = """
+import torch
+from open_mythos.ops.cross_entropy import linear_cross_entropy as loss
+
+generator = torch.Generator().manual_seed(0)
+both, neither = (True, True), (False, False)
+for half, needs, reduction, ignored in (
+    (False, both, "sum", 2), (False, both, "mean", 2), (True, both, "sum", 2),
+    (False, (True, False), "sum", 2), (False, (False, True), "sum", 2),
+    (False, both, "mean", 10), (False, neither, "mean", 2),
+):
+    inputs = [torch.randn(*shape, generator=generator) for shape in ((2, 5, 6), (37, 6))]
+    for each, needed in zip(inputs, needs):
+        each.requires_grad_(needed)
+    targets = torch.randint(37, (2, 5), generator=generator)
+    targets.view(-1)[:ignored] = -100
+    wanted = [each for each in inputs if each.requires_grad]
+    found = {}
+    for backend in ("reference", "liger"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            total = loss(*inputs, targets, backend=backend, reduction=reduction, chunk=4)
+        assert total.dtype == torch.float32
+        for _ in range(2 if wanted else 0):  # the graph may be used twice
+            grads = torch.autograd.grad(3 * total, wanted, retain_graph=True)
+        found[backend] = total, *(grads if wanted else ())
+    for mine, theirs in zip(found["liger"], found["reference"], strict=True):
+        assert mine.dtype == theirs.dtype
+        error = (mine - theirs).norm()
+        assert error <= (2e-2 if half else 1e-5) * theirs.norm() + 1e-7, (half, needs, error)
+print("equal")
+"""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import open_mythos.ops.looped_stack as looped_stack
 import open_mythos.ops.moe as moe
+from open_mythos.errors import ConfigError
 from open_mythos.model import OpenMythos
 from open_mythos.ops.moe import LoopedStack, deferring_pays, routed_experts
 from open_mythos.train.processes.parallel import apply_activation_checkpointing
-from tests.helpers import randomise, small_config
+from tests.helpers import random_ids, randomise, small_config, small_model
 
 
 def choices(tokens: int, experts: int, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,25 +47,72 @@ def test_equals_the_reference_over_several_uses(tokens: int) -> None:
         assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
+def experts() -> tuple[torch.Tensor, ...]:
+    """Tokens, choices, weights, and the two stacks, which need gradients."""
+    torch.manual_seed(1)
+    x, (chosen, weights) = torch.randn(5, 16, requires_grad=True), choices(5, 4, 2)
+    gate_up, down = torch.randn(4, 16, 24), torch.randn(4, 12, 16)
+    return x, chosen, weights, gate_up.requires_grad_(), down.requires_grad_()
+
+
 def test_a_second_backward_counts_nothing_twice() -> None:
-    weight = torch.randn(2, 4, 4, requires_grad=True)
-    stack = LoopedStack(weight)
-    y = stack.product(torch.randn(5, 4), torch.tensor([2, 5], dtype=torch.int32)).sum()
+    x, chosen, weights, *stacks = experts()
+    y = routed_experts(x, *map(LoopedStack, stacks), chosen, weights).sum()
     y.backward(retain_graph=True)
-    once = weight.grad.clone()
+    once = [stack.grad.clone() for stack in stacks]
     y.backward()
-    torch.testing.assert_close(weight.grad, 2 * once)
+    for stack, first in zip(stacks, once, strict=True):
+        torch.testing.assert_close(stack.grad, 2 * first)
+
+
+def test_what_an_unfinished_backward_left_is_not_counted() -> None:
+    """A gradient of the tokens alone never comes to the stacks."""
+    x, chosen, weights, *stacks = experts()
+    y = routed_experts(x, *map(LoopedStack, stacks), chosen, weights).sum()
+    expected = torch.autograd.grad(y, stacks, retain_graph=True)
+    torch.autograd.grad(y, x, retain_graph=True)
+    y.backward()
+    for stack, once in zip(stacks, expected, strict=True):
+        torch.testing.assert_close(stack.grad, once)
+
+
+def test_a_graph_that_is_dropped_takes_its_uses_along() -> None:
+    x, chosen, weights, *stacks = experts()
+    gc.collect()
+    before = len(looped_stack._alive)
+    y = routed_experts(x, *map(LoopedStack, stacks), chosen, weights).sum()
+    torch.autograd.grad(y, x)
+    assert len(looped_stack._alive) == before + 2
+    del y
+    gc.collect()
+    assert len(looped_stack._alive) == before
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, chosen, weights, *stacks = experts()
+    y = routed_experts(x, *map(LoopedStack, stacks), chosen, weights).sum()
+    with pytest.raises(ConfigError, match="not differentiated twice"):
+        torch.autograd.grad(y, x, create_graph=True)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
-    "depth",
-    [{"n_loops": 5}, {"n_loops": [2, 4, 7]}, {"n_loops": [2, 5, 3], "grad_loops": 2}],
-    ids=["even", "ragged", "truncated"],
+    ("depth", "uses"),
+    [
+        ({"n_loops": 5}, 5),
+        ({"n_loops": [2, 4, 7]}, 7),
+        ({"n_loops": [2, 5, 3], "grad_loops": 2}, 5),
+        ({"n_loops": 5, "grad_loops": 2}, 2),
+    ],
+    ids=["even", "ragged", "ragged, truncated", "truncated"],
 )
 def test_gradients_of_a_model(
-    depth: dict[str, object], autocast: bool, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+    depth: dict[str, object],
+    uses: int,
+    autocast: bool,
+    checkpointed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = randomise(OpenMythos(small_config("mla")), 0)
     if checkpointed:
@@ -69,8 +121,10 @@ def test_gradients_of_a_model(
         0, model.cfg.vocab_size, (3, 11), generator=torch.Generator().manual_seed(1)
     )
     calls = []
-    original = LoopedStack.product
-    monkeypatch.setattr(LoopedStack, "product", lambda *args: (calls.append(1), original(*args))[1])
+    original = looped_stack.weight_gradient
+    monkeypatch.setattr(
+        looped_stack, "weight_gradient", lambda uses: (calls.append(len(uses)), original(uses))[1]
+    )
 
     def gradients(limit: int) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(moe, "DEFERRED_TOKENS", limit)
@@ -79,7 +133,7 @@ def test_gradients_of_a_model(
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(ids, **depth).float().square().mean()
         loss.backward()
-        assert bool(calls) == (limit > 0)
+        assert calls == ([uses, uses] if limit else [])
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     deferred, immediate = gradients(10**9), gradients(0)
@@ -95,7 +149,22 @@ def test_the_rule() -> None:
     down = torch.empty(64, 16, 16, requires_grad=True)
     assert deferring_pays(64 * moe.DEFERRED_TOKENS, gate_up, down)
     assert not deferring_pays(64 * moe.DEFERRED_TOKENS + 1, gate_up, down)
-    assert not deferring_pays(64, gate_up, down, "sorted")
+    assert not deferring_pays(64, gate_up, down, "reference")
     assert not deferring_pays(64, gate_up.detach(), down)
     with torch.no_grad():
         assert not deferring_pays(64, gate_up, down)
+
+
+def test_checkpointing_around_the_whole_call():
+    """The second forward pass makes stacks of its own; the gradients belong to the first ones."""
+    model, ids = small_model(), random_ids(2, 9)
+    found = []
+    for call in (lambda run: run(), lambda run: checkpoint(run, use_reentrant=False)):
+        model.zero_grad(set_to_none=True)
+        call(lambda: model(ids, 3)).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert "recurrent.blocks.0.ffn.gate_up" in found[0]
+    for name, gradient in found[0].items():
+        assert gradient.any()
+        torch.testing.assert_close(found[1][name], gradient)

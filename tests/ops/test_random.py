@@ -136,7 +136,7 @@ class TestDropout:
         assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
 
     def test_type_and_gradient(self):
-        x = torch.randn(len(KEYS), 64, DIM, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(len(KEYS), 64, DIM).to(torch.bfloat16).requires_grad_()
         out = counter_dropout(x, 0.25, KEYS, POSITIONS, 3)
         assert out.dtype == torch.bfloat16
         out.sum().backward()

@@ -27,16 +27,16 @@ def closed_form(cfg) -> float:
     return sum(
         (
             4 * d + 4 * d + 4,
-            2 * d + 2 * d,
+            2 * d,
             4 * q + 4 + 2 * q,
             4 * r + 4 + 2 * (r + rope),
             8 * heads * key + 4 * heads,
             2 * heads * cfg.v_head_dim,
             4 * d + 4 + 4 * d,
             4 * cfg.n_experts + 8 * chosen + 4 * chosen + 8,
-            16 * chosen + 2 * chosen,
-            2 * chosen * d + 10 * chosen * width,
-            2 * d + 8 * shared,
+            8 * chosen + 2 * chosen,
+            2 * d + 4 * chosen * width,
+            8 * shared,
             4 * d + 4 + 2 * d + 2 * cfg.lora_rank,
         )
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
+import torch
 
 from open_mythos.ops import cross_entropy, moe
 from open_mythos.plan import forward, mixture
@@ -140,7 +139,16 @@ def test_nothing_is_recorded_without_gradient() -> None:
 
 
 def test_constants_are_those_of_the_kernels() -> None:
-    """The plan loads no torch, so it repeats two numbers."""
+    """The plan loads no torch, so it repeats a few numbers and a rule."""
     assert mixture.DEFERRED_TOKENS == moe.DEFERRED_TOKENS
-    chunk = inspect.signature(cross_entropy.linear_cross_entropy).parameters["chunk"]
-    assert chunk.default == forward.LOSS_CHUNK
+    ways = {False: torch.device("cpu"), True: torch.device("cuda")}
+    assert forward.CHUNK_BYTES == {
+        False: cross_entropy.CHUNK_BYTES, True: cross_entropy.ACCELERATOR_CHUNK_BYTES,
+    }  # fmt: skip
+    assert forward.BLOCK_BYTES == {
+        False: cross_entropy.BLOCK_BYTES, True: cross_entropy.ACCELERATOR_BLOCK_BYTES,
+    }  # fmt: skip
+    for cuda, device in ways.items():
+        for rows, vocab in ((0, 7), (5, 10**9), (16384, 32000), (10**6, 199_999)):
+            planned = forward.chunk_rows(rows, vocab, HALF, cuda)
+            assert planned == cross_entropy.chunk_rows(rows, vocab, torch.bfloat16, device)

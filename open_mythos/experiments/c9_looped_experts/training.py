@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from statistics import mean
 from typing import Any
 
@@ -15,9 +16,8 @@ from open_mythos.experiments.c9_looped_experts.cells import TIED
 from open_mythos.experiments.claim import Cell, Place
 from open_mythos.experiments.text import train
 from open_mythos.layers.block import TransformerBlock
-from open_mythos.layers.moe import MoEFFN
+from open_mythos.layers.moe import MoEFFN, Stacks
 from open_mythos.model import OpenMythos
-from open_mythos.trace import LoopTrace
 from open_mythos.train.build import Model
 
 _ROUTED_BATCHES = 4
@@ -28,24 +28,20 @@ class TiedExperts(MoEFFN):
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
         super().__init__(cfg, layer)
-        self._loop = 0
+        self._call: weakref.ref[Context] | None = None
         self._first_NC: Tensor | None = None
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        ctx: Context | None = None,
-        loop: int = 0,
-        trace: LoopTrace | None = None,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        self._loop = loop
-        return super().forward(x_BTD, ctx, loop, trace)
+    def stacks(self, x_BTD: Tensor, ctx: Context | None) -> Stacks | None:
+        """As :meth:`MoEFFN.stacks`; a call that was not seen before is at its first loop."""
+        assert ctx is not None
+        if self._call is None or self._call() is not ctx:
+            self._call, self._first_NC = weakref.ref(ctx), None
+        return super().stacks(x_BTD, ctx)
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`MoEFFN.route`, with the choice of loop 0."""
         scores_NE, experts_NC, weights_NC = super().route(x_ND)
-        if self._loop == 0 or self._first_NC is None:
+        if self._first_NC is None:
             self._first_NC = experts_NC
             return scores_NE, experts_NC, weights_NC
         weights_NC = scores_NE.gather(-1, self._first_NC)

@@ -7,7 +7,7 @@ experts move to their processes, then everything else is replicated (DDP) or sha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from open_mythos.context import Context
 from open_mythos.dense import DenseTransformer
 from open_mythos.errors import ConfigError
+from open_mythos.layers.block import TransformerBlock
 from open_mythos.layers.moe import MoEFFN
 from open_mythos.model import OpenMythos
 from open_mythos.runtime import world_size
 from open_mythos.trace import LoopTrace
 from open_mythos.train.build import Model
 from open_mythos.train.config import ParallelConfig, RunConfig
+from open_mythos.train.processes.compiling import compile_block
 from open_mythos.train.processes.expert_parallel import apply_expert_parallelism, expert_parameters
 
 
@@ -50,7 +52,7 @@ def parallelize(model: Model, config: RunConfig) -> ParallelModel:
     if config.train.checkpoint_loops and isinstance(model, OpenMythos):
         apply_activation_checkpointing(model)
     if config.train.compile:
-        _compile_blocks(model)
+        _compile(model)
     call: nn.Module = _Call(model)
     if kind == "ddp":
         call = DistributedDataParallel(call, gradient_as_bucket_view=True)
@@ -59,6 +61,8 @@ def parallelize(model: Model, config: RunConfig) -> ParallelModel:
         device = next(model.parameters()).device.type
         if parallel.experts > 1:
             apply_expert_parallelism(model, _mesh(device, parallel.experts, "expert"))
+            if config.train.compile:
+                _keep_outside_of_graphs(model)
         elsewhere = set(expert_parameters(model)) if parallel.experts > 1 else None
         mesh = _mesh(device, parallel.shard or world_size(), "shard")
         for unit, reshard in _units(model):
@@ -161,25 +165,28 @@ def resolve_kind(config: ParallelConfig) -> str:
     return kind if size > 1 else "none"
 
 
-def transformer_blocks(model: Model) -> list[nn.Module]:
+def transformer_blocks(model: Model) -> list[TransformerBlock]:
     """All blocks, in the order in which they run."""
     if isinstance(model, DenseTransformer):
-        return list(model.blocks)
-    return [*model.prelude, *model.recurrent.blocks, *model.coda]
+        found = [*model.blocks]
+    else:
+        found = [*model.prelude, *model.recurrent.blocks, *model.coda]
+    return [cast(TransformerBlock, block) for block in found]
 
 
-def _compile_blocks(model: Model) -> None:
-    """Compile every block: one graph serves every loop, where the whole model would need one each.
+def _compile(model: Model) -> None:
+    """Compile every block; rows leave those that are in the loop."""
+    looped = set(model.recurrent.blocks) if isinstance(model, OpenMythos) else set()
+    for block in transformer_blocks(model):
+        compile_block(block, rows_leave=block in looped)
 
-    Mixtures stay outside of the graph: their products wait for the last loop, and their sizes
-    change with every batch.
-    """
+
+def _keep_outside_of_graphs(model: nn.Module) -> None:
+    """Tokens that travel between processes make one break in a compiled block."""
     for module in model.modules():
         if isinstance(module, MoEFFN):
             mixture: Any = module
-            mixture.forward = torch.compiler.disable(mixture.forward)
-    for block in transformer_blocks(model):
-        block.compile()
+            mixture.mix = torch.compiler.disable(mixture.mix)
 
 
 def _units(model: Model) -> Iterable[tuple[nn.Module, bool]]:

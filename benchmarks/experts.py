@@ -1,0 +1,108 @@
+"""The layer of experts alone, forward and backward, as every loop runs it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.clock import device
+from benchmarks.measure import Measured, Row, attempt, compare, gate
+from benchmarks.models import FULL, Scale, config, noisy
+from benchmarks.roofline import Work
+from open_mythos.layers.feed_forward import Expert
+from open_mythos.layers.moe import MoEFFN
+
+GOALS = {(torch.bfloat16, (16, 2)): 2.5, (torch.bfloat16, (64, 4)): 5.0}
+GATE_TOKENS = 67
+REST = "routing, without any expert"
+
+
+def title(scale: Scale) -> str:
+    """What the rows have in common."""
+    return (
+        f"layer of experts, forward and backward, dim {scale.dim}, expert dim {scale.dim // 2}, "
+        f"{scale.layer_tokens} tokens"
+    )
+
+
+def rows(scale: Scale) -> Iterator[Measured]:
+    """One row for every number of experts and dtype."""
+    for experts in scale.layers:
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{experts[0]} experts top-{experts[1]}"
+            yield attempt(name, dtype, partial(_row, scale, experts, dtype, name))
+
+
+def _row(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) -> Row:
+    cfg = replace(config(scale, "mla", experts), n_shared_experts=0)
+    chosen = min(experts[1], experts[0])
+    fast = noisy(lambda: MoEFFN(cfg)).to(dtype)
+    # the weights are the same tensors: a second copy of 512 experts would be 800 MB
+    plain = _variant(fast, "reference")
+    exact = noisy(lambda: MoEFFN(cfg)).to(dtype).float() if dtype != torch.float32 else fast
+    small = _tokens(scale.dim, GATE_TOKENS)
+    errors = gate(
+        name,
+        _gradients(fast, small.to(dtype)),
+        _gradients(plain, small.to(dtype)),
+        reference=_gradients(_variant(exact, "reference"), small.to(dtype).float()),
+        dtype=dtype,
+    )
+    del exact
+    x_ND = _tokens(scale.dim, scale.layer_tokens).to(dtype)
+    dense = noisy(lambda: Expert(scale.dim, chosen * cfg.expert_dim)).to(dtype)
+    weights = fast.gate_up.numel() + fast.down.numel() + fast.router.weight.numel()
+    products = scale.dim * (3 * chosen * cfg.expert_dim + experts[0])
+    return compare(
+        name,
+        dtype,
+        lambda: _gradients(fast, x_ND),
+        lambda: _gradients(plain, x_ND),
+        dense=lambda: _gradients(dense, x_ND),
+        rest=(REST, lambda: _routing(fast, x_ND)),
+        # many experts take long, and long calls vary less
+        alternations=scale.turns if experts[0] <= 64 else scale.alternations,
+        goal=GOALS.get((dtype, experts)) if scale is FULL else None,
+        errors=errors,
+        work=Work(
+            6 * products * scale.layer_tokens,
+            3 * weights * dtype.itemsize,
+            weights * dtype.itemsize,
+        ),
+        numbers={"tokens": scale.layer_tokens, "experts": experts[0], "chosen": chosen},
+    )
+
+
+def _variant(layer: MoEFFN, backend: str) -> MoEFFN:
+    """The same layer, its very weights, computed by another backend."""
+    twin = copy.copy(layer)
+    twin.backend = backend
+    return twin
+
+
+def _tokens(dim: int, n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, dim, generator=generator).to(device())
+
+
+def _gradients(layer: nn.Module, x_ND: Tensor) -> list[Tensor]:
+    """The result, and the gradients of the input and of every weight."""
+    layer.zero_grad(set_to_none=True)
+    x_ND = x_ND.detach().requires_grad_()
+    y_ND = layer(x_ND)
+    # not the gradient of a sum, which is one expanded number
+    y_ND.backward(x_ND.detach().to(y_ND.dtype))
+    assert x_ND.grad is not None
+    weights = [p.grad for p in layer.parameters() if p.grad is not None]
+    return [y_ND.detach(), x_ND.grad, *weights]
+
+
+def _routing(layer: MoEFFN, x_ND: Tensor) -> None:
+    """Scores and choices, forward and backward."""
+    _, _, weights_NC = layer.route(x_ND.detach().requires_grad_())
+    weights_NC.backward(torch.ones_like(weights_NC))

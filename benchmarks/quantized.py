@@ -1,0 +1,132 @@
+"""Decoding with rounded weights, against the same model in bfloat16.
+
+Weights in 8 or 4 bits are fewer bytes to read, and more work for every row that is multiplied with
+them: they win for few rows. The gate holds a quantised model to its plain twin, the same model with
+every block's matrices replaced by what rounding left of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.clock import threads
+from benchmarks.decoding import decoder
+from benchmarks.measure import Measured, Row, attempt, compare, gate
+from benchmarks.models import FULL, Scale, build, random_ids
+from open_mythos.cache import KVCache
+from open_mythos.layers.block import TransformerBlock
+from open_mythos.layers.moe import MoEFFN
+from open_mythos.model import OpenMythos
+from open_mythos.ops.quantized import pack
+from open_mythos.quantization import DEFAULT_GROUP, quantize, weight_bytes
+
+KINDS = {"int8": 0, "int4": DEFAULT_GROUP}
+"""Kind -> inputs of a group."""
+EXPERTS = (8, 2)
+BATCHES = (1, 2, 4, 8)
+GOALS = {("int8", batch): 1.0 for batch in (1, 2, 4)}
+"""From there on bfloat16 is the faster one."""
+CONTEXT = 128
+REPEATS = 2
+"""Tokens of a turn."""
+
+
+def title(scale: Scale) -> str:
+    """What the rows have in common."""
+    return (
+        f"rounded weights against bfloat16, dim {_wide(scale).dim}, {scale.n_loops} loops, MLA, "
+        f"{EXPERTS[0]} experts top-{EXPERTS[1]}, one thread"
+    )
+
+
+def rows(scale: Scale) -> Iterator[Measured]:
+    """For both kinds: a token for each of 1, 2, 4 and 8 rows, and a prompt."""
+    model = build(_wide(scale), "mla", EXPERTS).eval()
+    low = copy.deepcopy(model).bfloat16()
+    for kind, group in KINDS.items():
+        twin = rounded_twin(model, group)
+        ways = quantize(copy.deepcopy(model), kind), low, copy.deepcopy(twin).bfloat16(), twin
+        for batch in BATCHES:
+            name = f"{kind}, decoding, batch {batch}"
+            goal = GOALS.get((kind, batch)) if scale is FULL else None
+            with threads(1):
+                yield attempt(
+                    name, torch.bfloat16, partial(_decoding, scale, ways, batch, name, goal)
+                )
+        name = f"{kind}, prompt of {scale.tokens} tokens"
+        with threads(1):
+            yield attempt(name, torch.bfloat16, partial(_prompt, scale, ways, name))
+
+
+Ways = tuple[OpenMythos, OpenMythos, OpenMythos, OpenMythos]
+"""Quantised; in bfloat16; the twin in bfloat16; the twin in float32."""
+
+
+@torch.no_grad()
+def rounded_twin(model: OpenMythos, group: int) -> OpenMythos:
+    """A copy of ``model`` with the weights that quantising leaves, as ordinary tensors."""
+    twin = copy.deepcopy(model)
+    for block in twin.modules():
+        if not isinstance(block, TransformerBlock):
+            continue
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith(("kv_up", "router")):
+                module.weight.copy_(pack(module.weight, group).unpacked(torch.float32).mT)
+            if isinstance(module, MoEFFN):
+                for stack in (module.gate_up, module.down):
+                    stack.copy_(pack(stack.mT, group).unpacked(torch.float32))
+    return twin
+
+
+def _wide(scale: Scale) -> Scale:
+    """Wide enough that weights are most of what a step reads."""
+    return replace(scale, dim=max(256, 2 * scale.dim))
+
+
+def _decoding(scale: Scale, ways: Ways, batch: int, name: str, goal: float | None) -> Row:
+    steps = [decoder(model, KVCache(CONTEXT), batch, CONTEXT // 2, scale.n_loops) for model in ways]
+    logits = [list(step()) for step in steps]
+    return _row(scale, ways, name, goal, steps, logits, REPEATS)
+
+
+def _prompt(scale: Scale, ways: Ways, name: str) -> Row:
+    ids = random_ids(1, scale.tokens)
+
+    @torch.no_grad()
+    def read(model: OpenMythos) -> Tensor:
+        return model.next_token_logits(ids, KVCache(scale.tokens), n_loops=scale.n_loops)
+
+    calls = [partial(read, model) for model in ways]
+    return _row(scale, ways, name, None, calls, [[call()] for call in calls], 1)
+
+
+def _row(
+    scale: Scale,
+    ways: Ways,
+    name: str,
+    goal: float | None,
+    calls: list[Callable[[], Tensor]],
+    logits: list[list[Tensor]],
+    repeats: int,
+) -> Row:
+    quantised, _, twin, reference = logits
+    sizes = [weight_bytes(model) for model in ways[:2]]
+    return compare(
+        name,
+        torch.bfloat16,
+        *calls[:2],
+        alternations=scale.turns,
+        repeats=repeats,
+        goal=goal,
+        errors=gate(name, quantised, twin, reference=reference, dtype=torch.bfloat16),
+        numbers={
+            "bytes_per_token": sizes[0].per_token(scale.n_loops),
+            "bytes_per_token_bfloat16": sizes[1].per_token(scale.n_loops),
+        },
+    )

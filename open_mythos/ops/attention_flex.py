@@ -1,0 +1,128 @@
+"""FlexAttention (arXiv 2412.05496): a compiled kernel that skips blocks nobody sees.
+
+The blocks are found from positions, padding and documents, in memory linear in the context but for
+one number per block; the mask of all pairs never exists.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from open_mythos.ops.visibility import Visibility
+
+BLOCK = 128
+"""Queries, and keys, of a block."""
+
+
+def attend_flex(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seen: Visibility | None, scale: float
+) -> Tensor:
+    """(B, T, H, V); compiled on CUDA, plain (and without gradient) on a CPU.
+
+    Args:
+        q_BTHK: Queries.
+        k_BSGK: Keys.
+        v_BSGV: Values; V may differ from K.
+        seen: What queries may look at; None for everything.
+        scale: Factor on the scores.
+    """
+    out = _kernel(q_BTHK)(
+        q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2),
+        block_mask=None if seen is None else block_mask(seen), scale=scale,
+        enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def block_mask(seen: Visibility) -> BlockMask:
+    """The blocks of queries and keys to compute: with a mask, without one, or not at all."""
+    some, full = visible_blocks(seen)
+    partial = some & ~full
+    return BlockMask.from_kv_blocks(
+        *_listed(partial), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=_rule(seen),
+        seq_lengths=(seen.n_queries, seen.n_columns),
+    )  # fmt: skip
+
+
+def visible_blocks(seen: Visibility) -> tuple[Tensor, Tensor]:
+    """(B or 1, query blocks, key blocks): where anybody may see anything, and all see all.
+
+    The first may say too much, never too little; the second may say too little.
+    """
+    column = torch.arange(seen.n_columns, device=seen.device).unsqueeze(0)
+    query = seen.columns(0, seen.n_queries)
+    query = query if query.dim() == 2 else query.unsqueeze(0)
+    first, last = _ends(query)
+    begin, end = _ends(column)
+    some = begin.unsqueeze(1) <= last.unsqueeze(2)
+    full = (end.unsqueeze(1) <= first.unsqueeze(2)) & _whole_blocks(seen.n_columns, seen.device)
+    if seen.run_BS is not None:
+        least, most = _ends(seen.of_queries(seen.run_BS, 0, seen.n_queries))
+        low, high = _ends(seen.run_BS)
+        some = some & (low.unsqueeze(1) <= most.unsqueeze(2))
+        some = some & (high.unsqueeze(1) >= least.unsqueeze(2))
+        same = (low.unsqueeze(1) == least.unsqueeze(2)) & (high.unsqueeze(1) == most.unsqueeze(2))
+        full = full & same & (least == most).unsqueeze(2)
+    if seen.valid_BS is not None:
+        full = full & _ends(seen.valid_BS.int())[0].bool().unsqueeze(1)
+    some, full = torch.broadcast_tensors(some, full)
+    return some, full & some
+
+
+def _ends(x_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, blocks) least and greatest of each block; the last one is filled up with its last."""
+    missing = -x_BN.shape[1] % BLOCK
+    last = x_BN[:, -1:].expand(-1, missing)
+    blocks = torch.cat((x_BN, last), dim=1).unflatten(1, (-1, BLOCK))
+    return blocks.amin(2), blocks.amax(2)
+
+
+def _whole_blocks(n: int, device: torch.device) -> Tensor:
+    """(blocks,) whether all columns of a block exist."""
+    return torch.arange(-(-n // BLOCK), device=device) < n // BLOCK
+
+
+def _listed(blocks_BQK: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1, Q) how many key blocks each block of queries has, (B, 1, Q, K) these first."""
+    order = blocks_BQK.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks_BQK.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
+
+
+def _rule(seen: Visibility) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether query ``q`` of row ``b`` may see column ``k``, as the kernel asks."""
+    valid_BS, run_BS, columns_BT, first = seen.valid_BS, seen.run_BS, seen.columns_BT, seen.first
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        at = q + first if columns_BT is None else columns_BT[b, q]
+        seen = k <= at
+        if valid_BS is not None:
+            seen = seen & valid_BS[b, k]
+        if run_BS is not None:
+            seen = seen & (run_BS[b, at] == run_BS[b, k])
+        return seen if valid_BS is None else seen | (k == at)
+
+    return sees
+
+
+def _kernel(q_BTHK: Tensor) -> Callable[..., Tensor]:
+    if torch.compiler.is_compiling():
+        return flex_attention
+    return _compiled() if q_BTHK.is_cuda else _plain
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def _plain(*tensors: Any, **arguments: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(*tensors, **arguments)

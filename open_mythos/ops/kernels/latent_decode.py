@@ -1,0 +1,256 @@
+"""Absorbed latent attention of one new token per row, its history split over many programs.
+
+All heads of a row read the same latents, so a program takes a tile of heads and reads each entry
+once, as key and as value. Decoding is bound by these reads: with few rows, the positions of a row
+are split over as many programs as fill the GPU (flash decoding); each keeps its own maximum, sum
+and mix, and a second kernel joins them.
+
+What a program holds, for 16 heads, a latent of 512 and a rotary key of 64 in bfloat16: the mix
+(32 KiB, float32) in registers; the queries (18 KiB) and two blocks of 32 entries (72 KiB), one in
+work and one on its way, in shared memory. Two programs share a multiprocessor of an H100. The sizes
+below follow from such sums, so that no search is needed and nothing spills.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ENTRY_BYTES = 40 << 10
+"""Most bytes of one block of entries."""
+_MIX = 32 * 512
+"""Most elements of the mix: 64 registers of each of 256 threads."""
+_THREE_STAGES = 160 << 10
+"""Shared memory of a multiprocessor from which two blocks stand beside the queries."""
+_LEAST_SPLIT = 128
+"""Positions below which a split costs more to join than it saves."""
+_MOST_SPLITS = 128
+
+
+def decode(
+    q_BHW: Tensor,
+    slots_LBSW: Tensor,
+    loops_B: Tensor | None,
+    lengths_B: Tensor | None,
+    rank: int,
+    valid_BS: Tensor | None,
+) -> Tensor:
+    """(B, H, R), in the dtype of the slots; arguments as of the operation.
+
+    Args:
+        q_BHW: Scaled queries, of the slots' dtype.
+        slots_LBSW: Entries, unit stride along W.
+        loops_B: Slot that each row reads; None is slot 0.
+        lengths_B: Positions that each row sees; None is all.
+        rank: Width R of a latent.
+        valid_BS: False on positions that are not seen; None when all are.
+    """
+    n_loops, batch, positions, width = slots_LBSW.shape
+    heads = q_BHW.shape[1]
+    out = torch.empty((batch, heads, rank), dtype=slots_LBSW.dtype, device=slots_LBSW.device)
+    if not out.numel():
+        return out
+    latent = triton.next_power_of_2(max(rank, 16))
+    rotary = triton.next_power_of_2(max(width - rank, 16))
+    tile, block, warps = _sizes(heads, latent, rotary, slots_LBSW.element_size())
+    head_tiles = triton.cdiv(heads, tile)
+    processors, shared = _device(out.device)
+    splits = _splits(processors, batch * head_tiles, positions)
+    mix, weight = out, out
+    if splits > 1:
+        mix = out.new_empty((splits, batch, heads, rank), dtype=torch.float32)
+        weight = out.new_empty((splits, batch, heads), dtype=torch.float32)
+    # a missing argument is never read; some tensor has to stand in its place
+    valid = out if valid_BS is None else valid_BS.view(torch.uint8)
+    _attend[(batch, head_tiles, splits)](
+        q_BHW, slots_LBSW,
+        out if loops_B is None else loops_B, out if lengths_B is None else lengths_B, valid,
+        mix, weight,
+        batch, heads, positions, n_loops, rank, width - rank,
+        q_BHW.stride(0), q_BHW.stride(1),
+        slots_LBSW.stride(0), slots_LBSW.stride(1), slots_LBSW.stride(2),
+        *((0, 0) if valid_BS is None else valid_BS.stride()),
+        LOOPS=loops_B is not None, LENGTHS=lengths_B is not None, VALID=valid_BS is not None,
+        SPLIT=splits > 1, HEADS=tile, LATENT=latent, ROTARY=rotary, BLOCK=block,
+        num_warps=warps, num_stages=3 if shared >= _THREE_STAGES else 2,
+    )  # fmt: skip
+    if splits > 1:
+        _join[(batch * heads,)](
+            mix, weight, out, splits, batch * heads, rank,
+            SPLITS=triton.next_power_of_2(splits), LATENT=latent, TOGETHER=8, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+decode_op = torch.library.custom_op(
+    "open_mythos::latent_decode",
+    decode,
+    mutates_args=(),
+    schema="(Tensor q, Tensor slots, Tensor? loops, Tensor? lengths, int rank, Tensor? valid)"
+    " -> Tensor",
+)
+"""The same for ``torch.compile``, which takes it as one operation and does not look inside."""
+
+
+@decode_op.register_fake
+def _(
+    q_BHW: Tensor,
+    slots_LBSW: Tensor,
+    loops_B: Tensor | None,
+    lengths_B: Tensor | None,
+    rank: int,
+    valid_BS: Tensor | None,
+) -> Tensor:
+    return slots_LBSW.new_empty((*q_BHW.shape[:2], rank))
+
+
+def _sizes(heads: int, latent: int, rotary: int, element: int) -> tuple[int, int, int]:
+    """Heads of a tile, entries of a block, warps."""
+    if element == 4:
+        # multiplied exactly, without the matrix units: larger tiles would leave the registers
+        return 16, 16, 8
+    tile = min(max(16, triton.next_power_of_2(heads)), 32, _MIX // latent)
+    fits = _ENTRY_BYTES // ((latent + rotary) * element)
+    block = max(16, min(128, triton.next_power_of_2(fits + 1) // 2))
+    return tile, block, 8 if tile * latent > _MIX // 2 else 4
+
+
+def _device(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and the shared memory of each."""
+    if device.type != "cuda":  # the interpreter
+        return 1, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor
+
+
+def _splits(processors: int, programs: int, positions: int) -> int:
+    """Parts of a history: as many as fill the GPU twice over, none shorter than is worth it."""
+    wanted = triton.cdiv(2 * processors, programs)
+    return max(1, min(wanted, _MOST_SPLITS, triton.cdiv(positions, _LEAST_SPLIT)))
+
+
+@triton.jit
+def _attend(
+    q: tl.tensor,
+    slots: tl.tensor,
+    loops: tl.tensor,
+    lengths: tl.tensor,
+    valid: tl.tensor,
+    mix: tl.tensor,
+    weight: tl.tensor,
+    batch: tl.tensor,
+    heads: tl.tensor,
+    positions: tl.tensor,
+    n_loops: tl.tensor,
+    rank: tl.tensor,
+    rotary_width: tl.tensor,
+    q_row: tl.tensor,
+    q_head: tl.tensor,
+    slot_loop: tl.tensor,
+    slot_row: tl.tensor,
+    slot_position: tl.tensor,
+    valid_row: tl.tensor,
+    valid_position: tl.tensor,
+    LOOPS: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    VALID: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    row = tl.program_id(0).to(tl.int64)  # rows times their stride can pass 2^31
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    col = tl.arange(0, LATENT)
+    turn = tl.arange(0, ROTARY)
+    in_heads = (head < heads)[:, None]
+    in_latent = (col < rank)[None, :]
+    in_rotary = (turn < rotary_width)[None, :]
+
+    length = positions
+    if LENGTHS:
+        length = tl.minimum(tl.load(lengths + row).to(tl.int32), positions)
+    blocks = tl.cdiv(tl.cdiv(length, BLOCK), tl.num_programs(2))
+    begin = tl.program_id(2) * blocks * BLOCK
+    end = tl.minimum(begin + blocks * BLOCK, length)
+    entries = slots + row * slot_row
+    if LOOPS:
+        loop = tl.load(loops + row).to(tl.int32)
+        entries += tl.minimum(tl.maximum(loop, 0), n_loops - 1).to(tl.int64) * slot_loop
+
+    q_at = q + row * q_row + head[:, None] * q_head
+    q_latent = tl.load(q_at + col[None, :], mask=in_heads & in_latent, other=0.0)
+    q_rotary = tl.load(q_at + rank + turn[None, :], mask=in_heads & in_rotary, other=0.0)
+    highest = tl.full((HEADS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((HEADS,), dtype=tl.float32)
+    mixed = tl.zeros((HEADS, LATENT), dtype=tl.float32)
+    for first in range(begin, end, BLOCK):
+        position = first + tl.arange(0, BLOCK)
+        seen = position < end
+        # past the length a slot is not read: it may hold anything, NaN included
+        real = seen[:, None]
+        entry = entries + position.to(tl.int64)[:, None] * slot_position
+        latent = tl.load(entry + col[None, :], mask=real & in_latent, other=0.0)
+        rotary = tl.load(entry + rank + turn[None, :], mask=real & in_rotary, other=0.0)
+        if VALID:
+            at = row * valid_row + position.to(tl.int64) * valid_position
+            seen = seen & (tl.load(valid + at, mask=seen, other=0) != 0)
+        scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
+        scores = tl.dot(q_rotary, tl.trans(rotary), scores, input_precision="ieee")
+        scores = tl.where(seen[None, :], scores * LOG2_E, float("-inf"))
+
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far
+        share = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(highest - base)
+        total = total * shrink + tl.sum(share, axis=1)
+        mixed = mixed * shrink[:, None]
+        mixed = tl.dot(share.to(latent.dtype), latent, mixed, input_precision="ieee")
+        highest = higher
+
+    total = tl.where(total > 0, total, 1.0)  # nothing seen: a mix of zeros, of weight 2^-inf
+    mixed = mixed / total[:, None]
+    place = row * heads + head
+    if SPLIT:
+        place += tl.program_id(2).to(tl.int64) * batch * heads
+        tl.store(weight + place, highest + tl.log2(total), mask=head < heads)
+    at_mix = mix + place[:, None] * rank + col[None, :]
+    tl.store(at_mix, mixed.to(mix.dtype.element_ty), mask=in_heads & in_latent)
+
+
+@triton.jit
+def _join(
+    mix: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    n_splits: tl.tensor,
+    n_heads: tl.tensor,
+    rank: tl.tensor,
+    SPLITS: tl.constexpr,
+    LATENT: tl.constexpr,
+    TOGETHER: tl.constexpr,
+) -> None:
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    col = tl.arange(0, LATENT)
+    weights = tl.load(weight + split * n_heads + head, mask=split < n_splits, other=float("-inf"))
+    highest = tl.max(weights, axis=0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp2(weights - base), axis=0)
+    joined = tl.zeros((LATENT,), dtype=tl.float32)
+    for first in range(0, n_splits, TOGETHER):
+        some = first + tl.arange(0, TOGETHER)
+        at = some.to(tl.int64) * n_heads + head
+        real = some < n_splits
+        share = tl.exp2(tl.load(weight + at, mask=real, other=float("-inf")) - base)
+        part = tl.load(
+            mix + at[:, None] * rank + col[None, :],
+            mask=real[:, None] & (col < rank)[None, :], other=0.0,
+        )  # fmt: skip
+        joined += tl.sum(share[:, None] * part, axis=0)
+    joined = joined / tl.where(total > 0, total, 1.0)
+    tl.store(out + head * rank + col, joined.to(out.dtype.element_ty), mask=col < rank)

@@ -1,0 +1,387 @@
+"""Weights in 8 or 4 bits: packing them, products with them, and routed experts made of them.
+
+Weight-only: activations stay bfloat16. int8 has one scale for each output, int4 sixteen evenly
+spaced values between the least and the largest of each group of inputs:
+
+    int8:  w = level * scale                 level in -127 .. 127
+    int4:  w = (level - 8) * scale + zero    level in 0 .. 15
+
+Two ways to multiply, chosen by shape. The packed kernels of PyTorch's CPU backend read the levels
+as they are; their time grows with the rows, so they serve the few rows of decoding. For many rows
+the weight is unpacked to bfloat16, a piece at a time, and multiplied as usual.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.errors import ConfigError, InternalError
+from open_mythos.ops.moe import routed_experts
+
+logger = logging.getLogger(__name__)
+
+DTYPE = torch.bfloat16
+"""Of activations, scales and results."""
+GROUPS = (32, 64, 128, 256)
+"""Inputs that share a scale in int4: what the packed kernels take."""
+PACKED_ROWS = {8: 16, 4: 56}
+"""Bits -> most rows for which the packed kernel is the faster one."""
+PIECE = 1 << 19
+"""Elements unpacked at a time: as bfloat16 they stay in a core's second-level cache."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A matrix that maps I inputs to O outputs, or a stack of E such matrices.
+
+    It is stored with zeros added: inputs to a multiple of ``group`` (int8: of 16) and outputs, in
+    int4, to a multiple of 16. The kernels would read past the end of other rows.
+
+    Attributes:
+        levels: int8 (..., O, I), or uint8 (..., O, I / 2) in the order of the CPU's int4 kernel.
+        scale: bfloat16; int8 (..., O), int4 (..., I / group, O, 2): scale and zero.
+        inputs: I without what was added.
+        outputs: O without what was added.
+        group: Inputs that share a scale in int4; 0 for int8.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    inputs: int
+    outputs: int
+    group: int = 0
+
+    @property
+    def bits(self) -> int:
+        """8 or 4."""
+        return 4 if self.group else 8
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """(O, I) with what was added."""
+        outputs, width = self.levels.shape[-2:]
+        return outputs, 2 * width if self.group else width
+
+    def __getitem__(self, index: int | Tensor) -> PackedWeight:
+        """One matrix of a stack, or a stack of those named by ``index`` (...)."""
+        return replace(self, levels=self.levels[index], scale=self.scale[index])
+
+    def part(self, first: int, count: int) -> PackedWeight:
+        """Some of the stored outputs; ``first`` is a multiple of 64, so that int4 stays whole."""
+        some = slice(first, first + count)
+        scale = self.scale[..., some, :] if self.group else self.scale[..., some]
+        return replace(self, levels=self.levels[..., some, :], scale=scale, outputs=count)
+
+    def unpacked(self, dtype: torch.dtype = DTYPE) -> Tensor:
+        """The weights (..., I, O), as ``x @ w`` takes them."""
+        if self.group:
+            parts = [block.transpose(-3, -2).flatten(-2) for block in self.blocks(dtype)]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        else:
+            whole = (self.levels.to(dtype) * self.scale.to(dtype).unsqueeze(-1)).mT
+        return whole[..., : self.inputs, : self.outputs]
+
+    def blocks(self, dtype: torch.dtype = DTYPE) -> Iterator[Tensor]:
+        """int4: the weights as they are stored, (..., blocks, I, outputs of a block).
+
+        Whole blocks first, then those outputs that fill none.
+        """
+        block, halves = _order()
+        outputs, _ = self.stored
+        whole = outputs - outputs % block
+        if whole:
+            yield self.part(0, whole)._as_blocks(block, halves, dtype)
+        if whole < outputs:
+            yield self.part(whole, outputs - whole)._as_blocks(outputs - whole, False, dtype)
+
+    def _as_blocks(self, block: int, halves: bool, dtype: torch.dtype) -> Tensor:
+        outputs, inputs = self.stored
+        pairs = self.levels.unflatten(-2, (outputs // block, -1))
+        pairs = pairs.reshape(*pairs.shape[:-2], inputs, block // 2)
+        levels = pairs.new_empty(*pairs.shape[:-1], block, dtype=dtype)
+        ours = levels.chunk(2, -1) if halves else (levels[..., 0::2], levels[..., 1::2])
+        for places, half in zip(ours, (pairs & 15, pairs >> 4), strict=True):
+            places.copy_(half.view(torch.int8).sub_(8))
+        by_group = levels.unflatten(-2, (-1, self.group))  # (..., blocks, I / group, group, block)
+        scale, zero = (
+            each.unflatten(-1, (-1, block)).transpose(-3, -2).unsqueeze(-2).contiguous()
+            for each in self.scale.to(dtype).unbind(-1)
+        )
+        return torch.addcmul(zero, by_group, scale, out=by_group).flatten(-3, -2)
+
+
+def packing_problem(inputs: int, group: int = 0) -> str | None:
+    """Why a matrix of so many inputs cannot be packed, or None; int8 (``group`` 0) takes all."""
+    if group and group not in GROUPS:
+        return f"groups of {group}"
+    return f"groups of {group} for {inputs} inputs" if group > inputs else None
+
+
+@torch.no_grad()
+def pack(weight: Tensor, group: int = 0) -> PackedWeight:
+    """Round ``weight`` (..., O, I) to int8, or to int4 in groups of ``group`` inputs.
+
+    Levels are chosen for the scale and zero as bfloat16 holds them, so that storing those in
+    bfloat16 adds no error of its own. Of a stack one matrix at a time is worked on.
+
+    Raises:
+        ConfigError: There are no such groups, or fewer inputs than one of them.
+    """
+    problem = packing_problem(weight.shape[-1], group)
+    if problem is not None:
+        raise ConfigError(
+            "this matrix cannot be packed", where="pack", value=problem,
+            allowed=f"int4: groups of {', '.join(map(str, GROUPS))}, no wider than the inputs",
+            fix="take a smaller group, or int8, which takes every size",
+        )  # fmt: skip
+    if weight.dim() > 2:
+        parts = [pack(each, group) for each in weight.unbind()]
+        levels, scale = (torch.stack([getattr(part, name) for part in parts]) for name in _FIELDS)
+        return replace(parts[0], levels=levels, scale=scale)
+    outputs, inputs = weight.shape
+    more = (0, -inputs % (group or 16), 0, -outputs % 16 if group else 0)
+    weight = F.pad(weight.float(), more)
+    levels, scale = _pack_int4(weight, group) if group else _pack_int8(weight)
+    return PackedWeight(levels, scale, inputs, outputs, group)
+
+
+_FIELDS = ("levels", "scale")
+_TINY = torch.finfo(DTYPE).tiny
+
+
+def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (weight.abs().amax(-1) / 127).clamp_min(_TINY).to(DTYPE)
+    levels = (weight / scale.float().unsqueeze(-1)).round_().clamp_(-127, 127)
+    return levels.to(torch.int8), scale
+
+
+def _pack_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    groups = weight.unflatten(-1, (-1, group))  # (O, I / group, group)
+    low, high = groups.aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp_min(_TINY).to(DTYPE)
+    zero = (low + 8 * scale.float()).to(DTYPE)
+    levels = (groups - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
+    levels = levels.round_().add_(8).clamp_(0, 15).flatten(-2).to("cpu", torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+    scales = torch.stack((scale.T, zero.T), -1)  # (I / group, O, 2)
+    return packed.to(weight.device), scales.contiguous()
+
+
+@cache
+def _order() -> tuple[int, bool]:
+    """How this processor's kernel orders int4 levels: outputs of a block, and how two share a byte.
+
+    Blocks of 64 or 32 outputs, by the width of its vectors; the low halves of a block's bytes hold
+    its first outputs, the high halves the others, or else neighbours share a byte. PyTorch does not
+    say which; a matrix whose levels are known tells.
+    """
+    probe = torch.arange(64 * 32, dtype=torch.int32).mul(7).remainder(13).view(64, 32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 1)
+    for block, halves in ((64, True), (32, True), (64, False), (32, False), (16, False)):
+        pairs = packed.reshape(64 // block, 32, block // 2)
+        low, high = pairs & 15, pairs >> 4
+        found = torch.cat((low, high), -1) if halves else torch.stack((low, high), -1).flatten(-2)
+        if torch.equal(found.mT.flatten(0, 1), probe.to(torch.uint8)):
+            return block, halves
+    raise InternalError("this PyTorch packs 4-bit weights in an unknown order", where="int4")
+
+
+def kernel_problem(weight: PackedWeight) -> str | None:
+    """Why the packed kernel cannot multiply with this matrix, or None."""
+    if weight.levels.device.type != "cpu":
+        return f"weights on {weight.levels.device}"
+    return None if weight.levels.dim() == 2 else "a stack of matrices"
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, *, backend: str = "auto") -> Tensor:
+    """``x`` (..., I) times a packed matrix: (..., O) in bfloat16.
+
+    Args:
+        x: Inputs; they are cast to bfloat16.
+        weight: A single matrix.
+        backend: "packed" (the CPU kernel), "unpacked" (piece by piece), "reference" (all at once,
+            in float32) or "auto".
+
+    Raises:
+        ConfigError: Unknown backend, or one that cannot serve this matrix.
+    """
+    rows = x.reshape(-1, x.shape[-1]).to(DTYPE)
+    added = weight.stored[1] - weight.inputs
+    rows = F.pad(rows, (0, added)) if added else rows.contiguous()
+    problem = kernel_problem(weight)
+    if backend == "auto":
+        few = problem is None and len(rows) <= PACKED_ROWS[weight.bits]
+        backend = "packed" if few else "unpacked"
+    elif backend == "packed" and problem is not None:
+        raise ConfigError(
+            "the packed kernel cannot serve this product", where="packed_linear", value=problem,
+            allowed="one matrix, on the CPU", fix='use backend="auto"',
+        )  # fmt: skip
+    out = _chosen(_PRODUCTS, backend)(rows, weight)[:, : weight.outputs]
+    return out.reshape(*x.shape[:-1], weight.outputs)
+
+
+def _packed(x: Tensor, weight: PackedWeight) -> Tensor:
+    if not weight.group:
+        return torch._weight_int8pack_mm(x, weight.levels, weight.scale)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.levels, weight.group, weight.scale)
+
+
+def _unpacked(x: Tensor, weight: PackedWeight) -> Tensor:
+    if x.is_cuda:
+        return x[:, : weight.inputs] @ weight.unpacked()
+    outputs, inputs = weight.stored
+    step = max(64, PIECE // inputs // 64 * 64)
+    out = x.new_empty(len(x), outputs)
+    for first in range(0, outputs, step):
+        part = weight.part(first, min(step, outputs - first))
+        here = out[:, first : first + step]
+        if weight.group:
+            products = [(x @ block).transpose(0, 1).flatten(1) for block in part.blocks()]
+            here.copy_(products[0] if len(products) == 1 else torch.cat(products, 1))
+        else:
+            # levels are exact in bfloat16: the scale can wait for the result
+            here.copy_(x @ part.levels.to(DTYPE).mT)
+    return out if weight.group else out.mul_(weight.scale)
+
+
+def _reference(x: Tensor, weight: PackedWeight) -> Tensor:
+    return (x[:, : weight.inputs].float() @ weight.unpacked(torch.float32)).to(DTYPE)
+
+
+def packed_experts(
+    x_ND: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    experts_NC: Tensor,
+    weights_NC: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum over the C chosen experts of weight times expert output, (N, D) in bfloat16.
+
+    As :func:`open_mythos.ops.moe.routed_experts`, with packed experts.
+
+    Args:
+        x_ND: Tokens.
+        gate_up: E matrices from D to 2F.
+        down: E matrices from F to D.
+        experts_NC: Chosen experts, int64, distinct within a token.
+        weights_NC: Their weights.
+        backend: "each" (one product after the other for every chosen expert; asks the host which
+            these are), "gathered" (unpacks a copy of the expert for every choice), "unpacked"
+            (unpacks all experts), "reference" (the same in float32, one expert after the other) or
+            "auto": "each" on a CPU, elsewhere the one of the others that unpacks less.
+
+    Raises:
+        ConfigError: Unknown backend.
+    """
+    if backend == "auto":
+        if x_ND.device.type == "cpu":
+            backend = "each"
+        else:
+            backend = "gathered" if experts_NC.numel() <= len(gate_up.levels) else "unpacked"
+    compute = _chosen(_EXPERTS, backend)
+    return compute(x_ND.to(DTYPE), gate_up, down, experts_NC, weights_NC.to(DTYPE))
+
+
+def _each(
+    x_ND: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    experts_NC: Tensor,
+    weights_NC: Tensor,
+) -> Tensor:
+    """Tokens in the order of their experts; each expert's products as their rows are many."""
+    n_chosen = experts_NC.shape[1]
+    flat = experts_NC.flatten()
+    order = flat.argsort(stable=True)
+    rows, weights = x_ND[order // n_chosen], weights_NC.flatten()[order].unsqueeze(-1)
+    made, first = torch.empty_like(rows), 0
+    for expert, count in enumerate(flat.bincount().tolist()):
+        if count:
+            mine = slice(first, first + count)
+            hidden = _swiglu(packed_linear(rows[mine], gate_up[expert])) * weights[mine]
+            made[mine] = packed_linear(hidden, down[expert])
+            first += count
+    return (
+        torch.empty_like(made).index_copy_(0, order, made).view(-1, n_chosen, rows.shape[1]).sum(1)
+    )
+
+
+def _gathered(
+    x_ND: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    experts_NC: Tensor,
+    weights_NC: Tensor,
+) -> Tensor:
+    """A batch of products, one for every choice; nothing waits for the device."""
+    n_chosen = experts_NC.shape[1]
+    flat = experts_NC.flatten()
+    rows = x_ND.repeat_interleave(n_chosen, 0).unsqueeze(1)
+    hidden = _swiglu(rows @ gate_up[flat].unpacked()) * weights_NC.view(-1, 1, 1)
+    return (hidden @ down[flat].unpacked()).view(-1, n_chosen, x_ND.shape[1]).sum(1)
+
+
+def _all_unpacked(
+    x_ND: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    experts_NC: Tensor,
+    weights_NC: Tensor,
+) -> Tensor:
+    return routed_experts(x_ND, gate_up.unpacked(), down.unpacked(), experts_NC, weights_NC)
+
+
+def _reference_experts(
+    x_ND: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    experts_NC: Tensor,
+    weights_NC: Tensor,
+) -> Tensor:
+    """The plain twin."""
+    stacks = gate_up.unpacked(torch.float32), down.unpacked(torch.float32)
+    mixed = routed_experts(x_ND.float(), *stacks, experts_NC, weights_NC, backend="reference")
+    return mixed.to(DTYPE)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _chosen(table: dict[str, Callable[..., Tensor]], backend: str) -> Callable[..., Tensor]:
+    if backend not in table:
+        raise ConfigError(
+            "unknown backend of packed weights", where="backend", value=backend,
+            allowed=", ".join(("auto", *table)), fix='use "auto"',
+        )  # fmt: skip
+    _log_once(table[backend].__name__.removeprefix("_"))
+    return table[backend]
+
+
+@cache
+def _log_once(backend: str) -> None:
+    logger.info("products with packed weights: %s", backend)
+
+
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "packed": _packed,
+    "unpacked": _unpacked,
+    "reference": _reference,
+}
+_EXPERTS: dict[str, Callable[..., Tensor]] = {
+    "each": _each,
+    "gathered": _gathered,
+    "unpacked": _all_unpacked,
+    "reference": _reference_experts,
+}

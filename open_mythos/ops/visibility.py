@@ -1,0 +1,211 @@
+"""What queries may look at, without a matrix of all pairs.
+
+Positions, padding and documents say it all in memory linear in the context. A mask is made for as
+many queries as are being computed, and forgotten: at a million positions the mask of all pairs
+would be a terabyte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which of S columns each of T queries sees: real ones of its own document, none after it.
+
+    A query always sees the column it stands in, even if that is padding: a softmax over nothing
+    would be NaN.
+
+    Attributes:
+        n_queries: T.
+        n_columns: S, cached columns and new ones.
+        device: Where masks are made.
+        valid_BS: False on columns that are padding; None when all are real.
+        run_BS: Number of the document of each column, ascending; None when there is one.
+        columns_BT: Column in which each query stands; None when they are the last T in order.
+    """
+
+    n_queries: int
+    n_columns: int
+    device: torch.device
+    valid_BS: Tensor | None = None
+    run_BS: Tensor | None = None
+    columns_BT: Tensor | None = None
+    _made: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def first(self) -> int:
+        """Column of the first query, where the queries are the last columns."""
+        return self.n_columns - self.n_queries
+
+    @property
+    def batch(self) -> int:
+        """Rows of the masks: B, or 1 where they are all alike."""
+        given = (x for x in (self.valid_BS, self.run_BS, self.columns_BT) if x is not None)
+        return next((len(x) for x in given), 1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether position alone decides: causal, aligned to the lower right."""
+        return self.valid_BS is None and self.run_BS is None and self.columns_BT is None
+
+    @property
+    def n_pairs(self) -> int:
+        """Elements of the mask of all queries."""
+        return self.batch * self.n_queries * self.n_columns
+
+    def rows(
+        self, start: int = 0, stop: int | None = None, low: int = 0, high: int | None = None
+    ) -> Tensor:
+        """The mask of queries ``start .. stop`` over columns ``low .. high``, all by default.
+
+        Returns:
+            (B or 1, 1, stop - start, high - low) boolean, true where a query may look.
+        """
+        stop = self.n_queries if stop is None else stop
+        high = self.n_columns if high is None else high
+        key = torch.arange(low, high, device=self.device)
+        query = self.columns(start, stop).unsqueeze(-1)
+        mask = key <= query
+        if self.valid_BS is not None:
+            mask = mask & self.valid_BS[:, None, low:high]
+        if self.run_BS is not None:
+            mask = mask & (self.of_queries(self.run_BS, start, stop).unsqueeze(-1)
+                           == self.run_BS[:, None, low:high])  # fmt: skip
+        if self.valid_BS is not None:
+            mask |= key == query
+        return (mask if mask.dim() == 3 else mask.unsqueeze(0)).unsqueeze(1)
+
+    def whole(self) -> Tensor:
+        """The mask of all queries, made once for all layers and loops: for small ones."""
+        if torch.compiler.is_compiling():
+            return self.rows()
+        if torch.bool not in self._made:
+            self._made[torch.bool] = self.rows()
+        return self._made[torch.bool]
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """:meth:`whole` as what is added to scores: 0 or -inf; made once for each dtype."""
+        if dtype not in self._made:
+            self._made[dtype] = additive(self.rows(), dtype)
+        return self._made[dtype]
+
+    def select(self, keep_B: Tensor) -> Visibility:
+        """The same for the rows that ``keep_B`` indexes."""
+        valid, run, columns = (
+            None if x is None else x[keep_B] for x in (self.valid_BS, self.run_BS, self.columns_BT)
+        )
+        return Visibility(self.n_queries, self.n_columns, self.device, valid, run, columns)
+
+    def at(self, queries_BT: Tensor) -> Visibility:
+        """The same for some queries of every row: ``queries_BT`` are their numbers."""
+        if self.columns_BT is None:
+            columns = queries_BT + self.first
+        else:
+            columns = self.columns_BT.gather(1, queries_BT)
+        return Visibility(
+            queries_BT.shape[1], self.n_columns, self.device, self.valid_BS, self.run_BS, columns
+        )
+
+    def spans(self, size: int) -> list[tuple[int, int, int, int]]:
+        """Blocks of ``size`` queries and, for each, the columns beyond which none of it sees any.
+
+        On a CPU the columns are as few as can be; elsewhere the host would have to wait for them.
+
+        Returns:
+            (start, stop, low, high) of each block.
+        """
+        starts = range(0, self.n_queries, size)
+        blocks = [(start, min(start + size, self.n_queries)) for start in starts]
+        free = self.device.type != "cpu" or (self.run_BS is None and self.columns_BT is None)
+        if free:
+            whole = self.columns_BT is not None
+            highs = [self.n_columns if whole else self.first + stop for _, stop in blocks]
+            return [(*block, 0, high) for block, high in zip(blocks, highs, strict=True)]
+        low, high = self._reach
+        return [
+            (start, stop, int(low[start:stop].min()), int(high[start:stop].max()) + 1)
+            for start, stop in blocks
+        ]
+
+    @cached_property
+    def documents(self) -> list[tuple[int, int, int]] | None:
+        """(row, start, stop) of every document's tokens; the host waits for them once.
+
+        None where they do not tell who sees whom: there is a past, the queries are single ones, or
+        padding stands inside a document.
+        """
+        if self.plain or self.first or self.columns_BT is not None:
+            return None
+        begins, ends, run_BS = self._borders()
+        row, start = begins.nonzero(as_tuple=True)
+        stop = ends.nonzero()[:, 1] + 1
+        again = (row.diff() == 0) & (run_BS[row, start].diff() == 0)
+        if again.any():
+            return None
+        return list(zip(row.tolist(), start.tolist(), stop.tolist(), strict=True))
+
+    @cached_property
+    def packing(self) -> tuple[Tensor | None, Tensor, int]:
+        """How to lay the real tokens of all rows side by side, for queries that are all columns.
+
+        The host waits for the device once.
+
+        Returns:
+            Their (N,) numbers among all B T tokens, None when all are real; int32 borders of the
+            documents, one more than there are; the tokens of the longest document.
+        """
+        begins, _, run_BS = self._borders()
+        real = torch.ones_like(begins) if self.valid_BS is None else self.valid_BS
+        number = real.flatten().nonzero().squeeze(1)
+        run = run_BS.flatten()[number]
+        changes = (run.diff() != 0) | ((number // self.n_columns).diff() != 0)
+        ends = F.pad(changes, (0, 1), value=True)[: len(number)].nonzero().squeeze(1) + 1
+        borders = F.pad(ends, (1, 0)).int()
+        longest = int(borders.diff().max()) if len(number) else 0
+        return (None if self.valid_BS is None else number), borders, longest
+
+    def _borders(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S) where stretches of real tokens of one document begin and end, and their runs."""
+        known = self.run_BS if self.run_BS is not None else self.valid_BS
+        assert known is not None
+        run_BS = torch.zeros_like(known, dtype=torch.long) if self.run_BS is None else self.run_BS
+        real = torch.ones_like(known, dtype=torch.bool) if self.valid_BS is None else self.valid_BS
+        cut = (run_BS[:, 1:] != run_BS[:, :-1]) | (real[:, 1:] != real[:, :-1])
+        return F.pad(cut, (1, 0), value=True) & real, F.pad(cut, (0, 1), value=True) & real, run_BS
+
+    @cached_property
+    def _reach(self) -> tuple[Tensor, Tensor]:
+        """(T,) first and last column that a query sees in any row."""
+        high = self.columns(0, self.n_queries)
+        low = torch.zeros_like(high)
+        if self.run_BS is not None:
+            column = torch.arange(self.n_columns, device=self.device)
+            begins = F.pad(self.run_BS.diff(dim=1), (1, 0)) != 0
+            begin_BS = (column * begins).cummax(1).values
+            low = self.of_queries(begin_BS, 0, self.n_queries)
+        return low.view(-1, self.n_queries).amin(0), high.view(-1, self.n_queries).amax(0)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """(t,) or (B, t) columns of queries ``start .. stop``."""
+        if self.columns_BT is not None:
+            return self.columns_BT[:, start:stop]
+        return torch.arange(self.first + start, self.first + stop, device=self.device)
+
+    def of_queries(self, x_BS: Tensor, start: int, stop: int) -> Tensor:
+        """(B, t) what ``x_BS`` says of the columns of queries ``start .. stop``."""
+        if self.columns_BT is not None:
+            return x_BS.gather(1, self.columns_BT[:, start:stop])
+        return x_BS[:, self.first + start : self.first + stop]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where ``mask`` is true and -inf where it is false; ``mask`` is used up."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(mask.logical_not_(), -torch.inf)

@@ -1,0 +1,109 @@
+"""What kernels are compared on: small sizes in the interpreter, real ones on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from open_mythos.ops.injection import hold_and_norm
+from open_mythos.ops.latent_decode import latent_decode
+from open_mythos.ops.weight_gradient import grouped_weight_gradient
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Largest error of a result in each dtype; the interpreter cuts bfloat16 instead of rounding."""
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference in units of the norm; infinite where it is not finite."""
+    difference = (got.double() - expected.double()).norm()
+    scaled = difference / expected.double().norm().clamp_min(1e-12)
+    return scaled.item() if scaled.isfinite() else float("inf")
+
+
+def injection_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", strided: bool = False
+) -> list[Tensor]:
+    """State, drive, decay and norm weight; strided ones are slices of larger tensors."""
+    width = shape[-1]
+    wide = (*shape[:-1], width + 5) if strided else shape
+    h, drive = (torch.randn(wide, device=device)[..., :width] for _ in range(2))
+    decay = torch.rand(width, device=device)
+    return [h, drive, decay, (1 + 0.2 * torch.randn(width, device=device)).to(dtype)]
+
+
+def injection_results(
+    inputs: list[Tensor],
+    backend: str,
+    shift: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """x and y, and the gradients of all inputs under fixed random weights."""
+    leaves = [part.detach().requires_grad_() for part in inputs]
+    x, y = hold_and_norm(*leaves, 1e-6, shift=shift, dtype=dtype, backend=backend)
+    torch.manual_seed(1)
+    above = torch.randn(x.shape, device=x.device), torch.randn(y.shape, device=y.device).to(y.dtype)
+    return [x.detach(), y.detach(), *torch.autograd.grad((x, y), leaves, above)]
+
+
+def check_injection(inputs: list[Tensor], **arguments: object) -> None:
+    """Kernel and plain twin agree, outputs and gradients."""
+    got = injection_results(inputs, "triton", **arguments)
+    expected = injection_results(inputs, "reference", **arguments)
+    assert torch.equal(got[0], expected[0])  # the state, bit for bit
+    for part, plain in zip(got, expected, strict=True):
+        assert (part.dtype, part.shape) == (plain.dtype, plain.shape)
+        assert error(part, plain) <= TOLERANCE[plain.dtype]
+
+
+def expert_rows(
+    counts: list[list[int]], k: int, m: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Rows, gradients and ends of loops in which expert e got ``counts[loop][e]`` rows."""
+    ends = [torch.tensor(loop, device=device).cumsum(0).to(torch.int32) for loop in counts]
+    xs = [torch.randn(sum(loop), k, device=device).to(dtype) for loop in counts]
+    grads = [torch.randn(sum(loop), m, device=device).to(dtype) for loop in counts]
+    return xs, grads, ends
+
+
+def check_weight_gradient(xs: list[Tensor], grads: list[Tensor], ends: list[Tensor]) -> Tensor:
+    """Kernel and plain twin agree; the kernel's result."""
+    got = grouped_weight_gradient(xs, grads, ends, backend="triton")
+    expected = grouped_weight_gradient(xs, grads, ends, backend="reference")
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    assert error(got, expected) <= TOLERANCE[expected.dtype]
+    return got
+
+
+def slots(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu", strided: bool = False
+) -> Tensor:
+    """(L, B, S, W) entries; strided ones are part of a larger tensor that holds rows first."""
+    n_loops, batch, positions, width = shape
+    if not strided:
+        return torch.randn(shape, device=device).to(dtype)
+    whole = torch.randn(batch, n_loops, positions + 3, width + 8, device=device).to(dtype)
+    return whole[:, :, 1:-2, :width].transpose(0, 1)
+
+
+def check_decode(
+    heads: int,
+    slots_LBSW: Tensor,
+    loops: list[int] | None,
+    lengths: list[int] | None,
+    rank: int,
+    valid_BS: Tensor | None = None,
+) -> Tensor:
+    """Kernel and plain twin agree; the kernel's result."""
+    device, (_, batch, _, width) = slots_LBSW.device, slots_LBSW.shape
+    q_BHW = torch.randn(batch, heads, width, device=device).mul(3 / width**0.5).to(slots_LBSW.dtype)
+    loops_B, lengths_B = (
+        None if part is None else torch.tensor(part, device=device) for part in (loops, lengths)
+    )
+    got, expected = (
+        latent_decode(q_BHW, slots_LBSW, loops_B, lengths_B, rank, valid_BS=valid_BS, backend=name)
+        for name in ("triton", "reference")
+    )
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    assert error(got, expected) <= TOLERANCE[expected.dtype]
+    return got

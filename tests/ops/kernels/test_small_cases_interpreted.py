@@ -1,0 +1,19 @@
+"""The small case that decides whether "auto" picks a kernel on a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import open_mythos.ops.injection
+import open_mythos.ops.latent_decode
+import open_mythos.ops.weight_gradient  # noqa: F401  each of the three brings its case
+from open_mythos.ops.backend import CHECKS, TOLERANCE
+from tests.ops.kernels.cases import error
+
+
+@pytest.mark.parametrize("op", ["grouped_weight_gradient", "hold_and_norm", "latent_decode"])
+def test_kernel_and_twin_agree(op: str) -> None:
+    for got, twin in zip(*CHECKS[op](torch.device("cpu")), strict=True):
+        assert twin.abs().sum() > 0
+        assert error(got, twin) < 0.1 * TOLERANCE
