@@ -4,6 +4,9 @@ Every use of a stack of experts in a loop would otherwise write a gradient as la
 stack. With few tokens per expert and loop that costs more than the products themselves; their
 inputs and output gradients are small, so they wait, and one product per expert over the tokens of
 all loops does the work. Exact but for the order of summation.
+
+What waits stays within bounds, however many loops there are: once it is :data:`WAITING` times as
+large as the stack, products are long enough, and its part of the gradient is computed.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.weight_gradient import grouped_weight_gradient, kernel_serves
+
+WAITING = 2
+"""Elements that may wait for a stack, in units of its own."""
 
 
 class LoopedStack:
@@ -39,17 +45,42 @@ class LoopedStack:
 
 @torch.compiler.disable  # what a graph makes once would be the same number in every call
 def _new_token(weight_EKM: Tensor) -> Tensor:
-    token: Tensor = _GradientOfAllUses.apply(weight_EKM, _Uses())
+    token: Tensor = _GradientOfAllUses.apply(weight_EKM, _Uses(weight_EKM.numel()))
     return token
 
 
 class _Uses:
     """Operand, gradient of the result, and ends of the experts' rows, of each use."""
 
-    def __init__(self) -> None:
-        self.number = next(_numbers)
-        self.left: list[tuple[int, Tensor, Tensor, Tensor]] = []
+    def __init__(self, size: int) -> None:
+        self.number, self._most = next(_numbers), WAITING * size
+        self._task = -1
+        self._total: Tensor | None = None
+        self._left: list[list[Tensor]] = []
         _alive[self.number] = self
+
+    def leave(self, use: list[Tensor]) -> None:
+        """Add one use of the backward pass under way."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # one that did not come to its end may have left some of its own
+            self._task, self._total, self._left = task, None, []
+        self._left.append(use)
+        if sum(x.numel() + grad.numel() for x, grad, _ in self._left) >= self._most:
+            self._add_up()
+
+    def take(self) -> Tensor | None:
+        """The gradient of all uses that the backward pass under way has left."""
+        if torch._C._current_graph_task_id() != self._task:
+            return None
+        if self._left:
+            self._add_up()
+        total, self._task, self._total = self._total, -1, None
+        return total
+
+    def _add_up(self) -> None:
+        uses, self._left = self._left, []
+        gradient = weight_gradient(uses)
+        self._total = gradient if self._total is None else self._total.add_(gradient)
 
 
 _numbers = count()
@@ -67,11 +98,7 @@ class _GradientOfAllUses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        left, ctx.uses.left = ctx.uses.left, []
-        # a backward pass that did not come as far as here may have left some of its own
-        here = torch._C._current_graph_task_id()
-        uses = [use for task, *use in left if task == here]
-        return (weight_gradient(uses) if uses else None), None
+        return ctx.uses.take(), None
 
 
 def leave_use(token: Tensor, x: Tensor, grad: Tensor, ends_E: Tensor) -> None:
@@ -83,7 +110,7 @@ def leave_use(token: Tensor, x: Tensor, grad: Tensor, ends_E: Tensor) -> None:
         grad: (N C, M) gradient of its result.
         ends_E: Where the rows of each expert end.
     """
-    _alive[int(token)].left.append((torch._C._current_graph_task_id(), x, grad, ends_E))
+    _alive[int(token)].leave([x, grad, ends_E])
 
 
 def weight_gradient(uses: list[list[Tensor]]) -> Tensor:

@@ -13,6 +13,38 @@ from open_mythos.plan.tape import FLOAT32, GRADIENTS, Ghost, Gradients, Saved, W
 
 DEFERRED_TOKENS = 192
 """As in ``open_mythos.ops.moe``, which loads torch; a test compares."""
+WAITING = 2
+"""As in ``open_mythos.ops.looped_stack``."""
+
+
+class Uses:
+    """Operands and results' gradients that wait for a stack of ``n`` elements of ``size`` bytes."""
+
+    def __init__(self, n: int, size: int) -> None:
+        self._n, self._size = n, size
+        self._left: list[tuple[Ghost, Ghost]] = []
+        self._total: Ghost | None = None
+
+    def leave(self, ops: Ops, operand: Ghost, grad: Ghost) -> None:
+        """Add one use."""
+        self._left.append((operand, grad))
+        if sum(x.n + y.n for x, y in self._left) >= WAITING * self._n:
+            self._add_up(ops)
+
+    def take(self, ops: Ops) -> Ghost | None:
+        """The gradient of all uses."""
+        if self._left:
+            self._add_up(ops)
+        total, self._total = self._total, None
+        return total
+
+    def _add_up(self, ops: Ops) -> None:
+        taken, self._left = self._left, []
+        # on a CPU one buffer, for the rows of one expert, serves all of them: that is little
+        joined = _joined(ops, taken) if ops.cuda else []
+        gradient = ops.new(self._n, self._size, GRADIENTS)
+        self._total = gradient if self._total is None else self._total
+        del joined, taken
 
 
 @dataclass
@@ -21,11 +53,11 @@ class Stack:
 
     Attributes:
         weight: The weights as products read them.
-        uses: Operand and result's gradient of each use, kept until the last.
+        uses: What waits.
     """
 
     weight: Ghost
-    uses: list[tuple[Ghost, Ghost]] = field(default_factory=list)
+    uses: Uses
 
 
 @dataclass
@@ -144,13 +176,13 @@ class Mixture:
             del silu
             d_down = d_gate_up = None
             if waiting:
-                waiting[1].append((again, grad))
+                waiting[1].leave(ops, again, grad)
             else:
                 d_down = ops.new(sizes[1], size, GRADIENTS)
             del d_hidden, again, grad
             rows = ops.new(spread, size)
             if waiting:
-                waiting[0].append((rows, d_first))
+                waiting[0].leave(ops, rows, d_first)
             else:
                 d_gate_up = ops.new(sizes[0], size, GRADIENTS)
             del rows
@@ -209,19 +241,9 @@ def _looped(ops: Ops, weight: Ghost, call: Call) -> Stack:
     """``Context.looped``: a stack whose node computes the joint gradient of all uses."""
     if id(weight) in call.stacks:
         return call.stacks[id(weight)]
-    stack = call.stacks[id(weight)] = Stack(weight.view())
-    uses, n, size = stack.uses, weight.n, weight.size
-
-    def apply(grads: Gradients, saved: Saved) -> Gradients:
-        taken = list(uses)
-        uses.clear()
-        # on a CPU one buffer, for the rows of one expert, serves all of them: that is little
-        joined = _joined(ops, taken) if ops.cuda else []
-        gradient = ops.new(n, size, GRADIENTS)
-        del joined, taken
-        return (gradient,)
-
-    ops.record((stack.weight,), (weight,), apply)
+    uses = Uses(weight.n, weight.size)
+    stack = call.stacks[id(weight)] = Stack(weight.view(), uses)
+    ops.record((stack.weight,), (weight,), lambda grads, saved: (uses.take(ops),))
     return stack
 
 
