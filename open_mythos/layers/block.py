@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -91,5 +89,5 @@ class TransformerBlock(nn.Module):
         keys_B = ctx.keys_B
         if keys_B is None:
             keys_B = torch.randint(1 << 62, (x_BTD.shape[0],), device=x_BTD.device)
-        salt: Any = (loop * 4096 + self.layer) * 2 + site
+        salt = (loop * 4096 + self.layer) * 2 + site
         return counter_dropout(x_BTD, self.dropout, keys_B, ctx.positions, salt)

@@ -200,6 +200,18 @@ def _to_tokens(y: Tensor, order: Tensor, top_k: int) -> Tensor:
     return y.index_select(0, inverse).view(-1, top_k, y.shape[-1]).sum(1)
 
 
+def one_token(
+    x_1D: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, weights_1C: Tensor, experts_1C: Tensor
+) -> Tensor:
+    """:func:`forward` of a single token on a CPU: nothing to sort, and no backward pass."""
+    hidden = [
+        (F.silu(gate).mul_(up).mul_(weight)) @ down_EFD[expert]
+        for expert, weight in zip(experts_1C[0].tolist(), weights_1C[0].unbind(), strict=True)
+        for gate, up in [(x_1D @ gate_up_EDF[expert]).chunk(2, dim=-1)]
+    ]
+    return torch.stack(hidden).sum(0)
+
+
 @torch.library.custom_op("open_mythos::experts", mutates_args=())
 def experts_op(
     x_ND: Tensor,

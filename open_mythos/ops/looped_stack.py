@@ -21,7 +21,7 @@ from torch import Tensor
 
 from open_mythos.ops.weight_gradient import grouped_weight_gradient, kernel_serves
 
-WAITING = 2
+WAITING = 4
 """Elements that may wait for a stack, in units of its own."""
 
 

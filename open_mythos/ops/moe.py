@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
-from open_mythos.ops.expert_kernels import KINDS, expert_load, experts_op, forward, reference
+from open_mythos.ops.expert_kernels import (
+    KINDS,
+    expert_load,
+    experts_op,
+    forward,
+    one_token,
+    reference,
+)
 from open_mythos.ops.looped_stack import LoopedStack
 
 __all__ = [
@@ -31,7 +38,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BACKENDS = (*KINDS, "reference")
-DEFERRED_TOKENS = 192
+DEFERRED_TOKENS = 256
 """Tokens per expert and use up to which deferring pays."""
 
 
@@ -89,6 +96,9 @@ def routed_experts(
     )
     if keep or torch.compiler.is_compiling():
         return experts_op(x_ND, gate_up, down, weights_NC, experts_NC, *tokens, backend, keep)[0]
+    if len(x_ND) == 1 and x_ND.device.type == "cpu":
+        # decoding: two thirds of the time of sorting and grouping first
+        return one_token(x_ND, gate_up, down, weights_NC, experts_NC)
     return forward(x_ND, gate_up, down, weights_NC, experts_NC, backend, keep)[0]
 
 

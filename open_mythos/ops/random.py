@@ -23,7 +23,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def counter_uniform(keys_B: Tensor, positions: Tensor, dim: int, salt: int) -> Tensor:
+def counter_uniform(keys_B: Tensor, positions: Tensor, dim: int, salt: int | Tensor) -> Tensor:
     """(B, T, dim) float32 numbers in (0, 1).
 
     Args:
@@ -48,7 +48,7 @@ def counter_normal(keys_B: Tensor, positions: Tensor, dim: int, salt: int) -> Te
 
 
 def counter_dropout(
-    x_BTD: Tensor, p: float, keys_B: Tensor, positions: Tensor, salt: int
+    x_BTD: Tensor, p: float, keys_B: Tensor, positions: Tensor, salt: int | Tensor
 ) -> Tensor:
     """Zero each element with probability ``p`` and scale the rest by 1 / (1 - p)."""
     keep = counter_uniform(keys_B, positions, x_BTD.shape[-1], salt) >= p

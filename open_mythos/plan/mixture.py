@@ -11,9 +11,9 @@ from open_mythos.plan.layers import FeedForward, Weights
 from open_mythos.plan.ops import Ops
 from open_mythos.plan.tape import FLOAT32, GRADIENTS, Ghost, Gradients, Saved, Weight
 
-DEFERRED_TOKENS = 192
+DEFERRED_TOKENS = 256
 """As in ``open_mythos.ops.moe``, which loads torch; a test compares."""
-WAITING = 2
+WAITING = 4
 """As in ``open_mythos.ops.looped_stack``."""
 
 

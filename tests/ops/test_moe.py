@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers import assert_differs, assert_same
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from open_mythos.ops.expert_kernels import backward, forward
 from open_mythos.ops.moe import expert_load, routed_experts
 
 SHAPES = {  # N, D, F, E, C
@@ -112,6 +114,50 @@ def test_inputs_stay_as_they_are():
     for backend in ("reference", "sorted", "grouped"):
         routed_experts(*leaves[:3], experts, leaves[3], backend=backend)
     assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, before, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_few_tokens_without_gradient(tokens, dtype):
+    """Decoding: one token takes a way of its own."""
+    (x, gate_up, down, weights), experts = inputs("plain")
+    leaves = [leaf.detach().to(dtype) for leaf in (x[:tokens], gate_up, down)]
+    chosen = experts[:tokens], weights[:tokens].detach()
+    expected = routed_experts(*leaves, *chosen, backend="reference")
+    out = routed_experts(*leaves, *chosen)
+    assert out.shape == (tokens, 16)
+    torch.testing.assert_close(out, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4,
+                               atol=0.1 if dtype == torch.bfloat16 else 1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("grouped", False), ("sorted", True)])
+def test_only_the_grouped_kernel_never_asks_for_a_value(kind, waits):
+    """On tensors without values whatever the host would wait for is an error."""
+    with FakeTensorMode():
+        x, gate_up, down, weights = (
+            torch.empty(shape, dtype=torch.bfloat16)
+            for shape in ((40, 16), (8, 16, 16), (8, 8, 16), (40, 2))
+        )
+        experts = torch.zeros(40, 2, dtype=torch.long)
+        if waits:
+            with pytest.raises(DataDependentOutputException):
+                forward(x, gate_up, down, weights, experts, kind, True)
+            return
+        out, *kept = forward(x, gate_up, down, weights, experts, kind, True)
+        found = backward(out, x, gate_up, down, weights, *kept, [], kind, True)
+        assert [each.shape for each in found] == [
+            each.shape for each in (x, weights, gate_up, down)
+        ]
+
+
+def test_the_operation_is_what_pytorch_expects():
+    """Its fake twin, its gradient and its schema agree with it."""
+    (x, gate_up, down, weights), experts = inputs("plain")
+    arguments = (x, gate_up, down, weights, experts, None, None, "sorted", True)
+    torch.library.opcheck(
+        torch.ops.open_mythos.experts.default, arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
 
 
 class TestLoad:

@@ -123,7 +123,7 @@ def test_totals_are_those_of_the_accounting(name: str) -> None:
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
 def test_more_loops_never_need_less(attn_type: str, checkpoint: bool) -> None:
-    """But for expert gradients that wait: how much does so when the peak comes, goes up and down."""
+    """But for gradients that wait: how much does so at the peak goes up and down."""
     layout, before = Layout(1, "none", checkpoint_loops=checkpoint), 0
     for loops in range(1, 9):
         job = small_job(loops, model={"attn_type": attn_type})
