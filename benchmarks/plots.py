@@ -44,7 +44,8 @@ class Plot:
         """Write the picture."""
         with _axes(self.path, self.height, self.digest) as axes:
             self.paint(axes, self.data)
-            axes.set_title(self.title)
+            # from the edge of the picture: beside long labels there is no room for a title
+            axes.figure.suptitle(self.title, x=0.01, ha="left", fontsize=12, weight="bold")
 
 
 def of(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> Iterator[Plot]:
@@ -77,8 +78,7 @@ def _axes(path: Path, height: float, digest: str) -> Iterator[Any]:
     import matplotlib.pyplot as plt
 
     style: dict[Any, Any] = {
-        "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold",
-        "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.color": "#e2e8f0", "legend.frameon": False,
         "figure.facecolor": "white", "axes.axisbelow": True,
     }  # fmt: skip

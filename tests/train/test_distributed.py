@@ -52,7 +52,13 @@ def every_kind(ranks, options):
 
 @pytest.mark.parametrize(
     "options",
-    [RUN, RUN | {"train": RUN["train"] | {"micro_batch": 1, "checkpoint_loops": True}}],
+    [
+        RUN,
+        pytest.param(
+            RUN | {"train": RUN["train"] | {"micro_batch": 1, "checkpoint_loops": True}},
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=["plain", "micro-batches, checkpointed"],
 )
 def test_every_kind_computes_what_one_process_does(options):
