@@ -268,6 +268,14 @@ def _peak(call: Callable[[], object]) -> tuple[int, int]:
     return peak, live
 
 
+TRIES = 4
+"""Measurements of a case of several processes: their threads may hold memory at a wrong moment."""
+
+
+class DisturbedError(RuntimeError):
+    """No step gave back all that it took."""
+
+
 def row(case: Case) -> Row:
     """A case that runs alone."""
     return _row(case, [measured(case)])
@@ -277,10 +285,22 @@ def _row(case: Case, found: Sequence[tuple[int, int] | None]) -> Row:
     """Of several processes the one that was disturbed least."""
     seen = [pair for pair in found if pair is not None]
     if not seen:
-        raise RuntimeError(f"{case.name}: no step gave back all that it took")
+        raise DisturbedError(f"{case.name}: no step gave back all that it took")
     held, peak = min(seen, key=lambda pair: pair[1])
     held_planned, peak_planned = planned(case)
     return Row(case.name, held_planned, held, peak_planned, peak)
+
+
+def row_of_processes(case: Case) -> Row:
+    """A case that runs in two processes of its own, again if other threads disturbed it."""
+    for tries_left in reversed(range(TRIES)):
+        try:
+            (found,) = distributed_rows([case])
+            return found
+        except DisturbedError:
+            if not tries_left:
+                raise
+    raise AssertionError
 
 
 def distributed_rows(all_of: Sequence[Case]) -> Iterator[Row]:
@@ -333,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         alone, together = alone[:3], []
     rows = [row(case) for case in alone]
-    rows += distributed_rows(together) if together else []
+    rows += [row_of_processes(case) for case in together]
     table = Table(title="peak of a training step, in kB of one process")
     for heading in ("", "planned", "measured", "error", "without weights and moments"):
         table.add_column(heading, justify="right" if heading else "left")

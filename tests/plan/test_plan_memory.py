@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.plan_memory import Case, cases, distributed_cases, distributed_rows, main, row
+from benchmarks.plan_memory import Case, cases, distributed_cases, main, row, row_of_processes
 from open_mythos.accounting import account
 from open_mythos.errors import ConfigError
 from open_mythos.plan import Layout, layouts, memory
@@ -103,9 +103,10 @@ def test_every_kind_of_step(case: Case) -> None:
 
 
 @pytest.mark.slow
-def test_steps_of_several_processes() -> None:
-    for found in distributed_rows(distributed_cases()):
-        assert abs(found.error) < TOLERANCE, found
+@pytest.mark.parametrize("case", distributed_cases(), ids=lambda case: case.name)
+def test_steps_of_several_processes(case: Case) -> None:
+    found = row_of_processes(case)
+    assert abs(found.error) < TOLERANCE, found
 
 
 @pytest.mark.parametrize("name", VARIANTS)
