@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from benchmarks.clock import threads
 from benchmarks.decoding import decoder
 from benchmarks.measure import Measured, Row, attempt, compare, gate
 from benchmarks.models import FULL, Scale, build, random_ids
+from open_mythos.base import CausalLM
 from open_mythos.cache import KVCache
 from open_mythos.layers.block import TransformerBlock
 from open_mythos.layers.moe import MoEFFN
@@ -64,12 +66,13 @@ def rows(scale: Scale) -> Iterator[Measured]:
             yield attempt(name, torch.bfloat16, partial(_prompt, scale, ways, name))
 
 
+Model = TypeVar("Model", bound=CausalLM)
 Ways = tuple[OpenMythos, OpenMythos, OpenMythos, OpenMythos]
 """Quantised; in bfloat16; the twin in bfloat16; the twin in float32."""
 
 
 @torch.no_grad()
-def rounded_twin(model: OpenMythos, group: int) -> OpenMythos:
+def rounded_twin(model: Model, group: int) -> Model:
     """A copy of ``model`` with the weights that quantising leaves, as ordinary tensors."""
     twin = copy.deepcopy(model)
     for block in twin.modules():

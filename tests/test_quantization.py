@@ -12,17 +12,15 @@ import pytest
 import torch
 import yaml
 from helpers import random_ids, randomise, small_config, small_model
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.quantized import rounded_twin
 from open_mythos import DenseTransformer, KVCache, LoopTrace, OpenMythos, save_pretrained
-from open_mythos.base import CausalLM
 from open_mythos.cli import main
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.exits import exit_rule
-from open_mythos.layers.block import TransformerBlock
 from open_mythos.layers.mla import MLAttention
 from open_mythos.layers.moe import MoEFFN
-from open_mythos.ops.quantized import pack
 from open_mythos.quantization import is_quantized, quantize, weight_bytes
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.variants import variant
@@ -53,29 +51,13 @@ def typical(actual: Tensor, expected: Tensor) -> float:
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
 
 
-@torch.no_grad()
-def rounded_by_hand(model: CausalLM, group: int) -> CausalLM:
-    """The plain twin: the same model in float32 with every block's matrices rounded."""
-    twin = copy.deepcopy(model)
-    for block in twin.modules():
-        if not isinstance(block, TransformerBlock):
-            continue
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and not name.endswith(("kv_up", "router")):
-                module.weight.copy_(pack(module.weight, group).unpacked(torch.float32).mT)
-            if isinstance(module, MoEFFN):
-                for stack in (module.gate_up, module.down):
-                    stack.copy_(pack(stack.mT, group).unpacked(torch.float32))
-    return twin
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mla", "gqa", "dense"])
 @torch.no_grad()
 def test_equals_the_model_with_rounded_weights(name, kind):
     model, ids = (dense() if name == "dense" else built(name)), random_ids(2, 24)
     depth = {} if name == "dense" else {"n_loops": 3}
-    twin = rounded_by_hand(model, 0 if kind == "int8" else 32)
+    twin = rounded_twin(model, 0 if kind == "int8" else 32)
     expected, whole = twin(ids, **depth), model(ids, **depth)
     low = copy.deepcopy(twin).bfloat16()(ids, **depth)
     quantised = quantize(model, kind)
@@ -239,7 +221,7 @@ def test_torchao_gives_the_same():
     ours = quantize(copy.deepcopy(model), "int8")
     theirs = quantize(copy.deepcopy(model), "int8", backend="torchao")
     assert is_quantized(theirs)
-    expected = rounded_by_hand(model, 0)(ids, n_loops=2)
+    expected = rounded_twin(model, 0)(ids, n_loops=2)
     assert typical(theirs(ids, n_loops=2), expected) < 3 * typical(ours(ids, n_loops=2), expected)
     sizes = [weight_bytes(each) for each in (ours, theirs)]
     assert sizes[0].stored < sizes[1].stored < 1.1 * sizes[0].stored  # its scales are float32

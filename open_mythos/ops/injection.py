@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.ops.backend import CHECKS, HALF_OR_FLOAT, triton_serves
-from open_mythos.ops.norm import rms_norm
+from open_mythos.ops.norm import rms_norm, rms_norm_gradients
 
 WIDEST = 8192
 """Widest row that the kernel's backward pass holds in the registers of one multiprocessor."""
@@ -125,13 +125,11 @@ def _gradients(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the backward kernel computes, in operations that have gradients themselves."""
-    scale_N1 = torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
-    unit_ND, from_y_ND = x_ND * scale_N1, grad_y_ND.float()
-    wanted_ND = from_y_ND * weight_D.float()
-    along_N1 = (wanted_ND * unit_ND).mean(-1, keepdim=True)
-    total_ND = grad_x_ND + scale_N1 * (wanted_ND - unit_ND * along_N1)
-    grad_weight_D = (from_y_ND * unit_ND).sum(0).to(weight_D.dtype)
-    return A_D * total_ND, total_ND, (total_ND * h_ND).sum(0), grad_weight_D
+    through_norm_ND, grad_weight_D = rms_norm_gradients(
+        grad_y_ND.float(), x_ND, weight_D.float(), eps
+    )
+    total_ND = grad_x_ND + through_norm_ND
+    return A_D * total_ND, total_ND, (total_ND * h_ND).sum(0), grad_weight_D.to(weight_D.dtype)
 
 
 def _problem(

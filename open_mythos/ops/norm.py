@@ -58,7 +58,7 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight_D, root = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (*_differentiable(grad, x, weight_D, ctx.eps), None)
+            return (*rms_norm_gradients(grad, x, weight_D, ctx.eps), None)
         # the backward pass of a layer norm of mean 0, which is one kernel, subtracts the mean of
         # weight * grad as well
         wants = [*ctx.needs_input_grad[:2], False]
@@ -70,8 +70,10 @@ class _FusedNorm(torch.autograd.Function):
         return d_x, d_weight_D, None
 
 
-def _differentiable(grad: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same gradients in operations that can be differentiated again."""
+def rms_norm_gradients(
+    grad: Tensor, x: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and ``weight_D`` in operations that can be differentiated again."""
     root = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     scaled = grad * weight_D
     d_x = root * (scaled - x * root.square() * (scaled * x).mean(-1, keepdim=True))
