@@ -13,9 +13,9 @@ from benchmarks.clock import device
 from benchmarks.measure import GateError, Measured, Row, attempt, compare, distances
 from benchmarks.models import Scale
 from benchmarks.roofline import Work
-from open_mythos.ops.attention import attend
+from open_mythos.ops.attention.attend import attend
+from open_mythos.ops.attention.latent import latent_attend
 from open_mythos.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from open_mythos.ops.latent_attention import latent_attend
 
 HEADS = 8
 VOCABULARY = 32_000

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.cache import Columns, KVCache, Places
-from open_mythos.ops.moe import LoopedStack
+from open_mythos.ops.attention.visibility import Visibility
+from open_mythos.ops.experts.routed import LoopedStack
 from open_mythos.ops.rope import rope_table
-from open_mythos.ops.visibility import Visibility
 from open_mythos.runtime import as_autocast
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from open_mythos import KVCache
 from open_mythos.context import Context
+from open_mythos.ops.attention.visibility import Visibility
 from open_mythos.ops.rope import rope_table
-from open_mythos.ops.visibility import Visibility
 
 CPU = torch.device("cpu")
 

@@ -21,8 +21,8 @@ from open_mythos import (
     MythosError,
     OpenMythos,
 )
-from open_mythos.ops.attention import attend
-from open_mythos.ops.moe import routed_experts
+from open_mythos.ops.attention.attend import attend
+from open_mythos.ops.experts.routed import routed_experts
 
 NAN, INF = float("nan"), float("inf")
 

@@ -125,7 +125,9 @@ def _meta_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     on_meta = property(lambda tensor: tensor.device.type == "meta")
     monkeypatch.setattr(Tensor, "is_cuda", on_meta, raising=False)
     # it makes a tensor of a class of its own, which no dispatch mode may watch
-    monkeypatch.setattr("open_mythos.ops.attention.causal_lower_right", _unwatched, raising=False)
+    monkeypatch.setattr(
+        "open_mythos.ops.attention.attend.causal_lower_right", _unwatched, raising=False
+    )
     known, region = torch.is_autocast_enabled, torch.autocast
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda name: name != "meta" and known(name))
     monkeypatch.setattr(
@@ -211,7 +213,7 @@ def test_training(
     attn_type: str, deferred: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not deferred:
-        monkeypatch.setattr("open_mythos.ops.moe.DEFERRED_TOKENS", 0)
+        monkeypatch.setattr("open_mythos.ops.experts.routed.DEFERRED_TOKENS", 0)
     model = shapes_of_model(attn_type, dropout=0.1)
     given = arguments | {"trace": LoopTrace(keep_routing=True, keep_correlation=True)}
     if given.get("document_ids"):

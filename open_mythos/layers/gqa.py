@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.context import Context
-from open_mythos.ops.attention import attend
+from open_mythos.ops.attention.attend import attend
 from open_mythos.ops.rope import apply_rope
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.context import Context
 from open_mythos.layers.norm import RMSNorm
-from open_mythos.ops.attention import attend
-from open_mythos.ops.latent_attention import latent_attend, latent_values
+from open_mythos.ops.attention.attend import attend
+from open_mythos.ops.attention.latent import latent_attend, latent_values
+from open_mythos.ops.attention.visibility import Visibility
 from open_mythos.ops.rope import apply_rope
-from open_mythos.ops.visibility import Visibility
 
 SCORES_AT_ONCE = 1 << 24
 """Most scores that absorbed attention writes out at once."""

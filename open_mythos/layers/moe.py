@@ -12,7 +12,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.context import Context
 from open_mythos.init import init_weights
 from open_mythos.layers.feed_forward import Expert
-from open_mythos.ops.moe import LoopedStack, deferring_pays, expert_load, routed_experts
+from open_mythos.ops.experts.routed import LoopedStack, deferring_pays, expert_load, routed_experts
 from open_mythos.runtime import as_autocast
 from open_mythos.trace import LoopTrace
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.errors import ConfigError, InternalError
-from open_mythos.ops.moe import routed_experts
+from open_mythos.ops.experts.routed import routed_experts
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +267,7 @@ def packed_experts(
 ) -> Tensor:
     """Sum over the C chosen experts of weight times expert output, (N, D) in bfloat16.
 
-    As :func:`open_mythos.ops.moe.routed_experts`, with packed experts.
+    As :func:`open_mythos.ops.experts.routed.routed_experts`, with packed experts.
 
     Args:
         x_ND: Tokens.

@@ -1,4 +1,4 @@
-"""The mixture of experts in ghost tensors: ``layers/moe.py``, ``ops/expert_kernels.py`` and
+"""The mixture of experts in ghost tensors: ``layers/moe.py``, ``ops/experts/operation.py`` and
 ``train/processes/expert_parallel.py``, line by line, as if all experts had equally many tokens."""
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from open_mythos.plan.ops import Ops
 from open_mythos.plan.tape import FLOAT32, GRADIENTS, Ghost, Gradients, Saved, Weight
 
 DEFERRED_TOKENS = 256
-"""As in ``open_mythos.ops.moe``, which loads torch; a test compares."""
+"""As in ``open_mythos.ops.experts.routed``, which loads torch; a test compares."""
 WAITING = 4
-"""As in ``open_mythos.ops.looped_stack``."""
+"""As in ``open_mythos.ops.experts.looped_stack``."""
 
 
 class Uses:

@@ -10,7 +10,7 @@ from torch import Tensor
 from open_mythos import GQAttention, KVCache, MLAttention, apply_rope, config
 from open_mythos.context import Context
 from open_mythos.layers.block import ATTENTION
-from open_mythos.ops.attention_pieces import plan_pieces
+from open_mythos.ops.attention.pieces import plan_pieces
 
 B, T = 2, 9
 

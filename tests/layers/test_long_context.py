@@ -18,8 +18,8 @@ from open_mythos import GQAttention, KVCache, MLAttention
 from open_mythos.context import Context
 from open_mythos.layers import mla
 from open_mythos.layers.block import ATTENTION
-from open_mythos.ops import attention_pieces
-from open_mythos.ops.visibility import Visibility
+from open_mythos.ops.attention import pieces as attention_pieces
+from open_mythos.ops.attention.visibility import Visibility
 
 CPU = torch.device("cpu")
 KINDS = ("plain", "padded", "packed")

@@ -8,9 +8,9 @@ from helpers import assert_differs, assert_same
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
-from open_mythos.ops import latent_attention
-from open_mythos.ops.attention import attend
-from open_mythos.ops.latent_attention import latent_attend, latent_values
+from open_mythos.ops.attention import latent as latent_attention
+from open_mythos.ops.attention.attend import attend
+from open_mythos.ops.attention.latent import latent_attend, latent_values
 
 SHAPES = {  # B, T, S, H, R, W
     "one token": (2, 1, 13, 3, 5, 7),

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import open_mythos.ops.looped_stack as looped_stack
-import open_mythos.ops.moe as moe
+import open_mythos.ops.experts.looped_stack as looped_stack
+import open_mythos.ops.experts.routed as moe
 from open_mythos.errors import ConfigError
 from open_mythos.model import OpenMythos
-from open_mythos.ops.moe import LoopedStack, deferring_pays, routed_experts
+from open_mythos.ops.experts.routed import LoopedStack, deferring_pays, routed_experts
 from open_mythos.train.processes.parallel import apply_activation_checkpointing
 from tests.helpers import assert_same, random_ids, randomise, small_config, small_model
 

@@ -8,8 +8,17 @@ from helpers import assert_differs, assert_same
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from open_mythos.ops.expert_kernels import backward, forward
-from open_mythos.ops.moe import expert_load, routed_experts
+from open_mythos.errors import ConfigError
+from open_mythos.ops.experts.batched import MOST, PADDING, ROWS, divided
+from open_mythos.ops.experts.grouped import backward, forward
+from open_mythos.ops.experts.routed import (
+    BATCHED_TOKENS,
+    LoopedStack,
+    _chosen,
+    expert_load,
+    routed_experts,
+)
+from open_mythos.ops.experts.rows import padded
 
 SHAPES = {  # N, D, F, E, C
     "plain": (40, 16, 8, 8, 2),
@@ -46,7 +55,7 @@ def run(name: str, backend: str, chosen: str = "random") -> tuple[Tensor, list[T
     return out.detach(), [leaf.grad for leaf in (x, gate_up, down, weights)]
 
 
-CASES = [(name, backend) for name in SHAPES for backend in ("sorted", "auto")]
+CASES = [(name, backend) for name in SHAPES for backend in ("sorted", "batched", "auto")]
 CASES += [(name, "grouped") for name in ALIGNED]
 
 
@@ -74,7 +83,7 @@ def test_the_twin_is_the_definition():
         torch.testing.assert_close(out[token], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sorted", "grouped"])
+@pytest.mark.parametrize("backend", ["reference", "sorted", "grouped", "batched"])
 def test_choice_and_weight_matter(backend):
     """Control."""
     (x, gate_up, down, weights), experts = (inputs("plain")[0], inputs("plain")[1])
@@ -89,9 +98,11 @@ def test_choice_and_weight_matter(backend):
     assert_same(both.detach(), plain)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sorted", "grouped"])
+@pytest.mark.parametrize("backend", ["reference", "sorted", "grouped", "batched"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(backend, dtype):
+    if (backend, dtype) == ("batched", torch.float16):
+        pytest.skip("refused: see TestBatches")
     (x, gate_up, down, weights), experts = inputs("plain")
     exact = routed_experts(x, gate_up, down, experts, weights, backend="reference")
     out = routed_experts(x, gate_up.to(dtype), down.to(dtype), experts, weights, backend=backend)
@@ -111,7 +122,7 @@ def test_double_precision():
 def test_inputs_stay_as_they_are():
     leaves, experts = inputs("plain")
     before = [leaf.detach().clone() for leaf in leaves]
-    for backend in ("reference", "sorted", "grouped"):
+    for backend in ("reference", "sorted", "grouped", "batched"):
         routed_experts(*leaves[:3], experts, leaves[3], backend=backend)
     assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, before, strict=True))
 
@@ -158,6 +169,115 @@ def test_the_operation_is_what_pytorch_expects():
         torch.ops.open_mythos.experts.default, arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
+
+
+class TestBatches:
+    """Products of several experts, their rows padded to one length."""
+
+    @staticmethod
+    def routed(tokens: int, spread: float, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+        """Leaves, and choices of 3 in 24 experts, the more uneven the higher ``spread``."""
+        generator = torch.Generator().manual_seed(seed)
+        shapes = ((tokens, 16), (24, 16, 24), (24, 12, 16), (tokens, 3))
+        leaves = [torch.randn(shape, generator=generator) for shape in shapes]
+        liked = spread * torch.randn(24, generator=generator)
+        noise = -torch.rand(tokens, 24, generator=generator).log().neg().log()
+        return leaves, (liked + noise).topk(3).indices
+
+    @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+    @pytest.mark.parametrize("tokens", [5, 64, 1500])
+    def test_equal_the_plain_twin(self, tokens, spread):
+        leaves, experts = self.routed(tokens, spread)
+        found = []
+        for backend in ("reference", "batched"):
+            x, gate_up, down, weights = (leaf.clone().requires_grad_() for leaf in leaves)
+            out = routed_experts(x, gate_up, down, experts, weights, backend=backend)
+            out.backward(leaves[0])
+            found.append([out.detach(), x.grad, gate_up.grad, down.grad, weights.grad])
+        for plain, fast in zip(*found, strict=True):
+            assert (fast - plain).norm() <= 1e-5 * plain.norm()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradients_that_wait_are_the_same(self, dtype):
+        found = []
+        for looped in (False, True):
+            leaves, experts = self.routed(400, 1.0)
+            x, gate_up, down, weights = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+            stacks = [LoopedStack(each) if looped else each for each in (gate_up, down)]
+            for _ in range(3):
+                x = x + 0.1 * routed_experts(x, *stacks, experts, weights, backend="batched")
+            x.backward(torch.ones_like(x))
+            found.append([gate_up.grad, down.grad, weights.grad])
+        for now, later in zip(*found, strict=True):
+            bound = 1e-5 if dtype == torch.float32 else 1e-2
+            assert (later - now).float().norm() <= bound * now.float().norm()
+
+    def test_what_one_expert_cannot_represent_stays_with_it(self):
+        """Padding repeats rows of its batch, and must not spread what is not finite."""
+        leaves, experts = self.routed(200, 0.0)
+        x, gate_up, down, weights = (leaf.requires_grad_() for leaf in leaves)
+        with torch.no_grad():
+            gate_up[3] = torch.inf
+        out = routed_experts(x, gate_up, down, experts, weights, backend="batched")
+        met = (experts == 3).any(1)
+        assert met.any()
+        assert out[~met].isfinite().all()
+        assert not out[met].isfinite().all()
+        out.backward(torch.ones_like(out))
+        finite = down.grad.isfinite().flatten(1).all(1)
+        expected = routed_experts(x, gate_up, down, experts, weights, backend="reference")
+        down.grad = None
+        expected.backward(torch.ones_like(out))
+        assert torch.equal(finite, down.grad.isfinite().flatten(1).all(1))
+
+    @pytest.mark.parametrize("n_experts", [1, 2, 7, 64, 65, 300])
+    @pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+    def test_every_expert_with_rows_is_in_one_batch(self, n_experts, spread):
+        generator = torch.Generator().manual_seed(n_experts)
+        liked = (spread * torch.randn(n_experts, generator=generator)).softmax(0)
+        drawn = torch.multinomial(liked, 4000, replacement=True, generator=generator)
+        counts = drawn.bincount(minlength=n_experts).tolist()
+        seen = []
+        for first, n, width in divided(counts):
+            members = counts[first : first + n]
+            seen += range(first, first + n)
+            assert n <= MOST
+            assert n & (n - 1) == 0
+            assert max(members) <= width == padded(max(members))
+            if n > 1:
+                assert n * width <= min(ROWS, PADDING * sum(map(padded, members)))
+        assert len(seen) == len(set(seen))
+        assert {e for e, count in enumerate(counts) if count} <= set(seen)
+
+    def test_sizes_are_few_however_tokens_are_routed(self):
+        """What a product of unseen size costs in bfloat16 is why there are batches at all."""
+        sizes, counts = set(), set()
+        for seed in range(60):
+            _, experts = self.routed(1500, 0.5, seed)
+            load = experts.flatten().bincount(minlength=24).tolist()
+            sizes |= {(n, width) for _, n, width in divided(load)}
+            counts |= set(load)
+        assert len(sizes) < 50
+        assert len(counts) > 300
+
+    @pytest.mark.parametrize("count", [0, 1, 32, 33, 256, 257, 1000, 100_000])
+    def test_padding_is_little(self, count):
+        assert count <= padded(count) <= max(count + 31, 1.125 * count)
+        assert padded(padded(count)) == padded(count)
+
+    def test_serve_many_tokens_in_bfloat16(self):
+        gate_up, down = torch.empty(4, 8, 16), torch.empty(4, 8, 8)
+        few, many = 4 * BATCHED_TOKENS - 1, 4 * BATCHED_TOKENS
+        assert _chosen("auto", many, gate_up, down) == "grouped"
+        half = gate_up.bfloat16(), down.bfloat16()
+        assert _chosen("auto", few, *half) == "grouped"
+        assert _chosen("auto", many, *half) == "batched"
+
+    def test_do_not_serve_float16(self):
+        leaves, experts = self.routed(8, 0.0)
+        x, gate_up, down, weights = (leaf.half() for leaf in leaves)
+        with pytest.raises(ConfigError, match="batched products cannot serve"):
+            routed_experts(x, gate_up, down, experts, weights, backend="batched")
 
 
 class TestLoad:

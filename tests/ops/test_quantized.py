@@ -10,7 +10,7 @@ from torch import Tensor
 
 import open_mythos.ops.quantized as quantized
 from open_mythos.errors import ConfigError
-from open_mythos.ops.moe import routed_experts
+from open_mythos.ops.experts.routed import routed_experts
 from open_mythos.ops.quantized import (
     GROUPS,
     PACKED_ROWS,

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from open_mythos.errors import ConfigError
-from open_mythos.ops import attention, attention_pieces
-from open_mythos.ops.attention import attend
-from open_mythos.ops.attention_flex import BLOCK, attend_flex, block_mask, visible_blocks
-from open_mythos.ops.attention_pieces import plan_pieces
-from open_mythos.ops.visibility import Visibility
+from open_mythos.ops.attention import attend as attention
+from open_mythos.ops.attention import pieces as attention_pieces
+from open_mythos.ops.attention.attend import attend
+from open_mythos.ops.attention.flex import BLOCK, attend_flex, block_mask, visible_blocks
+from open_mythos.ops.attention.pieces import plan_pieces
+from open_mythos.ops.attention.visibility import Visibility
 
 CPU = torch.device("cpu")
 B, H, G = 3, 4, 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from open_mythos.ops import cross_entropy, looped_stack, moe
+from open_mythos.ops import cross_entropy
+from open_mythos.ops.experts import looped_stack
+from open_mythos.ops.experts import routed as moe
 from open_mythos.plan import forward, mixture
 from open_mythos.plan.ops import Ops
 from open_mythos.plan.tape import FLOAT32, GRADIENTS, HALF, Ghost, Tape, Weight

@@ -22,7 +22,7 @@ from torch import Tensor
 from open_mythos.context import Context
 from open_mythos.layers.block import TransformerBlock
 from open_mythos.layers.moe import Routing, Stacks
-from open_mythos.ops.visibility import Visibility
+from open_mythos.ops.attention.visibility import Visibility
 
 MOST_GRAPHS = 32
 """Graphs of all blocks together, beyond which they run as they are: gradients or none, one row or

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from open_mythos.context import Context
 from open_mythos.layers.moe import MoEFFN
-from open_mythos.ops.moe import expert_load, routed_experts
+from open_mythos.ops.experts.routed import expert_load, routed_experts
 from open_mythos.runtime import as_autocast
 
 STACKS = ("gate_up", "down")

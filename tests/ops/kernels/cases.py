@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from open_mythos.ops.attention.latent_decode import latent_decode
+from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient
 from open_mythos.ops.injection import hold_and_norm
-from open_mythos.ops.latent_decode import latent_decode
-from open_mythos.ops.weight_gradient import grouped_weight_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -15,12 +15,12 @@ from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.layers.injection import LTIInjection
 from open_mythos.layers.norm import RMSNorm
 from open_mythos.ops import backend as choice
-from open_mythos.ops import latent_decode as decoding
+from open_mythos.ops.attention import latent_decode as decoding
+from open_mythos.ops.attention.latent import latent_attend
+from open_mythos.ops.attention.latent_decode import latent_decode
+from open_mythos.ops.experts.looped_stack import weight_gradient
+from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
 from open_mythos.ops.injection import hold_and_norm
-from open_mythos.ops.latent_attention import latent_attend
-from open_mythos.ops.latent_decode import latent_decode
-from open_mythos.ops.looped_stack import weight_gradient
-from open_mythos.ops.weight_gradient import grouped_weight_gradient, kernel_serves
 from tests.ops.kernels.cases import error, expert_rows, injection_inputs, slots
 
 PACKAGE = Path(choice.__file__).parents[1]

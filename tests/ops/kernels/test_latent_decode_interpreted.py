@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import open_mythos.ops.kernels.latent_decode as kernel
-from open_mythos.ops.latent_decode import latent_decode
+from open_mythos.ops.attention.latent_decode import latent_decode
 from tests.ops.kernels.cases import DTYPES, check_decode, slots
 
 

@@ -7,9 +7,9 @@ import torch
 
 from open_mythos.layers.injection import LTIInjection
 from open_mythos.layers.norm import RMSNorm
-from open_mythos.ops import latent_decode as decoding
-from open_mythos.ops.latent_decode import latent_decode
-from open_mythos.ops.weight_gradient import grouped_weight_gradient, kernel_serves
+from open_mythos.ops.attention import latent_decode as decoding
+from open_mythos.ops.attention.latent_decode import latent_decode
+from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
 from tests.ops.kernels.cases import (
     DTYPES,
     check_decode,

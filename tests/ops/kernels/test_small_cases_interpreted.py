@@ -5,9 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import open_mythos.ops.injection
-import open_mythos.ops.latent_decode
-import open_mythos.ops.weight_gradient  # noqa: F401  each of the three brings its case
 from open_mythos.ops.backend import CHECKS, TOLERANCE
 from tests.ops.kernels.cases import error
 

@@ -14,8 +14,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from open_mythos.errors import ConfigError, EnvironmentError_
-from open_mythos.ops.attention_pieces import attend_pieces, plan_pieces
-from open_mythos.ops.visibility import Visibility
+from open_mythos.ops.attention.pieces import attend_pieces, plan_pieces
+from open_mythos.ops.attention.visibility import Visibility
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def _flash_problem(q_BTHK: Tensor, mask: Mask) -> str | None:
 def _flex(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, mask: Mask, causal: bool, scale: float
 ) -> Tensor:
-    """FlexAttention: see :mod:`open_mythos.ops.attention_flex`."""
+    """FlexAttention: see :mod:`open_mythos.ops.attention.flex`."""
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGV))
     problem = "a mask" if isinstance(mask, Tensor) else None
     if wants_grad and q_BTHK.device.type == "cpu":
@@ -233,7 +233,7 @@ def _flex(
             allowed="positions, padding and documents; gradients on CUDA only",
             fix='set attn_backend to "auto"',
         )  # fmt: skip
-    from open_mythos.ops.attention_flex import attend_flex
+    from open_mythos.ops.attention.flex import attend_flex
 
     if causal:
         mask = Visibility(q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.device)

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.weight_gradient import grouped_weight_gradient, kernel_serves
+from open_mythos.ops.experts.rows import padded
+from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
 
 WAITING = 4
 """Elements that may wait for a stack, in units of its own."""
@@ -130,14 +131,17 @@ def weight_gradient(uses: list[list[Tensor]]) -> Tensor:
         order = experts.repeat_interleave(counts.flatten(), output_size=rows).argsort(stable=True)
         x, grad = (torch.cat(side)[order] for side in (xs, grads))
         return F.grouped_mm(x.t(), grad, offs=counts.sum(0).cumsum(0).to(torch.int32))
-    # on a CPU the rows of one expert stay in the caches, in two buffers that all experts share
+    # on a CPU the rows of one expert stay in the caches, in two buffers that all experts share; of
+    # a few lengths, because a bfloat16 product of a new one is compiled first
     rows_E, splits = counts.sum(0).tolist(), counts.tolist()
     parts = [[rows.split(n) for rows, n in zip(side, splits, strict=True)] for side in (xs, grads)]
-    buffers = [side[0].new_empty(max(rows_E), side[0].shape[1]) for side in (xs, grads)]
+    padded_E = [padded(rows) for rows in rows_E]
+    buffers = [side[0].new_empty(max(padded_E), side[0].shape[1]) for side in (xs, grads)]
     total = xs[0].new_empty(len(rows_E), xs[0].shape[1], grads[0].shape[1])
     for expert, rows in enumerate(rows_E):
-        x, grad = (buffer[:rows] for buffer in buffers)
+        x, grad = (buffer[: padded_E[expert]] for buffer in buffers)
         for side, out in zip(parts, (x, grad), strict=True):
-            torch.cat([loop[expert] for loop in side], out=out)
+            torch.cat([loop[expert] for loop in side], out=out[:rows])
+            out[rows:] = 0
         torch.mm(x.t(), grad, out=total[expert])
     return total

@@ -1,6 +1,6 @@
 """Routed experts: every token visits its chosen experts, the results are added by weight.
 
-One signature, three ways to compute it. Each expert is a SwiGLU, ``down(silu(gate x) * up x)``, its
+One signature, four ways to compute it. Each expert is a SwiGLU, ``down(silu(gate x) * up x)``, its
 gate and up projections stored side by side so that they are one product.
 
 In a loop the same experts serve many calls. Their weight gradients can wait for the last of them
@@ -17,15 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
-from open_mythos.ops.expert_kernels import (
-    KINDS,
-    expert_load,
-    experts_op,
-    forward,
-    one_token,
-    reference,
-)
-from open_mythos.ops.looped_stack import LoopedStack
+from open_mythos.ops.experts.grouped import one_token
+from open_mythos.ops.experts.looped_stack import LoopedStack
+from open_mythos.ops.experts.operation import KINDS, experts_op, forward, reference
+from open_mythos.ops.experts.rows import expert_load
 
 __all__ = [
     "DEFERRED_TOKENS",
@@ -40,6 +35,8 @@ logger = logging.getLogger(__name__)
 BACKENDS = (*KINDS, "reference")
 DEFERRED_TOKENS = 256
 """Tokens per expert and use up to which deferring pays."""
+BATCHED_TOKENS = 2
+"""Tokens per expert from which, on a CPU in bfloat16, a product for several experts pays."""
 
 
 def deferring_pays(
@@ -74,8 +71,9 @@ def routed_experts(
         down_EFD: (E, F, D) down projections; both or neither may be a :class:`LoopedStack`.
         experts_NC: Chosen experts, int64, distinct within a token.
         weights_NC: Their weights.
-        backend: "auto" is "grouped" for shapes that grouped products take, and "sorted"
-            elsewhere; or one of these by name, or "reference".
+        backend: "auto" is "batched" for many tokens on a CPU in bfloat16, else "grouped" for shapes
+            that grouped products take, and "sorted" elsewhere; or one of these by name, or
+            "reference".
 
     Returns:
         (N, D), in the dtype of the projections.
@@ -86,7 +84,7 @@ def routed_experts(
     stacks = gate_up_EDF, down_EFD
     gate_up, down = (each.weight if isinstance(each, LoopedStack) else each for each in stacks)
     tokens = [each.token if isinstance(each, LoopedStack) else None for each in stacks]
-    backend = _chosen(backend, gate_up, down)
+    backend = _chosen(backend, experts_NC.numel(), gate_up, down)
     x_ND, weights_NC = x_ND.to(gate_up.dtype), weights_NC.to(gate_up.dtype)
     if backend == "reference":
         return reference(x_ND, gate_up, down, experts_NC, weights_NC)
@@ -102,11 +100,17 @@ def routed_experts(
     return forward(x_ND, gate_up, down, weights_NC, experts_NC, backend, keep)[0]
 
 
-def _chosen(backend: str, gate_up_EDF: Tensor, down_EFD: Tensor) -> str:
+def _chosen(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor) -> str:
     """The kernel that serves a call."""
     problem = _grouped_problem(gate_up_EDF, down_EFD)
     if backend == "auto":
         backend = "grouped" if problem is None else "sorted"
+        if (
+            gate_up_EDF.dtype == torch.bfloat16
+            and gate_up_EDF.device.type == "cpu"
+            and n_choices >= BATCHED_TOKENS * gate_up_EDF.shape[0]
+        ):
+            backend = "batched"
     if backend not in BACKENDS:
         raise ConfigError(
             "unknown expert backend", where="moe_backend", value=backend,
@@ -117,6 +121,15 @@ def _chosen(backend: str, gate_up_EDF: Tensor, down_EFD: Tensor) -> str:
             "grouped products cannot serve these experts", where="moe_backend", value=problem,
             allowed="rows of dim and of expert_dim in multiples of 16 bytes, at most 32-bit floats",
             fix='set moe_backend to "auto"',
+        )  # fmt: skip
+    if backend == "batched" and (
+        gate_up_EDF.device.type != "cpu" or gate_up_EDF.dtype == torch.float16
+    ):
+        # padding repeats a row, which another expert may take beyond the range of 16-bit floats
+        raise ConfigError(
+            "batched products cannot serve these experts", where="moe_backend",
+            value=f"{gate_up_EDF.dtype} weights on {gate_up_EDF.device.type}",
+            allowed="weights on a CPU, of any dtype but float16", fix='set moe_backend to "auto"',
         )  # fmt: skip
     if not torch.compiler.is_compiling():
         _log_once(backend)

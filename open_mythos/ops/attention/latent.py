@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
-from open_mythos.ops.latent_decode import kernel_serves, latent_decode
+from open_mythos.ops.attention.latent_decode import kernel_serves, latent_decode
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from open_mythos.ops.visibility import Visibility
+from open_mythos.ops.attention.visibility import Visibility
 
 BLOCK = 128
 """Queries, and keys, of a block."""

@@ -1,0 +1,1 @@
+"""Attention: over keys and values of heads, and over latents; what a query may see."""

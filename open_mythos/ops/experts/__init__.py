@@ -1,0 +1,1 @@
+"""Routed experts: one signature, several ways to compute it."""

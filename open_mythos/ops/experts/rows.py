@@ -1,0 +1,68 @@
+"""What lies around the products of routed experts: counts, activation, adding up."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def expert_load(experts_NC: Tensor, n_experts: int, valid_N: Tensor | None = None) -> Tensor:
+    """(E,) float32 count of the tokens that chose each expert; padding is not counted.
+
+    ``bincount`` would wait for the GPU to learn its output size; a scatter does not.
+    """
+    ones = torch.ones(experts_NC.shape, device=experts_NC.device)
+    if valid_N is not None:
+        ones = ones * valid_N.unsqueeze(-1)
+    load = torch.zeros(n_experts, device=experts_NC.device)
+    return load.scatter_add_(0, experts_NC.reshape(-1), ones.reshape(-1))
+
+
+def activated(gate_up: Tensor, w: Tensor) -> Tensor:
+    """silu(gate) * up * w."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).mul_(w)
+
+
+def activated_backward(
+    d_hidden: Tensor, gate_up: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result of :func:`activated` again, and the gradients of its operands.
+
+    ``d_hidden`` is used up.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    d_gate_up, silu = torch.empty_like(gate_up), F.silu(gate)
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    hidden = silu * up
+    torch.mul(d_hidden, hidden, out=d_up)
+    d_w = d_up.sum(dim=-1, keepdim=True)
+    hidden.mul_(w)
+    torch.mul(d_hidden.mul_(w), silu, out=d_up)
+    torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(up), gate, grad_input=d_gate)
+    return hidden, d_gate_up, d_w
+
+
+def to_tokens(y: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """(N C, D) rows in the order of the experts -> (N, D), the sum of each token's rows.
+
+    Rows are gathered, not scattered: no atomic additions make a result depend on the order of
+    threads, and none are waited for.
+    """
+    inverse = torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
+    if y.device.type == "cpu" and len(order):
+        # the same in one pass; ten times as fast
+        return F.embedding_bag(inverse.view(-1, top_k), y, mode="sum")
+    return y.index_select(0, inverse).view(-1, top_k, y.shape[-1]).sum(1)
+
+
+def padded(count: int) -> int:
+    """``count`` or somewhat more, of few values: products of as many rows have few shapes.
+
+    Multiples of 32, and above 256 of an eighth of themselves or less.
+    """
+    step = max(32, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
