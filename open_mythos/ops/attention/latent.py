@@ -79,7 +79,7 @@ def latent_values(mixed_BTHR: Tensor, value_up_HVR: Tensor) -> Tensor:
     return (value_up_HVR @ mixed_HRN).permute(2, 0, 1).unflatten(0, (batch, n_new))
 
 
-ROW_BYTES = 1 << 20
+ROW_BYTES = 1 << 19
 """Bytes of one row's history from which "rows" is faster than "batched" in half precision."""
 
 
@@ -110,20 +110,28 @@ def _batched(q_BTHW: Tensor, entry_BSW: Tensor, mask: Tensor | None, rank: int) 
     """Two products batched over the rows: (S, W) by (W, T H), and (T H, S) by (S, W)."""
     batch, n_new, heads, _ = q_BTHW.shape
     # the history stands on the left: bfloat16 products on a CPU would copy a transposed one
-    scores = entry_BSW @ q_BTHW.reshape(batch, n_new * heads, -1).mT
-    scores_BTHS = scores.mT.reshape(batch, n_new, heads, -1).float()
-    if mask is not None:
-        scores_BTHS = scores_BTHS.masked_fill(~mask.transpose(1, 2), -torch.inf)
-    weights = scores_BTHS.softmax(-1).to(entry_BSW.dtype).view(batch, n_new * heads, -1)
+    scores_BSN = entry_BSW @ q_BTHW.reshape(batch, n_new * heads, -1).mT
+    weights_BNS = _softmax(scores_BSN, n_new, mask, entry_BSW.dtype)
     # the rotary keys are mixed along and dropped: leaving them out first would copy the latents
-    return (weights @ entry_BSW)[..., :rank].unflatten(1, (n_new, heads))
+    return (weights_BNS @ entry_BSW)[..., :rank].unflatten(1, (n_new, heads))
 
 
 def _rows(q_BTHW: Tensor, entry_BSW: Tensor, mask: Tensor | None, rank: int) -> Tensor:
-    """The same, one row of the batch after the other."""
-    masks = [None] * len(q_BTHW) if mask is None else mask.expand(len(q_BTHW), -1, -1, -1).split(1)
-    rows = zip(q_BTHW.split(1), entry_BSW.split(1), masks, strict=True)
-    return torch.cat([_batched(q, entry, seen, rank) for q, entry, seen in rows])
+    """The same, its products one row of the batch after the other."""
+    batch, n_new, heads, width = q_BTHW.shape
+    q_BNW, rows = q_BTHW.reshape(batch, n_new * heads, width), entry_BSW.unbind()
+    scores_BSN = torch.stack([row @ q_NW.T for row, q_NW in zip(rows, q_BNW, strict=True)])
+    weights_BNS = _softmax(scores_BSN, n_new, mask, entry_BSW.dtype)
+    mixed_BNW = torch.stack([w_NS @ row for w_NS, row in zip(weights_BNS, rows, strict=True)])
+    return mixed_BNW[..., :rank].unflatten(1, (n_new, heads))
+
+
+def _softmax(scores_BSN: Tensor, n_new: int, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(B, T H, S) weights of the positions, from scores that lie position by position."""
+    scores_BTHS = scores_BSN.mT.unflatten(1, (n_new, -1)).float()
+    if mask is not None:
+        scores_BTHS = scores_BTHS.masked_fill(~mask.transpose(1, 2), -torch.inf)
+    return scores_BTHS.softmax(-1).to(dtype).flatten(1, 2)
 
 
 def _triton(q_BTHW: Tensor, entry_BSW: Tensor, mask: Tensor | None, rank: int) -> Tensor:
