@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.clock import device
 from benchmarks.measure import Measured, Row, attempt, compare, gate
-from benchmarks.models import FULL, Scale, config, noisy
+from benchmarks.models import FULL, Scale, config, new_each_time, noisy
+from benchmarks.plain import ChoiceByChoice
 from benchmarks.roofline import Work
 from open_mythos.layers.feed_forward import Expert
 from open_mythos.layers.moe import MoEFFN
 
 GOALS = {(torch.bfloat16, (16, 2)): 2.5, (torch.bfloat16, (64, 4)): 5.0}
 GATE_TOKENS = 67
+LOOPED_CHOICES = ((16, 2), (64, 4))
+"""Experts that are also compared with a loop over choices and experts, which is slow for more."""
+SHARED = 2
+"""Of a pass: its result and its input's gradient, which do not depend on how weights are kept."""
+FIRST, BATCHES = 3, 12
+"""Passes before those that are timed, and batches of tokens, each with choices of its own."""
 REST = "routing, without any expert"
 
 
@@ -31,11 +39,15 @@ def title(scale: Scale) -> str:
 
 
 def rows(scale: Scale) -> Iterator[Measured]:
-    """One row for every number of experts and dtype."""
+    """One row for every number of experts and dtype; a few more against another plain form."""
     for experts in scale.layers:
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{experts[0]} experts top-{experts[1]}"
             yield attempt(name, dtype, partial(_row, scale, experts, dtype, name))
+    for experts in LOOPED_CHOICES if scale is FULL else scale.layers:
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{experts[0]} experts top-{experts[1]}, against a loop over choices and experts"
+            yield attempt(name, dtype, partial(_choices, scale, experts, dtype, name))
 
 
 def _row(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) -> Row:
@@ -54,17 +66,16 @@ def _row(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) 
         dtype=dtype,
     )
     del exact
-    x_ND = _tokens(scale.dim, scale.layer_tokens).to(dtype)
     dense = noisy(lambda: Expert(scale.dim, chosen * cfg.expert_dim)).to(dtype)
     weights = fast.gate_up.numel() + fast.down.numel() + fast.router.weight.numel()
     products = scale.dim * (3 * chosen * cfg.expert_dim + experts[0])
     return compare(
         name,
         dtype,
-        lambda: _gradients(fast, x_ND),
-        lambda: _gradients(plain, x_ND),
-        dense=lambda: _gradients(dense, x_ND),
-        rest=(REST, lambda: _routing(fast, x_ND)),
+        _step(scale, fast, dtype),
+        _step(scale, plain, dtype),
+        dense=_step(scale, dense, dtype),
+        rest=(REST, _step(scale, fast, dtype, _routing)),
         # many experts take long, and long calls vary less
         alternations=scale.turns if experts[0] <= 64 else scale.alternations,
         goal=GOALS.get((dtype, experts)) if scale is FULL else None,
@@ -78,6 +89,41 @@ def _row(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) 
     )
 
 
+def _choices(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) -> Row:
+    """The same layer against the loop that most code for experts begins with."""
+    layer = noisy(lambda: MoEFFN(replace(config(scale, "mla", experts), n_shared_experts=0)))
+    small = _tokens(scale.dim, GATE_TOKENS)
+    reference = _gradients(_variant(layer, "reference"), small)[:SHARED]
+    fast = layer.to(dtype)
+    plain = ChoiceByChoice(fast)
+    results = [_gradients(each, small.to(dtype))[:SHARED] for each in (fast, plain)]
+    return compare(
+        name,
+        dtype,
+        _step(scale, fast, dtype),
+        _step(scale, plain, dtype),
+        alternations=scale.turns,
+        goal=GOALS.get((dtype, experts)) if scale is FULL else None,
+        errors=gate(name, *results, reference=reference, dtype=dtype),
+        numbers={"tokens": scale.layer_tokens, "chosen": experts[1]},
+    )
+
+
+def _step(
+    scale: Scale,
+    layer: nn.Module,
+    dtype: torch.dtype,
+    call: Callable[[Any, Tensor], object] | None = None,
+) -> Callable[[], object]:
+    """A pass of ``layer`` over other tokens at every call; some of them first, untimed."""
+    tokens = [_tokens(scale.dim, scale.layer_tokens, seed).to(dtype) for seed in range(1, BATCHES)]
+    x_ND = new_each_time(lambda seed: tokens[seed % len(tokens)])
+    call = call or _gradients
+    for _ in range(FIRST):
+        call(layer, x_ND())
+    return lambda: call(layer, x_ND())
+
+
 def _variant(layer: MoEFFN, backend: str) -> MoEFFN:
     """The same layer, its very weights, computed by another backend."""
     twin = copy.copy(layer)
@@ -85,8 +131,8 @@ def _variant(layer: MoEFFN, backend: str) -> MoEFFN:
     return twin
 
 
-def _tokens(dim: int, n: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
+def _tokens(dim: int, n: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, dim, generator=generator).to(device())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -131,3 +132,13 @@ def random_ids(batch: int, tokens: int, vocabulary: int = 1024, seed: int = 1) -
     """(batch, tokens) ids, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (batch, tokens), generator=generator).to(device())
+
+
+def new_each_time(make: Callable[[int], Tensor]) -> Callable[[], Tensor]:
+    """The next of ``make(1)``, ``make(2)``, ... at every call.
+
+    No step of a training sees the batch of another, and no router its choices: a form that is fast
+    only where all sizes are those of the step before must not look fast.
+    """
+    seeds = count(1)
+    return lambda: make(next(seeds))

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from benchmarks.models import sharing
 from open_mythos.cache import KVCache, Places
@@ -52,6 +53,41 @@ def plain_twin(model: OpenMythos) -> OpenMythos:
         if isinstance(module, MLAttention):
             module.__class__ = ExpandingMLA  # the weights stay, one method changes
     return twin
+
+
+class ChoiceByChoice(nn.Module):
+    """A mixture as most code for it begins: for every choice, for every expert, the tokens of both.
+
+    Experts are weights of their own, not one stack; here they share the memory of ``layer``'s.
+    """
+
+    def __init__(self, layer: MoEFFN) -> None:
+        super().__init__()
+        self.layer = copy.copy(layer)
+        self.layer.mix = self.mix  # type: ignore[method-assign]
+        self.gate_up, self.down = (
+            nn.ParameterList(nn.Parameter(each) for each in stack.detach())
+            for stack in (layer.gate_up, layer.down)
+        )
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """(N, D) -> (N, D)."""
+        y: Tensor = self.layer(x_ND)
+        return y
+
+    def mix(self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, *_: object) -> Tensor:
+        """Results of all choices, added up token by token."""
+        out_ND = torch.zeros_like(x_ND)
+        for chosen_N, weight_N in zip(experts_NC.T, weights_NC.T, strict=True):
+            for expert, (gate_up_DF, down_FD) in enumerate(
+                zip(self.gate_up, self.down, strict=True)
+            ):
+                of_expert = chosen_N == expert
+                if of_expert.any():
+                    gate, up = (x_ND[of_expert] @ gate_up_DF).chunk(2, dim=-1)
+                    weight = weight_N[of_expert].unsqueeze(-1).to(x_ND.dtype)
+                    out_ND[of_expert] += weight * ((F.silu(gate) * up) @ down_FD)
+        return out_ND
 
 
 class NoExperts(MoEFFN):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from benchmarks.measure import (
     dtype_name,
     gate,
 )  # fmt: skip
-from benchmarks.models import FULL, Scale, build, dense_like, random_ids
+from benchmarks.models import FULL, Scale, build, dense_like, new_each_time, random_ids
 from benchmarks.plain import common_parts, plain_twin
 from benchmarks.roofline import training_work
 from open_mythos.accounting import account
@@ -80,16 +80,20 @@ def _row(
     away = sorted(distances(*results))
     near.append((away[-1] if dtype == torch.float32 else away[len(away) // 2], errors[1]))
     del results, reference
-    ids = random_ids(scale.batch, scale.tokens)
     dense, rest = dense_like(fast.cfg, scale.n_loops), common_parts(fast, attention=False)
     goals = GOALS if scale is FULL else {}
+
+    def step(model: OpenMythos | DenseTransformer, n_loops: int | None) -> Callable[[], object]:
+        ids = new_each_time(lambda seed: random_ids(scale.batch, scale.tokens, seed=seed))
+        return lambda: gradients(model, ids(), n_loops, dtype)
+
     row = compare(
         name,
         dtype,
-        lambda: gradients(fast, ids, scale.n_loops, dtype),
-        lambda: gradients(plain, ids, scale.n_loops, dtype),
-        dense=lambda: gradients(dense, ids, None, dtype),
-        rest=(REST, lambda: gradients(rest, ids, scale.n_loops, dtype)),
+        step(fast, scale.n_loops),
+        step(plain, scale.n_loops),
+        dense=step(dense, None),
+        rest=(REST, step(rest, scale.n_loops)),
         # the largest takes a minute in two turns, and long calls vary less
         alternations=scale.alternations if experts[0] <= 64 else min(2, scale.alternations),
         goal=goals.get((dtype, experts)) if fast.cfg.attn_type == "mla" else None,

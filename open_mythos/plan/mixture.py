@@ -176,11 +176,11 @@ class Mixture:
             del silu
             d_down = d_gate_up = None
             if waiting:
-                waiting[1].leave(ops, again, grad)
+                waiting[1].leave(ops, again, grad if ops.cuda else ops.new(tokens, size))
             else:
                 d_down = ops.new(sizes[1], size, GRADIENTS)
             del d_hidden, again, grad
-            rows = ops.new(spread, size)
+            rows = ops.new(tokens if waiting and not ops.cuda else spread, size)
             if waiting:
                 waiting[0].leave(ops, rows, d_first)
             else:

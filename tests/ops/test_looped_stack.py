@@ -176,9 +176,9 @@ def test_what_waits_is_bounded_and_changes_nothing(waiting: float, monkeypatch) 
     sizes: list[tuple[int, int]] = []
     original = looped_stack.weight_gradient
 
-    def noted(uses: list[list[torch.Tensor]]) -> torch.Tensor:
+    def noted(uses: list[looped_stack.Use]) -> torch.Tensor:
         gradient = original(uses)
-        sizes.append((sum(x.numel() + grad.numel() for x, grad, _ in uses), gradient.numel()))
+        sizes.append((sum(use.size for use in uses), gradient.numel()))
         return gradient
 
     def gradients(backend: str) -> list[torch.Tensor]:
@@ -194,6 +194,6 @@ def test_what_waits_is_bounded_and_changes_nothing(waiting: float, monkeypatch) 
     monkeypatch.setattr(looped_stack, "WAITING", waiting)
     for one, other in zip(gradients("auto"), expected, strict=True):
         assert_same(one, other)
-    one_use = 2 * 9 * 2 * (32 + 2 * 16)  # rows of a loop, operand and gradient
+    one_use = 2 * 9 * (32 + 2 * 2 * 16)  # tokens of a loop, and the rows of their choices
     assert all(waits <= waiting * stack + one_use for waits, stack in sizes)
     assert len(sizes) == {0.01: 24, 100: 2}.get(waiting, len(sizes))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.ops.experts.looped_stack import leave_use
+from open_mythos.ops.experts.looped_stack import Rows, kept_rows, leave_use
 from open_mythos.ops.experts.rows import (
     activated,
     activated_backward,
@@ -101,8 +101,8 @@ def backward(
         unused = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
         d_gate_up_EDF[unused], d_down_EFD[unused] = 0, 0
     if tokens:
-        leave_use(tokens[1], all_hidden, grad_ND.index_select(0, token), ends_E)
-        leave_use(tokens[0], x_ND.index_select(0, token), all_d_gate_up, ends_E)
+        leave_use(tokens[1], Rows(all_hidden), kept_rows(grad_ND, token), ends_E)
+        leave_use(tokens[0], kept_rows(x_ND, token), Rows(all_d_gate_up), ends_E)
     d_weights_NC = torch.empty_like(d_w).index_copy_(0, order, d_w).view_as(weights_NC)
     return to_tokens(rows, order, top_k), d_weights_NC, d_gate_up_EDF, d_down_EFD
 

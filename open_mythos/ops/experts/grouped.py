@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.experts.looped_stack import leave_use
+from open_mythos.ops.experts.looped_stack import Rows, kept_rows, leave_use
 from open_mythos.ops.experts.rows import activated, activated_backward, expert_load, to_tokens
 
 
@@ -88,17 +88,14 @@ def backward(
     hidden, d_gate_up, d_w = activated_backward(d_hidden, gate_up, w)
     d_down, d_gate_up_stack = x_ND.new_empty(0), x_ND.new_empty(0)
     if tokens:
-        leave_use(tokens[1], hidden, grad, ends_E)
+        leave_use(tokens[1], Rows(hidden), kept_rows(grad_ND, token), ends_E)
     elif of_stacks:
         d_down = multiply.weights(hidden, grad)
     del d_hidden, hidden, grad
-    if of_stacks:
-        x = x_ND.index_select(0, token)
-        if tokens:
-            leave_use(tokens[0], x, d_gate_up, ends_E)
-        else:
-            d_gate_up_stack = multiply.weights(x, d_gate_up)
-        del x
+    if tokens:
+        leave_use(tokens[0], kept_rows(x_ND, token), Rows(d_gate_up), ends_E)
+    elif of_stacks:
+        d_gate_up_stack = multiply.weights(x_ND.index_select(0, token), d_gate_up)
     d_x_ND = to_tokens(multiply.backward(d_gate_up, gate_up_EDF), order, top_k)
     d_weights_NC = torch.empty_like(d_w).index_copy_(0, order, d_w).view_as(weights_NC)
     return d_x_ND, d_weights_NC, d_gate_up_stack, d_down

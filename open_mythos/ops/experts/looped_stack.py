@@ -11,6 +11,7 @@ large as the stack, products are long enough, and its part of the gradient is co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,6 +25,45 @@ from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, ker
 
 WAITING = 4
 """Elements that may wait for a stack, in units of its own."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in the order of the experts: a tensor, or ``which`` rows of a shorter one."""
+
+    of: Tensor
+    which: Tensor | None = None
+
+    def gathered(self) -> Tensor:
+        """The rows as one tensor."""
+        return self.of if self.which is None else self.of.index_select(0, self.which)
+
+    def write(self, start: int, stop: int, out: Tensor) -> None:
+        """Write rows ``start`` to ``stop`` to ``out``."""
+        if self.which is None:
+            out.copy_(self.of[start:stop])
+        else:
+            torch.index_select(self.of, 0, self.which[start:stop], out=out)
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one use of a stack leaves to its gradient.
+
+    Attributes:
+        x: Operand of the product.
+        grad: Gradient of its result.
+        ends_E: Where the rows of each expert end.
+    """
+
+    x: Rows
+    grad: Rows
+    ends_E: Tensor
+
+    @property
+    def size(self) -> int:
+        """Elements that wait."""
+        return self.x.of.numel() + self.grad.of.numel()
 
 
 class LoopedStack:
@@ -51,22 +91,22 @@ def _new_token(weight_EKM: Tensor) -> Tensor:
 
 
 class _Uses:
-    """Operand, gradient of the result, and ends of the experts' rows, of each use."""
+    """What has been left, by all uses of a stack in the backward pass under way."""
 
     def __init__(self, size: int) -> None:
         self.number, self._most = next(_numbers), WAITING * size
         self._task = -1
         self._total: Tensor | None = None
-        self._left: list[list[Tensor]] = []
+        self._left: list[Use] = []
         _alive[self.number] = self
 
-    def leave(self, use: list[Tensor]) -> None:
+    def leave(self, use: Use) -> None:
         """Add one use of the backward pass under way."""
         task = torch._C._current_graph_task_id()
         if task != self._task:  # one that did not come to its end may have left some of its own
             self._task, self._total, self._left = task, None, []
         self._left.append(use)
-        if sum(x.numel() + grad.numel() for x, grad, _ in self._left) >= self._most:
+        if sum(each.size for each in self._left) >= self._most:
             self._add_up()
 
     def take(self) -> Tensor | None:
@@ -102,7 +142,7 @@ class _GradientOfAllUses(torch.autograd.Function):
         return ctx.uses.take(), None
 
 
-def leave_use(token: Tensor, x: Tensor, grad: Tensor, ends_E: Tensor) -> None:
+def leave_use(token: Tensor, x: Rows, grad: Rows, ends_E: Tensor) -> None:
     """Leave one use's part of the gradient to the stack of ``token``.
 
     Args:
@@ -111,37 +151,54 @@ def leave_use(token: Tensor, x: Tensor, grad: Tensor, ends_E: Tensor) -> None:
         grad: (N C, M) gradient of its result.
         ends_E: Where the rows of each expert end.
     """
-    _alive[int(token)].leave([x, grad, ends_E])
+    _alive[int(token)].leave(Use(x, grad, ends_E))
 
 
-def weight_gradient(uses: list[list[Tensor]]) -> Tensor:
-    """(E, K, M): for each expert, the sum over its tokens in all uses of x^T grad.
+def kept_rows(x_ND: Tensor, which: Tensor) -> Rows:
+    """``which`` rows of ``x_ND``, to be left.
 
-    Args:
-        uses: Operand, gradient of the result and ends of the experts' rows, of each.
+    A CPU gathers them when it adds up, one expert after the other: a token waits once, not once for
+    every expert that it chose. It waits as a copy, because a compiler may write over ``x_ND``.
     """
-    xs, grads, all_ends = ([use[i] for use in uses] for i in range(3))
+    if x_ND.device.type == "cpu":
+        return Rows(x_ND.clone(), which)
+    return Rows(x_ND.index_select(0, which))
+
+
+def weight_gradient(uses: list[Use]) -> Tensor:
+    """(E, K, M): for each expert, the sum over its tokens in all uses of x^T grad."""
+    if uses[0].ends_E.is_cuda:
+        return _on_gpu(uses)
+    ends = [[0, *use.ends_E.tolist()] for use in uses]
+    rows_E = [sum(each[i + 1] - each[i] for each in ends) for i in range(len(ends[0]) - 1)]
+    # the rows of one expert stay in the caches, in two buffers that all experts share; they are of
+    # a few lengths, because a bfloat16 product of a new one is compiled first
+    padded_E = [padded(rows) for rows in rows_E]
+    widths = uses[0].x.of.shape[1], uses[0].grad.of.shape[1]
+    x, grad = (uses[0].x.of.new_empty(max(padded_E), width) for width in widths)
+    total = x.new_empty(len(rows_E), *widths)
+    for expert, rows in enumerate(padded_E):
+        done = 0
+        for use, starts in zip(uses, ends, strict=True):
+            start, stop = starts[expert : expert + 2]
+            done, begin = done + stop - start, done
+            use.x.write(start, stop, x[begin:done])
+            use.grad.write(start, stop, grad[begin:done])
+        x[done:rows], grad[done:rows] = 0, 0
+        torch.mm(x[:rows].t(), grad[:rows], out=total[expert])
+    return total
+
+
+def _on_gpu(uses: list[Use]) -> Tensor:
+    """The same by one kernel, that nothing on the host waits for."""
+    xs, grads = [use.x.gathered() for use in uses], [use.grad.gathered() for use in uses]
+    all_ends = [use.ends_E for use in uses]
     if kernel_serves(xs, grads):
         return grouped_weight_gradient(xs, grads, all_ends)
     ends = torch.stack(all_ends)
     counts = ends.diff(dim=1, prepend=ends.new_zeros(len(uses), 1))
-    if counts.is_cuda:
-        experts = torch.arange(counts.shape[1], device=counts.device).repeat(len(uses))
-        rows = sum(x.shape[0] for x in xs)
-        order = experts.repeat_interleave(counts.flatten(), output_size=rows).argsort(stable=True)
-        x, grad = (torch.cat(side)[order] for side in (xs, grads))
-        return F.grouped_mm(x.t(), grad, offs=counts.sum(0).cumsum(0).to(torch.int32))
-    # on a CPU the rows of one expert stay in the caches, in two buffers that all experts share; of
-    # a few lengths, because a bfloat16 product of a new one is compiled first
-    rows_E, splits = counts.sum(0).tolist(), counts.tolist()
-    parts = [[rows.split(n) for rows, n in zip(side, splits, strict=True)] for side in (xs, grads)]
-    padded_E = [padded(rows) for rows in rows_E]
-    buffers = [side[0].new_empty(max(padded_E), side[0].shape[1]) for side in (xs, grads)]
-    total = xs[0].new_empty(len(rows_E), xs[0].shape[1], grads[0].shape[1])
-    for expert, rows in enumerate(rows_E):
-        x, grad = (buffer[: padded_E[expert]] for buffer in buffers)
-        for side, out in zip(parts, (x, grad), strict=True):
-            torch.cat([loop[expert] for loop in side], out=out[:rows])
-            out[rows:] = 0
-        torch.mm(x.t(), grad, out=total[expert])
-    return total
+    experts = torch.arange(counts.shape[1], device=counts.device).repeat(len(uses))
+    rows = sum(x.shape[0] for x in xs)
+    order = experts.repeat_interleave(counts.flatten(), output_size=rows).argsort(stable=True)
+    x, grad = (torch.cat(side)[order] for side in (xs, grads))
+    return F.grouped_mm(x.t(), grad, offs=counts.sum(0).cumsum(0).to(torch.int32))

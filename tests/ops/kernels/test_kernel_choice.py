@@ -18,7 +18,7 @@ from open_mythos.ops import backend as choice
 from open_mythos.ops.attention import latent_decode as decoding
 from open_mythos.ops.attention.latent import latent_attend
 from open_mythos.ops.attention.latent_decode import latent_decode
-from open_mythos.ops.experts.looped_stack import weight_gradient
+from open_mythos.ops.experts.looped_stack import Rows, Use, weight_gradient
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
 from open_mythos.ops.injection import hold_and_norm
 from tests.ops.kernels.cases import error, expert_rows, injection_inputs, slots
@@ -201,7 +201,7 @@ def test_plain_injection_is_hold_and_norm(dtype: torch.dtype) -> None:
 
 def test_plain_weight_gradient_is_that_of_the_looped_stack() -> None:
     xs, grads, ends = expert_rows([[2, 0, 3], [1, 4, 0]], 5, 4, torch.float32)
-    uses = [list(use) for use in zip(xs, grads, ends, strict=True)]
+    uses = [Use(Rows(x), Rows(grad), e) for x, grad, e in zip(xs, grads, ends, strict=True)]
     assert error(grouped_weight_gradient(xs, grads, ends), weight_gradient(uses)) < 1e-6
 
 
