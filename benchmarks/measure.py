@@ -156,6 +156,7 @@ def alternate(
     *,
     turns: int,
     repeats: int | Mapping[str, int] = 1,
+    untimed: int = 0,
 ) -> dict[str, Times]:
     """Time all forms in turns: what disturbs the machine then disturbs all of them.
 
@@ -163,6 +164,8 @@ def alternate(
         forms: Name -> call.
         turns: How often each has its turn; medians are over these.
         repeats: Calls of a turn, one number or one for each name.
+        untimed: Calls before those of a turn: compiled kernels, like caches, are what the forms
+            that had their turn in between have left of them.
     """
     wall: dict[str, list[float]] = {name: [] for name in forms}
     cpu: dict[str, list[float]] = {name: [] for name in forms}
@@ -172,6 +175,8 @@ def alternate(
         synchronize()
     for _ in range(turns):
         for name, call in forms.items():
+            for _ in range(untimed):
+                call()
             n = repeats if isinstance(repeats, int) else repeats[name]
             seconds = clocked(call, n)
             wall[name].append(seconds[0])
@@ -226,6 +231,7 @@ def compare(
     goal: float | None,
     errors: tuple[float, float],
     repeats: int | Mapping[str, int] = 1,
+    untimed: int = 0,
     dense: Callable[[], object] | None = None,
     rest: tuple[str, Callable[[], object]] | None = None,
     work: Work | None = None,
@@ -242,6 +248,7 @@ def compare(
         goal: The ratio aimed at, or None.
         errors: What :func:`gate` returned.
         repeats: Calls of a turn; one number, or one for each of "fast", "plain", "dense", "rest".
+        untimed: Calls before those of a turn.
         dense: One call of a dense model of as many FLOPs.
         rest: What no fast form can save, in words, and one call of it alone.
         work: What one call has to compute and to read at least.
@@ -252,7 +259,7 @@ def compare(
         forms["dense"] = dense
     if rest is not None:
         forms["rest"] = rest[1]
-    times = alternate(forms, turns=alternations, repeats=repeats)
+    times = alternate(forms, turns=alternations, repeats=repeats, untimed=untimed)
     seconds = {form: each.wall for form, each in times.items()}
     row = Row(
         name=name,

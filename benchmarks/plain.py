@@ -64,7 +64,7 @@ class ChoiceByChoice(nn.Module):
     def __init__(self, layer: MoEFFN) -> None:
         super().__init__()
         self.layer = copy.copy(layer)
-        self.layer.mix = self.mix  # type: ignore[method-assign]
+        self.layer.mix = self.mix  # type: ignore[assignment,method-assign]
         self.gate_up, self.down = (
             nn.ParameterList(nn.Parameter(each) for each in stack.detach())
             for stack in (layer.gate_up, layer.down)

@@ -96,6 +96,7 @@ def _row(
         rest=(REST, step(rest, scale.n_loops)),
         # the largest takes a minute in two turns, and long calls vary less
         alternations=scale.alternations if experts[0] <= 64 else min(2, scale.alternations),
+        untimed=int(dtype == torch.bfloat16),
         goal=goals.get((dtype, experts)) if fast.cfg.attn_type == "mla" else None,
         errors=errors,
         work=training_work(fast.cfg, scale.n_loops, scale.batch, scale.tokens),

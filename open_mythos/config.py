@@ -17,7 +17,7 @@ INJECTION_MATRICES = ("full", "diagonal")
 INITIAL_STATES = ("zero", "normal", "prelude")
 KV_SHARING = ("none", "last")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash", "flex", "reference")
-MOE_BACKENDS = ("auto", "grouped", "sorted", "reference")
+MOE_BACKENDS = ("auto", "batched", "grouped", "sorted", "reference")
 
 
 @dataclass
@@ -101,7 +101,7 @@ class MythosConfig:
     attn_backend: str = "auto"
     """Attention kernel: "auto", "sdpa", "flash" (package flash-attn), "flex" or "reference"."""
     moe_backend: str = "auto"
-    """Expert kernel: "auto", "grouped", "sorted" or "reference"."""
+    """Expert kernel: "auto", "batched", "grouped", "sorted" or "reference"."""
 
     @property
     def head_dim(self) -> int:

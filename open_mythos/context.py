@@ -164,7 +164,7 @@ class Context:
     def looped(self, weight: Tensor) -> LoopedStack:
         """The stack through which all loops of this call use ``weight``."""
         if id(weight) not in self._looped:
-            self._looped[id(weight)] = LoopedStack(weight)
+            self._looped[id(weight)] = LoopedStack(weight, self.cast(weight))
         return self._looped[id(weight)]
 
 

@@ -134,7 +134,7 @@ class MoEFFN(nn.Module):
         gate_up, down = ctx.cast(self.gate_up), ctx.cast(self.down)
         n_choices = x_BTD.numel() // x_BTD.shape[-1] * self.top_k
         if deferring_pays(n_choices, gate_up, down, self.backend):
-            return ctx.looped(gate_up), ctx.looped(down)
+            return ctx.looped(self.gate_up), ctx.looped(self.down)
         return gate_up, down
 
     @torch.no_grad()

@@ -1,34 +1,39 @@
-"""The mixture of experts in ghost tensors: ``layers/moe.py``, ``ops/experts/operation.py`` and
+"""The mixture of experts in ghost tensors: ``layers/moe.py``, ``ops/experts`` and
 ``train/processes/expert_parallel.py``, line by line, as if all experts had equally many tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
+from open_mythos.ops.experts.sizes import BATCHED_TOKENS, DEFERRED_TOKENS, ROWS, WAITING, padded
 from open_mythos.plan.layers import FeedForward, Weights
 from open_mythos.plan.ops import Ops
-from open_mythos.plan.tape import FLOAT32, GRADIENTS, Ghost, Gradients, Saved, Weight
-
-DEFERRED_TOKENS = 256
-"""As in ``open_mythos.ops.experts.routed``, which loads torch; a test compares."""
-WAITING = 4
-"""As in ``open_mythos.ops.experts.looped_stack``."""
+from open_mythos.plan.tape import FLOAT32, GRADIENTS, HALF, Ghost, Gradients, Saved, Weight
 
 
 class Uses:
-    """Operands and results' gradients that wait for a stack of ``n`` elements of ``size`` bytes."""
+    """Operands and results' gradients that wait for a stack of experts.
 
-    def __init__(self, n: int, size: int) -> None:
-        self._n, self._size = n, size
+    Args:
+        shape: Experts, inputs and outputs of each.
+        size: Bytes of one of the weights, and of their gradient.
+        computed: Bytes of one as products read it.
+    """
+
+    def __init__(self, shape: tuple[int, ...], size: int, computed: int) -> None:
+        self._shape, self._size, self._computed = shape, size, computed
         self._left: list[tuple[Ghost, Ghost]] = []
+        self._rows = 0
         self._total: Ghost | None = None
 
-    def leave(self, ops: Ops, operand: Ghost, grad: Ghost) -> None:
-        """Add one use."""
+    def leave(self, ops: Ops, rows: int, operand: Ghost, grad: Ghost) -> None:
+        """Add one use, of ``rows`` choices."""
         self._left.append((operand, grad))
-        if sum(x.n + y.n for x, y in self._left) >= WAITING * self._n:
+        self._rows += rows
+        if sum(x.n + y.n for x, y in self._left) >= WAITING * prod(self._shape):
             self._add_up(ops)
 
     def take(self, ops: Ops) -> Ghost | None:
@@ -39,12 +44,20 @@ class Uses:
         return total
 
     def _add_up(self, ops: Ops) -> None:
-        taken, self._left = self._left, []
-        # on a CPU one buffer, for the rows of one expert, serves all of them: that is little
-        joined = _joined(ops, taken) if ops.cuda else []
-        gradient = ops.new(self._n, self._size, GRADIENTS)
+        taken, self._left, rows, self._rows = self._left, [], self._rows, 0
+        n, (experts, *widths) = prod(self._shape), self._shape
+        converted = self._computed != self._size
+        if ops.cuda:
+            working = _joined(ops, taken)
+            working += [ops.new(n, self._computed)] if converted else []
+        else:
+            # buffers for the rows of one expert serve all of them
+            long = _of_fullest(rows, experts)
+            working = [ops.new(long * width, self._computed) for width in widths]
+            working += [ops.new(prod(widths), self._computed)] if converted else []
+        gradient = ops.new(n, self._size, GRADIENTS)
         self._total = gradient if self._total is None else self._total
-        del joined, taken
+        del working, taken
 
 
 @dataclass
@@ -119,7 +132,8 @@ class Mixture:
         gate_up, down = (_cast(ops, each, call) for each in (self.gate_up, self.down))
         chosen = x.n // self.cfg.dim * self.cfg.n_experts_per_tok
         defers = ops.recording and chosen <= DEFERRED_TOKENS * self.cfg.n_experts
-        return gate_up, down, [_looped(ops, w, call) for w in (gate_up, down)] if defers else []
+        stacks = ((self.gate_up, gate_up), (self.down, down)) if defers else ()
+        return gate_up, down, [_looped(ops, *each, call) for each in stacks]
 
     def _mix_apart(self, ops: Ops, x: Ghost, weights: Ghost) -> Ghost:
         """``_Mix``: rows travel to their experts and back."""
@@ -157,39 +171,17 @@ class Mixture:
                 fix='set moe_backend to "auto"',
             )  # fmt: skip
         x, weights = ops.to(x, gate_up.size), ops.to(weights, gate_up.size)
-        size, chosen, hidden = x.size, weights.n, weights.n * self.cfg.expert_dim
-        spread, tokens = chosen * self.cfg.dim, x.n
+        size, chosen, tokens = x.size, weights.n, x.n
         # a node keeps alive what it refers to: numbers and lists, no tensors
         waiting, sizes = [stack.uses for stack in stacks], (gate_up.n, down.n)
+        batched = not ops.cuda and size == HALF and chosen >= BATCHED_TOKENS * self.local_experts
+        way = _Batched if batched else _Grouped
         order = ops.integers(chosen)
-        first = _first_product(ops, chosen, spread, 2 * hidden, size)
-        activated = ops.new(hidden, size)
-        second = ops.new(spread, size)
-        y = _to_tokens(ops, chosen, spread, tokens, size)
-        del activated, second
+        here = way(ops, chosen, self.cfg.dim, self.cfg.expert_dim, tokens, size, self.local_experts)
+        y, first = here.forward()
 
         def apply(grads: Gradients, saved: Saved) -> Gradients:
-            number_of_row, row_weights = ops.integers(chosen), ops.new(chosen, size)
-            grad = ops.new(spread, size)
-            d_hidden, d_first = ops.new(hidden, size), ops.new(2 * hidden, size)
-            silu, again, d_weights = (ops.new(n, size) for n in (hidden, hidden, chosen))
-            del silu
-            d_down = d_gate_up = None
-            if waiting:
-                waiting[1].leave(ops, again, grad if ops.cuda else ops.new(tokens, size))
-            else:
-                d_down = ops.new(sizes[1], size, GRADIENTS)
-            del d_hidden, again, grad
-            rows = ops.new(tokens if waiting and not ops.cuda else spread, size)
-            if waiting:
-                waiting[0].leave(ops, rows, d_first)
-            else:
-                d_gate_up = ops.new(sizes[0], size, GRADIENTS)
-            del rows
-            d_rows = ops.new(spread, size)
-            d_x = _to_tokens(ops, chosen, spread, tokens, size)
-            del d_rows, d_first, number_of_row, row_weights, d_weights
-            return (d_x, ops.new(chosen, size), d_gate_up, d_down)
+            return here.backward(waiting, sizes)
 
         through = [stack.weight for stack in stacks] or [gate_up, down]
         kept = (x, weights, *through, experts, first, order)
@@ -197,12 +189,124 @@ class Mixture:
         return y
 
 
-def _first_product(ops: Ops, chosen: int, rows: int, n: int, size: int) -> Ghost:
-    """The rows of all choices times gate and up projections."""
-    token_of_row, gathered = ops.integers(chosen), ops.new(rows, size)
-    product = ops.new(n, size)
-    del token_of_row, gathered
-    return product
+@dataclass
+class _Grouped:
+    """``grouped.forward`` and ``grouped.backward``.
+
+    Attributes:
+        ops: What is recorded.
+        chosen: Choices of all tokens.
+        dim: Width of the model.
+        hidden: Width of an expert.
+        tokens: Elements of all tokens.
+        size: Bytes of one.
+        experts: How many share the choices.
+    """
+
+    ops: Ops
+    chosen: int
+    dim: int
+    hidden: int
+    tokens: int
+    size: int
+    experts: int
+
+    def new(self, rows: int, width: int) -> Ghost:
+        return self.ops.new(rows * width, self.size)
+
+    def to_tokens(self) -> Ghost:
+        return _to_tokens(self.ops, self.chosen, self.chosen * self.dim, self.tokens, self.size)
+
+    def forward(self) -> tuple[Ghost, Ghost]:
+        """What tokens get, and what is kept."""
+        first = self._first_product()
+        activated, second = (self.new(self.chosen, width) for width in (self.hidden, self.dim))
+        y = self.to_tokens()
+        del activated, second
+        return y, first
+
+    def _first_product(self) -> Ghost:
+        token_of_row, gathered = self.ops.integers(self.chosen), self.new(self.chosen, self.dim)
+        product = self.new(self.chosen, 2 * self.hidden)
+        del token_of_row, gathered
+        return product
+
+    def backward(self, waiting: list[Uses], sizes: tuple[int, int]) -> Gradients:
+        """Gradients of tokens, weights and both stacks (``sizes`` elements), unless they wait."""
+        ops, chosen = self.ops, self.chosen
+        number_of_row, row_weights = ops.integers(chosen), self.new(chosen, 1)
+        grad = self.new(chosen, self.dim)
+        d_hidden, d_first = self.new(chosen, self.hidden), self.new(chosen, 2 * self.hidden)
+        silu, again = self.new(chosen, self.hidden), self.new(chosen, self.hidden)
+        d_weights = self.new(chosen, 1)
+        del silu
+        d_down = d_gate_up = None
+        if waiting:
+            waiting[1].leave(ops, chosen, again, grad if ops.cuda else self.new(self.tokens, 1))
+        else:
+            d_down = ops.new(sizes[1], self.size, GRADIENTS)
+        del d_hidden, again, grad
+        few = waiting and not ops.cuda
+        rows = self.new(self.tokens, 1) if few else self.new(chosen, self.dim)
+        if waiting:
+            waiting[0].leave(ops, chosen, rows, d_first)
+        else:
+            d_gate_up = ops.new(sizes[0], self.size, GRADIENTS)
+        del rows
+        d_rows = self.new(chosen, self.dim)
+        d_x = self.to_tokens()
+        del d_rows, d_first, number_of_row, row_weights, d_weights
+        return d_x, self.new(chosen, 1), d_gate_up, d_down
+
+
+class _Batched(_Grouped):
+    """``batched.forward`` and ``batched.backward``."""
+
+    @property
+    def batch_rows(self) -> int:
+        """Padded rows of a batch."""
+        width = _of_fullest(self.chosen, self.experts)
+        return max(width, min(ROWS, self.experts * width))
+
+    def forward(self) -> tuple[Ghost, Ghost]:
+        """As above: one batch after the other is gathered, and its results are put together."""
+        kept = self.ops.integers(self.chosen), self.new(self.chosen, 1)
+        first, all_rows = self.new(self.chosen, 2 * self.hidden), self.new(self.chosen, self.dim)
+        n = self.batch_rows
+        batch = [self.new(n, width) for width in (self.dim, 2 * self.hidden, self.hidden)]
+        result = self.new(n, self.dim)
+        del result
+        y = self.to_tokens()
+        del kept, all_rows, batch
+        return y, first
+
+    def backward(self, waiting: list[Uses], sizes: tuple[int, int]) -> Gradients:
+        """As above."""
+        ops, chosen, n = self.ops, self.chosen, self.batch_rows
+        kept = ops.integers(chosen), self.new(chosen, 1), self.new(chosen, 1)
+        rows = self.new(chosen, self.dim)
+        d_gate_up, d_down = (
+            (None, None) if waiting else (ops.new(each, self.size, GRADIENTS) for each in sizes)
+        )
+        left = [self.new(chosen, w) for w in (2 * self.hidden, self.hidden)] if waiting else []
+        grad = self.new(n, self.dim)
+        through = [self.new(n, width * self.hidden) for width in (1, 2)]
+        batch = [self.new(n, width * self.hidden) for width in (2, 1)]
+        silu = self.new(n, self.hidden)
+        del through, silu
+        result = self.new(n, self.dim)
+        del result
+        if waiting:
+            waiting[1].leave(ops, chosen, left[1], self.new(self.tokens, 1))
+            waiting[0].leave(ops, chosen, self.new(self.tokens, 1), left[0])
+        d_weights, d_x = self.new(chosen, 1), self.to_tokens()
+        del kept, rows, left, grad, batch
+        return d_x, d_weights, d_gate_up, d_down
+
+
+def _of_fullest(rows: int, experts: int) -> int:
+    """Padded rows of the expert that has most: somewhat more than its share."""
+    return padded(5 * rows // (4 * experts))
 
 
 def _cast(ops: Ops, weight: Weight, call: Call) -> Ghost:
@@ -237,12 +341,12 @@ def _to_tokens(ops: Ops, chosen: int, rows: int, n: int, size: int) -> Ghost:
     return out
 
 
-def _looped(ops: Ops, weight: Ghost, call: Call) -> Stack:
+def _looped(ops: Ops, weight: Weight, computed: Ghost, call: Call) -> Stack:
     """``Context.looped``: a stack whose node computes the joint gradient of all uses."""
     if id(weight) in call.stacks:
         return call.stacks[id(weight)]
-    uses = Uses(weight.n, weight.size)
-    stack = call.stacks[id(weight)] = Stack(weight.view(), uses)
+    uses = Uses(weight.shape, weight.size, computed.size)
+    stack = call.stacks[id(weight)] = Stack(computed.view(), uses)
     ops.record((stack.weight,), (weight,), lambda grads, saved: (uses.take(ops),))
     return stack
 

@@ -123,7 +123,9 @@ def test_gradients_of_a_model(
     calls = []
     original = looped_stack.weight_gradient
     monkeypatch.setattr(
-        looped_stack, "weight_gradient", lambda uses: (calls.append(len(uses)), original(uses))[1]
+        looped_stack,
+        "weight_gradient",
+        lambda uses, dtype: (calls.append(len(uses)), original(uses, dtype))[1],
     )
 
     def gradients(limit: int) -> dict[str, torch.Tensor]:
@@ -176,8 +178,8 @@ def test_what_waits_is_bounded_and_changes_nothing(waiting: float, monkeypatch) 
     sizes: list[tuple[int, int]] = []
     original = looped_stack.weight_gradient
 
-    def noted(uses: list[looped_stack.Use]) -> torch.Tensor:
-        gradient = original(uses)
+    def noted(uses: list[looped_stack.Use], dtype: torch.dtype) -> torch.Tensor:
+        gradient = original(uses, dtype)
         sizes.append((sum(use.size for use in uses), gradient.numel()))
         return gradient
 

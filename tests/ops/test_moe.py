@@ -9,16 +9,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from open_mythos.errors import ConfigError
-from open_mythos.ops.experts.batched import MOST, PADDING, ROWS, divided
+from open_mythos.ops.experts.batched import divided
 from open_mythos.ops.experts.grouped import backward, forward
 from open_mythos.ops.experts.routed import (
-    BATCHED_TOKENS,
     LoopedStack,
     _chosen,
     expert_load,
     routed_experts,
 )
-from open_mythos.ops.experts.rows import padded
+from open_mythos.ops.experts.sizes import BATCHED_TOKENS, MOST, PADDING, ROWS, padded
 
 SHAPES = {  # N, D, F, E, C
     "plain": (40, 16, 8, 8, 2),

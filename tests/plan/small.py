@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from benchmarks.plan_memory import Case, Row, model_of
 from open_mythos.config import MythosConfig
 from open_mythos.plan import Job
 from open_mythos.variants import variant
 
+SCRATCH = 128 << 10
+"""Bytes of working memory that products of experts take in bfloat16: much for models this small."""
+TOLERANCE = 0.01
+"""The aim is ten percent. Since the plan follows the code line by line, more than one percent means
+that the two have come apart."""
 SMALL = MythosConfig(
     vocab_size=320, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=256, max_loop_iters=4,
     prelude_layers=1, coda_layers=1, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=8,
@@ -30,3 +36,13 @@ def job_of(name: str, context: int = 4096, **changes: object) -> Job:
         "max_loops": cfg.max_loop_iters,
     }  # fmt: skip
     return Job(cfg, **(fields | changes))
+
+
+def check(case: Case, found: Row, of_step: float | None = 1) -> None:
+    """The error, and with a factor of its bound that of what a step adds, are within theirs."""
+    scratch = SCRATCH if case.dtype == "bfloat16" and model_of(case).n_experts else 0
+    step = found.measured - found.held
+    for allowed, whole in ((1.0, found.measured), (of_step, step)):
+        if allowed is not None:
+            off = found.planned - found.measured
+            assert -allowed * TOLERANCE * whole - scratch < off < allowed * TOLERANCE * whole, found

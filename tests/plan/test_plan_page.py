@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
+from benchmarks.plan_memory import Row, cases, distributed_cases
 from open_mythos.plan import Job
 from open_mythos.plan.hardware import GPUS, LINK_EFFICIENCY, MFU, USABLE
 from open_mythos.plan.memory import activations_per_loop
 from open_mythos.variants import variant
 
 from .plan_page import PAGE, RESULTS, block, blocks, output, printed
-from .small import SMALL
+from .small import SMALL, check
 
 TEXT = PAGE.read_text(encoding="utf-8")
 
@@ -86,8 +87,12 @@ def test_assumptions_are_those_of_the_code() -> None:
 
 def test_the_recorded_error_is_small() -> None:
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert found["worst"]["error"] == max(abs(row["error"]) for row in found["rows"]) < 0.015
+    assert found["worst"]["error"] == max(abs(row["error"]) for row in found["rows"])
+    named = {case.name: case for case in (*cases(), *distributed_cases())}
+    assert {row["name"] for row in found["rows"]} == named.keys()
     for row in found["rows"]:
+        kept = {field.name: row[field.name] for field in fields(Row)}
+        check(named[row["name"]], Row(**kept), of_step=None)
         assert row["error"] == pytest.approx(row["planned"] / row["measured"] - 1)
 
 

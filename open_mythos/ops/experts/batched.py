@@ -22,16 +22,9 @@ from open_mythos.ops.experts.rows import (
     activated,
     activated_backward,
     expert_load,
-    padded,
     to_tokens,
 )
-
-ROWS = 2048
-"""Most padded rows of a batch of several experts."""
-PADDING = 1.5
-"""Most rows of a batch, over those that its experts would have each in a batch of its own."""
-MOST = 64
-"""Most experts of a batch; a power of two, as every batch has few sizes."""
+from open_mythos.ops.experts.sizes import MOST, PADDING, ROWS, padded
 
 
 def forward(

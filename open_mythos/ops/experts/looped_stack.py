@@ -20,11 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.experts.rows import padded
+from open_mythos.ops.experts.sizes import WAITING, padded
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
-
-WAITING = 4
-"""Elements that may wait for a stack, in units of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +74,28 @@ class LoopedStack:
 
     Args:
         weight_EKM: (E, K, M) weights that require a gradient.
+        computed: The same in the dtype of products, if that is another. The gradient is in that of
+            ``weight_EKM`` from the start: no copy of it in the lower precision is ever whole.
     """
 
-    def __init__(self, weight_EKM: Tensor) -> None:
+    def __init__(self, weight_EKM: Tensor, computed: Tensor | None = None) -> None:
         self.token = _new_token(weight_EKM)
-        self.weight = weight_EKM.detach()
+        self.weight = (weight_EKM if computed is None else computed).detach()
 
 
 @torch.compiler.disable  # what a graph makes once would be the same number in every call
 def _new_token(weight_EKM: Tensor) -> Tensor:
-    token: Tensor = _GradientOfAllUses.apply(weight_EKM, _Uses(weight_EKM.numel()))
+    token: Tensor = _GradientOfAllUses.apply(
+        weight_EKM, _Uses(weight_EKM.numel(), weight_EKM.dtype)
+    )
     return token
 
 
 class _Uses:
     """What has been left, by all uses of a stack in the backward pass under way."""
 
-    def __init__(self, size: int) -> None:
-        self.number, self._most = next(_numbers), WAITING * size
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self.number, self._most, self._dtype = next(_numbers), WAITING * size, dtype
         self._task = -1
         self._total: Tensor | None = None
         self._left: list[Use] = []
@@ -120,7 +121,7 @@ class _Uses:
 
     def _add_up(self) -> None:
         uses, self._left = self._left, []
-        gradient = weight_gradient(uses)
+        gradient = weight_gradient(uses, self._dtype)
         self._total = gradient if self._total is None else self._total.add_(gradient)
 
 
@@ -165,10 +166,10 @@ def kept_rows(x_ND: Tensor, which: Tensor) -> Rows:
     return Rows(x_ND.index_select(0, which))
 
 
-def weight_gradient(uses: list[Use]) -> Tensor:
+def weight_gradient(uses: list[Use], dtype: torch.dtype) -> Tensor:
     """(E, K, M): for each expert, the sum over its tokens in all uses of x^T grad."""
     if uses[0].ends_E.is_cuda:
-        return _on_gpu(uses)
+        return _on_gpu(uses).to(dtype)
     ends = [[0, *use.ends_E.tolist()] for use in uses]
     rows_E = [sum(each[i + 1] - each[i] for each in ends) for i in range(len(ends[0]) - 1)]
     # the rows of one expert stay in the caches, in two buffers that all experts share; they are of
@@ -176,7 +177,8 @@ def weight_gradient(uses: list[Use]) -> Tensor:
     padded_E = [padded(rows) for rows in rows_E]
     widths = uses[0].x.of.shape[1], uses[0].grad.of.shape[1]
     x, grad = (uses[0].x.of.new_empty(max(padded_E), width) for width in widths)
-    total = x.new_empty(len(rows_E), *widths)
+    total = x.new_empty(len(rows_E), *widths, dtype=dtype)
+    product = None if dtype == x.dtype else x.new_empty(widths)
     for expert, rows in enumerate(padded_E):
         done = 0
         for use, starts in zip(uses, ends, strict=True):
@@ -185,7 +187,10 @@ def weight_gradient(uses: list[Use]) -> Tensor:
             use.x.write(start, stop, x[begin:done])
             use.grad.write(start, stop, grad[begin:done])
         x[done:rows], grad[done:rows] = 0, 0
-        torch.mm(x[:rows].t(), grad[:rows], out=total[expert])
+        if product is None:
+            torch.mm(x[:rows].t(), grad[:rows], out=total[expert])
+        else:
+            total[expert] = torch.mm(x[:rows].t(), grad[:rows], out=product)
     return total
 
 

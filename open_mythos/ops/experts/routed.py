@@ -21,9 +21,9 @@ from open_mythos.ops.experts.grouped import one_token
 from open_mythos.ops.experts.looped_stack import LoopedStack
 from open_mythos.ops.experts.operation import KINDS, experts_op, forward, reference
 from open_mythos.ops.experts.rows import expert_load
+from open_mythos.ops.experts.sizes import BATCHED_TOKENS, DEFERRED_TOKENS
 
 __all__ = [
-    "DEFERRED_TOKENS",
     "LoopedStack",
     "deferring_pays",
     "expert_load",
@@ -33,10 +33,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BACKENDS = (*KINDS, "reference")
-DEFERRED_TOKENS = 256
-"""Tokens per expert and use up to which deferring pays."""
-BATCHED_TOKENS = 2
-"""Tokens per expert from which, on a CPU in bfloat16, a product for several experts pays."""
 
 
 def deferring_pays(

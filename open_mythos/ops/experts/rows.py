@@ -57,12 +57,3 @@ def to_tokens(y: Tensor, order: Tensor, top_k: int) -> Tensor:
         # the same in one pass; ten times as fast
         return F.embedding_bag(inverse.view(-1, top_k), y, mode="sum")
     return y.index_select(0, inverse).view(-1, top_k, y.shape[-1]).sum(1)
-
-
-def padded(count: int) -> int:
-    """``count`` or somewhat more, of few values: products of as many rows have few shapes.
-
-    Multiples of 32, and above 256 of an eighth of themselves or less.
-    """
-    step = max(32, 1 << max(0, count.bit_length() - 4))
-    return -(-count // step) * step

@@ -202,7 +202,9 @@ def test_plain_injection_is_hold_and_norm(dtype: torch.dtype) -> None:
 def test_plain_weight_gradient_is_that_of_the_looped_stack() -> None:
     xs, grads, ends = expert_rows([[2, 0, 3], [1, 4, 0]], 5, 4, torch.float32)
     uses = [Use(Rows(x), Rows(grad), e) for x, grad, e in zip(xs, grads, ends, strict=True)]
-    assert error(grouped_weight_gradient(xs, grads, ends), weight_gradient(uses)) < 1e-6
+    assert (
+        error(grouped_weight_gradient(xs, grads, ends), weight_gradient(uses, torch.float32)) < 1e-6
+    )
 
 
 def test_plain_decode_is_latent_attention() -> None:
