@@ -27,7 +27,7 @@ from open_mythos.model import OpenMythos
 
 BFLOAT16_FROM = 4
 """Rows from which bfloat16 is to be the faster dtype."""
-REPEATS = 2
+REPEATS, UNTIMED = 2, 1
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -49,7 +49,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
     steps: dict[str, Callable[[], Tensor]] = {}
     errors = {}
     context = scale.contexts[0]
-    held = context - (2 + REPEATS * (scale.turns + 1))
+    held = context - (2 + (UNTIMED + REPEATS) * (scale.turns + 1))
     with threads(1):
         for dtype in DTYPES:
             model = build(scale, "mla", scale.experts[0]).to(dtype).eval()
@@ -58,7 +58,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
                 steps[f"{dtype_name(dtype)} {batch}"] = decoder(
                     model, KVCache(context), batch, held, scale.n_loops
                 )
-        times = alternate(steps, turns=scale.turns, repeats=REPEATS)
+        times = alternate(steps, turns=scale.turns, repeats=REPEATS, untimed=UNTIMED)
         for dtype in DTYPES:
             yield from _of(scale, dtype, times, errors[dtype])
     for batch in scale.batches:

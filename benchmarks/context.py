@@ -31,7 +31,7 @@ GOAL_LINEAR = 10.0
 """Percent by which a step may be off the straight line through all of them."""
 GOAL_BANDWIDTH = 50.0
 """Percent of the machine's limit at which the slope of that line reads the cache."""
-REPEATS = 3
+REPEATS, UNTIMED = 3, 1
 GATE_TOKENS = 7
 
 
@@ -66,12 +66,12 @@ def _line(scale: Scale, attn_type: str, dtype: torch.dtype) -> Iterator[Finding]
     errors = {}
     for context in scale.histories:
         cache = KVCache(context)
-        held = context - (2 + REPEATS * (scale.turns + 1))
+        held = context - (2 + (UNTIMED + REPEATS) * (scale.turns + 1))
         steps[str(context)] = decoder(model, cache, 1, held, scale.n_loops)
         if cache.nbytes != context * held_bytes:
             raise GateError(f"{attn_type}: {cache.nbytes} bytes, not {context} x {held_bytes}")
         errors[context] = _gate(model, plain, exact, cache, scale.n_loops, dtype)
-    times = alternate(steps, turns=scale.turns, repeats=REPEATS)
+    times = alternate(steps, turns=scale.turns, repeats=REPEATS, untimed=UNTIMED)
     seconds = {context: times[str(context)].wall for context in scale.histories}
     works = {c: decode_work(model.cfg, scale.n_loops, 1, c, dtype.itemsize)
              for c in scale.histories}  # fmt: skip

@@ -25,6 +25,8 @@ GOALS = {("mla", 512): 5.0, ("mla", 4096): 20.0}
 """Plain grouped-query attention has no history to expand: only the cache's growth differs."""
 REPEATS = {"fast": 3, "plain": 1, "dense": 3, "rest": 3}
 """Tokens of a turn."""
+UNTIMED = 1
+"""Tokens before them."""
 REST = "all parts but routed experts, history and cache"
 
 
@@ -66,7 +68,7 @@ def _row(
     goal: float | None,
 ) -> Row:
     cfg = fast.cfg
-    held = context - (1 + max(REPEATS.values()) * (scale.alternations + 1))
+    held = context - (1 + (UNTIMED + max(REPEATS.values())) * (scale.alternations + 1))
     rest = common_parts(fast, attention=True)
     dense = dense_like(cfg, scale.n_loops).to(dtype).eval()
     fast_step, plain_step, reference_step, rest_step, dense_step = (
@@ -90,6 +92,7 @@ def _row(
         rest=(REST, rest_step) if cfg.attn_type == "mla" else None,
         alternations=scale.alternations,
         repeats=REPEATS,
+        untimed=UNTIMED,
         goal=goal,
         errors=gate(name, *logits[:2], reference=logits[2], dtype=dtype),
         work=decode_work(cfg, scale.n_loops, scale.decode_batch, context, dtype.itemsize),

@@ -109,7 +109,7 @@ def _compare(
                   dtype=torch.float32)  # fmt: skip
     return compare(
         name, torch.float32, adaptive, call(n_loops=DEPTH),
-        alternations=scale.alternations, repeats=2, errors=errors,
+        alternations=scale.alternations, repeats=2, untimed=1, errors=errors,
         goal=GOAL if scale is FULL and cache is not None else None,
         rest=None if cache is None else (REST, _deepest(scale, model, depths_BT, held)),
         numbers={"deepest": int(depths_BT.max()), "mean": float(depths_BT.float().mean())},

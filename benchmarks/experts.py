@@ -13,13 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks.clock import device
 from benchmarks.measure import (
-    Finding,
     Measured,
     Row,
-    alternate,
     attempt,
     compare,
-    dtype_name,
     gate,
 )
 from benchmarks.models import FULL, Scale, config, new_each_time, noisy
@@ -57,8 +54,6 @@ def rows(scale: Scale) -> Iterator[Measured]:
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{experts[0]} experts top-{experts[1]}, against a loop over choices and experts"
             yield attempt(name, dtype, partial(_choices, scale, experts, dtype, name))
-    experts = LOOPED_CHOICES[-1] if scale is FULL else scale.layers[0]
-    yield from _new_tokens(scale, experts)
 
 
 def _row(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) -> Row:
@@ -120,27 +115,6 @@ def _choices(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: s
         errors=gate(name, *results, reference=reference, dtype=dtype),
         numbers={"tokens": scale.layer_tokens, "chosen": experts[1]},
     )
-
-
-def _new_tokens(scale: Scale, experts: tuple[int, int]) -> Iterator[Finding]:
-    """What it costs each form that a router never chooses twice alike."""
-    dtype = torch.bfloat16
-    cfg = replace(config(scale, "mla", experts), n_shared_experts=0)
-    fast = noisy(lambda: MoEFFN(cfg)).to(dtype)
-    forms = {"fast": fast, "plain": _variant(fast, "reference")}
-    x_ND = _tokens(scale.dim, scale.layer_tokens).to(dtype)
-    calls: dict[str, Callable[[], object]] = {}
-    for form, layer in forms.items():
-        calls[f"{form}, new"] = _step(scale, layer, dtype)
-        calls[f"{form}, same"] = partial(_gradients, layer, x_ND)
-    times = alternate(calls, turns=scale.turns, repeats=2, untimed=1)
-    for form in forms:
-        new, same = (times[f"{form}, {tokens}"].wall for tokens in ("new", "same"))
-        yield Finding(
-            f"{experts[0]} experts top-{experts[1]}, {form} form: "
-            "new tokens every time over the same ones",
-            dtype_name(dtype), new / same, "x", seconds=new, threads=torch.get_num_threads(),
-        )  # fmt: skip
 
 
 def _step(

@@ -226,7 +226,7 @@ def _context(rows: Mapping[str, Rows]) -> Made:
 
 def _experts(rows: Mapping[str, Rows]) -> Made:
     """Time of the layer against the number of experts, fast and plain."""
-    found = rows.get("experts", ())
+    found = [row for row in rows.get("experts", ()) if "experts" in row.get("numbers", {})]
     data: dict[str, list[list[float]]] = {}
     for form, key in (("fast", "fast_seconds"), ("plain", "plain_seconds")):
         for row in found:

@@ -91,6 +91,7 @@ def _whole(
         dense=lambda: _prefill(dense, ids),
         rest=(REST, lambda: _prefill(rest, ids)),
         alternations=TURNS,
+        untimed=int(dtype == torch.bfloat16),
         goal=None,
         errors=errors,
         work=forward_work(fast.cfg, LOOPS, 1, tokens, dtype.itemsize),
@@ -114,6 +115,7 @@ def _chunks(
         lambda: _prefill(fast, ids, scale.chunk),
         lambda: _prefill(fast, ids),
         alternations=TURNS,
+        untimed=int(dtype == torch.bfloat16),
         goal=None,
         errors=errors,
     )

@@ -13,6 +13,7 @@ from benchmarks.measure import (
     Finding,
     Measured,
     Row,
+    alternate,
     attempt,
     compare,
     distances,
@@ -36,6 +37,9 @@ EQUAL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest relative distance aimed at between the gradients of both forms."""
 GATE_SHAPE = (2, 67)
 """Rows and tokens of the gate: small, and odd on purpose."""
+UNTIMED = {torch.float32: 0, torch.bfloat16: 2}
+"""Steps before the timed one of a turn: half precision compiles, and keeps a limited number of
+kernels, which the forms between have displaced."""
 REST = "all parts but the routed experts"
 
 
@@ -48,7 +52,8 @@ def title(scale: Scale) -> str:
 
 
 def rows(scale: Scale) -> Iterator[Measured]:
-    """One row for every number of experts and dtype with MLA, one dtype with GQA; gradients."""
+    """One row for every number of experts and dtype with MLA, one dtype with GQA; then gradients,
+    and what new tokens cost."""
     equal: dict[torch.dtype, list[tuple[float, float]]] = {}
     for attn_type, dtypes in (("mla", tuple(EQUAL)), ("gqa", (torch.bfloat16,))):
         for experts in scale.experts if attn_type == "mla" else scale.experts[:1]:
@@ -62,6 +67,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
             del fast, plain, take  # before the next, which may be as large
     for dtype, found in equal.items():
         yield _equality(scale, dtype, found)
+    yield from _new_tokens(scale, scale.experts[0])
 
 
 def _row(
@@ -82,21 +88,16 @@ def _row(
     del results, reference
     dense, rest = dense_like(fast.cfg, scale.n_loops), common_parts(fast, attention=False)
     goals = GOALS if scale is FULL else {}
-
-    def step(model: OpenMythos | DenseTransformer, n_loops: int | None) -> Callable[[], object]:
-        ids = new_each_time(lambda seed: random_ids(scale.batch, scale.tokens, seed=seed))
-        return lambda: gradients(model, ids(), n_loops, dtype)
-
     row = compare(
         name,
         dtype,
-        step(fast, scale.n_loops),
-        step(plain, scale.n_loops),
-        dense=step(dense, None),
-        rest=(REST, step(rest, scale.n_loops)),
+        _step(scale, fast, dtype),
+        _step(scale, plain, dtype),
+        dense=_step(scale, dense, dtype),
+        rest=(REST, _step(scale, rest, dtype)),
         # the largest takes a minute in two turns, and long calls vary less
         alternations=scale.alternations if experts[0] <= 64 else min(2, scale.alternations),
-        untimed=int(dtype == torch.bfloat16),
+        untimed=UNTIMED[dtype],
         goal=goals.get((dtype, experts)) if fast.cfg.attn_type == "mla" else None,
         errors=errors,
         work=training_work(fast.cfg, scale.n_loops, scale.batch, scale.tokens),
@@ -110,6 +111,33 @@ def _row(
     for model in (fast, plain):
         model.zero_grad(set_to_none=True)
     return row
+
+
+def _step(
+    scale: Scale, model: OpenMythos | DenseTransformer, dtype: torch.dtype
+) -> Callable[[], object]:
+    """A training step on other tokens at every call."""
+    ids = new_each_time(lambda seed: random_ids(scale.batch, scale.tokens, seed=seed))
+    n_loops = scale.n_loops if isinstance(model, OpenMythos) else None
+    return lambda: gradients(model, ids(), n_loops, dtype)
+
+
+def _new_tokens(scale: Scale, experts: tuple[int, int]) -> Iterator[Finding]:
+    """What it costs each form that a router never chooses twice alike."""
+    dtype, fast = torch.bfloat16, build(scale, "mla", experts)
+    ids = random_ids(scale.batch, scale.tokens)
+    calls: dict[str, Callable[[], object]] = {}
+    for form, model in (("fast", fast), ("plain", plain_twin(fast))):
+        calls[f"{form}, new"] = _step(scale, model, dtype)
+        calls[f"{form}, same"] = partial(gradients, model, ids, scale.n_loops, dtype)
+    times = alternate(calls, turns=scale.alternations, untimed=UNTIMED[dtype])
+    for form in ("fast", "plain"):
+        new, same = (times[f"{form}, {tokens}"].wall for tokens in ("new", "same"))
+        yield Finding(
+            f"mla, {experts[0]} experts top-{experts[1]}, {form} form: "
+            "new tokens every time over the same ones",
+            dtype_name(dtype), new / same, "x", seconds=new, threads=torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def _equality(scale: Scale, dtype: torch.dtype, found: list[tuple[float, float]]) -> Finding:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -221,3 +222,20 @@ def test_the_bytes_of_a_step_hold_the_cache_once():
     cfg = config(QUICK, "mla", (4, 2))
     works = [roofline.decode_work(cfg, 2, 3, context, size=2) for context in (100, 101)]
     assert works[1].bytes - works[0].bytes == 3 * account(cfg, 2).cache_bytes(element_size=2)
+
+
+@pytest.mark.parametrize("failing", [None, "batch"])
+def test_all_suites_run_in_processes_of_their_own(failing, tmp_path, monkeypatch, capsys):
+    """Each is told where to save; one that fails is told of, and does not stop the others."""
+    ran = []
+
+    def run(command, check):
+        suite = command[command.index("--only") + 1]
+        ran.append(suite)
+        assert command[-2:] == ["--out", str(tmp_path)]
+        return subprocess.CompletedProcess(command, int(suite == failing))
+
+    monkeypatch.setattr("benchmarks.__main__.subprocess.run", run)
+    assert main(["--out", str(tmp_path)]) == int(failing is not None)
+    assert ran == list(suites.of_device("cpu"))
+    assert "no goal missed" in capsys.readouterr().out
