@@ -31,7 +31,7 @@ LOOPED_CHOICES = ((16, 2), (64, 4))
 """Experts that are also compared with a loop over choices and experts, which is slow for more."""
 SHARED = 2
 """Of a pass: its result and its input's gradient, which do not depend on how weights are kept."""
-FIRST, BATCHES = 3, 12
+FIRST, BATCHES = 3, 11
 """Passes before those that are timed, and batches of tokens, each with choices of its own."""
 REST = "routing, without any expert"
 
@@ -124,7 +124,7 @@ def _step(
     call: Callable[[Any, Tensor], object] | None = None,
 ) -> Callable[[], object]:
     """A pass of ``layer`` over other tokens at every call; some of them first, untimed."""
-    tokens = [_tokens(scale.dim, scale.layer_tokens, seed).to(dtype) for seed in range(1, BATCHES)]
+    tokens = [_tokens(scale.dim, scale.layer_tokens, seed).to(dtype) for seed in range(BATCHES)]
     x_ND = new_each_time(lambda seed: tokens[seed % len(tokens)])
     call = call or _gradients
     for _ in range(FIRST):

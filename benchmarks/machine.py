@@ -119,10 +119,19 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit, marked where files differ from it; "unknown" outside a repository."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+    """The commit, marked where files differ from it; "unknown" outside a repository.
+
+    Results are not code: those that earlier suites of the same run have saved mark nothing.
+    """
+    found = []
+    for command in (
+        ["git", "describe", "--always", "--abbrev=12"],
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", ".",
+         ":!benchmarks/results", ":!docs/speed", ":!docs/speed.md"],
+    ):  # fmt: skip
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+        found.append(done.stdout.strip())
+    return found[0] + ("-dirty" if found[1] else "")

@@ -137,8 +137,8 @@ def random_ids(batch: int, tokens: int, vocabulary: int = 1024, seed: int = 1) -
 def new_each_time(make: Callable[[int], Tensor]) -> Callable[[], Tensor]:
     """The next of ``make(1)``, ``make(2)``, ... at every call.
 
-    No step of a training sees the batch of another, and no router its choices: a form that is fast
-    only where all sizes are those of the step before must not look fast.
+    No step of a training sees the batch of the one before, and no router its choices: a form that
+    is fast only where all sizes stay must not look fast.
     """
     seeds = count(1)
     return lambda: make(next(seeds))

@@ -49,14 +49,16 @@ class Uses:
         converted = self._computed != self._size
         if ops.cuda:
             working = _joined(ops, taken)
+            # the kernel's result, which is then added to the total
             working += [ops.new(n, self._computed)] if converted else []
         else:
             # buffers for the rows of one expert serve all of them
-            long = _of_fullest(rows, experts)
+            long = _of_fullest(rows, experts, self._computed)
             working = [ops.new(long * width, self._computed) for width in widths]
             working += [ops.new(prod(widths), self._computed)] if converted else []
-        gradient = ops.new(n, self._size, GRADIENTS)
-        self._total = gradient if self._total is None else self._total
+        if self._total is None or not (ops.cuda and converted):
+            gradient = ops.new(n, self._size, GRADIENTS)
+            self._total = gradient if self._total is None else self._total
         del working, taken
 
 
@@ -167,15 +169,15 @@ class Mixture:
         if self.cfg.moe_backend == "reference":
             raise ConfigError(
                 "the plain twin of the experts is not planned for", where="moe_backend",
-                value=self.cfg.moe_backend, allowed='"auto", "grouped" or "sorted"',
+                value=self.cfg.moe_backend,
+                allowed='"auto", "batched", "grouped" or "sorted"',
                 fix='set moe_backend to "auto"',
             )  # fmt: skip
         x, weights = ops.to(x, gate_up.size), ops.to(weights, gate_up.size)
         size, chosen, tokens = x.size, weights.n, x.n
         # a node keeps alive what it refers to: numbers and lists, no tensors
         waiting, sizes = [stack.uses for stack in stacks], (gate_up.n, down.n)
-        batched = not ops.cuda and size == HALF and chosen >= BATCHED_TOKENS * self.local_experts
-        way = _Batched if batched else _Grouped
+        way = _Batched if self._batches(ops, chosen, size) else _Grouped
         order = ops.integers(chosen)
         here = way(ops, chosen, self.cfg.dim, self.cfg.expert_dim, tokens, size, self.local_experts)
         y, first = here.forward()
@@ -187,6 +189,18 @@ class Mixture:
         kept = (x, weights, *through, experts, first, order)
         ops.record((y,), (x, weights, *through), apply, kept)
         return y
+
+    def _batches(self, ops: Ops, chosen: int, size: int) -> bool:
+        """Whether experts share products."""
+        if self.cfg.moe_backend == "auto":
+            many = chosen >= BATCHED_TOKENS * self.local_experts
+            return not ops.cuda and size == HALF and many
+        if self.cfg.moe_backend == "batched" and ops.cuda:
+            raise ConfigError(
+                "batched products are those of a CPU", where="moe_backend", value="batched",
+                allowed='on a GPU "auto", "grouped" or "sorted"', fix='set moe_backend to "auto"',
+            )  # fmt: skip
+        return self.cfg.moe_backend == "batched"
 
 
 @dataclass
@@ -212,9 +226,11 @@ class _Grouped:
     experts: int
 
     def new(self, rows: int, width: int) -> Ghost:
+        """A new matrix."""
         return self.ops.new(rows * width, self.size)
 
     def to_tokens(self) -> Ghost:
+        """The sum of each token's rows."""
         return _to_tokens(self.ops, self.chosen, self.chosen * self.dim, self.tokens, self.size)
 
     def forward(self) -> tuple[Ghost, Ghost]:
@@ -265,7 +281,7 @@ class _Batched(_Grouped):
     @property
     def batch_rows(self) -> int:
         """Padded rows of a batch."""
-        width = _of_fullest(self.chosen, self.experts)
+        width = _of_fullest(self.chosen, self.experts, self.size)
         return max(width, min(ROWS, self.experts * width))
 
     def forward(self) -> tuple[Ghost, Ghost]:
@@ -304,9 +320,10 @@ class _Batched(_Grouped):
         return d_x, d_weights, d_gate_up, d_down
 
 
-def _of_fullest(rows: int, experts: int) -> int:
-    """Padded rows of the expert that has most: somewhat more than its share."""
-    return padded(5 * rows // (4 * experts))
+def _of_fullest(rows: int, experts: int, size: int) -> int:
+    """Rows of the expert that has most, somewhat more than its share; in half precision padded."""
+    most = 5 * rows // (4 * experts)
+    return padded(most) if size == HALF else most
 
 
 def _cast(ops: Ops, weight: Weight, call: Call) -> Ghost:

@@ -199,3 +199,30 @@ def test_what_waits_is_bounded_and_changes_nothing(waiting: float, monkeypatch) 
     one_use = 2 * 9 * (32 + 2 * 2 * 16)  # tokens of a loop, and the rows of their choices
     assert all(waits <= waiting * stack + one_use for waits, stack in sizes)
     assert len(sizes) == {0.01: 24, 100: 2}.get(waiting, len(sizes))
+
+
+def test_parts_are_added_up_in_the_dtype_of_the_weights(monkeypatch) -> None:
+    """Bfloat16 products of float32 weights: many small sums, of which bfloat16 would lose most."""
+    monkeypatch.setattr(looped_stack, "WAITING", 0)
+    x, chosen, weights, gate_up, down = experts()
+    loops = 64
+    distances = []
+    for lower in (True, False):
+        stacks = [
+            LoopedStack(each.bfloat16() if lower else each, each.bfloat16())
+            for each in (gate_up, down)
+        ]
+        y = sum(routed_experts(x.detach(), *stacks, chosen, weights.detach()) for _ in range(loops))
+        found = torch.autograd.grad(y.float().sum(), (gate_up, down))
+        exact = torch.autograd.grad(
+            routed_experts(x.detach(), gate_up, down, chosen, weights.detach()).sum(),
+            (gate_up, down),
+        )  # fmt: skip
+        assert all(each.dtype == torch.float32 for each in found)
+        distances.append([
+            float((a - loops * b).norm() / (loops * b).norm())
+            for a, b in zip(found, exact, strict=True)
+        ])  # fmt: skip
+    for coarse, fine in zip(*distances, strict=True):
+        assert fine < 0.02
+        assert fine < 0.7 * coarse

@@ -160,14 +160,20 @@ def test_only_the_grouped_kernel_never_asks_for_a_value(kind, waits):
         ]
 
 
-def test_the_operation_is_what_pytorch_expects():
+@pytest.mark.parametrize("kind", ["batched", "grouped", "sorted"])
+def test_the_operation_is_what_pytorch_expects(kind):
     """Its fake twin, its gradient and its schema agree with it."""
     (x, gate_up, down, weights), experts = inputs("plain")
-    arguments = (x, gate_up, down, weights, experts, None, None, "sorted", True)
-    torch.library.opcheck(
-        torch.ops.open_mythos.experts.default, arguments,
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )  # fmt: skip
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (x, gate_up, down, weights, experts, None, None, kind, True)
+    torch.library.opcheck(torch.ops.open_mythos.experts.default, arguments, test_utils=checks)
+    plain = [each.detach() for each in (x, gate_up, down, weights)]
+    out, *kept = torch.ops.open_mythos.experts(*plain, experts, None, None, kind, True)
+    for of_stacks in (False, True):
+        torch.library.opcheck(
+            torch.ops.open_mythos.experts_backward.default,
+            (out, *plain, *kept, None, None, kind, of_stacks), test_utils=checks[:2],
+        )  # fmt: skip
 
 
 class TestBatches:
@@ -211,23 +217,59 @@ class TestBatches:
             bound = 1e-5 if dtype == torch.float32 else 1e-2
             assert (later - now).float().norm() <= bound * now.float().norm()
 
-    def test_what_one_expert_cannot_represent_stays_with_it(self):
+    @pytest.mark.parametrize("broken", [0, 3, 16, 23])
+    def test_what_one_expert_cannot_represent_stays_with_it(self, broken):
         """Padding repeats rows of its batch, and must not spread what is not finite."""
         leaves, experts = self.routed(200, 0.0)
-        x, gate_up, down, weights = (leaf.requires_grad_() for leaf in leaves)
-        with torch.no_grad():
-            gate_up[3] = torch.inf
-        out = routed_experts(x, gate_up, down, experts, weights, backend="batched")
-        met = (experts == 3).any(1)
+        met, found = (experts == broken).any(1), []
         assert met.any()
-        assert out[~met].isfinite().all()
-        assert not out[met].isfinite().all()
-        out.backward(torch.ones_like(out))
-        finite = down.grad.isfinite().flatten(1).all(1)
-        expected = routed_experts(x, gate_up, down, experts, weights, backend="reference")
-        down.grad = None
-        expected.backward(torch.ones_like(out))
-        assert torch.equal(finite, down.grad.isfinite().flatten(1).all(1))
+        for backend in ("reference", "batched"):
+            x, gate_up, down, weights = (leaf.clone().requires_grad_() for leaf in leaves)
+            with torch.no_grad():
+                gate_up[broken] = torch.inf
+            out = routed_experts(x, gate_up, down, experts, weights, backend=backend)
+            assert out[~met].isfinite().all()
+            assert not out[met].isfinite().all()
+            out.backward(torch.ones_like(out))
+            finite = [each.grad.isfinite().flatten(1).all(1) for each in (x, gate_up, down)]
+            found.append(torch.cat(finite))
+        assert torch.equal(*found)
+        assert 0 < int((~found[0]).sum()) < len(found[0])
+
+    def test_a_token_that_is_not_finite_stays_with_its_experts(self):
+        leaves, experts = self.routed(200, 0.0)
+        leaves[0][experts[:, 0].argmin()] = torch.nan
+        found = []
+        for backend in ("reference", "batched"):
+            x, gate_up, down, weights = (leaf.clone().requires_grad_() for leaf in leaves)
+            routed_experts(x, gate_up, down, experts, weights, backend=backend).sum().backward()
+            found.append(torch.cat([
+                each.grad.isfinite().flatten(1).all(1) for each in (gate_up, down)
+            ]))  # fmt: skip
+        assert torch.equal(*found)
+
+    @pytest.mark.parametrize("backend", ["batched", "grouped", "sorted"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_autocast_around_the_call_changes_nothing(self, backend, dtype):
+        """Whoever calls has chosen the dtype of the weights."""
+        leaves, experts = self.routed(64, 0.0)
+        found = []
+        for lower in (False, True):
+            x, gate_up, down, weights = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+            with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+                out = routed_experts(x, gate_up, down, experts, weights, backend=backend)
+                out.backward(torch.ones_like(out))
+                with torch.no_grad():
+                    bare = routed_experts(x, gate_up, down, experts, weights, backend=backend)
+            found.append([out.detach(), bare, x.grad, gate_up.grad, down.grad, weights.grad])
+        for plain, under in zip(*found, strict=True):
+            assert torch.equal(plain, under)
+
+    def test_another_default_device_does_not_matter(self):
+        leaves, experts = self.routed(64, 0.0)
+        with torch.device("meta"):
+            out = routed_experts(*leaves[:3], experts, leaves[3], backend="batched")
+        assert out.device.type == "cpu"
 
     @pytest.mark.parametrize("n_experts", [1, 2, 7, 64, 65, 300])
     @pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])

@@ -137,7 +137,7 @@ def test_with_everything_that_could_make_more():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["sorted", "grouped"])
+@pytest.mark.parametrize("backend", ["sorted", "grouped", "batched"])
 def test_experts_whose_gradients_do_not_wait(backend, monkeypatch):
     monkeypatch.setattr("open_mythos.ops.experts.routed.DEFERRED_TOKENS", 0)
     assert check(pair("aot_eager", moe_backend=backend), 3) == 2

@@ -76,11 +76,10 @@ def backward(
     for batch in batches(ends_E):
         source = token.index_select(0, batch.source)
         grad = grad_ND.index_select(0, source)
-        # without weight, padding is no part of any sum
         hidden, d_gate_up, d_rows_w = activated_backward(
             batch.multiply(grad, down_EFD.mT),
             gate_up.index_select(0, batch.source),
-            w.index_select(0, batch.source).mul_(batch.real),
+            w.index_select(0, batch.source),
         )
         batch.unpad(d_rows_w, d_w)
         batch.unpad(batch.multiply(d_gate_up, gate_up_EDF.mT), rows)
@@ -108,24 +107,34 @@ class Batch:
         experts: Which.
         rows: Their rows in the order of the experts.
         source: For each padded row the row that it holds; padding repeats some other.
-        real: (padded rows, 1) false on padding.
+        padding: (padded rows, 1) true on padding.
         place: For each of ``rows`` its place among the padded ones.
     """
 
     experts: slice
     rows: slice
     source: Tensor
-    real: Tensor
+    padding: Tensor
     place: Tensor
 
     def multiply(self, x: Tensor, stack_EKM: Tensor) -> Tensor:
         """Padded rows times their experts' matrices."""
         stack = stack_EKM[self.experts]
-        return torch.bmm(x.view(len(stack), -1, x.shape[1]), stack).view(len(x), -1)
+        y = x.new_empty(len(x), stack.shape[2])
+        # with out, or autocast would choose another dtype
+        torch.bmm(
+            x.view(len(stack), -1, x.shape[1]), stack, out=y.view(len(stack), -1, y.shape[1])
+        )
+        return y
 
     def weights(self, x: Tensor, grad: Tensor, out_EKM: Tensor) -> None:
-        """Write the sum over each expert's rows of x^T grad to ``out_EKM``."""
+        """Write the sum over each expert's rows of x^T grad to ``out_EKM``.
+
+        Padding becomes zero in ``x`` and in ``grad``: times an infinity, zero in one is no zero.
+        """
         out = out_EKM[self.experts]
+        for each in (x, grad):
+            each.masked_fill_(self.padding, 0)
         x, grad = (each.view(len(out), -1, each.shape[1]) for each in (x, grad))
         torch.bmm(x.mT, grad, out=out)
 
@@ -144,13 +153,14 @@ def batches(ends_E: Tensor) -> Iterator[Batch]:
     counts_E = ends_E - starts_E
     starts, ends = starts_E.tolist(), ends_E.tolist()
     for first, n, width in divided(counts_E.tolist()):
-        experts, column = slice(first, first + n), torch.arange(width)
+        experts = slice(first, first + n)
+        column = torch.arange(width, device=ends_E.device)
         real = column < counts_E[experts, None]
         # an expert without rows may be the last: its start is then no row
         source = torch.where(real, starts_E[experts, None] + column, starts[first])
         yield Batch(
             experts, slice(starts[first], ends[first + n - 1]), source.flatten(),
-            real.view(-1, 1), real.flatten().nonzero().squeeze(1),
+            ~real.view(-1, 1), real.flatten().nonzero().squeeze(1),
         )  # fmt: skip
 
 

@@ -74,8 +74,8 @@ class LoopedStack:
 
     Args:
         weight_EKM: (E, K, M) weights that require a gradient.
-        computed: The same in the dtype of products, if that is another. The gradient is in that of
-            ``weight_EKM`` from the start: no copy of it in the lower precision is ever whole.
+        computed: The same in the dtype of products, if that is another. The gradient is added up in
+            that of ``weight_EKM``; on a CPU it is never whole in the lower one.
     """
 
     def __init__(self, weight_EKM: Tensor, computed: Tensor | None = None) -> None:
@@ -122,7 +122,10 @@ class _Uses:
     def _add_up(self) -> None:
         uses, self._left = self._left, []
         gradient = weight_gradient(uses, self._dtype)
-        self._total = gradient if self._total is None else self._total.add_(gradient)
+        if self._total is None:
+            self._total = gradient.to(self._dtype)
+        else:
+            self._total.add_(gradient)
 
 
 _numbers = count()
@@ -152,7 +155,8 @@ def leave_use(token: Tensor, x: Rows, grad: Rows, ends_E: Tensor) -> None:
         grad: (N C, M) gradient of its result.
         ends_E: Where the rows of each expert end.
     """
-    _alive[int(token)].leave(Use(x, grad, ends_E))
+    # a copy of the ends too, which are an operand
+    _alive[int(token)].leave(Use(x, grad, ends_E.clone()))
 
 
 def kept_rows(x_ND: Tensor, which: Tensor) -> Rows:
@@ -167,14 +171,18 @@ def kept_rows(x_ND: Tensor, which: Tensor) -> Rows:
 
 
 def weight_gradient(uses: list[Use], dtype: torch.dtype) -> Tensor:
-    """(E, K, M): for each expert, the sum over its tokens in all uses of x^T grad."""
+    """(E, K, M): for each expert, the sum over its tokens in all uses of x^T grad.
+
+    In ``dtype`` on a CPU, expert by expert; a GPU's kernels return that of the uses.
+    """
     if uses[0].ends_E.is_cuda:
-        return _on_gpu(uses).to(dtype)
+        return _on_gpu(uses)
     ends = [[0, *use.ends_E.tolist()] for use in uses]
     rows_E = [sum(each[i + 1] - each[i] for each in ends) for i in range(len(ends[0]) - 1)]
-    # the rows of one expert stay in the caches, in two buffers that all experts share; they are of
-    # a few lengths, because a bfloat16 product of a new one is compiled first
-    padded_E = [padded(rows) for rows in rows_E]
+    # the rows of one expert stay in the caches, in two buffers that all experts share; in bfloat16
+    # they are of a few lengths, because a product of a new one is compiled first
+    half = uses[0].x.of.dtype == torch.bfloat16
+    padded_E = [padded(rows) for rows in rows_E] if half else rows_E
     widths = uses[0].x.of.shape[1], uses[0].grad.of.shape[1]
     x, grad = (uses[0].x.of.new_empty(max(padded_E), width) for width in widths)
     total = x.new_empty(len(rows_E), *widths, dtype=dtype)

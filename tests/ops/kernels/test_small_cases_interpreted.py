@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import open_mythos.ops.attention.latent_decode
+import open_mythos.ops.experts.weight_gradient
+import open_mythos.ops.injection  # noqa: F401  each of the three brings its case
 from open_mythos.ops.backend import CHECKS, TOLERANCE
 from tests.ops.kernels.cases import error
 
