@@ -46,7 +46,7 @@ format: $(READY)  ## format the code
 	@$(BIN)/ruff check --fix .
 
 # idle threads behave here as they do for users, who set nothing
-bench: $(READY)  ## speed against plain and dense forms and the machine's limit (17 minutes, two quiet cores)
+bench: $(READY)  ## speed against plain and dense forms and the machine's limit (19 minutes, two quiet cores)
 	@env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks; status=$$?; \
 		$(BIN)/python -m benchmarks.report && exit $$status
 

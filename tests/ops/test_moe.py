@@ -248,7 +248,7 @@ class TestBatches:
             ]))  # fmt: skip
         assert torch.equal(*found)
 
-    @pytest.mark.parametrize("backend", ["batched", "grouped", "sorted"])
+    @pytest.mark.parametrize("backend", ["batched", "sorted"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_autocast_around_the_call_changes_nothing(self, backend, dtype):
         """Whoever calls has chosen the dtype of the weights."""

@@ -122,9 +122,7 @@ class Batch:
         stack = stack_EKM[self.experts]
         y = x.new_empty(len(x), stack.shape[2])
         # with out, or autocast would choose another dtype
-        torch.bmm(
-            x.view(len(stack), -1, x.shape[1]), stack, out=y.view(len(stack), -1, y.shape[1])
-        )
+        torch.bmm(x.view(len(stack), -1, x.shape[1]), stack, out=y.view(len(stack), -1, y.shape[1]))
         return y
 
     def weights(self, x: Tensor, grad: Tensor, out_EKM: Tensor) -> None:
