@@ -107,8 +107,8 @@ def _run(options: argparse.Namespace, chosen: torch.device, budget: float) -> in
 def _apart(options: argparse.Namespace, console: Console) -> int:
     """Every suite in a process of its own.
 
-    In one process the compiled kernels that suites leave behind, of which PyTorch's CPU library
-    keeps a limited number, make bfloat16 slower in all that come after them.
+    In one process suites that came after others were slower than alone, and a figure must not
+    depend on what was measured before it.
     """
     out = options.out or store.RESULTS / machine.slug(machine.describe())
     failed = False

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.clock import device
-from benchmarks.measure import (
-    Measured,
-    Row,
-    attempt,
-    compare,
-    gate,
-)
+from benchmarks.measure import Measured, Row, attempt, compare, gate
 from benchmarks.models import FULL, Scale, config, new_each_time, noisy
 from benchmarks.plain import ChoiceByChoice
 from benchmarks.roofline import Work

@@ -164,8 +164,8 @@ def alternate(
         forms: Name -> call.
         turns: How often each has its turn; medians are over these.
         repeats: Calls of a turn, one number or one for each name.
-        untimed: Calls before those of a turn: compiled kernels, like caches, are what the forms
-            that had their turn in between have left of them.
+        untimed: Calls before those of a turn: the forms that had theirs in between have displaced
+            from caches, and among compiled kernels, what a form alone would find.
     """
     wall: dict[str, list[float]] = {name: [] for name in forms}
     cpu: dict[str, list[float]] = {name: [] for name in forms}

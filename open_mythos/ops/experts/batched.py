@@ -21,7 +21,7 @@ from open_mythos.ops.experts.looped_stack import Rows, kept_rows, leave_use
 from open_mythos.ops.experts.rows import (
     activated,
     activated_backward,
-    expert_load,
+    sort_choices,
     to_tokens,
 )
 from open_mythos.ops.experts.sizes import MOST, PADDING, ROWS, padded
@@ -36,8 +36,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`open_mythos.ops.experts.grouped.forward`."""
-    top_k, order = experts_NC.shape[1], experts_NC.flatten().argsort(stable=True)
-    ends_E = expert_load(experts_NC, gate_up_EDF.shape[0]).cumsum(0).to(torch.int32)
+    top_k, (order, ends_E) = experts_NC.shape[1], sort_choices(experts_NC, gate_up_EDF.shape[0])
     token, w = order // top_k, weights_NC.reshape(-1, 1).index_select(0, order)
     gate_up = x_ND.new_empty(len(order) if keep else 0, gate_up_EDF.shape[2])
     y = x_ND.new_empty(len(order), x_ND.shape[1])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.experts.looped_stack import Rows, kept_rows, leave_use
-from open_mythos.ops.experts.rows import activated, activated_backward, expert_load, to_tokens
+from open_mythos.ops.experts.rows import activated, activated_backward, sort_choices, to_tokens
 
 
 def forward(
@@ -40,8 +40,7 @@ def forward(
         (N, D) results; (N C, 2F) results of the first product in the order of the experts, empty
         unless kept; (N C,) choices in that order; (E,) int32 where each expert's choices end.
     """
-    top_k, order = experts_NC.shape[1], experts_NC.flatten().argsort(stable=True)
-    ends_E = expert_load(experts_NC, gate_up_EDF.shape[0]).cumsum(0).to(torch.int32)
+    top_k, (order, ends_E) = experts_NC.shape[1], sort_choices(experts_NC, gate_up_EDF.shape[0])
     multiply = Products(ends_E, kind)
     gate_up = multiply.forward(x_ND.index_select(0, order // top_k), gate_up_EDF)
     hidden = activated(gate_up, weights_NC.reshape(-1, 1).index_select(0, order))

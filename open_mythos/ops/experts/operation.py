@@ -87,7 +87,9 @@ def experts_backward_op(
     kind: str,
     of_stacks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`backward` as an operation; the last result is the gradient of the tokens.
+    """:func:`open_mythos.ops.experts.grouped.backward` as an operation, by any of :data:`KINDS`.
+
+    The last result is the gradient of the tokens.
 
     What it leaves to the last loop is a side effect, so nothing that a compiler may write over must
     be left: only tensors made in here.

@@ -19,6 +19,12 @@ def expert_load(experts_NC: Tensor, n_experts: int, valid_N: Tensor | None = Non
     return load.scatter_add_(0, experts_NC.reshape(-1), ones.reshape(-1))
 
 
+def sort_choices(experts_NC: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """(N C,) choices in the order of the experts, and (E,) int32 where each expert's end."""
+    ends_E = expert_load(experts_NC, n_experts).cumsum(0).to(torch.int32)
+    return experts_NC.flatten().argsort(stable=True), ends_E
+
+
 def activated(gate_up: Tensor, w: Tensor) -> Tensor:
     """silu(gate) * up * w."""
     gate, up = gate_up.chunk(2, dim=-1)
