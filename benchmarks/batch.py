@@ -22,8 +22,8 @@ from benchmarks.measure import (
 )  # fmt: skip
 from benchmarks.models import FULL, Scale, build, config
 from benchmarks.roofline import decode_work
-from open_mythos.cache import KVCache
-from open_mythos.model import OpenMythos
+from open_mythos.model.cache import KVCache
+from open_mythos.model.mythos import OpenMythos
 
 BFLOAT16_FROM = 4
 """Rows from which bfloat16 is to be the faster dtype."""

@@ -9,9 +9,9 @@ from benchmarks.clock import device
 from benchmarks.measure import GateError
 from benchmarks.models import Scale, config, random_ids
 from open_mythos.accounting import CacheRow, account, cache_rows
-from open_mythos.cache import KVCache
 from open_mythos.config import MythosConfig
-from open_mythos.model import OpenMythos
+from open_mythos.model.cache import KVCache
+from open_mythos.model.mythos import OpenMythos
 
 
 @dataclass(frozen=True)

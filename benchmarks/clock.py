@@ -17,7 +17,7 @@ from contextvars import ContextVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from open_mythos.runtime import resolve_device
+from open_mythos.devices import resolve_device
 
 _KERNELS = {
     "attention": re.compile(r"flash|fmha|attention|attn", re.IGNORECASE),

@@ -16,9 +16,9 @@ from benchmarks.measure import Finding, Measured, compare, dtype_name, gate
 from benchmarks.models import QUICK, Scale, config, noisy, random_ids, sharing
 from benchmarks.roofline import training_work
 from benchmarks.training import gradients
-from open_mythos.model import OpenMythos
-from open_mythos.train.processes.compiling import compile_block
-from open_mythos.train.processes.parallel import transformer_blocks
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.train.parallel.compile import compile_block
+from open_mythos.train.parallel.parallelize import transformer_blocks
 
 EXPERTS = (16, 2)
 

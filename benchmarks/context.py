@@ -24,8 +24,8 @@ from benchmarks.models import FULL, Scale, build, random_ids
 from benchmarks.plain import plain_twin
 from benchmarks.roofline import decode_work
 from open_mythos.accounting import account
-from open_mythos.cache import KVCache
-from open_mythos.model import OpenMythos
+from open_mythos.model.cache import KVCache
+from open_mythos.model.mythos import OpenMythos
 
 GOAL_LINEAR = 10.0
 """Percent by which a step may be off the straight line through all of them."""

@@ -17,9 +17,9 @@ from benchmarks.measure import Measured, Row, attempt, compare, gate
 from benchmarks.models import FULL, Scale, build, dense_like
 from benchmarks.plain import ConcatenatingCache, common_parts, plain_twin
 from benchmarks.roofline import decode_work
-from open_mythos.cache import Columns, KVCache
-from open_mythos.dense import DenseTransformer
-from open_mythos.model import OpenMythos
+from open_mythos.model.cache import Columns, KVCache
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
 
 GOALS = {("mla", 512): 5.0, ("mla", 4096): 20.0}
 """Plain grouped-query attention has no history to expand: only the cache's growth differs."""

@@ -13,9 +13,9 @@ from benchmarks.clock import device, threads
 from benchmarks.decoding import fill
 from benchmarks.measure import Measured, Row, attempt, compare, gate
 from benchmarks.models import FULL, Scale, build
-from open_mythos.cache import KVCache
-from open_mythos.evaluation.exits import GivenDepths
-from open_mythos.model import OpenMythos
+from open_mythos.evaluation.early_exit import GivenDepths
+from open_mythos.model.cache import KVCache
+from open_mythos.model.mythos import OpenMythos
 
 DEPTH = 16
 MEAN = 4

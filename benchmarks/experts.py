@@ -16,8 +16,8 @@ from benchmarks.measure import Measured, Row, attempt, compare, gate
 from benchmarks.models import FULL, Scale, config, new_each_time, noisy
 from benchmarks.plain import ChoiceByChoice
 from benchmarks.roofline import Work
-from open_mythos.layers.feed_forward import Expert
-from open_mythos.layers.moe import MoEFFN
+from open_mythos.model.layers.feed_forward import Expert
+from open_mythos.model.layers.moe import MoEFFN
 
 GOALS = {(torch.bfloat16, (16, 2)): 2.5, (torch.bfloat16, (64, 4)): 5.0}
 GATE_TOKENS = 67

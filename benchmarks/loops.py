@@ -17,8 +17,8 @@ from benchmarks.plain import plain_twin
 from benchmarks.roofline import Work, forward_work, training_work
 from benchmarks.training import gradients
 from open_mythos.config import MythosConfig
-from open_mythos.layers.moe import MoEFFN
-from open_mythos.model import OpenMythos
+from open_mythos.model.layers.moe import MoEFFN
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import apply_activation_checkpointing
 
 GOAL = 5.0

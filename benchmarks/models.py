@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.clock import device
 from open_mythos.config import MythosConfig
-from open_mythos.dense import DenseTransformer
-from open_mythos.model import OpenMythos
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.variants import variant
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models import sharing
-from open_mythos.cache import KVCache, Places
-from open_mythos.context import Context
-from open_mythos.layers.mla import MLAttention
-from open_mythos.layers.moe import MoEFFN
-from open_mythos.model import OpenMythos
+from open_mythos.model.cache import KVCache, Places
+from open_mythos.model.context import Context
+from open_mythos.model.layers.mla import MLAttention
+from open_mythos.model.layers.moe import MoEFFN
+from open_mythos.model.mythos import OpenMythos
 
 
 class ExpandingMLA(MLAttention):

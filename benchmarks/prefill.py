@@ -13,9 +13,9 @@ from benchmarks.models import Scale, build, dense_like, random_ids
 from benchmarks.plain import common_parts, plain_twin
 from benchmarks.roofline import forward_work
 from benchmarks.training import REST
-from open_mythos.cache import KVCache
-from open_mythos.dense import DenseTransformer
-from open_mythos.model import OpenMythos
+from open_mythos.model.cache import KVCache
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
 
 LOOPS = 4
 """Of a model that was made for more: cost is proportional to them."""

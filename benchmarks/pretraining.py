@@ -17,7 +17,7 @@ from benchmarks.training import GATE_SHAPE, gradients
 from open_mythos.accounting import account
 from open_mythos.config import MythosConfig
 from open_mythos.data import Batch
-from open_mythos.model import OpenMythos
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.plan.hardware import GPUS
 from open_mythos.train import (
     DepthConfig,

@@ -20,13 +20,13 @@ from benchmarks.clock import threads
 from benchmarks.decoding import decoder
 from benchmarks.measure import Measured, Row, attempt, compare, gate
 from benchmarks.models import FULL, Scale, build, random_ids
-from open_mythos.base import CausalLM
-from open_mythos.cache import KVCache
-from open_mythos.layers.block import TransformerBlock
-from open_mythos.layers.moe import MoEFFN
-from open_mythos.model import OpenMythos
+from open_mythos.inference.quantization import DEFAULT_GROUP, quantize, weight_bytes
+from open_mythos.model.cache import KVCache
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.layers.moe import MoEFFN
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.quantized import pack
-from open_mythos.quantization import DEFAULT_GROUP, quantize, weight_bytes
 
 KINDS = {"int8": 0, "int4": DEFAULT_GROUP}
 """Kind -> inputs of a group."""

@@ -36,14 +36,14 @@ from torch import Tensor
 
 from benchmarks import machine
 from open_mythos import MythosConfig, OpenMythos, from_pretrained
-from open_mythos.context import Context
 from open_mythos.data import Loader, TokenShards
 from open_mythos.evaluation import evaluate_depths
 from open_mythos.experiments.c1_depth.recipe import ASKED_HOPS, chains, questions, recipe
 from open_mythos.experiments.figure import COLOURS, MUTED, panels
 from open_mythos.experiments.synthetic import answered
 from open_mythos.experiments.text import VOCABULARY, standard_library, validation
-from open_mythos.quantization import quantize, weight_bytes
+from open_mythos.inference.quantization import quantize, weight_bytes
+from open_mythos.model.context import Context
 from open_mythos.train import (
     DepthConfig,
     OptimConfig,

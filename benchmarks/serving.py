@@ -13,9 +13,9 @@ from benchmarks.measure import Finding, GateError, Measured, attempt, floor, gat
 from benchmarks.models import GPU, Scale, noisy, random_ids
 from benchmarks.plain import ConcatenatingCache, plain_twin
 from benchmarks.roofline import decode_work
-from open_mythos.cache import KVCache
-from open_mythos.decoder import StaticDecoder
-from open_mythos.model import OpenMythos
+from open_mythos.inference.static_decoder import StaticDecoder
+from open_mythos.model.cache import KVCache
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.sampling import Sampling
 from open_mythos.variants import variant
 

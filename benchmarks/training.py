@@ -24,10 +24,10 @@ from benchmarks.models import FULL, Scale, build, dense_like, new_each_time, ran
 from benchmarks.plain import common_parts, plain_twin
 from benchmarks.roofline import training_work
 from open_mythos.accounting import account
-from open_mythos.dense import DenseTransformer
-from open_mythos.model import OpenMythos
+from open_mythos.devices import autocast
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.cross_entropy import linear_cross_entropy
-from open_mythos.runtime import autocast
 
 GOALS = {
     (torch.float32, (16, 2)): 1.15, (torch.float32, (64, 4)): 1.5, (torch.float32, (256, 8)): 2.5,

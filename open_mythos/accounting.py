@@ -19,8 +19,8 @@ from open_mythos.errors import ConfigError
 from open_mythos.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
-    from open_mythos.dense import DenseTransformer
-    from open_mythos.model import OpenMythos
+    from open_mythos.model.dense import DenseTransformer
+    from open_mythos.model.mythos import OpenMythos
 
 
 @dataclass(frozen=True)

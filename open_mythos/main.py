@@ -1,19 +1,19 @@
 """The historical import path: it hands names on and holds no logic."""
 
 from open_mythos.config import MythosConfig
-from open_mythos.layers.block import TransformerBlock
-from open_mythos.layers.feed_forward import Expert
-from open_mythos.layers.gqa import GQAttention
-from open_mythos.layers.halting import ACTHalting
-from open_mythos.layers.injection import LTIInjection
-from open_mythos.layers.loop_embedding import loop_index_embedding
-from open_mythos.layers.lora import LoRAAdapter
-from open_mythos.layers.mla import MLAttention
-from open_mythos.layers.moe import MoEFFN
-from open_mythos.layers.norm import RMSNorm
-from open_mythos.model import OpenMythos
+from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.layers.feed_forward import Expert
+from open_mythos.model.layers.gqa import GQAttention
+from open_mythos.model.layers.halting import ACTHalting
+from open_mythos.model.layers.injection import LTIInjection
+from open_mythos.model.layers.loop_embedding import loop_index_embedding
+from open_mythos.model.layers.lora import LoRAAdapter
+from open_mythos.model.layers.mla import MLAttention
+from open_mythos.model.layers.moe import MoEFFN
+from open_mythos.model.layers.norm import RMSNorm
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.ops.rope import apply_rope, precompute_rope_freqs
-from open_mythos.recurrent import RecurrentBlock
 from open_mythos.tokenizer import MythosTokenizer, get_vocab_size, load_tokenizer
 from open_mythos.variants import (
     mythos_1b,

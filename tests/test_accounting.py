@@ -10,11 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_mythos.accounting import account, cache_rows
-from open_mythos.cache import KVCache, cache_bytes
 from open_mythos.config import MythosConfig
-from open_mythos.dense import DenseTransformer, parameter_count
 from open_mythos.errors import ConfigError
-from open_mythos.model import OpenMythos
+from open_mythos.model.cache import KVCache, cache_bytes
+from open_mythos.model.dense import DenseTransformer, parameter_count
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.variants import VARIANTS, variant
 
 # no two widths equal that could be mistaken for one another

@@ -10,7 +10,7 @@ from helpers import ATTENTION_TYPES, random_ids, small_config, small_model
 
 import open_mythos
 from open_mythos import ConfigError, KVCache, OpenMythos, cache_bytes, variant
-from open_mythos.dense import parameter_count
+from open_mythos.model.dense import parameter_count
 from open_mythos.variants import VARIANTS
 
 # name: (size in the name, all parameters, those that one token uses at full depth)

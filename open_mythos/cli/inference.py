@@ -14,20 +14,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from open_mythos.base import CausalLM
 from open_mythos.cli.task import Source, beside, evaluation_batches
 from open_mythos.data import Batch
 from open_mythos.data.shards import TOKENIZER_FOLDER
+from open_mythos.devices import resolve_device, resolve_dtype
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation import DepthRow, ExitReport, ExitRow, evaluate_depths, evaluate_exits
-from open_mythos.exits import exit_rule
-from open_mythos.generation import generate
-from open_mythos.hub import from_pretrained
-from open_mythos.model import OpenMythos
-from open_mythos.quantization import quantize as quantize_model
-from open_mythos.runtime import resolve_device, resolve_dtype
+from open_mythos.hub.pretrained import from_pretrained
+from open_mythos.inference.quantization import quantize as quantize_model
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.generation import generate
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
 from open_mythos.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from open_mythos.trace import LoopTrace
 
 _BAR = 30
 """Width of the histogram's longest bar."""

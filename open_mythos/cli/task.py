@@ -17,7 +17,7 @@ from open_mythos.cli.training import CONFIG_FILE
 from open_mythos.config import check_count
 from open_mythos.data import Batch, EpochWindows, Loader, PermHop, TokenShards
 from open_mythos.errors import DataError
-from open_mythos.hub import model_directory
+from open_mythos.hub.pretrained import model_directory
 
 HOPS = 10
 """Relations of every chain; each prefix is a question, so that 1 to 10 hops are mixed."""

@@ -25,7 +25,7 @@ from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.permutation import Int64Array
 from open_mythos.data.synthetic import PermHop
 from open_mythos.errors import ConfigError
-from open_mythos.runtime import seeded_generator
+from open_mythos.seeding import seeded_generator
 
 KINDS = ("trained", "known", "lone", "lone-first", "lone-last")
 BoolArray = npt.NDArray[np.bool_]

@@ -20,7 +20,7 @@ import torch
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.checks import check_int, check_ranks
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
-from open_mythos.runtime import derive_seed
+from open_mythos.seeding import derive_seed
 
 
 @dataclass(frozen=True)

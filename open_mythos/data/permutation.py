@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from open_mythos.data.checks import check_int
-from open_mythos.runtime import derive_seed
+from open_mythos.seeding import derive_seed
 
 UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 Int64Array: TypeAlias = npt.NDArray[np.int64]

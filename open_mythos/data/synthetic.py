@@ -22,7 +22,7 @@ from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.checks import check_int, check_ranks
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
 from open_mythos.errors import DataError
-from open_mythos.runtime import derive_seed, seeded_generator
+from open_mythos.seeding import derive_seed, seeded_generator
 
 HELD_OUT_ONE_IN = 10
 

@@ -22,7 +22,7 @@ from open_mythos.config import check_count
 from open_mythos.dynamics.krylov import Spectrum, leading_eigenvalues, leading_singular_values
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.model import OpenMythos
+from open_mythos.model.mythos import OpenMythos
 
 _ROWS = 32  # cotangents sent through one forward and backward pass
 

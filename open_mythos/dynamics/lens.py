@@ -14,7 +14,7 @@ from torch import Tensor
 from open_mythos.dynamics.trajectory import Trajectory
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.model import OpenMythos
+from open_mythos.model.mythos import OpenMythos
 
 
 def logit_lens(model: OpenMythos, path: Trajectory) -> Iterator[Tensor]:

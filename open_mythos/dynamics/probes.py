@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
-from open_mythos.runtime import seeded_generator
+from open_mythos.seeding import seeded_generator
 
 _ITERATIONS = 100
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
-from open_mythos.trace import LoopTrace
+from open_mythos.model.trace import LoopTrace
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from open_mythos.config import check_count
-from open_mythos.context import Context
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.model import OpenMythos
-from open_mythos.trace import LoopTrace
+from open_mythos.model.context import Context
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
 
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 """Updates below this share of the state's norm are rounding, not movement."""

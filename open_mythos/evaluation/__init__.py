@@ -1,7 +1,7 @@
 """Measuring a trained model: its loss at every depth, what an exit rule saves, and what its experts
 do at every loop."""
 
-from open_mythos.evaluation.exits import ExitReport, ExitRow, GivenDepths, evaluate_exits
+from open_mythos.evaluation.early_exit import ExitReport, ExitRow, GivenDepths, evaluate_exits
 from open_mythos.evaluation.perplexity import DepthRow, evaluate_depths
 from open_mythos.evaluation.routing import LayerRouting, expert_routing
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from open_mythos.base import CausalLM
-from open_mythos.runtime import autocast
+from open_mythos.devices import autocast
+from open_mythos.model.causal_lm import CausalLM
 
 
 @contextmanager

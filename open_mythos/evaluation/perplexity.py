@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.base import CausalLM
 from open_mythos.config import check_count
 from open_mythos.data.batch import IGNORE_INDEX, Batch
+from open_mythos.distributed import over_ranks
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.model import OpenMythos
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.cross_entropy import linear_cross_entropy
-from open_mythos.runtime import over_ranks
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from open_mythos.data.batch import Batch
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.model import OpenMythos
-from open_mythos.trace import LoopTrace
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
 
 
 @dataclass(frozen=True)

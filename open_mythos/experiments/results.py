@@ -12,7 +12,7 @@ from typing import Any
 
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.experiments.claim import Cell, Record
-from open_mythos.runtime import sync_to_disk
+from open_mythos.files import sync_to_disk
 from open_mythos.train import RunConfig
 
 

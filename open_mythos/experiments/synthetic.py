@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.model import OpenMythos
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.train.build import Model
 
 

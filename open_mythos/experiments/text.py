@@ -15,12 +15,13 @@ import torch
 
 from open_mythos.accounting import account
 from open_mythos.data import Batch, EpochWindows, Loader, TokenShards, prepare
-from open_mythos.dense import DenseTransformer
+from open_mythos.devices import resolve_dtype
 from open_mythos.errors import DataError
 from open_mythos.evaluation import evaluate_depths
 from open_mythos.experiments.claim import Cell, Place
 from open_mythos.experiments.synthetic import Curves
-from open_mythos.runtime import derive_seed, resolve_dtype
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.seeding import derive_seed
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train import RunConfig, Trainer, build_model, find_checkpoint
 from open_mythos.train.build import Model

@@ -1,4 +1,4 @@
-"""Attention and the dense feed-forward in ghost tensors: ``open_mythos.layers``, line by line.
+"""Attention and the dense feed-forward in ghost tensors: ``model/layers``, line by line.
 
 Each class mirrors the one that it names, so that intermediate results die where they die there.
 """
@@ -13,7 +13,7 @@ from open_mythos.plan.ops import Ops
 from open_mythos.plan.tape import BOOL, FLOAT32, INT64, Ghost, Weight
 
 SCORES_AT_ONCE = 1 << 24
-"""Of ``open_mythos.layers.mla``, which loads torch; a test compares."""
+"""Of ``open_mythos.model.layers.mla``, which loads torch; a test compares."""
 Weights = Mapping[str, Weight]
 """Name in the state dict -> parameter."""
 

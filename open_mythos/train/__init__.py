@@ -5,12 +5,11 @@ Names are loaded when they are first used, so that the configuration does not wa
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from open_mythos.lazy import lazy_names
 
 _MODULES = {
     "open_mythos.train.build": ("build_model",),
-    "open_mythos.train.saving.checkpoint": (
+    "open_mythos.train.checkpoint.snapshot": (
         "find_checkpoint", "load_checkpoint", "read_state", "save_checkpoint", "verify_checkpoint",
     ),
     "open_mythos.train.config": (
@@ -18,14 +17,14 @@ _MODULES = {
         "WatchConfig",
     ),
     "open_mythos.train.depth": ("DEPTH_PLANS", "DepthPlan"),
-    "open_mythos.train.processes.distributed": ("process_group",),
+    "open_mythos.train.parallel.process_group": ("process_group",),
     "open_mythos.train.optimizers.ema": ("WeightAverage", "averaged_model"),
     "open_mythos.train.gate": ("GATE_TARGETS", "GateConfig", "GateReport", "train_gate"),
     "open_mythos.train.loss": ("LossOutput", "next_token_loss", "sequence_balance_loss"),
-    "open_mythos.train.watching.metrics": ("JsonlLogger", "MetricsLogger"),
+    "open_mythos.train.monitoring.metrics": ("JsonlLogger", "MetricsLogger"),
     "open_mythos.train.optimizers.muon": ("Muon", "MuonAdamW"),
     "open_mythos.train.optimizers.optim": ("build_optimizer", "parameter_groups"),
-    "open_mythos.train.processes.parallel": (
+    "open_mythos.train.parallel.parallelize": (
         "ParallelModel", "apply_activation_checkpointing", "parallelize",
     ),
     "open_mythos.train.optimizers.schedule": ("SCHEDULES", "learning_rate"),
@@ -33,18 +32,4 @@ _MODULES = {
     "open_mythos.train.state": ("BatchLoader", "StepResult", "TokenBatch", "TrainState"),
     "open_mythos.train.trainer": ("DivergedError", "Trainer"),
 }  # fmt: skip
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'open_mythos.train' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from open_mythos.dense import DenseTransformer
-from open_mythos.model import OpenMythos
-from open_mythos.runtime import derive_seed
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.seeding import derive_seed
 from open_mythos.train.config import RunConfig
 
 Model = OpenMythos | DenseTransformer

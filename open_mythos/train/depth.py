@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.runtime import derive_seed
+from open_mythos.seeding import derive_seed
 from open_mythos.train.config import DepthConfig
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from open_mythos.config import check_count
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.evaluation.exits import every_loop, token_scores
+from open_mythos.evaluation.early_exit import every_loop, token_scores
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.layers.halting import ACTHalting, exit_loops
-from open_mythos.model import OpenMythos
-from open_mythos.runtime import seeded_generator
+from open_mythos.model.layers.halting import ACTHalting, exit_loops
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.seeding import seeded_generator
 from open_mythos.train.loss import IGNORE_INDEX
 from open_mythos.train.state import TokenBatch
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from open_mythos.base import CausalLM
 from open_mythos.errors import ConfigError
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.cross_entropy import linear_cross_entropy
-from open_mythos.trace import LoopTrace
 
 IGNORE_INDEX = -100
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from open_mythos.trace import LoopTrace
-from open_mythos.train.watching.metrics import LoopFigures, Metrics, depth_metrics
+from open_mythos.model.trace import LoopTrace
+from open_mythos.train.monitoring.metrics import LoopFigures, Metrics, depth_metrics
 
 
 class TokenBatch(Protocol):

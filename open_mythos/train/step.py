@@ -11,31 +11,26 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from open_mythos.devices import autocast, to_device, training_dtype
+from open_mythos.distributed import over_ranks, world_size
 from open_mythos.errors import ConfigError
-from open_mythos.model import OpenMythos
-from open_mythos.quantization import is_quantized
-from open_mythos.runtime import (
-    autocast,
-    derive_seed,
-    over_ranks,
-    to_device,
-    training_dtype,
-    world_size,
-)
-from open_mythos.trace import LoopTrace
+from open_mythos.inference.quantization import is_quantized
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
+from open_mythos.seeding import derive_seed
 from open_mythos.train.build import Model
 from open_mythos.train.config import RunConfig, TrainConfig
 from open_mythos.train.depth import DepthPlan
 from open_mythos.train.loss import count_targets, next_token_loss
+from open_mythos.train.monitoring.metrics import merge_trace
 from open_mythos.train.optimizers.ema import WeightAverage
 from open_mythos.train.optimizers.gradients import gradient_norm, scale_gradients
 from open_mythos.train.optimizers.loss_scale import LossScale
 from open_mythos.train.optimizers.optim import build_optimizer, freeze_halting_gate
 from open_mythos.train.optimizers.schedule import learning_rate
-from open_mythos.train.processes.distributed import device_of_process, sum_loads
-from open_mythos.train.processes.parallel import parallelize
+from open_mythos.train.parallel.parallelize import parallelize
+from open_mythos.train.parallel.process_group import device_of_process, sum_loads
 from open_mythos.train.state import StepCounts, StepResult, TokenBatch
-from open_mythos.train.watching.metrics import merge_trace
 
 
 class TrainStep:

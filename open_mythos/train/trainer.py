@@ -18,41 +18,37 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from open_mythos.devices import autocast
+from open_mythos.distributed import over_ranks, rank, world_size
 from open_mythos.errors import ConfigError, MythosError
-from open_mythos.model import OpenMythos
-from open_mythos.runtime import (
-    autocast,
-    over_ranks,
-    rank,
-    world_size,
-)
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.train.build import Model
+from open_mythos.train.checkpoint import snapshot
+from open_mythos.train.checkpoint.manifest import as_json
+from open_mythos.train.checkpoint.restore import holds_file, restore
+from open_mythos.train.checkpoint.resume import refuse_changes
+from open_mythos.train.checkpoint.saver import Saver
+from open_mythos.train.checkpoint.snapshot import CHECKPOINTS_FOLDER, checkpoints
 from open_mythos.train.config import RunConfig
-from open_mythos.train.optimizers.ema import AVERAGE_FILE
-from open_mythos.train.optimizers.loss_scale import LossScale
-from open_mythos.train.processes.distributed import (
-    first_decides,
-    merge_over_ranks,
-)
-from open_mythos.train.saving import checkpoint
-from open_mythos.train.saving.checkpoint import CHECKPOINTS_FOLDER, checkpoints
-from open_mythos.train.saving.manifest import as_json
-from open_mythos.train.saving.restoring import holds_file, restore
-from open_mythos.train.saving.resume import refuse_changes
-from open_mythos.train.saving.saver import Saver
-from open_mythos.train.signals import PreemptedError, StopRequest
-from open_mythos.train.state import BatchLoader, StepResult, TokenBatch, TrainState
-from open_mythos.train.step import TrainStep
-from open_mythos.train.watching.loggers import LoggedRun, open_loggers
-from open_mythos.train.watching.metrics import (
+from open_mythos.train.monitoring.loggers import LoggedRun, open_loggers
+from open_mythos.train.monitoring.metrics import (
     JsonlLogger,
     LoggerGroup,
     MetricsLogger,
     event,
     finite,
 )
-from open_mythos.train.watching.validated import depth_record, depths_to_validate
-from open_mythos.train.watching.watch import Watch
+from open_mythos.train.monitoring.monitor import Watch
+from open_mythos.train.monitoring.validated import depth_record, depths_to_validate
+from open_mythos.train.optimizers.ema import AVERAGE_FILE
+from open_mythos.train.optimizers.loss_scale import LossScale
+from open_mythos.train.parallel.process_group import (
+    first_decides,
+    merge_over_ranks,
+)
+from open_mythos.train.signals import PreemptedError, StopRequest
+from open_mythos.train.state import BatchLoader, StepResult, TokenBatch, TrainState
+from open_mythos.train.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +308,7 @@ class Trainer(TrainStep):
             source: "latest" (in ``train.out_dir``), a checkpoint, or the folder of another run.
             strict: Refuse a damaged newest checkpoint instead of falling back to an older one.
             allow: Fields such as "optim.lr" that may differ from the saved configuration, beside
-                those of :data:`open_mythos.train.saving.resume.MAY_CHANGE`.
+                those of :data:`open_mythos.train.checkpoint.resume.MAY_CHANGE`.
 
         Raises:
             DataError: There is no whole checkpoint, or it is of another model or other data.
@@ -324,8 +320,8 @@ class Trainer(TrainStep):
 
     def _restore(self, source: str | Path, strict: bool, allow: Sequence[str] = ()) -> None:
         folder = self._saver().directory if source == "latest" else Path(source)
-        path = first_decides(lambda: checkpoint.find_checkpoint(folder, strict))
-        state = checkpoint.read_state(path)
+        path = first_decides(lambda: snapshot.find_checkpoint(folder, strict))
+        state = snapshot.read_state(path)
         refuse_changes(state["config"], self.config.to_dict(), allow)
         self.loader.load_state_dict(state["data"])
         extra = self._extra() if holds_file(path, AVERAGE_FILE) else {}

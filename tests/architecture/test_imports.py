@@ -14,29 +14,29 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # a module may import from its own line and from the lines above it
 STREET = (
-    ("errors",),
-    ("config",),
-    ("variants", "runtime", "graphs"),
+    ("errors", "lazy"),
+    ("config", "files", "seeding", "distributed"),
+    ("variants", "devices", "inference.cuda_graphs"),
     ("ops",),
-    ("cache",),
-    ("context", "trace"),
-    ("init", "layers"),
-    ("exits",),
-    ("live",),
-    ("recurrent", "base"),
-    ("decoder",),
-    ("generation",),
-    ("model",),
-    ("dense",),
+    ("model.cache",),
+    ("model.context", "model.trace"),
+    ("model.init", "model.layers"),
+    ("model.exit_rules",),
+    ("model.active",),
+    ("model.recurrent", "model.causal_lm"),
+    ("inference.static_decoder",),
+    ("model.generation",),
+    ("model.mythos",),
+    ("model.dense",),
 )
 RANK = {name: rank for rank, names in enumerate(STREET) for name in names}
 OUTSIDE = {"benchmarks", "experiments", "examples", "tests", "training"}
 
 
 def part(module: str) -> str:
-    """The package's part that a module belongs to: ``open_mythos.layers.gqa`` -> ``layers``."""
-    pieces = module.split(".")
-    return pieces[1] if len(pieces) > 1 else ""
+    """The part that a module belongs to: ``open_mythos.model.layers.gqa`` -> ``model``."""
+    pieces = module.split(".")[1:]
+    return ".".join(pieces[: 2 if pieces[:1] in (["model"], ["inference"]) else 1])
 
 
 @cache
@@ -56,7 +56,7 @@ def imports(file: Path) -> tuple[str, ...]:
 
 
 def own_part(file: Path) -> str:
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+    return part(".".join(("open_mythos", *file.relative_to(PACKAGE).with_suffix("").parts)))
 
 
 CORE = [file for file in FILES if own_part(file) in RANK]

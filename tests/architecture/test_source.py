@@ -14,8 +14,11 @@ from open_mythos import MythosConfig
 PACKAGE = Path(__file__).parents[2] / "open_mythos"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODEL_FILES = [
-    *(PACKAGE / name for name in ("base.py", "dense.py", "model.py", "recurrent.py")),
-    *sorted((PACKAGE / "layers").glob("*.py")),
+    *(
+        PACKAGE / "model" / name
+        for name in ("causal_lm.py", "dense.py", "mythos.py", "recurrent.py")
+    ),
+    *sorted((PACKAGE / "model" / "layers").glob("*.py")),
 ]
 files = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 MOST_LINES = 420
@@ -76,7 +79,7 @@ def test_every_config_field_is_read():
     }
     read = {name for file in MODEL_FILES for name in attributes(tree(file))}
     read |= {name for file in ("cache.py", "generation.py")
-             for name in attributes(tree(PACKAGE / file))}  # fmt: skip
+             for name in attributes(tree(PACKAGE / "model" / file))}  # fmt: skip
     while more := {name for used in read & derived.keys() for name in derived[used]} - read:
         read |= more
     fields = {field.name for field in dataclasses.fields(MythosConfig)}
@@ -84,10 +87,10 @@ def test_every_config_field_is_read():
 
 
 def test_environment_variables_are_read_in_two_places():
-    """The machine is asked in ``runtime``; the switches of the hub's own tools in
+    """The launcher's are read in ``distributed``; the switches of the hub's own tools in
     ``tokenizer/hub.py``, which must work without torch."""
     readers = {file for file in FILES if {"environ", "getenv"} & set(attributes(tree(file)))}
-    assert readers <= {PACKAGE / "runtime.py", PACKAGE / "tokenizer" / "hub.py"}
+    assert readers <= {PACKAGE / "distributed.py", PACKAGE / "tokenizer" / "hub.py"}
 
 
 def test_one_loop_body():

@@ -30,9 +30,9 @@ from benchmarks.measure import Finding, GateError, Row, compare, gate
 from benchmarks.models import QUICK, build, dense_like
 from benchmarks.plain import ConcatenatingCache, common_parts, plain_twin
 from open_mythos.accounting import account
-from open_mythos.cache import KVCache
-from open_mythos.layers.mla import MLAttention
-from open_mythos.layers.moe import MoEFFN
+from open_mythos.model.cache import KVCache
+from open_mythos.model.layers.mla import MLAttention
+from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.variants import VARIANTS
 
 OWN = tuple(name for name in suites.CPU if name not in suites.OPTIONAL)

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import torch
 
 from open_mythos.train import Trainer
-from open_mythos.train.saving import checkpoint
-from open_mythos.train.saving import saver as saving
+from open_mythos.train.checkpoint import saver as saving
+from open_mythos.train.checkpoint import snapshot
 
 
 def _after_resume(change: Callable[[Trainer], None]) -> Callable[[Trainer], Any]:
@@ -71,8 +71,8 @@ def _written_in_place(trainer: Trainer) -> Iterator[None]:
         fill(final, snapshot)
         final.rename(folder)
 
-    fill = checkpoint.fill_folder
-    with patch.object(checkpoint, "fill_folder", publish_first):
+    fill = snapshot.fill_folder
+    with patch.object(snapshot, "fill_folder", publish_first):
         yield
 
 
@@ -82,7 +82,7 @@ def _old_ones_go_first(trainer: Trainer) -> Iterator[None]:
     plain = saving.write_jointly
 
     def write(directory: Path, *args: Any) -> Path:
-        for path in checkpoint.checkpoints(directory):
+        for path in snapshot.checkpoints(directory):
             shutil.rmtree(path)
         return plain(directory, *args)
 

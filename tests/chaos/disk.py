@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from open_mythos.train.saving import checkpoint, manifest
+from open_mythos.train.checkpoint import checkpoint, manifest
 
 
 class Operation(NamedTuple):

@@ -34,7 +34,7 @@ from chaos.lives import live, reference  # noqa: E402
 from chaos.poisons import POISONS  # noqa: E402
 from open_mythos.errors import MythosError  # noqa: E402
 from open_mythos.train import Trainer  # noqa: E402
-from open_mythos.train.saving import saver as saving  # noqa: E402
+from open_mythos.train.checkpoint import saver as saving  # noqa: E402
 
 _TABLE = re.compile(r"(<!-- ran: failures -->\n).*?(<!-- /ran -->)", re.DOTALL)
 

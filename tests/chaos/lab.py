@@ -31,8 +31,8 @@ from open_mythos.train import (
     Trainer,
     build_model,
 )
+from open_mythos.train.checkpoint.snapshot import CHECKPOINTS_FOLDER, checkpoints
 from open_mythos.train.optimizers.ema import WeightAverage
-from open_mythos.train.saving.checkpoint import CHECKPOINTS_FOLDER, checkpoints
 
 STEPS = 12
 SAVE_EVERY = 3

@@ -19,8 +19,8 @@ from chaos.lives import half_checkpoints
 from chaos.saves import in_a_fork
 from open_mythos.errors import MythosError
 from open_mythos.train import Trainer
-from open_mythos.train.saving import saver as saving
-from open_mythos.train.saving.checkpoint import CHECKPOINTS_FOLDER, checkpoints
+from open_mythos.train.checkpoint import saver as saving
+from open_mythos.train.checkpoint.snapshot import CHECKPOINTS_FOLDER, checkpoints
 
 NOBODY = 65534
 FULL_AT = 4

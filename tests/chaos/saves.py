@@ -19,7 +19,7 @@ from chaos.lives import half_checkpoints
 from chaos.server import die_with_the_server
 from open_mythos.errors import DataError, EnvironmentError_, MythosError
 from open_mythos.train import find_checkpoint
-from open_mythos.train.saving.saver import Saver
+from open_mythos.train.checkpoint.saver import Saver
 
 NEW = 2
 """Number of the step whose save fails."""

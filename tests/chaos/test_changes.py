@@ -8,7 +8,7 @@ import pytest
 
 from chaos import lab
 from open_mythos.errors import ConfigError
-from open_mythos.train.saving.resume import MAY_CHANGE, refuse_changes
+from open_mythos.train.checkpoint.resume import MAY_CHANGE, refuse_changes
 
 
 def flat(values, prefix=""):

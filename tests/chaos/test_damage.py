@@ -17,8 +17,8 @@ from chaos import lab
 from chaos.results import sizes
 from open_mythos.errors import DataError
 from open_mythos.train import find_checkpoint, verify_checkpoint
-from open_mythos.train.saving import checkpoint, manifest
-from open_mythos.train.saving.checkpoint import Snapshot, write_snapshot
+from open_mythos.train.checkpoint import checkpoint, manifest
+from open_mythos.train.checkpoint.snapshot import Snapshot, write_snapshot
 
 NEWEST, BEFORE = f"step_{lab.STEPS:08d}", f"step_{lab.STEPS - lab.SAVE_EVERY:08d}"
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from chaos import lab
 from open_mythos.errors import DataError
 from open_mythos.train import verify_checkpoint
-from open_mythos.train.saving import manifest
+from open_mythos.train.checkpoint import manifest
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoint_format.md"
 BLOCK = manifest.BLOCK_BYTES

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.train.test_distributed import Losses, whole
 
 from open_mythos import from_pretrained
 from open_mythos.train import PreemptedError, Trainer, build_model, verify_checkpoint
 from tests.train.conftest import CountingLoader, tiny_run
 from tests.train.ranks import run_ranks
-from tests.train.test_distributed import Losses, whole
 
 RUN = {"depth": {"plan": "uniform", "low": 1, "high": 4}, "optim": {"ema_decay": 0.9}}
 STEPS, CUT = 24, 4

@@ -15,10 +15,10 @@ from open_mythos.cli import main
 from open_mythos.cli.task import evaluation_batches, task_of, training_batches
 from open_mythos.data import PermHop, TokenShards
 from open_mythos.evaluation import evaluate_exits
-from open_mythos.exits import exit_rule
-from open_mythos.hub import from_pretrained, save_pretrained
+from open_mythos.hub.pretrained import from_pretrained, save_pretrained
+from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.trace import LoopTrace
 from open_mythos.tokenizer import ByteTokenizer
-from open_mythos.trace import LoopTrace
 
 GATE = "recurrent.halting.gate."
 TASK = {"task": "permhop", "entities": 16, "relations": 8, "seed": 0}

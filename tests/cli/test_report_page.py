@@ -24,7 +24,7 @@ from open_mythos.data import prepare
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train import DataConfig, DepthConfig, OptimConfig, RunConfig, TrainConfig
-from open_mythos.train.watching.validated import STATE_KEY, depth_record
+from open_mythos.train.monitoring.validated import STATE_KEY, depth_record
 from open_mythos.variants import variant
 
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(2)>"

@@ -28,7 +28,7 @@ from open_mythos.cli.trace.run import trace_of, trace_prompt
 from open_mythos.cli.trace.words import visible
 from open_mythos.data import PermHop
 from open_mythos.errors import ConfigError, DataError, MythosError
-from open_mythos.exits import StateChange
+from open_mythos.model.exit_rules import StateChange
 from open_mythos.tokenizer import ByteTokenizer
 
 TASK = PermHop(entities=6, relations=3)

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.data.batch import IGNORE_INDEX
-from open_mythos.dense import DenseTransformer
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation import GivenDepths, evaluate_exits
-from open_mythos.evaluation.exits import deal, every_loop, run_exits, token_scores
-from open_mythos.exits import ExitRule, FixedDepth, exit_rule
-from open_mythos.model import OpenMythos
-from open_mythos.trace import LoopTrace
+from open_mythos.evaluation.early_exit import deal, every_loop, run_exits, token_scores
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.exit_rules import ExitRule, FixedDepth, exit_rule
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
 
 from .small import BATCHES, TOKENS, batch, busy, config
 

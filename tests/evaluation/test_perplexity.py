@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from open_mythos.data.batch import IGNORE_INDEX
-from open_mythos.dense import DenseTransformer
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation import evaluate_depths
-from open_mythos.model import OpenMythos
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
 
 from .small import BATCHES, TOKENS, VOCAB, batch, busy, config
 

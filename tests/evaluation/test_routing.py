@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from open_mythos.data.batch import Batch
-from open_mythos.dense import DenseTransformer
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation import expert_routing
-from open_mythos.model import OpenMythos
-from open_mythos.trace import LoopTrace
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
 
 from .small import BATCHES, busy, config
 

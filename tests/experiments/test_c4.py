@@ -23,7 +23,7 @@ from open_mythos.experiments.claim import (
     Cell,
     Record,
 )
-from open_mythos.model import OpenMythos
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import RunConfig, build_model
 
 

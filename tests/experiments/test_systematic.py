@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from open_mythos.data.facts import KINDS
-from open_mythos.dense import parameter_count
 from open_mythos.experiments import systematic
 from open_mythos.experiments.claim import (
     DOES_NOT_HOLD,
@@ -15,7 +14,8 @@ from open_mythos.experiments.claim import (
 )
 from open_mythos.experiments.systematic.cells import ARMS, BETWEEN, LOOPED
 from open_mythos.experiments.systematic.measure import STAGES, _build
-from open_mythos.model import OpenMythos
+from open_mythos.model.dense import parameter_count
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import RunConfig
 
 CELLS = systematic.cells("cpu")

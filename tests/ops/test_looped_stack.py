@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import open_mythos.ops.experts.looped_stack as looped_stack
 import open_mythos.ops.experts.routed as moe
 from open_mythos.errors import ConfigError
-from open_mythos.model import OpenMythos
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.experts.routed import LoopedStack, deferring_pays, routed_experts
-from open_mythos.train.processes.parallel import apply_activation_checkpointing
+from open_mythos.train.parallel.parallelize import apply_activation_checkpointing
 from tests.helpers import assert_same, random_ids, randomise, small_config, small_model
 
 

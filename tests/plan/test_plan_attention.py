@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.plan_memory import Case, row
-from open_mythos.layers import mla
+from open_mythos.model.layers import mla
 from open_mythos.plan import layers
 from open_mythos.plan.memory import _forward_bytes, _held_parts, _step_peak
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from open_mythos.accounting import account
-from open_mythos.dense import DenseTransformer
-from open_mythos.model import OpenMythos
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.plan.memory import is_muon
 from open_mythos.plan.parameters import Parameter, parameters
 from open_mythos.train.optimizers.optim import NOT_TRAINED, rule_of

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from open_mythos.model import OpenMythos
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.plan import Job, Layout
 from open_mythos.plan.memory import WEIGHTS, held_parts, local_elements
 from open_mythos.plan.parameters import parameters
 from open_mythos.train import ParallelConfig, RunConfig, parallelize
-from open_mythos.train.processes import parallel
+from open_mythos.train.parallel import parallelize as parallelize_module
 from open_mythos.variants import VARIANTS, variant
 
 from .small import SMALL
@@ -41,7 +41,9 @@ def fake_group(size: int, rank: int) -> Iterator[None]:
 def _meshes_for_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models on the meta device are sharded over processes that would have CPUs."""
     monkeypatch.setattr(
-        parallel, "init_device_mesh", lambda device, *a, **k: init_device_mesh("cpu", *a, **k)
+        parallelize_module,
+        "init_device_mesh",
+        lambda device, *a, **k: init_device_mesh("cpu", *a, **k),
     )
 
 

@@ -7,8 +7,9 @@ import torch
 
 from open_mythos.config import MythosConfig
 from open_mythos.data import Batch
+from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError
-from open_mythos.runtime import rank, seeded_generator, world_size
+from open_mythos.seeding import seeded_generator
 from open_mythos.train import (
     DepthConfig,
     OptimConfig,

@@ -14,8 +14,8 @@ from helpers import random_ids, small_config, small_model
 from open_mythos import ConfigError, DenseTransformer
 from open_mythos.data import Batch, PermHop
 from open_mythos.errors import DataError
-from open_mythos.exits import exit_rule
-from open_mythos.layers.halting import ACTHalting, exit_loops
+from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.layers.halting import ACTHalting, exit_loops
 from open_mythos.train import GATE_TARGETS, GateConfig, gate, train_gate
 from open_mythos.train.gate import (
     Trajectory,

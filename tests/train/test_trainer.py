@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from open_mythos import OpenMythos
 from open_mythos.data import Batch, Loader, TokenShards, prepare
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.runtime import derive_seed
+from open_mythos.seeding import derive_seed
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train import (
     DivergedError,

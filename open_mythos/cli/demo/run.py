@@ -32,7 +32,6 @@ from open_mythos.cli.demo.training import Job, Trained, train_all
 from open_mythos.data import EpochWindows, TokenShards, prepare
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import expert_routing
-from open_mythos.exits import exit_rule
 from open_mythos.experiments.c1_depth.recipe import (
     CHOSEN_LOOPS,
     TASK,
@@ -41,9 +40,10 @@ from open_mythos.experiments.c1_depth.recipe import (
     questions,
     recipe,
 )
-from open_mythos.model import OpenMythos
+from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
 from open_mythos.tokenizer import Tokenizer
-from open_mythos.trace import LoopTrace
 from open_mythos.train import RunConfig
 
 MARKER = ".open-mythos-demo"

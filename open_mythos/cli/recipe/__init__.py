@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 
 from open_mythos.cli.recipe.options import parse_recipe
 from open_mythos.cli.recipe.plan import plan
+from open_mythos.distributed import local_rank
 from open_mythos.errors import MythosError
-from open_mythos.runtime import local_rank
 from open_mythos.tokenizer import DEFAULT_MODEL_ID
 from open_mythos.train.config import RunConfig
 

@@ -235,7 +235,7 @@ def _run_of(checkpoint: str, defaults: RunConfig) -> RunConfig:
             "no model is named to go on with", where="--checkpoint", value="",
             allowed="a model, a checkpoint or a run", fix="say --checkpoint FOLDER",
         )  # fmt: skip
-    from open_mythos.hub import CONFIG_FILE, model_directory
+    from open_mythos.hub.pretrained import CONFIG_FILE, model_directory
 
     path = model_directory(checkpoint) / CONFIG_FILE
     try:

@@ -21,13 +21,14 @@ from open_mythos.data import (
 )
 from open_mythos.data.shards import TOKENIZER_FOLDER
 from open_mythos.data.stream_held_out import TooFewHeldOutError
+from open_mythos.devices import training_dtype
+from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError
 from open_mythos.evaluation import evaluate_depths
-from open_mythos.runtime import rank, training_dtype, world_size
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train import RunConfig
 from open_mythos.train.build import Model
-from open_mythos.train.processes.distributed import first_decides
+from open_mythos.train.parallel.process_group import first_decides
 from open_mythos.train.trainer import Evaluate
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 from open_mythos.cli.report.charts import Line, bars, curves, depth_curve, heat, hue
 from open_mythos.cli.report.record import RunRecord, number
-from open_mythos.layers.injection import MAX_DECAY
+from open_mythos.model.layers.injection import MAX_DECAY
 
 _MOST_LINES = 7
 _BINS = 24

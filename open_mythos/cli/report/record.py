@@ -18,7 +18,7 @@ from open_mythos.accounting import Accounting, account
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError, MythosError
 from open_mythos.train.config import DepthConfig
-from open_mythos.train.watching.validated import STATE_KEY, depth_record
+from open_mythos.train.monitoring.validated import STATE_KEY, depth_record
 
 METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "run.yaml"
 CHECKPOINTS = "checkpoints"
@@ -30,7 +30,7 @@ class Event:
 
     step: int
     kind: str
-    """A kind of :data:`open_mythos.train.watching.metrics.EVENTS`, or "alarm"."""
+    """A kind of :data:`open_mythos.train.monitoring.metrics.EVENTS`, or "alarm"."""
     text: str
     """What happened, in a few words."""
 
@@ -318,8 +318,8 @@ def _decays(path: Path) -> list[float]:
     """The diagonal of A, read without the rest of the model."""
     import torch
 
-    from open_mythos.layers.injection import LTIInjection
-    from open_mythos.sharded import read_tensors, stored_shapes
+    from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
+    from open_mythos.model.layers.injection import LTIInjection
 
     shapes = stored_shapes(path)
     names = [f"model/recurrent.injection.{name}" for name in ("log_A", "dt_bias")]

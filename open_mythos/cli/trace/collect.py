@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from open_mythos.dynamics import Trajectory, logit_lens, run_trajectory
-from open_mythos.exits import ExitRule
-from open_mythos.model import OpenMythos
-from open_mythos.trace import LoopTrace
+from open_mythos.model.exit_rules import ExitRule
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
 
 SHOWN = 5
 """Predictions kept of every token and loop."""

@@ -11,11 +11,11 @@ from open_mythos.cli.trace.chain import TASK_FILE, read_chains
 from open_mythos.cli.trace.collect import Goal, PromptTrace, collect
 from open_mythos.cli.trace.page import write_page
 from open_mythos.config import check_count
+from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError
-from open_mythos.exits import exit_rule
-from open_mythos.hub import from_pretrained
-from open_mythos.model import OpenMythos
-from open_mythos.runtime import resolve_device
+from open_mythos.hub.pretrained import from_pretrained
+from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.tokenizer import Tokenizer
 
 

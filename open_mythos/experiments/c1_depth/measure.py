@@ -10,16 +10,16 @@ import torch
 
 from open_mythos.accounting import account
 from open_mythos.data import IGNORE_INDEX, Batch, PermHopLoader
-from open_mythos.dense import DenseTransformer
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.exits import exit_rule
 from open_mythos.experiments.c1_depth.recipe import TASK, accuracy_grid, questions
 from open_mythos.experiments.claim import Cell, Place
 from open_mythos.experiments.synthetic import Curves
-from open_mythos.layers.injection import LTIInjection
-from open_mythos.model import OpenMythos
-from open_mythos.runtime import derive_seed
-from open_mythos.trace import LoopTrace
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.layers.injection import LTIInjection
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
+from open_mythos.seeding import derive_seed
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
 

@@ -8,11 +8,11 @@ import torch
 
 from open_mythos.accounting import account
 from open_mythos.data import TaskLoader
-from open_mythos.dense import DenseTransformer
 from open_mythos.experiments.c1b_in_context.cells import TASK, TRAINED_HOPS
 from open_mythos.experiments.claim import Cell, Place
 from open_mythos.experiments.synthetic import Curves, answered
-from open_mythos.runtime import derive_seed
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.seeding import derive_seed
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
 

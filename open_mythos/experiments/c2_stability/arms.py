@@ -11,15 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from open_mythos.base import CausalLM
 from open_mythos.config import MythosConfig
-from open_mythos.context import Context
-from open_mythos.init import init_weights
-from open_mythos.layers.block import TransformerBlock
-from open_mythos.layers.injection import LTIInjection
-from open_mythos.layers.norm import RMSNorm
-from open_mythos.recurrent import RecurrentBlock
-from open_mythos.trace import LoopTrace
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.context import Context
+from open_mythos.model.init import init_weights
+from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.layers.injection import LTIInjection
+from open_mythos.model.layers.norm import RMSNorm
+from open_mythos.model.recurrent import RecurrentBlock
+from open_mythos.model.trace import LoopTrace
 
 
 class SandwichBlock(TransformerBlock):

@@ -16,12 +16,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from open_mythos.config import MythosConfig
 from open_mythos.data import Batch, Loader, TokenShards
+from open_mythos.devices import autocast, resolve_device, resolve_dtype
 from open_mythos.experiments.c2_stability.arms import LoopedLM
 from open_mythos.experiments.claim import Cell, Place
 from open_mythos.experiments.text import standard_library, validation
+from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.cross_entropy import linear_cross_entropy
-from open_mythos.runtime import autocast, derive_seed, resolve_device, resolve_dtype
-from open_mythos.trace import LoopTrace
+from open_mythos.seeding import derive_seed
 from open_mythos.train import (
     DepthConfig,
     DepthPlan,

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from open_mythos.data import IGNORE_INDEX, Batch
-from open_mythos.evaluation.exits import GivenDepths, run_exits
+from open_mythos.evaluation.early_exit import GivenDepths, run_exits
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.experiments.c1_depth.recipe import chains
-from open_mythos.layers.halting import graves_weights
-from open_mythos.model import OpenMythos
+from open_mythos.model.layers.halting import graves_weights
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.cross_entropy import linear_cross_entropy
 from open_mythos.train import RunConfig, build_model, build_optimizer, learning_rate
 

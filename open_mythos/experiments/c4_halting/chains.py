@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from open_mythos.data import IGNORE_INDEX, Batch
-from open_mythos.evaluation.exits import GivenDepths, Variant, every_loop, run_exits, wall_clock
+from open_mythos.evaluation.early_exit import (
+    GivenDepths,
+    Variant,
+    every_loop,
+    run_exits,
+    wall_clock,
+)
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.exits import ExitRule, exit_rule
 from open_mythos.experiments.c1_depth.recipe import TASK, TRAINED_HOPS, chains
 from open_mythos.experiments.c4_halting.act import measure_act, train_act
 from open_mythos.experiments.c4_halting.points import (
@@ -25,7 +30,8 @@ from open_mythos.experiments.c4_halting.points import (
     shallowest,
 )
 from open_mythos.experiments.claim import Cell, Place
-from open_mythos.model import OpenMythos
+from open_mythos.model.exit_rules import ExitRule, exit_rule
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import GateConfig, RunConfig, Trainer, build_model, train_gate
 from open_mythos.train.gate import calibration_error, trajectory
 

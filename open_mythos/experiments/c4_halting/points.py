@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from open_mythos.data import Batch
-from open_mythos.evaluation.exits import GivenDepths, Pass, deal, run_exits
+from open_mythos.evaluation.early_exit import GivenDepths, Pass, deal, run_exits
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.exits import exit_rule
 from open_mythos.experiments.c4_halting.rank import spearman
-from open_mythos.model import OpenMythos
+from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.mythos import OpenMythos
 
 
 def measure(
@@ -33,7 +33,7 @@ def measure(
         batches: What it is asked.
         n_loops: Most loops.
         name: Of the rule.
-        specs: Its settings, as :func:`open_mythos.exits.exit_rule` reads them.
+        specs: Its settings, as :func:`open_mythos.model.exit_rules.exit_rule` reads them.
         seed: Of the random exits.
         chains: Whether the one batch holds single chains, whose positions are hops.
     """

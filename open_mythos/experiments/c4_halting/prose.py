@@ -9,7 +9,7 @@ from open_mythos.data import Loader, TokenShards
 from open_mythos.experiments.c4_halting.points import measure
 from open_mythos.experiments.claim import Cell, Place
 from open_mythos.experiments.text import train
-from open_mythos.model import OpenMythos
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import GateConfig, train_gate
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.accounting import cache_rows
-from open_mythos.cache import KVCache, cache_bytes
 from open_mythos.config import MythosConfig
+from open_mythos.devices import resolve_device
 from open_mythos.experiments.c6_cache.cells import COUNTED
 from open_mythos.experiments.claim import Cell, Place
-from open_mythos.model import OpenMythos
-from open_mythos.runtime import derive_seed, resolve_device, seeded_generator
+from open_mythos.model.cache import KVCache, cache_bytes
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.seeding import derive_seed, seeded_generator
 
 
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from open_mythos.accounting import account
 from open_mythos.config import MythosConfig
-from open_mythos.context import Context
 from open_mythos.evaluation import expert_routing
 from open_mythos.experiments.c9_looped_experts.cells import TIED
 from open_mythos.experiments.claim import Cell, Place
 from open_mythos.experiments.text import train
-from open_mythos.layers.block import TransformerBlock
-from open_mythos.layers.moe import MoEFFN, Stacks
-from open_mythos.model import OpenMythos
+from open_mythos.model.context import Context
+from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.layers.moe import MoEFFN, Stacks
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.train.build import Model
 
 _ROUTED_BATCHES = 4

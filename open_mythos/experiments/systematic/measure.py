@@ -9,11 +9,11 @@ import torch
 from open_mythos.accounting import account
 from open_mythos.data import TaskLoader
 from open_mythos.data.facts import KINDS
-from open_mythos.dense import DenseTransformer
 from open_mythos.experiments.claim import Cell, Place
 from open_mythos.experiments.synthetic import Curves, answered
 from open_mythos.experiments.systematic.cells import HOPS, TASK
-from open_mythos.runtime import derive_seed, seeded_generator
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.seeding import derive_seed, seeded_generator
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
 

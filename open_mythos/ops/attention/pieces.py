@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from open_mythos.devices import as_autocast
 from open_mythos.ops.attention.visibility import Visibility, additive
-from open_mythos.runtime import as_autocast
 
 Place = tuple[slice, slice, slice]
 """Rows, heads, tokens."""

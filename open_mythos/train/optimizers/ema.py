@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.errors import ConfigError, DataError, InternalError
-from open_mythos.hub import from_pretrained
-from open_mythos.sharded import copy_part, read_tensors, stored_shapes
+from open_mythos.hub.pretrained import from_pretrained
+from open_mythos.hub.sharded_tensors import copy_part, read_tensors, stored_shapes
 from open_mythos.train.build import Model
 from open_mythos.train.optimizers.muon import local
 

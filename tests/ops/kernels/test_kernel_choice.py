@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from open_mythos.errors import ConfigError, EnvironmentError_
-from open_mythos.layers.injection import LTIInjection
-from open_mythos.layers.norm import RMSNorm
+from open_mythos.model.layers.injection import LTIInjection
+from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.ops import backend as choice
 from open_mythos.ops.attention import latent_decode as decoding
 from open_mythos.ops.attention.latent import latent_attend

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from open_mythos.layers.injection import LTIInjection
-from open_mythos.layers.norm import RMSNorm
+from open_mythos.model.layers.injection import LTIInjection
+from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.ops.attention import latent_decode as decoding
 from open_mythos.ops.attention.latent_decode import latent_decode
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves

@@ -1,0 +1,76 @@
+"""Devices, dtypes and autocast."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from open_mythos.errors import ConfigError, EnvironmentError_
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """``"auto"`` is CUDA where there is one, else the CPU; any other name is taken as it is.
+
+    Raises:
+        ConfigError: The name is not a device name.
+        EnvironmentError_: A CUDA device was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            "not a device name", where="device", value=name, allowed="auto, cpu, cuda, cuda:N, mps"
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentError_(
+            "a CUDA device was asked for and PyTorch sees none",
+            where="device",
+            value=name,
+            fix="use --device cpu, or install a CUDA build of PyTorch",
+        )
+    return device
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of ``x``, which lies on the host, that the host does not wait for."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a training run's products on ``device``; "auto" is what its hardware is fast in.
+
+    GPUs before compute capability 8 have no bfloat16 units: there it is float16.
+    """
+    if name != "auto":
+        return resolve_dtype(name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The ``torch.dtype`` named "float32", "bfloat16" or "float16"."""
+    if name not in DTYPES:
+        raise ConfigError("unknown dtype", where="dtype", value=name, allowed=", ".join(DTYPES))
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Mixed precision at ``dtype``; nothing at all for float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def as_autocast(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` in the dtype of the enclosing autocast region; itself outside of one."""
+    if not torch.is_autocast_enabled(weight.device.type):
+        return weight
+    return weight.to(torch.get_autocast_dtype(weight.device.type))

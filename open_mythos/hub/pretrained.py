@@ -1,0 +1,354 @@
+"""Saving and loading models: ``config.json`` and ``model.safetensors``, nothing else.
+
+Loading is strict and executes nothing: the configuration is JSON with known keys only, the weights
+are one safetensors file whose tensors must be exactly those of the model. Pickles are never read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from open_mythos.config import MythosConfig
+from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+from open_mythos.files import sync_to_disk
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = 1
+LIBRARY = "open-mythos"
+
+_KEYS = {
+    "looped": {"format", "library", "architecture", "config"},
+    "dense": {"format", "library", "architecture", "config", "n_layers"},
+}
+_IN_SHARDS = "model/"
+_DTYPES = ("F32", "BF16", "F16", "F64")
+_MAX_CONFIG_BYTES = 1 << 20
+_SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrained"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_STEP = re.compile(r"step_(\d+)")
+
+
+def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into ``directory``, which is made if missing.
+
+    Each file appears whole or not at all: it is written beside its place, forced to the disk, then
+    renamed. The head is left out when it shares the embedding's weight.
+
+    Args:
+        model: The model; its weights keep their dtype.
+        directory: Where to; files of the same names are replaced.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with _appearing(target / WEIGHTS_FILE) as path:
+        save_file(model_tensors(model), path, metadata={"format": "pt"})
+        # the library makes files that only their owner can read, whatever the umask is
+        path.chmod(target.stat().st_mode & 0o666)
+    with _appearing(target / CONFIG_FILE) as path:
+        path.write_text(json.dumps(describe(model), indent=2) + "\n", encoding="utf-8")
+    sync_to_disk(target)
+
+
+def from_pretrained(
+    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> OpenMythos | DenseTransformer:
+    """Load what :func:`save_pretrained` wrote, in evaluation mode.
+
+    Args:
+        directory: A folder with ``config.json`` and ``model.safetensors``, or with the shards that
+            several processes wrote; a training run or its ``checkpoints`` folder, whose newest
+            checkpoint is taken; or, as a string ``"owner/name"`` that is no folder here, a model
+            on the Hugging Face hub.
+        device: Where the weights go.
+        dtype: Of the parameters; as stored by default. Buffers keep theirs.
+
+    Raises:
+        DataError: A file is missing, damaged or hostile, or its tensors are not exactly those of
+            the model (the first few that differ are named).
+        EnvironmentError_: The hub cannot be reached, or has no such model.
+    """
+    folder = model_directory(directory)
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    description = _read_json(config)
+    if not weights.is_file():
+        return _from_shards(folder, description, device, dtype)
+    with _opened(weights) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        model = _skeleton(description, config, len(slices))
+        _check_tensors(model_tensors(model), slices, weights)
+        parameters = {name for name, _ in model.named_parameters()}
+        # copies: a mapped file that shrinks later would kill the process
+        tensors = {
+            name: file.get_tensor(name).to(device, dtype if name in parameters else None, copy=True)
+            for name in slices
+        }
+    if model.cfg.tie_embeddings:
+        tensors["head.weight"] = tensors["embedding.weight"]
+    return _filled(model, tensors)
+
+
+def _from_shards(
+    folder: Path, description: Mapping[str, Any], device: str | torch.device, dtype: Any
+) -> OpenMythos | DenseTransformer:
+    """The model of a checkpoint that several processes wrote."""
+    from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
+
+    shapes = stored_shapes(folder)
+    names = {name for name in shapes if name.startswith(_IN_SHARDS)}
+    model = _skeleton(description, folder / CONFIG_FILE, len(names))
+    expected = {f"{_IN_SHARDS}{name}": each for name, each in model_tensors(model).items()}
+    for name in sorted(expected.keys() ^ names):
+        raise DataError(
+            "the shards are not those of the configuration", where=str(folder), value=name,
+            allowed=f"exactly the {len(expected)} tensors of the model",
+            fix="copy the checkpoint again",
+        )  # fmt: skip
+    into = {name: torch.empty_like(each, device="cpu") for name, each in expected.items()}
+    read_tensors(folder, into)
+    parameters = {name for name, _ in model.named_parameters()}
+    tensors = {
+        name: tensor.to(device, dtype if name in parameters else None)
+        for key, tensor in into.items()
+        for name in [key.removeprefix(_IN_SHARDS)]
+    }
+    if model.cfg.tie_embeddings:
+        tensors["head.weight"] = tensors["embedding.weight"]
+    return _filled(model, tensors)
+
+
+def _filled(
+    model: OpenMythos | DenseTransformer, tensors: Mapping[str, Tensor]
+) -> OpenMythos | DenseTransformer:
+    model.load_state_dict(tensors, assign=True)
+    if model.cfg.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.eval()
+
+
+def describe(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
+    """The content of ``config.json``: everything needed to build ``model`` again, untrained."""
+    dense = isinstance(model, DenseTransformer)
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "library": LIBRARY,
+        "architecture": "dense" if dense else "looped",
+        "config": model.cfg.to_dict(),
+    }
+    if isinstance(model, DenseTransformer):
+        description["n_layers"] = model.n_layers
+    return description
+
+
+def model_directory(directory: str | Path) -> Path:
+    """The folder that holds the model which ``directory`` stands for; see :func:`from_pretrained`.
+
+    Raises:
+        DataError: There is no model.
+        EnvironmentError_: The hub cannot be reached, or has no such model.
+    """
+    folder = Path(directory)
+    if not folder.exists() and isinstance(directory, str) and _HUB_ID.fullmatch(directory):
+        return _download(directory)
+    if not folder.is_dir():
+        raise DataError(
+            "no model there", where="from_pretrained", value=str(directory),
+            allowed=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, a training run, owner/name",
+            fix="check the path; a name on the hub has the form owner/name",
+        )  # fmt: skip
+    if _holds_model(folder):
+        return folder
+    for parent in (folder, folder / "checkpoints"):
+        steps = [(int(m[1]), path) for path, m in _matches(parent) if _holds_model(path)]
+        if steps:
+            return max(steps)[1]
+    raise DataError(
+        "the folder holds no model", where="from_pretrained", value=str(directory),
+        allowed=f"{CONFIG_FILE} and {WEIGHTS_FILE} in it or in its newest checkpoint",
+        fix="pickled weights (.bin, .pt, .pth) are never read: convert them to safetensors first",
+    )  # fmt: skip
+
+
+def _matches(parent: Path) -> Iterator[tuple[Path, re.Match[str]]]:
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if match := _STEP.fullmatch(path.name):
+            yield path, match
+
+
+def _holds_model(folder: Path) -> bool:
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    if (folder / WEIGHTS_FILE).is_file():
+        return True
+    # what reads shards takes as long to import as half of torch
+    from open_mythos.hub.sharded_tensors import is_sharded
+
+    return is_sharded(folder)
+
+
+def _download(model_id: str) -> Path:
+    """The local copy of a model on the Hugging Face hub."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:  # the client raises its own, its transport's and OSError
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise EnvironmentError_(
+            f"neither a folder here nor a model that the hub gives: {reason[0]}",
+            where="from_pretrained", value=model_id, allowed="an existing folder or hub model",
+            fix=f"check the name, or on a machine with network: hf download {model_id} "
+            f"--local-dir DIR, then load DIR",
+        ) from error  # fmt: skip
+    if not _holds_model(folder):
+        raise DataError(
+            "the hub's model was not saved by this library", where="from_pretrained",
+            value=model_id, allowed=f"{CONFIG_FILE} and {WEIGHTS_FILE}",
+            fix="load models of other libraries with the library that saved them",
+        )  # fmt: skip
+    return folder
+
+
+def model_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:
+    """Name -> tensor of everything that is saved: a shared weight once."""
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if model.cfg.tie_embeddings:
+        del state["head.weight"]
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise _unfit(path, "cannot be read", str(error), "a readable file") from error
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise _unfit(path, "is too large to be one", len(text), f"<= {_MAX_CONFIG_BYTES} bytes")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unfit(path, "is not JSON", str(error), "a JSON object") from error
+    if not isinstance(values, dict):
+        raise _unfit(path, "is not a JSON object", values, "a JSON object")
+    return values
+
+
+def _skeleton(
+    values: Mapping[str, Any], path: Path, n_tensors: int
+) -> OpenMythos | DenseTransformer:
+    """The model that ``config.json`` describes, without memory for its weights.
+
+    Args:
+        values: The file's content.
+        path: The file, for messages.
+        n_tensors: Tensors in the weights file; a configuration of more layers than that would cost
+            time without end before its tensors could be found missing.
+    """
+    architecture = values.get("architecture")
+    for key, choices in (("format", [FORMAT]), ("library", [LIBRARY]), ("architecture", [*_KEYS])):
+        if values.get(key) not in choices:
+            allowed = " or ".join(repr(choice) for choice in choices)
+            raise _unfit(path, f"is of another {key}", values.get(key), allowed)
+    expected = _KEYS[str(architecture)]
+    if set(values) != expected:
+        differing = sorted(set(values) ^ expected)
+        raise _unfit(path, "has missing or unknown keys", differing, ", ".join(sorted(expected)))
+    config = _config(values["config"], path)
+    layers = config.prelude_layers + config.recurrent_layers + config.coda_layers
+    if architecture == "dense":
+        layers = values["n_layers"]
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 0 < layers <= n_tensors:
+        allowed = f"1 .. {n_tensors}, the tensors in {WEIGHTS_FILE}"
+        raise _unfit(path, "has more layers than the weights can fill", layers, allowed)
+    try:
+        with torch.device("meta"):
+            if architecture == "dense":
+                return DenseTransformer(config, layers)
+            return OpenMythos(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        allowed = "sizes that tensors can have"
+        raise _unfit(path, "describes no possible model", str(error), allowed) from error
+
+
+def _config(values: Any, path: Path) -> MythosConfig:
+    if not isinstance(values, dict):
+        raise _unfit(path, "holds no configuration", values, "an object of MythosConfig's fields")
+    try:
+        return MythosConfig.from_dict(values)
+    except ConfigError as error:
+        raise DataError(
+            error.what, where=f"{path}: {error.where}", value=error.value,
+            allowed=error.allowed, fix=error.fix or _SAVE_AGAIN,
+        ) from error  # fmt: skip
+
+
+def _unfit(path: Path, what: str, value: Any, allowed: str) -> DataError:
+    return DataError(
+        f"the configuration {what}", where=str(path), value=value, allowed=allowed, fix=_SAVE_AGAIN
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The safetensors file at ``path``; whatever it finds wrong is a DataError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            "not a whole safetensors file", where=str(path), value=str(error),
+            allowed="the file that save_pretrained wrote",
+            fix="copy the file again; pickled weights are never read",
+        ) from error  # fmt: skip
+
+
+def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], path: Path) -> None:
+    """Refuse anything but exactly the expected names and shapes, in a dtype that models have.
+
+    Args:
+        expected: The model's tensors.
+        found: Name -> slice of the file, of which nothing has been read yet.
+        path: The file, for messages.
+    """
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    for name in sorted(expected.keys() & found.keys()):
+        shape, dtype = list(found[name].get_shape()), found[name].get_dtype()
+        if shape != list(expected[name].shape):
+            problems.append(f"{name} is {shape}, not {list(expected[name].shape)}")
+        if dtype not in _DTYPES:
+            problems.append(f"{name} is {dtype}, not {' or '.join(_DTYPES)}")
+    if problems:
+        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+        shown = "; ".join(problems[:5] + more)
+        raise DataError(
+            f"the weights are not those of the configuration: {shown}", where=str(path),
+            allowed=f"exactly the {len(expected)} tensors of the model",
+            fix=f"load weights with the {CONFIG_FILE} they were saved with",
+        )  # fmt: skip
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place once it is whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync_to_disk(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

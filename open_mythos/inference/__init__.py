@@ -1,0 +1,1 @@
+"""Inference: static-shape decoding, CUDA graphs, quantized weights."""

@@ -1,0 +1,397 @@
+"""Weight-only quantisation of trained models, for generation and evaluation.
+
+A looped model reads the same weights in every loop of every token, so their bytes are its time.
+:func:`quantize` rounds the matrices of all blocks to 8 or 4 bits: linear layers, and the routed
+experts. What is small, sets the dynamics or is read once a token stays as it is:
+
+- norms, the router, the injection (A, dt, B), LoRA, halting, the read-out, embedding and head;
+- ``kv_up`` of latent attention: absorbed decoding folds it into query and output instead of
+  multiplying by it, so it would have to be unpacked at every loop, which moves more bytes than
+  leaving it alone.
+
+A quantised model computes in bfloat16. It cannot be trained, and is not saved: keep the model it
+was made from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.layers.halting import ACTHalting
+from open_mythos.model.layers.injection import LTIInjection
+from open_mythos.model.layers.mla import MLAttention
+from open_mythos.model.layers.moe import MoEFFN, Stacks
+from open_mythos.ops.quantized import (
+    DTYPE,
+    GROUPS,
+    PackedWeight,
+    pack,
+    packed_experts,
+    packed_linear,
+    packing_problem,
+)
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("int8", "int4")
+BACKENDS = ("auto", "aten", "torchao")
+DEFAULT_GROUP = 32
+
+Model = TypeVar("Model", bound=CausalLM)
+
+
+def quantize(
+    model: Model, kind: str, *, group_size: int | None = None, backend: str = "auto"
+) -> Model:
+    """Round the weights of all blocks to 8 or 4 bits, in place, and return the model.
+
+    Everything is checked first: a model that is refused is as it was. In place, because two copies
+    may not fit; ``copy.deepcopy`` a model that is still needed. Quantise it where it shall run.
+
+    Args:
+        model: A looped or a dense model, in any dtype; what stays unrounded becomes bfloat16, but
+            for the router, the injection's A and dt, and the halting gate, which keep their dtype.
+        kind: "int8" (a scale for each output) or "int4" (scale and zero for each group of inputs).
+        group_size: Inputs of a group: 32, 64, 128 or 256; 32 by default. "int4" alone has groups.
+        backend: Of the linear layers. "aten": the kernels of PyTorch's CPU backend, and weights
+            unpacked for many rows (open_mythos.ops.quantized). "torchao": its weight tensors, which
+            on CUDA have kernels of their own or are fused by ``torch.compile``. "auto" is "torchao"
+            on CUDA and "aten" elsewhere, where torchao's int8 unpacks the whole weight at each
+            call. Routed experts do not depend on it.
+
+    Returns:
+        ``model`` itself, in evaluation mode, no parameter of it requiring a gradient.
+
+    Raises:
+        ConfigError: Unknown kind, group or backend; the model is quantised already, or spread over
+            processes; a weight is not finite, or has fewer inputs than a group (it is named).
+        EnvironmentError_: torchao is needed and missing, or cannot serve this device.
+    """
+    group = _checked_group(kind, group_size)
+    if backend not in BACKENDS:
+        raise ConfigError(
+            "unknown backend", where="quantize(backend)", value=backend,
+            allowed=", ".join(BACKENDS), fix='leave it at "auto"',
+        )  # fmt: skip
+    device = model.head.weight.device
+    if backend == "auto":
+        backend = "torchao" if device.type == "cuda" else "aten"
+    places = list(_places(model))
+    _check_model(model, places, group)
+    make = _linear if backend == "aten" else _torchao_maker(device, group)
+    count = len(places)
+    while places:  # each is let go as soon as it is packed
+        _, owner, name, module = places.pop()
+        made = _Experts(module, group) if isinstance(module, MoEFFN) else make(module, group)
+        setattr(owner, name, made)
+    kept = {id(parameter) for parameter in _kept(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if id(parameter) not in kept and type(parameter.data) is Tensor:
+            parameter.data = parameter.data.to(DTYPE)
+    logger.info("quantised %d modules to %s by %s", count, kind, backend)
+    return model.eval()
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any part of ``model`` has been quantised."""
+    return any(isinstance(module, _Quantized) for module in model.modules())
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a model's weights; ``dataclasses.asdict`` makes it JSON."""
+
+    stored: int
+    """Held in memory."""
+    once: int
+    """Read for one token outside the loop; of the embedding its row."""
+    per_loop: int
+    """Read for one token in each loop: of routed experts the chosen ones, of LoRA one pair."""
+
+    def per_token(self, n_loops: int) -> int:
+        """Read for one token that runs ``n_loops`` loops. In a batch, all rows share one reading,
+        but choose experts of their own."""
+        return self.once + n_loops * self.per_loop
+
+
+def weight_bytes(model: CausalLM) -> WeightBytes:
+    """Count the bytes of ``model`` as it is, quantised or not; a shared weight counts once."""
+    read = {"once": 0.0, "loop": 0.0}
+    stored, seen = 0, set[int]()
+    for path, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            size = _bytes(tensor)
+            if id(tensor) not in seen:
+                stored += size
+            seen.add(id(tensor))
+            part, share = _reading(model, f"{path}.{name}", module)
+            read[part] += size * share
+    return WeightBytes(stored, round(read["once"]), round(read["loop"]))
+
+
+def _reading(model: CausalLM, path: str, module: nn.Module) -> tuple[str, float]:
+    """Whether a tensor is read once or in every loop, and which share of it a token reads."""
+    cfg = model.cfg
+    if isinstance(module, nn.Embedding):
+        return "once", 1 / cfg.vocab_size
+    if not path.startswith("recurrent.") or path.startswith("recurrent.injection.B"):
+        return "once", 1.0
+    if path.startswith("recurrent.halting."):
+        return "loop", 0.0  # only exit rules and traces ask it
+    if path.startswith("recurrent.lora."):
+        return "loop", 1 / cfg.max_loop_iters
+    routed = isinstance(module, MoEFFN) or ".packed_" in path
+    if routed and not path.endswith("router_bias"):
+        return "loop", cfg.n_experts_per_tok / cfg.n_experts
+    return "loop", 1.0
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor, or of the tensors that one of torchao's consists of."""
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor.data) is not Tensor:
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+class _Quantized(nn.Module):
+    """What all quantised modules refuse."""
+
+    def _refuse_gradients(self, x: Tensor) -> None:
+        if self.training or (torch.is_grad_enabled() and x.requires_grad):
+            raise ConfigError(
+                "a quantised model has no gradients", where=type(self).__name__.strip("_"),
+                value="training mode" if self.training else "an input that requires a gradient",
+                allowed="evaluation and generation", fix="train the model before it is quantised",
+            )  # fmt: skip
+
+    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
+        raise ConfigError(
+            "a quantised model is not saved", where="state_dict", value=type(self).__name__,
+            allowed="models before quantize()",
+            fix="save the model first; quantising it again at loading takes seconds",
+        )  # fmt: skip
+
+
+class _Packed(_Quantized):
+    """A :class:`PackedWeight` as a module, so that it moves with the model."""
+
+    levels: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.size = weight.inputs, weight.outputs, weight.group
+        self.register_buffer("levels", weight.levels)
+        self.register_buffer("scale", weight.scale)
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The weight; its scale in bfloat16, whatever the model was cast to."""
+        return PackedWeight(self.levels, self.scale.to(DTYPE), *self.size)
+
+
+class _Linear(_Packed):
+    """Takes the place of a linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        self._refuse_gradients(x)
+        return packed_linear(x, self.weight)
+
+
+class _TorchaoLinear(_Quantized):
+    """A linear layer whose weight is one of torchao's tensors."""
+
+    def __init__(self, weight: nn.Parameter, added: int) -> None:
+        super().__init__()
+        self.weight, self.added = weight, added
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        self._refuse_gradients(x)
+        x = x.to(DTYPE)
+        return F.linear(F.pad(x, (0, self.added)) if self.added else x, self.weight)
+
+
+class _Experts(_Quantized, MoEFFN):
+    """A mixture that routes as before, with packed experts."""
+
+    def __init__(self, moe: MoEFFN, group: int) -> None:
+        nn.Module.__init__(self)  # a mixture's own would allocate the experts again
+        self.layer, self.top_k, self.backend = moe.layer, moe.top_k, moe.backend
+        self.router, self.shared = moe.router, moe.shared
+        self.register_buffer("router_bias", moe.router_bias)
+        self.packed_gate_up = _Packed(pack(moe.gate_up.detach().mT, group))
+        self.packed_down = _Packed(pack(moe.down.detach().mT, group))
+
+    def mix(
+        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, stacks: Stacks | None
+    ) -> Tensor:
+        """As :meth:`MoEFFN.mix`, with weights of its own."""
+        self._refuse_gradients(x_ND)
+        packed = self.packed_gate_up.weight, self.packed_down.weight
+        return packed_experts(x_ND, *packed, experts_NC, weights_NC)
+
+
+def _linear(module: nn.Module, group: int) -> nn.Module:
+    assert isinstance(module, nn.Linear)
+    assert module.bias is None
+    return _Linear(pack(module.weight.detach(), group))
+
+
+def _torchao_maker(device: torch.device, group: int) -> Callable[[nn.Module, int], nn.Module]:
+    """What makes a layer of torchao's out of a linear one.
+
+    Raises:
+        EnvironmentError_: torchao is missing, or has no int4 for this device.
+    """
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise EnvironmentError_(
+            "torchao is not installed", where="quantize(backend)", value="torchao",
+            allowed='backend="aten", which on CUDA saves memory but no time',
+            fix="pip install 'open-mythos[quant]'",
+        ) from error  # fmt: skip
+    if group and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise EnvironmentError_(
+            "torchao's int4 cannot serve this device", where="quantize(backend)", value=str(device),
+            allowed="CUDA devices of compute capability 8.0 and above", fix='use backend="aten"',
+        )  # fmt: skip
+    # settings of the compiler are the caller's: they would change for the whole process
+    config = (
+        Int4WeightOnlyConfig(
+            group_size=group,
+            int4_packing_format="tile_packed_to_4d",
+            set_inductor_config=False,
+        )
+        if group
+        else Int8WeightOnlyConfig(set_inductor_config=False)
+    )
+
+    def make(module: nn.Module, _: int) -> nn.Module:
+        assert isinstance(module, nn.Linear)
+        # what does not fill its groups, torchao would leave as it is
+        added = -module.in_features % group if group else 0
+        weight = F.pad(module.weight.detach().to(DTYPE), (0, added))
+        with torch.device("meta"):
+            linear = nn.Linear(module.in_features + added, module.out_features, bias=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        quantize_(linear, config)
+        return _TorchaoLinear(linear.weight, added)
+
+    return make
+
+
+Place = tuple[str, nn.Module, str, nn.Module]
+"""Path of a module in the model, the module that owns it, its name there, and itself."""
+
+
+def _places(model: CausalLM) -> Iterator[Place]:
+    """All modules to replace; of a mixture first the linear layers within, then itself."""
+    for path, block in model.named_modules():
+        if isinstance(block, TransformerBlock):
+            yield from _within(path, block)
+
+
+def _within(path: str, owner: nn.Module) -> Iterator[Place]:
+    for name, module in owner.named_children():
+        inner = f"{path}.{name}"
+        fixed = (isinstance(owner, MLAttention) and name == "kv_up") or (
+            isinstance(owner, MoEFFN) and name == "router"
+        )
+        if isinstance(module, nn.Linear):
+            if not fixed:
+                yield inner, owner, name, module
+            continue
+        yield from _within(inner, module)
+        if isinstance(module, MoEFFN):
+            yield inner, owner, name, module
+
+
+def _kept(model: CausalLM) -> Iterator[Tensor]:
+    """Parameters that decide or set the dynamics, and are computed with in float32."""
+    for module in model.modules():
+        if isinstance(module, MoEFFN):
+            yield module.router.weight
+        elif isinstance(module, LTIInjection):
+            yield from (module.log_A, module.dt_bias)
+        elif isinstance(module, ACTHalting):
+            yield from module.parameters()
+
+
+def _checked_group(kind: str, group_size: int | None) -> int:
+    """Inputs of a group; 0 for int8, which has none."""
+    if kind not in KINDS:
+        raise ConfigError(
+            "unknown quantisation", where="quantize(kind)", value=kind, allowed=" or ".join(KINDS)
+        )
+    if kind == "int8" and group_size is not None:
+        raise ConfigError(
+            "int8 has one scale for each output, and no groups", where="quantize(group_size)",
+            value=group_size, allowed="None", fix="leave group_size out, or choose int4",
+        )  # fmt: skip
+    if group_size is not None and (isinstance(group_size, bool) or group_size not in GROUPS):
+        raise ConfigError(
+            "unknown group size", where="quantize(group_size)", value=group_size,
+            allowed=", ".join(map(str, GROUPS)), fix=f"leave it out for {DEFAULT_GROUP}",
+        )  # fmt: skip
+    return 0 if kind == "int8" else group_size or DEFAULT_GROUP
+
+
+def _check_model(model: CausalLM, places: list[Place], group: int) -> None:
+    """Refuse what could only be quantised in part."""
+    if is_quantized(model):
+        raise ConfigError(
+            "the model is quantised already", where="quantize", value=type(model).__name__,
+            allowed="a model as it was trained", fix="load the model again and quantise it once",
+        )  # fmt: skip
+    for path, _, _, module in places:
+        if isinstance(module, MoEFFN) and type(module) is not MoEFFN:
+            raise ConfigError(
+                "this mixture may not do what MoEFFN does", where=path,
+                value=type(module).__name__, allowed="MoEFFN itself",
+                fix="quantise a model whose mixtures are the library's",
+            )  # fmt: skip
+        for name, weight in _weights(path, module):
+            if type(weight.data) is not Tensor or weight.is_meta:
+                raise ConfigError(
+                    "this weight is not here as a whole", where=name,
+                    value=type(weight.data).__name__ if not weight.is_meta else "meta",
+                    allowed="models on one device", fix="quantise in a single process",
+                )  # fmt: skip
+            problem = packing_problem(weight.shape[-1], group)
+            if problem is not None:
+                raise ConfigError(
+                    "this layer cannot be rounded to int4", where=name, value=problem,
+                    allowed=f"groups of {', '.join(map(str, GROUPS))}, no wider than the inputs",
+                    fix="take a smaller group_size, or int8, which takes every width",
+                )  # fmt: skip
+            if not weight.isfinite().all():
+                raise ConfigError(
+                    "a weight is not finite", where=name, value="NaN or infinite",
+                    allowed="finite weights", fix="take an earlier checkpoint",
+                )  # fmt: skip
+
+
+def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight (..., O, I) of what is rounded in a module."""
+    if isinstance(module, MoEFFN):
+        yield from ((f"{path}.{name}", getattr(module, name).mT) for name in ("gate_up", "down"))
+    else:
+        assert isinstance(module, nn.Linear)
+        yield f"{path}.weight", module.weight

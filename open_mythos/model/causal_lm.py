@@ -1,0 +1,203 @@
+"""What every causal language model here shares: embedding, head, checks of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig, check_count
+from open_mythos.devices import to_device
+from open_mythos.errors import ConfigError
+from open_mythos.model.cache import KVCache
+from open_mythos.model.context import Context
+from open_mythos.model.layers.moe import MoEFFN
+from open_mythos.model.layers.norm import RMSNorm
+from open_mythos.model.trace import LoopTrace
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MASKS = (torch.bool, *INTEGERS)
+
+
+class CausalLM(nn.Module):
+    """Token embedding, a body that subclasses give as :meth:`body`, final norm and output head.
+
+    Raises:
+        ConfigError: The configuration is invalid.
+    """
+
+    body: Callable[..., Tensor]
+    """``body(input_ids, ctx, **depth)``: (B, T) ids -> (B, T, D), all before the head."""
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        cfg.validate()
+        # a copy: changing the caller's object must not change a built model
+        self.cfg = replace(cfg)
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | MutableMapping[str, object] | None = None,
+        start_pos: int = 0,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sample_seeds: Tensor | None = None,
+        **depth: Any,
+    ) -> Tensor:
+        """The normalised final hidden state (B, T, D); ``head(hidden)`` are the logits.
+
+        A loss takes this and ``head.weight``, so that the logits of a whole batch need never exist.
+        """
+        ctx = self.context(
+            input_ids, kv_cache, start_pos,
+            attention_mask=attention_mask, document_ids=document_ids, sample_seeds=sample_seeds,
+        )  # fmt: skip
+        with _autograd(ctx.cache, depth):
+            h_BTD = self.body(input_ids, ctx, **depth)
+        if ctx.cache is not None:
+            ctx.cache.commit(ctx.columns)
+        return h_BTD
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | MutableMapping[str, object] | None = None,
+        start_pos: int = 0,
+        **arguments: Any,
+    ) -> Tensor:
+        """(B, T, vocab): the logits after every position; arguments as of :meth:`hidden`."""
+        with _autograd(kv_cache, arguments):
+            return self.head(self.hidden(input_ids, kv_cache, start_pos, **arguments))
+
+    def next_token_logits(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | MutableMapping[str, object] | None = None,
+        start_pos: int = 0,
+        **arguments: Any,
+    ) -> Tensor:
+        """(B, vocab): the logits after the last position; arguments as of :meth:`hidden`."""
+        with _autograd(kv_cache, arguments):
+            return self.head(self.hidden(input_ids, kv_cache, start_pos, **arguments)[:, -1])
+
+    def context(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | MutableMapping[str, object] | None = None,
+        start_pos: int = 0,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sample_seeds: Tensor | None = None,
+    ) -> Context:
+        """Positions, masks and cache of a call, checked.
+
+        Args:
+            input_ids: (B, T) token ids.
+            kv_cache: A :class:`KVCache`, or an empty dict handed back at every call.
+            start_pos: Position of the first of these tokens; the cache's length when there is one.
+            attention_mask: (B, T), false (0) on padding; padding may stand on either side.
+            document_ids: (B, T) integers; a run of equal ones is a document. A token sees only its
+                own document's tokens, and its position counts from the document's beginning.
+            sample_seeds: (B,) int64 keys from which dropout and random initial states follow; drawn
+                from torch's global generator while training, 0 otherwise.
+
+        Raises:
+            ConfigError: A shape, type or value is wrong, or the context is too short.
+        """
+        self.check_ids(input_ids)
+        batch, n_new = input_ids.shape
+        cache = KVCache.of(kv_cache, self.cfg)
+        if cache is not None:
+            cache.admit(batch)
+        self._check_span(start_pos, n_new, cache)
+        check_tensor("attention_mask", attention_mask, input_ids.shape, MASKS)
+        check_tensor("document_ids", document_ids, input_ids.shape, INTEGERS)
+        check_tensor("sample_seeds", sample_seeds, input_ids.shape[:1], INTEGERS)
+        if sample_seeds is None and self.training:
+            sample_seeds = to_device(torch.randint(1 << 62, (batch,)), input_ids.device)
+        return Context.build(
+            n_new, self.cfg.rope_dim, self.cfg.rope_theta, input_ids.device,
+            start_pos=start_pos, cache=cache, document_BT=document_ids,
+            keys_B=None if sample_seeds is None else sample_seeds.long(),
+            valid_BT=None if attention_mask is None else attention_mask.bool(),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def update_router_bias(self, trace: LoopTrace, speed: float) -> None:
+        """Balance every expert mixture by the load that ``trace`` saw, summed over all loops."""
+        load = trace.load_by_layer()
+        for module in self.modules():
+            if isinstance(module, MoEFFN) and module.layer in load:
+                module.update_bias(load[module.layer], speed)
+
+    def _check_span(self, start_pos: int, n_new: int, cache: KVCache | None) -> None:
+        """The new tokens begin where the cache ends, and fit the context."""
+        check_count("start_pos", start_pos, least=0)
+        if cache is not None and start_pos != cache.length:
+            raise ConfigError(
+                "start_pos and the cache disagree", where="start_pos", value=start_pos,
+                allowed=f"the positions the cache holds ({cache.length})",
+                fix="pass start_pos=cache.length, or cache.truncate(start_pos) first",
+            )  # fmt: skip
+        if start_pos + n_new > self.cfg.max_seq_len:
+            raise ConfigError(
+                "the input does not fit the context", where="input_ids",
+                value=f"{start_pos} + {n_new} tokens",
+                allowed=f"max_seq_len ({self.cfg.max_seq_len})",
+                fix="shorten the input or build the model with a larger max_seq_len",
+            )  # fmt: skip
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Refuse what is not a (B, T) batch of this model's token ids."""
+        is_ids = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int64, torch.int32)
+        if not is_ids or input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ConfigError(
+                "not a batch of token ids", where="input_ids", value=_shown(input_ids),
+                allowed="an int64 or int32 tensor (B, T), neither of them 0",
+                fix="encode the text, and give a single sequence a batch axis: ids.unsqueeze(0)",
+            )  # fmt: skip
+        if input_ids.device.type != "cpu":
+            return  # looking at the values would make the host wait for the device at every call
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.cfg.vocab_size:
+            raise ConfigError(
+                "a token id is outside the vocabulary", where="input_ids",
+                value=low if low < 0 else high, allowed=f"0 .. {self.cfg.vocab_size - 1}",
+                fix="check that tokenizer and model belong together",
+            )  # fmt: skip
+
+
+def check_tensor(name: str, given: Any, shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse an optional argument that is not a tensor of this shape and one of these types."""
+    fits = isinstance(given, Tensor) and given.shape == shape and given.dtype in dtypes
+    if given is not None and not fits:
+        kinds = "integers" if torch.bool not in dtypes else "booleans (or 0 and 1)"
+        raise ConfigError(
+            f"{name} does not fit the tokens", where=name, value=_shown(given),
+            allowed=f"None, or a tensor {tuple(shape)} of {kinds}",
+            fix="describe the tokens of this call only; the cache remembers the earlier ones",
+        )  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)}"
+
+
+def _autograd(cache: object, depth: dict[str, Any]) -> AbstractContextManager[Any]:
+    """No graph for calls with a cache or an exit rule, the caller's grad mode for all others."""
+    wanted = cache is None and depth.get("exit_rule") is None
+    return nullcontext() if wanted else torch.no_grad()

@@ -1,0 +1,203 @@
+"""Where the tokens of one forward call stand: positions, what each may see, the cache.
+
+Built once per call and handed to every layer and every loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.devices import as_autocast
+from open_mythos.model.cache import Columns, KVCache, Places
+from open_mythos.ops.attention.visibility import Visibility
+from open_mythos.ops.experts.routed import LoopedStack
+from open_mythos.ops.rope import rope_table
+
+
+@dataclass(frozen=True)
+class Context:
+    """Positions, visibility and cache of one call.
+
+    Attributes:
+        positions: (T,) or (B, T) position of each token within its own document, padding ignored.
+        rope: Rotary table of these positions.
+        mask: What queries may look at: a visibility, or a boolean tensor (B or 1, 1, T, S) that is
+            true where they may. None when ``causal`` says it all, or when the single new token may
+            see everything.
+        columns: All positions, cached and new.
+        valid_BT: False on the new tokens that are padding; None when none is.
+        cache: Where keys and values are kept between calls.
+        places: Rows and positions of the call still being computed; None for all.
+        keys_B: One integer per sequence from which its random numbers follow.
+    """
+
+    positions: Tensor
+    rope: Tensor
+    mask: Visibility | Tensor | None
+    columns: Columns
+    valid_BT: Tensor | None = None
+    cache: KVCache | None = None
+    places: Places | None = None
+    keys_B: Tensor | None = None
+    _casts: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
+    _looped: dict[int, LoopedStack] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        n_new: int,
+        rope_dim: int,
+        rope_theta: float,
+        device: torch.device,
+        *,
+        start_pos: int = 0,
+        valid_BT: Tensor | None = None,
+        document_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        keys_B: Tensor | None = None,
+    ) -> Context:
+        """The context of ``n_new`` tokens that begin at ``start_pos``."""
+        past = Columns(0) if cache is None else cache.columns
+        columns = past.extend(n_new, valid_BT, document_BT)
+        run_BS = None if columns.document_BS is None else _runs(columns.document_BS)
+        positions = _positions(columns, run_BS, n_new, device) + (start_pos - past.length)
+        return cls(
+            positions=positions,
+            rope=rope_table(positions, rope_dim, rope_theta),
+            mask=_visibility(columns, run_BS, n_new, device),
+            columns=columns,
+            valid_BT=valid_BT,
+            cache=cache,
+            keys_B=keys_B,
+        )
+
+    @property
+    def causal(self) -> bool:
+        """Whether query i simply sees keys 0 .. i."""
+        return self.mask is None and self.columns.length == self.positions.shape[-1]
+
+    @property
+    def rows(self) -> Tensor | None:
+        """(R,) rows of the batch still being computed; None for all."""
+        return None if self.places is None else self.places.rows
+
+    def select(self, keep_B: Tensor) -> Context:
+        """The same call for some of its rows: ``keep_B`` indexes the rows still being computed."""
+        return replace(
+            self,
+            positions=_take(self.positions, keep_B, batched=self.positions.dim() == 2),
+            rope=self.rope[:, keep_B] if self.rope.dim() == 4 else self.rope,
+            mask=self._mask_of_rows(keep_B),
+            valid_BT=None if self.valid_BT is None else self.valid_BT[keep_B],
+            places=Places(keep_B if self.rows is None else self.rows[keep_B]),
+            keys_B=None if self.keys_B is None else self.keys_B[keep_B],
+        )
+
+    def at(self, rows_R: Tensor, columns_RT: Tensor, real_RT: Tensor) -> Context:
+        """This whole call for some of its positions: see :class:`open_mythos.model.cache.Places`.
+
+        What pads the rows is no token: it is not written to the cache, and not counted.
+        """
+        ctx = self.select(rows_R)
+        valid_RT = real_RT
+        if ctx.valid_BT is not None:
+            valid_RT = ctx.valid_BT.gather(1, columns_RT) & real_RT
+        positions = ctx.positions.expand(len(rows_R), -1)
+        rope = (
+            ctx.rope if ctx.rope.dim() == 4 else ctx.rope[:, None].expand(-1, len(rows_R), -1, -1)
+        )
+        return replace(
+            ctx,
+            positions=positions.gather(1, columns_RT),
+            rope=rope.take_along_dim(columns_RT[None, ..., None], dim=2),
+            mask=ctx._mask_of(columns_RT),
+            valid_BT=valid_RT,
+            places=Places(rows_R, columns_RT, real_RT, self.positions.shape[-1]),
+        )
+
+    def window(self, start: int, stop: int) -> Context:
+        """This call for a run of its new tokens, as attention needs it: ``mask`` is a tensor.
+
+        Nothing else is cut. A single new token that sees everything goes on without a mask.
+        """
+        mask = self.mask
+        if self.causal:
+            n_new = self.positions.shape[-1]
+            mask = Visibility(n_new, n_new, self.positions.device)
+        if isinstance(mask, Visibility):
+            all_of_it = (start, stop) == (0, mask.n_queries)
+            return replace(self, mask=mask.whole() if all_of_it else mask.rows(start, stop))
+        return replace(self, mask=None if mask is None else mask[:, :, start:stop])
+
+    def _mask_of_rows(self, keep_B: Tensor) -> Visibility | Tensor | None:
+        if isinstance(self.mask, Visibility):
+            return self.mask.select(keep_B)
+        return None if self.mask is None else _take(self.mask, keep_B, self.mask.shape[0] > 1)
+
+    def _mask_of(self, columns_RT: Tensor) -> Visibility | Tensor | None:
+        """What the new tokens that stand in ``columns_RT`` may see."""
+        n_new, total = self.positions.shape[-1], self.columns.length
+        if isinstance(self.mask, Tensor):
+            mask_RTS = self.mask[:, 0].expand(len(columns_RT), -1, -1)
+            return mask_RTS.take_along_dim(columns_RT.unsqueeze(-1), dim=1).unsqueeze(1)
+        if self.mask is None and n_new == 1:
+            return None
+        mask = self.mask or Visibility(n_new, total, columns_RT.device)
+        return mask.at(columns_RT)
+
+    def cast(self, weight: Tensor) -> Tensor:
+        """``weight`` in the autocast dtype, converted once per call instead of once per loop.
+
+        Autocast keeps such copies for the products it knows; grouped products are not among them.
+        """
+        if not torch.is_autocast_enabled(weight.device.type):
+            return weight
+        key = (id(weight), torch.is_grad_enabled())
+        if key not in self._casts:
+            self._casts[key] = as_autocast(weight)
+        return self._casts[key]
+
+    def looped(self, weight: Tensor) -> LoopedStack:
+        """The stack through which all loops of this call use ``weight``."""
+        if id(weight) not in self._looped:
+            self._looped[id(weight)] = LoopedStack(weight, self.cast(weight))
+        return self._looped[id(weight)]
+
+
+def _take(x: Tensor, keep_B: Tensor, batched: bool) -> Tensor:
+    return x[keep_B] if batched else x
+
+
+def _runs(document_BS: Tensor) -> Tensor:
+    """The documents numbered by where they stand: each run of equal ids is one."""
+    changes = document_BS[:, 1:] != document_BS[:, :-1]
+    return F.pad(changes.long().cumsum(1), (1, 0))
+
+
+def _positions(columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device) -> Tensor:
+    """How many real tokens of its own document stand before each token."""
+    old = columns.length - n_new
+    if columns.valid_BS is not None:
+        valid = columns.valid_BS.long()
+        before = valid.cumsum(1) - valid
+    elif run_BS is not None:
+        before = torch.arange(columns.length, device=device).expand_as(run_BS)
+    else:
+        return torch.arange(old, columns.length, device=device)
+    if run_BS is not None:
+        begins = F.pad(run_BS.diff(dim=1), (1, 0))
+        before = before - (begins * before).cummax(1).values
+    return before[:, old:]
+
+
+def _visibility(
+    columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device
+) -> Visibility | None:
+    """Which columns each new token may see; None when position alone decides and needs no mask."""
+    if columns.valid_BS is None and run_BS is None and n_new in (1, columns.length):
+        return None
+    return Visibility(n_new, columns.length, device, columns.valid_BS, run_BS)

@@ -1,0 +1,115 @@
+"""The baseline: the same blocks, each with weights of its own, run once."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig, check_count
+from open_mythos.errors import ConfigError
+from open_mythos.model.cache import KVCache
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.context import Context
+from open_mythos.model.generation import generate
+from open_mythos.model.init import init_weights
+from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.mythos import OpenMythos
+
+MATCHES = ("parameters", "depth")
+
+
+class DenseTransformer(CausalLM):
+    """A plain decoder of ``n_layers`` blocks with dense feed-forwards.
+
+    Args:
+        cfg: Configuration of the looped model it is compared with; the fields of the loop are not
+            read.
+        n_layers: Blocks; by default as many as the looped model stores.
+        ffn_dim: Hidden width of the feed-forwards; ``cfg.hidden_dim`` by default.
+    """
+
+    def __init__(
+        self, cfg: MythosConfig, n_layers: int | None = None, ffn_dim: int | None = None
+    ) -> None:
+        cfg.validate()
+        width = cfg.hidden_dim if ffn_dim is None else ffn_dim
+        super().__init__(replace(cfg, n_experts=0, ffn_dim=width))
+        stored = cfg.prelude_layers + cfg.recurrent_layers + cfg.coda_layers
+        self.n_layers = check_count("n_layers", stored if n_layers is None else n_layers)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(self.cfg, layer=i) for i in range(self.n_layers)
+        )
+        init_weights(self, cfg.dim)
+
+    @classmethod
+    def like(
+        cls, cfg: MythosConfig, match: str = "parameters", n_loops: int | None = None
+    ) -> DenseTransformer:
+        """The dense counterpart of a looped model.
+
+        Args:
+            cfg: The looped model's configuration.
+            match: "parameters": as many layers as the looped model stores, feed-forwards widened
+                until the parameter counts agree (to less than one hidden unit per layer).
+                "depth": one layer for every block the looped model executes, with feed-forwards as
+                wide as what one of its tokens uses.
+            n_loops: Loops to unroll for "depth"; ``max_loop_iters`` by default.
+        """
+        if match not in MATCHES:
+            raise ConfigError(
+                "unknown match", where="DenseTransformer.like", value=match,
+                allowed=" or ".join(MATCHES), fix="say what the two models shall have in common",
+            )  # fmt: skip
+        if match == "depth":
+            loops = check_count("n_loops", cfg.max_loop_iters if n_loops is None else n_loops)
+            layers = cfg.prelude_layers + cfg.recurrent_layers * loops + cfg.coda_layers
+            active = cfg.shared_dim + cfg.n_experts_per_tok * cfg.expert_dim
+            return cls(cfg, layers, active if cfg.n_experts else cfg.hidden_dim)
+        with torch.device("meta"):
+            target = parameter_count(OpenMythos(cfg))
+            narrow = parameter_count(cls(cfg, ffn_dim=1))
+            layers = cls(cfg, ffn_dim=1).n_layers
+        return cls(cfg, ffn_dim=max(1, 1 + round((target - narrow) / (3 * cfg.dim * layers))))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        kv_cache: KVCache | MutableMapping[str, object] | None = None,
+        start_pos: int = 0,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sample_seeds: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, vocab_size); the arguments are those of :meth:`OpenMythos.forward`."""
+        return self.logits(
+            input_ids, kv_cache, start_pos, attention_mask=attention_mask,
+            document_ids=document_ids, sample_seeds=sample_seeds,
+        )  # fmt: skip
+
+    def body(self, input_ids: Tensor, ctx: Context) -> Tensor:
+        """(B, T) ids -> (B, T, D)."""
+        x_BTD = self.embedding(input_ids)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, ctx)
+        return self.final_norm(x_BTD)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        **sampling: Any,
+    ) -> Tensor:
+        """Continue every row; arguments as of :func:`open_mythos.model.generation.generate`."""
+        return generate(self, input_ids, max_new_tokens, temperature, top_k, **sampling)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

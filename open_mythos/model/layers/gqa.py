@@ -1,0 +1,44 @@
+"""Grouped-query attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.context import Context
+from open_mythos.ops.attention.attend import attend
+from open_mythos.ops.rope import apply_rope
+
+
+class GQAttention(nn.Module):
+    """H query heads share G key/value heads (arXiv 2305.13245), with rotary positions.
+
+    The cache holds keys (rotated) and values of a token side by side: 2 G K elements.
+    """
+
+    def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        kv_width = cfg.n_kv_heads * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
+        self.kv_proj = nn.Linear(cfg.dim, 2 * kv_width, bias=False)
+        self.out_proj = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
+        """(B, T, D) -> (B, T, D); without a context, causal over the T tokens given."""
+        cfg = self.cfg
+        if ctx is None:
+            ctx = Context.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.n_heads, cfg.head_dim))
+        k_BTGK, v_BTGK = self.kv_proj(x_BTD).unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
+        q_BTHK, k_BTGK = apply_rope(q_BTHK, ctx.rope), apply_rope(k_BTGK, ctx.rope)
+        k_BSGK, v_BSGK = k_BTGK, v_BTGK
+        if ctx.cache is not None:
+            entry_BTW = torch.stack((k_BTGK, v_BTGK), dim=2).flatten(2)
+            entry_BSW = ctx.cache.write(self.layer, loop, entry_BTW, ctx.places)
+            k_BSGK, v_BSGK = entry_BSW.unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
+        y_BTHK = attend(
+            q_BTHK, k_BSGK, v_BSGK, ctx.mask, causal=ctx.causal, backend=cfg.attn_backend
+        )
+        return self.out_proj(y_BTHK.flatten(2))

@@ -1,0 +1,157 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.context import Context
+from open_mythos.model.layers.norm import RMSNorm
+from open_mythos.ops.attention.attend import attend
+from open_mythos.ops.attention.latent import latent_attend, latent_values
+from open_mythos.ops.attention.visibility import Visibility
+from open_mythos.ops.rope import apply_rope
+
+SCORES_AT_ONCE = 1 << 24
+"""Most scores that absorbed attention writes out at once."""
+EXPANDED_AT_ONCE = 1 << 26
+"""Most elements of keys and values that a call without gradient expands at once."""
+
+
+class MLAttention(nn.Module):
+    """Keys and values of all heads come from one latent vector per token.
+
+    The cache holds, per token, the *normalised* latent (R elements) and one rotary key shared by
+    all heads. Two ways to attend give the same result:
+
+    - *expanded*: latents become keys and values of every head; cheaper for many new tokens.
+    - *absorbed*: the up-projections are folded into the query and the output, so that the history
+      stays latent; cheaper for few new tokens on a long history, as in decoding.
+
+    :meth:`forward` takes the one that needs fewer multiplications.
+    """
+
+    def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        heads, key_width = cfg.n_heads, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+        if cfg.q_lora_rank:
+            self.q_down = nn.Linear(cfg.dim, cfg.q_lora_rank, bias=False)
+            self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps)
+        self.q_up = nn.Linear(cfg.q_lora_rank or cfg.dim, heads * key_width, bias=False)
+        self.kv_down = nn.Linear(cfg.dim, cfg.kv_lora_rank + cfg.qk_rope_head_dim, bias=False)
+        self.kv_norm = RMSNorm(cfg.kv_lora_rank, cfg.norm_eps)
+        up_width = heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+        self.kv_up = nn.Linear(cfg.kv_lora_rank, up_width, bias=False)
+        self.out_proj = nn.Linear(heads * cfg.v_head_dim, cfg.dim, bias=False)
+        self.scale = key_width**-0.5
+
+    def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
+        """(B, T, D) -> (B, T, D); without a context, causal over the T tokens given."""
+        cfg = self.cfg
+        if ctx is None:
+            ctx = Context.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
+        q_BTHK = self.query(x_BTD, ctx.rope)
+        entry_BSW = self.entry(x_BTD, ctx.rope)
+        if ctx.cache is not None:
+            entry_BSW = ctx.cache.write(self.layer, loop, entry_BSW, ctx.places)
+        absorb = self.absorbing_is_cheaper(x_BTD.shape[1], entry_BSW.shape[1])
+        if absorb and torch.is_grad_enabled():
+            # autograd would keep the scores of all pairs
+            absorb = _scores(q_BTHK, entry_BSW) <= SCORES_AT_ONCE
+        attend_latent = self._absorbed_in_blocks if absorb else self.expanded
+        return self.out_proj(attend_latent(q_BTHK, entry_BSW, ctx).flatten(2))
+
+    def query(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        """(B, T, H, nope + rope) queries, the last part rotated."""
+        low = self.q_norm(self.q_down(x_BTD)) if self.cfg.q_lora_rank else x_BTD
+        q_BTHK = self.q_up(low).unflatten(-1, (self.cfg.n_heads, -1))
+        nope, rotary = q_BTHK.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
+        return torch.cat((nope, apply_rope(rotary, rope)), dim=-1)
+
+    def entry(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        """(B, T, R + rope): what the cache keeps of a token."""
+        latent, key = self.kv_down(x_BTD).split(
+            [self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1
+        )
+        key = apply_rope(key.unsqueeze(2), rope).squeeze(2)
+        return torch.cat((self.kv_norm(latent).to(key.dtype), key), dim=-1)
+
+    def expanded(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
+        """Attention over keys and values of every head, (B, T, H, V).
+
+        Where no gradient is kept, a long history is expanded for some heads after the others.
+        """
+        cfg = self.cfg
+        heads = cfg.n_heads
+        widths = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+        if not torch.is_grad_enabled():
+            positions = entry_BSW.shape[0] * entry_BSW.shape[1]
+            heads = min(heads, max(1, EXPANDED_AT_ONCE // max(1, positions * widths)))
+        latent, key = entry_BSW.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1)
+        if heads == cfg.n_heads:
+            return self._attend_expanded(q_BTHK, self.kv_up(latent), key, ctx)
+        up_HUR = self.kv_up.weight.unflatten(0, (cfg.n_heads, -1))
+        return torch.cat([
+            self._attend_expanded(q, F.linear(latent, up.flatten(0, 1)), key, ctx)
+            for q, up in zip(q_BTHK.split(heads, dim=2), up_HUR.split(heads), strict=True)
+        ], dim=2)  # fmt: skip
+
+    def _attend_expanded(self, q_BTHK: Tensor, up_BSU: Tensor, key: Tensor, ctx: Context) -> Tensor:
+        """``up_BSU``: keys without position and values of as many heads as there are queries."""
+        cfg, heads = self.cfg, q_BTHK.shape[2]
+        nope, v_BSHV = up_BSU.unflatten(-1, (heads, -1)).split(
+            [cfg.qk_nope_head_dim, cfg.v_head_dim], dim=-1
+        )
+        shared = key.unsqueeze(2).expand(-1, -1, heads, -1)
+        k_BSHK = torch.cat((nope, shared.to(nope.dtype)), dim=-1)
+        return attend(
+            q_BTHK, k_BSHK, v_BSHV, ctx.mask,
+            causal=ctx.causal, scale=self.scale, backend=cfg.attn_backend,
+        )  # fmt: skip
+
+    def _absorbed_in_blocks(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
+        """:meth:`absorbed`, for as many queries at once as leave their scores small."""
+        n_new = q_BTHK.shape[1]
+        size = max(1, n_new * SCORES_AT_ONCE // max(1, _scores(q_BTHK, entry_BSW)))
+        if size >= n_new:
+            seen = ctx.window(0, n_new) if isinstance(ctx.mask, Visibility) else ctx
+            return self.absorbed(q_BTHK, entry_BSW, seen)
+        spans = [(start, min(start + size, n_new)) for start in range(0, n_new, size)]
+        return torch.cat([
+            self.absorbed(q_BTHK[:, start:stop], entry_BSW, ctx.window(start, stop))
+            for start, stop in spans
+        ], dim=1)  # fmt: skip
+
+    def absorbed(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
+        """The same attention without leaving the latent space, (B, T, H, V)."""
+        assert not isinstance(ctx.mask, Visibility), "a window of the call has its mask"
+        cfg = self.cfg
+        up_HUR = self.kv_up.weight.unflatten(0, (cfg.n_heads, -1))
+        key_up_HNR, value_up_HVR = up_HUR.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
+        # scaling the query is less work than scaling a score for every position
+        nope, rotary = (q_BTHK * self.scale).split(
+            [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1
+        )
+        latent_query = torch.einsum("bthn,hnr->bthr", nope, key_up_HNR)
+        q_BTHW = torch.cat((latent_query, rotary.to(latent_query.dtype)), dim=-1)
+        mixed_BTHR = latent_attend(
+            q_BTHW, entry_BSW.to(q_BTHW.dtype), ctx.mask, rank=cfg.kv_lora_rank, causal=ctx.causal
+        )
+        return latent_values(mixed_BTHR, value_up_HVR)
+
+    def absorbing_is_cheaper(self, n_new: int, n_all: int) -> bool:
+        """Whether ``n_new`` queries over ``n_all`` positions take fewer products absorbed."""
+        cfg = self.cfg
+        up = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+        key_width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+        expanded = n_all * up + n_new * n_all * (key_width + cfg.v_head_dim)
+        absorbed = n_new * up + n_new * n_all * 2 * cfg.cache_width
+        return absorbed < expanded
+
+
+def _scores(q_BTHK: Tensor, entry_BSW: Tensor) -> int:
+    """Elements of the scores of all queries, heads and positions."""
+    return q_BTHK.shape[:3].numel() * entry_BSW.shape[1]

@@ -1,0 +1,155 @@
+"""The loop. ``step`` is one iteration, and the only loop body there is; ``forward`` repeats it.
+
+    x       = A h + B e                       linear, rho(A) < 1 by construction
+    h_next  = x + R_t(x)                      residual branches: attention, experts, LoRA of loop t
+
+so h_next = A h + B e + Transformer(h, e) with exactly A h + B e as its linear part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.active import Live, LivePositions, LiveRows, Predict
+from open_mythos.model.context import Context
+from open_mythos.model.exit_rules import ExitRule
+from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.layers.halting import ACTHalting
+from open_mythos.model.layers.injection import LTIInjection
+from open_mythos.model.layers.loop_embedding import loop_index_embedding
+from open_mythos.model.layers.lora import LoRAAdapter
+from open_mythos.model.layers.norm import RMSNorm
+from open_mythos.model.trace import LoopTrace
+from open_mythos.ops.random import counter_normal
+
+_INITIAL_STATE_SALT = (1 << 32) - 1  # dropout counts up from 0
+
+
+class RecurrentBlock(nn.Module):
+    """``recurrent_layers`` blocks with shared weights, applied once per loop.
+
+    Args:
+        cfg: The model's configuration.
+        first_layer: Number of the first of these blocks in the model.
+    """
+
+    def __init__(self, cfg: MythosConfig, first_layer: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.injection = LTIInjection(cfg.dim, cfg.injection_rule, cfg.injection_matrix)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(cfg, use_moe=cfg.n_experts > 0, layer=first_layer + i)
+            for i in range(cfg.recurrent_layers)
+        )
+        self.lora = (
+            LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
+        )
+        self.lora_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.lora_rank else None
+        self.halting = ACTHalting(cfg.dim, cfg.act_threshold)
+
+    def step(
+        self, h_BTD: Tensor, drive_BTD: Tensor, t: Any, ctx: Context, trace: LoopTrace | None = None
+    ) -> Tensor:
+        """One iteration, h_t -> h_{t+1}.
+
+        Args:
+            h_BTD: State h_t; kept in float32 whatever the model's dtype.
+            drive_BTD: B e from ``injection.drive(e)``; it is the same at every loop.
+            t: Loop index, from 0, or (1,) of one that only the device knows; past the trained depth
+                LoRA and embedding keep their last.
+            ctx: Positions, masks and cache of the call.
+            trace: Receives state norms and routing.
+        """
+        x_BTD = self.injection.hold(h_BTD) + drive_BTD
+        if self.cfg.loop_embedding:
+            x_BTD = loop_index_embedding(x_BTD, self._trained(t), self.cfg.dim // 8)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, ctx, t, trace)
+        if self.lora is not None and self.lora_norm is not None:
+            x_BTD = x_BTD + self.lora(self.lora_norm(x_BTD), t)
+        if trace is not None:
+            trace.record_state(t, h_BTD, x_BTD, ctx.places)
+            if trace.keep_states:
+                trace.halting[t] = self.halting(x_BTD.detach())
+        return x_BTD
+
+    def _trained(self, t: Any) -> Any:
+        """``t``, or the last loop of the training where it is deeper."""
+        last = self.cfg.max_loop_iters - 1
+        return t.clamp(max=last) if isinstance(t, Tensor) else min(t, last)
+
+    def initial_state(self, e_BTD: Tensor, ctx: Context) -> Tensor:
+        """h_0 in float32: zero, the encoded input, or a truncated normal of variance 2/5.
+
+        The normal one is a function of each sequence's key and each token's position, so it does
+        not change with the batch, the rank or the chunking.
+        """
+        if self.cfg.initial_state == "zero":
+            return torch.zeros_like(e_BTD, dtype=torch.float32)
+        if self.cfg.initial_state == "prelude":
+            return e_BTD.float()
+        keys_B = ctx.keys_B
+        if keys_B is None:
+            keys_B = torch.zeros(e_BTD.shape[0], dtype=torch.long, device=e_BTD.device)
+        normal = counter_normal(keys_B, ctx.positions, e_BTD.shape[-1], _INITIAL_STATE_SALT)
+        return (2 / 5) ** 0.5 * normal
+
+    def forward(
+        self,
+        e_BTD: Tensor,
+        ctx: Context,
+        n_loops: int | Sequence[int],
+        *,
+        h_BTD: Tensor | None = None,
+        grad_loops: int | None = None,
+        exit_rule: ExitRule | None = None,
+        predict: Predict | None = None,
+        least_loops: int = 0,
+        trace: LoopTrace | None = None,
+    ) -> Tensor:
+        """Run the loop and return the final state (B, T, D), float32.
+
+        What has reached its depth is no longer computed: rows leave the batch, and so do single
+        positions that ``exit_rule`` stops. The others go on without them.
+
+        Args:
+            e_BTD: Encoded input, injected at every loop.
+            ctx: Positions, masks and cache of the call.
+            n_loops: Loops for all rows, or one number per row; at least 1.
+            h_BTD: Initial state; :meth:`initial_state` by default.
+            grad_loops: Truncated back-propagation: only the last ``grad_loops`` loops of each row
+                carry gradient. All of them by default.
+            exit_rule: Stops positions before their depth is reached; the loops then run without
+                autograd.
+            predict: Reads out states for an ``exit_rule`` that asks for predictions.
+            least_loops: Go on to so many loops, if need be with no rows at all: what joins several
+                processes in every loop needs each of them there.
+            trace: Receives diagnostics.
+        """
+        h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
+        drive_BTD = self.injection.drive(e_BTD)
+        live: Live = (
+            LiveRows(n_loops, len(h_BTD), ctx, least_loops)
+            if exit_rule is None
+            else LivePositions(n_loops, h_BTD, ctx, exit_rule, predict, trace)
+        )
+        ctx, t = live.ctx, 0
+        cache, n_new = ctx.cache, e_BTD.shape[1]
+        while live:
+            begins_B, any_grad = live.gradient(t, grad_loops)
+            if begins_B is not None:
+                h_BTD = torch.where(begins_B.view(-1, 1, 1), h_BTD.detach(), h_BTD)
+            with torch.set_grad_enabled(any_grad):
+                before, h_BTD = h_BTD, self.step(h_BTD, drive_BTD, t, ctx, trace)
+                keep = live.retire(t, before, h_BTD, ctx)
+            if keep is not None:
+                h_BTD, drive_BTD, ctx = keep.take(h_BTD), keep.take(drive_BTD), keep.ctx
+            t += 1
+        if cache is not None:
+            cache.carry_over(t, n_new)
+        return live.final_states()

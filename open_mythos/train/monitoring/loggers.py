@@ -1,0 +1,234 @@
+"""Where metrics can go beside ``metrics.jsonl``: TensorBoard, Weights & Biases, trackio.
+
+Each is a package of its own that is loaded only when it is asked for by name.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from open_mythos.config import nearest
+from open_mythos.distributed import rank
+from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.train.monitoring.metrics import MetricsLogger
+
+IDENTITY_FILE = "loggers.json"
+"""In the run's folder: the name under which the services know the run, so that a resumed run goes
+on there."""
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a logger needs to know about the run."""
+
+    folder: Path
+    """The run's folder."""
+    project: str
+    """Under which the services file it."""
+    config: Mapping[str, Any]
+    """Its configuration, nested, JSON-ready."""
+
+    def identity(self) -> str:
+        """A name for this run that no other has; made up once and kept in its folder.
+
+        Raises:
+            EnvironmentError_: The folder cannot be written.
+        """
+        path = self.folder / IDENTITY_FILE
+        try:
+            if path.exists():
+                return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = f"{self.folder.resolve().name}-{uuid.uuid4().hex[:8]}"
+            path.write_text(json.dumps({"id": name}) + "\n", encoding="utf-8")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EnvironmentError_(
+                "the name of the run for its loggers cannot be kept", where=str(path),
+                value=str(error), allowed='{"id": "..."} in a folder that can be written',
+                fix="mend the folder's permissions, or remove the file",
+            ) from error  # fmt: skip
+        return name
+
+
+class TensorBoardLogger:
+    """Writes events for TensorBoard into ``tensorboard`` in the run's folder.
+
+    Show them with ``tensorboard --logdir runs``. After a resume or a rewind the later of two values
+    at one step is shown.
+    """
+
+    def __init__(self, run: LoggedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open: Callable[..., Any] = SummaryWriter
+        self._folder = run.folder / "tensorboard"
+        self._writer: Any = None
+        self._last = 0
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write every number as a scalar, and every text of an alarm."""
+        if self._writer is None or step < self._last:
+            # what an abandoned piece of the run has written from this step on is hidden
+            self.close()
+            self._writer = self._open(str(self._folder), purge_step=step)
+        self._last = step
+        for name, value in flat_metrics(metrics).items():
+            self._writer.add_scalar(name, value, step)
+        for alarm in metrics.get("alarms", ()):
+            self._writer.add_text(
+                f"alarm/{alarm['name']}", f"{alarm['what']}: {alarm['fix']}", step
+            )
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class WandbLogger:
+    """Sends metrics to Weights & Biases, against the axis "step".
+
+    Log in with ``wandb login``, or set WANDB_MODE=offline.
+    """
+
+    def __init__(self, run: LoggedRun) -> None:
+        name = run.identity()
+        self._run: Any = import_module("wandb").init(
+            project=run.project, id=name, name=name, resume="allow", dir=str(run.folder),
+            config=dict(run.config),
+        )  # fmt: skip
+        # its own counter only goes up, and a run may go back to an older checkpoint
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Send every number; an alarm is an alert as well."""
+        self._run.log({"step": step, **flat_metrics(metrics)})
+        for alarm in metrics.get("alarms", ()):
+            self._run.alert(title=alarm["name"], text=f"step {step}: {alarm['what']}")
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        self._run.finish()
+
+
+class TrackioLogger:
+    """Keeps metrics for trackio, on this machine; ``trackio show`` displays them."""
+
+    def __init__(self, run: LoggedRun) -> None:
+        self._run: Any = import_module("trackio").init(
+            project=run.project, name=run.identity(), resume="allow", config=dict(run.config),
+            embed=False,
+        )  # fmt: skip
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Store every number at its step."""
+        self._run.log(flat_metrics(metrics), step=step)
+
+    def close(self) -> None:
+        """Wait until everything is stored."""
+        self._run.finish()
+
+
+@dataclass(frozen=True)
+class LoggerKind:
+    """How to open a logger, and what it needs."""
+
+    open: Callable[[LoggedRun], MetricsLogger]
+    package: str
+    """Name on PyPI, which is also what is imported."""
+
+
+LOGGERS: dict[str, LoggerKind] = {
+    "tensorboard": LoggerKind(TensorBoardLogger, "tensorboard"),
+    "wandb": LoggerKind(WandbLogger, "wandb"),
+    "trackio": LoggerKind(TrackioLogger, "trackio"),
+}
+"""Names for ``watch.loggers``."""
+
+
+def open_loggers(names: Sequence[str], run: LoggedRun) -> list[MetricsLogger]:
+    """The loggers of these names, ready to be written to; before a run's first step.
+
+    Every process may call it: all look for the packages, and only the first opens anything.
+
+    Args:
+        names: Keys of :data:`LOGGERS`.
+        run: What they are told about the run.
+
+    Raises:
+        ConfigError: A name is unknown.
+        EnvironmentError_: A package is missing, or its service refuses; says what to do.
+    """
+    for name in names:
+        if name not in LOGGERS:
+            raise ConfigError(
+                "unknown logger", where="watch.loggers", value=name, allowed=", ".join(LOGGERS),
+                fix=nearest(name, LOGGERS),
+            )  # fmt: skip
+        _look_for(name, LOGGERS[name].package)
+    return [_opened(name, run) for name in names] if rank() == 0 else []
+
+
+def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers under names of their own, for what plots one curve per name.
+
+    A list with an entry per loop becomes "name/loop01", "name/loop02", ...; rows of an evaluation
+    become "name/loss/depth04"; an alarm becomes 1 under "alarm/NAME". Histograms and tables of
+    shares are left out: the report shows them.
+    """
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if _is_number(value):
+            flat[name] = value
+        elif name == "alarms":
+            flat |= {f"alarm/{alarm['name']}": 1.0 for alarm in value}
+        elif isinstance(value, list) and not name.endswith("_histogram"):
+            flat |= _flat_list(name, value)
+    return flat
+
+
+def _flat_list(name: str, values: Iterable[Any]) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for loop, value in enumerate(values, start=1):
+        if _is_number(value):
+            flat[f"{name}/loop{loop:02d}"] = value
+        elif isinstance(value, dict) and "depth" in value:
+            depth = value["depth"]
+            end = "" if depth is None else f"/depth{depth:02d}"
+            numbers = {key: x for key, x in value.items() if key != "depth" and _is_number(x)}
+            flat |= {f"{name.removesuffix('/depths')}/{key}{end}": x for key, x in numbers.items()}
+    return flat
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _look_for(name: str, package: str) -> None:
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise EnvironmentError_(
+            f'the logger "{name}" needs a package that is not installed', where="watch.loggers",
+            value=str(error), allowed=f"the package {package}", fix=f"pip install {package}",
+        ) from error  # fmt: skip
+
+
+def _opened(name: str, run: LoggedRun) -> MetricsLogger:
+    try:
+        return LOGGERS[name].open(run)
+    except EnvironmentError_:
+        raise
+    except Exception as error:  # each package has exceptions of its own
+        raise EnvironmentError_(
+            f'the logger "{name}" does not start', where="watch.loggers", value=str(error),
+            fix=f"mend that (for wandb: wandb login, or WANDB_MODE=offline), or leave out {name}",
+        ) from error  # fmt: skip

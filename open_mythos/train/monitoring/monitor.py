@@ -1,0 +1,136 @@
+"""What a run is watched by: spikes of the loss, faults of the loops, use of the hardware."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from open_mythos.accounting import account
+from open_mythos.distributed import over_ranks, world_size
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.train.build import Model
+from open_mythos.train.config import RunConfig
+from open_mythos.train.monitoring.alarms import (
+    LoopWatchdog,
+    Thresholds,
+    first_judged_step,
+    loop_losses,
+    relative_gap,
+)
+from open_mythos.train.monitoring.metrics import LoopFigures, Metrics
+from open_mythos.train.monitoring.spikes import Spike, SpikeDetector
+from open_mythos.train.monitoring.utilisation import Utilisation, device_peak
+from open_mythos.train.parallel.parallelize import ParallelModel
+from open_mythos.train.state import StepResult, TokenBatch
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 1000
+"""Fewer say too little about what loops are worth."""
+
+
+class Watch:
+    """Measures a run and names what is wrong with it; what follows is the trainer's decision.
+
+    Args:
+        model: That is trained.
+        config: Of the run.
+        device: Of this process.
+        dtype: Of the products.
+    """
+
+    def __init__(
+        self, model: Model, config: RunConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        train, watch = config.train, config.watch
+        self._device, self._dtype = device, dtype
+        self._depth = max(1, round(config.depth.expected))
+        counts = account(model, context=train.seq_len)
+        peak = watch.peak_flops or _peak_of(device, dtype)
+        self._use = Utilisation(counts, config.grad_loops, peak and peak * world_size())
+        self._spikes = SpikeDetector(
+            watch.spike_window, watch.spike_threshold, watch.spike_patience
+        )
+        self._dog = None
+        if isinstance(model, OpenMythos) and watch.watchdog:
+            start = first_judged_step(train.steps, train.warmup_steps)
+            self._dog = LoopWatchdog(model.cfg, Thresholds(), start=start)
+
+    def add(self, seconds: float, result: StepResult, sequences: int) -> None:
+        """Count a step of this process's ``sequences``."""
+        depths = None if result.depths is None else result.depths.tolist()
+        flops = self._use.step_flops(depths, sequences, result.length)
+        self._use.add(seconds, result.counts.tokens, flops)
+
+    def spike(self, step: int, loss: float) -> Spike | None:
+        """Whether the loss of this step completes a spike; the same in all processes."""
+        return self._spikes.observe(step, loss)
+
+    def rates(self) -> Metrics:
+        """Speed of all processes since the last call."""
+        rates = self._use.metrics()
+        for name in ("flops_per_second", "mfu"):
+            # tokens are counted for the whole step, FLOPs for the sequences of this process
+            if name in rates:
+                rates[name] = sum(over_ranks([rates[name]], self._device)[0])
+        return rates
+
+    def look(
+        self, step: int, figures: LoopFigures, parallel: ParallelModel, batch: TokenBatch
+    ) -> Metrics:
+        """Alarms that this logged step raises, and those that are still on.
+
+        Args:
+            step: Optimizer steps done.
+            figures: Of all processes.
+            parallel: The model.
+            batch: Of this process; a part of it serves as a probe of what loops are worth.
+        """
+        if self._dog is None:
+            return {}
+        gap = None
+        if step >= self._dog.start and self._depth > 1:
+            part = batch.split(_parts(*batch.input_ids.shape))[0].to(self._device)
+            gap = relative_gap(*parallel.look_at(self._losses, part))
+        alarms = self._dog.observe(step, figures, loop_gap=gap)
+        for alarm in alarms:
+            logger.warning("%s", alarm)
+        metrics: Metrics = {} if gap is None else {"loop_gap": gap}
+        if alarms:
+            metrics["alarms"] = [alarm.to_dict() for alarm in alarms]
+        if self._dog.active:
+            metrics["alarms_active"] = self._dog.active
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready; what follows from it is as if never interrupted."""
+        dog = {} if self._dog is None else {"watchdog": self._dog.state_dict()}
+        return {"spikes": self._spikes.state_dict(), **dog}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._spikes.load_state_dict(state["spikes"])
+        if self._dog is not None and "watchdog" in state:
+            self._dog.load_state_dict(state["watchdog"])
+
+    def _losses(self, model: OpenMythos, batch: Any) -> tuple[float, float]:
+        return loop_losses(model, batch, self._depth, dtype=self._dtype)
+
+
+def _parts(sequences: int, length: int) -> int:
+    """Into how many equal parts to split a batch, of which one is the probe."""
+    wanted = min(sequences, -(-_PROBE_TOKENS // length))
+    size = next(n for n in range(wanted, sequences + 1) if sequences % n == 0)
+    return sequences // size
+
+
+def _peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of the device; None if it is not known, as on a CPU."""
+    if device.type != "cuda":
+        return None
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    name = str(dtype).removeprefix("torch.")
+    return device_peak(torch.cuda.get_device_name(device), name, tf32=tf32)

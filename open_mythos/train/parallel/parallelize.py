@@ -1,0 +1,244 @@
+"""What is wrapped around the single-device model code, from outside and in a fixed order.
+
+The model knows nothing of it. Activation checkpointing comes first, then compilation, then the
+experts move to their processes, then everything else is replicated (DDP) or sharded (FSDP2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from open_mythos.distributed import world_size
+from open_mythos.errors import ConfigError
+from open_mythos.model.context import Context
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.layers.moe import MoEFFN
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
+from open_mythos.train.build import Model
+from open_mythos.train.config import ParallelConfig, RunConfig
+from open_mythos.train.parallel.compile import compile_block
+from open_mythos.train.parallel.expert_parallel import apply_expert_parallelism, expert_parameters
+
+
+def parallelize(model: Model, config: RunConfig) -> ParallelModel:
+    """Prepare ``model`` for the processes that are there.
+
+    With "fsdp" every prelude and coda block is a unit of its own, and so is the module that owns
+    the loop: its weights are gathered once for all loops, and stay until the backward pass is done
+    with them. What is left (embedding, norms, read-out, head) is the outermost unit.
+
+    Args:
+        model: On its device; changed in place, its parameters become DTensors where sharded.
+        config: Of the run, validated.
+
+    Raises:
+        ConfigError: The number of processes does not fit the configuration.
+    """
+    parallel = config.parallel
+    kind = resolve_kind(parallel)
+    if config.train.checkpoint_loops and isinstance(model, OpenMythos):
+        apply_activation_checkpointing(model)
+    if config.train.compile:
+        _compile(model)
+    call: nn.Module = _Call(model)
+    if kind == "ddp":
+        call = DistributedDataParallel(call, gradient_as_bucket_view=True)
+        call.register_comm_hook(None, _sum_gradients)
+    elif kind == "fsdp":
+        device = next(model.parameters()).device.type
+        if parallel.experts > 1:
+            apply_expert_parallelism(model, _mesh(device, parallel.experts, "expert"))
+            if config.train.compile:
+                _keep_outside_of_graphs(model)
+        elsewhere = set(expert_parameters(model)) if parallel.experts > 1 else None
+        mesh = _mesh(device, parallel.shard or world_size(), "shard")
+        for unit, reshard in _units(model):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, ignored_params=elsewhere)
+        fully_shard(call, mesh=mesh, reshard_after_forward=False, ignored_params=elsewhere)
+        for module in call.modules():
+            if isinstance(module, FSDPModule):
+                # the loss is divided by counts of the whole step, so gradients are added up
+                module.set_force_sum_reduction_for_comms(True)
+                module.set_gradient_divide_factor(1.0)
+    return ParallelModel(call, model, keep_step=kind == "fsdp" and parallel.experts > 1)
+
+
+class _Call(nn.Module):
+    """Calls a function on the model: what replicates or shards hooks into calls of modules."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(self.model, *args, **kwargs)
+
+
+class ParallelModel:
+    """A model that all processes of a run share; made by :func:`parallelize`.
+
+    Args:
+        call: Calls functions on the model, wrapped as the kind asks for.
+        model: Inside it.
+        keep_step: Whether all processes have to run every loop together.
+    """
+
+    def __init__(self, call: nn.Module, model: Model, keep_step: bool) -> None:
+        self.model, self.keep_step = model, keep_step
+        self._call = call
+
+    @property
+    def outermost(self) -> nn.Module:
+        """The module that was replicated or sharded last, around the model."""
+        return self._call
+
+    def train_on(self, function: Callable[..., Any], *, last: bool, **arguments: Any) -> Any:
+        """``function(model, **arguments)`` for one micro-batch, to be back-propagated.
+
+        Replicas add up their gradients in the ``last`` micro-batch of a step. Shards do in every
+        one: gradients kept whole would need the memory that sharding saves.
+        """
+        if isinstance(self._call, DistributedDataParallel):
+            self._call.require_backward_grad_sync = last
+        return self._call(function, **arguments)
+
+    def look_at(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(model, *args)`` without gradients, its weights at hand."""
+
+        def call(model: Model) -> Any:
+            # the loop may be entered by its step, where nothing gathers
+            loop = [model.recurrent] if isinstance(model, OpenMythos) else []
+            units = [unit for unit in loop if isinstance(unit, FSDPModule)]
+            for unit in units:
+                unit.unshard()
+            try:
+                return function(model, *args)
+            finally:
+                for unit in units:
+                    unit.reshard()
+
+        with torch.no_grad():
+            return self._call(call)
+
+    def finish_gradients(self) -> None:
+        """Sum what is left to be summed: gradients of experts that several groups hold."""
+        for parameter in expert_parameters(self.model):
+            if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
+                parameter.grad = parameter.grad.redistribute(
+                    parameter.device_mesh, parameter.placements
+                )
+
+
+def resolve_kind(config: ParallelConfig) -> str:
+    """ "none", "ddp" or "fsdp" for the processes that are there.
+
+    Raises:
+        ConfigError: They do not divide as the configuration says.
+    """
+    size = world_size()
+    kind = ("none" if size == 1 else "ddp") if config.kind == "auto" else config.kind
+    if kind == "none" and size > 1:
+        raise ConfigError(
+            "several processes and nothing that joins them", where="parallel.kind", value=kind,
+            allowed='"ddp", "fsdp" or "auto"',
+        )  # fmt: skip
+    for name in ("shard", "experts"):
+        part = getattr(config, name) or size
+        if size % part:
+            raise ConfigError(
+                "the processes do not divide into groups", where=f"parallel.{name}", value=part,
+                allowed=f"a divisor of the number of processes ({size})",
+            )  # fmt: skip
+    return kind if size > 1 else "none"
+
+
+def transformer_blocks(model: Model) -> list[TransformerBlock]:
+    """All blocks, in the order in which they run."""
+    if isinstance(model, DenseTransformer):
+        found = [*model.blocks]
+    else:
+        found = [*model.prelude, *model.recurrent.blocks, *model.coda]
+    return [cast(TransformerBlock, block) for block in found]
+
+
+def _compile(model: Model) -> None:
+    """Compile every block; rows leave those that are in the loop."""
+    looped = set(model.recurrent.blocks) if isinstance(model, OpenMythos) else set()
+    for block in transformer_blocks(model):
+        compile_block(block, rows_leave=block in looped)
+
+
+def _keep_outside_of_graphs(model: nn.Module) -> None:
+    """Tokens that travel between processes make one break in a compiled block."""
+    for module in model.modules():
+        if isinstance(module, MoEFFN):
+            mixture: Any = module
+            mixture.mix = torch.compiler.disable(mixture.mix)
+
+
+def _units(model: Model) -> Iterable[tuple[nn.Module, bool]]:
+    """Modules that are gathered one at a time, and whether they are let go after their forward.
+
+    What runs last in the forward pass runs first in the backward pass, so the loop keeps its
+    weights: only the coda and the head come between.
+    """
+    if isinstance(model, DenseTransformer):
+        return [(block, True) for block in model.blocks]
+    outer = [(block, True) for block in (*model.prelude, *model.coda)]
+    return [*outer, (model.recurrent, False)]
+
+
+def _mesh(device: str, inner: int, name: str) -> DeviceMesh:
+    """All processes; a second axis of ``inner`` neighbours where there are several such groups."""
+    # a model that exists as shapes only has no processes of its own kind
+    device = "cpu" if device == "meta" else device
+    outer = world_size() // inner
+    if outer == 1 and name == "shard":
+        return init_device_mesh(device, (inner,), mesh_dim_names=(name,))
+    return init_device_mesh(device, (outer, inner), mesh_dim_names=("replica", name))
+
+
+def _sum_gradients(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication, without its division by the number of processes."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+# DDP compares the annotations themselves, which are strings in this module
+_sum_gradients.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}
+
+
+def apply_activation_checkpointing(model: OpenMythos) -> None:
+    """Keep only the state between loops for the backward pass, and recompute each loop there.
+
+    Replaces ``model.recurrent.step``, the one place through which every loop goes. Calling it twice
+    changes nothing.
+    """
+    block: Any = model.recurrent
+    if "step" in vars(block):
+        return
+    plain = block.step
+
+    def step(
+        h_BTD: Tensor, drive_BTD: Tensor, t: int, ctx: Context, trace: LoopTrace | None = None
+    ) -> Tensor:
+        # all randomness is a function of the sequence's key, so there is no RNG state to restore
+        return checkpoint(
+            plain, h_BTD, drive_BTD, t, ctx, trace, use_reentrant=False, preserve_rng_state=False
+        )
+
+    block.step = step

@@ -1,0 +1,572 @@
+"""Steps of constant shape: the plain form's tokens, and nothing that a capture could not hold."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_ids, randomise, small_config, small_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from open_mythos import ConfigError, DenseTransformer, KVCache, OpenMythos, generation
+from open_mythos.errors import EnvironmentError_
+from open_mythos.inference.static_decoder import StaticDecoder, static_problem
+from open_mythos.model.exit_rules import FixedDepth
+from open_mythos.model.generation import generate
+from open_mythos.ops.sampling import Sampling
+
+B, T, NEW = 3, 5, 9
+BUCKET = 4  # so that every generation here grows out of its bucket
+RAGGED = [1, 6, 3]
+
+
+def padded(batch: int = B) -> tuple[Tensor, Tensor]:
+    """Prompts of 5, 2 and 1 tokens."""
+    mask = torch.ones(batch, T, dtype=torch.bool)
+    for row, length in zip(range(batch), (5, 2, 1), strict=False):
+        mask[row, : T - length] = False
+    return random_ids(batch, T), mask
+
+
+def decoder_of(model: Any, batch: int = B, capacity: int = T + NEW, **how: Any) -> StaticDecoder:
+    return StaticDecoder(model, batch, capacity, bucket=BUCKET, **how)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, on any device: records operations on memory, and repeats them.
+
+    Python does not run again, and neither do shapes or numbers that Python decided change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, tuple, dict, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self._calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, recorded in self._calls:
+            given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs))
+                     if isinstance(x, Tensor)}  # fmt: skip
+            again = tree_leaves(func(*args, **kwargs))
+            for old, new in zip(tree_leaves(recorded), again, strict=True):
+                # a view, or what was changed in place, is the same memory as before
+                if isinstance(old, Tensor) and old.untyped_storage().data_ptr() not in given:
+                    old.copy_(new)
+                assert isinstance(old, Tensor) or old == new, f"{func} told Python something"
+
+
+class Tapes:
+    """:class:`open_mythos.inference.cuda_graphs.Graphs` with tapes in place of graphs."""
+
+    def __init__(self) -> None:
+        self.tapes: dict[Hashable, Tape | None] = {}
+        self.replays = 0
+
+    def run(self, key: Hashable, piece: Callable[[], None]) -> None:
+        if key not in self.tapes:
+            self.tapes[key] = None
+            piece()
+        elif self.tapes[key] is None:
+            with Tape() as self.tapes[key]:
+                piece()
+        else:
+            self.tapes[key].replay()
+            self.replays += 1
+
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero",
+         "equal", "lift_fresh")  # fmt: skip
+
+
+class Refusing(TorchDispatchMode):
+    """Refuses what makes a host wait for its device, or brings it something from host memory."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.startswith(WAITS), func
+        if name.startswith("index"):
+            masks = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]
+            assert not any(x.dtype == torch.bool and func.overloadpacket.__name__ in
+                           ("index", "index_put", "index_put_") for x in masks), func  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, nothing may read a tensor's values in Python; a CPU tells no mode of ``tolist``."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the host read a value of the device")
+
+    with monkeypatch.context() as patch, Refusing():
+        for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"):
+            patch.setattr(Tensor, name, refuse)
+        patch.setattr(torch, "tensor", refuse)
+        yield
+
+
+CASES = [
+    # attention, kv_share, routed experts, loops, padded, temperature
+    ("mla", "none", 8, 4, False, 0.0),
+    ("gqa", "none", 8, RAGGED, True, 0.9),
+    ("mla", "last", 0, RAGGED, False, 0.9),
+    ("gqa", "last", 8, 6, True, 0.0),
+    ("mla", "none", 0, 1, True, 0.9),
+    ("gqa", "none", 0, 4, False, 0.9),
+    ("mla", "none", 8, RAGGED, True, 0.0),
+    ("gqa", "last", 8, RAGGED, False, 0.0),
+]  # fmt: skip
+
+
+def arguments_of(case: tuple) -> tuple[OpenMythos, Tensor, dict[str, Any]]:
+    attn_type, kv_share, n_experts, loops, is_padded, temperature = case
+    model = small_model(attn_type, kv_share=kv_share, n_experts=n_experts)
+    ids, mask = padded()
+    return model, ids, {
+        "max_new_tokens": NEW, "temperature": temperature, "seed": 5, "repetition_penalty": 1.2,
+        "depth": {"n_loops": loops}, "attention_mask": mask if is_padded else None,
+    }  # fmt: skip
+
+
+class TestTokens:
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_static_is_the_plain_form(self, case):
+        model, ids, arguments = arguments_of(case)
+        plain = generate(model, ids, **arguments, decode="eager")
+        assert torch.equal(generate(model, ids, **arguments, decode=decoder_of(model)), plain)
+
+    @pytest.mark.parametrize("case", CASES[:4], ids=str)
+    def test_replayed_is_the_plain_form(self, case):
+        """What a graph holds: every piece runs in Python twice in each bucket, then no more."""
+        model, ids, arguments = arguments_of(case)
+        decoder, tapes = decoder_of(model), Tapes()
+        decoder._graphs = tapes
+        plain = generate(model, ids, **arguments, decode="eager")
+        for _ in range(2):
+            assert torch.equal(generate(model, ids, **arguments, decode=decoder), plain)
+        loops = arguments["depth"]["n_loops"]
+        most = loops if isinstance(loops, int) else max(loops)
+        buckets = {key[1] for key in tapes.tapes}
+        assert buckets == {6, 8, 12, T + NEW - 1}
+        assert len(tapes.tapes) == len(buckets) * (2 + most)
+        assert tapes.replays >= 2 * (NEW - 1) * (2 + most) - 2 * len(tapes.tapes)
+
+    def test_a_tape_keeps_what_python_decided(self):
+        """Control: a number counted on the device goes on, one that Python counted stays."""
+        tapes, here, there, count = Tapes(), torch.zeros(1), torch.zeros(1), itertools.count(1)
+
+        def piece() -> None:
+            here.fill_(next(count))
+            there.copy_((there + 1).view(1))
+
+        for _ in range(5):
+            tapes.run("piece", piece)
+        assert (int(here), int(there)) == (2, 5)
+
+    def test_all_filters(self, model):
+        ids = random_ids(B, T)
+        arguments = {"top_k": 9, "top_p": 0.8, "min_p": 0.05, "seed": 3, "temperature": 1.3}
+        plain, static = (
+            generate(model, ids, NEW, **arguments, decode=decode) for decode in ("eager", "static")
+        )
+        assert torch.equal(static, plain)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"loop_embedding": True, "recurrent_layers": 2}, {"initial_state": "normal"},
+         {"moe_backend": "sorted", "prelude_layers": 0, "coda_layers": 2}],
+        ids=str,
+    )  # fmt: skip
+    def test_other_models(self, changes):
+        model, ids = small_model("gqa", **changes), random_ids(B, T)
+        arguments = {"max_new_tokens": 4, "seed": 2, "depth": {"n_loops": 6}}
+        plain, static = (
+            generate(model, ids, **arguments, decode=decode) for decode in ("eager", "static")
+        )
+        assert torch.equal(static, plain)
+
+    def test_dense_models(self, attn_type):
+        model = randomise(DenseTransformer(small_config(attn_type))).eval()
+        (ids, mask), decoder, tapes = padded(), decoder_of(model), Tapes()
+        decoder._graphs = tapes
+        arguments = {"max_new_tokens": NEW, "attention_mask": mask, "seed": 1}
+        plain = model.generate(ids, **arguments, decode="eager")
+        assert torch.equal(model.generate(ids, **arguments, decode=decoder), plain)
+        assert tapes.replays > 0
+
+    def test_half_precision(self, attn_type):
+        model, ids = small_model(attn_type).bfloat16(), random_ids(B, T)
+        decoder, sampling, keys_B = decoder_of(model), Sampling(0.0), torch.arange(B)
+        tokens = [decoder.start(ids, sampling=sampling, keys_B=keys_B, n_loops=4).clone()]
+        tokens += [decoder.step().clone() for _ in range(3)]
+        # bfloat16 rounds where the plain form does: all but ties come out alike
+        plain = generate(model, ids, 4, 0.0, depth={"n_loops": 4}, decode="eager")[:, T:]
+        assert (torch.stack(tokens, 1) == plain).float().mean() > 0.8
+
+
+class TestWaiting:
+    @pytest.mark.parametrize("case", CASES[:4], ids=str)
+    def test_a_step_waits_for_nothing(self, case, monkeypatch):
+        model, ids, arguments = arguments_of(case)
+        decoder = decoder_of(model)
+        decoder.start(
+            ids, sampling=Sampling(arguments["temperature"], 9, 0.9, 0.01, 1.2),
+            keys_B=torch.arange(B), attention_mask=arguments["attention_mask"], eos_token_id=3,
+            n_loops=arguments["depth"]["n_loops"],
+        )  # fmt: skip
+        with no_waiting(monkeypatch):
+            for _ in range(NEW - 1):
+                decoder.step()
+
+    @pytest.mark.parametrize(
+        "wait",
+        [lambda x: x[0].item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.tolist(),
+         lambda x: bool(x.any()), lambda x: torch.tensor([1])],
+        ids=["item", "nonzero", "mask", "list", "bool", "upload"],
+    )  # fmt: skip
+    def test_the_test_sees_waiting(self, wait, monkeypatch):
+        """Control."""
+        with no_waiting(monkeypatch), pytest.raises(AssertionError):
+            wait(torch.arange(3))
+
+    def test_experts_that_ask_the_host_are_seen(self, monkeypatch):
+        """Control: of a whole model."""
+        decoder = decoder_of(small_model(moe_backend="sorted"))
+        decoder.start(random_ids(B, T), sampling=Sampling(), keys_B=torch.arange(B), n_loops=2)
+        with no_waiting(monkeypatch), pytest.raises(AssertionError, match="the host read"):
+            decoder.step()
+
+
+class TestReuse:
+    def test_nothing_is_left_of_the_last_call(self, model):
+        """Other depths, prompts, filters and ends, and a call whose state was not finite."""
+        decoder, tapes, (ids, mask) = decoder_of(model), Tapes(), padded()
+        decoder._graphs = tapes
+        short = {"attention_mask": mask[:, 1:], "seed": 7, "eos_token_id": 4}
+        for loops, prompts, arguments in (
+            (6, ids, {"temperature": 0.0}),
+            (2, ids[:, 1:], short),
+            (RAGGED, ids, {"attention_mask": mask, "seed": 8}),
+            (7, ids[:, 1:], short),
+        ):
+            plain, static = (
+                generate(model, prompts, NEW, depth={"n_loops": loops}, **arguments, decode=decode)
+                for decode in ("eager", decoder)
+            )
+            assert torch.equal(static, plain)
+            for slot in decoder._cache._slots.values():
+                slot.fill_(torch.nan)
+
+    def test_weights_may_change_in_place(self, attn_type):
+        model, ids = small_model(attn_type), random_ids(B, T)
+        decoder = decoder_of(model)
+        decoder._graphs = Tapes()
+        before = generate(model, ids, NEW, 0.0, decode=decoder)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(-0.9)
+        after = generate(model, ids, NEW, 0.0, decode=decoder)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, generate(model, ids, NEW, 0.0, decode="eager"))
+
+    def test_memory_stays_where_it_is(self, model):
+        """A graph knows addresses: no call may move a slot."""
+        decoder, places = decoder_of(model), []
+        for loops in (6, 2):
+            generate(model, random_ids(B, T), NEW, depth={"n_loops": loops}, decode=decoder)
+            places.append({key: slot.data_ptr() for key, slot in decoder._cache._slots.items()})
+        assert places[0] == places[1]
+
+
+class Letters:
+    """Token i is the i-th character of a small alphabet, so that any id can be read."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(40 + i) for i in ids)
+
+
+@pytest.fixture(params=["at once", "late"])
+def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the host learns that all rows have ended: "late" is CUDA's way."""
+
+    class Late(generation._Ended):
+        def __init__(self, running_B: Tensor) -> None:
+            super().__init__(running_B)
+            self.is_late = True
+
+        def read(self) -> bool:
+            return not self._running
+
+    if request.param == "late":
+        monkeypatch.setattr(generation, "_Ended", Late)
+
+
+@pytest.mark.usefixtures("reading")
+class TestEnd:
+    @pytest.mark.parametrize("batch", [1, B])
+    def test_end_of_text(self, model, batch):
+        ids, seen = random_ids(batch, T), {}
+        free = generate(model, ids, NEW, seed=2, decode="eager")
+        eos = int(free[0, T + 3])
+        for decode in ("eager", "static"):
+            got: list[tuple[int, Tensor]] = []
+            out = generate(
+                model, ids, NEW, seed=2, eos_token_id=eos, decode=decode,
+                on_token=lambda i, token_B, got=got: got.append((i, token_B)),
+            )  # fmt: skip
+            assert [i for i, _ in got] == list(range(out.shape[1] - T))
+            assert torch.equal(torch.stack([token_B for _, token_B in got], 1), out[:, T:])
+            seen[decode] = out
+        assert torch.equal(seen["static"], seen["eager"])
+        if batch == 1:
+            assert seen["static"].shape[1] == T + 1 + free[0, T:].tolist().index(eos)
+
+    @pytest.mark.parametrize("eos_token_id", [None, 4])
+    def test_stop_strings(self, model, eos_token_id):
+        ids = random_ids(2, T)
+        text = Letters().decode(generate(model, ids, NEW, seed=2, decode="eager")[0, T:].tolist())
+        end = {"stop": text[4:6], "tokenizer": Letters(), "eos_token_id": eos_token_id, "seed": 2}
+        plain, static = (
+            generate(model, ids, NEW, **end, decode=decode) for decode in ("eager", "static")
+        )
+        assert torch.equal(static, plain)
+        assert set(static[0, T + text.index(text[4:6]) + 2 :].tolist()) <= {eos_token_id or 0}
+
+
+class TestCacheOfAStep:
+    @pytest.mark.parametrize("share", [False, True])
+    def test_rows_that_are_done_keep_their_last_entry(self, share):
+        cache, entry = KVCache(6, share), torch.arange(4.0).view(2, 2, 1)
+        for loop in range(3):
+            cache.write(1, loop, entry + 10 * loop)
+        column_1, live_B11 = torch.tensor([3]), torch.tensor([True, False]).view(2, 1, 1)
+        seen = []
+        for loop in range(3):
+            step = cache.step(loop, 4, column_1, live_B11 if loop else None)
+            seen.append(step.write(1, loop, torch.full((2, 1, 1), 50.0 + loop)).clone())
+        assert [slots.shape for slots in seen] == [(2, 4, 1)] * 3
+        assert torch.stack(seen)[:, :, 3, 0].tolist() == [[50, 50], [51, 50], [52, 50]]
+        expected = entry + 10 * torch.tensor([2 if share else t for t in range(3)]).view(3, 1, 1, 1)
+        assert torch.equal(torch.stack(seen)[:, :, :2], expected)
+
+    def test_it_writes_to_the_memory_of_the_cache(self):
+        cache = KVCache(6)
+        cache.write(0, 0, torch.zeros(1, 2, 3))
+        held = cache.nbytes
+        cache.step(0, 4, torch.tensor([2])).write(0, 0, torch.ones(1, 1, 3))
+        assert cache._slots[0, 0][0, :, 0].tolist() == [0, 0, 1, 0, 0, 0]
+        assert cache.nbytes == held
+
+    def test_clear_keeps_the_memory(self, model):
+        cache = KVCache(T)
+        model(random_ids(2, T), 3, cache)
+        places = [slot.data_ptr() for slot in cache._slots.values()]
+        cache.clear()
+        assert cache.length == 0
+        assert [slot.data_ptr() for slot in cache._slots.values()] == places
+        assert not any(slot.any() for slot in cache._slots.values())
+
+
+class TestBuckets:
+    def test_widths(self, model):
+        decoder = decoder_of(model, capacity=50)
+        assert [decoder._width(n) for n in (1, 4, 5, 9, 48, 49)] == [4, 4, 8, 12, 48, 49]
+        decoder._graphs = Tapes()
+        widths = [decoder._width(n) for n in range(1, 50)]
+        assert sorted(set(widths)) == [4, 6, 8, 12, 16, 24, 32, 48, 49]
+        assert all(n <= width <= max(4, 3 * n // 2) for n, width in enumerate(widths, 1))
+
+
+def start(decoder: StaticDecoder, ids: Tensor) -> Tensor:
+    return decoder.start(ids, sampling=Sampling(), keys_B=torch.arange(len(ids)), n_loops=1)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("decode", ["static", "compile"])
+    def test_what_only_the_plain_form_can_do(self, model, decode):
+        ids = random_ids(1, T)
+        with pytest.raises(ConfigError, match="exit_rule"):
+            generate(model, ids, 2, depth={"exit_rule": FixedDepth(2)}, decode=decode)
+        with pytest.raises(ConfigError, match="use_cache=False"):
+            generate(model, ids, 2, use_cache=False, decode=decode)
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(ConfigError, match="autocast"),
+        ):
+            generate(model, ids, 2, decode=decode)
+
+    def test_unknown_names(self, model):
+        with pytest.raises(ConfigError, match="eager, static, graph, compile"):
+            generate(model, random_ids(1, T), 2, decode="fast")
+        with pytest.raises(ConfigError, match="static, graph, compile"):
+            StaticDecoder(model, 1, 8, mode="eager")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_graphs_without_cuda(self, model):
+        with pytest.raises(EnvironmentError_, match="CUDA device"):
+            generate(model, random_ids(1, T), 2, decode="graph")
+
+    @pytest.mark.parametrize(("batch", "capacity"), [(2, T + NEW), (B, T + NEW - 1)])
+    def test_a_decoder_of_another_size(self, model, batch, capacity):
+        decoder = decoder_of(model, batch, capacity)
+        with pytest.raises(ConfigError, match=f"{batch} rows of {capacity} positions"):
+            generate(model, random_ids(B, T), NEW, decode=decoder)
+        with pytest.raises(ConfigError, match="do not fit"):
+            start(decoder, random_ids(B, capacity))
+
+    def test_a_decoder_of_another_model(self, model):
+        with pytest.raises(ConfigError, match="made for other calls"):
+            generate(small_model(), random_ids(B, T), 2, decode=decoder_of(model))
+
+    @pytest.mark.parametrize(("batch", "capacity"), [(0, 8), (1, 0), (1, 2.5)])
+    def test_sizes(self, model, batch, capacity):
+        with pytest.raises(ConfigError, match="out of range"):
+            StaticDecoder(model, batch, capacity)
+
+    def test_no_step_before_the_start_or_past_the_end(self, model):
+        decoder = decoder_of(model, capacity=T + 2)
+        with pytest.raises(ConfigError, match="no next step"):
+            decoder.step()
+        start(decoder, random_ids(B, T))
+        decoder.step()
+        with pytest.raises(ConfigError, match=f"{T + 1} of {T + 2}"):
+            decoder.step()
+
+    def test_training_mode(self, attn_type):
+        decoder = decoder_of(small_model(attn_type).train())
+        with pytest.raises(ConfigError, match="evaluation mode"):
+            start(decoder, random_ids(B, T))
+
+    def test_models_that_need_other_shapes(self):
+        flash = small_model("gqa", attn_backend="flash")
+        assert "flash" in static_problem(flash, captured=False)
+        with pytest.raises(ConfigError, match="takes no mask"):
+            StaticDecoder(flash, 1, 8)
+
+    def test_experts_that_wait_are_not_captured(self):
+        """A model on no device in particular: what grouped products need is bfloat16 and width."""
+        for changes, dtype, captured in (
+            ({}, torch.bfloat16, True),
+            ({}, torch.float32, False),
+            ({"expert_dim": 12}, torch.bfloat16, False),
+            ({"moe_backend": "sorted"}, torch.bfloat16, False),
+            ({"n_experts": 0}, torch.float32, True),
+        ):
+            model = OpenMythos(small_config(**changes)).to(dtype)
+            assert static_problem(model, captured=False) is None
+            assert (static_problem(model, captured=True) is None) == captured
+
+
+class TestPlain:
+    def test_nobody_asked_for_more(self, model, monkeypatch):
+        class Unwanted(StaticDecoder):
+            def __init__(self, *_: Any, **__: Any) -> None:
+                raise AssertionError
+
+        monkeypatch.setattr(generation, "StaticDecoder", Unwanted)
+        assert generate(model, random_ids(1, T), 10).shape == (1, T + 10)
+
+    def test_nothing_to_decode(self, model):
+        ids = random_ids(B, T)
+        assert torch.equal(generate(model, ids, 0, decode="static"), ids)
+
+
+@pytest.fixture
+def compiled_as(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets how ``torch.compile`` compiles the pieces of a decoder."""
+    compile_ = torch.compile
+
+    def choose(**how: Any) -> None:
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", lambda piece: compile_(piece, **how))
+
+    return choose
+
+
+class TestCompiled:
+    def assert_equal(self, case: tuple) -> None:
+        model, ids, arguments = arguments_of(case)
+        plain = generate(model, ids, **arguments, decode="eager")
+        decoder = decoder_of(model, mode="compile")
+        assert torch.equal(generate(model, ids, **arguments, decode=decoder), plain)
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_piece_is_one_trace(self, compiled_as):
+        """No graph break, and one code for all loops and all buckets."""
+        compiled_as(backend="eager", fullgraph=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            self.assert_equal(CASES[0])
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("case", CASES[1:3], ids=str)
+    def test_compiled_is_the_plain_form(self, case, compiled_as):
+        compiled_as()
+        self.assert_equal(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestGraphs:
+    """On a device; rounding differs between kernels, so tokens are compared with the static form's,
+    whose kernels are the same."""
+
+    @pytest.mark.parametrize("case", [case for case in CASES if not case[2]], ids=str)
+    @pytest.mark.parametrize("mode", ["graph", "compile"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_captured_is_static(self, case, mode):
+        model, ids, arguments = arguments_of(case)
+        model, ids = model.cuda(), ids.cuda()
+        if arguments["attention_mask"] is not None:
+            arguments["attention_mask"] = arguments["attention_mask"].cuda()
+        static = generate(model, ids, **arguments, decode=decoder_of(model))
+        decoder = decoder_of(model, mode=mode)
+        for _ in range(3):
+            tokens = generate(model, ids, **arguments, decode=decoder)
+            agree = (tokens == static).float().mean()
+            assert agree == 1 if mode == "graph" else agree > 0.8
+
+    @pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+        reason="grouped products of this device ask the host",
+    )
+    def test_experts_are_captured(self):
+        model, ids = small_model().bfloat16().cuda(), random_ids(B, T).cuda()
+        static, graph = (
+            generate(model, ids, NEW, 0.0, decode=decode) for decode in ("static", "graph")
+        )
+        assert torch.equal(graph, static)
+
+    def test_a_step_does_not_synchronise(self):
+        model = small_model(n_experts=0).cuda()
+        decoder = decoder_of(model, mode="graph")
+        start(decoder, random_ids(B, T).cuda())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            decoder.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_a_row_that_ends_stops_the_call(self):
+        model, ids = small_model(n_experts=0).cuda(), random_ids(1, T).cuda()
+        eos = int(generate(model, ids, 20, 0.0)[0, T + 9])
+        out = generate(model, ids, 20, 0.0, eos_token_id=eos, decode="graph")
+        assert out[0, T:].tolist().index(eos) == out.shape[1] - T - 1
+
+
+def test_cases_cover_pairs():
+    """Attention, sharing, experts, depths per row: each choice meets each of any other."""
+    kinds = [(attn, share, bool(n), loops == RAGGED) for attn, share, n, loops, *_ in CASES]
+    for one, other in itertools.combinations(range(4), 2):
+        assert len({(kind[one], kind[other]) for kind in kinds}) == 4

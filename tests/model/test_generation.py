@@ -1,0 +1,231 @@
+"""Generation: which tokens may come, when it ends, and that a row never feels its neighbours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import random_ids, randomise, small_config, small_model
+from torch import Tensor
+
+from open_mythos import ByteTokenizer, ConfigError, DenseTransformer, OpenMythos
+from open_mythos.model.exit_rules import FixedDepth
+from open_mythos.ops.sampling import filter_logits, penalise_repetition
+
+B, T, NEW = 3, 5, 10
+
+
+@torch.no_grad()
+def greedy(model: OpenMythos, ids: Tensor, n_new: int, n_loops: int) -> Tensor:
+    """The plain loop: a full forward call for every token."""
+    for _ in range(n_new):
+        ids = torch.cat((ids, model(ids, n_loops)[:, -1].argmax(-1, keepdim=True)), 1)
+    return ids
+
+
+class TestTokens:
+    @pytest.mark.parametrize("n_loops", [1, 4, 9])
+    def test_greedy_is_the_plain_loop(self, model, n_loops):
+        ids = random_ids(B, T)
+        out = model.generate(ids, NEW, n_loops, temperature=0.0)
+        assert torch.equal(out, greedy(model, ids, NEW, n_loops))
+
+    def test_depth_changes_what_is_written(self, model):
+        """Control for every comparison of depths here."""
+        ids = random_ids(8, T)
+        shallow, deep = (model.generate(ids, NEW, n, temperature=0.0) for n in (1, 6))
+        assert not torch.equal(shallow, deep)
+
+    @pytest.mark.parametrize("kv_share", ["none", "last"])
+    def test_the_cache_of_the_config_is_used(self, kv_share):
+        model, ids = small_model(kv_share=kv_share), random_ids(8, T)
+        out = model.generate(ids, 20, 6, temperature=0.0)
+        assert torch.equal(out, greedy(model, ids, 20, 6)) == (kv_share == "none")
+
+    @pytest.mark.parametrize("n_loops", [4, [1, 7, 3]])
+    @pytest.mark.parametrize("temperature", [0.0, 0.8])
+    def test_without_cache_is_the_same(self, model, n_loops, temperature):
+        arguments = {"n_loops": n_loops, "temperature": temperature, "seed": 3}
+        ids = random_ids(B, T)
+        slow = model.generate(ids, NEW, **arguments, use_cache=False)
+        assert torch.equal(model.generate(ids, NEW, **arguments), slow)
+
+    def test_top_k_one_is_greedy(self, model):
+        ids = random_ids(B, T)
+        out = model.generate(ids, NEW, 4, temperature=2.0, top_k=1)
+        assert torch.equal(out, greedy(model, ids, NEW, 4))
+
+    def test_every_token_follows_the_filters(self, model):
+        """Each new token is among those that the filters leave of a full forward call's logits."""
+        ids = random_ids(B, T)
+        filters = {"top_k": 7, "top_p": 0.8, "min_p": 0.05}
+        out = model.generate(
+            ids, NEW, 4, temperature=1.5, **filters, repetition_penalty=1.5, seed=1
+        )
+        likeliest = 0
+        for end in range(T, T + NEW):
+            logits = model(out[:, :end], 4)[:, -1].detach()
+            logits = penalise_repetition(logits, out[:, :end], 1.5) / 1.5
+            allowed = filter_logits(logits, **filters).isfinite()
+            assert allowed.gather(1, out[:, end : end + 1]).all()
+            likeliest += int((logits.argmax(-1) == out[:, end]).sum())
+        assert 0 < likeliest < B * NEW
+
+    def test_repetition_penalty_counts_prompt_and_new_tokens(self, model):
+        ids = random_ids(8, T)
+        free = model.generate(ids, 20, 4, temperature=0.0)
+        punished = model.generate(ids, 20, 4, temperature=0.0, repetition_penalty=50.0)
+        repeats = [sum(len(row) - len(set(row)) for row in x.tolist()) for x in (free, punished)]
+        assert repeats[1] < repeats[0] / 2
+
+
+class TestRows:
+    PROMPTS = (5, 2, 1)
+
+    def ragged(self) -> tuple[Tensor, Tensor]:
+        ids, mask = random_ids(B, T), torch.ones(B, T, dtype=torch.bool)
+        for row, length in enumerate(self.PROMPTS):
+            mask[row, : T - length] = False
+        return ids, mask
+
+    @pytest.mark.parametrize("n_loops", [4, [1, 7, 3]])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_padded_prompts_equal_alone(self, model, n_loops, temperature, use_cache):
+        ids, mask = self.ragged()
+        arguments = {"temperature": temperature, "use_cache": use_cache, "repetition_penalty": 1.2}
+        out = model.generate(ids, NEW, n_loops, **arguments, seed=[5, 6, 7], attention_mask=mask)
+        for row in range(B):
+            depth = n_loops if isinstance(n_loops, int) else n_loops[row]
+            prompt = ids[row, mask[row]][None]
+            alone = model.generate(prompt, NEW, depth, **arguments, seed=[5 + row])
+            assert torch.equal(out[row, T:], alone[0, prompt.shape[1] :])
+
+    def test_padding_must_be_declared(self, model):
+        """Control: without the mask the prompts are others."""
+        ids, mask = self.ragged()
+        arguments = {"n_loops": 4, "temperature": 1.0, "seed": [5, 6, 7]}
+        declared = model.generate(ids, NEW, **arguments, attention_mask=mask)
+        assert not torch.equal(declared, model.generate(ids, NEW, **arguments))
+
+    def test_an_exit_rule_reaches_the_loop(self, model):
+        ids = random_ids(B, T)
+        out = model.generate(ids, NEW, 8, temperature=0.0, exit_rule=FixedDepth(2))
+        assert torch.equal(out, greedy(model, ids, NEW, 2))
+
+
+class TestSeeds:
+    def test_same_seed_same_text(self, model):
+        ids = random_ids(B, T)
+        first, again, other = (model.generate(ids, NEW, 4, seed=s) for s in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+    def test_rows_of_one_seed_differ(self, model):
+        ids = random_ids(1, T).expand(B, T)
+        out = model.generate(ids, NEW, 4, seed=1)
+        assert len({tuple(row) for row in out.tolist()}) == B
+
+    def test_row_zero_of_a_seed_is_that_seed_alone(self, model):
+        ids = random_ids(B, T)
+        out = model.generate(ids, NEW, 4, seed=9)
+        assert torch.equal(model.generate(ids[:1], NEW, 4, seed=9)[0], out[0])
+
+    def test_default_follows_the_global_generator(self, model):
+        ids, runs = random_ids(B, T), []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            runs.append(model.generate(ids, NEW, 4))
+        assert torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[2])
+
+    def test_greedy_with_a_seed_consumes_no_randomness(self, model):
+        state = torch.get_rng_state()
+        model.generate(random_ids(B, T), 2, 1, temperature=0.0, seed=1)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+class Letters:
+    """Token i is the i-th character of a small alphabet, so that any id can be read."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(40 + i) for i in ids)
+
+
+class TestEnd:
+    def test_end_of_text_fills_the_row(self, model):
+        ids = random_ids(B, T)
+        free = model.generate(ids, NEW, 4, seed=2)
+        eos = int(free[1, T + 3])
+        out = model.generate(ids, NEW, 4, seed=2, eos_token_id=eos)
+        for row in range(B):
+            new, expected = out[row, T:].tolist(), free[row, T:].tolist()
+            end = expected.index(eos) + 1 if eos in expected else NEW
+            assert new[:end] == expected[:end]
+            assert set(new[end:]) <= {eos}
+
+    def test_stops_when_every_row_has_ended(self, model):
+        ids = random_ids(1, T)
+        free = model.generate(ids, NEW, 4, seed=2)
+        eos = int(free[0, T + 3])
+        first = free[0, T:].tolist().index(eos)
+        out = model.generate(ids, NEW, 4, seed=2, eos_token_id=eos)
+        assert torch.equal(out, free[:, : T + first + 1])
+
+    @pytest.mark.parametrize("several", [False, True])
+    def test_stop_strings(self, model, several):
+        ids = random_ids(1, T)
+        free = model.generate(ids, NEW, 4, seed=2)
+        text = Letters().decode(free[0, T:].tolist())
+        stop = text[4:6]
+        end = text.index(stop) + 2
+        given = ["never", stop] if several else stop
+        out = model.generate(ids, NEW, 4, seed=2, stop=given, tokenizer=Letters())
+        assert torch.equal(out, free[:, : T + end])
+
+    def test_stop_strings_do_not_look_at_the_prompt(self, model):
+        ids = random_ids(1, T)
+        stop = Letters().decode(ids[0, :3].tolist())
+        out = model.generate(ids, NEW, 4, seed=2, stop=stop, tokenizer=Letters())
+        assert out.shape == (1, T + NEW)
+
+    def test_a_library_tokenizer_decodes(self):
+        model = small_model(vocab_size=ByteTokenizer().vocab_size)
+        ids = torch.tensor([ByteTokenizer().encode("ab")])
+        assert model.generate(ids, 3, 1, stop="\x00\x00", tokenizer=ByteTokenizer()).shape[1] <= 5
+
+    def test_no_new_tokens(self, model):
+        ids = random_ids(B, T)
+        assert torch.equal(model.generate(ids, 0, 4), ids)
+
+
+class TestCallback:
+    def test_sees_every_token_in_order(self, model):
+        ids, got = random_ids(B, T), []
+        out = model.generate(ids, NEW, 4, on_token=lambda i, tokens: got.append((i, tokens)))
+        assert [i for i, _ in got] == list(range(NEW))
+        assert torch.equal(torch.stack([tokens for _, tokens in got], 1), out[:, T:])
+
+
+class TestMode:
+    def test_dropout_is_off_and_the_mode_comes_back(self, attn_type):
+        model = small_model(attn_type, dropout=0.5)
+        ids = random_ids(B, T)
+        quiet = model.generate(ids, NEW, 4, temperature=0.0)
+        model.train()
+        assert torch.equal(model.generate(ids, NEW, 4, temperature=0.0), quiet)
+        assert model.training
+        with pytest.raises(ConfigError):
+            model.generate(ids, 4, n_loops=0)
+        assert model.training
+
+    def test_shapes_and_limits(self, model):
+        assert model.generate(random_ids(2, 4), 60, 1).shape == (2, 64)
+        with pytest.raises(ConfigError, match="max_seq_len"):
+            model.generate(random_ids(2, 5), 60, 1)
+
+
+def test_dense_models_generate_too(attn_type):
+    model = randomise(DenseTransformer(small_config(attn_type))).eval()
+    ids = random_ids(B, T)
+    out = model.generate(ids, NEW, temperature=0.0)
+    assert torch.equal(out, model.generate(ids, NEW, temperature=0.0, use_cache=False))
