@@ -2,10 +2,10 @@
 
 The reference, :func:`open_mythos.model.generation.generate`, sees one column more at every token,
 so Python has to dispatch every operation of every loop again. Here nothing about a step depends on
-how many tokens there are. Position, column and number of the draw are tensors on the device; the cache
-shows a fixed number of columns, of which a mask hides those not yet in use. The model's own code
-runs (``embed``, ``RecurrentBlock.step``, ``final_hidden``), and the tokens are those of the plain
-form.
+how many tokens there are. Position, column and number of the draw are tensors on the device; the
+cache shows a fixed number of columns, of which a mask hides those not yet in use. The model's own
+code runs (``embed``, ``RecurrentBlock.step``, ``final_hidden``), and the tokens are those of the
+plain form.
 
 **Pieces.** *enter* is embedding and prelude, *loop* t one loop, *leave* coda, head and the choice
 of a token; a step is enter, loops 0 .. n - 1, leave. Each piece is a graph of its own, so what is

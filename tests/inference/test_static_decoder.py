@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from open_mythos import ConfigError, DenseTransformer, KVCache, OpenMythos, generation
+from open_mythos import ConfigError, DenseTransformer, KVCache, OpenMythos
 from open_mythos.errors import EnvironmentError_
 from open_mythos.inference.static_decoder import StaticDecoder, static_problem
+from open_mythos.model import generation
 from open_mythos.model.exit_rules import FixedDepth
 from open_mythos.model.generation import generate
 from open_mythos.ops.sampling import Sampling

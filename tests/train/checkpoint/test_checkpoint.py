@@ -13,7 +13,7 @@ import torch
 from open_mythos import from_pretrained
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.train import Trainer, build_model, find_checkpoint, verify_checkpoint
-from open_mythos.train.checkpoint import checkpoint as module
+from open_mythos.train.checkpoint import snapshot as module
 from open_mythos.train.checkpoint.resume import MAY_CHANGE, refuse_changes
 
 FILES = {
