@@ -346,7 +346,7 @@ def report(run: str, out: str = "") -> int:
         run: Folder of a run; it may still be going on.
         out: The HTML file to write; by default report.html in the run's folder.
     """
-    from open_mythos.cli.report.run import report_run
+    from open_mythos.reports.run_report import report_run
 
     return report_run(run, out)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from html import escape
 from itertools import pairwise
 
-from open_mythos.cli.trace.collect import PromptTrace, TokenTrace
-from open_mythos.cli.trace.words import visible
+from open_mythos.reports.trace_record import PromptTrace, TokenTrace
+from open_mythos.reports.words import visible
 
 WIDTH, HEIGHT = 480, 340
 LABELLED = 24

@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from open_mythos.cli.report.charts import Line, bars, curves, depth_curve, heat, hue
-from open_mythos.cli.report.record import RunRecord, number
 from open_mythos.model.layers.injection import MAX_DECAY
+from open_mythos.reports.run_charts import Line, bars, curves, depth_curve, heat, hue
+from open_mythos.reports.run_record import RunRecord, number
 
 _MOST_LINES = 7
 _BINS = 24

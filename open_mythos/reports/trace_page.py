@@ -8,11 +8,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from open_mythos.cli.trace import charts
-from open_mythos.cli.trace.collect import PromptTrace, TokenTrace
-from open_mythos.cli.trace.words import visible
+from open_mythos.reports import trace_charts as charts
+from open_mythos.reports.trace_record import PromptTrace, TokenTrace
+from open_mythos.reports.words import visible
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "templates"
 
 
 def write_page(trace: PromptTrace, path: Path) -> None:
@@ -22,10 +22,10 @@ def write_page(trace: PromptTrace, path: Path) -> None:
 
 def page(trace: PromptTrace) -> str:
     """The whole page."""
-    return Template(_file("page.html")).substitute(
+    return Template(_file("trace.html")).substitute(
         title=escape(f"{_short(trace.prompt)}: {trace.n_loops} loops"),
-        style=_file("../base.css") + _file("page.css"),
-        script=_file("page.js"),
+        style=_file("base.css") + _file("trace.css"),
+        script=_file("trace.js"),
         data=_json_in_html(_script_data(trace)),
         prompt=escape(trace.prompt),
         about=escape(f"{trace.checkpoint}: {trace.model}"),

@@ -14,14 +14,14 @@ import yaml
 from helpers import small_config, small_model
 
 from open_mythos import DenseTransformer, save_pretrained
-from open_mythos.cli.report import charts
-from open_mythos.cli.report.charts import Line, Mark, bars, curves, depth_curve, heat, short
-from open_mythos.cli.report.page import page, summary
-from open_mythos.cli.report.record import read_run
-from open_mythos.cli.report.run import report_run
 from open_mythos.cli.training import train_run
 from open_mythos.data import prepare
 from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.reports import run_charts as charts
+from open_mythos.reports.run_charts import Line, Mark, bars, curves, depth_curve, heat, short
+from open_mythos.reports.run_page import page, summary
+from open_mythos.reports.run_record import read_run
+from open_mythos.reports.run_report import report_run
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train import DataConfig, DepthConfig, OptimConfig, RunConfig, TrainConfig
 from open_mythos.train.monitoring.validated import STATE_KEY, depth_record

@@ -22,13 +22,13 @@ from open_mythos import (
     save_pretrained,
 )
 from open_mythos.cli.trace.chain import Chains
-from open_mythos.cli.trace.collect import Prediction, PromptTrace, TokenTrace
-from open_mythos.cli.trace.page import page, summary
 from open_mythos.cli.trace.run import trace_of, trace_prompt
-from open_mythos.cli.trace.words import visible
 from open_mythos.data import PermHop
 from open_mythos.errors import ConfigError, DataError, MythosError
 from open_mythos.model.exit_rules import StateChange
+from open_mythos.reports.trace_page import page, summary
+from open_mythos.reports.trace_record import Prediction, PromptTrace, TokenTrace
+from open_mythos.reports.words import visible
 from open_mythos.tokenizer import ByteTokenizer
 
 TASK = PermHop(entities=6, relations=3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from open_mythos.cli.report.page import page
-from open_mythos.cli.report.record import read_run
 from open_mythos.errors import EnvironmentError_
+from open_mythos.reports.run_page import page
+from open_mythos.reports.run_record import read_run
 
 PAGE_FILE = "report.html"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from open_mythos.cli.report import loops
-from open_mythos.cli.report.charts import Line, Mark, curves, short
-from open_mythos.cli.report.record import RunRecord, number
+from open_mythos.reports import run_loops as loops
+from open_mythos.reports.run_charts import Line, Mark, curves, short
+from open_mythos.reports.run_record import RunRecord, number
 from open_mythos.train.config import RunConfig
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "templates"
 _WORDS = {
     "resumed": "resumed from a checkpoint",
     "skipped": "step skipped",
@@ -27,9 +27,9 @@ _SHOWN_ALARMS = 20
 def page(run: RunRecord) -> str:
     """The whole page."""
     status, tone = _status(run)
-    return Template(_file(_FOLDER / "page.html")).substitute(
+    return Template(_file(_FOLDER / "run.html")).substitute(
         title=escape(f"{run.folder.resolve().name}: training report"),
-        style=_file(_FOLDER.parent / "base.css") + _file(_FOLDER / "page.css"),
+        style=_file(_FOLDER / "base.css") + _file(_FOLDER / "run.css"),
         name=escape(run.folder.resolve().name),
         status=escape(status),
         tone=tone,

@@ -1,1 +1,0 @@
-"""``open-mythos report``: what became of a run, as one HTML page."""

@@ -1,0 +1,1 @@
+"""Pages: the report of a training run, and the trace of one prompt through the loops."""
