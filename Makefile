@@ -25,7 +25,7 @@ $(READY): pyproject.toml
 setup: $(READY)  ## make the virtual environment
 
 demo: $(READY)  ## train a looped model beside a dense one on real text and look at depth (4 minutes)
-	@$(BIN)/open-mythos demo
+	@$(BIN)/python -m experiments demo
 
 test: $(READY)  ## all tests that fit into ten minutes on two cores
 	@$(BIN)/python -m pytest -m "not slow and not chaos and not gpu and not network"

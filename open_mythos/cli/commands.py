@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from open_mythos.errors import ConfigError
 from open_mythos.train.config import RunConfig
 
@@ -13,21 +11,6 @@ def version() -> int:
     import open_mythos
 
     print(open_mythos.__version__)
-    return 0
-
-
-def demo(out: str = "runs/demo", seed: int = 0, quick: bool = False, quiet: bool = False) -> int:
-    """Train a looped model and a dense one of as many parameters on the standard library's source.
-
-    Args:
-        out: Folder of the picture, the report and the models; replaced.
-        seed: Of weights, data order and depths.
-        quick: Stop after a few steps: to see that everything works, not for the figures.
-        quiet: Print the results only.
-    """
-    from open_mythos.cli.demo.run import run_demo
-
-    run_demo(Path(out), seed=seed, quick=quick, quiet=quiet)
     return 0
 
 
@@ -349,33 +332,3 @@ def report(run: str, out: str = "") -> int:
     from open_mythos.reports.run_report import report_run
 
     return report_run(run, out)
-
-
-def reproduce(
-    claim: str = "",
-    list: bool = False,
-    scale: str = "cpu",
-    quick: bool = False,
-    record: bool = False,
-    workers: int = 0,
-    out: str = "",
-    fresh: bool = False,
-    quiet: bool = False,
-) -> int:
-    """Run a claim of the field again and print its verdict.
-
-    Args:
-        claim: Id of the claim: c2; --list shows them all.
-        list: Print all claims with what was found.
-        scale: "cpu" or "gpu".
-        quick: Run a cell or two in seconds, to see that everything works.
-        record: Put the results into the source checkout and renew docs/claims.md.
-        workers: Cells at a time; 0 for one per core.
-        out: Folder of the results; by default runs/reproduce/CLAIM/SCALE.
-        fresh: Forget finished cells.
-        quiet: No progress and no tables.
-    """
-    from open_mythos.experiments.reproduce import reproduce as run
-
-    return run(claim, list_claims=list, scale=scale, quick=quick, record=record, workers=workers,
-               out=out, fresh=fresh, quiet=quiet)  # fmt: skip

@@ -68,9 +68,6 @@ def build_parser(model: MythosConfig) -> ArgumentParser:
             sub.set_defaults({"model": model.to_dict()})
             sub.add_argument("--resume", default="", help=_RESUME)
             sub.add_argument("--quiet", type=bool, default=False, help="no progress bar")
-        elif command is commands.reproduce:
-            sub.add_argument("claim", nargs="?", default="", type=str, help="id of a claim: c2")
-            sub.add_function_arguments(command, as_positional=True, skip={"claim"})
         else:
             sub.add_function_arguments(command, as_positional=True)
         groups[group].add_subcommand(last, sub, help=summary)
@@ -150,10 +147,6 @@ def _variant_named_in(argv: list[str]) -> str:
 
 
 _COMMANDS: dict[str, tuple[Command, str]] = {
-    "demo": (
-        commands.demo,
-        "Train a looped model beside a dense one on real text; see what depth does.",
-    ),
     "train": (commands.train, "Train a model."),
     "train gate": (commands.train_gate, "Teach a trained model when to stop (train gate)."),
     "generate": (commands.generate, "Continue a text with a trained model."),
@@ -164,10 +157,6 @@ _COMMANDS: dict[str, tuple[Command, str]] = {
         "Memory, layout, days and cost of a training, before it is paid for.",
     ),
     "report": (commands.report, "One HTML page of a run: curves, depths, loops, alarms."),
-    "reproduce": (
-        commands.reproduce,
-        "Run a claim of the field again; --list shows all verdicts.",
-    ),
     "info": (commands.info, "Parameters, FLOPs per token and cache bytes against depth."),
     "data prepare": (commands.data_prepare, "Turn text into token shards."),
 }

@@ -13,8 +13,6 @@ or, without preparing anything:
 """
 
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.data.facts import ComposedFacts
-from open_mythos.data.in_context import InContextHop
 from open_mythos.data.index import Index
 from open_mythos.data.loader import EpochWindows, Loader
 from open_mythos.data.packing import PackedWindows, document_ids
@@ -30,11 +28,9 @@ from open_mythos.data.synthetic import PermHop, PermHopLoader, TaskLoader
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
-    "ComposedFacts",
     "Corpus",
     "EpochWindows",
     "HeldOutWindows",
-    "InContextHop",
     "Index",
     "Loader",
     "PackedWindows",

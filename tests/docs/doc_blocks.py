@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from experiments.demo.report import hop_summary, text_summary
+from experiments.demo.results import DemoResults
+from experiments.listing import lines
 from open_mythos import OpenMythos, RecurrentBlock, config
 from open_mythos.accounting import account, cache_rows
-from open_mythos.cli.demo.report import hop_summary, text_summary
-from open_mythos.cli.demo.results import DemoResults
 from open_mythos.config import MythosConfig
-from open_mythos.experiments.listing import lines
 from open_mythos.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]

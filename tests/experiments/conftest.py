@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from open_mythos.experiments import table
-from open_mythos.experiments.claim import HOLDS, Cell, Claim, Place, Record, Summary
+from experiments import table
+from experiments.claim import HOLDS, Cell, Claim, Place, Record, Summary
 
 WORDS = {
     "title": "a toy", "statement": "numbers double", "source": "nobody", "literature": "nothing",
@@ -50,7 +50,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
     """The toy, as the claim "toy" of the table."""
     experiment = Toy()
     monkeypatch.setitem(table.CLAIMS, "toy", "toy")
-    monkeypatch.setitem(sys.modules, "open_mythos.experiments.toy", experiment)
+    monkeypatch.setitem(sys.modules, "experiments.toy", experiment)
     return experiment
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from helpers import randomise
 
+from experiments import c1_depth as c1
+from experiments.c1_depth.answer import asked
+from experiments.c1_depth.cells import ARMS, DENSE_RIVALS, LEARNABLE, LOOPED
+from experiments.c1_depth.measure import FinalAnswers, without_injection
+from experiments.c1_depth.recipe import TASK, accuracy_grid, chains, questions, recipe
+from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
+from experiments.synthetic import answered
 from open_mythos.data import PermHopLoader
-from open_mythos.experiments import c1_depth as c1
-from open_mythos.experiments.c1_depth.answer import asked
-from open_mythos.experiments.c1_depth.cells import ARMS, DENSE_RIVALS, LEARNABLE, LOOPED
-from open_mythos.experiments.c1_depth.measure import FinalAnswers, without_injection
-from open_mythos.experiments.c1_depth.recipe import TASK, accuracy_grid, chains, questions, recipe
-from open_mythos.experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
-from open_mythos.experiments.synthetic import answered
 from open_mythos.train import RunConfig, build_model
 
 CELLS = c1.cells("cpu")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from open_mythos.experiments import c1b_in_context as c1b
-from open_mythos.experiments.c1b_in_context.cells import ASKED_HOPS, LOOPED, TASK
-from open_mythos.experiments.c1b_in_context.measure import questions
-from open_mythos.experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
+from experiments import c1b_in_context as c1b
+from experiments.c1b_in_context.cells import ASKED_HOPS, LOOPED, TASK
+from experiments.c1b_in_context.measure import questions
+from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos.train import RunConfig
 
 CELLS = c1b.cells("cpu")

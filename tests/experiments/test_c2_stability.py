@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers import assert_same, randomise
 
+from experiments import c2_stability as c2
+from experiments.c2_stability.answer import largest_stable
+from experiments.c2_stability.arms import RULES, LoopedLM
+from experiments.c2_stability.cells import LEARNING_RATES
+from experiments.c2_stability.training import Watch
+from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos import MythosConfig, OpenMythos
-from open_mythos.experiments import c2_stability as c2
-from open_mythos.experiments.c2_stability.answer import largest_stable
-from open_mythos.experiments.c2_stability.arms import RULES, LoopedLM
-from open_mythos.experiments.c2_stability.cells import LEARNING_RATES
-from open_mythos.experiments.c2_stability.training import Watch
-from open_mythos.experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 
 LOSSES = {"1": 2.2, "4": 2.1, "16": 2.0, "32": 2.0}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from open_mythos.experiments import c3_half_the_parameters as c3
-from open_mythos.experiments.c3_half_the_parameters.cells import HALF, LOOPED, UNROLLED, WHOLE
-from open_mythos.experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
+from experiments import c3_half_the_parameters as c3
+from experiments.c3_half_the_parameters.cells import HALF, LOOPED, UNROLLED, WHOLE
+from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos.train import RunConfig
 
 FLOPS = {HALF: 1.0, LOOPED: 5.6, WHOLE: 2.0, UNROLLED: 5.6}

@@ -7,22 +7,22 @@ import math
 import pytest
 import torch
 
-from open_mythos.data import Batch
-from open_mythos.experiments import c4_halting as c4
-from open_mythos.experiments.c1_depth.recipe import recipe
-from open_mythos.experiments.c4_halting import chains
-from open_mythos.experiments.c4_halting.act import measure_act, mixture, train_act
-from open_mythos.experiments.c4_halting.answer import fewest_loops
-from open_mythos.experiments.c4_halting.cells import ACT, CHAINS, TEXT
-from open_mythos.experiments.c4_halting.points import ordering, shallowest
-from open_mythos.experiments.c4_halting.rank import spearman
-from open_mythos.experiments.claim import (
+from experiments import c4_halting as c4
+from experiments.c1_depth.recipe import recipe
+from experiments.c4_halting import chains
+from experiments.c4_halting.act import measure_act, mixture, train_act
+from experiments.c4_halting.answer import fewest_loops
+from experiments.c4_halting.cells import ACT, CHAINS, TEXT
+from experiments.c4_halting.points import ordering, shallowest
+from experiments.c4_halting.rank import spearman
+from experiments.claim import (
     DOES_NOT_HOLD,
     HOLDS,
     HOLDS_IN_PART,
     Cell,
     Record,
 )
+from open_mythos.data import Batch
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import RunConfig, build_model
 

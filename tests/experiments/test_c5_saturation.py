@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from open_mythos.experiments import c5_saturation as c5
-from open_mythos.experiments.c5_saturation.fits import FORMS, fit
-from open_mythos.experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
+from experiments import c5_saturation as c5
+from experiments.c5_saturation.fits import FORMS, fit
+from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos.train import RunConfig
 
 TRUTH: dict[str, Callable[[int], float]] = {

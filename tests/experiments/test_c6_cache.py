@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from experiments import c6_cache as c6
+from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
 from open_mythos.accounting import cache_rows
 from open_mythos.config import MythosConfig
-from open_mythos.experiments import c6_cache as c6
-from open_mythos.experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
 
 
 def records(recorded, *, gqa=1, mha=1, difference=1e-6, off=0):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 
-from open_mythos.experiments import c5_saturation as c5
-from open_mythos.experiments import text
-from open_mythos.experiments.claim import Cell
+from experiments import c5_saturation as c5
+from experiments import text
+from experiments.claim import Cell
 
 
 def test_the_library_is_prepared_once(place, monkeypatch):

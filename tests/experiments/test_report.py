@@ -7,24 +7,24 @@ from dataclasses import fields
 
 import pytest
 
-from open_mythos.experiments import report
-from open_mythos.experiments.claim import (
+from experiments import report
+from experiments.claim import (
     DOES_NOT_HOLD,
     HOLDS,
     HOLDS_IN_PART,
     UNCLEAR,
     Claim,
 )
-from open_mythos.experiments.listing import recorded
-from open_mythos.experiments.results import Results, plain
-from open_mythos.experiments.table import CLAIMS, committed_results, experiment
+from experiments.listing import recorded
+from experiments.results import Results, plain
+from experiments.table import CLAIMS, committed_results, experiment
 
 DOCS = report.checkout() / "docs"
 claims = pytest.mark.parametrize("claim", CLAIMS)
 
 
 def test_the_page_is_current() -> None:
-    """Otherwise: python -m open_mythos.experiments.report"""
+    """Otherwise: python -m experiments.report"""
     assert (DOCS / report.PAGE).read_text(encoding="utf-8") == report.page()
 
 

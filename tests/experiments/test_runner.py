@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from experiments import runner
+from experiments.claim import Cell, Place
+from experiments.results import Results, plain
+from experiments.runner import CellsFailedError, Job, attempt, run_cells
+from experiments.table import experiment
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
-from open_mythos.experiments import runner
-from open_mythos.experiments.claim import Cell, Place
-from open_mythos.experiments.results import Results, plain
-from open_mythos.experiments.runner import CellsFailedError, Job, attempt, run_cells
-from open_mythos.experiments.table import experiment
 
 
 def run(toy: Any, folder: Path, **options: Any) -> list[Any]:

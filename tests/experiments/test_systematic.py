@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from open_mythos.data.facts import KINDS
-from open_mythos.experiments import systematic
-from open_mythos.experiments.claim import (
+from experiments import systematic
+from experiments.claim import (
     DOES_NOT_HOLD,
     HOLDS,
     HOLDS_IN_PART,
     UNCLEAR,
 )
-from open_mythos.experiments.systematic.cells import ARMS, BETWEEN, LOOPED
-from open_mythos.experiments.systematic.measure import STAGES, _build
+from experiments.systematic.cells import ARMS, BETWEEN, LOOPED
+from experiments.systematic.measure import STAGES, _build
+from experiments.tasks.facts import KINDS
 from open_mythos.model.dense import parameter_count
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import RunConfig

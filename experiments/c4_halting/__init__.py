@@ -1,0 +1,21 @@
+"""C4: whether harder tokens get more loops, at equal quality and for less computation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.c4_halting.answer import summarise
+from experiments.c4_halting.cells import ACT, CHAINS, CLAIM, TEXT, cells
+from experiments.c4_halting.chains import run_act, run_chains
+from experiments.c4_halting.picture import plot
+from experiments.c4_halting.prose import run_text
+from experiments.claim import Cell, Place
+
+__all__ = ["CLAIM", "cells", "plot", "run_cell", "summarise"]
+
+_RUN = {CHAINS: run_chains, ACT: run_act, TEXT: run_text}
+
+
+def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
+    """Run one cell: chains, ACT or text."""
+    return _RUN[cell.arm](cell, place)

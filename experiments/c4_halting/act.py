@@ -1,0 +1,97 @@
+"""The negative control: depth learnt end to end, as Adaptive Computation Time has it.
+
+The states of all loops are mixed by the gate's weights, the mixture is read out, and the loss
+carries a cost for every loop (Graves, arXiv 1603.08983). So the trajectory is trained to be mixed,
+not to arrive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from experiments.c1_depth.recipe import chains
+from open_mythos.data import IGNORE_INDEX, Batch
+from open_mythos.evaluation.early_exit import GivenDepths, run_exits
+from open_mythos.evaluation.frozen import frozen
+from open_mythos.model.layers.halting import graves_weights
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.ops.cross_entropy import linear_cross_entropy
+from open_mythos.train import RunConfig, build_model, build_optimizer, learning_rate
+
+
+def train_act(run: RunConfig, ponder: float, bias: float) -> OpenMythos:
+    """The model of ``run`` trained by the mixture over ``max_loop_iters`` loops.
+
+    Args:
+        run: Model, data, optimizer and seed; its depth plan is not used.
+        ponder: Nats that a loop costs.
+        bias: Of the untrained gate; a low one begins with all loops.
+    """
+    model = build_model(run)
+    assert isinstance(model, OpenMythos)
+    gate = model.recurrent.halting.gate
+    nn.init.zeros_(gate.weight)
+    nn.init.constant_(gate.bias, bias)
+    optimizer = build_optimizer(model, run.optim)
+    named = [(f"gate.{name}", parameter) for name, parameter in gate.named_parameters()]
+    optimizer.add_param_group({"name": "gate", "params": named, "weight_decay": 0.0})
+    loader, depth = chains(run), model.cfg.max_loop_iters
+    for step in range(run.train.steps):
+        batch = loader.next_batch(step)
+        hidden_BTD, cost_BT, _ = mixture(model, batch, depth)
+        loss = linear_cross_entropy(hidden_BTD, model.head.weight, batch.targets)
+        (loss + ponder * cost_BT.mean()).backward()
+        clip_grad_norm_(model.parameters(), run.train.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, run.train, run.optim)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def mixture(model: OpenMythos, batch: Batch, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The final hidden state (B, T, D) of the mixed state, the ponder cost and the loops (B, T)."""
+    ctx = model.context(batch.input_ids)
+    e_BTD = model.embed(batch.input_ids, ctx)
+    h_BTD = model.recurrent.initial_state(e_BTD, ctx)
+    drive_BTD = model.recurrent.injection.drive(e_BTD)
+    states = []
+    for t in range(depth):
+        h_BTD = model.recurrent.step(h_BTD, drive_BTD, t, ctx)
+        states.append(h_BTD)
+    states_LBTD = torch.stack(states)
+    halting = model.recurrent.halting
+    lambda_LBT = halting(states_LBTD)
+    weights_LBT, cost_BT = graves_weights(lambda_LBT, halting.threshold)
+    mixed_BTD = (weights_LBT.unsqueeze(-1) * states_LBTD).sum(0)
+    loops_BT = (weights_LBT > 0).sum(0)
+    return model.final_hidden(mixed_BTD, ctx), cost_BT, loops_BT
+
+
+def measure_act(model: OpenMythos, test: Batch, depths: list[int]) -> list[dict[str, Any]]:
+    """Accuracy and loops (B, T) of the mixture, with each number of loops allowed.
+
+    "accuracy" is that of the mixture while nobody leaves, as in training. "left" is that of states
+    that are really left after as many loops.
+    """
+    found = []
+    asked_BT = test.targets != IGNORE_INDEX
+    with frozen(model, torch.float32):
+        for depth in depths:
+            hidden_BTD, _, loops_BT = mixture(model, test, depth)
+            said_BT = model.head(hidden_BTD).argmax(-1)
+            left = run_exits(model, [test], depth, [GivenDepths(loops_BT)])
+            found.append(
+                {
+                    "allowed": depth,
+                    "accuracy": float((said_BT == test.targets)[asked_BT].float().mean()),
+                    "left": float(left.right_N.float().mean()),
+                    "loops": float(loops_BT.float().mean()),
+                    "exits": loops_BT,
+                }
+            )
+    return found

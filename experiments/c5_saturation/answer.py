@@ -1,0 +1,156 @@
+"""From losses at 1 to 24 loops to the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.c5_saturation.cells import FALL, FITTED, FLOOR_ERROR
+from experiments.c5_saturation.fits import FORMS, Fit, fit
+from experiments.claim import (
+    DOES_NOT_HOLD,
+    HOLDS,
+    HOLDS_IN_PART,
+    Record,
+    Summary,
+    unclear,
+)
+from experiments.figure import COLOURS, MUTED, panels
+from experiments.spread import by_arm, mean_std, shown
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The curves of one arm: (seeds, loops) losses, and what was fitted to them up to mu."""
+
+    mu: int
+    losses: list[list[float]]
+    fits: dict[str, list[Fit]]
+
+    @property
+    def at_mu(self) -> list[float]:
+        """L(mu) of every seed."""
+        return [losses[self.mu - 1] for losses in self.losses]
+
+    @property
+    def falls(self) -> float:
+        """Mean share by which the loss falls from one loop to mu."""
+        return _mean_share([losses[0] for losses in self.losses], self.at_mu)
+
+    @property
+    def gain_beyond(self) -> float:
+        """Mean share by which the best depth beyond mu is better than L(mu)."""
+        return _mean_share(self.at_mu, [min(losses[self.mu :]) for losses in self.losses])
+
+    def errors(self, form: str) -> list[float]:
+        """Mean relative error of the predictions beyond mu, of every seed."""
+        beyond = range(self.mu + 1, len(self.losses[0]) + 1)
+        pairs = zip(self.fits[form], self.losses, strict=True)
+        return [
+            float(np.mean(np.abs(each.predict(beyond) / np.array(losses[self.mu :]) - 1)))
+            for each, losses in pairs
+        ]
+
+    @property
+    def floor_error(self) -> float:
+        """Mean distance of the exponential's floor from L(mu), as a share."""
+        floors = [each.floor for each in self.fits["exponential"]]
+        return float(np.mean(np.abs(np.array(floors) / np.array(self.at_mu) - 1)))
+
+    @property
+    def saturates(self) -> bool:
+        """Whether the curve meets the pass mark."""
+        errors = {form: np.mean(self.errors(form)) for form in FORMS}
+        best = min(errors, key=lambda form: errors[form])
+        return (
+            best == "exponential"
+            and self.floor_error <= FLOOR_ERROR
+            and self.gain_beyond <= FLOOR_ERROR
+        )
+
+
+def summarise(records: Sequence[Record]) -> Summary:
+    """Fits up to mu, their predictions beyond, and the verdict."""
+    arms = by_arm(records)
+    curves = {arm: _curve(found) for arm, found in arms.items()}
+    fitted = {arm: c for arm, c in curves.items() if c.mu in FITTED and c.falls > FALL}
+    good = [arm for arm, curve in fitted.items() if curve.saturates]
+    if not fitted:
+        verdict = unclear("the loss hardly depends on the loops; larger models would tell")
+    elif len(good) == len(fitted):
+        verdict = HOLDS
+    else:
+        verdict = HOLDS_IN_PART if good else DOES_NOT_HOLD
+    worst = max(curves.values(), key=lambda curve: curve.gain_beyond)
+    floors = [curve.floor_error for curve in fitted.values()]
+    off = f"{min(floors):.2%} to {max(floors):.2%}" if fitted else "-"
+    return Summary(
+        verdict,
+        f"{len(good)} of {len(fitted)} curves that fall saturate as claimed "
+        f"({', '.join(good) or 'none'}). The exponential's floor is {off} away from L(mu); the "
+        f"most that any depth beyond mu gains is {worst.gain_beyond:.2%}.",
+        f"{len(good)}/{len(fitted)} curves; floor off by {off}; gain beyond mu <= "
+        f"{worst.gain_beyond:.2%}",
+        ("model", "parameters", "L(1)", "L(mu)", "L(24)", "gain beyond mu", "floor off L(mu)",
+         *(f"error: {form.replace('_', ' ')}" for form in FORMS)),
+        [_row(arm, arms[arm], curve) for arm, curve in curves.items()],
+        {arm: _drawn(curve) for arm, curve in curves.items()},
+    )  # fmt: skip
+
+
+def plot(summary: Summary, path: Path) -> None:
+    """Every curve above its lowest loss, with the exponential fitted up to mu."""
+    with panels(path, 2) as (curves, logarithmic):
+        for (arm, drawn), colour in zip(summary.data.items(), COLOURS, strict=False):
+            losses, mu = np.array(drawn["losses"]), drawn["mu"]
+            loops = range(1, len(losses) + 1)
+            curves.plot(loops, losses, "o-", ms=3, color=colour, label=arm)
+            curves.plot(mu, losses[mu - 1], "D", ms=7, color=colour, mfc="white")
+            logarithmic.semilogy(
+                loops, np.maximum(losses - losses.min(), 1e-5), "o", ms=3, color=colour
+            )
+            if drawn["fit"]:
+                logarithmic.semilogy(loops, np.maximum(np.array(drawn["fit"]) - losses.min(), 1e-5),
+                                     "-", lw=1, color=colour)  # fmt: skip
+        curves.set(title="Loss against loops (diamond: mean trained depth)", xlabel="loops",
+                   ylabel="nats per byte")  # fmt: skip
+        curves.legend(fontsize=8)
+        logarithmic.axhline(1e-5, color=MUTED, lw=0.8)
+        logarithmic.set(title="Above the lowest loss; lines: exponential up to mu", xlabel="loops")
+
+
+def _curve(found: Sequence[Record]) -> Curve:
+    mu = found[0].settings["mu"]
+    losses = [record.figures["losses"] for record in found]
+    loops = range(1, mu + 1)
+    fits = {form: [fit(form, loops, each[:mu]) for each in losses] for form in FORMS}
+    return Curve(mu, losses, fits if mu in FITTED else {})
+
+
+def _row(arm: str, found: Sequence[Record], curve: Curve) -> tuple[str, ...]:
+    at = [shown(mean_std([losses[i] for losses in curve.losses])) for i in (0, curve.mu - 1, -1)]
+    errors = [f"{np.mean(curve.errors(form)):.3%}" if curve.fits else "-" for form in FORMS]
+    return (
+        arm, f"{found[0].figures['parameters']:,}", *at, f"{curve.gain_beyond:.3%}",
+        f"{curve.floor_error:.3%}" if curve.fits else "-", *errors,
+    )  # fmt: skip
+
+
+def _drawn(curve: Curve) -> dict[str, Any]:
+    """Means over seeds."""
+    loops = range(1, len(curve.losses[0]) + 1)
+    fits = curve.fits.get("exponential", [])
+    return {
+        "mu": curve.mu,
+        "losses": np.mean(curve.losses, axis=0).tolist(),
+        "fit": np.mean([each.predict(loops) for each in fits], axis=0).tolist() if fits else [],
+    }
+
+
+def _mean_share(before: Sequence[float], after: Sequence[float]) -> float:
+    """Mean of (before - after) / before."""
+    return float(np.mean([(b - a) / b for b, a in zip(before, after, strict=True)]))

@@ -1,0 +1,179 @@
+"""The demo from text to report."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from experiments.c1_depth.recipe import (
+    CHOSEN_LOOPS,
+    TASK,
+    TRAINED_HOPS,
+    accuracy_grid,
+    questions,
+    recipe,
+)
+from experiments.demo.figure import draw
+from experiments.demo.report import write_report
+from experiments.demo.results import DemoResults
+from experiments.demo.setup import (
+    EVAL_DEPTHS,
+    EXIT_RULE,
+    HOP_LOOPS,
+    PROMPT,
+    SAMPLE_DEPTHS,
+    SAMPLE_TOKENS,
+    TEST_HOPS,
+    TRAINED_DEPTH,
+    VOCABULARY,
+    dense_counterpart,
+    text_config,
+)
+from experiments.demo.terminal import show
+from experiments.demo.training import Job, Trained, train_all
+from open_mythos.cli.data import tokenizer_named
+from open_mythos.data import EpochWindows, TokenShards, prepare
+from open_mythos.errors import ConfigError
+from open_mythos.evaluation import expert_routing
+from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
+from open_mythos.tokenizer import Tokenizer
+from open_mythos.train import RunConfig
+
+MARKER = ".open-mythos-demo"
+
+
+def run_demo(folder: Path, *, seed: int, quick: bool, quiet: bool) -> DemoResults:
+    """Train, measure, print, draw, and write the report into ``folder``."""
+    console = Console(quiet=quiet)
+    _make_room(folder)
+    console.print("[bold]1[/] Python's own standard library becomes text to learn")
+    tokenizer = tokenizer_named(f"bpe:{VOCABULARY}", "stdlib")
+    prepare("stdlib", folder / "data", tokenizer, val_fraction=0.03)
+    text = TokenShards(folder / "data").info
+    console.print(
+        f"  {text.documents} files, {text.text_bytes / 1e6:.1f} MB, {text.tokens:,} tokens"
+    )
+    console.print(
+        "[bold]2[/] Looped models, and dense ones of as many parameters, learn the text and chains "
+        f"of {TRAINED_HOPS} relations"
+    )
+    chains, words = recipe(seed, quick=quick), text_config(folder, seed, quick)
+    jobs = [
+        Job("looped", chains, folder / "chains" / "looped", is_chains=True),
+        Job("looped, mixture of experts", words, folder / "looped", is_chains=False),
+        Job("dense", dense_counterpart(words), folder / "dense", is_chains=False),
+        Job("dense", dense_counterpart(chains), folder / "chains" / "dense", is_chains=True),
+    ]  # the longest first
+    looped_chains, looped_text, dense_text, dense_chains = train_all(jobs, quiet)
+    console.print("[bold]3[/] The same weights, asked at other depths")
+    results = _measure(words, quick, looped_chains, dense_chains, looped_text, dense_text)
+    results.save(folder / "results.json")
+    draw(results, folder / "demo.png")
+    write_report(results, folder / "demo.png", folder / "report.html")
+    show(results, Console())
+    print(f"picture: {folder / 'demo.png'}\nreport:  {folder / 'report.html'}")
+    print(f"try:     open-mythos trace {jobs[0].folder} 'e3 r1 r4 r2 r7 r0 r5 r3' --n-loops 24")
+    return results
+
+
+def _make_room(folder: Path) -> None:
+    """An empty folder that says what it is for; only an earlier demo's is replaced."""
+    marker = folder / MARKER
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not marker.is_file():
+        raise ConfigError(
+            "the folder holds something else, which the demo would replace", where="--out",
+            value=str(folder), allowed="a new or empty folder, or one of an earlier demo",
+            fix="name another folder",
+        )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    marker.touch()
+
+
+def _measure(
+    config: RunConfig,
+    quick: bool,
+    looped_chains: Trained,
+    dense_chains: Trained,
+    looped: Trained,
+    dense: Trained,
+) -> DemoResults:
+    chain_model, text_model = looped_chains.model, looped.model
+    assert isinstance(chain_model, OpenMythos)
+    assert isinstance(text_model, OpenMythos)
+    programs = 200 if quick else 4096  # a tenth of them is held out of training, and asked
+    chosen = [_by_itself(chain_model, hops, programs) for hops in TEST_HOPS]
+    exit_loops, exit_accuracy = zip(*chosen, strict=True)
+    shards = TokenShards(config.data.path, "val")
+    tokenizer = shards.tokenizer()
+    batches = list(
+        EpochWindows(shards, seq_len=config.train.seq_len, global_batch=16, max_windows=32)
+    )
+    trace = LoopTrace()
+    with torch.no_grad():
+        text_model(batches[0].input_ids, n_loops=EVAL_DEPTHS[-1], trace=trace)
+    routing = expert_routing(text_model, batches, 2 * TRAINED_DEPTH)[0]
+    train_bytes = looped.tokens * TokenShards(config.data.path).bytes_per_token
+    return DemoResults(
+        hops=list(TEST_HOPS),
+        entities=TASK.entities,
+        hop_loops=list(HOP_LOOPS),
+        chosen_loops=CHOSEN_LOOPS,
+        trained_hops=TRAINED_HOPS,
+        hop_accuracy=accuracy_grid(chain_model, TEST_HOPS, HOP_LOOPS, programs),
+        hop_dense=[
+            row[0] for row in accuracy_grid(dense_chains.model, TEST_HOPS, HOP_LOOPS, programs)
+        ],
+        exit_rule=EXIT_RULE,
+        exit_loops=list(exit_loops),
+        exit_accuracy=list(exit_accuracy),
+        hop_looped_run=looped_chains.curve,
+        hop_dense_run=dense_chains.curve,
+        looped=looped.curve,
+        dense=dense.curve,
+        depths=list(EVAL_DEPTHS),
+        looped_bits=[row["bits_per_byte"] for row in looped.rows],
+        dense_bits=dense.rows[0]["bits_per_byte"],
+        mean_depth=TRAINED_DEPTH,
+        max_depth=looped.max_depth,
+        rho=text_model.recurrent.injection.spectral_radius().item(),
+        state_norm=[trace.state_norm[t].mean().item() for t in range(trace.n_loops)],
+        state_change=[trace.delta_norm[t].mean().item() for t in range(trace.n_loops)],
+        expert_load=routing.load,
+        expert_overlap=routing.overlap,
+        samples={depth: _continue(looped, tokenizer, n_loops=depth) for depth in SAMPLE_DEPTHS},
+        dense_sample=_continue(dense, tokenizer),
+        prompt=PROMPT,
+        train_bytes=round(train_bytes),
+        val_bytes=round(looped.rows[0]["tokens"] * shards.bytes_per_token),
+        seed=config.train.seed,
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
+        versions=f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+    )
+
+
+def _by_itself(model: OpenMythos, hops: int, programs: int) -> tuple[float, float]:
+    """Mean loops on chains of ``hops`` until the exit rule stops, and the share answered."""
+    ids_BT, answers_B = questions(hops, programs)
+    trace = LoopTrace()
+    rule = exit_rule(EXIT_RULE, model)
+    logits = model(ids_BT, n_loops=HOP_LOOPS[-1], exit_rule=rule, trace=trace)
+    assert trace.exits is not None
+    right = logits[:, -1].argmax(-1) == answers_B
+    return trace.exits[:, -1].float().mean().item(), right.float().mean().item()
+
+
+def _continue(run: Trained, tokenizer: Tokenizer, **depth: Any) -> str:
+    """The text that greedy decoding adds to the prompt."""
+    ids = tokenizer.encode(PROMPT)
+    out = run.model.generate(
+        torch.tensor([ids]), SAMPLE_TOKENS, temperature=0.0, eos_token_id=tokenizer.eos_id, **depth
+    )
+    return tokenizer.decode(out[0, len(ids) :].tolist())

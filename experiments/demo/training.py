@@ -1,0 +1,150 @@
+"""The demo's trainings, two at a time: small models leave the second core of one training idle."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments.c1_depth.recipe import TASK, chains
+from experiments.demo.results import Curve
+from experiments.machine import cores
+from open_mythos.accounting import account
+from open_mythos.cli.trace.chain import TASK_FILE
+from open_mythos.cli.training import build_trainer, keep_what_defines_the_run
+from open_mythos.hub.pretrained import from_pretrained, save_pretrained
+from open_mythos.train import RunConfig, Trainer, build_model
+from open_mythos.train.build import Model
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train."""
+
+    label: str
+    """In the results."""
+    config: RunConfig
+    """The run."""
+    folder: Path
+    """Receives the trained model."""
+    is_chains: bool
+    """Chains of relations, or text."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training."""
+
+    model: Model
+    curve: Curve
+    rows: list[dict[str, Any]]
+    """What the evaluation on text measured; empty for chains."""
+    tokens: int
+    """Targets learnt from."""
+    max_depth: int
+    """Most loops any sequence ran."""
+
+
+def train_all(jobs: Sequence[Job], quiet: bool) -> list[Trained]:
+    """Train every job in a process of its own, as many at a time as there are cores, at most 2."""
+    at_once = min(2, cores())
+    threads = max(1, cores() // at_once)
+    # spawn: a forked child of a process that has used threads may hang
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Manager() as manager,
+        _watched(jobs, manager.Queue(), quiet) as news,
+        ProcessPoolExecutor(at_once, mp_context=context) as pool,
+    ):
+        each = zip(*((job, i, news, threads) for i, job in enumerate(jobs)), strict=True)
+        found = list(pool.map(_train, *each))
+    return [
+        Trained(from_pretrained(job.folder).eval(), *rest)
+        for job, rest in zip(jobs, found, strict=True)
+    ]
+
+
+class _Listener:
+    """A logger that keeps the curve and tells the parent how far the training is."""
+
+    def __init__(self, number: int, news: Any) -> None:
+        self.steps: list[int] = []
+        self.loss: list[float] = []
+        self.rows: list[dict[str, Any]] = []
+        self._number, self._news = number, news
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the losses and the evaluation."""
+        self.rows = metrics.get("eval/depths", self.rows)
+        if "loss" in metrics:
+            self.steps.append(step)
+            self.loss.append(metrics["loss"])
+            self._news.put((self._number, step, metrics["loss"]))
+
+
+def _train(
+    job: Job, number: int, news: Any, threads: int
+) -> tuple[Curve, list[dict[str, Any]], int, int]:
+    """In a worker process: train, save, and return what the parent needs beside the model."""
+    torch.set_num_threads(threads)
+    clock, listener, config = time.perf_counter(), _Listener(number, news), job.config
+    if job.is_chains:
+        trainer = Trainer(build_model(config), chains(config), config, loggers=[listener])
+    else:
+        trainer = build_trainer(config, loggers=[listener])
+    trainer.fit()
+    counts, depth = account(trainer.model, context=config.train.seq_len), config.depth
+    loops = (depth.expected + depth.expected_further, depth.expected) if trainer.looped else ()
+    curve = Curve(
+        job.label, counts.parameters, counts.active_parameters,
+        counts.training_flops(*loops), listener.steps, listener.loss,
+        time.perf_counter() - clock,
+    )  # fmt: skip
+    save_pretrained(trainer.model, job.folder)
+    if not job.is_chains:
+        keep_what_defines_the_run(config, job.folder)
+    else:
+        task = {"task": "permhop", **asdict(TASK)}
+        (job.folder / TASK_FILE).write_text(json.dumps(task) + "\n")
+    return curve, listener.rows, trainer.state.tokens, trainer.state.max_depth
+
+
+@contextmanager
+def _watched(jobs: Sequence[Job], news: Any, quiet: bool) -> Iterator[Any]:
+    """Progress bars of all jobs, fed from the queue that is yielded."""
+    with Progress(
+        TextColumn("  {task.description}"), BarColumn(),
+        TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(), console=Console(stderr=True), disable=quiet,
+    ) as progress:  # fmt: skip
+        tasks = [
+            progress.add_task(
+                f"{'chains' if job.is_chains else 'text':6}  {job.config.architecture:6}",
+                total=job.config.train.steps, loss="",
+            )
+            for job in jobs
+        ]  # fmt: skip
+
+        def follow() -> None:
+            while (item := news.get()) is not None:
+                number, step, loss = item
+                progress.update(tasks[number], completed=step, loss=f"loss {loss:.3f}")
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield news
+        finally:
+            news.put(None)
+            thread.join()

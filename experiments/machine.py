@@ -1,0 +1,42 @@
+"""What a record was taken on: hardware, versions, commit; no names and no paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def cores() -> int:
+    """Cores of this machine."""
+    return os.cpu_count() or 1
+
+
+def hardware(threads: int, workers: int) -> str:
+    """The processor, the accelerator if there is one, and how they were shared."""
+    device = torch.cuda.get_device_name() + ", " if torch.cuda.is_available() else ""
+    return (
+        f"{device}{platform.machine()}, {cores()} cores, {workers} at a time, "
+        f"{threads} thread{'s' if threads > 1 else ''} each"
+    )
+
+
+def versions() -> str:
+    """Of Python and PyTorch."""
+    return f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+
+
+def commit() -> str:
+    """The commit of the source, marked where files differ from it; "" outside a repository."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()

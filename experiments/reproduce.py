@@ -1,0 +1,102 @@
+"""``python -m experiments run``: run a claim, print its verdict, record its results."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments import listing, report
+from experiments.claim import QUICK
+from experiments.results import Results
+from experiments.runner import run_cells
+from experiments.table import committed_results, experiment
+from open_mythos.errors import ConfigError, EnvironmentError_
+
+RUNS = Path("runs/experiments")
+
+
+def reproduce(
+    claim: str,
+    *,
+    scale: str = "cpu",
+    quick: bool = False,
+    record: bool = False,
+    workers: int = 0,
+    out: str = "",
+    fresh: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Run the unfinished cells of ``claim``, then print its verdict.
+
+    Args:
+        claim: Id of the claim.
+        scale: "cpu" or "gpu".
+        quick: Run a cell or two in seconds, to see that everything works; says nothing.
+        record: Put the results into the source checkout and renew the documents there.
+        workers: Cells at a time; 0 for one per core.
+        out: Folder of the results; by default runs/experiments/CLAIM/SCALE.
+        fresh: Forget finished cells.
+        quiet: No progress and no tables.
+
+    Raises:
+        ConfigError: There is no such claim or scale, or options contradict each other.
+        CellsFailedError: Some cells raised an error.
+        EnvironmentError_: A worker process died, or something cannot be written.
+    """
+    console = Console()
+    asked = experiment(claim)
+    _check(asked.CLAIM.scales, scale, quick=quick, record=record, out=out)
+    scale = QUICK if quick else scale
+    results = Results(_folder(claim, scale, record, out))
+    work = Path(out) / "work" if out else RUNS / "work"
+    if fresh or quick:
+        results.clear()
+        for unfinished in (work / "unfinished").glob(f"{claim}-{scale}-*"):
+            shutil.rmtree(unfinished)
+    cells = asked.cells(scale)
+    records = run_cells(
+        claim, scale, cells, results, work, workers=1 if quick else workers, quiet=quiet
+    )
+    if quick:
+        names = ", ".join(each.arm for each in records)
+        console.print(f"{claim} runs ({names}); a quick run says nothing about the claim")
+        return
+    summary = asked.summarise(records)
+    if not quiet:
+        listing.show(asked.CLAIM, summary, console)
+        console.print(f"{len(records)} cells: {results.folder}", highlight=False)
+    if record:
+        report.renew(claim, scale)
+    elif importlib.util.find_spec("matplotlib"):
+        asked.plot(summary, results.folder / f"{claim}.png")
+
+
+def _folder(claim: str, scale: str, record: bool, out: str) -> Path:
+    if record:
+        return committed_results(claim, scale)
+    return Path(out) if out else RUNS / claim / scale
+
+
+def _check(scales: tuple[str, ...], scale: str, *, quick: bool, record: bool, out: str) -> None:
+    if scale not in scales:
+        raise ConfigError(
+            "the claim has no such scale", where="--scale", value=scale,
+            allowed=" or ".join(scales), fix="choose one of these",
+        )  # fmt: skip
+    if not record:
+        return
+    if quick or out:
+        raise ConfigError(
+            "--record keeps whole runs, in its own folder", where="--record",
+            value="--quick" if quick else f"--out {out}", allowed="neither --quick nor --out",
+            fix="leave it out",
+        )  # fmt: skip
+    report.checkout()
+    if not importlib.util.find_spec("matplotlib"):
+        raise EnvironmentError_(
+            "matplotlib is missing", where="--record", allowed="an environment that can draw",
+            fix='pip install "open-mythos[plot]"',
+        )  # fmt: skip

@@ -1,0 +1,181 @@
+"""Runs the cells of a claim, several at a time, each recorded at once when it is finished."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments import machine
+from experiments.claim import Cell, Place, Record
+from experiments.results import Results, plain
+from experiments.table import experiment
+from open_mythos.config import check_count
+from open_mythos.errors import EnvironmentError_, MythosError
+from open_mythos.train import PreemptedError
+
+
+class CellsFailedError(MythosError):
+    """Some cells raised an error; they are not recorded."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell and all that a worker process needs to run it."""
+
+    claim: str
+    scale: str
+    cell: Cell
+    place: Place
+    threads: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A record, or the reason why there is none."""
+
+    cell: Cell
+    record: Record | None
+    error: str = ""
+
+
+def run_cells(
+    claim: str,
+    scale: str,
+    cells: Sequence[Cell],
+    results: Results,
+    work: Path,
+    *,
+    workers: int = 0,
+    quiet: bool = False,
+) -> list[Record]:
+    """Run what is not finished yet, and return the records of all cells.
+
+    Args:
+        claim: Its id.
+        scale: "cpu", "gpu" or "quick".
+        cells: What to run, the longest first for an even load.
+        results: Where finished cells are found and put.
+        work: Folder of prepared text and of the checkpoints of unfinished cells.
+        workers: Cells at a time, each in a process with its share of the cores. 0: one per core,
+            and a single one where a GPU is the hardware.
+        quiet: No progress.
+
+    Raises:
+        ConfigError: A finished cell has other settings.
+        CellsFailedError: Some cells raised an error; the others are recorded.
+        EnvironmentError_: A worker process died; what was finished by then is recorded.
+    """
+    default = 1 if scale == "gpu" else machine.cores()
+    pending = [cell for cell in cells if results.find(cell) is None]
+    at_once = min(check_count("--workers", workers or default), max(1, len(pending)))
+    threads = max(1, machine.cores() // at_once)
+    jobs = [
+        Job(claim, scale, cell, Place(work, work / "unfinished" / f"{claim}-{scale}-{cell.name}"),
+            threads, at_once)
+        for cell in pending
+    ]  # fmt: skip
+    commit, failures = machine.commit(), list[Outcome]()
+    with _progress(quiet) as progress, closing(_outcomes(jobs, at_once)) as outcomes:
+        task = progress.add_task(claim, total=len(cells), completed=len(cells) - len(jobs), cell="")
+        for job, outcome in outcomes:
+            if outcome.record is None:
+                failures.append(outcome)
+                said = f"failed: {outcome.cell.name}\n{outcome.error}"
+                progress.console.print(said, markup=False, style="red")
+            else:
+                results.write(replace(outcome.record, commit=commit))
+                shutil.rmtree(job.place.own, ignore_errors=True)
+            progress.update(task, advance=1, cell=outcome.cell.name)
+    if failures:
+        names = ", ".join(outcome.cell.name for outcome in failures)
+        raise CellsFailedError(
+            f"{len(failures)} of {len(cells)} cells failed", where=names,
+            value=failures[0].error.strip().rpartition("\n")[2],
+            fix="mend the cause and run the same command: finished cells are kept",
+        )  # fmt: skip
+    return results.of(cells)
+
+
+def _outcomes(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Outcome]]:
+    """Outcomes in the order in which they come."""
+    if workers == 1:
+        yield from ((job, attempt(job)) for job in jobs)
+        return
+    others = set(multiprocessing.active_children())
+    # spawn: a forked child of a process that has used threads or CUDA may hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_depend_on_the_parent)
+    try:
+        futures = {pool.submit(attempt, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise EnvironmentError_(
+            "a worker process died", where="experiments run", value=str(error),
+            fix="run the same command: finished cells are kept. If memory ran out, fewer --workers",
+        ) from error  # fmt: skip
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _depend_on_the_parent() -> None:
+    """In a worker: the parent alone hears Ctrl-C, and no worker outlives it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def attempt(job: Job) -> Outcome:
+    """Run one cell in this process, with its share of the threads."""
+    threads, clock = torch.get_num_threads(), time.perf_counter()
+    torch.set_num_threads(job.threads)
+    try:
+        figures = experiment(job.claim).run_cell(job.cell, job.place)
+    except PreemptedError as error:
+        raise KeyboardInterrupt from error
+    except Exception:
+        return Outcome(job.cell, None, traceback.format_exc(limit=-4))
+    finally:
+        torch.set_num_threads(threads)
+    record = Record(
+        claim=job.claim, scale=job.scale, arm=job.cell.arm, seed=job.cell.seed,
+        settings=plain(job.cell.settings), figures=plain(figures),
+        seconds=round(time.perf_counter() - clock, 2),
+        machine=machine.hardware(job.threads, job.workers), versions=machine.versions(), commit="",
+    )  # fmt: skip
+    return Outcome(job.cell, record)
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(),
+        TextColumn("{task.completed}/{task.total} cells"), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[cell]}"),
+        console=Console(stderr=True), disable=quiet,
+    )  # fmt: skip

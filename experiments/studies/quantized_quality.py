@@ -1,0 +1,369 @@
+"""Does the error of rounded weights grow with the loops, and what does it cost?
+
+``python -m experiments.studies.quantized_quality`` trains two small looped models (six minutes on
+one core), rounds them in several ways and compares each with the same model in float32, over 1 to
+32 loops. One reads the bytes of Python's standard library and has settled after a few loops; the
+other follows chains of ten relations, one in a loop, so that its state has to move on and nothing
+may get lost. It writes a JSON file, a picture and the tables of docs/quantization.md.
+
+What was expected, written down before the first run: every loop adds an error of its own, of the
+size that one rounded step makes. The linear part of a loop shrinks what came before by rho(A) < 1;
+the residual branches have no such bound, but a model trained at random depths settles, so errors
+should be forgotten like everything else about the past. The relative error of the state should
+therefore rise over the first few loops, to a small multiple of one step's, and stay there up to 32
+loops, eight times the mean trained depth. int8 should be lost in the rounding of bfloat16; int4
+should cost about a hundredth of a bit per byte, less in smaller groups.
+
+And before the first run of the chains: the same while the chain is followed, since the state of one
+hop is the same whatever came before; where int4 breaks a hop, the answer is lost for good, so
+accuracy falls with the number of hops rather than with the loops after them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks import machine
+from experiments.c1_depth.recipe import ASKED_HOPS, chains, questions, recipe
+from experiments.figure import COLOURS, MUTED, panels
+from experiments.synthetic import answered
+from experiments.text import VOCABULARY, standard_library, validation
+from open_mythos import MythosConfig, OpenMythos, from_pretrained
+from open_mythos.data import Loader, TokenShards
+from open_mythos.evaluation import evaluate_depths
+from open_mythos.inference.quantization import quantize, weight_bytes
+from open_mythos.model.context import Context
+from open_mythos.train import (
+    DepthConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    Trainer,
+    build_model,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "experiments" / "studies" / "results" / "quantized_quality.json"
+PICTURE = ROOT / "docs" / "quantization" / "error_against_loops.png"
+WORK = ROOT / "runs" / "quantized_quality"
+KINDS: dict[str, tuple[str, int | None] | None] = {
+    "bfloat16": None,
+    "int8": ("int8", None),
+    "int4, groups of 32": ("int4", 32),
+    "int4, groups of 64": ("int4", 64),
+    "int4, groups of 128": ("int4", 128),
+}
+TABLE_LOOPS = (1, 4, 8, 16, 32)
+HOPS = ASKED_HOPS
+"""Of the chains that are asked: twice as many as any that were trained."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """All that the measurement depends on."""
+
+    width: int
+    steps: int
+    batch: int
+    seq_len: int
+    mean_loops: int
+    most_loops: int
+    """The deepest measured."""
+    windows: int
+    """Sequences of the validation split whose loss is measured."""
+    state_rows: int
+    """Sequences whose states are compared."""
+    programs: int
+    """Of which a tenth is asked: chains."""
+    seed: int
+
+
+FULL = Scale(128, 300, 16, 128, 4, 32, 64, 8, 8192, seed=0)
+QUICK = Scale(128, 3, 2, 16, 2, 3, 2, 1, 128, seed=0)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model and what it is asked."""
+
+    model: OpenMythos
+    ids: Tensor
+    """Whose states are compared."""
+    score: Callable[[OpenMythos, list[int]], list[float]]
+    """Figure of merit at each depth."""
+    trained_loops: int
+    """The most loops of the training."""
+
+
+def text_config(scale: Scale) -> RunConfig:
+    """Latent attention, experts and LoRA; all widths serve groups of 128."""
+    width = scale.width
+    model = MythosConfig(
+        vocab_size=VOCABULARY, dim=width, n_heads=4, max_seq_len=scale.seq_len,
+        max_loop_iters=2 * scale.mean_loops, prelude_layers=1, coda_layers=1, attn_type="mla",
+        kv_lora_rank=width // 4, q_lora_rank=width, qk_rope_head_dim=16, qk_nope_head_dim=16,
+        v_head_dim=width // 4, n_experts=8, n_shared_experts=1, n_experts_per_tok=2,
+        expert_dim=width, ffn_dim=2 * width, lora_rank=4, max_output_tokens=scale.seq_len,
+    )  # fmt: skip
+    return RunConfig(
+        model=model,
+        depth=DepthConfig(
+            plan="poisson", mean=float(scale.mean_loops), max_loops=2 * scale.mean_loops
+        ),
+        optim=OptimConfig(lr=6e-3),
+        train=TrainConfig(
+            seed=scale.seed, steps=scale.steps, seq_len=scale.seq_len, global_batch=scale.batch,
+            warmup_steps=max(1, scale.steps // 10), min_lr_ratio=0.02, device="cpu",
+        ),
+    )  # fmt: skip
+
+
+def reader(scale: Scale, work: Path, checkpoint: str = "") -> Subject:
+    """A model of bytes; its score is bits per byte."""
+    text, run = standard_library(work), text_config(scale)
+    if checkpoint:
+        model = _read(checkpoint)
+    else:
+        loader = Loader(
+            TokenShards(text), seq_len=scale.seq_len, global_batch=scale.batch, seed=scale.seed
+        )
+        model = _trained(Trainer(build_model(run), loader, run))
+    length = min(scale.seq_len, model.cfg.max_seq_len)
+    batches = validation(text, seq_len=length, windows=scale.windows)
+    ids = torch.cat([batch.input_ids for batch in batches])[: scale.state_rows]
+
+    def score(model: OpenMythos, depths: list[int]) -> list[float]:
+        rows = evaluate_depths(model, batches, depths, bytes_per_token=1.0)
+        return [row.bits_per_byte for row in rows if row.bits_per_byte is not None]
+
+    return Subject(model, ids, score, 2 * scale.mean_loops)
+
+
+def follower(scale: Scale, quick: bool) -> Subject:
+    """A model of chains of relations; its score is the share of wrong answers."""
+    run = recipe(scale.seed)
+    if quick:  # its own quick form is too narrow for the groups
+        run.train.steps, run.train.warmup_steps, run.train.global_batch = 3, 1, 8
+    model = _trained(Trainer(build_model(run), chains(run), run))
+    ids, answers = questions(HOPS, scale.programs)
+
+    def score(model: OpenMythos, depths: list[int]) -> list[float]:
+        return [1 - right for right in answered(model, ids, answers, depths)]
+
+    return Subject(model, ids[: 8 * scale.state_rows], score, run.model.max_loop_iters)
+
+
+def _trained(trainer: Trainer) -> OpenMythos:
+    trainer.fit()
+    assert isinstance(trainer.model, OpenMythos)
+    return trainer.model.eval()
+
+
+def _read(checkpoint: str) -> OpenMythos:
+    model = from_pretrained(checkpoint)
+    if not isinstance(model, OpenMythos) or model.cfg.vocab_size < VOCABULARY:
+        raise SystemExit(f"{checkpoint}: a looped model of bytes is needed")
+    return model
+
+
+def measure(subject: Subject, most_loops: int) -> dict[str, Any]:
+    """For every kind of rounding: score, state errors and agreement against loops.
+
+    "state_error" is that of the whole model, "loop_error" that of a loop that was given the exact
+    input, "step_error" that of each step alone, taken from the exact state.
+    """
+    exact = copy.deepcopy(subject.model).float().eval()
+    depths = [*range(1, most_loops + 1)]
+    ctx = exact.context(subject.ids)
+    with torch.no_grad():
+        e_BTD = exact.embed(subject.ids, ctx)
+    states = _states(exact, e_BTD, ctx, most_loops)
+    tokens = [exact.decode(h_BTD, ctx).argmax(-1) for h_BTD in states]
+    found: dict[str, Any] = {
+        "loops": depths,
+        "trained_loops": subject.trained_loops,
+        "rho": float(exact.recurrent.injection.coefficients()[0].detach().max()),
+        "float32": {"score": subject.score(exact, depths), "bytes": asdict(weight_bytes(exact))},
+        "kinds": {},
+    }
+    for name, how in KINDS.items():
+        rounded = copy.deepcopy(exact)
+        if how is None:
+            rounded.bfloat16()
+        else:
+            quantize(rounded, how[0], group_size=how[1])
+        low = e_BTD.to(rounded.head.weight.dtype)
+        with torch.no_grad():
+            own = _states(rounded, rounded.embed(subject.ids, ctx), ctx, most_loops)
+            own_tokens = [rounded.decode(h_BTD, ctx).argmax(-1) for h_BTD in own]
+            starts = [exact.recurrent.initial_state(e_BTD, ctx), *states]
+            steps = [rounded.step(h, low, t, ctx) for t, h in enumerate(starts[:-1])]
+        found["kinds"][name] = {
+            "score": subject.score(rounded, depths),
+            "state_error": _distances(own, states),
+            "loop_error": _distances(_states(rounded, low, ctx, most_loops), states),
+            "step_error": _distances(steps, states),
+            "agreement": [
+                float((a == b).float().mean()) for a, b in zip(own_tokens, tokens, strict=True)
+            ],
+            "bytes": asdict(weight_bytes(rounded)),
+        }
+    return found
+
+
+@torch.no_grad()
+def _states(model: OpenMythos, e_BTD: Tensor, ctx: Context, loops: int) -> list[Tensor]:
+    """h_1 .. h_L."""
+    h_BTD, states = model.recurrent.initial_state(e_BTD, ctx), []
+    for t in range(loops):
+        h_BTD = model.step(h_BTD, e_BTD, t, ctx)
+        states.append(h_BTD)
+    return states
+
+
+def _distances(states: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """||a - b|| / ||b|| of a position after each loop, the median over positions."""
+    return [
+        float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
+        for a, b in zip(states, exact, strict=True)
+    ]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The tables of docs/quantization.md: the error of the state, then what it costs."""
+    text, tables = found["text"], []
+    for name, part in _parts(found):
+        loops = [t for t in TABLE_LOOPS if t in part["loops"]]
+        heads = " | ".join(f"{t} loop{'s' if t > 1 else ''}" for t in loops)
+        lines = [
+            f"| {name}: error of the state after | {heads} | loop alone, last | a step, last |",
+            "|---|" + "---:|" * (len(loops) + 2),
+        ]
+        for kind, each in part["kinds"].items():
+            errors = [each["state_error"][t - 1] for t in loops]
+            errors += [each["loop_error"][-1], each["step_error"][-1]]
+            lines.append(f"| {kind} | {' | '.join(f'{error:.2%}' for error in errors)} |")
+        tables.append("\n".join(lines))
+        of = "bits per byte" if part is text else f"wrong answers to {HOPS} hops"
+        lines = [
+            f"| {name}: {of} | {heads} | same token, least |", "|---|" + "---:|" * (len(loops) + 1)
+        ]  # fmt: skip
+        form = "{:.4f}" if part is text else "{:.1%}"
+        for kind, each in [("float32", part["float32"]), *part["kinds"].items()]:
+            scores = [form.format(each["score"][t - 1]) for t in loops]
+            same = f"{min(each['agreement']):.1%}" if "agreement" in each else ""
+            lines.append(f"| {kind} | {' | '.join(scores)} | {same} |")
+        tables.append("\n".join(lines))
+    lines = ["| text: bytes | stored | read in a loop |", "|---|---:|---:|"]
+    for kind, each in [("float32", text["float32"]), *text["kinds"].items()]:
+        sizes = [f"{each['bytes'][part] / 1e3:,.0f} kB" for part in ("stored", "per_loop")]
+        lines.append(f"| {kind} | {' | '.join(sizes)} |")
+    return "\n\n".join([*tables, "\n".join(lines)])
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Whether the error stays bounded, in measured figures: a line for each kind."""
+    lines = []
+    for name, part in _parts(found):
+        last = part["loops"][-1]
+        for kind, each in part["kinds"].items():
+            error, loop, step = (each[f"{of}_error"] for of in ("state", "loop", "step"))
+            lines.append(
+                f"- **{name}, {kind}:** {error[0]:.2%} after one loop, {error[-1]:.2%} after {last}"
+                f", {max(error):.2%} at most. With exact input {loop[0]:.2%} and {loop[-1]:.2%}, "
+                f"at most {max(a / b for a, b in zip(loop, step, strict=True)):.1f} times what the "
+                "same step adds alone."
+            )
+    return "\n".join(lines)
+
+
+def _parts(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, found[name]) for name in ("text", "chains") if name in found]
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """For each model: error of the state, of its parts, and what it costs, against loops."""
+    parts = _parts(found)
+    with panels(path, 3, rows=len(parts)) as axes:
+        for i, (name, part) in enumerate(parts):
+            loops, whole = part["loops"], part["float32"]["score"]
+            state, inner, cost = axes[3 * i : 3 * i + 3]
+            for (kind, each), colour in zip(part["kinds"].items(), (MUTED, *COLOURS), strict=False):
+                state.plot(loops, each["state_error"], color=colour, label=kind)
+                inner.plot(loops, each["loop_error"], color=colour)
+                inner.plot(loops, each["step_error"], "--", color=colour, linewidth=1)
+                more = [a - b for a, b in zip(each["score"], whole, strict=True)]
+                cost.plot(loops, more, color=colour)
+            unit = "bits per byte" if name == "text" else "share of wrong answers"
+            state.set(title=f"{name}: error of the state", yscale="log", ylabel="relative error")
+            inner.set(title="of the loop alone (dashed: a step)", yscale="log")
+            cost.set(title=f"cost: {unit}", ylabel="more than float32")
+            ticks = [2**k for k in range(loops[-1].bit_length())]
+            for ax in (state, inner, cost):
+                ax.axvline(part["trained_loops"], color=MUTED, linewidth=1, linestyle=":")
+                ax.set(xlabel="loops (dotted: most in training)", xscale="log")
+                ax.set_xticks(ticks, [str(t) for t in ticks])
+                ax.minorticks_off()
+        axes[0].legend(loc="best")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What a run has written."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, round, compare; save and show what came."""
+    options = _parse(arguments)
+    scale = QUICK if options.quick else FULL
+    torch.set_num_threads(1)
+    start = time.process_time()
+    found: dict[str, Any] = {"machine": machine.describe(), "scale": asdict(scale)}
+    found["text"] = measure(reader(scale, options.work, options.checkpoint), scale.most_loops)
+    if not options.checkpoint:
+        found["chains"] = measure(follower(scale, options.quick), scale.most_loops)
+    found["cpu_seconds"] = round(time.process_time() - start, 1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plot(found, options.picture)
+    for shown in (markdown(found), verdict(found)):
+        Console().print(shown, markup=False, soft_wrap=True)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.studies.quantized_quality",
+        description="What rounded weights cost, against the number of loops.",
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument(
+        "--checkpoint", default="", help="a looped model of bytes; else one is made"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of the results")
+    parser.add_argument(
+        "--picture", type=Path,
+        help=f"the plot (docs/quantization/{PICTURE.name}; beside --out if that is given)",
+    )  # fmt: skip
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the prepared text")
+    options = parser.parse_args(arguments)
+    if options.out == RESULTS and (options.quick or options.checkpoint):
+        parser.error("the recorded result is that of the whole run: give this an --out of its own")
+    own = options.out != RESULTS
+    options.picture = options.picture or (options.out.with_suffix(".png") if own else PICTURE)
+    return options
+
+
+if __name__ == "__main__":
+    main()

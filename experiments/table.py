@@ -1,0 +1,63 @@
+"""The claims, in order: the one place that names them all."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import cast
+
+from experiments.claim import Experiment
+from open_mythos.errors import ConfigError
+
+CLAIMS = {
+    "c1": "c1_depth",
+    "c1b": "c1b_in_context",
+    "c4": "c4_halting",
+    "c2": "c2_stability",
+    "c3": "c3_half_the_parameters",
+    "c5": "c5_saturation",
+    "c6": "c6_cache",
+    "c9": "c9_looped_experts",
+    "systematic": "systematic",
+}
+"""Id -> folder of this package."""
+
+PENDING = {
+    "c7": ("Depth-wise batching serves 2-3x as many tokens", "the serving engine"),
+    "c8": (
+        "Optimal recurrence and tokens follow power laws",
+        "runs over four compute budgets, hours on a GPU",
+    ),
+    "c10": (
+        "A latent state holds several alternatives at once",
+        "a graph-reachability task and probes of the state",
+    ),
+}
+"""Id -> (title, what it needs) of claims that are not answered yet."""
+
+PACKAGE = Path(__file__).parent
+
+
+def experiment(claim: str) -> Experiment:
+    """The module of a claim.
+
+    Raises:
+        ConfigError: There is no such claim, or it is not answered yet.
+    """
+    if claim in PENDING:
+        title, needs = PENDING[claim]
+        raise ConfigError(
+            f"{claim} ({title}) is not answered yet", where="experiments run", value=claim,
+            allowed=", ".join(CLAIMS), fix=f"it needs {needs}",
+        )  # fmt: skip
+    if claim not in CLAIMS:
+        raise ConfigError(
+            "no such claim", where="experiments run", value=claim,
+            allowed=", ".join(CLAIMS), fix="see python -m experiments list",
+        )  # fmt: skip
+    return cast(Experiment, importlib.import_module(f"experiments.{CLAIMS[claim]}"))
+
+
+def committed_results(claim: str, scale: str) -> Path:
+    """The folder of the recorded results that come with the package."""
+    return PACKAGE / CLAIMS[claim] / "results" / scale

@@ -1,0 +1,1 @@
+"""Synthetic tasks: rows drawn fresh for every step, a pure function of the step."""

@@ -1,1 +1,0 @@
-"""``open-mythos demo``: a looped model beside a dense one, on text that every machine has."""

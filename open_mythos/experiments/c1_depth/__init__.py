@@ -1,8 +1,0 @@
-"""C1: longer chains than in training, answered by looping more."""
-
-from open_mythos.experiments.c1_depth.answer import summarise
-from open_mythos.experiments.c1_depth.cells import CLAIM, cells
-from open_mythos.experiments.c1_depth.measure import run_cell
-from open_mythos.experiments.c1_depth.picture import plot
-
-__all__ = ["CLAIM", "cells", "plot", "run_cell", "summarise"]

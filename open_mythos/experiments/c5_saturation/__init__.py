@@ -1,6 +1,0 @@
-"""C5: how the loss falls with the number of loops, and where it stops falling."""
-
-from open_mythos.experiments.c5_saturation.answer import plot, summarise
-from open_mythos.experiments.c5_saturation.cells import CLAIM, cells, run_cell
-
-__all__ = ["CLAIM", "cells", "plot", "run_cell", "summarise"]
