@@ -10,7 +10,7 @@ import pytest
 from open_mythos.errors import ConfigError
 from open_mythos.train.monitoring.spikes import SpikeDetector
 
-RECORDED = Path(__file__).parents[2] / "docs" / "demo" / "results.json"
+RECORDED = Path(__file__).parents[3] / "docs" / "demo" / "results.json"
 STEPS = 10_000
 
 

@@ -19,7 +19,7 @@ from open_mythos.train.config import OPTIMIZER_NAMES
 from open_mythos.train.optimizers.muon import MuonAdamW
 from open_mythos.train.optimizers.optim import NOT_TRAINED, OPTIMIZERS, RULES, rule_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
+PAGE = Path(__file__).parents[3] / "docs" / "optimizers.md"
 MLA = {"attn_type": "mla", "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
        "qk_nope_head_dim": 8, "v_head_dim": 8}  # fmt: skip
 
