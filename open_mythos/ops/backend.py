@@ -1,77 +1,85 @@
-"""Whether a kernel of ours serves a call, or its plain twin does.
+"""Selects the implementation that serves a call of an op.
 
-No kernel is taken on trust. Before "auto" first picks one on a device, it computes a small case
-there and has to agree with its twin; one that fails or disagrees is never picked, and says so.
+A Triton kernel is never trusted blindly: before "auto" first picks one on a device, it runs a small
+case there and must agree with the reference implementation. A kernel that fails or disagrees is
+not used on that device, and a warning says so.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "triton", "reference")
-HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels read."""
-
+Implementation = TypeVar("Implementation")
 Results = Sequence[Tensor]
+
+HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the Triton kernels read."""
+
 CHECKS: dict[str, Callable[[torch.device], tuple[Results, Results]]] = {}
-"""By operation: float32 results of the kernel for a small case on a device, and of its twin."""
+"""By op: float32 results of a small case on a device, by the kernel and by the reference."""
 TOLERANCE = 1e-3
-"""Largest relative error of a kernel's result; products may be rounded to TensorFloat-32."""
+"""Largest relative error of a kernel's result; matmuls may be rounded to TensorFloat-32."""
+
+
+def pick_backend(
+    op: str, backend: str, table: Mapping[str, Implementation], *, where: str = "backend"
+) -> Implementation:
+    """Return the implementation called ``backend``; each choice is logged once.
+
+    Args:
+        op: Name of the op, for messages.
+        backend: Key of ``table``; the caller has already resolved "auto".
+        table: Implementations by name.
+        where: Configuration field or argument that chose the backend.
+
+    Raises:
+        ConfigError: ``table`` has no such backend.
+    """
+    if backend not in table:
+        raise ConfigError(
+            f"unknown {op} backend", where=where, value=backend,
+            allowed=", ".join(("auto", *table)), fix=f'set {where} to "auto"',
+        )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        _log_once(op, backend)
+    return table[backend]
 
 
 def triton_serves(op: str, backend: str, tensor: Tensor, problem: str | None) -> bool:
-    """Whether the Triton kernel of ``op`` serves a call; its plain twin does otherwise.
+    """Whether the Triton kernel of ``op`` serves a call instead of the reference implementation.
 
     Args:
-        op: Name of the operation, for messages.
-        backend: "auto" is the kernel where it can run on a GPU and agrees with its twin there;
-            "triton" and "reference" mean it.
+        op: Name of the op, for messages.
+        backend: "triton", "reference", or "auto": the kernel where it can run on a GPU and agrees
+            with the reference there.
         tensor: One of the call's tensors; its device decides.
-        problem: Why this call's dtypes or shapes keep the kernel from serving it, or None.
+        problem: Why the kernel cannot serve the dtypes or shapes of this call, or None.
 
     Raises:
-        ConfigError: Unknown backend, or a kernel asked for by name that cannot serve the call.
-        EnvironmentError_: The kernel was asked for by name and Triton is not installed.
+        ConfigError: Unknown backend, or "triton" was requested and cannot serve the call.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(
-            f"unknown backend of {op}", where="backend", value=backend,
-            allowed=", ".join(BACKENDS), fix='use "auto"',
-        )  # fmt: skip
-    serves = backend == "triton"
     if backend == "auto":
-        serves = problem is None and tensor.is_cuda and _kernel_problem(op, tensor.device) is None
-    elif serves:
-        machine = _machine_problem(tensor.device)
-        problem = problem or machine
-        if machine == _NO_TRITON:
-            raise EnvironmentError_(
-                f"the Triton kernel of {op} was asked for and Triton is not installed",
-                where="backend", value=backend,
-                fix='pip install triton, or use backend="auto"',
-            )  # fmt: skip
+        fits = problem is None and tensor.is_cuda and _kernel_problem(op, tensor.device) is None
+        backend = "triton" if fits else "reference"
+    elif backend == "triton":
+        problem = problem or _machine_problem(tensor.device)
         if problem is not None:
             raise ConfigError(
                 f"the Triton kernel of {op} cannot serve this call", where="backend",
-                value=problem, allowed=_ALLOWED, fix='use backend="auto"',
+                value=problem, fix='use backend="auto"',
             )  # fmt: skip
-    if not torch.compiler.is_compiling():
-        _log_once(op, "triton" if serves else "reference")
-    return serves
-
-
-_NO_TRITON = "Triton is not installed"
-_ALLOWED = "a CUDA device of compute capability 8.0 or later, and what the operation documents"
+    return pick_backend(op, backend, {"triton": True, "reference": False})
 
 
 @torch.compiler.assume_constant_result
@@ -92,13 +100,13 @@ def _checked_once(op: str, device: torch.device) -> str | None:
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             pairs = list(zip(*CHECKS[op](device), strict=True))
-        errors = [float((got - twin).norm() / twin.norm()) for got, twin in pairs]
+        errors = [float((got - expected).norm() / expected.norm()) for got, expected in pairs]
         problem = None if max(errors) <= TOLERANCE else f"off by {max(errors):.1e} (relative)"
-    except Exception as error:  # whatever a compiler or driver raises, the plain form still works
+    except Exception as error:  # whatever a compiler or driver raises, the reference still works
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
         logger.warning(
-            "the Triton kernel of %s is not used on %s, its plain form is: %s", op, device, problem
+            "the Triton kernel of %s is not used on %s, its reference is: %s", op, device, problem
         )
     return problem
 
@@ -106,11 +114,11 @@ def _checked_once(op: str, device: torch.device) -> str | None:
 @cache
 def _asked_once(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return _NO_TRITON
+        return "Triton is not installed"
     if device.type != "cuda":
         import triton
 
-        # Triton's interpreter runs kernels in Python, anywhere: for tests and to find errors
+        # Triton's interpreter runs kernels in Python on any device, for tests
         return None if triton.knobs.runtime.interpret else f"tensors on {device}"
     capability = torch.cuda.get_device_capability(device)
     return None if capability >= (8, 0) else "compute capability {}.{}".format(*capability)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation: x / rms(x) * weight (arXiv 1910.07467)."""
+"""Root-mean-square normalization: x / rms(x) * weight (arXiv 1910.07467)."""
 
 from __future__ import annotations
 
@@ -8,39 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.errors import ConfigError
 
-BACKENDS = ("auto", "fused", "reference")
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Normalize the last axis.
 
-
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
-    """Normalise the last axis.
-
-    On a CPU PyTorch computes this step by step and keeps every step for the backward pass. "fused"
-    takes few passes over the memory and keeps what came in and a number for each row. On CUDA, and
-    inside ``torch.compile``, PyTorch's own form is as good.
+    In eager mode on a CPU, PyTorch runs ``F.rms_norm`` as separate operations and saves the result
+    of each for the backward pass. There this function makes fewer passes over memory and saves
+    only ``x`` and one number per row. On CUDA and inside ``torch.compile``, it is ``F.rms_norm``.
 
     Args:
         x: (..., D) float32.
-        weight_D: float32.
+        weight_D: (D,) float32.
         eps: Added to the mean square.
-        backend: "fused", "reference", or "auto", which is the first for tensors on a CPU.
 
     Returns:
         (..., D) float32.
-
-    Raises:
-        ConfigError: Unknown backend.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(
-            "unknown backend of rms_norm", where="backend", value=backend,
-            allowed=", ".join(BACKENDS), fix='use "auto"',
-        )  # fmt: skip
-    if backend == "auto":
-        here = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        backend = "fused" if here else "reference"
-    if backend == "fused":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _FusedNorm.apply(x, weight_D, eps)
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
@@ -58,9 +42,8 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight_D, root = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (*rms_norm_gradients(grad, x, weight_D, ctx.eps), None)
-        # the backward pass of a layer norm of mean 0, which is one kernel, subtracts the mean of
-        # weight * grad as well
+            return (*_differentiable_gradients(grad, x, weight_D, ctx.eps), None)
+        # the backward kernel of a layer norm with mean 0 also subtracts the mean of weight * grad
         wants = [*ctx.needs_input_grad[:2], False]
         d_x, d_weight_D, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, weight_D.shape, torch.zeros_like(root), root, weight_D, None, wants
@@ -70,10 +53,10 @@ class _FusedNorm(torch.autograd.Function):
         return d_x, d_weight_D, None
 
 
-def rms_norm_gradients(
+def _differentiable_gradients(
     grad: Tensor, x: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and ``weight_D`` in operations that can be differentiated again."""
+    """Return the gradients of ``x`` and ``weight_D``, for second derivatives."""
     root = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     scaled = grad * weight_D
     d_x = root * (scaled - x * root.square() * (scaled * x).mean(-1, keepdim=True))

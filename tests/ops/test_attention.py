@@ -12,6 +12,7 @@ from helpers import assert_differs, assert_same
 from torch import Tensor
 
 from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.ops import backend as choice
 from open_mythos.ops.attention import attend as attention
 from open_mythos.ops.attention.attend import attend
 from open_mythos.ops.attention.visibility import Visibility
@@ -99,8 +100,8 @@ def test_half_precision(name, dtype):
 
 
 def test_the_choice_is_logged_once(caplog):
-    attention._log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="open_mythos.ops.attention.attend"):
+    choice._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger=choice.logger.name):
         for _ in range(3):
             attend(*inputs("square"), causal=True)
     assert [record.getMessage() for record in caplog.records] == ["attention backend: sdpa"]

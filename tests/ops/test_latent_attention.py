@@ -7,7 +7,6 @@ import torch
 from helpers import assert_differs, assert_same
 from torch import Tensor
 
-from open_mythos.errors import ConfigError
 from open_mythos.ops.attention import latent as latent_attention
 from open_mythos.ops.attention.attend import attend
 from open_mythos.ops.attention.latent import latent_attend, latent_values
@@ -112,9 +111,3 @@ def test_values_of_every_head(dtype):
         strict=True,
     ):
         torch.testing.assert_close(one.float(), other.float(), rtol=2e-2, atol=2e-2)
-
-
-def test_unknown_backend():
-    q, entry = inputs("chunk")
-    with pytest.raises(ConfigError, match="batched"):
-        latent_attend(q, entry, rank=8, backend="fastest")

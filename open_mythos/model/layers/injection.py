@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.model.layers.norm import RMSNorm
-from open_mythos.ops.injection import hold_and_norm
-
 MAX_DECAY = 0.99609375
 """Upper bound of A: the largest bfloat16 below 1."""
 MAX_EXPONENT = 16.0
@@ -74,26 +71,6 @@ class LTIInjection(nn.Module):
     def hold(self, h_BTD: Tensor) -> Tensor:
         """A h, float32."""
         return self.coefficients()[0] * h_BTD.float()
-
-    def hold_and_norm(
-        self, h_BTD: Tensor, drive_BTD: Tensor, norm: RMSNorm, shift: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x = A h + drive (+ shift), float32, and norm(x): one pass over the state on a GPU.
-
-        Args:
-            h_BTD: State.
-            drive_BTD: B e from :meth:`drive`.
-            norm: The norm that x meets first. Its result is in the autocast dtype where autocast
-                is on, as the product that follows would have it.
-            shift: Added to every position, (D,), (1, 1, D) or (B, 1, D); carries no gradient.
-        """
-        device = h_BTD.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else None
-        decay_D = self.coefficients()[0]
-        return hold_and_norm(
-            h_BTD, drive_BTD, decay_D, norm.weight, norm.eps, shift=shift, dtype=dtype
-        )
 
     def forward(self, h_BTD: Tensor, e_BTD: Tensor) -> Tensor:
         """A h + B e, float32, (B, T, D)."""

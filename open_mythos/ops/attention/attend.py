@@ -1,9 +1,8 @@
-"""Scaled dot-product attention: one signature, the kernel chosen by name."""
+"""Scaled dot-product attention: one signature, several backends."""
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -16,14 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.ops.attention.pieces import attend_pieces, plan_pieces
 from open_mythos.ops.attention.visibility import Visibility
-
-logger = logging.getLogger(__name__)
+from open_mythos.ops.backend import pick_backend
 
 Mask = Tensor | Visibility | None
-"""What queries may look at: a boolean tensor, what makes one, or nothing to add."""
+"""What queries may attend to: a boolean tensor, a rule that builds one, or None."""
 
 MASK_PAIRS = 1 << 24
-"""Most elements of a mask that a GPU makes at once."""
+"""Largest mask, in elements, that is built at once on a GPU."""
 
 
 def attend(
@@ -36,16 +34,17 @@ def attend(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of H query heads over G key/value heads (H a multiple of G).
+    """Compute attention of H query heads over G key/value heads (H a multiple of G).
 
-    With a :class:`Visibility` no mask of all pairs exists unless it is small. Queries that are
-    padding get zeros, or attend to themselves, as the backend likes; never NaN.
+    With a :class:`Visibility`, the full (T, S) mask is materialized only if it is small. Padding
+    queries return zeros or attend to themselves, depending on the backend; never NaN.
 
     Args:
         q_BTHK: Queries.
         k_BSGK: Keys.
         v_BSGV: Values; V may differ from K.
-        mask: Boolean, broadcastable to (B, 1, T, S), true where a query may look; or a visibility.
+        mask: Boolean, broadcastable to (B, 1, T, S), true where a query may attend; or a
+            :class:`Visibility`.
         causal: Query i sees keys 0 .. i; needs T = S and no mask.
         scale: Factor on the scores; 1 / sqrt(K) by default.
         backend: "auto", "sdpa", "flash", "flex" or "reference".
@@ -55,23 +54,17 @@ def attend(
 
     Raises:
         ConfigError: Unknown backend, or one that cannot serve this call.
-        EnvironmentError_: Flash attention was asked for by name and is not installed.
+        EnvironmentError_: Flash attention was requested explicitly and is not installed.
     """
     if backend == "auto":
         backend = _choose(q_BTHK, mask)
-    if backend not in _BACKENDS:
-        raise ConfigError(
-            "unknown attention backend", where="attn_backend", value=backend,
-            allowed=", ".join(("auto", *_BACKENDS)), fix='set attn_backend to "auto"',
-        )  # fmt: skip
-    if not torch.compiler.is_compiling():
-        _log_once(backend)
+    run = pick_backend("attention", backend, _BACKENDS, where="attn_backend")
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    return _BACKENDS[backend](q_BTHK, k_BSGK, v_BSGV, mask, causal, scale)
+    return run(q_BTHK, k_BSGK, v_BSGV, mask, causal, scale)
 
 
 def _choose(q_BTHK: Tensor, mask: Mask) -> str:
-    """Flash where it can serve, else SDPA; flex, which takes long to compile, only by name."""
+    """Return flash where it can serve, else SDPA; flex, slow to compile, only on request."""
     flash = _on_cuda(q_BTHK) and _flash_installed() and _flash_problem(q_BTHK, mask) is None
     return "flash" if flash else "sdpa"
 
@@ -79,7 +72,7 @@ def _choose(q_BTHK: Tensor, mask: Mask) -> str:
 def _reference(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, mask: Mask, causal: bool, scale: float
 ) -> Tensor:
-    """The plain twin: scores in float32, softmax, weighted sum."""
+    """Reference implementation: scores in float32, softmax, weighted sum."""
     groups = q_BTHK.shape[2] // k_BSGK.shape[2]
     k_BSHK = k_BSGK.repeat_interleave(groups, dim=2)
     v_BSHV = v_BSGV.repeat_interleave(groups, dim=2)
@@ -100,7 +93,7 @@ def _equal_widths(
     v_BSGV: Tensor,
     *arguments: object,
 ) -> Tensor:
-    """``kernel`` on heads of one width: on a narrower value it would be slow, or refuse."""
+    """Pad heads to one width: with narrower values ``kernel`` would be slow, or raise."""
     key_width, value_width = k_BSGK.shape[-1], v_BSGV.shape[-1]
     if value_width < key_width:
         v_BSGV = F.pad(v_BSGV, (0, key_width - value_width))
@@ -113,16 +106,16 @@ def _equal_widths(
 def _sdpa(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, mask: Mask, causal: bool, scale: float
 ) -> Tensor:
-    """PyTorch's kernel; a visibility is served by whichever form of it needs least."""
+    """PyTorch's kernel, with the cheapest form of mask that the visibility allows."""
     if not isinstance(mask, Visibility):
         return _sdpa_call(q_BTHK, k_BSGK, v_BSGV, mask, causal, scale)
-    if torch.compiler.is_compiling():  # the compiler makes the mask again where that is cheaper
+    if torch.compiler.is_compiling():  # the compiler recomputes the mask where that is cheaper
         return _sdpa_call(q_BTHK, k_BSGK, v_BSGV, mask.whole(), False, scale)
     if q_BTHK.device.type != "cpu":
         return _sdpa_blocks(q_BTHK, k_BSGK, v_BSGV, mask, scale)
     if not len(q_BTHK):
         return _sdpa_call(q_BTHK, k_BSGK, v_BSGV, None, False, scale)
-    # switched off where somebody wants second derivatives, which the kernel has not
+    # callers that need second derivatives, which the kernel lacks, disable it
     fused = torch.backends.cuda.flash_sdp_enabled()
     plan = plan_pieces(mask, q_BTHK.dtype) if fused else None
     if plan is None:
@@ -145,7 +138,7 @@ def _sdpa_call(
 def _sdpa_blocks(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seen: Visibility, scale: float
 ) -> Tensor:
-    """By blocks of queries, whose masks the backward pass makes again."""
+    """Blocks of queries, whose masks are recomputed in the backward pass."""
     if seen.plain:
         lower_right = causal_lower_right(seen.n_queries, seen.n_columns)  # stays in its flash path
         return _sdpa_call(q_BTHK, k_BSGK, v_BSGV, lower_right, False, scale)
@@ -171,12 +164,12 @@ def _flash(
 ) -> Tensor:
     """FlashAttention 2 (arXiv 2307.08691); the package reads GQA natively.
 
-    Its causal is aligned to the lower right, so new tokens after a past need nothing else. Packed
-    and padded sequences are laid side by side, and what is masked is not computed.
+    Its causal mask is aligned to the lower right, as new tokens after a cached past need. Packed
+    and padded sequences are concatenated without padding; masked pairs are not computed.
     """
     if not _flash_installed():
         raise EnvironmentError_(
-            "flash attention was asked for and is not installed",
+            "flash attention was requested and is not installed",
             where="attn_backend", value="flash",
             fix='pip install "open-mythos[flash]", or set attn_backend to "auto"',
         )  # fmt: skip
@@ -207,7 +200,7 @@ def _flash(
 
 
 def _flash_problem(q_BTHK: Tensor, mask: Mask) -> str | None:
-    """Why flash attention cannot serve a call, or None."""
+    """Return why flash attention cannot serve a call, or None."""
     if not _on_cuda(q_BTHK) or q_BTHK.dtype not in (torch.float16, torch.bfloat16):
         return f"{q_BTHK.dtype} on {q_BTHK.device.type}"
     if isinstance(mask, Tensor):
@@ -248,11 +241,6 @@ def _on_cuda(x: Tensor) -> bool:
 @cache
 def _flash_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
-
-
-@cache
-def _log_once(backend: str) -> None:
-    logger.info("attention backend: %s", backend)
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from open_mythos.errors import ConfigError
 from open_mythos.ops.backend import CHECKS, triton_serves
 
 WIDEST = {torch.float32: 512, torch.bfloat16: 1024, torch.float16: 1024}
@@ -22,12 +21,12 @@ def latent_decode(
     valid_BS: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q . entries) latents, for one token of each row over a cache of slots.
+    """Attend one token of each row to the latents of its slot.
 
-    Row b sees the first ``lengths_B[b]`` positions of slot ``loops_B[b]``, less those that
-    ``valid_BS`` excludes. The rest of a slot is not read and may be uninitialised; what
-    ``valid_BS`` excludes must be finite. A row that sees nothing gets zeros. Loops and lengths stay
-    on the device; nothing waits for them.
+    Row b attends to the first ``lengths_B[b]`` positions of slot ``loops_B[b]`` except those that
+    ``valid_BS`` masks. The rest of a slot is not read and may be uninitialized; masked positions
+    must be finite. A row with nothing to attend to gets zeros. Loops and lengths stay on the
+    device: there is no host-device sync.
 
     One slot (B, S, W) is ``slot.unsqueeze(0)`` with no ``loops_B``.
 
@@ -38,17 +37,15 @@ def latent_decode(
             None: all rows read slot 0.
         lengths_B: Integers from 0 to S. None: all rows see S positions.
         rank: Width R of a latent.
-        valid_BS: Boolean, false on positions that a row does not see.
-        backend: "auto" is the Triton kernel on CUDA where no gradient is wanted, and the plain twin
-            elsewhere; or "triton", "reference".
+        valid_BS: Boolean, false on masked positions.
+        backend: "triton", "reference", or "auto": the Triton kernel on CUDA where no gradient is
+            needed.
 
     Returns:
         (B, H, R), in the dtype of the slots; sums and softmax are float32.
 
     Raises:
-        ConfigError: Shapes that do not belong together, an unknown backend, or a kernel asked for
-            by name that cannot serve the call.
-        EnvironmentError_: The kernel was asked for by name and Triton is not installed.
+        ConfigError: Unknown backend, or "triton" was requested and cannot serve the call.
     """
     _check(q_BHW, slots_LBSW, loops_B, lengths_B, rank, valid_BS)
     problem = _problem(q_BHW, slots_LBSW, rank)
@@ -63,7 +60,7 @@ def latent_decode(
 
 
 def kernel_serves(q_BHW: Tensor, slots_LBSW: Tensor, rank: int) -> bool:
-    """Whether "auto" would be the kernel: on a GPU, with Triton, for entries that it can read."""
+    """Whether "auto" picks the kernel: on a GPU, with Triton, for entries that it can read."""
     return triton_serves("latent_decode", "auto", slots_LBSW, _problem(q_BHW, slots_LBSW, rank))
 
 
@@ -75,7 +72,7 @@ def _reference(
     rank: int,
     valid_BS: Tensor | None,
 ) -> Tensor:
-    """The plain twin: the rows' slots gathered, scores in float32, softmax, weighted sum."""
+    """Reference implementation: gather the slots; float32 scores, softmax, weighted sum."""
     n_loops, batch, positions, _ = slots_LBSW.shape
     entry_BSW = slots_LBSW[0]
     if loops_B is not None:
@@ -97,9 +94,9 @@ def _reference(
 
 
 def _problem(q_BHW: Tensor, slots_LBSW: Tensor, rank: int) -> str | None:
-    """Why the kernel cannot serve the call, or None."""
+    """Return why the kernel cannot serve the call, or None."""
     if torch.is_grad_enabled() and (q_BHW.requires_grad or slots_LBSW.requires_grad):
-        return "a call whose gradient is wanted"
+        return "a call that needs a gradient"
     if slots_LBSW.dtype not in WIDEST:
         return f"slots of {slots_LBSW.dtype}"
     if slots_LBSW.stride(-1) != 1:
@@ -110,7 +107,7 @@ def _problem(q_BHW: Tensor, slots_LBSW: Tensor, rank: int) -> str | None:
 
 
 def _small_case(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """What two rows see of slots of their own, by the kernel and by the plain form."""
+    """Run two rows with slots of their own through the kernel and the reference."""
     generator = torch.Generator().manual_seed(0)
     slots_LBSW = torch.randn(3, 2, 75, 40, generator=generator).to(device)
     q_BHW = torch.randn(2, 5, 40, generator=generator).to(device)
@@ -134,21 +131,13 @@ def _check(
     rank: int,
     valid_BS: Tensor | None,
 ) -> None:
-    """Every part belongs to the same rows, positions and width."""
+    """Assert that all arguments have the same rows, positions and width."""
+    (batch, heads, width), (n_loops, _, positions, _) = q_BHW.shape, slots_LBSW.shape
     parts = (q_BHW, slots_LBSW, loops_B, lengths_B, valid_BS)
     shapes = tuple(None if part is None else tuple(part.shape) for part in parts)
-    if q_BHW.dim() == 3 and slots_LBSW.dim() == 4 and 0 < rank <= q_BHW.shape[2]:
-        (batch, heads, width), (n_loops, _, positions, _) = q_BHW.shape, slots_LBSW.shape
-        expected = (
-            (batch, heads, width), (n_loops, batch, positions, width),
-            (batch,), (batch,), (batch, positions),
-        )  # fmt: skip
-        same = all(s is None or s == e for s, e in zip(shapes, expected, strict=True))
-        if same and n_loops:
-            return
-    raise ConfigError(
-        "queries, slots and rows do not belong together", where="latent_decode",
-        value=(*shapes, rank),
-        allowed="(B, H, W), (L, B, S, W), (B,), (B,), (B, S) and 0 < rank <= W",
-        fix="one slot (B, S, W) is slot.unsqueeze(0)",
+    expected = (
+        (batch, heads, width), (n_loops, batch, positions, width),
+        (batch,), (batch,), (batch, positions),
     )  # fmt: skip
+    same = all(s is None or s == e for s, e in zip(shapes, expected, strict=True))
+    assert same and n_loops and 0 < rank <= width, (shapes, rank)  # noqa: PT018

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from open_mythos.ops.attention.latent_decode import latent_decode
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient
-from open_mythos.ops.injection import hold_and_norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -19,41 +18,6 @@ def error(got: Tensor, expected: Tensor) -> float:
     difference = (got.double() - expected.double()).norm()
     scaled = difference / expected.double().norm().clamp_min(1e-12)
     return scaled.item() if scaled.isfinite() else float("inf")
-
-
-def injection_inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", strided: bool = False
-) -> list[Tensor]:
-    """State, drive, decay and norm weight; strided ones are slices of larger tensors."""
-    width = shape[-1]
-    wide = (*shape[:-1], width + 5) if strided else shape
-    h, drive = (torch.randn(wide, device=device)[..., :width] for _ in range(2))
-    decay = torch.rand(width, device=device)
-    return [h, drive, decay, (1 + 0.2 * torch.randn(width, device=device)).to(dtype)]
-
-
-def injection_results(
-    inputs: list[Tensor],
-    backend: str,
-    shift: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """x and y, and the gradients of all inputs under fixed random weights."""
-    leaves = [part.detach().requires_grad_() for part in inputs]
-    x, y = hold_and_norm(*leaves, 1e-6, shift=shift, dtype=dtype, backend=backend)
-    torch.manual_seed(1)
-    above = torch.randn(x.shape, device=x.device), torch.randn(y.shape, device=y.device).to(y.dtype)
-    return [x.detach(), y.detach(), *torch.autograd.grad((x, y), leaves, above)]
-
-
-def check_injection(inputs: list[Tensor], **arguments: object) -> None:
-    """Kernel and plain twin agree, outputs and gradients."""
-    got = injection_results(inputs, "triton", **arguments)
-    expected = injection_results(inputs, "reference", **arguments)
-    assert torch.equal(got[0], expected[0])  # the state, bit for bit
-    for part, plain in zip(got, expected, strict=True):
-        assert (part.dtype, part.shape) == (plain.dtype, plain.shape)
-        assert error(part, plain) <= TOLERANCE[plain.dtype]
 
 
 def expert_rows(

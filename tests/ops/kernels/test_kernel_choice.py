@@ -1,4 +1,4 @@
-"""Which twin serves a call, what is refused, and that the plain twins are what they stand for."""
+"""Which implementation serves a call, and that the references compute what they stand for."""
 
 from __future__ import annotations
 
@@ -11,24 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from open_mythos.errors import ConfigError, EnvironmentError_
-from open_mythos.model.layers.injection import LTIInjection
-from open_mythos.model.layers.norm import RMSNorm
+from open_mythos.errors import ConfigError
 from open_mythos.ops import backend as choice
 from open_mythos.ops.attention import latent_decode as decoding
 from open_mythos.ops.attention.latent import latent_attend
 from open_mythos.ops.attention.latent_decode import latent_decode
 from open_mythos.ops.experts.looped_stack import Rows, Use, weight_gradient
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
-from open_mythos.ops.injection import hold_and_norm
-from tests.ops.kernels.cases import error, expert_rows, injection_inputs, slots
+from tests.ops.kernels.cases import error, expert_rows, slots
 
 PACKAGE = Path(choice.__file__).parents[1]
-
-
-def inject(backend: str, dtype: torch.dtype = torch.float32, width: int = 8) -> object:
-    h, drive, decay, weight = injection_inputs((2, 3, width), torch.float32)
-    return hold_and_norm(h.to(dtype), drive, decay, weight, 1e-6, backend=backend)
 
 
 def sum_up(backend: str, dtype: torch.dtype = torch.float32, loops: int = 2) -> object:
@@ -40,7 +32,7 @@ def decode(backend: str, dtype: torch.dtype = torch.float32, rank: int = 4) -> o
     return latent_decode(entries[0, :, :2], entries, None, None, rank, backend=backend)
 
 
-OPS = {"hold_and_norm": inject, "grouped_weight_gradient": sum_up, "latent_decode": decode}
+OPS = {"grouped_weight_gradient": sum_up, "latent_decode": decode}
 ops = pytest.mark.parametrize(("name", "op"), OPS.items(), ids=list(OPS))
 
 
@@ -60,7 +52,7 @@ def test_unknown_backend(name: str, op: Callable[..., object]) -> None:
 def test_without_triton(name: str, op: Callable[..., object], machine) -> None:
     machine("Triton is not installed")
     op("auto")
-    with pytest.raises(EnvironmentError_, match="pip install triton") as raised:
+    with pytest.raises(ConfigError, match="Triton is not installed") as raised:
         op("triton")
     assert name in str(raised.value)
 
@@ -129,8 +121,6 @@ def test_on_a_gpu(machine, small_case) -> None:
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
-        (lambda: inject("triton", torch.float64), "float64"),
-        (lambda: inject("triton", width=8193), "8193 elements, more than 8192"),
         (lambda: sum_up("triton", torch.float64), "rows of torch.float64"),
         (lambda: sum_up("triton", loops=257), "257 loops"),
         (lambda: decode("triton", torch.float64), "slots of torch.float64"),
@@ -147,7 +137,7 @@ def test_what_a_kernel_cannot_serve(call: Callable[[], object], problem: str, ma
 def test_a_decode_that_wants_a_gradient_is_plain(machine) -> None:
     machine(None)
     entries = slots((1, 2, 5, 6), torch.float32).requires_grad_()
-    with pytest.raises(ConfigError, match="gradient is wanted"):
+    with pytest.raises(ConfigError, match="needs a gradient"):
         latent_decode(torch.randn(2, 3, 6), entries, None, None, 4, backend="triton")
     latent_decode(torch.randn(2, 3, 6), entries, None, torch.tensor([0, 4]), 4).sum().backward()
     assert entries.grad.isfinite().all()
@@ -164,7 +154,7 @@ def test_shapes_that_do_not_belong_together() -> None:
         (q, entries, None, None, 7), (q, entries, None, None, 0),
         (q[..., :5], entries, None, None, 4),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=r"slot\.unsqueeze\(0\)"):
+        with pytest.raises((AssertionError, ValueError)):
             latent_decode(*arguments)
     xs, grads, ends = expert_rows([[2, 1], [1, 1]], 4, 4, torch.float32)
     for rows in ((xs, grads[:1], ends), (xs, grads[::-1], ends), ([], [], [])):
@@ -181,22 +171,6 @@ def test_nothing_imports_triton_before_a_kernel_is_used() -> None:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not any("triton" in name or "ops.kernels" in name for name in names), file
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_plain_injection_is_hold_and_norm(dtype: torch.dtype) -> None:
-    injection, norm = LTIInjection(9, matrix="diagonal"), RMSNorm(9).to(dtype)
-    h, drive = torch.randn(2, 2, 3, 9)
-    x, y = injection.hold_and_norm(h, drive, norm)
-    assert torch.equal(x, injection.hold(h) + drive)
-    assert torch.equal(y, norm(x))
-    assert y.dtype == dtype
-    shift = torch.randn(2, 1, 9)
-    assert torch.equal(injection.hold_and_norm(h, drive, norm, shift)[0], x + shift)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(injection.hold_and_norm(h, drive, norm)[1], norm(x).bfloat16())
-    (x.sum() + y.float().square().sum()).backward()
-    assert all(p.grad.any() for p in (injection.log_A, injection.dt_bias, norm.weight))
 
 
 def test_plain_weight_gradient_is_that_of_the_looped_stack() -> None:

@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton", reason="kernels are compiled where Triton
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
-from open_mythos.ops.kernels import injection, latent_decode, weight_gradient  # noqa: E402
+from open_mythos.ops.kernels import latent_decode, weight_gradient  # noqa: E402
 
 SHARED_BYTES = 227 << 10  # what one program may have on an H100
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -90,25 +90,6 @@ def _afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
-
-
-def test_injection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, channels = empty(8, 2048), empty(2048)
-    weight, grad_y = channels.bfloat16(), rows.bfloat16()
-    there = launched(
-        monkeypatch, injection, "_forward", injection.forward,
-        rows, rows, channels, None, weight, 1e-6, torch.bfloat16,
-    )  # fmt: skip
-    back = launched(
-        monkeypatch, injection, "_backward", injection.backward,
-        rows, grad_y, rows, empty(8), rows, channels, weight,
-    )  # fmt: skip
-    for compiled in (there, back):
-        assert resources(compiled, tmp_path)["STACK"] == 0
-        assert re.search(r"ld\.global\.v4", compiled.asm["ptx"])
-        assert re.search(r"st\.global\.v4", compiled.asm["ptx"])
-        assert "atom" not in compiled.asm["ptx"]
-        assert "fma.rn.f32" not in compiled.asm["ptx"]  # the state is rounded as the plain form's
 
 
 def test_weight_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

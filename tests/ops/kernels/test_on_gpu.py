@@ -5,20 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from open_mythos.model.layers.injection import LTIInjection
-from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.ops.attention import latent_decode as decoding
 from open_mythos.ops.attention.latent_decode import latent_decode
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
 from tests.ops.kernels.cases import (
     DTYPES,
     check_decode,
-    check_injection,
     check_weight_gradient,
     error,
     expert_rows,
-    injection_inputs,
-    injection_results,
     slots,
 )
 
@@ -33,34 +28,6 @@ HALF = torch.bfloat16
 
 def draws(rows: int, columns: int, highest: int) -> list[list[int]]:
     return torch.randint(0, highest + 1, (rows, columns)).tolist()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(4, 2048, 2048), (3, 341, 3072), (1, 1, 8192), (2, 77, 1000), (5000, 96)], ids=str
-)
-def test_injection(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check_injection(injection_inputs(shape, dtype, "cuda"))
-    check_injection(injection_inputs(shape, dtype, "cuda", strided=True))
-
-
-def test_injection_is_deterministic() -> None:
-    inputs = injection_inputs((8, 1024, 2048), HALF, "cuda")
-    first, second = (injection_results(inputs, "triton") for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_injection_of_more_than_two_to_the_31_elements() -> None:
-    """The last rows of a state that 32-bit offsets cannot reach."""
-    if torch.cuda.mem_get_info()[0] < 60 << 30:
-        pytest.skip("needs 60 GiB of free GPU memory")
-    rows, width = (1 << 19) + 8, 4096
-    injection, norm = LTIInjection(width, matrix="diagonal").cuda(), RMSNorm(width).cuda().to(HALF)
-    with torch.no_grad():
-        h, drive = (torch.randn(rows, width, device="cuda") for _ in range(2))
-        x, y = injection.hold_and_norm(h, drive, norm)
-        assert torch.equal(x[-9:], injection.hold(h[-9:]) + drive[-9:])
-        assert error(y[-9:], norm(x[-9:])) < 8e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
