@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 from pathlib import Path
@@ -76,30 +75,6 @@ def test_navigation_lists_every_page() -> None:
     site = yaml.safe_load(read(ROOT / "mkdocs.yml"))
     listed = [path for entry in site["nav"] for path in entry.values()]
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
-
-
-def imported_parts(file: Path) -> set[str]:
-    """The files and folders of the package that ``file`` imports from."""
-    found = set()
-    for node in ast.walk(ast.parse(read(file))):
-        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {m.split(".")[1] for m in modules if m.startswith("open_mythos.")}
-    return found
-
-
-def test_imports_flow_as_the_page_says() -> None:
-    rows = re.findall(
-        r"^\| (\d+) \| (.*) \|$", read(ROOT / "docs" / "architecture.md"), re.MULTILINE
-    )
-    level = {part: int(row) for row, parts in rows for part in re.findall(r"`(\w+)`", parts)}
-    package = ROOT / "open_mythos"
-    for file in package.rglob("*.py"):
-        part = file.relative_to(package).parts[0].removesuffix(".py")
-        if part == "__init__":
-            continue
-        for other in imported_parts(file):
-            assert level[other] <= level[part], f"{file.relative_to(ROOT)} imports {other}"
 
 
 def test_every_field_is_documented() -> None:
