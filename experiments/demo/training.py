@@ -21,9 +21,9 @@ from experiments.c1_depth.recipe import TASK, chains
 from experiments.demo.results import Curve
 from experiments.machine import cores
 from open_mythos.accounting import account
-from open_mythos.cli.trace.chain import TASK_FILE
 from open_mythos.cli.training import build_trainer, keep_what_defines_the_run
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
+from open_mythos.run_folder import TASK_FILE
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
 

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from open_mythos.cli.task import Source, beside, evaluation_batches
 from open_mythos.data import Batch
-from open_mythos.data.shards import TOKENIZER_FOLDER
 from open_mythos.devices import resolve_device, resolve_dtype
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation import DepthRow, ExitReport, ExitRow, evaluate_depths, evaluate_exits
@@ -27,6 +26,7 @@ from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.generation import generate
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
+from open_mythos.run_folder import TOKENIZER_FOLDER
 from open_mythos.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 _BAR = 30

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import yaml
 
-from open_mythos.cli.trace.chain import TASK_FILE, read_chains
-from open_mythos.cli.training import CONFIG_FILE
+from open_mythos.cli.trace.chain import read_chains
 from open_mythos.config import check_count
 from open_mythos.data import Batch, EpochWindows, Loader, PermHop, TokenShards
 from open_mythos.errors import DataError
 from open_mythos.hub.pretrained import model_directory
+from open_mythos.run_folder import CONFIG_FILE, TASK_FILE, find_beside
 
 HOPS = 10
 """Relations of every chain; each prefix is a question, so that 1 to 10 hops are mixed."""
@@ -39,9 +39,7 @@ class Source:
 
 def beside(checkpoint: str, name: str) -> Path | None:
     """``name`` in the model's folder, or in the run's folder two levels up; None if absent."""
-    folder = model_directory(checkpoint).resolve()
-    places = (folder, folder.parent, folder.parent.parent)
-    return next((place / name for place in places if (place / name).exists()), None)
+    return find_beside(model_directory(checkpoint), name)
 
 
 def task_of(checkpoint: str) -> PermHop | None:

@@ -12,18 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from open_mythos.data import EpochWindows, Loader, TokenShards, prepare
-from open_mythos.data.shards import TOKENIZER_FOLDER
 from open_mythos.devices import training_dtype
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import evaluate_depths
+from open_mythos.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, TOKENIZER_FOLDER
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint.snapshot import CHECKPOINTS_FOLDER, checkpoints
+from open_mythos.train.checkpoint.snapshot import checkpoints
 from open_mythos.train.parallel.process_group import first_decides, process_group
 
-CONFIG_FILE = "run.yaml"
 DEFAULT_OUT = "runs/train"
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from open_mythos.data.index import DTYPES, ShardFile, read_index
 from open_mythos.data.permutation import Int64Array
 from open_mythos.errors import ConfigError, DataError
+from open_mythos.run_folder import TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
-TOKENIZER_FOLDER = "tokenizer"
 START_DTYPE = np.dtype("<u8")
 HASH_BLOCK_BYTES = 1 << 24
 

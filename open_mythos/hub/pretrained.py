@@ -24,6 +24,7 @@ from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.files import sync_to_disk
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.run_folder import CHECKPOINTS_FOLDER, step_folders
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -39,7 +40,6 @@ _DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_CONFIG_BYTES = 1 << 20
 _SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrained"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_STEP = re.compile(r"step_(\d+)")
 
 
 def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path) -> None:
@@ -171,21 +171,15 @@ def model_directory(directory: str | Path) -> Path:
         )  # fmt: skip
     if _holds_model(folder):
         return folder
-    for parent in (folder, folder / "checkpoints"):
-        steps = [(int(m[1]), path) for path, m in _matches(parent) if _holds_model(path)]
+    for parent in (folder, folder / CHECKPOINTS_FOLDER):
+        steps = [path for _, path in step_folders(parent) if _holds_model(path)]
         if steps:
-            return max(steps)[1]
+            return steps[-1]
     raise DataError(
         "the folder holds no model", where="from_pretrained", value=str(directory),
         allowed=f"{CONFIG_FILE} and {WEIGHTS_FILE} in it or in its newest checkpoint",
         fix="pickled weights (.bin, .pt, .pth) are never read: convert them to safetensors first",
     )  # fmt: skip
-
-
-def _matches(parent: Path) -> Iterator[tuple[Path, re.Match[str]]]:
-    for path in parent.iterdir() if parent.is_dir() else ():
-        if match := _STEP.fullmatch(path.name):
-            yield path, match
 
 
 def _holds_model(folder: Path) -> bool:

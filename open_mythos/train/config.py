@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from open_mythos.config import MythosConfig, unknown_key
 from open_mythos.errors import ConfigError
-from open_mythos.train.checks import Check, is_int
+from open_mythos.train.checks import check_fields, is_int, one_of, reject, within
 
 DEPTH_PLAN_NAMES = ("fixed", "uniform", "poisson", "lognormal_poisson")
 SCHEDULE_NAMES = ("cosine", "wsd", "constant")
@@ -24,28 +24,28 @@ PARALLEL_KINDS = ("auto", "none", "ddp", "fsdp")
 class DepthConfig:
     """How many loops each training sequence runs. A dense model does not read it."""
 
-    plan: str = "poisson"
+    plan: str = one_of("poisson", DEPTH_PLAN_NAMES)
     """"fixed": always ``mean``; "uniform": ``low`` .. ``high``; "poisson": Poisson(mean), at least
     1; "lognormal_poisson": the heavy tail of Huginn (arXiv 2502.05171), of mean ``mean`` + 1."""
-    mean: float = 8.0
+    mean: float = within(8.0, ge=1, le=1024)
     """Mean depth; the depth itself for "fixed", then a whole number. "uniform" does not read it."""
-    low: int = 1
+    low: int = within(1, ge=1)
     """Smallest depth of "uniform"."""
-    high: int = 8
+    high: int = within(8, ge=1)
     """Largest depth of "uniform"."""
-    sigma: float = 0.5
+    sigma: float = within(0.5, ge=0, le=2)
     """Standard deviation of the logarithm of the rate of "lognormal_poisson"."""
-    max_loops: int | None = None
+    max_loops: int | None = within(None, ge=1)
     """No sequence runs more loops than this, those of long steps not counted; None for no limit."""
-    curriculum_start: float = 1.0
+    curriculum_start: float = within(1.0, ge=1, le=1024)
     """``mean`` at the first step of a curriculum."""
-    curriculum_steps: int = 0
+    curriculum_steps: int = within(0, ge=0)
     """Steps over which ``mean`` grows linearly from ``curriculum_start``; 0 for no curriculum."""
-    long_share: float = 0.0
+    long_share: float = within(0.0, ge=0, le=1)
     """Share of the steps whose sequences all run further loops, so that the model learns to keep
     what it has found. With ``train.grad_loops`` these come before the loops that carry gradient:
     the step begins from a detached state."""
-    long_loops: int = 32
+    long_loops: int = within(32, ge=1)
     """Most of these further loops; their number is log-uniform from 1."""
 
     @property
@@ -65,64 +65,46 @@ class DepthConfig:
 
     def validate(self) -> None:
         """Raises ConfigError if a field, or a relation between fields, is out of range."""
-        check = Check("depth", self)
-        check.choice("plan", DEPTH_PLAN_NAMES)
-        check.number("mean", lambda x: 1 <= x <= 1024, "1 <= x <= 1024")
-        check.integer("low", 1)
-        check.integer("high", self.low, f"an integer >= low ({self.low})")
-        check.number("sigma", lambda x: 0 <= x <= 2, "0 <= x <= 2")
-        check.integer("max_loops", 1, optional=True)
-        check.number("curriculum_start", lambda x: 1 <= x <= 1024, "1 <= x <= 1024")
-        check.integer("curriculum_steps", 0)
-        check.number("long_share", lambda x: 0 <= x <= 1, "0 <= x <= 1")
-        check.integer("long_loops", 1)
+        check_fields("depth", self)
+        if self.high < self.low:
+            reject("depth", self, "high", f"an integer >= low ({self.low})")
         if self.plan == "fixed" and self.mean != int(self.mean):
-            check.refuse("mean", 'a whole number with plan "fixed"')
+            reject("depth", self, "mean", 'a whole number with plan "fixed"')
         if self.plan == "uniform" and self.curriculum_steps:
-            check.refuse("curriculum_steps", '0 with plan "uniform", which has no mean to grow')
+            reject("depth", self, "curriculum_steps", '0 with plan "uniform", which has no mean')
 
 
 @dataclass
 class OptimConfig:
     """AdamW (arXiv 1711.05101), or Muon (arXiv 2502.16982) with AdamW where Muon does not apply."""
 
-    name: str = "adamw"
+    name: str = one_of("adamw", OPTIMIZER_NAMES)
     """"adamw"; "muon": Muon for the matrices of attention, feed-forwards and experts, AdamW for all
     else; its best rate is about four times AdamW's (docs/optimizers.md)."""
-    lr: float = 1e-3
+    lr: float = within(1e-3, gt=0)
     """Learning rate at the end of the warm-up."""
-    beta1: float = 0.9
+    beta1: float = within(0.9, ge=0, lt=1)
     """Decay of the first moment, in [0, 1)."""
-    beta2: float = 0.95
+    beta2: float = within(0.95, ge=0, lt=1)
     """Decay of the second moment, in [0, 1)."""
-    eps: float = 1e-8
+    eps: float = within(1e-8, gt=0)
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: float = within(0.1, ge=0)
     """Decoupled weight decay of the matrices; ``train.optimizers.optim`` says of which."""
 
-    momentum: float = 0.95
+    momentum: float = within(0.95, ge=0, lt=1)
     """Muon: decay of the mean of gradients, in [0, 1). AdamW does not read it."""
     nesterov: bool = True
     """Muon: look ahead by one step of the momentum. AdamW does not read it."""
-    ns_steps: int = 5
+    ns_steps: int = within(5, ge=1)
     """Muon: Newton-Schulz iterations. AdamW does not read it."""
-    ema_decay: float = 0.0
+    ema_decay: float = within(0.0, ge=0, lt=1)
     """Keep an exponential moving average of the weights that forgets this slowly, in [0, 1), e.g.
     0.999; evaluations use it. 0 keeps none."""
 
     def validate(self) -> None:
         """Raises ConfigError if a field is out of range."""
-        check = Check("optim", self)
-        check.choice("name", OPTIMIZER_NAMES)
-        check.boolean("nesterov")
-        check.integer("ns_steps", 1)
-        check.number("momentum", lambda x: 0 <= x < 1, "0 <= x < 1")
-        check.number("ema_decay", lambda x: 0 <= x < 1, "0 <= x < 1")
-        check.number("lr", lambda x: x > 0, "finite and > 0")
-        check.number("beta1", lambda x: 0 <= x < 1, "0 <= x < 1")
-        check.number("beta2", lambda x: 0 <= x < 1, "0 <= x < 1")
-        check.number("eps", lambda x: x > 0, "finite and > 0")
-        check.number("weight_decay", lambda x: x >= 0, "finite and >= 0")
+        check_fields("optim", self)
 
 
 @dataclass
@@ -130,47 +112,59 @@ class DataConfig:
     """Where the tokens come from."""
 
     path: str = ""
-    """Folder of prepared token shards."""
+    """Folder of prepared token shards, whose tokenizer the run uses."""
+    source: str = ""
+    """Text to stream instead of ``path``: a file or folder, a URL such as hf://datasets/..., or
+    "stdlib". A prepared folder named here is used as ``path``."""
+    text_field: str = "text"
+    """JSON key or Parquet column that holds the text of a stream."""
+    tokenizer: str = ""
+    """Tokenizer of a stream: "byte", a path, or a Hugging Face model; empty for openai/gpt-oss-20b,
+    or that of ``train.init_from``."""
+    held_out: float = within(0.005, ge=0, lt=1)
+    """Share of a stream's documents, in [0, 1), kept for evaluation. Prepared shards have a split
+    of their own; with ``val`` everything is trained on."""
+    workers: int = within(2, ge=0)
+    """Processes of each rank that read and tokenize a stream."""
+    val: str = ""
+    """Separate text to evaluate on: whatever ``path`` or ``source`` takes. Of a prepared folder it
+    is the validation split, or everything if there is none."""
     document_masks: bool = False
     """Keep attention inside documents where several share a sequence."""
-    eval_windows: int = 64
+    eval_windows: int = within(64, ge=1)
     """Sequences of the validation split that an evaluation reads."""
 
     def validate(self) -> None:
         """Raises ConfigError if a field is out of range."""
-        check = Check("data", self)
-        check.boolean("document_masks")
-        check.integer("eval_windows", 1)
+        check_fields("data", self)
+        if self.path and self.source:
+            reject("data", self, "source", "empty together with data.path: a run has one text")
 
 
 @dataclass
 class ParallelConfig:
     """How the processes of a run share its work. Every kind gives the same losses."""
 
-    kind: str = "auto"
+    kind: str = one_of("auto", PARALLEL_KINDS)
     """"none": one process; "ddp": every process holds the whole model; "fsdp": each holds a part of
     weights, gradients and moments, gathered while they are needed (FSDP2); "auto": "none" for one
     process, "ddp" for several."""
-    shard: int | None = None
+    shard: int | None = within(None, ge=1)
     """With "fsdp": processes that share one copy of the model; None for all. Fewer (HSDP) keep a
     copy in each group of neighbours, such as the GPUs of a node."""
-    experts: int = 1
+    experts: int = within(1, ge=1)
     """With "fsdp": processes over which the routed experts are divided; tokens travel to them. 1
     leaves experts to the sharding of everything else."""
-    timeout: float = 600.0
+    timeout: float = within(600.0, gt=0)
     """Seconds after which a collective operation that a process misses ends the run."""
 
     def validate(self) -> None:
         """Raises ConfigError if a field is out of range."""
-        check = Check("parallel", self)
-        check.choice("kind", PARALLEL_KINDS)
-        check.integer("shard", 1, optional=True)
-        check.integer("experts", 1)
-        check.number("timeout", lambda x: x > 0, "finite and > 0")
+        check_fields("parallel", self)
         if self.kind != "fsdp":
             for name, plain in (("shard", None), ("experts", 1)):
                 if getattr(self, name) != plain:
-                    check.refuse(name, f'{plain} unless parallel.kind is "fsdp"')
+                    reject("parallel", self, name, f'{plain} unless parallel.kind is "fsdp"')
 
 
 @dataclass
@@ -183,60 +177,53 @@ class WatchConfig:
     """Under which wandb and trackio file the run."""
     watchdog: bool = True
     """Name faults of the loops: collapse, explosion, loops that change nothing, uneven experts."""
-    spike_window: int = 128
+    spike_window: int = within(128, ge=8)
     """Recent losses that a step's loss is compared with."""
-    spike_threshold: float = 6.0
+    spike_threshold: float = within(6.0, gt=0)
     """Standard deviations above their median from which a loss is high."""
-    spike_patience: int = 4
+    spike_patience: int = within(4, ge=1)
     """High losses in a row that are a spike."""
-    max_rewinds: int = 2
+    max_rewinds: int = within(2, ge=0)
     """How often a run may go back to its last checkpoint, and leave out the batches since, after a
     spike or after more than ``train.max_skips`` non-finite steps in a row; then it gives up."""
-    peak_flops: float | None = None
+    peak_flops: float | None = within(None, gt=0)
     """Peak FLOP/s of one device, for the utilisation; None looks known GPUs up."""
 
     def validate(self) -> None:
         """Raises ConfigError if a field is out of range; loggers are checked when they open."""
-        check = Check("watch", self)
-        check.boolean("watchdog")
-        check.integer("spike_window", 8)
-        check.number("spike_threshold", lambda x: x > 0, "finite and > 0")
-        check.integer("spike_patience", 1)
-        check.integer("max_rewinds", 0)
-        if self.peak_flops is not None:
-            check.number("peak_flops", lambda x: x > 0, "finite and > 0, or None")
+        check_fields("watch", self)
 
 
 @dataclass
 class TrainConfig:
     """The loop around the optimizer: length, batch, precision, what is written and when."""
 
-    seed: int = 0
+    seed: int = within(0, ge=0)
     """From this all randomness of the run follows: weights, data order, depths, dropout, h_0."""
-    steps: int = 1000
+    steps: int = within(1000, ge=1)
     """Optimizer steps of the whole run."""
-    seq_len: int = 256
+    seq_len: int = within(256, ge=1)
     """Tokens T of a training sequence."""
-    global_batch: int = 16
+    global_batch: int = within(16, ge=1)
     """Sequences per optimizer step."""
-    micro_batch: int | None = None
+    micro_batch: int | None = within(None, ge=1)
     """Sequences computed at a time; divides ``global_batch``. None for all at once."""
-    schedule: str = "cosine"
+    schedule: str = one_of("cosine", SCHEDULE_NAMES)
     """"cosine": down to ``min_lr_ratio`` over the rest of the run; "wsd": stable, then a decay over
     the last ``decay_steps``; "constant"."""
-    warmup_steps: int = 100
+    warmup_steps: int = within(100, ge=0)
     """Steps over which the learning rate rises linearly from (not at) zero."""
-    decay_steps: int = 200
+    decay_steps: int = within(200, ge=1)
     """Length of the final decay of "wsd"."""
-    decay_shape: str = "linear"
+    decay_shape: str = one_of("linear", DECAY_SHAPES)
     """Shape of that decay: "linear", or "sqrt" (1 - sqrt, arXiv 2405.18392)."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = within(0.1, ge=0, le=1)
     """Where a decay ends, as a share of the learning rate."""
-    clip: float = 1.0
+    clip: float = within(1.0, gt=0)
     """Largest norm of the gradient over all parameters; larger ones are scaled down to it."""
-    max_skips: int = 20
+    max_skips: int = within(20, ge=0)
     """Non-finite steps in a row that are skipped before training gives up with an error."""
-    dtype: str = "float32"
+    dtype: str = one_of("float32", TRAIN_DTYPES)
     """Of the products: "float32"; "bfloat16" or "float16" by autocast; "auto" is bfloat16 on GPUs
     that compute in it, float16 on older ones, float32 on a CPU. Weights and moments stay float32;
     float16 comes with a dynamic loss scale."""
@@ -250,69 +237,51 @@ class TrainConfig:
     time."""
     compile: bool = False
     """Compile each block (not the whole model: one graph then serves every number of loops)."""
-    balance_speed: float = 1e-3
+    balance_speed: float = within(1e-3, ge=0)
     """Step of the bias that evens out the experts' load after each step; 0 leaves it still."""
-    balance_coefficient: float = 0.0
+    balance_coefficient: float = within(0.0, ge=0)
     """Weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4); 0 leaves it out."""
-    log_every: int = 10
+    log_every: int = within(10, ge=1)
     """Steps between two lines of metrics."""
-    eval_every: int = 0
+    eval_every: int = within(0, ge=0)
     """Steps between two evaluations; 0 for one at the end only."""
     eval_depths: list[int] = field(default_factory=list)
     """Loops at which an evaluation measures; empty for the mean training depth."""
-    save_every: int = 0
+    save_every: int = within(0, ge=0)
     """Steps between two checkpoints; 0 for one at the end only."""
-    keep: int = 2
+    keep: int = within(2, ge=1)
     """Newest checkpoints that stay."""
     async_save: bool = False
     """Write checkpoints behind the training: each is a copy of the moment it was asked for."""
     out_dir: str | None = None
     """Folder of metrics and checkpoints; None writes nothing."""
+    init_from: str = ""
+    """Weights to start from: a model, a checkpoint or a run (its newest checkpoint); empty for
+    random ones."""
 
     def validate(self) -> None:
         """Raises ConfigError if a field, or a relation between fields, is out of range."""
-        check = Check("train", self)
-        for name, least in _TRAIN_LEAST.items():
-            check.integer(name, least)
-        check.integer("micro_batch", 1, optional=True)
+        check_fields("train", self)
         if self.global_batch % (self.micro_batch or 1):
-            check.refuse("micro_batch", f"a divisor of global_batch ({self.global_batch})")
-        for name, allowed in _TRAIN_CHOICES.items():
-            check.choice(name, allowed)
-        check.number("min_lr_ratio", lambda x: 0 <= x <= 1, "0 <= x <= 1")
-        check.number("clip", lambda x: x > 0, "finite and > 0")
-        check.number("balance_speed", lambda x: x >= 0, "finite and >= 0")
-        check.number("balance_coefficient", lambda x: x >= 0, "finite and >= 0")
-        for name in ("checkpoint_loops", "compile", "async_save"):
-            check.boolean(name)
-        if self.grad_loops != "auto":
-            check.integer("grad_loops", 1, 'an integer >= 1, "auto" or None', optional=True)
+            reject("train", self, "micro_batch", f"a divisor of global_batch ({self.global_batch})")
+        if self.grad_loops not in ("auto", None) and not (
+            is_int(self.grad_loops) and int(self.grad_loops) >= 1
+        ):
+            reject("train", self, "grad_loops", 'an integer >= 1, "auto" or None')
         if any(not is_int(depth) or depth < 1 for depth in self.eval_depths):
-            check.refuse("eval_depths", "integers >= 1")
+            reject("train", self, "eval_depths", "integers >= 1")
         if self.save_every and self.out_dir is None:
-            check.refuse("save_every", "0 without an out_dir to save in")
+            reject("train", self, "save_every", "0 without an out_dir to save in")
         if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
-            check.refuse(
-                "decay_steps", f"at most steps - warmup_steps ({self.steps - self.warmup_steps})"
-            )
-
-
-_TRAIN_LEAST = {
-    "seed": 0, "steps": 1, "seq_len": 1, "global_batch": 1, "warmup_steps": 0, "decay_steps": 1,
-    "max_skips": 0, "log_every": 1, "eval_every": 0, "save_every": 0, "keep": 1,
-}  # fmt: skip
-_TRAIN_CHOICES = {
-    "schedule": SCHEDULE_NAMES,
-    "decay_shape": DECAY_SHAPES,
-    "dtype": TRAIN_DTYPES,
-}
+            most = self.steps - self.warmup_steps
+            reject("train", self, "decay_steps", f"at most steps - warmup_steps ({most})")
 
 
 @dataclass
 class RunConfig:
     """Everything that defines a run; two runs of equal configuration are equal bit for bit."""
 
-    architecture: str = "looped"
+    architecture: str = one_of("looped", ARCHITECTURES)
     """"looped", or "dense": the baseline with as many parameters, which has no depth to choose."""
     model: MythosConfig = field(default_factory=MythosConfig)
     """Shape of the looped model, from which the dense one is derived."""
@@ -343,32 +312,26 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises ConfigError if any field, or a relation between fields, is out of range."""
-        check = Check("", self)
-        check.choice("architecture", ARCHITECTURES)
+        check_fields("", self)
         for section in _SECTIONS:
             getattr(self, section).validate()
-        check = Check("train", self.train)
-        if self.train.seq_len > self.model.max_seq_len:
-            check.refuse("seq_len", f"at most model.max_seq_len ({self.model.max_seq_len})")
-        if self.architecture == "dense":
+        train, dense = self.train, self.architecture == "dense"
+        if train.seq_len > self.model.max_seq_len:
+            most = self.model.max_seq_len
+            reject("train", train, "seq_len", f"at most model.max_seq_len ({most})")
+        if dense:
             for name in ("grad_loops", "checkpoint_loops"):
-                if getattr(self.train, name):
-                    check.refuse(name, "nothing for a dense model, which has no loops")
-        if self.parallel.experts > 1 and (
-            self.architecture == "dense" or self.model.n_experts % self.parallel.experts
-        ):
-            raise ConfigError(
-                "the experts do not divide", where="parallel.experts",
-                value=self.parallel.experts,
-                allowed=f"a divisor of model.n_experts ({self.model.n_experts})",
-            )  # fmt: skip
-        if self.parallel.experts > 1 and self.train.grad_loops is not None:
-            # processes would differ in the loops that carry gradient, and wait for each other
-            check.refuse("grad_loops", "None with parallel.experts above 1")
-        if self.train.balance_coefficient and (
-            self.architecture == "dense" or not self.model.n_experts
-        ):
-            check.refuse("balance_coefficient", "0 for a model without experts")
+                if getattr(train, name):
+                    reject("train", train, name, "unset for a dense model, which has no loops")
+        if self.parallel.experts > 1:
+            if dense or self.model.n_experts % self.parallel.experts:
+                allowed = f"a divisor of model.n_experts ({self.model.n_experts})"
+                reject("parallel", self.parallel, "experts", allowed)
+            if train.grad_loops is not None:
+                # ranks would differ in the loops that carry gradient, and deadlock
+                reject("train", train, "grad_loops", "None with parallel.experts above 1")
+        if train.balance_coefficient and (dense or not self.model.n_experts):
+            reject("train", train, "balance_coefficient", "0 for a model without experts")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, nested, as JSON-ready values."""

@@ -22,13 +22,14 @@ from open_mythos.devices import autocast
 from open_mythos.distributed import over_ranks, rank, world_size
 from open_mythos.errors import ConfigError, MythosError
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
 from open_mythos.train.build import Model
 from open_mythos.train.checkpoint import snapshot
 from open_mythos.train.checkpoint.manifest import as_json
 from open_mythos.train.checkpoint.restore import holds_file, restore
 from open_mythos.train.checkpoint.resume import refuse_changes
 from open_mythos.train.checkpoint.saver import Saver
-from open_mythos.train.checkpoint.snapshot import CHECKPOINTS_FOLDER, checkpoints
+from open_mythos.train.checkpoint.snapshot import checkpoints
 from open_mythos.train.config import RunConfig
 from open_mythos.train.monitoring.loggers import LoggedRun, open_loggers
 from open_mythos.train.monitoring.metrics import (
@@ -51,8 +52,6 @@ from open_mythos.train.state import BatchLoader, StepResult, TokenBatch, TrainSt
 from open_mythos.train.step import TrainStep
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 Evaluate = Callable[[Model, list[int]], Mapping[str, Any]]
 """``evaluate(model, depths) -> metrics``; the model is in evaluation mode, without autograd."""

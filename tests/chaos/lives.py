@@ -17,7 +17,8 @@ from chaos.forks import End, Forks
 from chaos.moments import Moments, where_it_died
 from chaos.server import begin
 from open_mythos.errors import DataError
-from open_mythos.train.checkpoint.snapshot import CHECKPOINTS_FOLDER, checkpoints, verify_checkpoint
+from open_mythos.run_folder import CHECKPOINTS_FOLDER
+from open_mythos.train.checkpoint.snapshot import checkpoints, verify_checkpoint
 
 
 def live(

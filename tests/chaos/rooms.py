@@ -18,9 +18,10 @@ from chaos import lab
 from chaos.lives import half_checkpoints
 from chaos.saves import in_a_fork
 from open_mythos.errors import MythosError
+from open_mythos.run_folder import CHECKPOINTS_FOLDER
 from open_mythos.train import Trainer
 from open_mythos.train.checkpoint import saver as saving
-from open_mythos.train.checkpoint.snapshot import CHECKPOINTS_FOLDER, checkpoints
+from open_mythos.train.checkpoint.snapshot import checkpoints
 
 NOBODY = 65534
 FULL_AT = 4

@@ -14,16 +14,16 @@ import yaml
 
 from open_mythos.cli.recipe.options import Recipe, fitting_micro_batch
 from open_mythos.cli.recipe.text import Text, recipe_text, recipe_tokenizer
-from open_mythos.cli.training import CONFIG_FILE, TrainProgress
+from open_mythos.cli.training import TrainProgress
 from open_mythos.data import StreamLoader
-from open_mythos.data.shards import TOKENIZER_FOLDER
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.hub.pretrained import describe, from_pretrained
+from open_mythos.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train import MetricsLogger, RunConfig, Trainer, TrainState, build_model
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint.snapshot import CHECKPOINTS_FOLDER, checkpoints
+from open_mythos.train.checkpoint.snapshot import checkpoints
 from open_mythos.train.parallel.process_group import process_group
 
 SOURCE_FILE = "source.json"

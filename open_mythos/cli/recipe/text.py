@@ -19,12 +19,12 @@ from open_mythos.data import (
     TokenShards,
     open_corpus,
 )
-from open_mythos.data.shards import TOKENIZER_FOLDER
 from open_mythos.data.stream_held_out import TooFewHeldOutError
 from open_mythos.devices import training_dtype
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError
 from open_mythos.evaluation import evaluate_depths
+from open_mythos.run_folder import TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train import RunConfig
 from open_mythos.train.build import Model

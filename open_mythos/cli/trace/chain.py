@@ -16,7 +16,6 @@ import numpy as np
 from open_mythos.data import PermHop
 from open_mythos.errors import ConfigError, DataError
 
-TASK_FILE = "task.json"
 _NAME = re.compile(r"([er])(0|[1-9]\d*)")
 _KEYS = ("entities", "relations", "seed")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from open_mythos.cli.gate import GATE_FILE
 from open_mythos.cli.inference import stored_tokenizer
 from open_mythos.cli.task import beside
-from open_mythos.cli.trace.chain import TASK_FILE, read_chains
+from open_mythos.cli.trace.chain import read_chains
 from open_mythos.config import check_count
 from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError
@@ -16,6 +16,7 @@ from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.reports.trace_page import write_page
 from open_mythos.reports.trace_record import Goal, PromptTrace, collect
+from open_mythos.run_folder import TASK_FILE
 from open_mythos.tokenizer import Tokenizer
 
 

@@ -7,20 +7,22 @@ from typing import Any
 
 from open_mythos.config import nearest
 from open_mythos.errors import ConfigError
+from open_mythos.train.config import RunConfig
 
 MAY_CHANGE = frozenset(
     {
-        "data.path", "data.eval_windows", "train.steps", "train.device", "train.checkpoint_loops",
-        "train.micro_batch", "train.compile", "train.max_skips", "train.log_every",
-        "train.eval_every", "train.eval_depths", "train.save_every", "train.keep",
-        "train.async_save", "train.out_dir", "parallel.kind", "parallel.shard", "parallel.experts",
-        "parallel.timeout", "watch.loggers", "watch.project", "watch.watchdog",
-        "watch.max_rewinds", "watch.peak_flops",
+        "data.path", "data.source", "data.tokenizer", "data.workers", "data.val",
+        "data.eval_windows", "train.init_from", "train.steps", "train.device",
+        "train.checkpoint_loops", "train.micro_batch", "train.compile", "train.max_skips",
+        "train.log_every", "train.eval_every", "train.eval_depths", "train.save_every",
+        "train.keep", "train.async_save", "train.out_dir", "parallel.kind", "parallel.shard",
+        "parallel.experts", "parallel.timeout", "watch.loggers", "watch.project",
+        "watch.watchdog", "watch.max_rewinds", "watch.peak_flops",
     }
 )  # fmt: skip
 """Fields free to change: they do not alter what a step computes, save that the shape of a decaying
-schedule follows ``train.steps``, and that rounding follows the device and how work is divided. The
-data itself is checked by its fingerprint, wherever it lies."""
+schedule follows ``train.steps``, and that rounding follows the device and how work is divided. Text
+and tokenizer may lie elsewhere: the loader compares their fingerprints."""
 
 
 def refuse_changes(
@@ -37,6 +39,11 @@ def refuse_changes(
         ConfigError: A field differs that may not, or ``allow`` names no field.
     """
     before, now = _flat(saved), _flat(present)
+    # fields that a checkpoint does not know yet had the behaviour of their defaults
+    before = {**_flat(RunConfig().to_dict()), **before}
+    if "data.held_out" not in saved.get("data", {}):
+        now["data.held_out"] = before["data.held_out"]  # the loader's position tells it
+        now["data.text_field"] = before["data.text_field"]
     known = before.keys() | now.keys()
     for name in allow:
         if name not in known:

@@ -36,6 +36,7 @@ from open_mythos.hub.pretrained import (
     from_pretrained,
     model_tensors,
 )
+from open_mythos.run_folder import CHECKPOINTS_FOLDER
 from open_mythos.train.build import Model
 from open_mythos.train.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -52,7 +53,6 @@ from open_mythos.train.optimizers.optim import moments_of
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 _OLD = ".old"
 _NAME = re.compile(rf"step_(\d{{8,}})({re.escape(_OLD)})?")

@@ -218,11 +218,20 @@ def test_allow_must_name_a_field(make_run):
         refuse_changes(run, run, ["optim.rl"])
 
 
-def test_a_missing_field_is_a_difference(make_run):
+def test_a_field_newer_than_the_checkpoint_had_its_default(make_run):
     saved, now = make_run().to_dict(), make_run().to_dict()
     del saved["train"]["clip"]
-    with pytest.raises(ConfigError, match=r"train\.clip: saved 'absent'"):
+    refuse_changes(saved, now)
+    now["train"]["clip"] = 0.5
+    with pytest.raises(ConfigError, match=r"train\.clip: saved 1\.0, now 0\.5"):
         refuse_changes(saved, now)
+
+
+def test_a_field_that_is_gone_is_a_difference(make_run):
+    saved = make_run().to_dict()
+    saved["train"]["momentum"] = 0.5
+    with pytest.raises(ConfigError, match=r"train\.momentum: saved 0\.5, now 'absent'"):
+        refuse_changes(saved, make_run().to_dict())
 
 
 def test_other_data_is_refused_before_anything_changes(trained, make_loader):

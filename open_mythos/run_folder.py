@@ -1,0 +1,66 @@
+"""The layout of a training run's folder. Everything that reads or writes one takes names from here.
+
+    run.yaml          configuration of the run (``RunConfig``)
+    metrics.jsonl     one JSON object per logged step, evaluation or event
+    tokenizer/        the tokenizer
+    checkpoints/      step_00000100/, ...
+    data/             token shards that the run prepared itself
+    report.html       what ``open-mythos report`` writes
+
+This module loads no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from open_mythos.errors import DataError
+
+CONFIG_FILE = "run.yaml"
+METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.html"
+TOKENIZER_FOLDER = "tokenizer"
+CHECKPOINTS_FOLDER = "checkpoints"
+DATA_FOLDER = "data"
+TASK_FILE = "task.json"
+"""Beside a model of a synthetic task: which task."""
+_STEP = re.compile(r"step_(\d+)")
+
+
+def write_config(folder: Path, values: dict[str, Any]) -> None:
+    """Write the ``run.yaml`` of a run's folder."""
+    text = yaml.safe_dump(values, sort_keys=False)
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a ``run.yaml``.
+
+    Raises:
+        DataError: The file cannot be read or does not hold a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError("not a readable YAML file", where=str(path), value=str(error)) from error
+    if not isinstance(values, dict):
+        raise DataError("not a configuration", where=str(path), value=values, allowed="a mapping")
+    return values
+
+
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of every checkpoint in ``folder``, oldest first; [] if it is missing."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    named = [(match, path) for path in found if (match := _STEP.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in named if path.is_dir())
+
+
+def find_beside(model_folder: Path, name: str) -> Path | None:
+    """Find ``name`` in a model's folder or in the run that the checkpoint belongs to."""
+    folder = model_folder.resolve()
+    places = (folder, folder.parent, folder.parent.parent)
+    return next((place / name for place in places if (place / name).exists()), None)
