@@ -54,11 +54,19 @@ def build_parser() -> Parser:
     )
     run.add_argument("--fresh", action="store_true", help="discard finished cells first")
     run.add_argument("--quiet", action="store_true", help="no progress and no tables")
+    trace = commands.add_parser(
+        "trace", help="write a page that follows a chain through the loops of a model"
+    )
+    trace.add_argument("folder", type=Path, help="model folder, such as runs/demo/chains/looped")
+    trace.add_argument("prompt", help='an entity and relations: "e3 r1 r4"')
+    trace.add_argument("--n-loops", type=int, help="loops (default: max_loop_iters of the model)")
+    trace.add_argument("--exit", default="", help="exit rule whose exits are marked: kl:0.01,1.0")
+    trace.add_argument("--out", type=Path, default=Path("trace.html"), help="the HTML file")
     demo = commands.add_parser(
         "demo", help="train a looped and a dense model on real text and compare them over depth"
     )
     demo.add_argument(
-        "--out", default="runs/demo",
+        "--out", type=Path, default=Path("runs/demo"),
         help="folder of the picture, the report and the models; replaced (default: %(default)s)",
     )  # fmt: skip
     demo.add_argument("--seed", type=int, default=0, help="of weights, data order and depths")
@@ -92,11 +100,15 @@ def _run(command: str, arguments: dict[str, Any]) -> None:
     if command == "demo":
         from experiments.demo.run import run_demo
 
-        run_demo(Path(arguments.pop("out")), **arguments)
+        run_demo(arguments.pop("out"), **arguments)
     elif command == "run":
         from experiments.reproduce import reproduce
 
         reproduce(**arguments)
+    elif command == "trace":
+        from experiments.trace import write_trace
+
+        write_trace(**arguments)
     elif command == "list":
         from experiments.listing import print_claims
 

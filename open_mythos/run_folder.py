@@ -26,8 +26,6 @@ REPORT_FILE = "report.html"
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
 DATA_FOLDER = "data"
-TASK_FILE = "task.json"
-"""Beside a model of a synthetic task: which task."""
 _STEP = re.compile(r"step_(\d+)")
 
 

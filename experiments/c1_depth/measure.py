@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ import torch
 from experiments.c1_depth.recipe import TASK, accuracy_grid, questions
 from experiments.claim import Cell, Place
 from experiments.synthetic import Curves
+from experiments.tasks import PermHopLoader
 from open_mythos.accounting import account
-from open_mythos.data import IGNORE_INDEX, Batch, PermHopLoader
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.exit_rules import exit_rule
@@ -24,28 +23,15 @@ from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
 
 
-class FinalAnswers(PermHopLoader):
-    """The same chains, labelled at their last relation only."""
-
-    def next_batch(self, step: int) -> Batch:
-        """The chains of ``step``."""
-        batch = super().next_batch(step)
-        place_T = torch.arange(batch.targets.shape[1]) % (self._hops + 1)
-        return replace(batch, targets=batch.targets.masked_fill(place_T < self._hops, IGNORE_INDEX))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position and identity, JSON-ready."""
-        return super().state_dict() | {"final_only": True}
-
-
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """Train the arm, then measure it on chains whose answers it was never told."""
     s = cell.settings
     run = RunConfig.from_dict(s["run"])
     run.train.seed = cell.seed
-    loader = (FinalAnswers if s["final_only"] else PermHopLoader)(
-        TASK, global_batch=run.train.global_batch, hops=s["hops"], pair_from=s["pair_from"]
-    )
+    loader = PermHopLoader(
+        TASK, global_batch=run.train.global_batch, hops=s["hops"], pair_from=s["pair_from"],
+        final_only=s["final_only"],
+    )  # fmt: skip
     model = _build(run, s["unrolled"])
     if not s["injection"]:
         without_injection(model)

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from experiments.synthetic import answered
+from experiments.tasks import PermHop, PermHopLoader
 from open_mythos.config import MythosConfig
-from open_mythos.data import PermHop, PermHopLoader
 from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
 from open_mythos.train.build import Model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.claim import QUICK, Cell, Claim
-from experiments.tasks.in_context import InContextHop
+from experiments.tasks import InContextHop
 from open_mythos.config import MythosConfig
 from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
 

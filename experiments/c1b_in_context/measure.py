@@ -9,8 +9,8 @@ import torch
 from experiments.c1b_in_context.cells import TASK, TRAINED_HOPS
 from experiments.claim import Cell, Place
 from experiments.synthetic import Curves, answered
+from experiments.tasks import TaskLoader
 from open_mythos.accounting import account
-from open_mythos.data import TaskLoader
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.seeding import derive_seed
 from open_mythos.train import RunConfig, Trainer, build_model

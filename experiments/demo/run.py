@@ -79,7 +79,8 @@ def run_demo(folder: Path, *, seed: int, quick: bool, quiet: bool) -> DemoResult
     write_report(results, folder / "demo.png", folder / "report.html")
     show(results, Console())
     print(f"picture: {folder / 'demo.png'}\nreport:  {folder / 'report.html'}")
-    print(f"try:     open-mythos trace {jobs[0].folder} 'e3 r1 r4 r2 r7 r0 r5 r3' --n-loops 24")
+    command = f"python -m experiments trace {jobs[0].folder}"
+    print(f"try:     {command} 'e3 r1 r4 r2 r7 r0 r5 r3' --n-loops 24")
     return results
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from experiments.c1_depth.recipe import TASK, chains
 from experiments.demo.results import Curve
 from experiments.machine import cores
+from experiments.tasks.saved import save_task
 from open_mythos.accounting import account
 from open_mythos.cli.training import build_trainer, keep_what_defines_the_run
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
-from open_mythos.run_folder import TASK_FILE
 from open_mythos.train import RunConfig, Trainer, build_model
 from open_mythos.train.build import Model
 
@@ -115,8 +114,7 @@ def _train(
     if not job.is_chains:
         keep_what_defines_the_run(config, job.folder)
     else:
-        task = {"task": "permhop", **asdict(TASK)}
-        (job.folder / TASK_FILE).write_text(json.dumps(task) + "\n")
+        save_task(TASK, job.folder)
     return curve, listener.rows, trainer.state.tokens, trainer.state.max_depth
 
 

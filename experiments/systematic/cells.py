@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.claim import QUICK, Cell, Claim
-from experiments.tasks.facts import ComposedFacts
+from experiments.tasks import ComposedFacts, PermHop
 from open_mythos.config import MythosConfig
-from open_mythos.data import PermHop
 from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
 
 TASK = ComposedFacts(PermHop(entities=64, relations=8), lone_share=0.2)

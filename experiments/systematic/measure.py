@@ -9,9 +9,9 @@ import torch
 from experiments.claim import Cell, Place
 from experiments.synthetic import Curves, answered
 from experiments.systematic.cells import HOPS, TASK
+from experiments.tasks import TaskLoader
 from experiments.tasks.facts import KINDS
 from open_mythos.accounting import account
-from open_mythos.data import TaskLoader
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.seeding import derive_seed, seeded_generator
 from open_mythos.train import RunConfig, Trainer, build_model

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from experiments.tasks.permhop import PermHop
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.permutation import Int64Array
-from open_mythos.data.synthetic import PermHop
 from open_mythos.errors import ConfigError
 from open_mythos.seeding import seeded_generator
 

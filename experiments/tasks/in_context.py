@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.data.checks import check_int, check_ranks
+from open_mythos.data.checks import check_int
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
 from open_mythos.seeding import derive_seed
 
@@ -56,39 +56,34 @@ class InContextHop:
         global_batch: int,
         hops: int,
         test: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> Batch:
-        """Rows drawn for ``step``: (B, M + hops) tokens; a pure function of its arguments.
+        """Draw the rows of ``step``: (B, M + hops) tokens; a pure function of the arguments.
 
         Args:
             step: Every step has rows of its own.
-            global_batch: Rows over all ranks; each depends on its place alone.
+            global_batch: B, the rows; each depends on its place in the batch alone.
             hops: k, facts to follow.
             test: From another stream than training rows.
-            rank: This process.
-            world_size: Number of processes; it must divide ``global_batch``.
 
         Returns:
             Targets are -100 at the facts.
 
         Raises:
-            ConfigError: A number is out of range, or the batch does not divide among the ranks.
+            ConfigError: A number is out of range.
         """
         check_int(step, "step", 0)
         check_int(hops, "hops", 1)
-        check_ranks(global_batch, "global_batch", rank, world_size)
-        local, m = global_batch // world_size, self.stated
-        rows_B = np.arange(rank * local, (rank + 1) * local, dtype=np.int64)
+        check_int(global_batch, "global_batch", 1)
+        m, rows_B = self.stated, np.arange(global_batch, dtype=np.int64)
         words = self._words(step, rows_B, test)
         cycle_BM = words[:, : self.entities].argsort(axis=1)[:, :m]
         facts_BM = self.entities + 1 + cycle_BM * self.entities + np.roll(cycle_BM, -1, axis=1)
         order_BM = words[:, self.entities :].argsort(axis=1)
         # the cycle is in random order already: every chain begins at its first entity
-        asked_BK = np.full((local, hops), self.entities, np.int64)
+        asked_BK = np.full((global_batch, hops), self.entities, np.int64)
         asked_BK[:, 0] = cycle_BM[:, 0]
         answers_BK = cycle_BM[:, np.arange(1, hops + 1) % m]
-        unlabelled_BM = np.full((local, m), IGNORE_INDEX, np.int64)
+        unlabelled_BM = np.full((global_batch, m), IGNORE_INDEX, np.int64)
         return Batch(
             torch.from_numpy(np.c_[np.take_along_axis(facts_BM, order_BM, axis=1), asked_BK]),
             torch.from_numpy(np.c_[unlabelled_BM, answers_BK]),

@@ -310,7 +310,7 @@ def trace(
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
-        prompt: The text; for a model of chains (task.json beside it) names such as "e3 r1 r4".
+        prompt: The text.
         n_loops: Loops; by default the model's max_loop_iters.
         exit: Rule whose stops are marked: gate, kl, change, acceleration, stable, each with its
             numbers if wanted, such as gate:0.9 or kl:0.01,1.0; by default the gate, if trained.

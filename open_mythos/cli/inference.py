@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from open_mythos.cli.task import Source, beside, evaluation_batches
+from open_mythos.cli.run_data import Source, beside, evaluation_batches
 from open_mythos.data import Batch
 from open_mythos.devices import resolve_device, resolve_dtype
 from open_mythos.errors import ConfigError, DataError
@@ -63,8 +63,10 @@ def generate_text(
     if not quiet:
         print(prompt, end="", flush=True)
     prompt_ids = torch.tensor([ids], device=model.head.weight.device)
+    # a vocabulary smaller than the tokenizer's, without its special tokens, cannot predict eos
+    eos_id = tok.eos_id if tok.eos_id < model.cfg.vocab_size else None
     out = generate(
-        model, prompt_ids, eos_token_id=tok.eos_id, tokenizer=tok, on_token=show, depth=depth,
+        model, prompt_ids, eos_token_id=eos_id, tokenizer=tok, on_token=show, depth=depth,
         **sampling,
     )  # fmt: skip
     print(tok.decode(out[0, len(ids) :].tolist()) if quiet else stream.flush())

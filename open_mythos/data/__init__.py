@@ -1,4 +1,4 @@
-"""Text to training batches: sources, token shards, streams, packing, exact resume, synthetic tasks.
+"""Text to training batches: sources, token shards, streams, packing, exact resume.
 
 >>> from open_mythos.data import Loader, TokenShards, prepare
 >>> from open_mythos.tokenizer import load_tokenizer
@@ -23,7 +23,6 @@ from open_mythos.data.sources import read_documents
 from open_mythos.data.stream import StreamLoader
 from open_mythos.data.stream_corpus import Corpus, fineweb_edu, open_corpus
 from open_mythos.data.stream_held_out import HeldOutWindows
-from open_mythos.data.synthetic import PermHop, PermHopLoader, TaskLoader
 
 __all__ = [
     "IGNORE_INDEX",
@@ -34,11 +33,8 @@ __all__ = [
     "Index",
     "Loader",
     "PackedWindows",
-    "PermHop",
-    "PermHopLoader",
     "Permutation",
     "StreamLoader",
-    "TaskLoader",
     "TokenShards",
     "document_ids",
     "fineweb_edu",

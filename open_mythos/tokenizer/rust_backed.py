@@ -66,16 +66,23 @@ class RustBacked:
         """The ids of ``text``, without bos or eos.
 
         Raises:
-            DataError: ``text`` is not a string, or holds a lone surrogate.
+            DataError: ``text`` is not a string, holds a lone surrogate, or has a word that the
+                vocabulary lacks.
         """
-        utf8(text)
-        return self._rust.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of every text, on all cores."""
         for text in texts:
             utf8(text)
-        encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(
+                "the text has a word that the vocabulary lacks", where=f"tokenizer {self.name}",
+                value=texts[0] if len(texts) == 1 else f"{len(texts)} texts",
+                fix="see the vocabulary in tokenizer.json",
+            ) from error  # fmt: skip
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:

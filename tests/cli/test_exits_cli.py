@@ -12,8 +12,8 @@ from helpers import small_config, small_model
 
 from open_mythos import DenseTransformer
 from open_mythos.cli import main
-from open_mythos.cli.task import evaluation_batches, task_of, training_batches
-from open_mythos.data import PermHop, TokenShards
+from open_mythos.cli.run_data import evaluation_batches
+from open_mythos.data import TokenShards
 from open_mythos.evaluation import evaluate_exits
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.model.exit_rules import exit_rule
@@ -21,7 +21,6 @@ from open_mythos.model.trace import LoopTrace
 from open_mythos.tokenizer import ByteTokenizer
 
 GATE = "recurrent.halting.gate."
-TASK = {"task": "permhop", "entities": 16, "relations": 8, "seed": 0}
 FEW = ["--positions", "200", "--steps", "20", "--n-loops", "4", "--batch", "4", "--seq_len", "33"]
 RULE = "change:0.3"
 
@@ -31,15 +30,6 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
     code = main([str(word) for word in argv])
     out, err = capsys.readouterr()
     return code, out, err
-
-
-@pytest.fixture(scope="module")
-def chains(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of the chain task, with its task.json."""
-    folder = tmp_path_factory.mktemp("chains")
-    save_pretrained(small_model("gqa", vocab_size=24, n_experts=0), folder)
-    (folder / "task.json").write_text(json.dumps(TASK))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +74,11 @@ class TestTrainGate:
         assert "gate:0.7" in shown
         assert run(capsys, "generate", gated, "to ", "--max_new_tokens", "3", "--quiet")[0] == 0
 
-    def test_chains_need_no_data(self, chains, tmp_path, capsys):
-        out = tmp_path / "model"
-        code, shown, _ = run(capsys, "train", "gate", chains, "--out", out, *FEW)
-        assert code == 0
-        assert "chains of up to 10 relations" in shown
-        assert all(f"{threshold:g}" in shown for threshold in (0.3, 0.9, 0.99))
-        assert json.loads((out / "task.json").read_text()) == TASK
-
-    def test_one_word_says_the_same(self, chains, tmp_path, capsys):
+    def test_one_word_says_the_same(self, text, tmp_path, capsys):
         weights = []
         for command in (("train", "gate"), ("train-gate",)):
             out = tmp_path / command[0]
-            assert run(capsys, *command, chains, "--out", out, *FEW, "--quiet")[0] == 0
+            assert run(capsys, *command, text, "--out", out, *FEW, "--quiet")[0] == 0
             weights.append((out / "model.safetensors").read_bytes())
         assert weights[0] == weights[1]
 
@@ -108,9 +90,9 @@ class TestTrainGate:
         assert stop.value.code == 0
         assert ("--target" in said, "--model.dim" in said) == (words[-1] == "gate", len(words) == 1)
 
-    def test_a_folder_that_holds_something_is_left_alone(self, chains, tmp_path, capsys):
+    def test_a_folder_that_holds_something_is_left_alone(self, text, tmp_path, capsys):
         (tmp_path / "mine").write_text("dear")
-        code, _, err = run(capsys, "train", "gate", chains, "--out", tmp_path, *FEW)
+        code, _, err = run(capsys, "train", "gate", text, "--out", tmp_path, *FEW)
         assert (code, "not empty" in err) == (2, True)
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -142,28 +124,6 @@ class TestEvaluate:
         most = max(expected.histogram)
         (fullest,) = [line for line in shown.splitlines() if f" {most:,} " in line and "█" in line]
         assert fullest.count("█") == 30
-
-    def test_chains_are_asked_what_training_never_saw(self, chains, capsys):
-        code, shown, _ = run(capsys, "evaluate", chains, "--exit", RULE, "--windows", "4",
-                             "--batch", "4", "--quiet")  # fmt: skip
-        assert (code, "unseen chains" in shown) == (0, True)
-        code, shown, _ = run(capsys, "evaluate", chains, "--depths", "[1,3]", "--windows", "2",
-                             "--batch", "2", "--quiet")  # fmt: skip
-        assert (code, "unseen chains" in shown) == (0, True)
-        source = evaluation_batches(str(chains), "", "val", seq_len=256, windows=32, batch=16)
-        (first, second) = source.batches
-        assert first.input_ids.shape == (16 * 256 // 11, 11)
-        assert 0.05 < (first.targets >= 0).float().mean() < 0.15
-        assert not torch.equal(first.input_ids, second.input_ids)
-        learnt = next(iter(training_batches(str(chains), "", seq_len=33, batch=4, seed=0).batches))
-        assert 0.7 < (learnt.targets >= 0).float().mean() < 0.95
-
-    def test_named_data_goes_before_the_task(self, chains, text):
-        path = yaml.safe_load((text / "run.yaml").read_text())["data"]["path"]
-        source = evaluation_batches(str(chains), path, "val", seq_len=32, windows=2, batch=2)
-        assert source.name == "val"
-        assert task_of(str(chains)) == PermHop(16, 8, 0)
-        assert task_of(str(text)) is None
 
     def test_a_dense_model_has_nothing_to_leave(self, text, tmp_path, capsys):
         dense = DenseTransformer.like(small_config("gqa", vocab_size=ByteTokenizer().vocab_size))
@@ -223,8 +183,8 @@ class TestGenerate:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_mistakes_are_explained(argv, said, chains, tmp_path, capsys):
-    places = {"MODEL": chains, "OUT": tmp_path / "out"}
+def test_mistakes_are_explained(argv, said, text, tmp_path, capsys):
+    places = {"MODEL": text, "OUT": tmp_path / "out"}
     code, _, err = run(capsys, *(places.get(word, word) for word in argv))
     assert (code, said in err) == (2, True), err
     assert "Traceback" not in err
@@ -234,7 +194,4 @@ def test_mistakes_are_explained(argv, said, chains, tmp_path, capsys):
 def test_where_the_data_is_must_be_known(tmp_path, capsys):
     save_pretrained(small_model("gqa", vocab_size=24), tmp_path)
     code, _, err = run(capsys, "evaluate", tmp_path)
-    assert (code, "--data" in err, "task.json" in err) == (3, True, True)
-    (tmp_path / "task.json").write_text('{"task": "chess"}')
-    code, _, err = run(capsys, "evaluate", tmp_path, "--exit", "stable")
-    assert (code, "chess" in err, "permhop" in err) == (3, True, True)
+    assert (code, "--data" in err, "run.yaml" in err) == (3, True, True)

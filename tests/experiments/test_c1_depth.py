@@ -9,11 +9,11 @@ from helpers import randomise
 from experiments import c1_depth as c1
 from experiments.c1_depth.answer import asked
 from experiments.c1_depth.cells import ARMS, DENSE_RIVALS, LEARNABLE, LOOPED
-from experiments.c1_depth.measure import FinalAnswers, without_injection
+from experiments.c1_depth.measure import without_injection
 from experiments.c1_depth.recipe import TASK, accuracy_grid, chains, questions, recipe
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
 from experiments.synthetic import answered
-from open_mythos.data import PermHopLoader
+from experiments.tasks import PermHopLoader
 from open_mythos.train import RunConfig, build_model
 
 CELLS = c1.cells("cpu")
@@ -78,8 +78,8 @@ def test_one_pass_answers_as_separate_calls():
 
 def test_final_answers_alone_are_labelled():
     plain, final = (
-        loader(TASK, global_batch=64, hops=3, pair_from=1)
-        for loader in (PermHopLoader, FinalAnswers)
+        PermHopLoader(TASK, global_batch=64, hops=3, pair_from=1, final_only=only)
+        for only in (False, True)
     )
     for step, ends in ((0, [3]), (1, [3, 7])):
         every, last = plain.next_batch(step), final.next_batch(step)

@@ -14,6 +14,9 @@ import pytest
 import torch
 from helpers import small_config, small_model
 
+from experiments.tasks import PermHop
+from experiments.tasks.saved import save_task
+from experiments.trace import trace_chain
 from open_mythos import (
     DenseTransformer,
     LoopTrace,
@@ -21,9 +24,7 @@ from open_mythos import (
     from_pretrained,
     save_pretrained,
 )
-from open_mythos.cli.trace.chain import Chains
 from open_mythos.cli.trace.run import trace_of, trace_prompt
-from open_mythos.data import PermHop
 from open_mythos.errors import ConfigError, DataError, MythosError
 from open_mythos.model.exit_rules import StateChange
 from open_mythos.reports.trace_page import page, summary
@@ -49,14 +50,10 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder: the task lies two levels above the weights."""
-    run = tmp_path_factory.mktemp("chain")
-    save_pretrained(
-        small_model("gqa", vocab_size=9, n_experts=0), run / "checkpoints/step_00000007"
-    )
-    task = {"task": "permhop", "entities": 6, "relations": 3, "seed": 0}
-    (run / "task.json").write_text(json.dumps(task))
-    return run
+    folder = tmp_path_factory.mktemp("chain")
+    save_pretrained(small_model("gqa", vocab_size=9, n_experts=0), folder)
+    save_task(TASK, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +63,7 @@ def text_trace(text_folder: Path) -> PromptTrace:
 
 @pytest.fixture(scope="module")
 def chain_trace(chain_folder: Path) -> PromptTrace:
-    return trace_of(str(chain_folder), CHAIN, n_loops=LOOPS, device="cpu")
+    return trace_chain(chain_folder, CHAIN, n_loops=LOOPS)
 
 
 def model_in(folder: Path) -> OpenMythos:
@@ -174,18 +171,6 @@ def test_the_plane_holds_the_most_variance(text_folder, text_trace):
     )
 
 
-def test_where_chains_lead(chain_trace):
-    assert [token.text for token in chain_trace.tokens] == CHAIN.split()
-    entity, reached = 3, []
-    for relation in (1, 0, 2):
-        entity = int(TASK.tables[relation, entity])
-        reached.append(f"e{entity}")
-    assert [token.goal for token in chain_trace.tokens] == [None, *reached]
-    assert [token.hops for token in chain_trace.tokens] == [None, 1, 2, 3]
-    assert not chain_trace.tokens[0].experts
-    assert chain_trace.tokens[0].exit is None
-
-
 def token_that_says(*words: int, goal: int) -> TokenTrace:
     return TokenTrace(
         text="x", predictions=[[Prediction(word, str(word), 0.5)] for word in words],
@@ -218,37 +203,6 @@ def test_a_trained_gate_is_the_default_rule(text_folder, tmp_path):
     gated = trace_of(str(tmp_path), "ab", n_loops=2, device="cpu")
     assert gated.exit_rule == "gate"
     assert gated.tokens[0].exit in (1, 2)
-
-
-# prompts of chains
-
-
-def test_names_and_ids():
-    chains = Chains(TASK)
-    assert chains.encode("e0  e5\nr0 r2") == [0, 5, 6, 8]
-    assert [chains.name(token) for token in (0, 5, 6, 8, 9)] == ["e0", "e5", "r0", "r2", "<9>"]
-    two = chains.reached(chains.encode("e1 r0 e2 r0 r1"))
-    assert [hops for hops, _ in two] == [0, 1, 0, 1, 2]
-    assert two[1][1] == TASK.tables[0, 1]
-    assert two[4][1] == TASK.tables[1, TASK.tables[0, 2]]
-
-
-@pytest.mark.parametrize(
-    "prompt", ["", "r1 r2", "e6 r1", "e1 r3", "e1 r-1", "e1 r01", "E1", "e1,r1", "e1 r1x", "3 1"]
-)
-def test_what_is_no_chain(prompt):
-    with pytest.raises(ConfigError, match=r"entity|name of this task"):
-        Chains(TASK).encode(prompt)
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"task": "sums"}', '{"task": "permhop", "entities": 6}', "{}", "7"]
-)
-def test_what_is_no_task(chain_folder, tmp_path, content):
-    save_pretrained(model_in(chain_folder), tmp_path)
-    (tmp_path / "task.json").write_text(content)
-    with pytest.raises(DataError, match="task"):
-        trace_of(str(tmp_path), CHAIN, device="cpu")
 
 
 # the page

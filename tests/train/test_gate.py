@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from helpers import random_ids, small_config, small_model
 
+from experiments.tasks import PermHop
 from open_mythos import ConfigError, DenseTransformer
-from open_mythos.data import Batch, PermHop
+from open_mythos.data import Batch
 from open_mythos.errors import DataError
 from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.layers.halting import ACTHalting, exit_loops

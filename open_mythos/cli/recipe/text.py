@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from open_mythos.cli.recipe.options import Recipe
-from open_mythos.cli.task import beside
+from open_mythos.cli.run_data import beside
 from open_mythos.cli.training import evaluation
 from open_mythos.data import (
     Batch,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from open_mythos.cli.gate import GATE_FILE
 from open_mythos.cli.inference import stored_tokenizer
-from open_mythos.cli.task import beside
-from open_mythos.cli.trace.chain import read_chains
+from open_mythos.cli.run_data import beside
 from open_mythos.config import check_count
 from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError
@@ -16,7 +16,6 @@ from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.reports.trace_page import write_page
 from open_mythos.reports.trace_record import Goal, PromptTrace, collect
-from open_mythos.run_folder import TASK_FILE
 from open_mythos.tokenizer import Tokenizer
 
 
@@ -39,12 +38,24 @@ def trace_of(
     n_loops: int | None = None,
     exit: str = "",
     device: str = "auto",
+    goals: Callable[[list[int]], list[Goal | None]] | None = None,
+    task: str = "text",
 ) -> PromptTrace:
-    """What the model in ``checkpoint`` makes of ``prompt``.
+    """Follow ``prompt`` through the loops of the model in ``checkpoint``.
+
+    Args:
+        checkpoint: Folder of a model, of a checkpoint or of a run.
+        prompt: The text.
+        n_loops: Loops; by default the model's max_loop_iters.
+        exit: Exit rule whose exits are marked; by default the gate, if one was trained.
+        device: "auto", "cpu", "cuda".
+        goals: Maps the ids of the prompt to what should be predicted after each; by default the
+            prompt's own next token.
+        task: What the goals are: "text" or "chains".
 
     Raises:
         ConfigError: The model has no loops, or the prompt or the exit rule is not understood.
-        DataError: There is no model, no tokenizer, or no proper ``task.json``.
+        DataError: There is no model or no tokenizer, or the prompt is not in its vocabulary.
     """
     model = from_pretrained(checkpoint, resolve_device(device))
     if not isinstance(model, OpenMythos):
@@ -56,19 +67,12 @@ def trace_of(
         exit = "gate"
     rule = exit_rule(exit, model) if exit else None
     about = {"checkpoint": checkpoint, "prompt": prompt, "exit_rule": exit}
-    task_file = beside(checkpoint, TASK_FILE)
-    if task_file is None:
-        tokenizer = stored_tokenizer(checkpoint)
-        ids = tokenizer.encode(prompt) or [tokenizer.bos_id]
-        goals: list[Goal | None] = [*(Goal(token) for token in ids[1:]), None]
-        return collect(
-            model, ids, lambda token: _named(token, tokenizer), goals, depth, rule,
-            task="text", **about,
-        )  # fmt: skip
-    chains = read_chains(task_file)
-    ids = chains.encode(prompt)
-    goals = [None if entity is None else Goal(entity, hops) for hops, entity in chains.reached(ids)]
-    return collect(model, ids, chains.name, goals, depth, rule, task="chains", **about)
+    tokenizer = stored_tokenizer(checkpoint)
+    ids = tokenizer.encode(prompt) or [tokenizer.bos_id]
+    wanted = goals(ids) if goals else [*(Goal(token) for token in ids[1:]), None]
+    return collect(
+        model, ids, lambda token: _named(token, tokenizer), wanted, depth, rule, task=task, **about
+    )
 
 
 def _named(token: int, tokenizer: Tokenizer) -> str:

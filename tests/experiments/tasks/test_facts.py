@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.tasks import PermHop, TaskLoader
 from experiments.tasks.facts import KINDS, ComposedFacts
-from open_mythos.data import PermHop, TaskLoader
 from open_mythos.errors import ConfigError, DataError
 
 TASK = ComposedFacts(PermHop(entities=12, relations=4), lone_share=0.3)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from experiments.tasks.in_context import InContextHop
-from open_mythos.data import TaskLoader
+from experiments.tasks import InContextHop, TaskLoader
 from open_mythos.errors import ConfigError, DataError
 
 TASK = InContextHop(entities=9, stated=5)
@@ -51,9 +50,8 @@ def test_rows_differ_in_facts_and_in_their_order():
 
 def test_batches_are_pure_functions_of_seed_step_and_place():
     whole = TASK.batch(7, global_batch=8, hops=3)
-    parts = [TASK.batch(7, global_batch=8, hops=3, rank=r, world_size=4) for r in range(4)]
-    for name in ("input_ids", "targets", "sample_index"):
-        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
+    longer = TASK.batch(7, global_batch=16, hops=3)
+    assert torch.equal(longer.input_ids[:8], whole.input_ids)
     others = [
         TASK.batch(8, global_batch=8, hops=3), TASK.batch(7, global_batch=8, hops=3, test=True),
         InContextHop(9, 5, seed=1).batch(7, global_batch=8, hops=3),
@@ -79,7 +77,7 @@ def test_an_impossible_task_is_refused(bad):
         InContextHop(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"hops": 0}, {"step": -1}, {"global_batch": 3, "world_size": 2}])
+@pytest.mark.parametrize("bad", [{"hops": 0}, {"step": -1}, {"global_batch": 0}])
 def test_an_impossible_batch_is_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         TASK.batch(**({"step": 0, "global_batch": 4, "hops": 2} | bad))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.tasks import PermHop
 from open_mythos import LoopTrace, MythosConfig, OpenMythos
-from open_mythos.data import PermHop
 from open_mythos.model.exit_rules import exit_rule
 from open_mythos.train import DepthConfig, DepthPlan
 from open_mythos.train.loss import count_targets, next_token_loss

@@ -11,17 +11,17 @@ the queries that a test asks.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from experiments.tasks.loader import TaskLoader
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.data.checks import check_int, check_ranks
+from open_mythos.data.checks import check_int
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
-from open_mythos.errors import DataError
 from open_mythos.seeding import derive_seed, seeded_generator
 
 HELD_OUT_ONE_IN = 10
@@ -69,37 +69,31 @@ class PermHop:
         held_out: bool = False,
         final_only: bool = False,
         chains: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> Batch:
-        """Programs drawn for ``step``: (B, hops + 1) tokens; a pure function of its arguments.
+        """Draw the programs of ``step``: (B, hops + 1) tokens; a pure function of the arguments.
 
         Args:
             step: Steps of training and of testing draw from different streams.
-            global_batch: Programs over all ranks; each depends on its place in it alone.
+            global_batch: B, the rows; each depends on its place in the batch alone.
             hops: k, the relations of every program.
             held_out: Label only the held-out prefixes (testing), instead of only the others.
             final_only: Label the last relation only.
             chains: Programs that stand one after the other in each row, which then has
                 ``chains * (hops + 1)`` tokens: the later ones at positions, and with something
                 before them, that a single program of this length never has.
-            rank: This process.
-            world_size: Number of processes; it must divide ``global_batch``.
 
         Returns:
             Targets are -100 at the entity and at every position without a label.
 
         Raises:
-            ConfigError: A number is out of range, or the batch does not divide among the ranks.
+            ConfigError: A number is out of range.
         """
         check_int(step, "step", 0)
         check_int(hops, "hops", 1)
         check_int(chains, "chains", 1)
-        check_ranks(global_batch, "global_batch", rank, world_size)
-        local = global_batch // world_size
-        rows_B = np.arange(rank * local, (rank + 1) * local, dtype=np.int64)
-        # a row's chains have places of their own; B is rows times chains until they are joined
-        places_B = (rows_B[:, None] * chains + np.arange(chains)).reshape(-1)
+        check_int(global_batch, "global_batch", 1)
+        # B is rows times chains until the chains of a row are joined
+        places_B = np.arange(global_batch * chains, dtype=np.int64)
         entity_B, relations_BK = self._draw(step, places_B, hops, held_out)
         answers_BK = self.answers(entity_B, relations_BK)
         labelled_BK = self.is_held_out(entity_B, relations_BK) == held_out
@@ -107,12 +101,14 @@ class PermHop:
             labelled_BK[:, :-1] = False
         targets_BK = np.where(labelled_BK, answers_BK, IGNORE_INDEX)
         unlabelled_B1 = np.full((len(places_B), 1), IGNORE_INDEX, np.int64)
-        return Batch(
-            torch.from_numpy(np.c_[entity_B, relations_BK + self.entities].reshape(local, -1)),
-            torch.from_numpy(np.c_[unlabelled_B1, targets_BK].reshape(local, -1)),
-            None,
-            torch.from_numpy(step * global_batch + rows_B),
-        )
+        tokens, targets = (
+            torch.from_numpy(array.reshape(global_batch, -1))
+            for array in (
+                np.c_[entity_B, relations_BK + self.entities], np.c_[unlabelled_B1, targets_BK]
+            )
+        )  # fmt: skip
+        first = step * global_batch
+        return Batch(tokens, targets, None, torch.arange(first, first + global_batch))
 
     def answers(self, entity_B: Int64Array, relations_BK: Int64Array) -> Int64Array:
         """The entity reached after each hop: (B, K) int64."""
@@ -147,75 +143,39 @@ class PermHop:
         return entity_B.astype(np.int64), relations_BK.astype(np.int64)
 
 
-class Task(Protocol):
-    """A synthetic task: a dataclass that draws batches."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def batch(self, step: int, *, global_batch: int, hops: int) -> Batch:
-        """The rows of ``step``, a pure function of the arguments."""
-
-
-class TaskLoader:
-    """Fresh rows of a task at every step, for a trainer (a ``BatchLoader``).
-
-    Args:
-        task: Where they are drawn from.
-        global_batch: Rows of a batch.
-        hops: Length of what a row asks.
-    """
-
-    def __init__(self, task: Task, *, global_batch: int, hops: int) -> None:
-        self.step = 0
-        self._task, self._global_batch, self._hops = task, global_batch, hops
-
-    def next_batch(self, step: int) -> Batch:
-        """The rows of ``step``."""
-        return self._task.batch(step, global_batch=self._global_batch, hops=self._hops)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position and identity, JSON-ready."""
-        return {"step": self.step, "task": asdict(self._task), "hops": self._hops}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a position.
-
-        Raises:
-            DataError: It is that of other rows.
-        """
-        own = self.state_dict()
-        if {**state, "step": 0} != {**own, "step": 0}:
-            raise DataError(
-                "the position belongs to other rows", where=type(self).__name__, value=state,
-                allowed=str(own), fix="build the loader with the same task and settings",
-            )  # fmt: skip
-        self.step = state["step"]
-
-
 class PermHopLoader(TaskLoader):
-    """Fresh programs at every step, singly and then in pairs.
+    """Draw fresh programs at every step, single ones first and then pairs.
 
     Args:
-        task: Where they are drawn from.
+        task: The task.
         global_batch: Rows of a batch.
         hops: Relations of every program.
-        pair_from: Step from which on every row holds two programs, one after the other; None for
-            one throughout. It begins with single ones because they are learnt faster.
+        pair_from: First step whose rows hold two programs, one after the other; None for single
+            programs throughout. Single programs come first because they are learnt faster.
+        final_only: Label the last relation of a program only.
     """
 
     def __init__(
-        self, task: PermHop, *, global_batch: int, hops: int, pair_from: int | None = None
+        self,
+        task: PermHop,
+        *,
+        global_batch: int,
+        hops: int,
+        pair_from: int | None = None,
+        final_only: bool = False,
     ) -> None:
         super().__init__(task, global_batch=global_batch, hops=hops)
-        self._programs, self._pair_from = task, pair_from
+        self._programs, self._pair_from, self._final_only = task, pair_from, final_only
 
     def next_batch(self, step: int) -> Batch:
-        """The programs of ``step``."""
+        """Draw the programs of ``step``."""
         pair = self._pair_from is not None and step >= self._pair_from
         return self._programs.batch(
-            step, global_batch=self._global_batch, hops=self._hops, chains=2 if pair else 1
-        )
+            step, global_batch=self._global_batch, hops=self._hops, chains=2 if pair else 1,
+            final_only=self._final_only,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and identity, JSON-ready."""
-        return super().state_dict() | {"pair_from": self._pair_from}
+        """Return position and identity, JSON-ready."""
+        own = {"pair_from": self._pair_from, "final_only": self._final_only}
+        return super().state_dict() | own

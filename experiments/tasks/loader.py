@@ -1,0 +1,54 @@
+"""Batches of a synthetic task for the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, ClassVar, Protocol
+
+from open_mythos.data import Batch
+from open_mythos.errors import DataError
+
+
+class Task(Protocol):
+    """A synthetic task: a dataclass that draws batches."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def batch(self, step: int, *, global_batch: int, hops: int) -> Batch:
+        """Draw the rows of ``step``, a pure function of the arguments."""
+
+
+class TaskLoader:
+    """Draw fresh rows of a task at every step (a ``BatchLoader`` of the trainer).
+
+    Args:
+        task: The task.
+        global_batch: Rows of a batch.
+        hops: Hops that a row asks for.
+    """
+
+    def __init__(self, task: Task, *, global_batch: int, hops: int) -> None:
+        self.step = 0
+        self._task, self._global_batch, self._hops = task, global_batch, hops
+
+    def next_batch(self, step: int) -> Batch:
+        """Draw the rows of ``step``."""
+        return self._task.batch(step, global_batch=self._global_batch, hops=self._hops)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return position and identity, JSON-ready."""
+        return {"step": self.step, "task": asdict(self._task), "hops": self._hops}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a position.
+
+        Raises:
+            DataError: It is the position of another task or of other settings.
+        """
+        own = self.state_dict()
+        if {**state, "step": 0} != {**own, "step": 0}:
+            raise DataError(
+                "the position belongs to other rows", where=type(self).__name__, value=state,
+                allowed=str(own), fix="build the loader with the same task and settings",
+            )  # fmt: skip
+        self.step = state["step"]

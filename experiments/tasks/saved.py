@@ -1,0 +1,75 @@
+"""A PERM-HOP task kept beside a model that was trained on it.
+
+``task.json`` describes the task; ``tokenizer/`` names its tokens e0 e1 .. and r0 r1 .., so that the
+commands of the library read and print chains as text.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from experiments.tasks.permhop import PermHop
+from open_mythos.errors import DataError
+from open_mythos.run_folder import TOKENIZER_FOLDER
+
+TASK_FILE = "task.json"
+
+
+def save_task(task: PermHop, folder: Path) -> None:
+    """Write the task and its word-level tokenizer to ``folder``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = [f"e{i}" for i in range(task.entities)] + [f"r{i}" for i in range(task.relations)]
+    words = Tokenizer(models.WordLevel({name: token for token, name in enumerate(names)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    target = folder / TOKENIZER_FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    words.save(str(target / "tokenizer.json"))
+    description = {"task": "permhop", **asdict(task)}
+    (folder / TASK_FILE).write_text(json.dumps(description) + "\n", encoding="utf-8")
+
+
+def load_task(folder: Path) -> PermHop:
+    """Read the task that :func:`save_task` wrote to ``folder``.
+
+    Raises:
+        DataError: There is no such file, or it does not describe a PERM-HOP task.
+    """
+    path = folder / TASK_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("task") != "permhop":
+            raise ValueError("not a PERM-HOP task")
+        return PermHop(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            "no description of a PERM-HOP task", where=str(path), value=str(error),
+            allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}',
+            fix="name a model folder that the demo wrote: runs/demo/chains/looped",
+        ) from error  # fmt: skip
+
+
+def reached(task: PermHop, ids: list[int]) -> list[tuple[int, int] | None]:
+    """Hops since the last entity and the entity reached, at each token; None at an entity.
+
+    Raises:
+        DataError: ``ids`` do not begin with an entity.
+    """
+    if not ids or ids[0] >= task.entities:
+        raise DataError(
+            "a chain begins with an entity", where="prompt", value=ids[:1],
+            allowed=f"e0 .. e{task.entities - 1}, then relations r0 .. r{task.relations - 1}",
+            fix="write it as: e3 r1 r4",
+        )  # fmt: skip
+    found: list[tuple[int, int] | None] = []
+    hops, entity = 0, 0
+    for token in ids:
+        if token < task.entities:
+            hops, entity = 0, token
+            found.append(None)
+        else:
+            hops, entity = hops + 1, int(task.tables[token - task.entities, entity])
+            found.append((hops, entity))
+    return found

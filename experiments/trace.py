@@ -1,0 +1,42 @@
+"""``python -m experiments trace``: a chain through the loops, beside the entities it reaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.tasks.saved import load_task, reached
+from open_mythos.cli.trace.run import trace_of
+from open_mythos.reports.trace_page import write_page
+from open_mythos.reports.trace_record import Goal, PromptTrace
+
+
+def trace_chain(
+    folder: Path, prompt: str, *, n_loops: int | None = None, exit: str = ""
+) -> PromptTrace:
+    """Trace ``prompt``, such as "e3 r1 r4", through the model of chains in ``folder``.
+
+    Args:
+        folder: Model folder of the demo: weights, tokenizer and task.json.
+        prompt: An entity and relations; more chains may follow.
+        n_loops: Loops; None for the model's max_loop_iters.
+        exit: Exit rule whose exits are marked; "" for the gate, if one was trained.
+
+    Raises:
+        ConfigError: The exit rule or the number of loops is not valid.
+        DataError: The folder holds no model of chains, or ``prompt`` is not a chain.
+    """
+    task = load_task(folder)
+
+    def goals(ids: list[int]) -> list[Goal | None]:
+        found = reached(task, ids)
+        return [each and Goal(token=each[1], hops=each[0]) for each in found]
+
+    return trace_of(str(folder), prompt, n_loops=n_loops, exit=exit, goals=goals, task="chains")
+
+
+def write_trace(folder: Path, prompt: str, *, n_loops: int | None, exit: str, out: Path) -> None:
+    """Write the page of :func:`trace_chain` to ``out``."""
+    trace = trace_chain(folder, prompt, n_loops=n_loops, exit=exit)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_page(trace, out)
+    print(f"page: {out}")
