@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest) -> dict:
+def results() -> dict:
     """The names that the notebook's cells leave behind."""
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
@@ -30,6 +31,16 @@ def results(request: pytest.FixtureRequest) -> dict:
     return namespace
 
 
+def test_cells_compile_and_their_imports_exist():
+    """The slow tests run every cell; this one notices a name that the library has lost."""
+    pytest.importorskip("matplotlib")
+    for number, cell in enumerate(CELLS):
+        if cell["cell_type"] == "code":
+            tree = ast.parse("".join(cell["source"]))
+            tree.body = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+            exec(compile(tree, f"{NOTEBOOK.name}, cell {number}", "exec"), {})
+
+
 def test_nothing_but_source_is_kept():
     """Outputs would grow stale; a cell without an id is no valid notebook any more."""
     assert all(cell["id"] and cell["source"] for cell in CELLS)
@@ -42,27 +53,34 @@ def test_links_lead_somewhere():
     assert Path(NOTEBOOK.parent / "../docs/dynamics.md").resolve().is_file()
 
 
+@pytest.mark.slow
 def test_more_loops_answer_more(results):
     accuracy = results["accuracy"]
     assert accuracy[0] + 0.15 < max(accuracy[3:])
     assert max(accuracy[3:]) > 0.75
 
 
-def test_the_fit_is_the_eigenvalue(results):
-    """Two ways to one number: a regression of the path and the spectrum of the derivative."""
-    rates = results["fit"].rate[results["row"]].tolist()
-    assert rates[-1] == pytest.approx(results["slowest"][-1], abs=0.12)
-    # no token settles more slowly than the slowest that it looks at
-    assert all(rate < radius + 0.12 for rate, radius in zip(rates, results["slowest"], strict=True))
+@pytest.mark.slow
+def test_the_blocks_have_the_spectral_radius_of_the_whole(results):
+    """Two ways to one number: decomposed diagonal blocks, and matvecs of the whole Jacobian.
+
+    That the fitted rate of a path is this number is tested on models of known spectra in
+    ``tests/dynamics``; here both depend on what was learned.
+    """
+    whole = results["jacobian"].eigenvalues(2, max_products=120).radius
+    assert whole == pytest.approx(results["slowest"][-1], rel=0.02)
     assert 0.2 < results["slowest"][-1] < 1
+    assert all(0.2 < rate < 1 for rate in results["fit"].rate[results["row"]].tolist())
 
 
+@pytest.mark.slow
 def test_the_long_run(results):
     counts, tokens = results["counts"], 64 * (HOPS + 1)
     assert sum(counts.values()) == tokens
     assert counts["converged"] > 0.7 * tokens
 
 
+@pytest.mark.slow
 def test_routing(results):
     routing = results["routing"]
     assert routing.divergence_LL.shape == (2 * HOPS, 2 * HOPS)
@@ -70,6 +88,7 @@ def test_routing(results):
     assert routing.divergence_LL.max() > 0
 
 
+@pytest.mark.slow
 def test_answers_appear_as_loops_go_on(results):
     """In what a probe finds and in what the model says; and later hops appear later."""
     scores, said = results["scores"], results["said"]
@@ -81,5 +100,6 @@ def test_answers_appear_as_loops_go_on(results):
     assert max(gain[:2]) < gain[-1]
 
 
+@pytest.mark.slow
 def test_pictures(results):
     assert results["figures"] == 5
