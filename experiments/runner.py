@@ -24,7 +24,7 @@ from experiments import machine
 from experiments.claim import Cell, Place, Record
 from experiments.results import Results, plain
 from experiments.table import experiment
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.errors import EnvironmentError_, MythosError
 from open_mythos.train import PreemptedError
 

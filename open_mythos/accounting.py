@@ -1,7 +1,7 @@
-"""Parameters, FLOPs and cache of a model, counted from its configuration alone.
+"""Parameters, FLOPs and cache of a model.
 
-This module loads no torch, so that counting a trillion parameters takes no time. Tests compare
-every count with built models, and the FLOPs with those that PyTorch counts.
+Parameters are those of the model built on the meta device, which holds shapes only: a trillion
+parameters are counted in a fraction of a second. Tests compare the FLOPs with PyTorch's counter.
 
 What is counted as a FLOP: two for each multiplication of a token with a weight matrix, and of its
 queries with keys and its attention weights with values. Norms, activations, softmax, the diagonal
@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from open_mythos.checks import check_count
 from open_mythos.config import MythosConfig
-from open_mythos.errors import ConfigError
 from open_mythos.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
@@ -198,121 +198,68 @@ def account(
     loops = 1 if n_layers is not None else cfg.max_loop_iters if n_loops is None else n_loops
     layers = 1 if n_layers is None else n_layers
     for name, value in (("n_loops", loops), ("context", context), ("n_layers", layers)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                "not a positive number", where=f"account({name})", value=value,
-                allowed="an integer >= 1", fix=f"correct the argument {name}",
-            )  # fmt: skip
-    if n_layers is not None:
-        return _dense(cfg, n_layers, context)
-    return _looped(cfg, loops, context)
+        check_count(f"account({name})", value)
+    return _counted(cfg, n_layers, loops, context)
 
 
-def _looped(cfg: MythosConfig, n_loops: int, context: int) -> Accounting:
-    outer, looped = _block(cfg), _block(cfg, experts=cfg.n_experts)
-    looped_active = _block(cfg, experts=cfg.n_experts_per_tok) if cfg.n_experts else looped
-    mixing = cfg.dim**2 if cfg.injection_matrix == "full" else 0
-    readout = cfg.dim**2 if cfg.readout else 0
-    adapter = 2 * cfg.dim * cfg.lora_rank
-    loop = 2 * cfg.dim + (mixing or cfg.dim) + (cfg.dim + 1)  # injection, halting gate
-    loop += cfg.dim if cfg.lora_rank else 0
-    stored = {
-        "embedding": cfg.vocab_size * cfg.dim,
-        "prelude": cfg.prelude_layers * outer + (cfg.dim if cfg.prelude_norm else 0),
-        "recurrent": loop + cfg.recurrent_layers * looped + cfg.max_loop_iters * adapter,
-        "coda": readout + cfg.coda_layers * outer,
-        "head": _head(cfg),
-    }
-    adapters_run = min(n_loops, cfg.max_loop_iters)
-    active = stored | {
-        "recurrent": loop + cfg.recurrent_layers * looped_active + adapters_run * adapter
-    }
-    outer_layers = cfg.prelude_layers + cfg.coda_layers
-    products = Cost(mixing + readout + cfg.dim * cfg.vocab_size)
+def _counted(cfg: MythosConfig, n_layers: int | None, n_loops: int, context: int) -> Accounting:
+    """Count the parameters of the model on the meta device, part by part."""
+    import torch
+
+    from open_mythos.model.dense import DenseTransformer
+    from open_mythos.model.mythos import OpenMythos
+
+    with torch.device("meta"):
+        model = OpenMythos(cfg) if n_layers is None else DenseTransformer(cfg, n_layers)
+    parts = _LOOPED_PARTS if n_layers is None else _DENSE_PARTS
+    stored, active = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
+    weights = {"once": cfg.dim * cfg.vocab_size, "loop": 0}  # the head, which may be tied
+    for name, parameter in model.named_parameters():
+        first, part = name.split(".")[0], _PART.get(name.split(".")[0], name.split(".")[0])
+        used = read = parameter.numel()
+        if parameter.dim() == 3 and ".ffn." in name:  # routed experts
+            used = read = read // cfg.n_experts * cfg.n_experts_per_tok
+        elif ".lora." in name:
+            read //= cfg.max_loop_iters
+            used = read * min(n_loops, cfg.max_loop_iters)
+        stored[part] += parameter.numel()
+        active[part] += used
+        # a vector is no matrix, an embedding is looked up, and the halting gate need not run
+        if parameter.dim() > 1 and first not in ("embedding", "head") and ".halting." not in name:
+            in_loop = first == "recurrent" and not name.endswith("injection.B")
+            weights["loop" if in_loop else "once"] += read
+    outer = cfg.prelude_layers + cfg.coda_layers if n_layers is None else n_layers
+    looped = cfg.recurrent_layers if n_layers is None else 0
+    attention = _attention_cost(cfg)
     return Accounting(
-        architecture="looped",
+        architecture="looped" if n_layers is None else "dense",
         n_loops=n_loops,
         context=context,
         stored=stored,
         active=active,
-        once=_block_cost(cfg, moe=False).times(outer_layers) + products,
-        per_loop=_block_cost(cfg, moe=cfg.n_experts > 0).times(cfg.recurrent_layers)
-        + Cost(adapter),
+        once=attention.times(outer) + Cost(weights["once"]),
+        per_loop=attention.times(looped) + Cost(weights["loop"]),
         cache_width=cfg.cache_width,
-        slots_once=outer_layers,
-        slots_per_loop=cfg.recurrent_layers,
-        share_loops=cfg.kv_share == "last",
+        slots_once=outer,
+        slots_per_loop=looped,
+        share_loops=n_layers is None and cfg.kv_share == "last",
     )
 
 
-def _dense(cfg: MythosConfig, n_layers: int, context: int) -> Accounting:
-    stored = {
-        "embedding": cfg.vocab_size * cfg.dim,
-        "blocks": n_layers * _block(cfg),
-        "head": _head(cfg),
-    }
-    return Accounting(
-        architecture="dense",
-        n_loops=1,
-        context=context,
-        stored=stored,
-        active=stored,
-        once=_block_cost(cfg, moe=False).times(n_layers) + Cost(cfg.dim * cfg.vocab_size),
-        per_loop=Cost(),
-        cache_width=cfg.cache_width,
-        slots_once=n_layers,
-        slots_per_loop=0,
-        share_loops=False,
-    )
+_LOOPED_PARTS = ("embedding", "prelude", "recurrent", "coda", "head")
+_DENSE_PARTS = ("embedding", "blocks", "head")
+_PART = {"prelude_norm": "prelude", "readout": "coda", "final_norm": "head"}
+"""First component of a parameter's name -> part of the model, where they differ."""
 
 
-def _head(cfg: MythosConfig) -> int:
-    """Parameters of the final norm and of the head, which may be the embedding."""
-    return cfg.dim + (0 if cfg.tie_embeddings else cfg.dim * cfg.vocab_size)
-
-
-def _block(cfg: MythosConfig, experts: int = 0) -> int:
-    """Parameters of one block, with ``experts`` routed experts or a dense feed-forward."""
-    norms = 2 * cfg.dim
-    if cfg.attn_type == "mla":
-        norms += cfg.q_lora_rank + cfg.kv_lora_rank
-    weights = _attention_weights(cfg) + norms
-    if not experts:
-        return weights + 3 * cfg.dim * cfg.hidden_dim
-    # the router scores every expert, however few are counted
-    return weights + cfg.dim * (cfg.n_experts + 3 * (experts * cfg.expert_dim + cfg.shared_dim))
-
-
-def _attention_weights(cfg: MythosConfig) -> int:
-    """Elements of the projections of one attention layer."""
-    if cfg.attn_type == "gqa":
-        return 2 * cfg.head_dim * (cfg.n_heads + cfg.n_kv_heads) * cfg.dim
-    queries = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
-    query = (cfg.dim + queries) * cfg.q_lora_rank if cfg.q_lora_rank else cfg.dim * queries
-    down = cfg.dim * cfg.cache_width
-    return query + down + _latent_up(cfg) + cfg.n_heads * cfg.v_head_dim * cfg.dim
-
-
-def _latent_up(cfg: MythosConfig) -> int:
-    """Elements of the projection from a latent to the keys and values of all heads."""
-    return cfg.kv_lora_rank * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
-
-
-def _block_cost(cfg: MythosConfig, moe: bool) -> Cost:
-    """Cost of a token in one block."""
-    if moe:
-        width = cfg.n_experts_per_tok * cfg.expert_dim + cfg.shared_dim
-        feed_forward = cfg.dim * (cfg.n_experts + 3 * width)
-    else:
-        feed_forward = 3 * cfg.dim * cfg.hidden_dim
+def _attention_cost(cfg: MythosConfig) -> Cost:
+    """Cost of a token's queries, keys and values in one block, without the projections."""
     if cfg.attn_type == "gqa":
         position = 2 * cfg.n_heads * cfg.head_dim
-        return Cost(_attention_weights(cfg) + feed_forward, position, position)
+        return Cost(0, position, position)
     key = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
-    position = cfg.n_heads * (key + cfg.v_head_dim)
     # absorbing folds the up-projection into query and output, which costs one token's worth of it
-    absorbed = 2 * cfg.n_heads * cfg.cache_width
-    return Cost(_attention_weights(cfg) + feed_forward, position, absorbed)
+    return Cost(0, cfg.n_heads * (key + cfg.v_head_dim), 2 * cfg.n_heads * cfg.cache_width)
 
 
 @dataclass(frozen=True)

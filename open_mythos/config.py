@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
 
-from open_mythos.errors import ConfigError
+from open_mythos.checks import check_fields, one_of, reject, unknown_key, within
 
 ATTENTION_TYPES = ("mla", "gqa")
+INJECTIONS = ("lti", "concat", "add", "none")
 INJECTION_RULES = ("zoh", "euler")
 INJECTION_MATRICES = ("full", "diagonal")
 INITIAL_STATES = ("zero", "normal", "prelude")
 KV_SHARING = ("none", "last")
+BLOCK_NORMS = ("in", "out", "sum", "in+out", "in+sum")
+QK_NORMS = ("none", "head", "head_after_rope", "width")
+FFN_KINDS = ("swiglu", "geglu", "relu2")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash", "flex", "reference")
 MOE_BACKENDS = ("auto", "batched", "grouped", "sorted", "reference")
 
@@ -28,63 +29,63 @@ class MythosConfig:
     The first block of fields and its defaults are the historical ones, the second block is ours.
     """
 
-    vocab_size: int = 32000
+    vocab_size: int = within(32000, ge=2)
     """Rows of the embedding and of the output head."""
-    dim: int = 2048
+    dim: int = within(2048, ge=1)
     """Width D of the residual stream and of the recurrent state."""
-    n_heads: int = 16
+    n_heads: int = within(16, ge=1)
     """Query heads H."""
-    n_kv_heads: int = 4
+    n_kv_heads: int = within(4, ge=1)
     """Key/value heads G of "gqa"; divides n_heads. "mla" has one latent for all heads."""
-    max_seq_len: int = 4096
+    max_seq_len: int = within(4096, ge=1)
     """Longest context, in tokens; longer inputs are refused."""
-    max_loop_iters: int = 16
+    max_loop_iters: int = within(16, ge=1)
     """Loops run when the caller names none, and the number of distinct LoRA and loop-index
     depths: beyond it both stay at their last index."""
-    prelude_layers: int = 2
+    prelude_layers: int = within(2, ge=0)
     """Blocks run once before the loop."""
-    coda_layers: int = 2
+    coda_layers: int = within(2, ge=0)
     """Blocks run once after the loop."""
-    attn_type: str = "mla"
+    attn_type: str = one_of("mla", ATTENTION_TYPES)
     """"mla": multi-head latent attention (DeepSeek-V2); "gqa": grouped-query attention."""
-    kv_lora_rank: int = 512
+    kv_lora_rank: int = within(512, ge=1)
     """Width R of the cached latent of "mla"."""
-    q_lora_rank: int = 1536
+    q_lora_rank: int = within(1536, ge=0)
     """Width of the query's low-rank bottleneck of "mla"; 0 projects queries directly."""
-    qk_rope_head_dim: int = 64
+    qk_rope_head_dim: int = within(64, ge=2)
     """Rotary width of a key; "mla" shares this part between all heads."""
-    qk_nope_head_dim: int = 128
+    qk_nope_head_dim: int = within(128, ge=1)
     """Position-free width of a key head of "mla"."""
-    v_head_dim: int = 128
+    v_head_dim: int = within(128, ge=1)
     """Width of a value head of "mla"."""
-    n_experts: int = 64
+    n_experts: int = within(64, ge=0)
     """Routed experts E of the looped block; 0 gives it a dense feed-forward of width ffn_dim."""
-    n_shared_experts: int = 2
+    n_shared_experts: int = within(2, ge=0)
     """Shared experts, always on, each of width expert_dim * n_experts_per_tok."""
-    n_experts_per_tok: int = 4
+    n_experts_per_tok: int = within(4, ge=1)
     """Routed experts chosen for each token (top-k)."""
-    expert_dim: int = 512
+    expert_dim: int = within(512, ge=1)
     """Hidden width F of one routed expert."""
-    act_threshold: float = 0.99
+    act_threshold: float = within(0.99, gt=0, le=1)
     """Cumulative halting probability at which a position counts as finished, in (0, 1]."""
-    rope_theta: float = 500000.0
+    rope_theta: float = within(500000.0, gt=1)
     """Base of the rotary frequencies."""
-    lora_rank: int = 16
+    lora_rank: int = within(16, ge=0)
     """Rank of the adapter that each loop depth owns; 0 leaves it out."""
-    max_output_tokens: int = 4096
+    max_output_tokens: int = within(4096, ge=1)
     """Most new tokens one call of generate may ask for."""
-    dropout: float = 0.0
+    dropout: float = within(0.0, ge=0, lt=1)
     """Dropout probability on every residual branch while training, in [0, 1)."""
 
-    recurrent_layers: int = 1
+    recurrent_layers: int = within(1, ge=1)
     """Blocks inside one loop iteration."""
-    ffn_dim: int = 0
+    ffn_dim: int = within(0, ge=0)
     """Hidden width of the dense feed-forwards; 0 means 4/3 of dim."""
-    injection_rule: str = "zoh"
+    injection_rule: str = one_of("zoh", INJECTION_RULES)
     """Discretisation of the input: "zoh" (exact zero-order hold) or "euler" (Parcae)."""
-    injection_matrix: str = "full"
+    injection_matrix: str = one_of("full", INJECTION_MATRICES)
     """B: "full" is a D x D matrix, "diagonal" one gain per channel; both start at identity."""
-    initial_state: str = "zero"
+    initial_state: str = one_of("zero", INITIAL_STATES)
     """h_0: "zero", "normal" (truncated normal, seeded per sequence), or "prelude" (h_0 = e)."""
     prelude_norm: bool = True
     """Normalise the prelude's output before it is injected; without it training can explode."""
@@ -94,19 +95,47 @@ class MythosConfig:
     """Add a sinusoidal embedding of the loop index to the looped block's input."""
     tie_embeddings: bool = False
     """Let the output head share the embedding's weight."""
-    norm_eps: float = 1e-6
+    norm_eps: float = within(1e-6, gt=0)
     """Added to the mean square inside every RMSNorm."""
-    kv_share: str = "none"
+    kv_share: str = one_of("none", KV_SHARING)
     """Cache over loops: "none" keeps a slot per loop, "last" only the last computed loop's."""
-    attn_backend: str = "auto"
+    attn_backend: str = one_of("auto", ATTENTION_BACKENDS)
     """Attention kernel: "auto", "sdpa", "flash" (package flash-attn), "flex" or "reference"."""
-    moe_backend: str = "auto"
+    moe_backend: str = one_of("auto", MOE_BACKENDS)
     """Expert kernel: "auto", "batched", "grouped", "sorted" or "reference"."""
+    injection: str = one_of("lti", INJECTIONS)
+    """How a loop combines its state h with the encoded input e: "lti" (A h + B e, rho(A) < 1),
+    "concat" (A h + B e, unbounded; W [h; e] of Huginn), "add" (h + e) or "none" (h)."""
+    identity_carry: bool = False
+    """Fix A of "concat" at the identity: h + B e."""
+    injection_bias: bool = False
+    """Add a bias to the injection of "concat"."""
+    block_norms: str = one_of("in", BLOCK_NORMS)
+    """RMSNorms of a block: of a branch's input ("in": pre-norm), of its output before the residual
+    ("out"), of the sum after it ("sum": post-norm), or two ("in+out", "in+sum": sandwich)."""
+    gqa_head_dim: int = within(0, ge=0)
+    """Width of a "gqa" head; 0 means dim / n_heads."""
+    qk_norm: str = one_of("none", QK_NORMS)
+    """RMSNorm of "gqa" queries and keys: "none", "head" (of each head, before the rotation),
+    "head_after_rope", or "width" (of all heads at once, before the rotation)."""
+    qk_norm_eps: float = within(0.0, ge=0)
+    """Added to the mean square inside the query and key norms; 0 means norm_eps."""
+    qkv_bias: bool = False
+    """Add a bias to the query, key and value projections of "gqa"."""
+    ffn_kind: str = one_of("swiglu", FFN_KINDS)
+    """Dense feed-forward: "swiglu", "geglu" (tanh-approximated GELU) or "relu2" (squared ReLU, two
+    matrices). Experts are SwiGLU."""
+    embedding_scale: float = within(1.0, gt=0)
+    """Factor on the token embeddings, such as sqrt(dim)."""
+    logit_scale: float = within(1.0, gt=0)
+    """Factor on the logits."""
+    logit_softcap: float = within(0.0, ge=0)
+    """Bound c of the logits, applied as c tanh(logits / c); 0 leaves them unbounded."""
 
     @property
     def head_dim(self) -> int:
         """Width of a "gqa" head."""
-        return self.dim // self.n_heads
+        return self.gqa_head_dim or self.dim // self.n_heads
 
     @property
     def rope_dim(self) -> int:
@@ -142,32 +171,52 @@ class MythosConfig:
         """Check every field and every relation between fields.
 
         Raises:
-            ConfigError: (a ValueError) naming the field, its value, what is allowed and the mend.
+            ConfigError: (a ValueError) naming the field, its value, what is allowed and the fix.
         """
-        for name, least in _LEAST.items():
-            _require_int(name, getattr(self, name), least)
-        for name, allowed in _CHOICES.items():
-            _require_choice(name, getattr(self, name), allowed)
-        for name in ("prelude_norm", "readout", "loop_embedding", "tie_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                _refuse(name, getattr(self, name), "True or False")
-        _require_number("act_threshold", self.act_threshold, lambda x: 0 < x <= 1, "0 < x <= 1")
-        _require_number("rope_theta", self.rope_theta, lambda x: x > 1, "finite and > 1")
-        _require_number("dropout", self.dropout, lambda x: 0 <= x < 1, "0 <= x < 1")
-        _require_number("norm_eps", self.norm_eps, lambda x: x > 0, "finite and > 0")
+        check_fields("MythosConfig", self)
+        self._check_attention()
+        self._check_loop()
+
+    def _check_attention(self) -> None:
+        """Check the fields that belong to one attention type."""
         if self.attn_type == "gqa":
-            if self.dim % self.n_heads:
-                _refuse("dim", self.dim, f"a multiple of n_heads ({self.n_heads})")
+            if not self.gqa_head_dim and self.dim % self.n_heads:
+                self._reject("dim", f"a multiple of n_heads ({self.n_heads})")
             if self.n_heads % self.n_kv_heads:
-                _refuse("n_kv_heads", self.n_kv_heads, f"a divisor of n_heads ({self.n_heads})")
+                self._reject("n_kv_heads", f"a divisor of n_heads ({self.n_heads})")
+        else:
+            for name in ("gqa_head_dim", "qk_norm", "qk_norm_eps", "qkv_bias"):
+                self._only(name, 'attn_type="gqa"')
         if self.rope_dim % 2:
-            field = "qk_rope_head_dim" if self.attn_type == "mla" else "dim / n_heads"
-            _refuse(field, self.rope_dim, "an even number: rotary embedding turns pairs")
-        top_k = self.n_experts_per_tok
-        if self.n_experts and top_k > self.n_experts:
-            _refuse("n_experts_per_tok", top_k, f"1 .. n_experts ({self.n_experts})")
+            name = "qk_rope_head_dim" if self.attn_type == "mla" else "head_dim"
+            self._reject(name, "an even number: the rotary embedding rotates pairs of channels")
+        if self.qk_norm == "none":
+            self._only("qk_norm_eps", "a qk_norm")
+
+    def _check_loop(self) -> None:
+        """Check the fields of the looped block."""
+        if self.n_experts:
+            if self.n_experts_per_tok > self.n_experts:
+                self._reject("n_experts_per_tok", f"1 .. n_experts ({self.n_experts})")
+            self._only("ffn_kind", "n_experts=0: experts are SwiGLU")
+        if self.injection != "concat":
+            for name in ("identity_carry", "injection_bias"):
+                self._only(name, 'injection="concat"')
+        if self.injection != "lti":
+            self._only("injection_rule", 'injection="lti"')
+        if self.injection in ("add", "none"):
+            self._only("injection_matrix", 'injection="lti" or "concat"')
         if self.loop_embedding and self.dim < 16:
-            _refuse("dim", self.dim, "at least 16 with loop_embedding, which uses dim / 8 channels")
+            self._reject("dim", "at least 16 with loop_embedding, which uses dim / 8 channels")
+
+    def _only(self, name: str, where: str) -> None:
+        """Reject a field that is set although nothing would read it."""
+        default = type(self).__dataclass_fields__[name].default
+        if getattr(self, name) != default:
+            self._reject(name, f"{default!r}, or {where}")
+
+    def _reject(self, name: str, allowed: str) -> NoReturn:
+        reject("MythosConfig", self, name, allowed)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
@@ -187,98 +236,3 @@ class MythosConfig:
         config = cls(**values)
         config.validate()
         return config
-
-
-_LEAST = {
-    "vocab_size": 2,
-    "dim": 1,
-    "n_heads": 1,
-    "n_kv_heads": 1,
-    "max_seq_len": 1,
-    "max_loop_iters": 1,
-    "prelude_layers": 0,
-    "coda_layers": 0,
-    "kv_lora_rank": 1,
-    "q_lora_rank": 0,
-    "qk_rope_head_dim": 2,
-    "qk_nope_head_dim": 1,
-    "v_head_dim": 1,
-    "n_experts": 0,
-    "n_shared_experts": 0,
-    "n_experts_per_tok": 1,
-    "expert_dim": 1,
-    "lora_rank": 0,
-    "max_output_tokens": 1,
-    "recurrent_layers": 1,
-    "ffn_dim": 0,
-}
-_CHOICES = {
-    "attn_type": ATTENTION_TYPES,
-    "injection_rule": INJECTION_RULES,
-    "injection_matrix": INJECTION_MATRICES,
-    "initial_state": INITIAL_STATES,
-    "kv_share": KV_SHARING,
-    "attn_backend": ATTENTION_BACKENDS,
-    "moe_backend": MOE_BACKENDS,
-}
-
-
-def whole(value: Any) -> int | None:
-    """``value`` as an integer, None when it is not one (neither is a bool)."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number (a bool is not)."""
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
-
-
-def check_count(where: str, value: Any, least: int = 1) -> int:
-    """``value``, refused unless it is an integer of at least ``least``."""
-    count = whole(value)
-    if count is None or count < least:
-        raise ConfigError(
-            f"{where} is out of range", where=where, value=value,
-            allowed=f"an integer >= {least}", fix=f"correct the argument {where}",
-        )  # fmt: skip
-    return count
-
-
-def nearest(key: str, known: Any) -> str:
-    """``"did you mean X?"`` for a misspelt key, or the list of what is known."""
-    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
-
-
-def unknown_key(key: str, known: Any, where: str) -> ConfigError:
-    """The error for a key that no configuration has."""
-    return ConfigError(
-        "unknown key", where=where, value=key, allowed=f"the {len(known)} fields of {where}",
-        fix=nearest(str(key), known),
-    )  # fmt: skip
-
-
-def _refuse(name: str, value: Any, allowed: str) -> NoReturn:
-    raise ConfigError(
-        f"{name} is out of range", where=f"MythosConfig.{name}", value=value, allowed=allowed,
-        fix=f"correct {name} in the configuration",
-    )  # fmt: skip
-
-
-def _require_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        _refuse(name, value, f"an integer >= {least}")
-
-
-def _require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        _refuse(name, value, " or ".join(repr(choice) for choice in allowed))
-
-
-def _require_number(name: str, value: Any, holds: Any, allowed: str) -> None:
-    if not is_number(value) or not holds(value):
-        _refuse(name, value, allowed)

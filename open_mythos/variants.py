@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from open_mythos.config import MythosConfig, nearest
+from open_mythos.checks import nearest
+from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 
 _MILLION_TOKENS = 1_000_000

@@ -1,8 +1,6 @@
 """Counts against built models, FLOPs against PyTorch's own counter."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -176,7 +174,7 @@ def test_cache_rows_of_the_variants():
     [{"n_loops": 0}, {"n_loops": True}, {"n_loops": 2.5}, {"context": 0}, {"n_layers": 0}],
 )
 def test_bad_numbers_are_refused(arguments):
-    with pytest.raises(ConfigError, match="not a positive number"):
+    with pytest.raises(ConfigError, match="an integer >= 1"):
         account(BASE, **arguments)
 
 
@@ -188,10 +186,3 @@ def test_bad_configurations_are_refused():
 def test_result_is_json():
     values = json.loads(json.dumps(account(BASE).to_dict()))
     assert values["parameters"] == account(BASE).parameters
-
-
-def test_counting_loads_no_torch():
-    code = (
-        "import sys, open_mythos.accounting as a; a.cache_rows(); sys.exit('torch' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ import pytest
 from helpers import small_config
 
 from open_mythos import ConfigError, MythosConfig
-from open_mythos.config import check_count, is_number, nearest, whole
+from open_mythos.checks import check_count, is_number, nearest, whole
 
 
 def test_defaults_are_valid():

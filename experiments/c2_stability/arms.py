@@ -39,6 +39,8 @@ class SandwichBlock(TransformerBlock):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         assert ctx is not None
+        assert self.attn_norm is not None
+        assert self.ffn_norm is not None
         x_BTD = self.after_attn_norm(x_BTD + self.attn(self.attn_norm(x_BTD), ctx, loop))
         assert not isinstance(self.ffn, TransformerBlock)
         return self.after_ffn_norm(x_BTD + self.ffn(self.ffn_norm(x_BTD)))

@@ -8,8 +8,9 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from open_mythos.checks import nearest
 from open_mythos.cli import commands
-from open_mythos.config import MythosConfig, nearest
+from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.train.config import RunConfig
 from open_mythos.variants import VARIANTS, variant

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.data import Batch, EpochWindows, Loader, TokenShards
 from open_mythos.errors import DataError
 from open_mythos.hub.pretrained import model_directory

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.dynamics.trajectory import Trajectory
 from open_mythos.errors import ConfigError
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.dynamics.krylov import Spectrum, leading_eigenvalues, leading_singular_values
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import frozen

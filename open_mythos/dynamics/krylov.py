@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 
 MatVec = Callable[[Tensor], Tensor]
 """(n,) -> (n,) float32."""

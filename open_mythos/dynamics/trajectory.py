@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.context import Context

@@ -15,9 +15,9 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.frozen import frozen
@@ -176,9 +176,7 @@ def run_exits(
         trace = LoopTrace()
         hidden_BTD = _hidden(model, batch, n_loops, rule, trace)
         asked_BT = batch.targets != IGNORE_INDEX
-        loss_N, right_N = token_scores(
-            hidden_BTD[asked_BT], model.head.weight, batch.targets[asked_BT]
-        )
+        loss_N, right_N = token_scores(hidden_BTD[asked_BT], model.head, batch.targets[asked_BT])
         losses.append(loss_N.cpu())
         right.append(right_N.cpu())
         ran_BT = torch.full_like(batch.targets, n_loops) if trace.exits is None else trace.exits
@@ -226,7 +224,7 @@ def every_loop(
 
 
 def token_scores(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int | None = None
+    hidden_ND: Tensor, head: nn.Linear, targets_N: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Loss (N,) in nats of every target, and whether it is the most likely token.
 
@@ -235,10 +233,11 @@ def token_scores(
     """
     losses, right = [], []
     if chunk is None:
-        chunk = chunk_rows(len(targets_N), len(weight_VD), torch.float32, weight_VD.device)
+        vocab, device = head.out_features, targets_N.device
+        chunk = chunk_rows(len(targets_N), vocab, torch.float32, device)
     with torch.no_grad():
         for rows_ND, rows_N in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
-            logits_NV = F.linear(rows_ND, weight_VD).float()
+            logits_NV = head(rows_ND).float()
             losses.append(F.cross_entropy(logits_NV, rows_N, reduction="none"))
             right.append(logits_NV.argmax(-1) == rows_N)
     return torch.cat(losses), torch.cat(right)

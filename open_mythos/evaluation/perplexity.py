@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.distributed import over_ranks
 from open_mythos.errors import ConfigError, DataError
@@ -94,7 +94,8 @@ def loss_sums(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -> Te
     return torch.stack([
         linear_cross_entropy(
             hidden_BTD, model.head.weight, batch.targets,
-            ignore_index=IGNORE_INDEX, reduction="sum",
+            ignore_index=IGNORE_INDEX, reduction="sum", scale=model.head.scale,
+            softcap=model.head.softcap,
         )
         for hidden_BTD in _final_states(model, batch, depths)
     ])  # fmt: skip

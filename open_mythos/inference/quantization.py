@@ -207,24 +207,29 @@ class _Packed(_Quantized):
 class _Linear(_Packed):
     """Takes the place of a linear layer."""
 
+    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None) -> None:
+        super().__init__(weight)
+        self.bias = bias
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         self._refuse_gradients(x)
-        return packed_linear(x, self.weight)
+        y = packed_linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 class _TorchaoLinear(_Quantized):
     """A linear layer whose weight is one of torchao's tensors."""
 
-    def __init__(self, weight: nn.Parameter, added: int) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, added: int) -> None:
         super().__init__()
-        self.weight, self.added = weight, added
+        self.weight, self.bias, self.added = weight, bias, added
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         self._refuse_gradients(x)
         x = x.to(DTYPE)
-        return F.linear(F.pad(x, (0, self.added)) if self.added else x, self.weight)
+        return F.linear(F.pad(x, (0, self.added)) if self.added else x, self.weight, self.bias)
 
 
 class _Experts(_Quantized, MoEFFN):
@@ -249,8 +254,7 @@ class _Experts(_Quantized, MoEFFN):
 
 def _linear(module: nn.Module, group: int) -> nn.Module:
     assert isinstance(module, nn.Linear)
-    assert module.bias is None
-    return _Linear(pack(module.weight.detach(), group))
+    return _Linear(pack(module.weight.detach(), group), module.bias)
 
 
 def _torchao_maker(device: torch.device, group: int) -> Callable[[nn.Module, int], nn.Module]:
@@ -292,7 +296,7 @@ def _torchao_maker(device: torch.device, group: int) -> Callable[[nn.Module, int
             linear = nn.Linear(module.in_features + added, module.out_features, bias=False)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         quantize_(linear, config)
-        return _TorchaoLinear(linear.weight, added)
+        return _TorchaoLinear(linear.weight, module.bias, added)
 
     return make
 

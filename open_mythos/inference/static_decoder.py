@@ -30,7 +30,7 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.inference.cuda_graphs import Graphs
 from open_mythos.model.cache import Columns, KVCache

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.config import MythosConfig, check_count
+from open_mythos.checks import check_count
+from open_mythos.config import MythosConfig
 from open_mythos.devices import to_device
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.context import Context
+from open_mythos.model.layers.head import OutputHead
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.model.trace import LoopTrace
@@ -40,7 +42,7 @@ class CausalLM(nn.Module):
         self.cfg = replace(cfg)
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.head = OutputHead(cfg)
         if cfg.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -133,6 +135,11 @@ class CausalLM(nn.Module):
             keys_B=None if sample_seeds is None else sample_seeds.long(),
             valid_BT=None if attention_mask is None else attention_mask.bool(),
         )  # fmt: skip
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """Look up the token embeddings (B, T, D), times ``embedding_scale``."""
+        x_BTD = self.embedding(input_ids)
+        return x_BTD if self.cfg.embedding_scale == 1 else x_BTD * self.cfg.embedding_scale
 
     @torch.no_grad()
     def update_router_bias(self, trace: LoopTrace, speed: float) -> None:

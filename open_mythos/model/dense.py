@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.config import MythosConfig, check_count
+from open_mythos.checks import check_count
+from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM
@@ -93,7 +94,7 @@ class DenseTransformer(CausalLM):
 
     def body(self, input_ids: Tensor, ctx: Context) -> Tensor:
         """(B, T) ids -> (B, T, D)."""
-        x_BTD = self.embedding(input_ids)
+        x_BTD = self.embed_tokens(input_ids)
         for block in self.blocks:
             x_BTD = block(x_BTD, ctx)
         return self.final_norm(x_BTD)

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.errors import ConfigError
 from open_mythos.model.layers.halting import ACTHalting
 

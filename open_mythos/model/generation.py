@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from open_mythos.config import whole
+from open_mythos.checks import whole
 from open_mythos.errors import ConfigError
 from open_mythos.inference.static_decoder import MODES, StaticDecoder, refuse
 from open_mythos.model.cache import KVCache

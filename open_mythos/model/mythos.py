@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from open_mythos.config import MythosConfig, check_count, whole
+from open_mythos.checks import check_count, whole
+from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.inference.static_decoder import StaticDecoder
 from open_mythos.model.cache import KVCache
@@ -127,7 +128,7 @@ class OpenMythos(CausalLM):
     def embed(self, input_ids: Tensor, ctx: Context | None = None) -> Tensor:
         """The encoded input e (B, T, D): embedding, prelude, norm."""
         ctx = ctx or self.context(input_ids)
-        x_BTD = self.embedding(input_ids)
+        x_BTD = self.embed_tokens(input_ids)
         for block in self.prelude:
             x_BTD = block(x_BTD, ctx)
         return self.prelude_norm(x_BTD)

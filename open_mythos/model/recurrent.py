@@ -20,7 +20,7 @@ from open_mythos.model.context import Context
 from open_mythos.model.exit_rules import ExitRule
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.halting import ACTHalting
-from open_mythos.model.layers.injection import LTIInjection
+from open_mythos.model.layers.injection import injection_of
 from open_mythos.model.layers.loop_embedding import loop_index_embedding
 from open_mythos.model.layers.lora import LoRAAdapter
 from open_mythos.model.layers.norm import RMSNorm
@@ -41,7 +41,7 @@ class RecurrentBlock(nn.Module):
     def __init__(self, cfg: MythosConfig, first_layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
-        self.injection = LTIInjection(cfg.dim, cfg.injection_rule, cfg.injection_matrix)
+        self.injection = injection_of(cfg)
         self.blocks = nn.ModuleList(
             TransformerBlock(cfg, use_moe=cfg.n_experts > 0, layer=first_layer + i)
             for i in range(cfg.recurrent_layers)

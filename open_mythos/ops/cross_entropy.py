@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from open_mythos.ops.backend import pick_backend
 
@@ -39,6 +40,8 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    scale: float = 1.0,
+    softcap: float = 0.0,
     chunk: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -52,6 +55,9 @@ def linear_cross_entropy(
         targets_BT: (...) int64 class of each position.
         ignore_index: Target of the positions that do not count.
         reduction: "sum" over positions, or their "mean"; 0 when no position counts.
+        scale: Factor on the logits.
+        softcap: Bound c of the scaled logits, c tanh(logits / c), without a fused gradient: the
+            backward pass recomputes each chunk. 0 for none.
         chunk: Positions whose logits exist at a time; by default :func:`chunk_rows`.
         backend: "chunked", "liger" (Triton kernels of the package liger-kernel, CUDA only), or
             "auto": "liger" for half-precision matmuls on CUDA where it is installed.
@@ -68,11 +74,13 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device.type)
     if backend == "auto":
         backend = _choose(device, dtype)
-    find = partial(
-        pick_backend("loss", backend, {"chunked": _chunked, "liger": _liger}),
-        dtype=dtype, ignore=ignore_index,
-        rows=chunk or chunk_rows(len(hidden_ND), len(weight_VD), dtype, device),
-    )  # fmt: skip
+    rows = chunk or chunk_rows(len(hidden_ND), len(weight_VD), dtype, device)
+    hidden_ND = hidden_ND if scale == 1 else hidden_ND * scale
+    if softcap:
+        total = _recomputed(hidden_ND, weight_VD, targets_N, rows, ignore_index, softcap)
+        return total if reduction == "sum" else total / _count(targets_N, ignore_index)
+    implementation = pick_backend("loss", backend, {"chunked": _chunked, "liger": _liger})
+    find = partial(implementation, dtype=dtype, ignore=ignore_index, rows=rows)
     if not torch.is_grad_enabled():  # a custom function would prepare gradients all the same
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     total = _LossWithGradients.apply(hidden_ND, weight_VD, targets_N, find)
@@ -92,6 +100,24 @@ def linear_cross_entropy_reference(
     targets_N = targets_BT.flatten()
     total = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="sum")
     return total if reduction == "sum" else total / _count(targets_N, ignore_index)
+
+
+def cap_logits(logits: Tensor, softcap: float) -> Tensor:
+    """Return c tanh(logits / c) for a cap c, or the logits themselves for 0."""
+    return softcap * (logits / softcap).tanh() if softcap else logits
+
+
+def _recomputed(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, ignore: int, softcap: float
+) -> Tensor:
+    """Sum the losses of ``rows`` positions at a time; the backward pass recomputes each chunk."""
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = cap_logits(F.linear(hidden, weight_VD).float(), softcap)
+        return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")
+
+    chunks = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+    return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
 def chunk_rows(n_rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from open_mythos.config import is_number, whole
+from open_mythos.checks import is_number, whole
 from open_mythos.errors import ConfigError
 from open_mythos.ops.random import counter_uniform
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from open_mythos.config import nearest
+from open_mythos.checks import nearest
 from open_mythos.errors import ConfigError
 
 NODE = 8

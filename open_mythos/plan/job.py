@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from open_mythos.accounting import Accounting, account
-from open_mythos.config import MythosConfig, check_count
+from open_mythos.checks import check_count
+from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.plan.parameters import Parameter, parameters
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from open_mythos.accounting import Accounting, account
-from open_mythos.config import check_count, is_number
+from open_mythos.checks import check_count, is_number
 from open_mythos.errors import ConfigError
 from open_mythos.plan.choose import Wish, choose, step_seconds
 from open_mythos.plan.communication import Traffic, communication

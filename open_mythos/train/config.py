@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from open_mythos.config import MythosConfig, unknown_key
+from open_mythos.checks import check_fields, is_int, one_of, reject, unknown_key, within
+from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
-from open_mythos.train.checks import check_fields, is_int, one_of, reject, within
 
 DEPTH_PLAN_NAMES = ("fixed", "uniform", "poisson", "lognormal_poisson")
 SCHEDULE_NAMES = ("cosine", "wsd", "constant")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.early_exit import every_loop, token_scores
 from open_mythos.evaluation.frozen import frozen
@@ -249,9 +249,7 @@ def _follow(model: OpenMythos, batch: TokenBatch, n_loops: int) -> Trajectory:
     states, losses = [], []
     for h_BTD, hidden_BTD in every_loop(model, batch.input_ids, n_loops, batch.document_ids):
         states.append(h_BTD[asked_BT])
-        losses.append(
-            token_scores(hidden_BTD[asked_BT], model.head.weight, batch.targets[asked_BT])[0]
-        )
+        losses.append(token_scores(hidden_BTD[asked_BT], model.head, batch.targets[asked_BT])[0])
     return Trajectory(torch.stack(states), torch.stack(losses))
 
 

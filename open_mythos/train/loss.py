@@ -65,7 +65,13 @@ def next_token_loss(
         input_ids, document_ids=document_ids, sample_seeds=sample_seeds, **depth
     )
     nll = linear_cross_entropy(
-        hidden_BTD, model.head.weight, targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        hidden_BTD,
+        model.head.weight,
+        targets,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        scale=model.head.scale,
+        softcap=model.head.softcap,
     )
     nll = nll / max(1, step_tokens)
     if not balance_coefficient:

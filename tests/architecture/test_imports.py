@@ -16,10 +16,11 @@ NAMES = {
     for file in FILES
 }
 OUTSIDE = {"benchmarks", "experiments", "examples", "tests", "training"}
-LIGHT = ("errors", "config", "variants")
+LIGHT = ("errors", "checks", "config", "variants")
 """Modules that load nothing but these modules of the standard library, so that --help is quick."""
 STANDARD = {
-    "__future__", "collections", "dataclasses", "difflib", "math", "operator", "typing",
+    "__future__", "collections", "dataclasses", "difflib", "functools", "math", "operator", "types",
+    "typing",
 }  # fmt: skip
 
 

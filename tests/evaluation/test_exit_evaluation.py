@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.data.batch import IGNORE_INDEX
 from open_mythos.errors import ConfigError, DataError
@@ -142,7 +142,9 @@ def test_every_loop_is_a_forward_call_of_that_depth(model):
 
 def test_scores_do_not_depend_on_the_chunk():
     hidden, weight, targets = torch.randn(7, 5), torch.randn(11, 5), torch.arange(7)
-    loss, right = token_scores(hidden, weight, targets, chunk=3)
+    head = nn.Linear(5, 11, bias=False)
+    head.weight = nn.Parameter(weight)
+    loss, right = token_scores(hidden, head, targets, chunk=3)
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets, reduction="none"))
     assert torch.equal(right, (hidden @ weight.T).argmax(-1) == targets)
 

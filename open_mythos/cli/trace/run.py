@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from open_mythos.checks import check_count
 from open_mythos.cli.gate import GATE_FILE
 from open_mythos.cli.inference import stored_tokenizer
 from open_mythos.cli.run_data import beside
-from open_mythos.config import check_count
 from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError
 from open_mythos.hub.pretrained import from_pretrained

@@ -1,15 +1,15 @@
-"""The pre-norm transformer block that prelude, loop and coda are made of."""
+"""The transformer block that prelude, loop and coda are made of."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from open_mythos.checks import pick
 from open_mythos.config import MythosConfig
 from open_mythos.devices import as_autocast
-from open_mythos.errors import ConfigError
 from open_mythos.model.context import Context
-from open_mythos.model.layers.feed_forward import Expert
+from open_mythos.model.layers.feed_forward import FEED_FORWARDS
 from open_mythos.model.layers.gqa import GQAttention
 from open_mythos.model.layers.mla import MLAttention
 from open_mythos.model.layers.moe import MoEFFN, Routing, Stacks
@@ -26,6 +26,9 @@ ATTENTION: dict[str, type[GQAttention] | type[MLAttention]] = {
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
+    That is pre-norm, the default. ``block_norms`` places RMSNorms on the input of each branch, on
+    its output before the residual addition, or on the sum after it.
+
     Args:
         cfg: The model's configuration.
         use_moe: Mixture of experts instead of a dense feed-forward.
@@ -34,16 +37,22 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, cfg: MythosConfig, use_moe: bool = False, layer: int = 0) -> None:
         super().__init__()
-        if cfg.attn_type not in ATTENTION:
-            raise ConfigError(
-                "unknown attention", where="MythosConfig.attn_type", value=cfg.attn_type,
-                allowed=", ".join(ATTENTION), fix="correct attn_type in the configuration",
-            )  # fmt: skip
         self.layer, self.dropout = layer, cfg.dropout
-        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = ATTENTION[cfg.attn_type](cfg, layer)
-        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.ffn = MoEFFN(cfg, layer) if use_moe else Expert(cfg.dim, cfg.hidden_dim)
+        placed = cfg.block_norms.split("+")
+
+        def norm(place: str) -> RMSNorm | None:
+            # the residual stream may be float32 in a bfloat16 model, and a norm of it stays so
+            kept = place == "sum"
+            return RMSNorm(cfg.dim, cfg.norm_eps, keep_dtype=kept) if place in placed else None
+
+        self.attn_norm = norm("in")
+        attention = pick(ATTENTION, cfg.attn_type, "MythosConfig.attn_type", what="attention")
+        self.attn = attention(cfg, layer)
+        self.attn_out_norm, self.attn_sum_norm = norm("out"), norm("sum")
+        self.ffn_norm = norm("in")
+        dense = pick(FEED_FORWARDS, cfg.ffn_kind, "MythosConfig.ffn_kind", what="feed-forward")
+        self.ffn = MoEFFN(cfg, layer) if use_moe else dense(cfg.dim, cfg.hidden_dim)
+        self.ffn_out_norm, self.ffn_sum_norm = norm("out"), norm("sum")
         self.context_of = (cfg.rope_dim, cfg.rope_theta)
 
     def forward(
@@ -74,14 +83,31 @@ class TransformerBlock(nn.Module):
             loop: Index t; dropout takes a tensor too, and nothing else reads it without a cache.
             stacks: Weights of the mixture of experts, if there is one.
         """
-        attended = self.attn(as_autocast(self.attn_norm(x_BTD)), ctx, loop)
+        attended = self.attn(as_autocast(self._branch_input(self.attn_norm, x_BTD)), ctx, loop)
+        if self.attn_out_norm is not None:
+            attended = self.attn_out_norm(attended)
         x_BTD = x_BTD + self._drop(attended, ctx, loop, 0)
-        y_BTD, routing = self.ffn_norm(x_BTD), None
+        if self.attn_sum_norm is not None:
+            x_BTD = self.attn_sum_norm(x_BTD)
+        y_BTD, routing = self._branch_input(self.ffn_norm, x_BTD), None
         if isinstance(self.ffn, MoEFFN):
             y_BTD, routing = self.ffn.compute(y_BTD, stacks)
         else:
             y_BTD = self.ffn(y_BTD)
-        return x_BTD + self._drop(y_BTD, ctx, loop, 1), routing
+        if self.ffn_out_norm is not None:
+            y_BTD = self.ffn_out_norm(y_BTD)
+        x_BTD = x_BTD + self._drop(y_BTD, ctx, loop, 1)
+        if self.ffn_sum_norm is not None:
+            x_BTD = self.ffn_sum_norm(x_BTD)
+        return x_BTD, routing
+
+    def _branch_input(self, norm: RMSNorm | None, x_BTD: Tensor) -> Tensor:
+        """Normalise the input of a branch; without a norm, cast it to the dtype of the weights."""
+        if norm is not None:
+            return norm(x_BTD)
+        other = self.attn_out_norm or self.attn_sum_norm
+        assert other is not None, "a block has norms somewhere"
+        return x_BTD.to(other.weight.dtype)
 
     def _drop(self, x_BTD: Tensor, ctx: Context, loop: int | Tensor, site: int) -> Tensor:
         if self.dropout == 0 or not self.training:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.context import Context
+from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.ops.attention.attend import attend
 from open_mythos.ops.rope import apply_rope
 
@@ -14,16 +15,23 @@ from open_mythos.ops.rope import apply_rope
 class GQAttention(nn.Module):
     """H query heads share G key/value heads (arXiv 2305.13245), with rotary positions.
 
-    The cache holds keys (rotated) and values of a token side by side: 2 G K elements.
+    The cache holds keys (normalised and rotated) and values of a token side by side: 2 G K
+    elements.
     """
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg, self.layer = cfg, layer
         kv_width = cfg.n_kv_heads * cfg.head_dim
-        self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
-        self.kv_proj = nn.Linear(cfg.dim, 2 * kv_width, bias=False)
+        self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.kv_proj = nn.Linear(cfg.dim, 2 * kv_width, bias=cfg.qkv_bias)
         self.out_proj = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+        if cfg.qk_norm != "none":
+            eps = cfg.qk_norm_eps or cfg.norm_eps
+            heads = (cfg.n_heads, cfg.n_kv_heads) if cfg.qk_norm == "width" else (1, 1)
+            self.q_norm, self.k_norm = (
+                RMSNorm(n * cfg.head_dim, eps, keep_dtype=True) for n in heads
+            )
 
     def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D); without a context, causal over the T tokens given."""
@@ -32,7 +40,7 @@ class GQAttention(nn.Module):
             ctx = Context.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.n_heads, cfg.head_dim))
         k_BTGK, v_BTGK = self.kv_proj(x_BTD).unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
-        q_BTHK, k_BTGK = apply_rope(q_BTHK, ctx.rope), apply_rope(k_BTGK, ctx.rope)
+        q_BTHK, k_BTGK = self._positioned(q_BTHK, k_BTGK, ctx.rope)
         k_BSGK, v_BSGK = k_BTGK, v_BTGK
         if ctx.cache is not None:
             entry_BTW = torch.stack((k_BTGK, v_BTGK), dim=2).flatten(2)
@@ -42,3 +50,16 @@ class GQAttention(nn.Module):
             q_BTHK, k_BSGK, v_BSGK, ctx.mask, causal=ctx.causal, backend=cfg.attn_backend
         )
         return self.out_proj(y_BTHK.flatten(2))
+
+    def _positioned(self, q_BTHK: Tensor, k_BTGK: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys, and normalise them where ``qk_norm`` says."""
+        kind = self.cfg.qk_norm
+        if kind == "width":
+            q_BTHK = self.q_norm(q_BTHK.flatten(2)).view_as(q_BTHK)
+            k_BTGK = self.k_norm(k_BTGK.flatten(2)).view_as(k_BTGK)
+        elif kind == "head":
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        q_BTHK, k_BTGK = apply_rope(q_BTHK, rope), apply_rope(k_BTGK, rope)
+        if kind == "head_after_rope":
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        return q_BTHK, k_BTGK

@@ -16,13 +16,15 @@ class RMSNorm(nn.Module):
     Args:
         dim: Width of the last axis.
         eps: Added to the mean square.
+        keep_dtype: Return the dtype of the input instead of the weight's.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, eps: float = 1e-6, keep_dtype: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.keep_dtype = eps, keep_dtype
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of ``x``."""
-        return rms_norm(x.float(), self.weight.float(), self.eps).to(self.weight.dtype)
+        dtype = x.dtype if self.keep_dtype else self.weight.dtype
+        return rms_norm(x.float(), self.weight.float(), self.eps).to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from open_mythos.config import nearest
+from open_mythos.checks import nearest
 from open_mythos.errors import ConfigError
 from open_mythos.train.config import RunConfig
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from open_mythos.config import nearest
+from open_mythos.checks import nearest
 from open_mythos.distributed import rank
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.train.monitoring.metrics import MetricsLogger

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from open_mythos.config import check_count
+from open_mythos.checks import check_count
 from open_mythos.errors import ConfigError
 
 _MAD_TO_DEVIATION = 1.4826

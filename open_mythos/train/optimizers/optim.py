@@ -77,7 +77,7 @@ RULES = (
         "two maps in one matrix",
     ),
     Rule(
-        r"down(\.weight)?$", "down of feed-forwards and of every expert", True, 1,
+        r"(up|down)(\.weight)?$", "up and down of feed-forwards, down of every expert", True, 1,
         "hidden matrices",
     ),
     Rule(r"", "any other matrix", True, 0, "not known to be a hidden map"),

@@ -1,9 +1,15 @@
-"""Bounds of configuration fields: declared with the field, checked by :func:`check_fields`."""
+"""Checks of arguments, choices and configuration fields (this module loads no torch).
+
+The bounds of a configuration field are declared with the field, by :func:`within` and
+:func:`one_of`, and checked by :func:`check_fields`.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from functools import cache
 from types import UnionType
@@ -12,6 +18,84 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 from open_mythos.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def whole(value: Any) -> int | None:
+    """Return ``value`` as an integer, or None if it is not one (a bool is not)."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_int(value: Any) -> bool:
+    """Return whether ``value`` is a Python integer (a bool is not)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a finite int or float (a bool is not)."""
+    return (isinstance(value, float) or is_int(value)) and math.isfinite(value)
+
+
+def check_count(where: str, value: Any, least: int = 1) -> int:
+    """Return ``value`` as an integer.
+
+    Raises:
+        ConfigError: It is not an integer of at least ``least``.
+    """
+    count = whole(value)
+    if count is None or count < least:
+        raise ConfigError(
+            f"{where} is out of range",
+            where=where,
+            value=value,
+            allowed=f"an integer >= {least}",
+            fix=f"correct the argument {where}",
+        )
+    return count
+
+
+def pick(table: Collection[str], name: Any, where: str, *, what: str = "", fix: str = "") -> Any:
+    """Return the entry ``name`` of ``table``, or ``name`` itself if ``table`` holds plain names.
+
+    Args:
+        table: The allowed names, with or without values.
+        name: The requested one.
+        where: The field or argument that names it.
+        what: What is chosen, for the message; ``where`` by default.
+        fix: What to do about an unknown name; by default the nearest known name.
+
+    Raises:
+        ConfigError: ``name`` is not in ``table``; the message lists all names.
+    """
+    if not isinstance(name, str) or name not in table:
+        raise ConfigError(
+            f"unknown {what or where}",
+            where=where,
+            value=name,
+            allowed=", ".join(table),
+            fix=fix or nearest(str(name), table),
+        )
+    return table[name] if isinstance(table, Mapping) else name
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Return ``"did you mean X?"`` for a misspelt key, or the list of the known ones."""
+    known = list(known)
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
+
+
+def unknown_key(key: str, known: Collection[str], where: str) -> ConfigError:
+    """Return the error for a key that the configuration ``where`` does not have."""
+    return ConfigError(
+        "unknown key",
+        where=where,
+        value=key,
+        allowed=f"the {len(known)} fields of {where}",
+        fix=nearest(str(key), known),
+    )
 
 
 def within(
@@ -58,7 +142,7 @@ def check_fields(section: str, config: Any) -> None:
             bounds = each.metadata.get("bounds", {})
             if value is None and type(None) in kinds:
                 continue
-            if not _is_number(value, float in kinds) or not _holds(value, bounds):
+            if not (is_number if float in kinds else is_int)(value) or not _holds(value, bounds):
                 reject(section, config, each.name, _allowed(kinds, bounds))
 
 
@@ -66,13 +150,8 @@ def reject(section: str, config: Any, name: str, allowed: str) -> NoReturn:
     """Raise the ConfigError of field ``name``."""
     raise ConfigError(
         f"{name} is out of range", where=f"{section}.{name}" if section else name,
-        value=getattr(config, name), allowed=allowed,
+        value=getattr(config, name), allowed=allowed, fix=f"correct {name} in the configuration",
     )  # fmt: skip
-
-
-def is_int(value: Any) -> bool:
-    """Whether ``value`` is an integer and not a boolean."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @cache
@@ -82,10 +161,6 @@ def _kinds(cls: Any) -> dict[str, frozenset[Any]]:
         name: frozenset(get_args(hint) if isinstance(hint, UnionType) else (hint,))
         for name, hint in get_type_hints(cls).items()
     }
-
-
-def _is_number(value: Any, floats: bool) -> bool:
-    return is_int(value) or (floats and isinstance(value, float) and math.isfinite(value))
 
 
 def _holds(value: float, bounds: dict[str, float]) -> bool:

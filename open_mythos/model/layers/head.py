@@ -1,0 +1,25 @@
+"""The output head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.ops.cross_entropy import cap_logits
+
+
+class OutputHead(nn.Linear):
+    """logits = cap(scale * W h), with cap(x) = c tanh(x / c); the identity by default.
+
+    Args:
+        cfg: ``dim``, ``vocab_size``, ``logit_scale`` and ``logit_softcap`` are read.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__(cfg.dim, cfg.vocab_size, bias=False)
+        self.scale, self.softcap = cfg.logit_scale, cfg.logit_softcap
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        h = h if self.scale == 1 else h * self.scale
+        return cap_logits(super().forward(h), self.softcap)
