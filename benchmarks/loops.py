@@ -17,6 +17,7 @@ from benchmarks.plain import plain_twin
 from benchmarks.roofline import Work, forward_work, training_work
 from benchmarks.training import gradients
 from open_mythos.config import MythosConfig
+from open_mythos.model.depth import Depth
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import apply_activation_checkpointing
@@ -97,7 +98,7 @@ def _work(kind: str, cfg: MythosConfig, n: int) -> Work:
 
 @torch.no_grad()
 def _forward(model: OpenMythos, ids: Tensor, n: int) -> Tensor:
-    return model.hidden(ids, n_loops=n)
+    return model.hidden(ids, model.context(ids), Depth(n))
 
 
 def deviations(seconds: Mapping[int, float]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from benchmarks.models import FULL, Scale, build, random_ids
 from open_mythos.inference.quantization import DEFAULT_GROUP, quantize, weight_bytes
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.depth import Depth
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.mythos import OpenMythos
@@ -103,7 +104,9 @@ def _prompt(scale: Scale, ways: Ways, name: str) -> Row:
 
     @torch.no_grad()
     def read(model: OpenMythos) -> Tensor:
-        return model.next_token_logits(ids, KVCache(scale.tokens), n_loops=scale.n_loops)
+        ctx = model.context(ids, KVCache(scale.tokens))
+        with torch.no_grad():
+            return model.head(model.hidden(ids, ctx, Depth(scale.n_loops))[:, -1])
 
     calls = [partial(read, model) for model in ways]
     return _row(scale, ways, name, None, calls, [[call()] for call in calls], 1)

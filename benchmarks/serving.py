@@ -15,6 +15,7 @@ from benchmarks.plain import ConcatenatingCache, plain_twin
 from benchmarks.roofline import decode_work
 from open_mythos.inference.static_decoder import StaticDecoder
 from open_mythos.model.cache import KVCache
+from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.sampling import Sampling
 from open_mythos.variants import variant
@@ -66,7 +67,7 @@ def _started(model: OpenMythos, batch: int, context: int, loops: int) -> StaticD
     found = StaticDecoder(model, batch, context + 1, mode=mode, bucket=context)
     ids = random_ids(batch, GATE_PROMPT, model.cfg.vocab_size)
     keys_B = torch.zeros(batch, dtype=torch.long, device=device())
-    found.start(ids, sampling=Sampling(temperature=0), keys_B=keys_B, n_loops=loops)
+    found.start(ids, sampling=Sampling(temperature=0), keys_B=keys_B, depth=Depth(loops))
     return found
 
 

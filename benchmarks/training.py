@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from benchmarks.roofline import training_work
 from open_mythos.accounting import account
 from open_mythos.devices import autocast
 from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.cross_entropy import linear_cross_entropy
 
@@ -159,9 +159,8 @@ def gradients(
 ) -> list[Tensor]:
     """The loss, the final hidden state and the gradient of every weight that has one."""
     model.zero_grad(set_to_none=True)
-    depth: dict[str, Any] = {} if n_loops is None else {"n_loops": n_loops}
     with autocast(ids_BT.device, dtype):
-        hidden_BTD = model.hidden(ids_BT, **depth)
+        hidden_BTD = model.hidden(ids_BT, model.context(ids_BT), Depth(n_loops))
         loss = linear_cross_entropy(hidden_BTD, model.head.weight, ids_BT)
     loss.backward()
     weights = [p.grad for p in model.parameters() if p.grad is not None]

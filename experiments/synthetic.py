@@ -39,14 +39,11 @@ def _right(model: Model, ids_BT: Tensor, answers_B: Tensor, loops: Sequence[int]
     """Right answers at each depth."""
     if not isinstance(model, OpenMythos):
         return [_count(model(ids_BT), answers_B)]
-    ctx = model.context(ids_BT)
-    e_BTD = model.embed(ids_BT, ctx)
-    h_BTD, found = model.recurrent.initial_state(e_BTD, ctx), []
-    for t in range(max(loops)):
-        h_BTD = model.step(h_BTD, e_BTD, t, ctx)
-        if t + 1 in loops:
-            found.append(_count(model.decode(h_BTD, ctx), answers_B))
-    return found
+    return [
+        _count(model.logits(h_BTD), answers_B)
+        for t, h_BTD in model.unroll(ids_BT, max(loops))
+        if t + 1 in loops
+    ]
 
 
 def _count(logits_BTV: Tensor, answers_B: Tensor) -> float:

@@ -14,6 +14,7 @@ _MODULES = {
     "open_mythos.config": ("MythosConfig",),
     "open_mythos.inference.static_decoder": ("StaticDecoder",),
     "open_mythos.model.dense": ("DenseTransformer",),
+    "open_mythos.model.depth": ("Depth",),
     "open_mythos.errors": (
         "ConfigError", "DataError", "EnvironmentError_", "InternalError", "MythosError",
     ),

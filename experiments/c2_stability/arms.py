@@ -168,16 +168,16 @@ class LoopedLM(CausalLM):
         self.coda = outer(cfg, layer=2)
         init_weights(self, cfg.dim)
 
-    def body(
+    def hidden(
         self,
         input_ids: Tensor,
-        ctx: Context,
         *,
         n_loops: int,
         h_BTD: Tensor,
         trace: LoopTrace | None = None,
     ) -> Tensor:
         """(B, T) ids and a state h_0 (B, T, D) -> (B, T, D)."""
+        ctx = self.context(input_ids)
         drive_BTD = self.rule.drive(self.prelude_norm(self.prelude(self.embedding(input_ids), ctx)))
         for t in range(n_loops):
             before_BTD, h_BTD = h_BTD, self.rule(h_BTD, drive_BTD, t, ctx)

@@ -56,14 +56,7 @@ def train_act(run: RunConfig, ponder: float, bias: float) -> OpenMythos:
 def mixture(model: OpenMythos, batch: Batch, depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """The final hidden state (B, T, D) of the mixed state, the ponder cost and the loops (B, T)."""
     ctx = model.context(batch.input_ids)
-    e_BTD = model.embed(batch.input_ids, ctx)
-    h_BTD = model.recurrent.initial_state(e_BTD, ctx)
-    drive_BTD = model.recurrent.injection.drive(e_BTD)
-    states = []
-    for t in range(depth):
-        h_BTD = model.recurrent.step(h_BTD, drive_BTD, t, ctx)
-        states.append(h_BTD)
-    states_LBTD = torch.stack(states)
+    states_LBTD = torch.stack([h_BTD for _, h_BTD in model.unroll(batch.input_ids, depth, ctx)])
     halting = model.recurrent.halting
     lambda_LBT = halting(states_LBTD)
     weights_LBT, cost_BT = graves_weights(lambda_LBT, halting.threshold)

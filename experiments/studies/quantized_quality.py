@@ -189,7 +189,7 @@ def measure(subject: Subject, most_loops: int) -> dict[str, Any]:
     with torch.no_grad():
         e_BTD = exact.embed(subject.ids, ctx)
     states = _states(exact, e_BTD, ctx, most_loops)
-    tokens = [exact.decode(h_BTD, ctx).argmax(-1) for h_BTD in states]
+    tokens = [exact.logits(h_BTD, ctx).argmax(-1) for h_BTD in states]
     found: dict[str, Any] = {
         "loops": depths,
         "trained_loops": subject.trained_loops,
@@ -206,7 +206,7 @@ def measure(subject: Subject, most_loops: int) -> dict[str, Any]:
         low = e_BTD.to(rounded.head.weight.dtype)
         with torch.no_grad():
             own = _states(rounded, rounded.embed(subject.ids, ctx), ctx, most_loops)
-            own_tokens = [rounded.decode(h_BTD, ctx).argmax(-1) for h_BTD in own]
+            own_tokens = [rounded.logits(h_BTD, ctx).argmax(-1) for h_BTD in own]
             starts = [exact.recurrent.initial_state(e_BTD, ctx), *states]
             steps = [rounded.step(h, low, t, ctx) for t, h in enumerate(starts[:-1])]
         found["kinds"][name] = {
@@ -225,11 +225,7 @@ def measure(subject: Subject, most_loops: int) -> dict[str, Any]:
 @torch.no_grad()
 def _states(model: OpenMythos, e_BTD: Tensor, ctx: Context, loops: int) -> list[Tensor]:
     """h_1 .. h_L."""
-    h_BTD, states = model.recurrent.initial_state(e_BTD, ctx), []
-    for t in range(loops):
-        h_BTD = model.step(h_BTD, e_BTD, t, ctx)
-        states.append(h_BTD)
-    return states
+    return [h_BTD for _, h_BTD in model.recurrent.unroll(e_BTD, ctx, loops)]
 
 
 def _distances(states: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:

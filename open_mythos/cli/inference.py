@@ -22,6 +22,7 @@ from open_mythos.evaluation import DepthRow, ExitReport, ExitRow, evaluate_depth
 from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.inference.quantization import quantize as quantize_model
 from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.generation import generate
 from open_mythos.model.mythos import OpenMythos
@@ -50,13 +51,14 @@ def generate_text(
     tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
     ids = tok.encode(prompt) or [tok.bos_id]
     depth = _depth(model, n_loops, exit)
+    trace = LoopTrace() if exit else None
     stream, loops, tokens = StreamDecoder(tok), 0, 0
 
     def show(_: int, token_B: torch.Tensor) -> None:
         nonlocal loops, tokens
-        if exit:
-            ran = depth["trace"].exits  # of the tokens that this one was computed from
-            loops, tokens = loops + int(ran.sum()), tokens + ran.numel()
+        if trace is not None and trace.exits is not None:
+            # of the tokens that this one was computed from
+            loops, tokens = loops + int(trace.exits.sum()), tokens + trace.exits.numel()
         if not quiet and int(token_B) != tok.eos_id:
             print(stream.push(int(token_B)), end="", flush=True)
 
@@ -67,11 +69,12 @@ def generate_text(
     eos_id = tok.eos_id if tok.eos_id < model.cfg.vocab_size else None
     out = generate(
         model, prompt_ids, eos_token_id=eos_id, tokenizer=tok, on_token=show, depth=depth,
+        trace=trace,
         **sampling,
     )  # fmt: skip
     print(tok.decode(out[0, len(ids) :].tolist()) if quiet else stream.flush())
     if tokens and not quiet:
-        most = depth["n_loops"]
+        most = depth.n_loops or model.cfg.max_loop_iters
         print(f"{loops / tokens:.2f} of {most} loops per token, {tokens} tokens", file=sys.stderr)
     return 0
 
@@ -153,17 +156,14 @@ def _loaded(checkpoint: str, device: str, quantised: str) -> CausalLM:
     return quantize_model(model, kind, group_size=int(group) if colon else None)
 
 
-def _depth(model: CausalLM, n_loops: int | None, exit: str) -> dict[str, Any]:
-    """What ``generate`` hands to every forward call."""
+def _depth(model: CausalLM, n_loops: int | None, exit: str) -> Depth:
+    """Return the loops of every token, as the options say."""
     if isinstance(model, OpenMythos):
-        depth: dict[str, Any] = {
-            "n_loops": model.cfg.max_loop_iters if n_loops is None else n_loops
-        }
-        return depth | ({"exit_rule": exit_rule(exit, model), "trace": LoopTrace()} if exit else {})
+        return Depth(n_loops, exit_rule(exit, model) if exit else None)
     for option, value in (("--n-loops", n_loops), ("--exit", exit or None)):
         if value is not None:
             raise ConfigError("a dense model has no loops", where=option, value=value)
-    return {}
+    return Depth()
 
 
 def _refuse_what_would_be_ignored(

@@ -72,8 +72,7 @@ class StepJacobian:
         self.size = self.tokens * self.dim
         self._ctx = model.context(self._ids)
         with frozen(model, torch.float32):
-            e_BTD = model.embed(self._ids, self._ctx)
-            self._drive_BTD = model.recurrent.injection.drive(e_BTD)
+            self._e_BTD = model.embed(self._ids, self._ctx)
         with self._differentiable():
             self._input = self._h_BTD.clone().requires_grad_()
             self._output = self._map(self._input)
@@ -153,8 +152,10 @@ class StepJacobian:
 
     def _map(self, h_BTD: Tensor) -> Tensor:
         """The state after ``loops`` loops; rows are copies of the sequence."""
-        for t in range(self._t, self._t + self._loops):
-            h_BTD = self._model.recurrent.step(h_BTD, self._drive_BTD, t, self._ctx)
+        loops = self._model.recurrent.unroll(
+            self._e_BTD, self._ctx, self._loops, h_BTD=h_BTD, first_loop=self._t
+        )
+        *_, (_, h_BTD) = loops
         return h_BTD
 
     def _pull(self, cotangents: Tensor) -> Tensor:

@@ -136,11 +136,10 @@ def run_trajectory(
     trace = LoopTrace() if trace is None else trace
     trace.keep_states = True
     with frozen(model, torch.float32):
-        h_BTD, drive_BTD, ctx = _start(model, input_ids, h_BTD)
-        first_BTD = h_BTD.float()
-        for t in range(n_loops):
-            h_BTD = model.recurrent.step(h_BTD, drive_BTD, t, ctx, trace)
-    return Trajectory(torch.stack([first_BTD, *(trace.states[t] for t in range(n_loops))]))
+        h_BTD, e_BTD, ctx = _start(model, input_ids, h_BTD)
+        loops = model.recurrent.unroll(e_BTD, ctx, n_loops, h_BTD=h_BTD, trace=trace)
+        states = [h_BTD.float(), *(state_BTD for _, state_BTD in loops)]
+    return Trajectory(torch.stack(states))
 
 
 def fixed_point(
@@ -166,9 +165,8 @@ def fixed_point(
     """
     check_count("max_loops", max_loops)
     with frozen(model, torch.float32):
-        h_BTD, drive_BTD, ctx = _start(model, input_ids, h_BTD)
-        for t in range(max_loops):
-            next_BTD = model.recurrent.step(h_BTD, drive_BTD, t, ctx)
+        h_BTD, e_BTD, ctx = _start(model, input_ids, h_BTD)
+        for t, next_BTD in model.recurrent.unroll(e_BTD, ctx, max_loops, h_BTD=h_BTD):
             residual_BT = _share((next_BTD - h_BTD).norm(dim=-1), h_BTD)
             settled = t >= model.cfg.max_loop_iters - 1 and bool((residual_BT <= tolerance).all())
             if settled or t == max_loops - 1:
@@ -180,12 +178,12 @@ def fixed_point(
 def _start(
     model: OpenMythos, input_ids: Tensor, h_BTD: Tensor | None
 ) -> tuple[Tensor, Tensor, Context]:
-    """The first state, what the input adds at every loop, and the context."""
+    """Return the first state, the encoded input and the context."""
     input_ids = input_ids.to(model.head.weight.device)
     ctx = model.context(input_ids)
     e_BTD = model.embed(input_ids, ctx)
     h_BTD = model.recurrent.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD.to(e_BTD.device)
-    return h_BTD, model.recurrent.injection.drive(e_BTD), ctx
+    return h_BTD, e_BTD, ctx
 
 
 def _share(length: Tensor, of_D: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import ExitRule, Look, Memory
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
@@ -215,11 +216,7 @@ def every_loop(
     asks for the next, so that no more than one is held.
     """
     ctx = model.context(input_ids, document_ids=document_ids)
-    e_BTD = model.embed(input_ids, ctx)
-    h_BTD = model.recurrent.initial_state(e_BTD, ctx)
-    drive_BTD = model.recurrent.injection.drive(e_BTD)
-    for t in range(n_loops):
-        h_BTD = model.recurrent.step(h_BTD, drive_BTD, t, ctx)
+    for _, h_BTD in model.unroll(input_ids, n_loops, ctx):
         yield h_BTD, model.final_hidden(h_BTD, ctx)
 
 
@@ -256,10 +253,8 @@ def _hidden(
 ) -> Tensor:
     if isinstance(rule, GivenDepths):
         rule = GivenDepths(rule.depths_BT.to(batch.targets.device))
-    return model.hidden(
-        batch.input_ids, document_ids=batch.document_ids, n_loops=n_loops, exit_rule=rule,
-        trace=trace,
-    )  # fmt: skip
+    ctx = model.context(batch.input_ids, document_ids=batch.document_ids)
+    return model.hidden(batch.input_ids, ctx, Depth(n_loops, rule), trace)
 
 
 def _positions(trace: LoopTrace, t: int, batch: Batch) -> int:

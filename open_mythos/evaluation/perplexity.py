@@ -114,20 +114,14 @@ def _wanted(model: CausalLM, depths: Sequence[int]) -> list[int] | list[None]:
 
 def _final_states(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -> Iterator[Tensor]:
     """The normalised final hidden state (B, T, D) at each of ``depths``, which ascend."""
-    if not isinstance(model, OpenMythos):
-        yield model.hidden(batch.input_ids, document_ids=batch.document_ids)
-        return
     ctx = model.context(batch.input_ids, document_ids=batch.document_ids)
-    e_BTD = model.embed(batch.input_ids, ctx)
-    h_BTD = model.recurrent.initial_state(e_BTD, ctx)
-    drive_BTD = model.recurrent.injection.drive(e_BTD)
-    t = 0
-    for depth in depths:
-        while depth is not None and t < depth:
-            h_BTD = model.recurrent.step(h_BTD, drive_BTD, t, ctx)
-            t += 1
-        # not `decode`: the logits of a whole batch need not exist
-        yield model.final_hidden(h_BTD, ctx)
+    if not isinstance(model, OpenMythos):
+        yield model.hidden(batch.input_ids, ctx)
+        return
+    deepest = max(depth or 0 for depth in depths)
+    for t, h_BTD in model.unroll(batch.input_ids, deepest, ctx):
+        if t + 1 in depths:
+            yield model.final_hidden(h_BTD, ctx)
 
 
 def _row(depth: int | None, loss: float, bytes_per_token: float | None, tokens: int) -> DepthRow:

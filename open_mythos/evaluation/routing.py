@@ -16,6 +16,7 @@ from torch import Tensor
 from open_mythos.data.batch import Batch
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.frozen import frozen
+from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
 
@@ -64,9 +65,8 @@ def expert_routing(
     with frozen(model, dtype) as device:
         for batch in (batch.to(device) for batch in batches):
             trace = LoopTrace(keep_routing=True)
-            model.hidden(
-                batch.input_ids, document_ids=batch.document_ids, n_loops=n_loops, trace=trace
-            )
+            ctx = model.context(batch.input_ids, document_ids=batch.document_ids)
+            model.hidden(batch.input_ids, ctx, Depth(n_loops), trace)
             _merge(merged, trace)
     if not merged.load:
         raise DataError(

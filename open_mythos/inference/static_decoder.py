@@ -23,7 +23,7 @@ Exit rules stop single positions, which changes shapes: they stay with the plain
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from functools import cache, partial
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -36,6 +36,7 @@ from open_mythos.inference.cuda_graphs import Graphs
 from open_mythos.model.cache import Columns, KVCache
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.context import Context
+from open_mythos.model.depth import Depth
 from open_mythos.model.layers.gqa import GQAttention
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.recurrent import RecurrentBlock
@@ -50,20 +51,9 @@ MODES = ("static", "graph", "compile")
 
 @runtime_checkable
 class Looped(Protocol):
-    """A model whose depth is an argument."""
+    """A model with a loop, whose depth is an argument."""
 
     recurrent: RecurrentBlock
-
-    def embed(self, input_ids: Tensor, ctx: Context | None = None) -> Tensor:
-        """The encoded input (B, T, D)."""
-
-    def final_hidden(self, h_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
-        """The normalised hidden state (B, T, D) that a state stands for."""
-
-    def resolve_depth(
-        self, n_loops: int | Sequence[int] | Tensor | None, batch: int
-    ) -> int | list[int]:
-        """Loops of all rows, or of each."""
 
 
 class StaticDecoder:
@@ -143,7 +133,7 @@ class StaticDecoder:
         keys_B: Tensor,
         attention_mask: Tensor | None = None,
         eos_token_id: int | None = None,
-        n_loops: int | Sequence[int] | Tensor | None = None,
+        depth: Depth | None = None,
     ) -> Tensor:
         """Forget what was before, read the prompts and choose the first token of every row.
 
@@ -153,7 +143,7 @@ class StaticDecoder:
             keys_B: One int64 key per row, from which its draws follow.
             attention_mask: (B, T), false on padding.
             eos_token_id: Ends a row; the rest of the row is filled with it (0 without one).
-            n_loops: Loops of a looped model's tokens, for all rows or for each.
+            depth: Loops of a looped model's tokens; ``max_loop_iters`` by default.
 
         Returns:
             (B,) tokens: a buffer that the next step overwrites.
@@ -166,15 +156,13 @@ class StaticDecoder:
         real_BT = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             real_BT = attention_mask.bool()
-        depth: dict[str, Any] = {}
+        depth = depth or Depth()
         if self._looped is not None:
-            loops = depth["n_loops"] = self._looped.resolve_depth(n_loops, batch)
-            self._depths = [loops] * batch if isinstance(loops, int) else loops
+            self._depths = depth.of_rows(batch, self.model.cfg.max_loop_iters)
         with torch.no_grad():
             self._cache.clear()
-            logits_BV = self.model.next_token_logits(
-                input_ids, self._cache, 0, attention_mask=attention_mask, **depth
-            )
+            ctx = self.model.context(input_ids, self._cache, attention_mask=attention_mask)
+            logits_BV = self.model.head(self.model.hidden(input_ids, ctx, depth)[:, -1])
             self._set_loops()
             self._visible_B11S.zero_()[:, 0, 0, :n_prompt] = real_BT
             self._seen_BS.fill_(-1)[:, :n_prompt] = input_ids.masked_fill(~real_BT, -1)
@@ -220,11 +208,11 @@ class StaticDecoder:
         rope = self._rope_rows.index_select(1, self._position_B1[:, 0])
         self._rope.copy_(rope.unsqueeze(2))
         self._visible_B11S.index_fill_(3, self._column_1, True)
+        e_B1D = self.model.embed(self._token_B1, ctx)
         if self._looped is None:
-            self._h_B1D.copy_(self.model.body(self._token_B1, ctx))
+            self._h_B1D.copy_(e_B1D)
             return
         recurrent = self._looped.recurrent
-        e_B1D = self._looped.embed(self._token_B1, ctx)
         self._h_B1D.copy_(recurrent.initial_state(e_B1D, ctx))
         self._drive_B1D.copy_(recurrent.injection.drive(e_B1D))
 
@@ -238,9 +226,7 @@ class StaticDecoder:
 
     def _leave(self, ctx: Context, sampling: Sampling, end: int | None) -> None:
         """Coda, head, the choice of the next token."""
-        h_B1D = self._h_B1D
-        if self._looped is not None:
-            h_B1D = self._looped.final_hidden(h_B1D, ctx)
+        h_B1D = self.model.final_hidden(self._h_B1D, ctx)
         self._choose(self.model.head(h_B1D)[:, 0], sampling, end)
 
     def _choose(self, logits_BV: Tensor, sampling: Sampling, end: int | None) -> None:

@@ -17,8 +17,8 @@ from open_mythos.model.context import Context
 from open_mythos.model.exit_rules import ExitRule, Look, Memory
 from open_mythos.model.trace import LoopTrace
 
-Predict = Callable[[Tensor, Context, int], Tensor]
-"""``predict(h, ctx, t)``: logits (R, T, V) of the states after loop t of the positions in ctx."""
+ReadOut = Callable[[Tensor, Context, int], Tensor]
+"""``read_out(h, ctx, t)``: logits (R, T, V) of the states after loop t of the positions in ctx."""
 
 
 class Keep:
@@ -64,11 +64,9 @@ class LiveRows:
     waits for it.
     """
 
-    def __init__(
-        self, depth: int | Sequence[int], batch: int, ctx: Context, least_loops: int = 0
-    ) -> None:
-        self.ctx, self._least, self._run = ctx, least_loops, 0
-        self._depths = [depth] * batch if isinstance(depth, int) else list(depth)
+    def __init__(self, depths: list[int], ctx: Context, min_loops: int = 0) -> None:
+        self.ctx, self._least, self._run = ctx, min_loops, 0
+        self._depths = list(depths)
         self._done: list[Tensor] = []
         none = torch.empty(0, dtype=torch.long, device=ctx.rope.device)
         self._nobody = none, none
@@ -142,21 +140,21 @@ class LivePositions:
     depend on the batch.
 
     Args:
-        depth: Most loops, for all rows or for each.
+        depths: Most loops of each row.
         state_BTD: The initial state.
         ctx: The context of the call.
         rule: Says after each loop which positions stop.
-        predict: Reads out states, for rules that ask for predictions.
+        read_out: Maps states to logits, for rules that ask for predictions.
         trace: Receives the loops that each position ran.
     """
 
     def __init__(
         self,
-        depth: int | Sequence[int],
+        depths: list[int],
         state_BTD: Tensor,
         ctx: Context,
         rule: ExitRule,
-        predict: Predict | None,
+        read_out: ReadOut | None,
         trace: LoopTrace | None,
     ) -> None:
         batch, n_new, _ = state_BTD.shape
@@ -164,8 +162,8 @@ class LivePositions:
         # positions that have left are seen by the others: without a cache, for this call alone
         cache = KVCache(n_new, share_loops=True) if ctx.cache is None else ctx.cache
         self.ctx = self._whole = replace(ctx, cache=cache)
-        self._rule, self._predict = rule, predict
-        (limit,) = _integers([[depth] * batch if isinstance(depth, int) else depth], device)
+        self._rule, self._read_out = rule, read_out
+        (limit,) = _integers([depths], device)
         self._limit_RT = limit.unsqueeze(1).expand(batch, n_new)
         self._rows = torch.arange(batch, device=device)
         self._columns = torch.arange(n_new, device=device).expand(batch, n_new)
@@ -215,7 +213,7 @@ class LivePositions:
         return self._final
 
     def _read(self, h_RTD: Tensor, ctx: Context, t: int) -> Tensor:
-        if self._predict is None or self._read_loops != t:
+        if self._read_out is None or self._read_loops != t:
             raise ConfigError(
                 "predictions cannot be read out here", where="exit_rule",
                 value=f"loop {t}, {self._read_loops} loops read before",
@@ -224,4 +222,4 @@ class LivePositions:
             )  # fmt: skip
         self._read_loops = t + 1
         assert ctx.cache is not None
-        return self._predict(h_RTD, replace(ctx, cache=ctx.cache.lens), t)
+        return self._read_out(h_RTD, replace(ctx, cache=ctx.cache.lens), t)

@@ -1,9 +1,9 @@
-"""What every causal language model here shares: embedding, head, checks of the input."""
+"""The base of all causal language models: embedding, head, checks of a call's arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from open_mythos.devices import to_device
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.context import Context
+from open_mythos.model.depth import Depth
 from open_mythos.model.layers.head import OutputHead
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.layers.norm import RMSNorm
@@ -26,14 +27,18 @@ MASKS = (torch.bool, *INTEGERS)
 
 
 class CausalLM(nn.Module):
-    """Token embedding, a body that subclasses give as :meth:`body`, final norm and output head.
+    """Token embedding, final norm and output head; subclasses define what lies between.
 
     Raises:
         ConfigError: The configuration is invalid.
     """
 
-    body: Callable[..., Tensor]
-    """``body(input_ids, ctx, **depth)``: (B, T) ids -> (B, T, D), all before the head."""
+    embed: Callable[..., Tensor]
+    """``embed(input_ids, ctx)``: (B, T) ids -> (B, T, D), up to the loop if there is one."""
+    final_hidden: Callable[..., Tensor]
+    """``final_hidden(h, ctx)``: (B, T, D) -> (B, T, D), from there up to the head."""
+    hidden: Callable[..., Tensor]
+    """``hidden(input_ids, ctx, depth, trace)``: the whole forward pass before the head."""
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
@@ -45,53 +50,6 @@ class CausalLM(nn.Module):
         self.head = OutputHead(cfg)
         if cfg.tie_embeddings:
             self.head.weight = self.embedding.weight
-
-    def hidden(
-        self,
-        input_ids: Tensor,
-        kv_cache: KVCache | MutableMapping[str, object] | None = None,
-        start_pos: int = 0,
-        *,
-        attention_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        sample_seeds: Tensor | None = None,
-        **depth: Any,
-    ) -> Tensor:
-        """The normalised final hidden state (B, T, D); ``head(hidden)`` are the logits.
-
-        A loss takes this and ``head.weight``, so that the logits of a whole batch need never exist.
-        """
-        ctx = self.context(
-            input_ids, kv_cache, start_pos,
-            attention_mask=attention_mask, document_ids=document_ids, sample_seeds=sample_seeds,
-        )  # fmt: skip
-        with _autograd(ctx.cache, depth):
-            h_BTD = self.body(input_ids, ctx, **depth)
-        if ctx.cache is not None:
-            ctx.cache.commit(ctx.columns)
-        return h_BTD
-
-    def logits(
-        self,
-        input_ids: Tensor,
-        kv_cache: KVCache | MutableMapping[str, object] | None = None,
-        start_pos: int = 0,
-        **arguments: Any,
-    ) -> Tensor:
-        """(B, T, vocab): the logits after every position; arguments as of :meth:`hidden`."""
-        with _autograd(kv_cache, arguments):
-            return self.head(self.hidden(input_ids, kv_cache, start_pos, **arguments))
-
-    def next_token_logits(
-        self,
-        input_ids: Tensor,
-        kv_cache: KVCache | MutableMapping[str, object] | None = None,
-        start_pos: int = 0,
-        **arguments: Any,
-    ) -> Tensor:
-        """(B, vocab): the logits after the last position; arguments as of :meth:`hidden`."""
-        with _autograd(kv_cache, arguments):
-            return self.head(self.hidden(input_ids, kv_cache, start_pos, **arguments)[:, -1])
 
     def context(
         self,
@@ -204,7 +162,13 @@ def _shown(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}"
 
 
-def _autograd(cache: object, depth: dict[str, Any]) -> AbstractContextManager[Any]:
-    """No graph for calls with a cache or an exit rule, the caller's grad mode for all others."""
-    wanted = cache is None and depth.get("exit_rule") is None
-    return nullcontext() if wanted else torch.no_grad()
+@contextmanager
+def forward_call(input_ids: Tensor, ctx: Context, depth: Depth) -> Iterator[None]:
+    """Surround one forward call: no autograd with a cache or an exit rule, and on success the
+    cache counts the new positions as held. A call that fails leaves the cache as it was."""
+    depth.check_rows(len(input_ids))
+    inference = ctx.cache is not None or depth.exit_rule is not None
+    with torch.no_grad() if inference else nullcontext():
+        yield
+    if ctx.cache is not None:
+        ctx.cache.commit(ctx.columns)

@@ -13,12 +13,14 @@ from open_mythos.checks import check_count
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
-from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.causal_lm import CausalLM, forward_call
 from open_mythos.model.context import Context
+from open_mythos.model.depth import Depth
 from open_mythos.model.generation import generate
 from open_mythos.model.init import init_weights
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.trace import LoopTrace
 
 MATCHES = ("parameters", "depth")
 
@@ -86,18 +88,35 @@ class DenseTransformer(CausalLM):
         document_ids: Tensor | None = None,
         sample_seeds: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, vocab_size); the arguments are those of :meth:`OpenMythos.forward`."""
-        return self.logits(
-            input_ids, kv_cache, start_pos, attention_mask=attention_mask,
-            document_ids=document_ids, sample_seeds=sample_seeds,
+        """Return logits (B, T, vocab_size); arguments as of :meth:`OpenMythos.forward`."""
+        ctx = self.context(
+            input_ids, kv_cache, start_pos,
+            attention_mask=attention_mask, document_ids=document_ids, sample_seeds=sample_seeds,
         )  # fmt: skip
+        with forward_call(input_ids, ctx, Depth()):
+            return self.head(self.final_hidden(self.embed(input_ids, ctx), ctx))
 
-    def body(self, input_ids: Tensor, ctx: Context) -> Tensor:
-        """(B, T) ids -> (B, T, D)."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        ctx: Context,
+        depth: Depth | None = None,
+        trace: LoopTrace | None = None,
+    ) -> Tensor:
+        """Return the final hidden state (B, T, D); there are no loops to choose or to trace."""
+        with forward_call(input_ids, ctx, depth or Depth()):
+            return self.final_hidden(self.embed(input_ids, ctx), ctx)
+
+    def embed(self, input_ids: Tensor, ctx: Context) -> Tensor:
+        """Run embedding and blocks: (B, T) ids -> (B, T, D)."""
         x_BTD = self.embed_tokens(input_ids)
         for block in self.blocks:
             x_BTD = block(x_BTD, ctx)
-        return self.final_norm(x_BTD)
+        return x_BTD
+
+    def final_hidden(self, h_BTD: Tensor, ctx: Context, loop: int = 0) -> Tensor:
+        """Normalise the last block's output: (B, T, D) -> (B, T, D)."""
+        return self.final_norm(h_BTD)
 
     def generate(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from open_mythos.errors import ConfigError
 from open_mythos.inference.static_decoder import MODES, StaticDecoder, refuse
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import MASKS, CausalLM, check_tensor
+from open_mythos.model.depth import Depth
+from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.sampling import Sampling
 from open_mythos.seeding import derive_seed
 
@@ -51,7 +53,8 @@ def generate(
     tokenizer: Decoder | None = None,
     on_token: Callable[[int, Tensor], None] | None = None,
     use_cache: bool = True,
-    depth: dict[str, Any] | None = None,
+    depth: Depth | None = None,
+    trace: LoopTrace | None = None,
     decode: str | StaticDecoder = "eager",
 ) -> Tensor:
     """Continue every row of ``input_ids``.
@@ -74,7 +77,8 @@ def generate(
         on_token: Called as ``on_token(i, tokens_B)`` after each new token i; on CUDA possibly when
             the device already works on the next one.
         use_cache: False recomputes everything at every token: slow, and the oracle of the cache.
-        depth: Keyword arguments of the forward call, such as ``n_loops``.
+        depth: Loops of every token; ``max_loop_iters`` by default.
+        trace: Receives diagnostics of every forward call, the last one's at any time.
         decode: How the steps after the prompt run; the tokens are the same but for rounding.
 
             - "eager": op by op on a history that grows, the plain form; serves every call.
@@ -101,7 +105,7 @@ def generate(
     keys_B = _row_keys(seed, batch).to(input_ids.device)
     call = _Call(
         model, input_ids, attention_mask, max_new_tokens, sampling, keys_B, eos_token_id,
-        use_cache, depth or {},
+        use_cache, depth or Depth(), trace,
     )  # fmt: skip
     decoder = _decoder(decode, call)
     running_B = torch.ones_like(keys_B, dtype=torch.bool) if decoder is None else decoder.running_B
@@ -139,7 +143,8 @@ class _Call:
     keys_B: Tensor
     eos_token_id: int | None
     use_cache: bool
-    depth: dict[str, Any]
+    depth: Depth
+    trace: LoopTrace | None
 
     @property
     def length(self) -> int:
@@ -153,10 +158,10 @@ def _growing(call: _Call, running_B: Tensor) -> Iterator[Tensor]:
     cache = KVCache(call.length, model.cfg.kv_share == "last") if call.use_cache else None
     for i in range(call.max_new_tokens):
         held = 0 if cache is None else cache.length
-        logits_BV = model.next_token_logits(
-            ids_BT[:, held:], cache, held,
-            attention_mask=None if mask_BT is None else mask_BT[:, held:], **call.depth,
-        )  # fmt: skip
+        new_BT = ids_BT[:, held:]
+        mask = None if mask_BT is None else mask_BT[:, held:]
+        ctx = model.context(new_BT, cache, held, attention_mask=mask)
+        logits_BV = model.head(model.hidden(new_BT, ctx, call.depth, call.trace)[:, -1])
         seen_BT = ids_BT if mask_BT is None else ids_BT.masked_fill(~mask_BT.bool(), -1)
         token_B = call.sampling.choose(logits_BV, seen_BT, call.keys_B, i)
         token_B = token_B.masked_fill(~running_B, call.eos_token_id or 0)
@@ -173,7 +178,7 @@ def _static(call: _Call, decoder: StaticDecoder) -> Iterator[Tensor]:
     yield decoder.start(
         call.input_ids, sampling=call.sampling, keys_B=call.keys_B,
         attention_mask=call.attention_mask, eos_token_id=call.eos_token_id,
-        n_loops=call.depth.get("n_loops"),
+        depth=call.depth,
     )  # fmt: skip
     for _ in range(1, call.max_new_tokens):
         yield decoder.step()
@@ -231,8 +236,11 @@ def _only_growing(call: _Call) -> str | None:
     """What of a call only the plain form can do, or None."""
     if torch.is_autocast_enabled(call.input_ids.device.type):
         return "autocast"
-    asked = [name for name, given in call.depth.items() if name != "n_loops" and given is not None]
-    return ", ".join(asked) or (None if call.use_cache else "use_cache=False")
+    if call.depth.exit_rule is not None:
+        return "exit_rule"
+    if call.trace is not None:
+        return "trace"
+    return None if call.use_cache else "use_cache=False"
 
 
 def _stopped(new_BT: Tensor, stops: Sequence[str], tokenizer: Decoder) -> Tensor:

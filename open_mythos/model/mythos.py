@@ -14,18 +14,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from open_mythos.checks import check_count, whole
 from open_mythos.config import MythosConfig
-from open_mythos.errors import ConfigError
 from open_mythos.inference.static_decoder import StaticDecoder
 from open_mythos.model.cache import KVCache
-from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.causal_lm import CausalLM, forward_call
 from open_mythos.model.context import Context
+from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import ExitRule
 from open_mythos.model.generation import Decoder, generate
 from open_mythos.model.init import init_weights
@@ -38,7 +37,7 @@ from open_mythos.model.trace import LoopTrace
 class OpenMythos(CausalLM):
     """A causal language model whose depth is chosen at every call.
 
-    The seam ``embed -> step -> decode`` is public: ``forward`` is nothing but these three.
+    The parts ``embed``, ``step`` and ``logits`` are public: :meth:`forward` is nothing but these.
 
     Args:
         cfg: The configuration; it is validated and copied.
@@ -93,37 +92,54 @@ class OpenMythos(CausalLM):
         Raises:
             ConfigError: An argument is out of range (no loops, an unknown token, too long, ...).
         """
-        return self.logits(
+        ctx = self.context(
             input_ids, kv_cache, start_pos,
             attention_mask=attention_mask, document_ids=document_ids, sample_seeds=sample_seeds,
-            n_loops=n_loops, grad_loops=grad_loops, exit_rule=exit_rule, trace=trace,
         )  # fmt: skip
+        depth = Depth(n_loops, exit_rule, grad_loops)
+        with forward_call(input_ids, ctx, depth):
+            e_BTD = self.embed(input_ids, ctx)
+            h_BTD = self.recurrent(e_BTD, ctx, depth, read_out=self.logits, trace=trace)
+            return self.logits(h_BTD, ctx)
 
-    def body(
+    def hidden(
         self,
         input_ids: Tensor,
         ctx: Context,
-        *,
-        n_loops: int | Sequence[int] | Tensor | None = None,
-        grad_loops: int | None = None,
-        exit_rule: ExitRule | None = None,
-        least_loops: int = 0,
+        depth: Depth | None = None,
         trace: LoopTrace | None = None,
     ) -> Tensor:
-        """Prelude, loop, coda: (B, T) ids -> (B, T, D).
+        """Return the final hidden state (B, T, D) of :meth:`forward`, before the head.
 
-        The arguments are those of :meth:`forward` and of :meth:`RecurrentBlock.forward`.
+        A loss takes it together with ``head.weight``, so that the logits of a whole batch need
+        never exist.
+
+        Args:
+            input_ids: (B, T) token ids.
+            ctx: What :meth:`context` made of the call's masks and cache.
+            depth: ``max_loop_iters`` loops by default.
+            trace: Receives diagnostics of every loop.
         """
-        depth = self.resolve_depth(n_loops, input_ids.shape[0])
-        if grad_loops is not None:
-            check_count("grad_loops", grad_loops)
+        depth = depth or Depth()
+        with forward_call(input_ids, ctx, depth):
+            e_BTD = self.embed(input_ids, ctx)
+            h_BTD = self.recurrent(e_BTD, ctx, depth, read_out=self.logits, trace=trace)
+            return self.final_hidden(h_BTD, ctx)
+
+    def unroll(
+        self,
+        input_ids: Tensor,
+        n_loops: int,
+        ctx: Context | None = None,
+        *,
+        h_BTD: Tensor | None = None,
+        trace: LoopTrace | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Embed the tokens and yield (t, h_{t+1}) after each loop t; see
+        :meth:`RecurrentBlock.unroll`. Read a state out with :meth:`logits`."""
+        ctx = ctx or self.context(input_ids)
         e_BTD = self.embed(input_ids, ctx)
-        h_BTD = self.recurrent(
-            e_BTD, ctx, depth,
-            grad_loops=grad_loops, exit_rule=exit_rule, predict=self._predict,
-            least_loops=least_loops, trace=trace,
-        )  # fmt: skip
-        return self.final_hidden(h_BTD, ctx)
+        return self.recurrent.unroll(e_BTD, ctx, n_loops, h_BTD=h_BTD, trace=trace)
 
     def embed(self, input_ids: Tensor, ctx: Context | None = None) -> Tensor:
         """The encoded input e (B, T, D): embedding, prelude, norm."""
@@ -145,18 +161,14 @@ class OpenMythos(CausalLM):
         ctx = ctx or self._plain_context(e_BTD)
         return self.recurrent.step(h_BTD, self.recurrent.injection.drive(e_BTD), t, ctx, trace)
 
-    def decode(self, h_BTD: Tensor, ctx: Context | None = None) -> Tensor:
-        """Logits (B, T, vocab_size) that the state h stands for: read-out, coda, norm, head."""
-        return self.head(self.final_hidden(h_BTD, ctx))
-
-    def _predict(self, h_BTD: Tensor, ctx: Context, t: int) -> Tensor:
-        """Logits after loop t, of positions still running; their context holds a lens cache."""
-        return self.head(self.final_hidden(h_BTD, ctx, t))
+    def logits(self, h_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
+        """Read a state out: (B, T, D) -> logits (B, T, vocab_size), through coda and head."""
+        return self.head(self.final_hidden(h_BTD, ctx, loop))
 
     def final_hidden(self, h_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
-        """The final hidden state (B, T, D) that h stands for: C h, coda, norm.
+        """Read a state out up to the head: C h, coda, norm; (B, T, D) -> (B, T, D).
 
-        ``loop`` names the cache slots of the coda when a state is read out inside the loop.
+        ``loop`` selects the cache slots of the coda when a state is read out inside the loop.
         """
         ctx = ctx or self._plain_context(h_BTD)
         x_BTD = self.readout(h_BTD.to(self.head.weight.dtype))
@@ -166,29 +178,6 @@ class OpenMythos(CausalLM):
 
     def _plain_context(self, x_BTD: Tensor) -> Context:
         return Context.build(x_BTD.shape[1], self.cfg.rope_dim, self.cfg.rope_theta, x_BTD.device)
-
-    def resolve_depth(
-        self, n_loops: int | Sequence[int] | Tensor | None, batch: int
-    ) -> int | list[int]:
-        """``n_loops`` as an integer >= 1, or as a list of ``batch`` of them.
-
-        Raises:
-            ConfigError: Zero, negative, not an integer, or not one per row.
-        """
-        if n_loops is None:
-            return self.cfg.max_loop_iters
-        given: Any = n_loops.tolist() if isinstance(n_loops, Tensor) else n_loops
-        if isinstance(given, Sequence) and not isinstance(given, str):
-            depths = [whole(depth) or 0 for depth in given]
-            if len(depths) == batch and min(depths) >= 1:
-                return depths
-        elif (depth := whole(given) or 0) >= 1:
-            return depth
-        raise ConfigError(
-            "not a number of loops", where="n_loops", value=n_loops,
-            allowed=f"an integer >= 1, {batch} of them (one per row), or None for max_loop_iters",
-            fix="pass n_loops=1 for the shallowest model",
-        )  # fmt: skip
 
     def generate(
         self,
@@ -222,7 +211,7 @@ class OpenMythos(CausalLM):
             "tokenizer": tokenizer, "on_token": on_token, "use_cache": use_cache,
             "decode": decode,
         }  # fmt: skip
-        depth = {"n_loops": n_loops, "exit_rule": exit_rule}
+        depth = Depth(n_loops, exit_rule)
         return generate(
             self, input_ids, max_new_tokens, temperature, top_k, depth=depth, **sampling
         )

@@ -8,16 +8,15 @@ so h_next = A h + B e + Transformer(h, e) with exactly A h + B e as its linear p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
-from open_mythos.model.active import Live, LivePositions, LiveRows, Predict
+from open_mythos.model.active import Live, LivePositions, LiveRows, ReadOut
 from open_mythos.model.context import Context
-from open_mythos.model.exit_rules import ExitRule
+from open_mythos.model.depth import Depth
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.layers.injection import injection_of
@@ -53,17 +52,23 @@ class RecurrentBlock(nn.Module):
         self.halting = ACTHalting(cfg.dim, cfg.act_threshold)
 
     def step(
-        self, h_BTD: Tensor, drive_BTD: Tensor, t: Any, ctx: Context, trace: LoopTrace | None = None
+        self,
+        h_BTD: Tensor,
+        drive_BTD: Tensor,
+        t: int | Tensor,
+        ctx: Context,
+        trace: LoopTrace | None = None,
     ) -> Tensor:
-        """One iteration, h_t -> h_{t+1}.
+        """Run one iteration, h_t -> h_{t+1}.
 
         Args:
             h_BTD: State h_t; kept in float32 whatever the model's dtype.
             drive_BTD: B e from ``injection.drive(e)``; it is the same at every loop.
-            t: Loop index, from 0, or (1,) of one that only the device knows; past the trained depth
-                LoRA and embedding keep their last.
+            t: 0-based loop index of all rows; or an int64 tensor, (B,) with one per row or (1,) for
+                all of them, which lets one captured graph serve rows at different loops. Past the
+                trained depth, LoRA and embedding keep their last index.
             ctx: Positions, masks and cache of the call.
-            trace: Receives state norms and routing.
+            trace: Receives state norms and routing; needs an integer t.
         """
         x_BTD = self.injection.hold(h_BTD) + drive_BTD
         if self.cfg.loop_embedding:
@@ -73,13 +78,13 @@ class RecurrentBlock(nn.Module):
         if self.lora is not None and self.lora_norm is not None:
             x_BTD = x_BTD + self.lora(self.lora_norm(x_BTD), t)
         if trace is not None:
-            trace.record_state(t, h_BTD, x_BTD, ctx.places)
+            loop = trace.record_state(t, h_BTD, x_BTD, ctx.places)
             if trace.keep_states:
-                trace.halting[t] = self.halting(x_BTD.detach())
+                trace.halting[loop] = self.halting(x_BTD.detach())
         return x_BTD
 
-    def _trained(self, t: Any) -> Any:
-        """``t``, or the last loop of the training where it is deeper."""
+    def _trained(self, t: int | Tensor) -> int | Tensor:
+        """Cap ``t`` at the last trained loop."""
         last = self.cfg.max_loop_iters - 1
         return t.clamp(max=last) if isinstance(t, Tensor) else min(t, last)
 
@@ -99,17 +104,48 @@ class RecurrentBlock(nn.Module):
         normal = counter_normal(keys_B, ctx.positions, e_BTD.shape[-1], _INITIAL_STATE_SALT)
         return (2 / 5) ** 0.5 * normal
 
+    def unroll(
+        self,
+        e_BTD: Tensor,
+        ctx: Context,
+        n_loops: int,
+        *,
+        h_BTD: Tensor | None = None,
+        first_loop: int = 0,
+        grad_loops: int | None = None,
+        trace: LoopTrace | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (t, h_{t+1}) after each of ``n_loops`` loops that all rows run.
+
+        The reference implementation of :meth:`forward`, and the loop of everything that looks at
+        every state. It runs in the caller's grad mode.
+
+        Args:
+            e_BTD: Encoded input, injected at every loop.
+            ctx: Positions, masks and cache of the call.
+            n_loops: Loops to run.
+            h_BTD: Initial state; :meth:`initial_state` by default.
+            first_loop: Index t of the first loop.
+            grad_loops: Truncated backpropagation: only the last ``grad_loops`` loops carry
+                gradient. All of them by default.
+            trace: Receives diagnostics.
+        """
+        h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
+        drive_BTD = self.injection.drive(e_BTD)
+        for t in range(first_loop, first_loop + n_loops):
+            if grad_loops is not None and 0 < t - first_loop == n_loops - grad_loops:
+                h_BTD = h_BTD.detach()
+            h_BTD = self.step(h_BTD, drive_BTD, t, ctx, trace)
+            yield t, h_BTD
+
     def forward(
         self,
         e_BTD: Tensor,
         ctx: Context,
-        n_loops: int | Sequence[int],
+        depth: Depth,
         *,
         h_BTD: Tensor | None = None,
-        grad_loops: int | None = None,
-        exit_rule: ExitRule | None = None,
-        predict: Predict | None = None,
-        least_loops: int = 0,
+        read_out: ReadOut | None = None,
         trace: LoopTrace | None = None,
     ) -> Tensor:
         """Run the loop and return the final state (B, T, D), float32.
@@ -120,28 +156,23 @@ class RecurrentBlock(nn.Module):
         Args:
             e_BTD: Encoded input, injected at every loop.
             ctx: Positions, masks and cache of the call.
-            n_loops: Loops for all rows, or one number per row; at least 1.
+            depth: Loops of every row, exit rule, loops with gradient.
             h_BTD: Initial state; :meth:`initial_state` by default.
-            grad_loops: Truncated back-propagation: only the last ``grad_loops`` loops of each row
-                carry gradient. All of them by default.
-            exit_rule: Stops positions before their depth is reached; the loops then run without
-                autograd.
-            predict: Reads out states for an ``exit_rule`` that asks for predictions.
-            least_loops: Go on to so many loops, if need be with no rows at all: what joins several
-                processes in every loop needs each of them there.
+            read_out: Maps states to logits, for exit rules that ask for predictions.
             trace: Receives diagnostics.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
         drive_BTD = self.injection.drive(e_BTD)
+        n_loops = depth.of_rows(len(h_BTD), self.cfg.max_loop_iters)
         live: Live = (
-            LiveRows(n_loops, len(h_BTD), ctx, least_loops)
-            if exit_rule is None
-            else LivePositions(n_loops, h_BTD, ctx, exit_rule, predict, trace)
+            LiveRows(n_loops, ctx, depth.min_loops)
+            if depth.exit_rule is None
+            else LivePositions(n_loops, h_BTD, ctx, depth.exit_rule, read_out, trace)
         )
         ctx, t = live.ctx, 0
         cache, n_new = ctx.cache, e_BTD.shape[1]
         while live:
-            begins_B, any_grad = live.gradient(t, grad_loops)
+            begins_B, any_grad = live.gradient(t, depth.grad_loops)
             if begins_B is not None:
                 h_BTD = torch.where(begins_B.view(-1, 1, 1), h_BTD.detach(), h_BTD)
             with torch.set_grad_enabled(any_grad):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.errors import ConfigError
 from open_mythos.model.cache import Places
 
 
@@ -59,9 +60,18 @@ class LoopTrace:
 
     @torch.no_grad()
     def record_state(
-        self, loop: int, before_BTD: Tensor, after_BTD: Tensor, places: Places | None
-    ) -> None:
-        """Note what loop ``loop`` did to the state of ``places`` (None: of all positions)."""
+        self, loop: int | Tensor, before_BTD: Tensor, after_BTD: Tensor, places: Places | None
+    ) -> int:
+        """Record what a loop did to the state of ``places`` (None: all positions); return its index.
+
+        Raises:
+            ConfigError: ``loop`` is a tensor: rows at different loops have no common record.
+        """
+        if isinstance(loop, Tensor):
+            raise ConfigError(
+                "a trace cannot record rows at different loops", where="trace",
+                value="a loop index per row", allowed="an integer loop index, or trace=None",
+            )  # fmt: skip
         after = after_BTD.detach().float()
         change = after - before_BTD.detach().float()
         real = None if places is None else places.real
@@ -75,6 +85,7 @@ class LoopTrace:
             self.correlation[loop] = token_correlation(after, real)
         if self.keep_states:
             self.states[loop] = after_BTD.detach()
+        return loop
 
     def record_routing(
         self, layer: int, loop: int, load_E: Tensor, scores_BTE: Tensor, experts_BTC: Tensor

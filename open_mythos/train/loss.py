@@ -6,13 +6,14 @@ Every part is divided by a count over the whole optimizer step, so that the sum 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
 from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.depth import Depth
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.cross_entropy import linear_cross_entropy
 
@@ -45,7 +46,8 @@ def next_token_loss(
     document_ids: Tensor | None = None,
     sample_seeds: Tensor | None = None,
     balance_coefficient: float = 0.0,
-    **depth: Any,
+    depth: Depth | None = None,
+    trace: LoopTrace | None = None,
 ) -> LossOutput:
     """The loss of one micro-batch, every sequence at its own last loop.
 
@@ -58,12 +60,12 @@ def next_token_loss(
         document_ids: (B, T); tokens see only their own document.
         sample_seeds: (B,) keys of dropout and of random initial states.
         balance_coefficient: Weight of :func:`sequence_balance_loss`; above 0 it needs a ``trace``
-            with ``keep_routing`` among ``depth``.
-        depth: ``n_loops``, ``grad_loops`` and ``trace`` of a looped model.
+            with ``keep_routing``.
+        depth: Loops of a looped model, and how many of them carry gradient.
+        trace: Receives diagnostics of the loops.
     """
-    hidden_BTD = model.hidden(
-        input_ids, document_ids=document_ids, sample_seeds=sample_seeds, **depth
-    )
+    ctx = model.context(input_ids, document_ids=document_ids, sample_seeds=sample_seeds)
+    hidden_BTD = model.hidden(input_ids, ctx, depth, trace)
     nll = linear_cross_entropy(
         hidden_BTD,
         model.head.weight,
@@ -76,7 +78,8 @@ def next_token_loss(
     nll = nll / max(1, step_tokens)
     if not balance_coefficient:
         return LossOutput(nll, nll.detach(), torch.zeros_like(nll, requires_grad=False))
-    balance_B = sequence_balance_loss(depth["trace"], input_ids.shape[0])
+    assert trace is not None
+    balance_B = sequence_balance_loss(trace, input_ids.shape[0])
     balance = balance_B.sum() / step_sequences
     return LossOutput(nll + balance_coefficient * balance, nll.detach(), balance.detach())
 

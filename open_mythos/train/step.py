@@ -15,6 +15,7 @@ from open_mythos.devices import autocast, to_device, training_dtype
 from open_mythos.distributed import over_ranks, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.inference.quantization import is_quantized
+from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
 from open_mythos.seeding import derive_seed
@@ -121,9 +122,11 @@ class TrainStep:
             trace = LoopTrace(
                 keep_routing=train.balance_coefficient > 0, keep_correlation=correlation
             )
-            loop = {"n_loops": depth, "grad_loops": self.config.grad_loops, "trace": trace}
-            if self.parallel.keep_step:
-                loop["least_loops"] = counts.max_depth
+            loops = Depth(
+                depth,
+                grad_loops=self.config.grad_loops,
+                min_loops=counts.max_depth if self.parallel.keep_step else 0,
+            )
             here = part.to(self.device)
             with autocast(self.device, self.dtype):
                 out = self.parallel.train_on(
@@ -132,7 +135,7 @@ class TrainStep:
                     step_tokens=counts.tokens, step_sequences=train.global_batch,
                     document_ids=here.document_ids,
                     sample_seeds=self._sample_seeds(step, part.sample_index),
-                    balance_coefficient=train.balance_coefficient, **(loop if self.looped else {}),
+                    balance_coefficient=train.balance_coefficient, depth=loops, trace=trace,
                 )  # fmt: skip
             (out.total * self.scale.scale if self.scale.dynamic else out.total).backward()
             loss, balance = loss + out.nll, balance + out.balance

@@ -99,16 +99,61 @@ def test_environment_variables_are_read_in_two_places():
     assert readers <= {"distributed.py", "tokenizer/hub.py"}
 
 
+def stacks(file: Path) -> Iterator[str]:
+    """Functions that apply modules one after the other: ``for block in ...: x = block(x)``.
+
+    The name of the list does not matter, nor what else the loop does.
+    """
+    for function in functions(file):
+        for loop in ast.walk(function):
+            if not isinstance(loop, ast.For) or not isinstance(loop.target, ast.Name):
+                continue
+            calls = (node for node in ast.walk(loop) if isinstance(node, ast.Call))
+            if any(isinstance(c.func, ast.Name) and c.func.id == loop.target.id for c in calls):
+                yield f"{place(file)}:{function.name}"
+
+
+def drivers(file: Path) -> Iterator[str]:
+    """Functions that repeat a step of the recurrence, ``step(h, drive, t, ...)``, in a loop."""
+    repeats = (ast.For, ast.While, ast.ListComp, ast.GeneratorExp)
+    for function in functions(file):
+        for loop in ast.walk(function):
+            if not isinstance(loop, repeats):
+                continue
+            for call in ast.walk(loop):
+                if not isinstance(call, ast.Call) or len(call.args) < 3:
+                    continue
+                name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+                if name.strip("_") in ("step", "loop_step", "iterate"):
+                    yield f"{place(file)}:{function.name}"
+
+
 def test_one_loop_body():
-    """Blocks of the loop are applied in ``RecurrentBlock.step`` and nowhere else."""
-    uses = {
-        (file.name, function.name)
-        for file in FILES
-        for function in functions(file)
-        for node in ast.walk(function)
-        if isinstance(node, ast.For) and "blocks" in set(attributes(node.iter))
-    }
-    assert uses == {("dense.py", "body"), ("recurrent.py", "step")}
+    """``RecurrentBlock.step`` alone applies the blocks of the loop."""
+    found = {name for file in FILES for name in stacks(file)}
+    assert found == {
+        "model/dense.py:embed", "model/mythos.py:embed", "model/mythos.py:final_hidden",
+        "model/recurrent.py:step",
+    }  # fmt: skip
+
+
+def test_one_driver_and_its_reference():
+    """The loop over ``step`` is written in ``RecurrentBlock`` alone: fast, and as a reference."""
+    found = {name for file in FILES for name in drivers(file)}
+    assert found == {"model/recurrent.py:unroll", "model/recurrent.py:forward"}
+
+
+def test_a_second_body_or_driver_is_seen(tmp_path, monkeypatch):
+    """Control: whatever the list of blocks is called."""
+    file = tmp_path / "copy.py"
+    file.write_text(
+        "def run(self, h):\n    for layer in self.repeated:\n        h = layer(h)\n    return h\n"
+        "def drive(model, h, e):\n    for t in range(3):\n        h = model.step(h, e, t)\n"
+        "def listed(model, h, e):\n    return [model.recurrent.step(h, e, t, 0) for t in (1, 2)]\n"
+    )
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    assert list(stacks(file)) == ["copy.py:run"]
+    assert list(drivers(file)) == ["copy.py:drive", "copy.py:listed"]
 
 
 def test_a_forward_pass_leaves_nothing_behind():

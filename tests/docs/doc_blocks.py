@@ -141,7 +141,7 @@ MADE: dict[str, Callable[[], str]] = {
     "cache": cache_table,
     "RecurrentBlock.step": source(RecurrentBlock.step),
     "RecurrentBlock.forward": source(RecurrentBlock.forward),
-    "OpenMythos.body": source(OpenMythos.body),
+    "OpenMythos.forward": source(OpenMythos.forward),
 }
 
 

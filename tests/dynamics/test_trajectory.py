@@ -31,7 +31,7 @@ def test_states_are_those_of_the_model(model):
     assert found.n_loops == 6
     assert not found.states_LBTD[0].any()
     for depth in (1, 6):
-        assert_same(model.decode(found.states_LBTD[depth]), model(IDS, n_loops=depth))
+        assert_same(model.logits(found.states_LBTD[depth]), model(IDS, n_loops=depth))
     assert len(trace.experts) == 6  # the caller's collector was used
 
 

@@ -18,6 +18,7 @@ from open_mythos import ConfigError, DenseTransformer, KVCache, OpenMythos
 from open_mythos.errors import EnvironmentError_
 from open_mythos.inference.static_decoder import StaticDecoder, static_problem
 from open_mythos.model import generation
+from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import FixedDepth
 from open_mythos.model.generation import generate
 from open_mythos.ops.sampling import Sampling
@@ -135,7 +136,7 @@ def arguments_of(case: tuple) -> tuple[OpenMythos, Tensor, dict[str, Any]]:
     ids, mask = padded()
     return model, ids, {
         "max_new_tokens": NEW, "temperature": temperature, "seed": 5, "repetition_penalty": 1.2,
-        "depth": {"n_loops": loops}, "attention_mask": mask if is_padded else None,
+        "depth": Depth(loops), "attention_mask": mask if is_padded else None,
     }  # fmt: skip
 
 
@@ -155,7 +156,7 @@ class TestTokens:
         plain = generate(model, ids, **arguments, decode="eager")
         for _ in range(2):
             assert torch.equal(generate(model, ids, **arguments, decode=decoder), plain)
-        loops = arguments["depth"]["n_loops"]
+        loops = arguments["depth"].n_loops
         most = loops if isinstance(loops, int) else max(loops)
         buckets = {key[1] for key in tapes.tapes}
         assert buckets == {6, 8, 12, T + NEW - 1}
@@ -190,7 +191,7 @@ class TestTokens:
     )  # fmt: skip
     def test_other_models(self, changes):
         model, ids = small_model("gqa", **changes), random_ids(B, T)
-        arguments = {"max_new_tokens": 4, "seed": 2, "depth": {"n_loops": 6}}
+        arguments = {"max_new_tokens": 4, "seed": 2, "depth": Depth(6)}
         plain, static = (
             generate(model, ids, **arguments, decode=decode) for decode in ("eager", "static")
         )
@@ -208,10 +209,10 @@ class TestTokens:
     def test_half_precision(self, attn_type):
         model, ids = small_model(attn_type).bfloat16(), random_ids(B, T)
         decoder, sampling, keys_B = decoder_of(model), Sampling(0.0), torch.arange(B)
-        tokens = [decoder.start(ids, sampling=sampling, keys_B=keys_B, n_loops=4).clone()]
+        tokens = [decoder.start(ids, sampling=sampling, keys_B=keys_B, depth=Depth(4)).clone()]
         tokens += [decoder.step().clone() for _ in range(3)]
         # bfloat16 rounds where the plain form does: all but ties come out alike
-        plain = generate(model, ids, 4, 0.0, depth={"n_loops": 4}, decode="eager")[:, T:]
+        plain = generate(model, ids, 4, 0.0, depth=Depth(4), decode="eager")[:, T:]
         assert (torch.stack(tokens, 1) == plain).float().mean() > 0.8
 
 
@@ -223,7 +224,7 @@ class TestWaiting:
         decoder.start(
             ids, sampling=Sampling(arguments["temperature"], 9, 0.9, 0.01, 1.2),
             keys_B=torch.arange(B), attention_mask=arguments["attention_mask"], eos_token_id=3,
-            n_loops=arguments["depth"]["n_loops"],
+            depth=arguments["depth"],
         )  # fmt: skip
         with no_waiting(monkeypatch):
             for _ in range(NEW - 1):
@@ -243,7 +244,7 @@ class TestWaiting:
     def test_experts_that_ask_the_host_are_seen(self, monkeypatch):
         """Control: of a whole model."""
         decoder = decoder_of(small_model(moe_backend="sorted"))
-        decoder.start(random_ids(B, T), sampling=Sampling(), keys_B=torch.arange(B), n_loops=2)
+        decoder.start(random_ids(B, T), sampling=Sampling(), keys_B=torch.arange(B), depth=Depth(2))
         with no_waiting(monkeypatch), pytest.raises(AssertionError, match="the host read"):
             decoder.step()
 
@@ -261,7 +262,7 @@ class TestReuse:
             (7, ids[:, 1:], short),
         ):
             plain, static = (
-                generate(model, prompts, NEW, depth={"n_loops": loops}, **arguments, decode=decode)
+                generate(model, prompts, NEW, depth=Depth(loops), **arguments, decode=decode)
                 for decode in ("eager", decoder)
             )
             assert torch.equal(static, plain)
@@ -284,7 +285,7 @@ class TestReuse:
         """A graph knows addresses: no call may move a slot."""
         decoder, places = decoder_of(model), []
         for loops in (6, 2):
-            generate(model, random_ids(B, T), NEW, depth={"n_loops": loops}, decode=decoder)
+            generate(model, random_ids(B, T), NEW, depth=Depth(loops), decode=decoder)
             places.append({key: slot.data_ptr() for key, slot in decoder._cache._slots.items()})
         assert places[0] == places[1]
 
@@ -389,7 +390,7 @@ class TestBuckets:
 
 
 def start(decoder: StaticDecoder, ids: Tensor) -> Tensor:
-    return decoder.start(ids, sampling=Sampling(), keys_B=torch.arange(len(ids)), n_loops=1)
+    return decoder.start(ids, sampling=Sampling(), keys_B=torch.arange(len(ids)), depth=Depth(1))
 
 
 class TestRefusals:
@@ -397,7 +398,7 @@ class TestRefusals:
     def test_what_only_the_plain_form_can_do(self, model, decode):
         ids = random_ids(1, T)
         with pytest.raises(ConfigError, match="exit_rule"):
-            generate(model, ids, 2, depth={"exit_rule": FixedDepth(2)}, decode=decode)
+            generate(model, ids, 2, depth=Depth(exit_rule=FixedDepth(2)), decode=decode)
         with pytest.raises(ConfigError, match="use_cache=False"):
             generate(model, ids, 2, use_cache=False, decode=decode)
         with (

@@ -63,7 +63,7 @@ def slow_row(
         h = model.recurrent.initial_state(e, ctx)
         for t in range(n_loops):
             h = model.step(h, e, t, ctx)
-        logits.append(model.decode(h, ctx)[0])
+        logits.append(model.logits(h, ctx)[0])
         cache.columns = ctx.columns
         start += n_new
     return torch.cat(logits)

@@ -216,11 +216,11 @@ class TestSeam:
         h = model.recurrent.initial_state(e, ctx)
         for t in range(n_loops):
             h = model.step(h, e, t, ctx)
-        return model.decode(h, ctx)
+        return model.logits(h, ctx)
 
     @pytest.mark.parametrize("n_loops", [1, 4, 16])
     @pytest.mark.parametrize("initial_state", ["zero", "normal", "prelude"])
-    def test_embed_step_decode_is_forward(self, attn_type, n_loops, initial_state):
+    def test_embed_step_logits_is_forward(self, attn_type, n_loops, initial_state):
         model = small_model(attn_type, initial_state=initial_state, loop_embedding=True)
         ids = random_ids(B, T)
         assert_same(self.by_hand(model, ids, n_loops), full(model, ids, n_loops))
@@ -238,7 +238,7 @@ class TestSeam:
         h = torch.zeros_like(e)
         for t in range(4):
             h = model.step(h, e, t)
-        assert_same(model.decode(h), full(model, ids, 4))
+        assert_same(model.logits(h), full(model, ids, 4))
 
     @torch.no_grad()
     def test_state_without_the_input_differs(self, model):

@@ -8,7 +8,7 @@ from helpers import assert_differs, assert_same, random_ids, randomise, small_co
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos import LoopTrace, OpenMythos, mythos_nano
+from open_mythos import Depth, LoopTrace, OpenMythos, mythos_nano
 
 B, T = 3, 7
 
@@ -21,11 +21,9 @@ def full(model: OpenMythos, ids: Tensor, n_loops: int | list[int] = 4, **argumen
 class TestParts:
     def test_logits_are_head_of_hidden(self, model):
         ids = random_ids(B, T)
-        hidden = model.hidden(ids, n_loops=4)
+        hidden = model.hidden(ids, model.context(ids), Depth(4))
         assert hidden.shape == (B, T, 32)
         assert_same((hidden @ model.head.weight.T).detach(), full(model, ids))
-        last = model.next_token_logits(ids, n_loops=4).detach()
-        assert_same(last, full(model, ids)[:, -1])
 
     def test_every_parameter_matters(self, model):
         """No dead weight: all but the gate, which reads the loop and does not steer it."""

@@ -28,6 +28,7 @@ from open_mythos import KVCache, OpenMythos
 from open_mythos.data.batch import Batch
 from open_mythos.evaluation.perplexity import loss_sums
 from open_mythos.model.context import Context
+from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import ArgmaxStable, StateChange
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.trace import LoopTrace
@@ -169,8 +170,10 @@ def on_device(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
 
 def train(model: OpenMythos, batch: int = 3, **arguments: Any) -> None:
     """Forward and backward pass of a micro-batch whose data is on the device."""
+    names = {"n_loops", "grad_loops", "min_loops"} & arguments.keys()
+    depth = Depth(**{name: arguments.pop(name) for name in names})
     loss = next_token_loss(
-        model.train(), on_device(batch, 8), on_device(batch, 8),
+        model.train(), on_device(batch, 8), on_device(batch, 8), depth=depth,
         step_tokens=10, step_sequences=batch, sample_seeds=on_device(batch), **arguments,
     )  # fmt: skip
     loss.total.backward()
@@ -205,7 +208,7 @@ def test_forward(attn_type: str, arguments: dict[str, Any]) -> None:
         ("gqa", False, {"n_loops": [3, 1, 2], "balance_coefficient": 0.1}),
         ("gqa", True, {"n_loops": [3, 1, 3], "grad_loops": 1, "document_ids": True}),
         ("mla", False, {"n_loops": 3, "grad_loops": 2}),
-        ("mla", True, {"n_loops": [1, 2, 1], "least_loops": 3}),
+        ("mla", True, {"n_loops": [1, 2, 1], "min_loops": 3}),
     ],
     ids=str,
 )
@@ -240,9 +243,8 @@ def test_cached_decoding(
     with nothing_waits():
         for held, n_new in ((0, 5), (5, 1), (6, 3)):
             mask = on_device(3, n_new, dtype=torch.bool) if masked else None
-            model.next_token_logits(
-                on_device(3, n_new), cache, held, n_loops=depth, attention_mask=mask
-            )
+            ctx = model.context(on_device(3, n_new), cache, held, attention_mask=mask)
+            model.hidden(on_device(3, n_new), ctx, Depth(depth))
 
 
 def test_loss_head() -> None:
@@ -260,7 +262,8 @@ def test_trace_and_evaluation() -> None:
     batch = Batch(on_device(3, 8), on_device(3, 8), None, torch.arange(3))
     with nothing_waits(), torch.no_grad():
         trace = LoopTrace(keep_states=True, keep_routing=True, keep_correlation=True)
-        model.hidden(batch.input_ids, n_loops=[2, 1, 3], trace=trace)
+        ctx = model.context(batch.input_ids)
+        model.hidden(batch.input_ids, ctx, Depth([2, 1, 3]), trace)
         assert loss_sums(model, batch, [1, 3]).shape == (2,)
     assert trace.n_loops == 3
 
@@ -308,5 +311,5 @@ def test_a_wait_in_the_loop_is_noticed(what: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(RecurrentBlock, "step", step)
     model = shapes_of_model(n_experts=0, dim=16).eval()
-    with pytest.raises(AssertionError, match=r"recurrent\.py:forward"), nothing_waits():
+    with pytest.raises(AssertionError, match=r"model/recurrent\.py:forward"), nothing_waits():
         model(on_device(1, 2), n_loops=1)

@@ -10,6 +10,7 @@ from helpers import assert_differs, assert_same, random_ids, small_config, small
 from torch import Tensor
 
 from open_mythos import KVCache, LoopTrace, OpenMythos, RecurrentBlock
+from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import Look, Memory
 
 B, T = 4, 6
@@ -59,7 +60,7 @@ class TestDepth:
             h = e
             for t in range(3):
                 h = model.step(h, e, t, ctx)
-            assert_same(model.recurrent(e, ctx, 3, h_BTD=e), h)
+            assert_same(model.recurrent(e, ctx, Depth(3), h_BTD=e), h)
 
 
 class LeaveAfter:
@@ -138,7 +139,7 @@ class TestTruncatedGradients:
                 if t == depth - k > 0:  # a row of k loops or fewer is not truncated at all
                     h = h.detach()
                 h = model.step(h, e, t, ctx)
-            logits.append(model.decode(h, ctx))
+            logits.append(model.logits(h, ctx))
         return torch.cat(logits)
 
     @pytest.mark.parametrize("n_loops", [[5, 5, 5, 5], [1, 7, 2, 4]], ids=str)

@@ -35,7 +35,7 @@ def test_states_and_their_norms(model):
         torch.testing.assert_close(trace.halting[t], model.recurrent.halting(after).detach())
         before = after
     ids = random_ids(B, T)
-    assert_same(model.decode(trace.states[4]).detach(), model(ids, 5).detach())
+    assert_same(model.logits(trace.states[4]).detach(), model(ids, 5).detach())
 
 
 def test_little_is_kept_unless_asked_for(model):

@@ -289,8 +289,8 @@ def test_a_non_finite_step_changes_nothing(make_run, make_loader, where, poison)
                 lambda g: g.clone().index_fill_(0, torch.tensor([3]), poison)
             )
         else:
-            plain = OpenMythos.body
-            patch.setattr(OpenMythos, "body", lambda *a, **o: plain(*a, **o) * poison)
+            plain = OpenMythos.hidden
+            patch.setattr(OpenMythos, "hidden", lambda *a, **o: plain(*a, **o) * poison)
         result = trainer.train_step(1)
     if where == "gradient":
         hook.remove()

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from open_mythos import GQAttention, KVCache, MLAttention
 from open_mythos.model.context import Context
+from open_mythos.model.depth import Depth
 from open_mythos.model.layers import mla
 from open_mythos.model.layers.block import ATTENTION
 from open_mythos.ops.attention import pieces as attention_pieces
@@ -75,7 +76,8 @@ def test_prefill_in_chunks(attn_type, kind):
         for start in range(0, n, CHUNK):
             now = slice(start, start + CHUNK)
             part = {name: given[:, now] for name, given in told.items()}
-            model.next_token_logits(ids[:, now], cache, start, n_loops=1, **part)
+            ctx = model.context(ids[:, now], cache, start, **part)
+            model.hidden(ids[:, now], ctx, Depth(1))
 
     assert linear([peak(lambda n=n: prefill(n)) for n in SIZES])
 
