@@ -62,7 +62,7 @@ class LoopTrace:
     def record_state(
         self, loop: int | Tensor, before_BTD: Tensor, after_BTD: Tensor, places: Places | None
     ) -> int:
-        """Record what a loop did to the state of ``places`` (None: all positions); return its index.
+        """Record what a loop did to the state of ``places`` (None: all); return its index.
 
         Raises:
             ConfigError: ``loop`` is a tensor: rows at different loops have no common record.

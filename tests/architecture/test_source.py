@@ -130,7 +130,8 @@ def drivers(file: Path) -> Iterator[str]:
 
 def test_one_loop_body():
     """``RecurrentBlock.step`` alone applies the blocks of the loop."""
-    found = {name for file in FILES for name in stacks(file)}
+    mirror = PACKAGE / "plan" / "forward.py"  # shapes alone, of the same blocks
+    found = {name for file in FILES if file != mirror for name in stacks(file)}
     assert found == {
         "model/dense.py:embed", "model/mythos.py:embed", "model/mythos.py:final_hidden",
         "model/recurrent.py:step",

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from open_mythos import LoopTrace
+from open_mythos import Depth, LoopTrace
 from open_mythos.errors import ConfigError
 from open_mythos.train import build_model, next_token_loss, sequence_balance_loss
 from open_mythos.train.loss import count_targets
@@ -39,7 +39,12 @@ def batch():
 def test_is_cross_entropy_of_the_logits(model, batch):
     ids, targets = batch
     out = next_token_loss(
-        model, ids, targets, step_tokens=count_targets(targets), step_sequences=4, n_loops=DEPTHS
+        model,
+        ids,
+        targets,
+        step_tokens=count_targets(targets),
+        step_sequences=4,
+        depth=Depth(DEPTHS),
     )
     logits = model(ids, n_loops=DEPTHS)
     torch.testing.assert_close(out.nll, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
@@ -58,7 +63,7 @@ def test_parts_add_up(model, batch):
             trace = LoopTrace(keep_routing=True)
             out = next_token_loss(
                 model, ids[rows], targets[rows], step_tokens=count_targets(targets),
-                step_sequences=4, balance_coefficient=0.5, n_loops=DEPTHS[rows], trace=trace,
+                step_sequences=4, balance_coefficient=0.5, depth=Depth(DEPTHS[rows]), trace=trace,
                 sample_seeds=torch.arange(4)[rows],
             )  # fmt: skip
             out.total.backward()
@@ -75,7 +80,7 @@ def test_parts_add_up(model, batch):
 def test_documents_are_honoured(model, batch):
     ids, targets = batch
     documents = torch.tensor([[0, 0, 0, 1, 1, 1]] * 4)
-    options = {"step_tokens": 1, "step_sequences": 4, "n_loops": 2}
+    options = {"step_tokens": 1, "step_sequences": 4, "depth": Depth(2)}
     apart = next_token_loss(model, ids, targets, document_ids=documents, **options).nll
     first = next_token_loss(model, ids[:, :3], targets[:, :3], **options).nll
     second = next_token_loss(model, ids[:, 3:], targets[:, 3:], **options).nll

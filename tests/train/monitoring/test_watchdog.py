@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from experiments.tasks import PermHop
-from open_mythos import LoopTrace, MythosConfig, OpenMythos
+from open_mythos import Depth, LoopTrace, MythosConfig, OpenMythos
 from open_mythos.model.exit_rules import exit_rule
 from open_mythos.train import DepthConfig, DepthPlan
 from open_mythos.train.loss import count_targets, next_token_loss
@@ -62,7 +62,7 @@ class Run:
             trace = LoopTrace(keep_correlation=True)
             loss = next_token_loss(
                 self.model, data.input_ids, data.targets, step_tokens=count_targets(data.targets),
-                step_sequences=batch, n_loops=self.plan.depths(step, data.sample_index),
+                step_sequences=batch, depth=Depth(self.plan.depths(step, data.sample_index)),
                 trace=trace,
             ).total  # fmt: skip
             loss.backward()
