@@ -1,8 +1,8 @@
-"""The look that the plots of all claims share."""
+"""What the plots of all claims share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ MUTED = "#94a3b8"
 
 @contextmanager
 def panels(path: Path, columns: int, rows: int = 1) -> Iterator[list[Any]]:
-    """Axes to draw in, row by row; the picture is written to ``path`` at the end."""
+    """Yield axes to draw in, row by row; write the picture to ``path`` at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,3 +33,35 @@ def panels(path: Path, columns: int, rows: int = 1) -> Iterator[list[Any]]:
             figure.savefig(path, dpi=110, metadata={"Software": None})
         finally:
             plt.close(figure)
+
+
+def lines(
+    ax: Any,
+    x: Sequence[float],
+    curves: Mapping[Any, Sequence[float]],
+    style: str = "o-",
+    *,
+    colours: Sequence[str] = COLOURS,
+    label: str = "{}",
+    small: bool = False,
+) -> None:
+    """Draw a line of each of ``curves``, given as name -> y, and their legend.
+
+    Args:
+        ax: Axes.
+        x: Common to all lines.
+        curves: The lines; ``label`` formats their names.
+        style: Of matplotlib.
+        colours: One for each line.
+        label: Format of a name.
+        small: Small print in the legend.
+    """
+    for (name, y), colour in zip(curves.items(), colours, strict=False):
+        ax.plot(x, y, style, color=colour, ms=4, label=label.format(name))
+    ax.legend(fontsize=8 if small else None)
+
+
+def log2_ticks(ax: Any, ticks: Sequence[int]) -> None:
+    """Make the x axis logarithmic, with these ticks alone."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(n) for n in ticks])

@@ -8,25 +8,57 @@ from statistics import mean, stdev
 
 from experiments.claim import Record
 
+Figure = str | Callable[[Record], float]
+"""The key of a figure, or a function of its record."""
+
 
 def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Arm -> its records, by seed, in the order in which the arms come."""
+    """Group records by arm, in the order in which the arms come; each group is sorted by seed."""
     arms: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         arms[record.arm].append(record)
     return {arm: sorted(found, key=lambda record: record.seed) for arm, found in arms.items()}
 
 
-def over_seeds(records: Sequence[Record], figure: Callable[[Record], float]) -> tuple[float, float]:
-    """Mean and standard deviation (0 for a single seed) of a figure."""
-    return mean_std([figure(record) for record in records])
+def each(records: Iterable[Record], figure: Figure) -> list[float]:
+    """Return a figure of every record."""
+    if isinstance(figure, str):
+        return [record.figures[figure] for record in records]
+    return [figure(record) for record in records]
+
+
+def over_seeds(records: Iterable[Record], figure: Figure) -> tuple[float, float]:
+    """Return mean and sample standard deviation of a figure."""
+    return mean_std(each(records, figure))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter 0 for a single value."""
+    """Return mean and sample standard deviation; the latter is 0 for a single value."""
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
+def minus(ours: Iterable[float], theirs: Iterable[float]) -> tuple[float, float]:
+    """Return mean and deviation of the differences, taken seed by seed."""
+    return mean_std([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def columns(rows: Iterable[Sequence[float]]) -> list[float]:
+    """Return the mean of each column."""
+    return [mean(column) for column in zip(*rows, strict=True)]
+
+
 def shown(value: tuple[float, float], digits: int = 4) -> str:
-    """ "mean ± deviation"."""
+    """Format "mean ± deviation"."""
     return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+
+
+def share(records: Sequence[Record], figure: Figure) -> str:
+    """Format a share in percent, with its deviation in points if there are several seeds."""
+    middle, spread = over_seeds(records, figure)
+    return f"{middle:.1%}" + (f" ± {100 * spread:.1f}" if len(records) > 1 else "")
+
+
+def span(values: Sequence[float], form: str, between: str = " to ") -> str:
+    """Format the smallest and the largest value; one of them if they print alike."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low}{between}{high}"

@@ -6,28 +6,31 @@ import platform
 import secrets
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from experiments.claim import Cell, Place
-from experiments.synthetic import Curves
+from experiments.claim import QUICK, Cell, Place
+from experiments.training import build, fit, run_of
 from open_mythos.accounting import account
 from open_mythos.data import Batch, EpochWindows, Loader, TokenShards, prepare
 from open_mythos.devices import resolve_dtype
-from open_mythos.errors import DataError
 from open_mythos.evaluation import evaluate_depths
-from open_mythos.model.dense import DenseTransformer
-from open_mythos.seeding import derive_seed
 from open_mythos.tokenizer import ByteTokenizer
-from open_mythos.train import RunConfig, Trainer, build_model, find_checkpoint
+from open_mythos.train import RunConfig
 from open_mythos.train.build import Model
 
 VOCABULARY = ByteTokenizer().vocab_size
 _VAL_FRACTION = 0.03
+_TRAIN: dict[str, Any] = {
+    "global_batch": 8, "device": "cpu", "min_lr_ratio": 0.02, "log_every": 20,
+}  # fmt: skip
+_TRAIN_AT: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "gpu": {"device": "cuda", "dtype": "bfloat16", "steps": 1500, "global_batch": 64,
+            "warmup_steps": 100},
+    QUICK: {"seq_len": 16, "global_batch": 4, "warmup_steps": 1},
+}  # fmt: skip
 
 
 def standard_library(shared: Path) -> Path:
@@ -81,39 +84,76 @@ def train(cell: Cell, place: Place, change: Callable[[Model], Any] = lambda mode
     """Train the language model that ``cell.settings`` describe.
 
     The settings hold "run", the sections of a :class:`RunConfig`; "val_windows"; "save_every",
-    steps between two checkpoints, from which an interrupted training goes on (0: none); and, for a
-    dense model of a certain depth, "n_layers".
+    steps between two checkpoints, from which an interrupted training resumes (0: none); and, for a
+    dense model of a given depth, "n_layers".
 
     Args:
         cell: What to train; the seed is the cell's.
         place: Where text and checkpoints are.
-        change: Alters the untrained model.
+        change: Modifies the untrained model in place.
     """
-    run = RunConfig.from_dict(cell.settings["run"])
-    run.train.seed = cell.seed
+    run = run_of(cell)
     run.train.save_every = cell.settings["save_every"]
     run.train.out_dir = str(place.own) if run.train.save_every else None
     run.data.path = str(standard_library(place.shared))
-    loader = Loader(
-        TokenShards(run.data.path), seq_len=run.train.seq_len, global_batch=run.train.global_batch,
-        seed=cell.seed,
-    )  # fmt: skip
-    model = _build(run, cell.settings.get("n_layers"))
+    model = build(run, n_layers=cell.settings.get("n_layers"))
     change(model)
-    curves = Curves("loss")
-    trainer = Trainer(model, loader, run, loggers=[curves])
-    with suppress(DataError):  # a run that was killed early has no whole checkpoint
-        trainer.resume(find_checkpoint(place.own / "checkpoints"))
-    trainer.fit()
+    curves = fit(model, loader(run), run, checkpoints=place.own / "checkpoints")
     batches = validation(
         Path(run.data.path), seq_len=run.train.seq_len, windows=cell.settings["val_windows"]
     )
-    return Trained(trainer.model, run, batches, curves.points["loss"])
+    return Trained(model, run, batches, curves["loss"])
 
 
-def _build(run: RunConfig, n_layers: int | None) -> Model:
-    if n_layers is None:
-        return build_model(run)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(run.train.seed, "init"))
-        return DenseTransformer(run.model, n_layers)
+def loader(run: RunConfig) -> Loader:
+    """Return the shuffled training windows of the prepared text at ``run.data.path``."""
+    return Loader(
+        TokenShards(run.data.path), seq_len=run.train.seq_len, global_batch=run.train.global_batch,
+        seed=run.train.seed,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of byte-level models by scale: what the claims on text have in common."""
+
+    train: dict[str, Any]
+    """``RunConfig.train`` at the scale "cpu", beside what all share."""
+    widths: dict[str, tuple[int, int]]
+    """Scale -> (width, heads)."""
+    val_windows: int
+    """Validation windows at the scale "cpu"."""
+    gpu_seq_len: int
+    quick_steps: int
+
+    def settings(
+        self, scale: str, *, model: dict[str, Any], depth: dict[str, Any], lr: float, **run: Any
+    ) -> dict[str, Any]:
+        """Return the settings of :func:`train`.
+
+        Args:
+            scale: "cpu", "gpu" or "quick".
+            model: Fields of the model beside the common ones.
+            depth: The section "depth" of the run.
+            lr: Learning rate.
+            run: More fields of the run; those of "train" are merged.
+        """
+        train = _TRAIN | self.train | _TRAIN_AT[scale]
+        if scale == "gpu":
+            train["seq_len"] = self.gpu_seq_len
+        if scale == QUICK:
+            train["steps"] = self.quick_steps
+        dim, heads = self.widths[scale]
+        common = {
+            "vocab_size": VOCABULARY, "dim": dim, "n_heads": heads, "n_kv_heads": heads,
+            "attn_type": "gqa", "max_seq_len": train["seq_len"], "n_experts": 0, "lora_rank": 0,
+            "ffn_dim": 2 * dim, "tie_embeddings": True,
+        }  # fmt: skip
+        return {
+            "run": {
+                "model": common | model, "depth": depth, "optim": {"lr": lr}, **run,
+                "train": train | run.get("train", {}),
+            },
+            "val_windows": {"cpu": self.val_windows, "gpu": 512, QUICK: 4}[scale],
+            "save_every": 250 if scale == "gpu" else 0,
+        }  # fmt: skip

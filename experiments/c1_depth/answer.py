@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from experiments.c1_depth.cells import (
-    DECAY,
+    DECAY_POINTS,
     DENSE,
     DENSE_AT_MOST,
     DENSE_RIVALS,
@@ -15,51 +15,44 @@ from experiments.c1_depth.cells import (
     LOOPED,
     MANY_LOOPS,
     MOST_LOOPS,
+    PART,
     RULES,
     SHALLOW,
     SHALLOW_LOOPS,
     SOLVED,
 )
 from experiments.c1_depth.recipe import ASKED_HOPS, CHOSEN_LOOPS, TRAINED_HOPS
-from experiments.claim import (
-    DOES_NOT_HOLD,
-    HOLDS,
-    HOLDS_IN_PART,
-    Record,
-    Summary,
-)
-from experiments.spread import by_arm, over_seeds
+from experiments.claim import Record, Summary, verdict
+from experiments.spread import by_arm, columns, each, share, span
 
 _SHOWN = (SHALLOW_LOOPS, 10, CHOSEN_LOOPS, MANY_LOOPS, MOST_LOOPS)
 
 
 def summarise(records: Sequence[Record]) -> Summary:
-    """Chains of twice the trained length: at the chosen depth, at few loops, at many; dense."""
+    """Judge chains of twice the trained length: at the chosen depth, few loops, many; dense."""
     arms = by_arm(records)
     looped = arms[LOOPED]
-    at_chosen = [asked(record, CHOSEN_LOOPS) for record in looped]
-    shallow = mean(asked(record, SHALLOW_LOOPS) for record in looped)
-    many = mean(asked(record, MANY_LOOPS) for record in looped)
-    best = max(_means([record.figures["longest"] for record in looped]))
-    dense = {arm: mean(asked(record) for record in arms[arm]) for arm in DENSE_RIVALS}
-    solved = min(at_chosen) >= SOLVED and shallow <= SHALLOW
+    at_chosen, shallow, many = (
+        [asked(record, loops) for record in looped]
+        for loops in (CHOSEN_LOOPS, SHALLOW_LOOPS, MANY_LOOPS)
+    )
+    lost = max(columns(r.figures["longest"] for r in looped)) - mean(many)
+    dense = {arm: mean(each(arms[arm], asked)) for arm in DENSE_RIVALS}
+    solved = min(at_chosen) >= SOLVED and mean(shallow) <= SHALLOW
     rivals_fail = max(dense.values()) <= DENSE_AT_MOST
-    if solved and rivals_fail and best - many <= DECAY:
-        verdict = HOLDS
-    elif mean(at_chosen) > 2 * DENSE_AT_MOST and rivals_fail:
-        verdict = HOLDS_IN_PART
-    else:
-        verdict = DOES_NOT_HOLD
     by_rule = "; ".join(f"`{rule}` {_by_rule(looped, rule)}" for rule in RULES)
     return Summary(
-        verdict,
+        verdict(
+            solved and rivals_fail and lost <= DECAY_POINTS / 100,
+            mean(at_chosen) > PART and rivals_fail,
+        ),
         f"Trained on up to {TRAINED_HOPS} hops, the looped model answers {mean(at_chosen):.1%} of "
         f"the unseen chains of {ASKED_HOPS} at {CHOSEN_LOOPS} loops (worst seed "
-        f"{min(at_chosen):.1%}), {shallow:.1%} at {SHALLOW_LOOPS} loops and {many:.1%} at "
-        f"{MANY_LOOPS} ({100 * (best - many):.1f} points below its best depth). Dense models "
-        f"answer {_range(list(dense.values()))}; trained on {ASKED_HOPS} hops, "
+        f"{min(at_chosen):.1%}), {mean(shallow):.1%} at {SHALLOW_LOOPS} loops and "
+        f"{mean(many):.1%} at {MANY_LOOPS} ({100 * lost:.1f} points below its best depth). Dense "
+        f"models answer {span(list(dense.values()), '.1%')}; trained on {ASKED_HOPS} hops, "
         f"{asked(arms[LEARNABLE][0]):.1%}. Depth chosen by a rule: {by_rule}.",
-        f"{mean(at_chosen):.1%} at {CHOSEN_LOOPS} loops, dense {_range(list(dense.values()))}",
+        f"{mean(at_chosen):.1%} at {CHOSEN_LOOPS} loops, dense {span(list(dense.values()), '.1%')}",
         ("arm", "seeds", "parameters", "training FLOPs",
          f"{TRAINED_HOPS} hops at {CHOSEN_LOOPS} loops",
          *(f"{ASKED_HOPS} hops at {loops} loops" for loops in _SHOWN)),
@@ -78,8 +71,8 @@ def asked(record: Record, loops: int = 0, hops: int = ASKED_HOPS) -> float:
 def _by_rule(looped: Sequence[Record], rule: str) -> str:
     place = looped[0].settings["ask"]["rule_hops"].index(ASKED_HOPS)
     found = [record.figures["rules"][rule][place] for record in looped]
-    share, loops = mean(each["accuracy"] for each in found), mean(each["loops"] for each in found)
-    return f"{share:.1%} with {loops:.1f} loops on average"
+    right, loops = (mean(one[key] for one in found) for key in ("accuracy", "loops"))
+    return f"{right:.1%} with {loops:.1f} loops on average"
 
 
 def _row(arm: str, found: Sequence[Record]) -> tuple[str, ...]:
@@ -87,19 +80,13 @@ def _row(arm: str, found: Sequence[Record]) -> tuple[str, ...]:
     return (
         arm, str(len(found)), f"{found[0].figures['parameters']:,}",
         f"{found[0].figures['training_flops']:.1e}",
-        _shown(found, CHOSEN_LOOPS, TRAINED_HOPS),
-        *("-" if dense and n != CHOSEN_LOOPS else _shown(found, n) for n in _SHOWN),
+        _share(found, CHOSEN_LOOPS, TRAINED_HOPS),
+        *("-" if dense and n != CHOSEN_LOOPS else _share(found, n) for n in _SHOWN),
     )  # fmt: skip
 
 
-def _shown(found: Sequence[Record], loops: int, hops: int = ASKED_HOPS) -> str:
-    middle, spread = over_seeds(found, lambda record: asked(record, loops, hops))
-    return f"{middle:.1%}" + (f" ± {100 * spread:.1f}" if len(found) > 1 else "")
-
-
-def _range(shares: Sequence[float]) -> str:
-    low, high = f"{min(shares):.1%}", f"{max(shares):.1%}"
-    return low if low == high else f"{low} to {high}"
+def _share(found: Sequence[Record], loops: int, hops: int = ASKED_HOPS) -> str:
+    return share(found, lambda record: asked(record, loops, hops))
 
 
 def _picture(looped: Sequence[Record], arms: dict[str, list[Record]]) -> dict[str, Any]:
@@ -109,7 +96,7 @@ def _picture(looped: Sequence[Record], arms: dict[str, list[Record]]) -> dict[st
         "hops": ask["hops"],
         "loops": ask["loops"],
         "grid": [
-            _means([record.figures["grid"][i] for record in looped])
+            columns([record.figures["grid"][i] for record in looped])
             for i in range(len(ask["hops"]))
         ],
         "dense_hops": dense,
@@ -118,12 +105,7 @@ def _picture(looped: Sequence[Record], arms: dict[str, list[Record]]) -> dict[st
             for arm in (*DENSE_RIVALS, LEARNABLE)
         },
         "depths": {
-            arm: (found[0].settings["ask"]["loops"], _means([r.figures["longest"] for r in found]))
+            arm: (found[0].settings["ask"]["loops"], columns([r.figures["longest"] for r in found]))
             for arm, found in arms.items() if len(found[0].figures["longest"]) > 1
         },
     }  # fmt: skip
-
-
-def _means(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Mean over the seeds of each column."""
-    return [mean(column) for column in zip(*rows, strict=True)]

@@ -9,40 +9,36 @@ import torch
 
 from experiments.c1_depth.recipe import TASK, accuracy_grid, questions
 from experiments.claim import Cell, Place
-from experiments.synthetic import Curves
 from experiments.tasks import PermHopLoader
+from experiments.training import build, fit, run_of
 from open_mythos.accounting import account
 from open_mythos.evaluation.frozen import frozen
-from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.layers.injection import LTIInjection
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
-from open_mythos.seeding import derive_seed
-from open_mythos.train import RunConfig, Trainer, build_model
+from open_mythos.train import RunConfig
 from open_mythos.train.build import Model
 
 
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """Train the arm, then measure it on chains whose answers it was never told."""
     s = cell.settings
-    run = RunConfig.from_dict(s["run"])
-    run.train.seed = cell.seed
+    run = run_of(cell)
     loader = PermHopLoader(
         TASK, global_batch=run.train.global_batch, hops=s["hops"], pair_from=s["pair_from"],
         final_only=s["final_only"],
     )  # fmt: skip
-    model = _build(run, s["unrolled"])
+    model = build(run, unrolled=s["unrolled"])
     if not s["injection"]:
         without_injection(model)
-    curves = Curves("loss")
-    Trainer(model, loader, run, loggers=[curves]).fit()
+    curve = fit(model, loader, run)["loss"]
     ask = s["ask"]
     return {
         "grid": accuracy_grid(model, ask["hops"], ask["loops"], ask["programs"]),
         "longest": accuracy_grid(model, [ask["longest"]], ask["loops"], ask["longest_programs"])[0],
         "rules": {rule: _by_rule(model, rule, ask) for rule in ask["rules"]},
-        "curve": curves.points["loss"],
+        "curve": curve,
         **_costs(model, run, s["hops"], s["pair_from"]),
     }
 
@@ -57,15 +53,6 @@ def without_injection(model: Model) -> None:
         if isinstance(module, LTIInjection):
             torch.nn.init.zeros_(module.B).requires_grad_(False)
             torch.nn.init.constant_(module.log_A, -math.inf).requires_grad_(False)
-
-
-def _build(run: RunConfig, unrolled: int | None) -> Model:
-    """The model of the run; the dense one with a layer for each block of ``unrolled`` loops."""
-    if unrolled is None:
-        return build_model(run)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(run.train.seed, "init"))
-        return DenseTransformer.like(run.model, match="depth", n_loops=unrolled)
 
 
 def _by_rule(model: Model, rule: str, ask: dict[str, Any]) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.c1_depth.cells import LOOPED
 from experiments.c1_depth.recipe import ASKED_HOPS, TRAINED_HOPS
 from experiments.claim import Summary
-from experiments.figure import COLOURS, panels
+from experiments.figure import COLOURS, lines, log2_ticks, panels
 
 
 def plot(summary: Summary, path: Path) -> None:
@@ -16,14 +16,12 @@ def plot(summary: Summary, path: Path) -> None:
     data = summary.data
     with panels(path, 3) as (grid, dense, parts):
         _grid(grid, data)
-        for (arm, shares), colour in zip(data["dense"].items(), COLOURS[1:], strict=False):
-            dense.plot(data["dense_hops"], shares, "s--", color=colour, ms=4, label=arm)
+        lines(dense, data["dense_hops"], data["dense"], "s--", colours=COLOURS[1:], small=True)
         dense.axvspan(0, TRAINED_HOPS, color=COLOURS[0], alpha=0.07, lw=0)
         dense.set(
             title="Dense controls, the same questions", xlabel="hops (shaded: seen in training)",
             ylabel="answered", ylim=(0, 1.03), xlim=(1, max(data["hops"])),
         )  # fmt: skip
-        dense.legend(fontsize=8)
         _parts(parts, data)
 
 
@@ -52,9 +50,7 @@ def _parts(ax: Any, data: dict[str, Any]) -> None:
             ax.plot(loops, shares, "o-", color=COLOURS[0], ms=4, lw=2.5, label=arm)
         else:
             ax.plot(loops, shares, "-", color=next(colours), lw=1.2, label=arm)
-    ax.set_xscale("log", base=2)
-    ticks = [1, 2, 5, 10, 24, 64, 128]
-    ax.set_xticks(ticks, [str(n) for n in ticks])
+    log2_ticks(ax, [1, 2, 5, 10, 24, 64, 128])
     ax.minorticks_off()
     ax.set(
         title=f"{ASKED_HOPS} hops, without parts of the recipe", xlabel="loops", ylabel="answered",

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from experiments.synthetic import answered
 from experiments.tasks import PermHop, PermHopLoader
+from experiments.tasks.accuracy import answered
 from open_mythos.config import MythosConfig
 from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
 from open_mythos.train.build import Model

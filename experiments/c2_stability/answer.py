@@ -14,14 +14,7 @@ from experiments.c2_stability.cells import (
     RATIO,
     UNCONSTRAINED,
 )
-from experiments.claim import (
-    DOES_NOT_HOLD,
-    HOLDS,
-    HOLDS_IN_PART,
-    Record,
-    Summary,
-    unclear,
-)
+from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, panels
 from experiments.spread import mean_std
 
@@ -38,16 +31,14 @@ def summarise(records: Sequence[Record]) -> Summary:
     ratios = [_ratio(stable[CONSTRAINED], stable[arm]) for arm in UNCONSTRAINED]
     reasons = Counter(r.figures["diverged"] for r in records if r.figures["diverged"])
     diverged = reasons.total()
-    if not diverged:
-        verdict = unclear("nothing diverged; higher learning rates or longer runs would tell")
-    elif min(ratios) >= RATIO:
-        verdict = HOLDS
-    else:
-        verdict = HOLDS_IN_PART if max(ratios) > 1 else DOES_NOT_HOLD
     shown = {arm: f"{rate:g}" if rate else "none" for arm, rate in stable.items()}
     beyond = " (nowhere in the sweep)" if stable[CONSTRAINED] == rates[-1] else ""
     return Summary(
-        verdict,
+        verdict(
+            min(ratios) >= RATIO, max(ratios) > 1,
+            unclear="" if diverged
+            else "nothing diverged; higher learning rates or longer runs would tell",
+        ),
         f"The constrained injection is stable up to {shown[CONSTRAINED]}{beyond}, concatenation "
         f"up to {shown['concat']}, addition up to {shown['additive']}: a factor of {ratios[0]:g} "
         f"and {ratios[1]:g}. Sandwich norms bring concatenation to {shown['concat-sandwich']}; "

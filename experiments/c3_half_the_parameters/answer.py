@@ -14,16 +14,9 @@ from experiments.c3_half_the_parameters.cells import (
     UNROLLED,
     WHOLE,
 )
-from experiments.claim import (
-    DOES_NOT_HOLD,
-    HOLDS,
-    HOLDS_IN_PART,
-    Record,
-    Summary,
-    unclear,
-)
+from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, panels
-from experiments.spread import mean_std, over_seeds, shown
+from experiments.spread import each, minus, over_seeds, shown
 
 _ARMS = (HALF, LOOPED, WHOLE, UNROLLED)
 
@@ -36,18 +29,14 @@ def summarise(records: Sequence[Record]) -> Summary:
     measurable = gap[0] > gap[1]
     share = 1 - behind[0] / gap[0] if measurable else math.nan
     made_up = f"{share:.0%} of the gap made up" if measurable else "the gap is noise"
-    if not measurable:
-        verdict = unclear(
-            "twice the layers gain no more than the spread over seeds; longer training would tell"
-        )
-    elif behind[0] <= behind[1]:
-        verdict = HOLDS
-    else:
-        verdict = HOLDS_IN_PART if share >= PART else DOES_NOT_HOLD
     flops = _flops(arms[LOOPED]) / _flops(arms[WHOLE])
     against_unrolled = _difference(arms[LOOPED], arms[UNROLLED])
     return Summary(
-        verdict,
+        verdict(
+            behind[0] <= behind[1], share >= PART,
+            unclear="" if measurable else "twice the layers gain no more than the spread over "
+            "seeds; longer training would tell",
+        ),
         f"The looped model's loss is {behind[0]:+.4f} ± {behind[1]:.4f} nats per byte from that of "
         f"the dense model with twice the parameters, at {flops:.1f} times its FLOPs. Half the "
         f"parameters without loops are {gap[0]:+.4f} ± {gap[1]:.4f} from it: {made_up}. A dense "
@@ -58,7 +47,7 @@ def summarise(records: Sequence[Record]) -> Summary:
          "above dense-12"),
         [_row(arm, arms) for arm in _ARMS],
         {arm: {"flops": _flops(found), "parameters": found[0].figures["parameters"],
-               "losses": [record.figures["loss"] for record in found],
+               "losses": each(found, "loss"),
                "curve": found[0].figures["curve"]}
          for arm, found in arms.items()},
     )  # fmt: skip
@@ -81,14 +70,12 @@ def _best(records: Sequence[Record]) -> list[Record]:
     """The records of the learning rate with the lowest mean loss, by seed."""
     rates = sorted({record.settings["lr"] for record in records})
     found = [[r for r in records if r.settings["lr"] == rate] for rate in rates]
-    best = min(found, key=lambda each: over_seeds(each, lambda r: r.figures["loss"])[0])
+    best = min(found, key=lambda runs: over_seeds(runs, "loss")[0])
     return sorted(best, key=lambda record: record.seed)
 
 
 def _difference(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[float, float]:
-    """Mean and deviation over seeds of the difference in loss."""
-    pairs = zip(ours, theirs, strict=True)
-    return mean_std([a.figures["loss"] - b.figures["loss"] for a, b in pairs])
+    return minus(each(ours, "loss"), each(theirs, "loss"))
 
 
 def _flops(found: Sequence[Record]) -> float:
@@ -100,6 +87,6 @@ def _row(arm: str, arms: dict[str, list[Record]]) -> tuple[str, ...]:
     above = "-" if arm == WHOLE else shown(_difference(found, arms[WHOLE]))
     return (
         arm, f"{found[0].figures['parameters']:,}", f"{_flops(found):.2e}",
-        f"{found[0].settings['lr']:g}", shown(over_seeds(found, lambda r: r.figures["loss"])),
+        f"{found[0].settings['lr']:g}", shown(over_seeds(found, "loss")),
         above,
     )  # fmt: skip

@@ -18,13 +18,7 @@ from experiments.c4_halting.cells import (
     REMAINING,
     TEXT,
 )
-from experiments.claim import (
-    DOES_NOT_HOLD,
-    HOLDS,
-    HOLDS_IN_PART,
-    Record,
-    Summary,
-)
+from experiments.claim import Record, Summary, verdict
 from experiments.spread import by_arm, mean_std, shown
 
 GATES = (REMAINING, MARGINAL, ALL_HOPS)
@@ -102,9 +96,8 @@ def summarise(records: Sequence[Record]) -> Summary:
     learned = max((each for each in settings if each.rule in GATES), key=lambda s: s.spearman)
     ordered = learned.spearman >= ORDERED
     cheap = min(chosen, key=lambda each: (not each.cheaper, each.lost > LOSE, each.ratio))
-    verdict = (DOES_NOT_HOLD, HOLDS_IN_PART, HOLDS)[ordered + cheap.cheaper]
     return Summary(
-        verdict,
+        verdict(ordered and cheap.cheaper, ordered or cheap.cheaper),
         f"Loops follow hops with rho {learned.spearman:.2f} under the best gate ({learned.rule}, "
         f"{learned.spec}) and {max(each.spearman for each in settings):.2f} under the best rule of "
         f"all. {cheap.rule.capitalize()} ({cheap.spec}) answers {cheap.accuracy:.1%} with "

@@ -21,6 +21,7 @@ from experiments.c4_halting.points import (
     shallowest,
 )
 from experiments.claim import Cell, Place
+from experiments.training import run_of
 from open_mythos.data import IGNORE_INDEX, Batch
 from open_mythos.evaluation.early_exit import (
     GivenDepths,
@@ -32,7 +33,7 @@ from open_mythos.evaluation.early_exit import (
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.exit_rules import ExitRule, exit_rule
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.train import GateConfig, RunConfig, Trainer, build_model, train_gate
+from open_mythos.train import GateConfig, Trainer, build_model, train_gate
 from open_mythos.train.gate import calibration_error, trajectory
 
 _FRESH = 1 << 20
@@ -41,7 +42,7 @@ _FRESH = 1 << 20
 
 def run_chains(cell: Cell, place: Place) -> dict[str, Any]:
     """Train one model, and let every rule decide for it."""
-    s, run = cell.settings, _run(cell)
+    s, run = cell.settings, run_of(cell)
     trainer = Trainer(build_model(run), chains(run), run)
     trainer.fit()
     assert isinstance(trainer.model, OpenMythos)
@@ -51,18 +52,12 @@ def run_chains(cell: Cell, place: Place) -> dict[str, Any]:
 def run_act(cell: Cell, place: Place) -> dict[str, Any]:
     """Train one model by the mixture of its loops, and ask it with more of them."""
     s = cell.settings
-    model = train_act(_run(cell), s["ponder"], s["bias"])
+    model = train_act(run_of(cell), s["ponder"], s["bias"])
     test = questions(s["hops"], s["rows"], s["drawn"])
     found = measure_act(model, test, s["allowed"])
     for each in found:
         each["spearman"] = ordering(each.pop("exits"), test)
     return {"static": static_depths(model, test, s["loops"]), "allowed": found}
-
-
-def _run(cell: Cell) -> RunConfig:
-    run = RunConfig.from_dict(cell.settings["run"])
-    run.train.seed = cell.seed
-    return run
 
 
 def questions(hops: int, rows: int, drawn: int) -> Batch:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from experiments.c4_halting.points import measure
 from experiments.claim import Cell, Place
-from experiments.text import train
-from open_mythos.data import Loader, TokenShards
+from experiments.text import loader, train
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import GateConfig, train_gate
 
@@ -19,14 +17,11 @@ def run_text(cell: Cell, place: Place) -> dict[str, Any]:
     trained = train(cell, place)
     model, run = trained.model, trained.run
     assert isinstance(model, OpenMythos)
-    loader = Loader(
-        TokenShards(Path(run.data.path)), seq_len=run.train.seq_len,
-        global_batch=run.train.global_batch, seed=cell.seed,
-    )  # fmt: skip
-    loader.step = run.train.steps  # text that the model has not been trained on yet
+    unseen = loader(run)
+    unseen.step = run.train.steps  # text that the model has not been trained on yet
     points = []
     for name, target in s["gates"].items():
-        train_gate(model, loader, GateConfig(target=target, seed=cell.seed, **s["gate"]))
+        train_gate(model, unseen, GateConfig(target=target, seed=cell.seed, **s["gate"]))
         points += measure(
             model, trained.batches, s["loops"], name, s["thresholds"], cell.seed, chains=False
         )

@@ -11,14 +11,7 @@ import numpy as np
 
 from experiments.c5_saturation.cells import FALL, FITTED, FLOOR_ERROR
 from experiments.c5_saturation.fits import FORMS, Fit, fit
-from experiments.claim import (
-    DOES_NOT_HOLD,
-    HOLDS,
-    HOLDS_IN_PART,
-    Record,
-    Summary,
-    unclear,
-)
+from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, MUTED, panels
 from experiments.spread import by_arm, mean_std, shown
 
@@ -79,17 +72,15 @@ def summarise(records: Sequence[Record]) -> Summary:
     curves = {arm: _curve(found) for arm, found in arms.items()}
     fitted = {arm: c for arm, c in curves.items() if c.mu in FITTED and c.falls > FALL}
     good = [arm for arm, curve in fitted.items() if curve.saturates]
-    if not fitted:
-        verdict = unclear("the loss hardly depends on the loops; larger models would tell")
-    elif len(good) == len(fitted):
-        verdict = HOLDS
-    else:
-        verdict = HOLDS_IN_PART if good else DOES_NOT_HOLD
     worst = max(curves.values(), key=lambda curve: curve.gain_beyond)
     floors = [curve.floor_error for curve in fitted.values()]
     off = f"{min(floors):.2%} to {max(floors):.2%}" if fitted else "-"
     return Summary(
-        verdict,
+        verdict(
+            len(good) == len(fitted), bool(good),
+            unclear="" if fitted else "the loss hardly depends on the loops; larger models would "
+            "tell",
+        ),
         f"{len(good)} of {len(fitted)} curves that fall saturate as claimed "
         f"({', '.join(good) or 'none'}). The exponential's floor is {off} away from L(mu); the "
         f"most that any depth beyond mu gains is {worst.gain_beyond:.2%}.",

@@ -12,13 +12,7 @@ from experiments.c6_cache.cells import (
     PRODUCTION,
     SMALLER,
 )
-from experiments.claim import (
-    DOES_NOT_HOLD,
-    HOLDS,
-    HOLDS_IN_PART,
-    Record,
-    Summary,
-)
+from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, MUTED, panels
 from experiments.spread import by_arm
 from open_mythos.accounting import CacheRow
@@ -36,12 +30,10 @@ def summarise(records: Sequence[Record]) -> Summary:
         r.figures["bytes"] == r.figures["formula"] for r in records if r.arm != COUNTED
     )
     sound = as_counted and max(exact) < EXACT
-    verdict = DOES_NOT_HOLD
-    if sound and min(over_mha) >= SMALLER:
-        verdict = HOLDS if min(over_gqa) >= SMALLER else HOLDS_IN_PART
+    in_part = sound and min(over_mha) >= SMALLER
     shared = max(r.figures["other_choices"] for arm in ATTENTIONS for r in arms[f"{arm}-shared"])
     return Summary(
-        verdict,
+        verdict(in_part and min(over_gqa) >= SMALLER, in_part),
         f"From 1b on the MLA cache is {_range(over_mha)} smaller than that of multi-head "
         f"attention, and {_range(over_gqa)} against 8 or 4 key/value heads. On small models the "
         f"bytes held {'equal' if as_counted else 'differ from'} the formula and cached logits "

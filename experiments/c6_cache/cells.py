@@ -1,4 +1,4 @@
-"""The claim in words, and what is run."""
+"""The numbers of the claim, and what is run."""
 
 from __future__ import annotations
 
@@ -13,32 +13,7 @@ SMALLER = 10.0
 EXACT = 1e-4
 COUNTED = "counted"
 
-CLAIM = Claim(
-    id="c6",
-    title="The cache of latent attention",
-    statement="At production scale, multi-head latent attention (MLA) needs a key/value cache 10 "
-    "to 20 times smaller than ordinary attention.",
-    source="predecessor of this library; MLA: DeepSeek-V2, arXiv 2405.04434",
-    literature="DeepSeek-V2 counts an MLA cache as large as that of grouped-query attention with "
-    "2.25 groups, and reports 93 % less than its earlier 67B model, which had grouped queries.",
-    expected="More than 10 times less than multi-head attention (MHA), because the cached width "
-    "no longer grows with the heads; far less than 10 times against grouped queries, which are "
-    "what one would use instead.",
-    method="Counted: cached elements per token for every variant, against keys and values of all "
-    "heads (MHA), of 8 and of 4 key/value heads, all of width dim / heads. A looped model "
-    "multiplies each by its (layer, loop) slots. Measured: models with the proportions of "
-    "`mythos_1b`, random weights, a prompt and then single tokens on a cache; bytes held against "
-    "the formula, and the logits against the uncached forward. Sharing one slot between loops "
-    "(`kv_share=\"last\"`) is measured beside it and is not exact.",
-    pass_mark=f"Holds if every variant from 1b on is at least {SMALLER:g}x smaller than MHA, "
-    "GQA-8 and GQA-4 alike; in part if that is so against MHA alone; in both cases only with "
-    f"cached logits within {EXACT:g} of the uncached ones (float32) and bytes equal to the "
-    "formula. Otherwise it does not hold.",
-    limits="Counts and exactness are facts of the code at any size. What a smaller cache costs "
-    "in quality is not measured here.",
-    hardware={"cpu": "two cores", "gpu": "one GPU of 80 GB"},
-    minutes={"cpu": 0.5},
-)  # fmt: skip
+CLAIM = Claim.read(__file__, vars())
 
 _HEADS = 16
 _SMALL = {

@@ -13,36 +13,27 @@ from experiments.c9_looped_experts.cells import (
     UNBALANCED,
     arm,
 )
-from experiments.claim import (
-    DOES_NOT_HOLD,
-    HOLDS,
-    HOLDS_IN_PART,
-    Record,
-    Summary,
-)
+from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, MUTED, panels
-from experiments.spread import by_arm, mean_std, over_seeds, shown
+from experiments.spread import by_arm, each, mean_std, minus, over_seeds, shown
 
 _DEEPEST = LOOPS[-1]
-Difference = tuple[float, float]
-"""Mean and standard deviation over seeds."""
 
 
 def summarise(records: Sequence[Record]) -> Summary:
     """What loops gain with and without experts, what routing does, and the verdict."""
     arms = by_arm(records)
     gains = {experts: _gains(arms, experts) for experts in EXPERTS}
-    more = {experts: _minus(gains[experts], gains[1]) for experts in EXPERTS[1:]}
-    tied = _minus(_losses(arms[arm(8, _DEEPEST, TIED)]), _losses(arms[arm(8, _DEEPEST)]))
-    disjoint = over_seeds(arms[arm(8, _DEEPEST)], lambda r: r.figures["disjoint"])
+    more = {experts: minus(gains[experts], gains[1]) for experts in EXPERTS[1:]}
+    tied = minus(each(arms[arm(8, _DEEPEST, TIED)], "loss"), each(arms[arm(8, _DEEPEST)], "loss"))
+    disjoint = over_seeds(arms[arm(8, _DEEPEST)], "disjoint")
     loops_pay = all(_counts(difference) for difference in more.values())
     routing_is_why = disjoint[0] >= DISJOINT and _counts(tied)
-    met = loops_pay + routing_is_why
     balanced = arms[arm(8, _DEEPEST)], arms[arm(8, _DEEPEST, UNBALANCED)]
-    entropy = [over_seeds(each, lambda r: r.figures["entropy"])[0] for each in balanced]
-    gain = {experts: mean_std(each) for experts, each in gains.items()}
+    entropy = [over_seeds(runs, "entropy")[0] for runs in balanced]
+    gain = {experts: mean_std(gain) for experts, gain in gains.items()}
     return Summary(
-        (DOES_NOT_HOLD, HOLDS_IN_PART, HOLDS)[met],
+        verdict(loops_pay and routing_is_why, loops_pay or routing_is_why),
         f"From one loop to {_DEEPEST} the loss falls by {shown(gain[1])} nats per byte without "
         f"experts, by {shown(gain[8])} with 8 and by {shown(gain[16])} with 16. With 8 experts "
         f"{disjoint[0]:.1%} of the tokens meet disjoint sets in consecutive loops, and keeping "
@@ -53,10 +44,10 @@ def summarise(records: Sequence[Record]) -> Summary:
         ("arm", "parameters", "active", "loss (nats per byte)", "disjoint sets", "common experts",
          "evenness of load"),
         [_row(name, arms[name]) for name in _ordered(arms)],
-        {"loss": {experts: [mean_std(_losses(arms[arm(experts, loops)])) for loops in LOOPS]
+        {"loss": {experts: [mean_std(each(arms[arm(experts, loops)], "loss")) for loops in LOOPS]
                   for experts in EXPERTS},
-         "tied": mean_std(_losses(arms[arm(8, _DEEPEST, TIED)])),
-         "disjoint": {name: over_seeds(found, lambda r: r.figures["disjoint"])[0]
+         "tied": mean_std(each(arms[arm(8, _DEEPEST, TIED)], "loss")),
+         "disjoint": {name: over_seeds(found, "disjoint")[0]
                       for name, found in arms.items() if "disjoint" in found[0].figures}},
     )  # fmt: skip
 
@@ -81,21 +72,13 @@ def plot(summary: Summary, path: Path) -> None:
         disjoint.set(title="Tokens with disjoint experts from loop to loop", xlim=(0, 1))
 
 
-def _losses(found: Sequence[Record]) -> list[float]:
-    return [record.figures["loss"] for record in found]
-
-
 def _gains(arms: dict[str, list[Record]], experts: int) -> list[float]:
     """By how much the loss falls from one loop to the most, of every seed."""
-    one, most = (_losses(arms[arm(experts, loops)]) for loops in (LOOPS[0], _DEEPEST))
+    one, most = (each(arms[arm(experts, loops)], "loss") for loops in (LOOPS[0], _DEEPEST))
     return [a - b for a, b in zip(one, most, strict=True)]
 
 
-def _minus(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    return mean_std([a - b for a, b in zip(ours, theirs, strict=True)])
-
-
-def _counts(difference: Difference) -> bool:
+def _counts(difference: tuple[float, float]) -> bool:
     return difference[0] > difference[1]
 
 
@@ -110,10 +93,10 @@ def _ordered(arms: dict[str, list[Record]]) -> list[str]:
 def _row(name: str, found: Sequence[Record]) -> tuple[str, ...]:
     figures = found[0].figures
     routing = [
-        f"{mean_std([record.figures[key] for record in found])[0]:.3f}" if key in figures else "-"
+        f"{over_seeds(found, key)[0]:.3f}" if key in figures else "-"
         for key in ("disjoint", "common", "entropy")
     ]
     return (
         name, f"{figures['parameters']:,}", f"{figures['active_parameters']:,}",
-        shown(over_seeds(found, lambda r: r.figures["loss"])), *routing,
+        shown(over_seeds(found, "loss")), *routing,
     )  # fmt: skip

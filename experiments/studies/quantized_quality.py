@@ -37,7 +37,7 @@ from torch import Tensor
 from benchmarks import machine
 from experiments.c1_depth.recipe import ASKED_HOPS, chains, questions, recipe
 from experiments.figure import COLOURS, MUTED, panels
-from experiments.synthetic import answered
+from experiments.tasks.accuracy import answered
 from experiments.text import VOCABULARY, standard_library, validation
 from open_mythos import MythosConfig, OpenMythos, from_pretrained
 from open_mythos.data import Loader, TokenShards

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from experiments.claim import (
-    DOES_NOT_HOLD,
-    HOLDS,
-    HOLDS_IN_PART,
-    Record,
-    Summary,
-    unclear,
-)
-from experiments.figure import COLOURS, panels
-from experiments.spread import by_arm, over_seeds
+from experiments.claim import Record, Summary, verdict
+from experiments.figure import lines, log2_ticks, panels
+from experiments.spread import by_arm, columns, share
 from experiments.systematic.cells import (
-    AHEAD,
+    AHEAD_POINTS,
     BETWEEN,
     CHOSEN_LOOPS,
     DENSE,
@@ -38,17 +32,16 @@ def summarise(records: Sequence[Record]) -> Summary:
     """Chains of lone facts in the looped model against the best dense one; the three stages."""
     arms = by_arm(records)
     looped = arms[LOOPED]
-    lone = {arm: mean(share(r, "lone") for r in found) for arm, found in arms.items()}
-    dense, known = max(lone[arm] for arm in DENSE), mean(share(r, "known") for r in looped)
-    if known < LEARNT:
-        verdict = unclear("the looped model has not learnt the task; more steps would tell")
-    elif lone[LOOPED] >= SOLVED and dense <= DENSE_AT_MOST:
-        verdict = HOLDS
-    else:
-        verdict = HOLDS_IN_PART if lone[LOOPED] - dense >= AHEAD else DOES_NOT_HOLD
+    lone = {arm: mean(answered(r, "lone") for r in found) for arm, found in arms.items()}
+    dense, known = max(lone[arm] for arm in DENSE), mean(answered(r, "known") for r in looped)
     steps = {kind: _reached(looped, kind) for kind in STAGES}
     return Summary(
-        verdict,
+        verdict(
+            lone[LOOPED] >= SOLVED and dense <= DENSE_AT_MOST,
+            100 * (lone[LOOPED] - dense) >= AHEAD_POINTS,
+            unclear="" if known >= LEARNT
+            else "the looped model has not learnt the task; more steps would tell",
+        ),
         f"Of the two-hop chains of facts never composed in training, the looped model answers "
         f"{lone[LOOPED]:.1%} at {CHOSEN_LOOPS} loops, the best dense arm {dense:.1%}; with layers "
         f"of their own around the loop {lone[BETWEEN]:.1%}. Of held-out chains of known facts the "
@@ -68,7 +61,7 @@ def summarise(records: Sequence[Record]) -> Summary:
     )  # fmt: skip
 
 
-def share(record: Record, kind: str, hops: int = HOPS) -> float:
+def answered(record: Record, kind: str, hops: int = HOPS) -> float:
     """Share answered, at the chosen depth where there is one."""
     row = record.figures["answered"][str(hops)][kind]
     return row[record.settings["ask"]["loops"].index(CHOSEN_LOOPS)] if len(row) > 1 else row[0]
@@ -79,39 +72,28 @@ def plot(summary: Summary, path: Path) -> None:
     data = summary.data
     with panels(path, 3) as axes:
         for ax, (arm, curves) in zip(axes, data["curves"].items(), strict=False):
-            for (kind, (steps, shares)), colour in zip(curves.items(), COLOURS, strict=False):
-                ax.plot(steps, shares, color=colour, label=kind)
+            steps, *_ = (points[0] for points in curves.values())
+            lines(ax, steps, {kind: points[1] for kind, points in curves.items()}, "-")
             ax.set(title=f"Stages: {arm}", xlabel="step", ylabel="answered", ylim=(0, 1.03))
-            ax.legend()
-        for (name, shares), colour in zip(data["depths"].items(), COLOURS, strict=False):
-            axes[2].plot(data["loops"], shares, "o-", color=colour, ms=4, label=name)
         axes[2].axhline(data["dense"], color="black", lw=0.8, ls=":", label="best dense, lone")
-        axes[2].set_xscale("log", base=2)
-        axes[2].set_xticks(data["loops"], [str(n) for n in data["loops"]])
+        lines(axes[2], data["loops"], data["depths"], small=True)
+        log2_ticks(axes[2], data["loops"])
         axes[2].set(title="Looped, against loops", xlabel="loops", ylim=(0, 1.03))
-        axes[2].legend(fontsize=8)
 
 
 def _row(arm: str, found: Sequence[Record]) -> tuple[str, ...]:
     figures = found[0].figures
     return (
         arm, str(len(found)), f"{figures['parameters']:,}", f"{figures['training_flops']:.1e}",
-        *(_cell(found, hops, kind) for hops, kind in _SHOWN),
+        *(share(found, partial(answered, kind=kind, hops=hops)) for hops, kind in _SHOWN),
     )  # fmt: skip
 
 
-def _cell(found: Sequence[Record], hops: int, kind: str) -> str:
-    middle, spread = over_seeds(found, lambda record: share(record, kind, hops))
-    return f"{middle:.1%}" + (f" ± {100 * spread:.1f}" if len(found) > 1 else "")
-
-
 def _curve(found: Sequence[Record], kind: str) -> tuple[list[int], list[float]]:
-    """Steps, and the mean over seeds of the share answered."""
+    """Return steps, and the mean over seeds of the share answered."""
     curves = [record.figures["curves"][f"eval/{kind}"] for record in found]
     steps = [step for step, _ in curves[0]]
-    return steps, [
-        mean(points) for points in zip(*([y for _, y in c] for c in curves), strict=True)
-    ]
+    return steps, columns([y for _, y in curve] for curve in curves)
 
 
 def _reached(found: Sequence[Record], kind: str) -> str:
@@ -121,5 +103,4 @@ def _reached(found: Sequence[Record], kind: str) -> str:
 
 
 def _by_loops(found: Sequence[Record], hops: int, kind: str) -> list[float]:
-    rows = [record.figures["answered"][str(hops)][kind] for record in found]
-    return [mean(column) for column in zip(*rows, strict=True)]
+    return columns(record.figures["answered"][str(hops)][kind] for record in found)

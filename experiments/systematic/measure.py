@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from experiments.claim import Cell, Place
-from experiments.synthetic import Curves, answered
 from experiments.systematic.cells import HOPS, TASK
 from experiments.tasks import TaskLoader
+from experiments.tasks.accuracy import answered
 from experiments.tasks.facts import KINDS
+from experiments.training import build, fit, run_of
 from open_mythos.accounting import account
-from open_mythos.model.dense import DenseTransformer
-from open_mythos.seeding import derive_seed, seeded_generator
-from open_mythos.train import RunConfig, Trainer, build_model
+from open_mythos.seeding import seeded_generator
 from open_mythos.train.build import Model
 
 STAGES = ("trained", "known", "lone")
@@ -24,17 +23,15 @@ STAGES = ("trained", "known", "lone")
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """Train the arm; its accuracies by kind, hops and loops, and the stages on the way."""
     s = cell.settings
-    run = RunConfig.from_dict(s["run"])
-    run.train.seed = cell.seed
-    model, ask = _build(run, s["layers"]), s["ask"]
+    run, ask = run_of(cell), s["ask"]
+    model = build(run, n_layers=s["layers"])
     samples = {kind: _questions(kind, HOPS, ask["followed"]) for kind in STAGES}
 
     def follow(model: Model, depths: list[int]) -> dict[str, float]:
         return {kind: answered(model, *asked, [ask["at"]])[0] for kind, asked in samples.items()}
 
-    curves = Curves("loss", *(f"eval/{kind}" for kind in STAGES))
     loader = TaskLoader(TASK, global_batch=run.train.global_batch, hops=HOPS)
-    Trainer(model, loader, run, evaluate=follow, loggers=[curves]).fit()
+    curves = fit(model, loader, run, *(f"eval/{kind}" for kind in STAGES), evaluate=follow)
     counts = account(model, context=HOPS + 1)
     tokens = run.train.steps * run.train.global_batch * (HOPS + 1)
     loops = [run.depth.expected] if run.architecture == "looped" else []
@@ -47,19 +44,10 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
             }
             for hops in ask["hops"]
         },
-        "curves": curves.points,
+        "curves": curves,
         "parameters": counts.parameters_without_embedding,
         "training_flops": tokens * counts.training_flops(*loops),
     }
-
-
-def _build(run: RunConfig, layers: int | None) -> Model:
-    """The model of the run; for a dense one ``layers`` as wide as the configuration says."""
-    if layers is None:
-        return build_model(run)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(run.train.seed, "init"))
-        return DenseTransformer(run.model, layers)
 
 
 def _questions(kind: str, hops: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:

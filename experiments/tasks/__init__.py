@@ -5,4 +5,10 @@ from experiments.tasks.in_context import InContextHop
 from experiments.tasks.loader import TaskLoader
 from experiments.tasks.permhop import PermHop, PermHopLoader
 
-__all__ = ["ComposedFacts", "InContextHop", "PermHop", "PermHopLoader", "TaskLoader"]
+SMALL = {
+    "n_heads": 4, "n_kv_heads": 4, "attn_type": "gqa", "n_experts": 0, "lora_rank": 0,
+    "rope_theta": 10.0,
+}  # fmt: skip
+"""Fields of the small models that learn these tasks."""
+
+__all__ = ["SMALL", "ComposedFacts", "InContextHop", "PermHop", "PermHopLoader", "TaskLoader"]

@@ -12,8 +12,8 @@ from experiments.c1_depth.cells import ARMS, DENSE_RIVALS, LEARNABLE, LOOPED
 from experiments.c1_depth.measure import without_injection
 from experiments.c1_depth.recipe import TASK, accuracy_grid, chains, questions, recipe
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
-from experiments.synthetic import answered
 from experiments.tasks import PermHopLoader
+from experiments.tasks.accuracy import answered
 from open_mythos.train import RunConfig, build_model
 
 CELLS = c1.cells("cpu")

@@ -12,7 +12,8 @@ from experiments.claim import (
     UNCLEAR,
 )
 from experiments.systematic.cells import ARMS, BETWEEN, LOOPED
-from experiments.systematic.measure import STAGES, _build
+from experiments.systematic.measure import STAGES
+from experiments.training import build
 from experiments.tasks.facts import KINDS
 from open_mythos.model.dense import parameter_count
 from open_mythos.model.mythos import OpenMythos
@@ -37,7 +38,7 @@ def test_arms_are_of_the_sizes_they_claim():
     for cell in CELLS:
         if cell.seed == 0:
             run = RunConfig.from_dict(cell.settings["run"])
-            models[cell.arm] = _build(run, cell.settings["layers"])
+            models[cell.arm] = build(run, n_layers=cell.settings["layers"])
     size = {arm: parameter_count(model) for arm, model in models.items()}
     # a looped model also holds its injection and a halting gate
     injection = sum(p.numel() for p in models[LOOPED].recurrent.injection.parameters())

@@ -1,9 +1,8 @@
-"""What experiments on synthetic tasks share: questions asked at many depths, and curves."""
+"""Accuracy of a model on questions, at many depths in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +15,9 @@ from open_mythos.train.build import Model
 def answered(
     model: Model, ids_BT: Tensor, answers_B: Tensor, loops: Sequence[int], rows: int = 4096
 ) -> list[float]:
-    """Share of rows whose most likely last token is the answer, at each number of loops.
+    """Return the share of rows whose most likely last token is the answer, for each depth.
 
-    The loops are run once, up to the most. A dense model has one figure, whatever ``loops`` says.
+    The loops run once, up to the largest depth. A dense model has one share, whatever ``loops``.
 
     Args:
         model: A looped or a dense model.
@@ -48,20 +47,3 @@ def _right(model: Model, ids_BT: Tensor, answers_B: Tensor, loops: Sequence[int]
 
 def _count(logits_BTV: Tensor, answers_B: Tensor) -> float:
     return float((logits_BTV[:, -1].argmax(-1) == answers_B).sum())
-
-
-class Curves:
-    """A logger for a trainer that keeps some of the metrics.
-
-    Args:
-        names: Of the metrics to keep; others are passed over.
-    """
-
-    def __init__(self, *names: str) -> None:
-        self.points: dict[str, list[tuple[int, Any]]] = {name: [] for name in names}
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep those of ``metrics`` that were asked for."""
-        for name, points in self.points.items():
-            if name in metrics:
-                points.append((step, metrics[name]))

@@ -1,0 +1,88 @@
+"""What the cells of all claims share when they train: the run, the model, the logged metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.claim import Cell
+from open_mythos.errors import DataError
+from open_mythos.model.dense import DenseTransformer
+from open_mythos.seeding import derive_seed
+from open_mythos.train import RunConfig, Trainer, build_model, find_checkpoint
+from open_mythos.train.build import Model
+
+
+def run_of(cell: Cell) -> RunConfig:
+    """Read the run of ``cell.settings["run"]``, seeded by the cell."""
+    run = RunConfig.from_dict(cell.settings["run"])
+    run.train.seed = cell.seed
+    return run
+
+
+@contextmanager
+def seeded(seed: int, stream: str = "init") -> Iterator[None]:
+    """Seed torch's default CPU generator inside the block, and restore its state after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, stream))
+        yield
+
+
+def build(run: RunConfig, *, n_layers: int | None = None, unrolled: int | None = None) -> Model:
+    """Build the untrained model of a run.
+
+    Args:
+        run: The run.
+        n_layers: Build a dense model of this many layers instead.
+        unrolled: Build a dense model with a layer for every block that so many loops execute.
+    """
+    if n_layers is None and unrolled is None:
+        return build_model(run)
+    with seeded(run.train.seed):
+        if n_layers is not None:
+            return DenseTransformer(run.model, n_layers)
+        return DenseTransformer.like(run.model, match="depth", n_loops=unrolled)
+
+
+class Curves:
+    """A logger for the trainer that keeps some of the metrics as (step, value) points."""
+
+    def __init__(self, *names: str) -> None:
+        self.points: dict[str, list[tuple[int, Any]]] = {name: [] for name in names}
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the metrics whose names were given."""
+        for name, points in self.points.items():
+            if name in metrics:
+                points.append((step, metrics[name]))
+
+
+def fit(
+    model: Model,
+    loader: Any,
+    run: RunConfig,
+    *names: str,
+    evaluate: Any = None,
+    checkpoints: Path | None = None,
+) -> dict[str, list[tuple[int, Any]]]:
+    """Train ``model`` in place and return the curves of "loss" and of the metrics ``names``.
+
+    Args:
+        model: Untrained.
+        loader: Batches for the trainer.
+        run: The run.
+        names: More metrics to keep.
+        evaluate: Evaluation for the trainer.
+        checkpoints: Resume from the newest whole checkpoint of this folder, if there is one.
+    """
+    curves = Curves("loss", *names)
+    trainer = Trainer(model, loader, run, evaluate=evaluate, loggers=[curves])
+    if checkpoints is not None:
+        with suppress(DataError):  # a run that was killed early has no whole checkpoint
+            trainer.resume(find_checkpoint(checkpoints))
+    trainer.fit()
+    return curves.points
