@@ -13,8 +13,8 @@ from experiments.claim import (
 )
 from experiments.systematic.cells import ARMS, BETWEEN, LOOPED
 from experiments.systematic.measure import STAGES
-from experiments.training import build
 from experiments.tasks.facts import KINDS
+from experiments.training import build
 from open_mythos.model.dense import parameter_count
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import RunConfig
