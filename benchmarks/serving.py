@@ -17,7 +17,7 @@ from open_mythos.inference.static_decoder import StaticDecoder
 from open_mythos.model.cache import KVCache
 from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.ops.sampling import Sampling
+from open_mythos.ops.sampling import SamplingParams
 from open_mythos.variants import variant
 
 GOALS = {1: 50.0, 64: 60.0, 256: 60.0}
@@ -66,8 +66,7 @@ def _started(model: OpenMythos, batch: int, context: int, loops: int) -> StaticD
     mode = "graph" if device().type == "cuda" else "static"
     found = StaticDecoder(model, batch, context + 1, mode=mode, bucket=context)
     ids = random_ids(batch, GATE_PROMPT, model.cfg.vocab_size)
-    keys_B = torch.zeros(batch, dtype=torch.long, device=device())
-    found.start(ids, sampling=Sampling(temperature=0), keys_B=keys_B, depth=Depth(loops))
+    found.start(ids, SamplingParams(temperature=0), Depth(loops))
     return found
 
 

@@ -36,6 +36,7 @@ _MODULES = {
     "open_mythos.model.layers.moe": ("MoEFFN",),
     "open_mythos.model.layers.norm": ("RMSNorm",),
     "open_mythos.model.mythos": ("OpenMythos",),
+    "open_mythos.ops.sampling": ("SamplingParams",),
     "open_mythos.ops.rope": ("apply_rope", "precompute_rope_freqs"),
     "open_mythos.inference.quantization": (
         "WeightBytes", "is_quantized", "quantize", "weight_bytes",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,9 +39,12 @@ from open_mythos.cli.data import tokenizer_named
 from open_mythos.data import EpochWindows, TokenShards, prepare
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import expert_routing
+from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.generation import generate
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
+from open_mythos.ops.sampling import SamplingParams
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train import RunConfig
 
@@ -149,7 +151,7 @@ def _measure(
         state_change=[trace.delta_norm[t].mean().item() for t in range(trace.n_loops)],
         expert_load=routing.load,
         expert_overlap=routing.overlap,
-        samples={depth: _continue(looped, tokenizer, n_loops=depth) for depth in SAMPLE_DEPTHS},
+        samples={depth: _continue(looped, tokenizer, Depth(depth)) for depth in SAMPLE_DEPTHS},
         dense_sample=_continue(dense, tokenizer),
         prompt=PROMPT,
         train_bytes=round(train_bytes),
@@ -171,10 +173,9 @@ def _by_itself(model: OpenMythos, hops: int, programs: int) -> tuple[float, floa
     return trace.exits[:, -1].float().mean().item(), right.float().mean().item()
 
 
-def _continue(run: Trained, tokenizer: Tokenizer, **depth: Any) -> str:
+def _continue(run: Trained, tokenizer: Tokenizer, depth: Depth | None = None) -> str:
     """The text that greedy decoding adds to the prompt."""
     ids = tokenizer.encode(PROMPT)
-    out = run.model.generate(
-        torch.tensor([ids]), SAMPLE_TOKENS, temperature=0.0, eos_token_id=tokenizer.eos_id, **depth
-    )
+    params = SamplingParams(SAMPLE_TOKENS, temperature=0.0, eos_token_id=tokenizer.eos_id)
+    out = generate(run.model, torch.tensor([ids]), params, depth)
     return tokenizer.decode(out[0, len(ids) :].tolist())

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from open_mythos.inference.quantization import quantize as quantize_model
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import exit_rule
-from open_mythos.model.generation import generate
+from open_mythos.model.generation import GrowingDecoder, generate
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
+from open_mythos.ops.sampling import SamplingParams
 from open_mythos.run_folder import TOKENIZER_FOLDER
 from open_mythos.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
@@ -67,10 +69,10 @@ def generate_text(
     prompt_ids = torch.tensor([ids], device=model.head.weight.device)
     # a vocabulary smaller than the tokenizer's, without its special tokens, cannot predict eos
     eos_id = tok.eos_id if tok.eos_id < model.cfg.vocab_size else None
+    params = SamplingParams(**sampling, eos_token_id=eos_id)
     out = generate(
-        model, prompt_ids, eos_token_id=eos_id, tokenizer=tok, on_token=show, depth=depth,
-        trace=trace,
-        **sampling,
+        model, prompt_ids, params, depth, tokenizer=tok, on_token=show,
+        decoder=partial(GrowingDecoder, trace=trace),
     )  # fmt: skip
     print(tok.decode(out[0, len(ids) :].tolist()) if quiet else stream.flush())
     if tokens and not quiet:

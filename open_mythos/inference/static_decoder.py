@@ -41,7 +41,7 @@ from open_mythos.model.layers.gqa import GQAttention
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.ops.rope import rope_table
-from open_mythos.ops.sampling import Sampling
+from open_mythos.ops.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class StaticDecoder:
         device = model.final_norm.weight.device
         captured = _check_mode(mode, device)
         if (problem := static_problem(model, captured)) is not None:
-            refuse(f"{mode} decoding cannot serve this model", problem)
+            reject(f"{mode} decoding cannot serve this model", problem)
         self.batch = check_count("batch", batch)
         self.capacity = check_count("capacity", capacity)
         self.model, self.mode, self._bucket = model, mode, check_count("bucket", bucket)
@@ -102,7 +102,7 @@ class StaticDecoder:
         self._loops: list[tuple[Tensor, Tensor]] = []
         self._depths = [0] * batch
         self._held = 0
-        self._choice: tuple[Sampling, int | None] = (Sampling(), None)
+        self._params = SamplingParams()
         cfg, hidden = model.cfg, torch.float32 if self._looped else model.final_norm.weight.dtype
         with torch.device(device):
             self._rope_rows = rope_table(torch.arange(capacity), cfg.rope_dim, cfg.rope_theta)
@@ -128,35 +128,33 @@ class StaticDecoder:
     def start(
         self,
         input_ids: Tensor,
-        *,
-        sampling: Sampling,
-        keys_B: Tensor,
+        params: SamplingParams,
+        depth: Depth,
         attention_mask: Tensor | None = None,
-        eos_token_id: int | None = None,
-        depth: Depth | None = None,
     ) -> Tensor:
         """Forget what was before, read the prompts and choose the first token of every row.
 
         Args:
             input_ids: (B, T) prompts, ragged ones padded on the left.
-            sampling: How tokens are chosen.
-            keys_B: One int64 key per row, from which its draws follow.
+            params: How tokens are chosen; ``stop`` is left to the caller, who ends rows through
+                ``running_B``.
+            depth: Loops of a looped model's tokens, for all rows or for each.
             attention_mask: (B, T), false on padding.
-            eos_token_id: Ends a row; the rest of the row is filled with it (0 without one).
-            depth: Loops of a looped model's tokens; ``max_loop_iters`` by default.
 
         Returns:
             (B,) tokens: a buffer that the next step overwrites.
 
         Raises:
-            ConfigError: The prompts do not fit the decoder, autocast is on, or the model trains.
+            ConfigError: The prompts do not fit the decoder, an exit rule is given, autocast is
+                on, or the model trains.
         """
         self._check_start(input_ids)
         batch, n_prompt = input_ids.shape
         real_BT = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             real_BT = attention_mask.bool()
-        depth = depth or Depth()
+        if depth.exit_rule is not None:
+            reject("exit rules change shapes", "exit_rule", "calls without one")
         if self._looped is not None:
             self._depths = depth.of_rows(batch, self.model.cfg.max_loop_iters)
         with torch.no_grad():
@@ -169,10 +167,10 @@ class StaticDecoder:
             self._position_B1.copy_(real_BT.sum(1, keepdim=True) - 1)
             self._column_1.fill_(n_prompt - 1)
             self._number_1.zero_()
-            self._keys_B.copy_(keys_B)
+            self._keys_B.copy_(params.row_keys(batch))
             self.running_B.fill_(True)
-            self._held, self._choice = n_prompt, (sampling, eos_token_id)
-            self._choose(logits_BV, *self._choice)
+            self._held, self._params = n_prompt, params.of_a_step
+            self._choose(logits_BV, self._params)
         return self._token_B1[:, 0]
 
     def step(self) -> Tensor:
@@ -184,7 +182,7 @@ class StaticDecoder:
             ConfigError: The capacity is used up, or nothing was started.
         """
         if not 0 < self._held < self.capacity - 1:
-            refuse(
+            reject(
                 "there is no next step", f"{self._held} of {self.capacity} positions used",
                 "after start(), until the capacity is used up", where="StaticDecoder.step",
             )  # fmt: skip
@@ -199,7 +197,7 @@ class StaticDecoder:
                     "loop", (width, t, ragged), self._context(width, t, ragged),
                     t_1 if self.mode == "compile" else t, live_B11 if ragged else None,
                 )  # fmt: skip
-            self._run("leave", (width, *self._choice), ctx, *self._choice)
+            self._run("leave", (width, self._params), ctx, self._params)
         self._held += 1
         return self._token_B1[:, 0]
 
@@ -224,14 +222,15 @@ class StaticDecoder:
             h_B1D = torch.where(live_B11, h_B1D, self._h_B1D)
         self._h_B1D.copy_(h_B1D)
 
-    def _leave(self, ctx: Context, sampling: Sampling, end: int | None) -> None:
+    def _leave(self, ctx: Context, params: SamplingParams) -> None:
         """Coda, head, the choice of the next token."""
         h_B1D = self.model.final_hidden(self._h_B1D, ctx)
-        self._choose(self.model.head(h_B1D)[:, 0], sampling, end)
+        self._choose(self.model.head(h_B1D)[:, 0], params)
 
-    def _choose(self, logits_BV: Tensor, sampling: Sampling, end: int | None) -> None:
+    def _choose(self, logits_BV: Tensor, params: SamplingParams) -> None:
         """Choose a token of every row, and go on to its place."""
-        token_B = sampling.choose(logits_BV, self._seen_BS, self._keys_B, self._number_1)
+        end = params.eos_token_id
+        token_B = params.choose(logits_BV, self._seen_BS, self._keys_B, self._number_1)
         token_B = token_B.masked_fill(~self.running_B, end or 0)
         self._token_B1.copy_(token_B.unsqueeze(1))
         if end is not None:
@@ -288,27 +287,36 @@ class StaticDecoder:
         self.model.check_ids(input_ids)
         batch, n_prompt = input_ids.shape
         if batch != self.batch or n_prompt >= self.capacity:
-            refuse(
+            reject(
                 "the prompts do not fit the decoder", f"{batch} rows of {n_prompt} tokens",
                 f"{self.batch} rows of fewer than {self.capacity} tokens", where="input_ids",
             )  # fmt: skip
         device = self._column_1.device
         if not input_ids.device == self.model.final_norm.weight.device == device:
-            refuse(
+            reject(
                 "decoder, model and prompts are on several devices",
                 [str(x.device) for x in (self._column_1, self.model.final_norm.weight, input_ids)],
                 "one device", where="input_ids",
             )  # fmt: skip
         if self.model.training:
-            refuse(
+            reject(
                 "a decoder needs a model without dropout", "training mode", "evaluation mode",
                 where="model.training",
             )  # fmt: skip
-        if torch.is_autocast_enabled(device.type):
-            refuse(
-                "a decoder does not follow autocast", "autocast is on",
-                "a model converted to its dtype, such as model.to(torch.bfloat16)",
-            )  # fmt: skip
+        check_no_autocast(device)
+
+
+def check_no_autocast(device: torch.device) -> None:
+    """Check that a decoder would compute in the dtype of the model.
+
+    Raises:
+        ConfigError: Autocast is on.
+    """
+    if torch.is_autocast_enabled(device.type):
+        reject(
+            "a decoder does not follow autocast", "autocast is on",
+            "a model converted to its dtype, such as model.to(torch.bfloat16)",
+        )  # fmt: skip
 
 
 def static_problem(model: CausalLM, captured: bool) -> str | None:
@@ -337,16 +345,16 @@ def _grouped_waits_for_nothing(stack: Tensor) -> bool:
     return aligned and capable and stack.dtype == torch.bfloat16
 
 
-def refuse(
+def reject(
     what: str,
     value: object,
     allowed: str = "models that need no other shapes or waits",
-    where: str = "decode",
+    where: str = "mode",
 ) -> NoReturn:
-    """Raise the ConfigError of a call that constant shapes cannot serve; decode="eager" can."""
+    """Raise the ConfigError of a call that constant shapes cannot serve; mode="eager" can."""
     raise ConfigError(
         what, where=where, value=value, allowed=allowed,
-        fix='decode with decode="eager", which serves every call',
+        fix='use mode="eager", which serves every call',
     )  # fmt: skip
 
 

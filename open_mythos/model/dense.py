@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,15 @@ from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM, forward_call
 from open_mythos.model.context import Context
 from open_mythos.model.depth import Depth
-from open_mythos.model.generation import generate
+from open_mythos.model.generation import Detokenizer, generate
 from open_mythos.model.init import init_weights
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
+from open_mythos.ops.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from open_mythos.inference.static_decoder import StaticDecoder
 
 MATCHES = ("parameters", "depth")
 
@@ -121,13 +125,21 @@ class DenseTransformer(CausalLM):
     def generate(
         self,
         input_ids: Tensor,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_k: int | None = 50,
-        **sampling: Any,
+        params: SamplingParams | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        tokenizer: Detokenizer | None = None,
+        on_token: Callable[[int, Tensor], None] | None = None,
+        use_cache: bool = True,
+        mode: str | StaticDecoder = "eager",
     ) -> Tensor:
-        """Continue every row; arguments as of :func:`open_mythos.model.generation.generate`."""
-        return generate(self, input_ids, max_new_tokens, temperature, top_k, **sampling)
+        """Continue every row, prompt included; arguments as of :meth:`OpenMythos.generate`."""
+        from open_mythos.inference.decoding import decoder_factory  # it builds on the model
+
+        return generate(
+            self, input_ids, params, attention_mask=attention_mask, tokenizer=tokenizer,
+            on_token=on_token, decoder=decoder_factory(mode, use_cache=use_cache),
+        )  # fmt: skip
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -15,23 +15,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
-from open_mythos.inference.static_decoder import StaticDecoder
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM, forward_call
 from open_mythos.model.context import Context
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import ExitRule
-from open_mythos.model.generation import Decoder, generate
+from open_mythos.model.generation import Detokenizer, generate
 from open_mythos.model.init import init_weights
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.trace import LoopTrace
+from open_mythos.ops.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from open_mythos.inference.static_decoder import StaticDecoder
 
 
 class OpenMythos(CausalLM):
@@ -194,24 +197,27 @@ class OpenMythos(CausalLM):
         attention_mask: Tensor | None = None,
         eos_token_id: int | None = None,
         stop: str | Sequence[str] = (),
-        tokenizer: Decoder | None = None,
+        tokenizer: Detokenizer | None = None,
         on_token: Callable[[int, Tensor], None] | None = None,
         exit_rule: ExitRule | None = None,
         use_cache: bool = True,
-        decode: str | StaticDecoder = "eager",
+        mode: str | StaticDecoder = "eager",
     ) -> Tensor:
         """Continue every row with ``n_loops`` loops per token: (B, T + new), prompt included.
 
-        The arguments are those of :func:`open_mythos.model.generation.generate`; ``n_loops``
-        may be one number per row.
+        The flat form of :func:`open_mythos.model.generation.generate`: its arguments become one
+        :class:`SamplingParams` and one :class:`Depth`. ``use_cache=False`` recomputes everything at
+        every token; :mod:`open_mythos.inference.decoding` describes the values of ``mode``.
         """
-        sampling: dict[str, Any] = {
-            "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
-            "attention_mask": attention_mask, "eos_token_id": eos_token_id, "stop": stop,
-            "tokenizer": tokenizer, "on_token": on_token, "use_cache": use_cache,
-            "decode": decode,
-        }  # fmt: skip
+        from open_mythos.inference.decoding import decoder_factory  # it builds on the model
+
+        params = SamplingParams(
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
+            eos_token_id, stop,
+        )  # fmt: skip
         depth = Depth(n_loops, exit_rule)
         return generate(
-            self, input_ids, max_new_tokens, temperature, top_k, depth=depth, **sampling
-        )
+            self, input_ids, params, depth, attention_mask=attention_mask,
+            tokenizer=tokenizer, on_token=on_token,
+            decoder=decoder_factory(mode, depth, use_cache=use_cache),
+        )  # fmt: skip

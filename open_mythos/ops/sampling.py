@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -12,31 +12,41 @@ from torch import Tensor
 from open_mythos.checks import is_number, whole
 from open_mythos.errors import ConfigError
 from open_mythos.ops.random import counter_uniform
+from open_mythos.seeding import derive_seed
 
 COLDEST = 1e-4
 """Lowest temperature above 0; logits divided by less would lose their differences to rounding."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
+class SamplingParams:
+    """How a prompt is continued: how each token is chosen, and what ends a row.
 
-    Attributes:
-        temperature: Divides the logits; 0 is greedy.
-        top_k: Draw from the k most likely tokens; 0 or None: from all.
-        top_p: Draw from the smallest set with this much probability.
-        min_p: Drop tokens less likely than this share of the most likely one.
-        repetition_penalty: Above 1 makes tokens that have occurred less likely.
+    The filters apply in the order repetition penalty, temperature, top-k, top-p, min-p.
 
     Raises:
         ConfigError: A value is out of range.
     """
 
+    max_new_tokens: int = 64
+    """Tokens to add at most."""
     temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
     top_k: int | None = 50
+    """Draw from the k most likely tokens; 0 or None: from all."""
     top_p: float = 1.0
+    """Draw from the smallest set with this much probability."""
     min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one."""
     repetition_penalty: float = 1.0
+    """Above 1 makes tokens that have occurred less likely, prompt included."""
+    seed: int | Sequence[int] | None = None
+    """One integer (rows draw independent streams of it) or one per row; None takes one from
+    torch's global generator."""
+    eos_token_id: int | None = None
+    """Ends a row; the rest of the row is filled with it."""
+    stop: str | Sequence[str] = ()
+    """Strings that end a row as soon as its new text contains one."""
 
     def __post_init__(self) -> None:
         rules: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -48,14 +58,53 @@ class Sampling:
         for name, holds, allowed in rules:
             value = getattr(self, name)
             if not is_number(value) or not holds(value):
-                _refuse(name, value, allowed)
+                _reject(name, value, allowed)
         if self.top_k is not None and (whole(self.top_k) is None or self.top_k < 0):
-            _refuse("top_k", self.top_k, "an integer >= 0, or None")
+            _reject("top_k", self.top_k, "an integer >= 0, or None")
+        if (whole(self.max_new_tokens) or 0) < 0 or whole(self.max_new_tokens) is None:
+            _reject("max_new_tokens", self.max_new_tokens, "an integer >= 0")
+        end = self.eos_token_id
+        if end is not None and (whole(end) is None or end < 0):
+            _reject("eos_token_id", end, "None, or an integer >= 0; give several ends as stop")
+        one = isinstance(self.stop, str) or not isinstance(self.stop, Sequence)
+        stops: Any = (self.stop,) if one else tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            _reject("stop", self.stop, "strings of at least one character")
+        object.__setattr__(self, "stop", stops)
+        seeds = self.seed if isinstance(self.seed, Sequence) else (self.seed,)
+        if self.seed is not None and any(whole(seed) is None for seed in seeds):
+            _reject("seed", self.seed, "None, an integer, or one integer per row")
+        if isinstance(self.seed, Sequence):
+            object.__setattr__(self, "seed", tuple(self.seed))
+
+    @property
+    def of_a_step(self) -> SamplingParams:
+        """What a decoding step depends on: the same without length, seed and stop strings."""
+        return replace(self, max_new_tokens=0, seed=None, stop=())
+
+    def row_keys(self, batch: int) -> Tensor:
+        """Return (B,) int64 keys: streams of one seed, or each row's own seed."""
+        if self.seed is None:
+            return torch.randint(1 << 62, (batch,))
+        if isinstance(self.seed, Sequence):
+            self.check_rows(batch)
+            return torch.tensor([derive_seed(int(seed), "sample", 0) for seed in self.seed])
+        seed = int(self.seed)
+        return torch.tensor([derive_seed(seed, "sample", row) for row in range(batch)])
+
+    def check_rows(self, batch: int) -> None:
+        """Check that the seeds fit a batch.
+
+        Raises:
+            ConfigError: There are several of them, and not one per row.
+        """
+        if isinstance(self.seed, Sequence) and len(self.seed) != batch:
+            _reject("seed", self.seed, f"None, an integer, or {batch} integers (one per row)")
 
     def choose(
         self, logits_BV: Tensor, seen_BT: Tensor, keys_B: Tensor, position: int | Tensor
     ) -> Tensor:
-        """The next token of every row, (B,).
+        """Choose the next token of every row, (B,).
 
         Args:
             logits_BV: Logits.
@@ -131,7 +180,7 @@ def sample_tokens(logits_BV: Tensor, keys_B: Tensor, position: int | Tensor) -> 
     return (logits_BV - torch.log(-torch.log(uniform))).argmax(-1)
 
 
-def _refuse(name: str, value: Any, allowed: str) -> NoReturn:
+def _reject(name: str, value: Any, allowed: str) -> NoReturn:
     raise ConfigError(
         f"{name} is out of range", where=name, value=value, allowed=allowed,
         fix=f"leave {name} out for its default",

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from open_mythos import ConfigError, DenseTransformer, KVCache, OpenMythos
 from open_mythos.errors import EnvironmentError_
+from open_mythos.inference import decoding
 from open_mythos.inference.static_decoder import StaticDecoder, static_problem
 from open_mythos.model import generation
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import FixedDepth
-from open_mythos.model.generation import generate
-from open_mythos.ops.sampling import Sampling
+from open_mythos.ops.sampling import SamplingParams
 
 B, T, NEW = 3, 5, 9
 BUCKET = 4  # so that every generation here grows out of its bucket
@@ -38,6 +38,28 @@ def padded(batch: int = B) -> tuple[Tensor, Tensor]:
 
 def decoder_of(model: Any, batch: int = B, capacity: int = T + NEW, **how: Any) -> StaticDecoder:
     return StaticDecoder(model, batch, capacity, bucket=BUCKET, **how)
+
+
+def generate(
+    model: Any,
+    ids: Tensor,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    *,
+    depth: Depth | None = None,
+    mode: str | StaticDecoder = "eager",
+    use_cache: bool = True,
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
+    on_token: Any = None,
+    **sampling: Any,
+) -> Tensor:
+    """The oracle's ``generate``, with flat arguments and a choice of decoders."""
+    return generation.generate(
+        model, ids, SamplingParams(max_new_tokens, temperature, **sampling), depth,
+        attention_mask=attention_mask, tokenizer=tokenizer, on_token=on_token,
+        decoder=decoding.decoder_factory(mode, depth, use_cache=use_cache),
+    )  # fmt: skip
 
 
 class Tape(TorchDispatchMode):
@@ -144,8 +166,8 @@ class TestTokens:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_static_is_the_plain_form(self, case):
         model, ids, arguments = arguments_of(case)
-        plain = generate(model, ids, **arguments, decode="eager")
-        assert torch.equal(generate(model, ids, **arguments, decode=decoder_of(model)), plain)
+        plain = generate(model, ids, **arguments, mode="eager")
+        assert torch.equal(generate(model, ids, **arguments, mode=decoder_of(model)), plain)
 
     @pytest.mark.parametrize("case", CASES[:4], ids=str)
     def test_replayed_is_the_plain_form(self, case):
@@ -153,9 +175,9 @@ class TestTokens:
         model, ids, arguments = arguments_of(case)
         decoder, tapes = decoder_of(model), Tapes()
         decoder._graphs = tapes
-        plain = generate(model, ids, **arguments, decode="eager")
+        plain = generate(model, ids, **arguments, mode="eager")
         for _ in range(2):
-            assert torch.equal(generate(model, ids, **arguments, decode=decoder), plain)
+            assert torch.equal(generate(model, ids, **arguments, mode=decoder), plain)
         loops = arguments["depth"].n_loops
         most = loops if isinstance(loops, int) else max(loops)
         buckets = {key[1] for key in tapes.tapes}
@@ -179,7 +201,7 @@ class TestTokens:
         ids = random_ids(B, T)
         arguments = {"top_k": 9, "top_p": 0.8, "min_p": 0.05, "seed": 3, "temperature": 1.3}
         plain, static = (
-            generate(model, ids, NEW, **arguments, decode=decode) for decode in ("eager", "static")
+            generate(model, ids, NEW, **arguments, mode=mode) for mode in ("eager", "static")
         )
         assert torch.equal(static, plain)
 
@@ -193,7 +215,7 @@ class TestTokens:
         model, ids = small_model("gqa", **changes), random_ids(B, T)
         arguments = {"max_new_tokens": 4, "seed": 2, "depth": Depth(6)}
         plain, static = (
-            generate(model, ids, **arguments, decode=decode) for decode in ("eager", "static")
+            generate(model, ids, **arguments, mode=mode) for mode in ("eager", "static")
         )
         assert torch.equal(static, plain)
 
@@ -201,18 +223,18 @@ class TestTokens:
         model = randomise(DenseTransformer(small_config(attn_type))).eval()
         (ids, mask), decoder, tapes = padded(), decoder_of(model), Tapes()
         decoder._graphs = tapes
-        arguments = {"max_new_tokens": NEW, "attention_mask": mask, "seed": 1}
-        plain = model.generate(ids, **arguments, decode="eager")
-        assert torch.equal(model.generate(ids, **arguments, decode=decoder), plain)
+        params = SamplingParams(NEW, seed=1)
+        plain = model.generate(ids, params, attention_mask=mask)
+        assert torch.equal(model.generate(ids, params, attention_mask=mask, mode=decoder), plain)
         assert tapes.replays > 0
 
     def test_half_precision(self, attn_type):
         model, ids = small_model(attn_type).bfloat16(), random_ids(B, T)
-        decoder, sampling, keys_B = decoder_of(model), Sampling(0.0), torch.arange(B)
-        tokens = [decoder.start(ids, sampling=sampling, keys_B=keys_B, depth=Depth(4)).clone()]
+        decoder, params = decoder_of(model), SamplingParams(temperature=0.0)
+        tokens = [decoder.start(ids, params, Depth(4)).clone()]
         tokens += [decoder.step().clone() for _ in range(3)]
         # bfloat16 rounds where the plain form does: all but ties come out alike
-        plain = generate(model, ids, 4, 0.0, depth=Depth(4), decode="eager")[:, T:]
+        plain = generate(model, ids, 4, 0.0, depth=Depth(4), mode="eager")[:, T:]
         assert (torch.stack(tokens, 1) == plain).float().mean() > 0.8
 
 
@@ -221,11 +243,8 @@ class TestWaiting:
     def test_a_step_waits_for_nothing(self, case, monkeypatch):
         model, ids, arguments = arguments_of(case)
         decoder = decoder_of(model)
-        decoder.start(
-            ids, sampling=Sampling(arguments["temperature"], 9, 0.9, 0.01, 1.2),
-            keys_B=torch.arange(B), attention_mask=arguments["attention_mask"], eos_token_id=3,
-            depth=arguments["depth"],
-        )  # fmt: skip
+        params = SamplingParams(NEW, arguments["temperature"], 9, 0.9, 0.01, 1.2, eos_token_id=3)
+        decoder.start(ids, params, arguments["depth"], arguments["attention_mask"])
         with no_waiting(monkeypatch):
             for _ in range(NEW - 1):
                 decoder.step()
@@ -244,7 +263,7 @@ class TestWaiting:
     def test_experts_that_ask_the_host_are_seen(self, monkeypatch):
         """Control: of a whole model."""
         decoder = decoder_of(small_model(moe_backend="sorted"))
-        decoder.start(random_ids(B, T), sampling=Sampling(), keys_B=torch.arange(B), depth=Depth(2))
+        decoder.start(random_ids(B, T), SamplingParams(), Depth(2))
         with no_waiting(monkeypatch), pytest.raises(AssertionError, match="the host read"):
             decoder.step()
 
@@ -262,8 +281,8 @@ class TestReuse:
             (7, ids[:, 1:], short),
         ):
             plain, static = (
-                generate(model, prompts, NEW, depth=Depth(loops), **arguments, decode=decode)
-                for decode in ("eager", decoder)
+                generate(model, prompts, NEW, depth=Depth(loops), **arguments, mode=mode)
+                for mode in ("eager", decoder)
             )
             assert torch.equal(static, plain)
             for slot in decoder._cache._slots.values():
@@ -273,19 +292,19 @@ class TestReuse:
         model, ids = small_model(attn_type), random_ids(B, T)
         decoder = decoder_of(model)
         decoder._graphs = Tapes()
-        before = generate(model, ids, NEW, 0.0, decode=decoder)
+        before = generate(model, ids, NEW, 0.0, mode=decoder)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(-0.9)
-        after = generate(model, ids, NEW, 0.0, decode=decoder)
+        after = generate(model, ids, NEW, 0.0, mode=decoder)
         assert not torch.equal(after, before)
-        assert torch.equal(after, generate(model, ids, NEW, 0.0, decode="eager"))
+        assert torch.equal(after, generate(model, ids, NEW, 0.0, mode="eager"))
 
     def test_memory_stays_where_it_is(self, model):
         """A graph knows addresses: no call may move a slot."""
         decoder, places = decoder_of(model), []
         for loops in (6, 2):
-            generate(model, random_ids(B, T), NEW, depth=Depth(loops), decode=decoder)
+            generate(model, random_ids(B, T), NEW, depth=Depth(loops), mode=decoder)
             places.append({key: slot.data_ptr() for key, slot in decoder._cache._slots.items()})
         assert places[0] == places[1]
 
@@ -301,16 +320,12 @@ class Letters:
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How the host learns that all rows have ended: "late" is CUDA's way."""
 
-    class Late(generation._Ended):
-        def __init__(self, running_B: Tensor) -> None:
-            super().__init__(running_B)
-            self.is_late = True
-
-        def read(self) -> bool:
-            return not self._running
+    class Late(generation._AllEnded):
+        def read(self, *, wait: bool) -> bool:
+            return wait and not self._running
 
     if request.param == "late":
-        monkeypatch.setattr(generation, "_Ended", Late)
+        monkeypatch.setattr(generation, "_AllEnded", Late)
 
 
 @pytest.mark.usefixtures("reading")
@@ -318,17 +333,17 @@ class TestEnd:
     @pytest.mark.parametrize("batch", [1, B])
     def test_end_of_text(self, model, batch):
         ids, seen = random_ids(batch, T), {}
-        free = generate(model, ids, NEW, seed=2, decode="eager")
+        free = generate(model, ids, NEW, seed=2, mode="eager")
         eos = int(free[0, T + 3])
-        for decode in ("eager", "static"):
+        for mode in ("eager", "static"):
             got: list[tuple[int, Tensor]] = []
             out = generate(
-                model, ids, NEW, seed=2, eos_token_id=eos, decode=decode,
+                model, ids, NEW, seed=2, eos_token_id=eos, mode=mode,
                 on_token=lambda i, token_B, got=got: got.append((i, token_B)),
             )  # fmt: skip
             assert [i for i, _ in got] == list(range(out.shape[1] - T))
             assert torch.equal(torch.stack([token_B for _, token_B in got], 1), out[:, T:])
-            seen[decode] = out
+            seen[mode] = out
         assert torch.equal(seen["static"], seen["eager"])
         if batch == 1:
             assert seen["static"].shape[1] == T + 1 + free[0, T:].tolist().index(eos)
@@ -336,10 +351,10 @@ class TestEnd:
     @pytest.mark.parametrize("eos_token_id", [None, 4])
     def test_stop_strings(self, model, eos_token_id):
         ids = random_ids(2, T)
-        text = Letters().decode(generate(model, ids, NEW, seed=2, decode="eager")[0, T:].tolist())
+        text = Letters().decode(generate(model, ids, NEW, seed=2, mode="eager")[0, T:].tolist())
         end = {"stop": text[4:6], "tokenizer": Letters(), "eos_token_id": eos_token_id, "seed": 2}
         plain, static = (
-            generate(model, ids, NEW, **end, decode=decode) for decode in ("eager", "static")
+            generate(model, ids, NEW, **end, mode=mode) for mode in ("eager", "static")
         )
         assert torch.equal(static, plain)
         assert set(static[0, T + text.index(text[4:6]) + 2 :].tolist()) <= {eos_token_id or 0}
@@ -390,45 +405,45 @@ class TestBuckets:
 
 
 def start(decoder: StaticDecoder, ids: Tensor) -> Tensor:
-    return decoder.start(ids, sampling=Sampling(), keys_B=torch.arange(len(ids)), depth=Depth(1))
+    return decoder.start(ids, SamplingParams(), Depth(1))
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("decode", ["static", "compile"])
-    def test_what_only_the_plain_form_can_do(self, model, decode):
+    @pytest.mark.parametrize("mode", ["static", "compile"])
+    def test_what_only_the_plain_form_can_do(self, model, mode):
         ids = random_ids(1, T)
         with pytest.raises(ConfigError, match="exit_rule"):
-            generate(model, ids, 2, depth=Depth(exit_rule=FixedDepth(2)), decode=decode)
+            generate(model, ids, 2, depth=Depth(exit_rule=FixedDepth(2)), mode=mode)
         with pytest.raises(ConfigError, match="use_cache=False"):
-            generate(model, ids, 2, use_cache=False, decode=decode)
+            generate(model, ids, 2, use_cache=False, mode=mode)
         with (
             torch.autocast("cpu", torch.bfloat16),
             pytest.raises(ConfigError, match="autocast"),
         ):
-            generate(model, ids, 2, decode=decode)
+            generate(model, ids, 2, mode=mode)
 
     def test_unknown_names(self, model):
         with pytest.raises(ConfigError, match="eager, static, graph, compile"):
-            generate(model, random_ids(1, T), 2, decode="fast")
+            generate(model, random_ids(1, T), 2, mode="fast")
         with pytest.raises(ConfigError, match="static, graph, compile"):
             StaticDecoder(model, 1, 8, mode="eager")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_graphs_without_cuda(self, model):
         with pytest.raises(EnvironmentError_, match="CUDA device"):
-            generate(model, random_ids(1, T), 2, decode="graph")
+            generate(model, random_ids(1, T), 2, mode="graph")
 
     @pytest.mark.parametrize(("batch", "capacity"), [(2, T + NEW), (B, T + NEW - 1)])
     def test_a_decoder_of_another_size(self, model, batch, capacity):
         decoder = decoder_of(model, batch, capacity)
         with pytest.raises(ConfigError, match=f"{batch} rows of {capacity} positions"):
-            generate(model, random_ids(B, T), NEW, decode=decoder)
+            generate(model, random_ids(B, T), NEW, mode=decoder)
         with pytest.raises(ConfigError, match="do not fit"):
             start(decoder, random_ids(B, capacity))
 
     def test_a_decoder_of_another_model(self, model):
         with pytest.raises(ConfigError, match="made for other calls"):
-            generate(small_model(), random_ids(B, T), 2, decode=decoder_of(model))
+            generate(small_model(), random_ids(B, T), 2, mode=decoder_of(model))
 
     @pytest.mark.parametrize(("batch", "capacity"), [(0, 8), (1, 0), (1, 2.5)])
     def test_sizes(self, model, batch, capacity):
@@ -475,12 +490,12 @@ class TestPlain:
             def __init__(self, *_: Any, **__: Any) -> None:
                 raise AssertionError
 
-        monkeypatch.setattr(generation, "StaticDecoder", Unwanted)
+        monkeypatch.setattr(decoding, "StaticDecoder", Unwanted)
         assert generate(model, random_ids(1, T), 10).shape == (1, T + 10)
 
     def test_nothing_to_decode(self, model):
         ids = random_ids(B, T)
-        assert torch.equal(generate(model, ids, 0, decode="static"), ids)
+        assert torch.equal(generate(model, ids, 0, mode="static"), ids)
 
 
 @pytest.fixture
@@ -498,9 +513,9 @@ def compiled_as(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 class TestCompiled:
     def assert_equal(self, case: tuple) -> None:
         model, ids, arguments = arguments_of(case)
-        plain = generate(model, ids, **arguments, decode="eager")
+        plain = generate(model, ids, **arguments, mode="eager")
         decoder = decoder_of(model, mode="compile")
-        assert torch.equal(generate(model, ids, **arguments, decode=decoder), plain)
+        assert torch.equal(generate(model, ids, **arguments, mode=decoder), plain)
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")
@@ -532,10 +547,10 @@ class TestGraphs:
         model, ids = model.cuda(), ids.cuda()
         if arguments["attention_mask"] is not None:
             arguments["attention_mask"] = arguments["attention_mask"].cuda()
-        static = generate(model, ids, **arguments, decode=decoder_of(model))
+        static = generate(model, ids, **arguments, mode=decoder_of(model))
         decoder = decoder_of(model, mode=mode)
         for _ in range(3):
-            tokens = generate(model, ids, **arguments, decode=decoder)
+            tokens = generate(model, ids, **arguments, mode=decoder)
             agree = (tokens == static).float().mean()
             assert agree == 1 if mode == "graph" else agree > 0.8
 
@@ -545,9 +560,7 @@ class TestGraphs:
     )
     def test_experts_are_captured(self):
         model, ids = small_model().bfloat16().cuda(), random_ids(B, T).cuda()
-        static, graph = (
-            generate(model, ids, NEW, 0.0, decode=decode) for decode in ("static", "graph")
-        )
+        static, graph = (generate(model, ids, NEW, 0.0, mode=mode) for mode in ("static", "graph"))
         assert torch.equal(graph, static)
 
     def test_a_step_does_not_synchronise(self):
@@ -563,7 +576,7 @@ class TestGraphs:
     def test_a_row_that_ends_stops_the_call(self):
         model, ids = small_model(n_experts=0).cuda(), random_ids(1, T).cuda()
         eos = int(generate(model, ids, 20, 0.0)[0, T + 9])
-        out = generate(model, ids, 20, 0.0, eos_token_id=eos, decode="graph")
+        out = generate(model, ids, 20, 0.0, eos_token_id=eos, mode="graph")
         assert out[0, T:].tolist().index(eos) == out.shape[1] - T - 1
 
 

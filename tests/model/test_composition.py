@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_differs, assert_same, random_ids, randomise, small_config
 
-from open_mythos import ConfigError, KVCache, MythosConfig, OpenMythos
+from open_mythos import ConfigError, Depth, KVCache, MythosConfig, OpenMythos
 from open_mythos.accounting import account
 from open_mythos.config import BLOCK_NORMS, FFN_KINDS, INJECTIONS, QK_NORMS
 from open_mythos.inference.quantization import quantize
@@ -186,7 +186,7 @@ def test_the_loss_sees_scale_and_cap(scale, cap):
     model = built("add", logit_scale=scale, logit_softcap=cap)
     ids, targets = random_ids(B, T), random_ids(B, T, seed=1)
     targets[0, :4] = -100
-    loss = next_token_loss(model, ids, targets, step_tokens=1, step_sequences=1, n_loops=2)
+    loss = next_token_loss(model, ids, targets, step_tokens=1, step_sequences=1, depth=Depth(2))
     loss.total.backward()
     grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

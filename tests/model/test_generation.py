@@ -9,7 +9,7 @@ from torch import Tensor
 
 from open_mythos import ByteTokenizer, ConfigError, DenseTransformer, OpenMythos
 from open_mythos.model.exit_rules import FixedDepth
-from open_mythos.ops.sampling import filter_logits, penalise_repetition
+from open_mythos.ops.sampling import SamplingParams, filter_logits, penalise_repetition
 
 B, T, NEW = 3, 5, 10
 
@@ -227,5 +227,6 @@ class TestMode:
 def test_dense_models_generate_too(attn_type):
     model = randomise(DenseTransformer(small_config(attn_type))).eval()
     ids = random_ids(B, T)
-    out = model.generate(ids, NEW, temperature=0.0)
-    assert torch.equal(out, model.generate(ids, NEW, temperature=0.0, use_cache=False))
+    params = SamplingParams(NEW, temperature=0.0)
+    out = model.generate(ids, params)
+    assert torch.equal(out, model.generate(ids, params, use_cache=False))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from open_mythos import ConfigError
 from open_mythos.ops.sampling import (
-    Sampling,
+    SamplingParams,
     filter_logits,
     penalise_repetition,
     sample_tokens,
@@ -116,7 +116,7 @@ class TestDraws:
     @pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
     def test_temperature(self, temperature):
         logits, n = torch.tensor([0.0, 1.0]), 20_000
-        chosen = Sampling(temperature, top_k=None).choose(
+        chosen = SamplingParams(temperature=temperature, top_k=None).choose(
             logits.expand(n, 2), torch.zeros(n, 0, dtype=torch.long), torch.arange(n), 0
         )
         expected = 1 / (1 + np.exp(-1 / temperature))
@@ -126,13 +126,13 @@ class TestDraws:
         logits, keys = torch.randn(50, 30), torch.arange(50)
         nothing = torch.zeros(50, 0, dtype=torch.long)
         for temperature in (0, 0.0, 1e-4):
-            chosen = Sampling(temperature).choose(logits, nothing, keys, 0)
+            chosen = SamplingParams(temperature=temperature).choose(logits, nothing, keys, 0)
             assert torch.equal(chosen, logits.argmax(-1))
 
     def test_half_precision_logits(self):
         logits, nothing = torch.randn(4, 9), torch.zeros(4, 0, dtype=torch.long)
-        chosen = Sampling().choose(logits.bfloat16(), nothing, torch.arange(4), 0)
-        rounded = Sampling().choose(logits.bfloat16().float(), nothing, torch.arange(4), 0)
+        chosen = SamplingParams().choose(logits.bfloat16(), nothing, torch.arange(4), 0)
+        rounded = SamplingParams().choose(logits.bfloat16().float(), nothing, torch.arange(4), 0)
         assert torch.equal(chosen, rounded)
 
 
@@ -144,5 +144,5 @@ class TestDraws:
 )  # fmt: skip
 def test_out_of_range(bad):
     with pytest.raises(ConfigError) as caught:
-        Sampling(**bad)
+        SamplingParams(**bad)
     assert caught.value.where in bad

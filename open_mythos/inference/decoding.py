@@ -1,0 +1,69 @@
+"""Ways to decode, by name: how the steps after the prompt run. The tokens are the same.
+
+- "eager": op by op on a history that grows, the reference; serves every call.
+- "static", "graph", "compile": steps of constant shape, run op by op, as CUDA graphs, or through
+  ``torch.compile``; not with an exit rule, without a cache, or under autocast.
+- a :class:`StaticDecoder`, whose buffers, graphs and compiled code a later call uses again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from open_mythos.errors import ConfigError
+from open_mythos.inference.static_decoder import (
+    MODES,
+    StaticDecoder,
+    check_no_autocast,
+    reject,
+)
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.depth import Depth
+from open_mythos.model.generation import Decoder, GrowingDecoder
+
+DecoderFactory = Callable[[CausalLM, int, int], Decoder]
+"""``make(model, batch, capacity)``."""
+
+
+def decoder_factory(
+    mode: str | StaticDecoder, depth: Depth | None = None, *, use_cache: bool = True
+) -> DecoderFactory:
+    """Return what makes the decoder that ``mode`` names.
+
+    Raises:
+        ConfigError: ``mode`` is unknown, or serves no exit rule and no call without a cache.
+    """
+    if isinstance(mode, str) and mode not in ("eager", *MODES):
+        raise ConfigError(
+            "unknown way to decode", where="mode", value=mode,
+            allowed=f"{', '.join(('eager', *MODES))}, or a StaticDecoder",
+            fix='leave it at "eager"',
+        )  # fmt: skip
+    if mode == "eager":
+        return partial(GrowingDecoder, use_cache=use_cache)
+    if depth is not None and depth.exit_rule is not None:
+        reject("an exit rule changes shapes", "exit_rule", "calls without one")
+    if not use_cache:
+        reject("constant shapes need a cache", "use_cache=False", "calls with a cache")
+    if isinstance(mode, StaticDecoder):
+        return partial(_reused, mode)
+    return partial(_made, mode)
+
+
+def _made(mode: str, model: CausalLM, batch: int, capacity: int) -> StaticDecoder:
+    """Make a decoder for one call."""
+    check_no_autocast(model.final_norm.weight.device)
+    return StaticDecoder(model, batch, capacity, mode=mode)
+
+
+def _reused(decoder: StaticDecoder, model: CausalLM, batch: int, capacity: int) -> StaticDecoder:
+    """Return ``decoder`` if it fits the call."""
+    if decoder.model is not model or decoder.batch != batch or decoder.capacity < capacity:
+        reject(
+            "the decoder was made for other calls",
+            f"{type(model).__name__}, {batch} rows of {capacity} positions",
+            f"its own {type(decoder.model).__name__}, {decoder.batch} rows of {decoder.capacity} "
+            "positions at most",
+        )  # fmt: skip
+    return decoder
