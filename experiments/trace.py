@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.tasks.saved import load_task, reached
-from open_mythos.cli.trace.run import trace_of
 from open_mythos.reports.trace_page import write_page
-from open_mythos.reports.trace_record import Goal, PromptTrace
+from open_mythos.reports.trace_record import Goal, PromptTrace, trace_of
 
 
 def trace_chain(
@@ -31,12 +30,11 @@ def trace_chain(
         found = reached(task, ids)
         return [each and Goal(token=each[1], hops=each[0]) for each in found]
 
-    return trace_of(str(folder), prompt, n_loops=n_loops, exit=exit, goals=goals, task="chains")
+    return trace_of(
+        str(folder), prompt, n_loops=n_loops, exit=exit, goals=goals, goal_name="the entity reached"
+    )
 
 
 def write_trace(folder: Path, prompt: str, *, n_loops: int | None, exit: str, out: Path) -> None:
     """Write the page of :func:`trace_chain` to ``out``."""
-    trace = trace_chain(folder, prompt, n_loops=n_loops, exit=exit)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_page(trace, out)
-    print(f"page: {out}")
+    write_page(trace_chain(folder, prompt, n_loops=n_loops, exit=exit), out)

@@ -26,6 +26,8 @@ REPORT_FILE = "report.html"
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
 DATA_FOLDER = "data"
+GATE_FILE = "gate.json"
+"""Beside a model whose gate was trained: the exit rule and what it was trained on."""
 _STEP = re.compile(r"step_(\d+)")
 
 

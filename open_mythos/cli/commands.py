@@ -317,7 +317,7 @@ def trace(
         out: The HTML file to write.
         device: "auto", "cpu", "cuda".
     """
-    from open_mythos.cli.trace.run import trace_prompt
+    from open_mythos.reports.trace_page import trace_prompt
 
     return trace_prompt(checkpoint, prompt, n_loops, exit, out, device)
 
@@ -329,6 +329,6 @@ def report(run: str, out: str = "") -> int:
         run: Folder of a run; it may still be going on.
         out: The HTML file to write; by default report.html in the run's folder.
     """
-    from open_mythos.reports.run_report import report_run
+    from open_mythos.reports.run_page import report_run
 
     return report_run(run, out)

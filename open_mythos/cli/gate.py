@@ -15,10 +15,9 @@ from open_mythos.devices import resolve_device, resolve_dtype
 from open_mythos.errors import ConfigError
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import CONFIG_FILE, TOKENIZER_FOLDER
+from open_mythos.run_folder import CONFIG_FILE, GATE_FILE, TOKENIZER_FOLDER
 from open_mythos.train.gate import GateConfig, GateReport, train_gate
 
-GATE_FILE = "gate.json"
 DEFAULT_OUT = "runs/gate"
 _KEPT = (TOKENIZER_FOLDER, CONFIG_FILE)
 """What the other commands look for beside a model."""

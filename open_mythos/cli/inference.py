@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from open_mythos.cli.run_data import Source, beside, evaluation_batches
+from open_mythos.cli.run_data import Source, evaluation_batches
 from open_mythos.data import Batch
 from open_mythos.devices import resolve_device, resolve_dtype
-from open_mythos.errors import ConfigError, DataError
+from open_mythos.errors import ConfigError
 from open_mythos.evaluation import DepthRow, ExitReport, ExitRow, evaluate_depths, evaluate_exits
-from open_mythos.hub.pretrained import from_pretrained
+from open_mythos.hub.pretrained import from_pretrained, stored_tokenizer
 from open_mythos.inference.quantization import quantize as quantize_model
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
@@ -29,8 +29,7 @@ from open_mythos.model.generation import GrowingDecoder, generate
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.sampling import SamplingParams
-from open_mythos.run_folder import TOKENIZER_FOLDER
-from open_mythos.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from open_mythos.tokenizer import StreamDecoder, load_tokenizer
 
 _BAR = 30
 """Width of the histogram's longest bar."""
@@ -127,21 +126,6 @@ def evaluate_checkpoint(
     if out:
         Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def stored_tokenizer(checkpoint: str) -> Tokenizer:
-    """The tokenizer kept with a model, or with the run that its checkpoint belongs to.
-
-    Raises:
-        DataError: There is none.
-    """
-    found = beside(checkpoint, TOKENIZER_FOLDER)
-    if found is None:
-        raise DataError(
-            f"no {TOKENIZER_FOLDER} is stored with the model", where=checkpoint,
-            value=TOKENIZER_FOLDER, fix="name one with --tokenizer",
-        )  # fmt: skip
-    return load_tokenizer(found)
 
 
 def _loaded(checkpoint: str, device: str, quantised: str) -> CausalLM:

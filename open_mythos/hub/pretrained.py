@@ -24,7 +24,13 @@ from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.files import sync_to_disk
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import CHECKPOINTS_FOLDER, step_folders
+from open_mythos.run_folder import (
+    CHECKPOINTS_FOLDER,
+    TOKENIZER_FOLDER,
+    find_beside,
+    step_folders,
+)
+from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -151,6 +157,21 @@ def describe(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
     if isinstance(model, DenseTransformer):
         description["n_layers"] = model.n_layers
     return description
+
+
+def stored_tokenizer(directory: str | Path) -> Tokenizer:
+    """Load the tokenizer stored with a model, or with the run that its checkpoint belongs to.
+
+    Raises:
+        DataError: There is no model or no tokenizer.
+    """
+    found = find_beside(model_directory(directory), TOKENIZER_FOLDER)
+    if found is None:
+        raise DataError(
+            f"no {TOKENIZER_FOLDER} is stored with the model", where=str(directory),
+            value=TOKENIZER_FOLDER, fix="name one with --tokenizer",
+        )  # fmt: skip
+    return load_tokenizer(found)
 
 
 def model_directory(directory: str | Path) -> Path:

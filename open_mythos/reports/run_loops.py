@@ -1,70 +1,79 @@
-"""The part of the page about the loop: depth, states, spectrum, routing."""
+"""The sections of a run's report about the loop: depth, states, spectrum, routing."""
 
 from __future__ import annotations
 
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
 
 from open_mythos.model.layers.injection import MAX_DECAY
-from open_mythos.reports.run_charts import Line, bars, curves, depth_curve, heat, hue
-from open_mythos.reports.run_record import RunRecord, number
+from open_mythos.reports.figures import Line, bars, curves, depth_curve, has_values, ramp
+from open_mythos.reports.html import heatmap, missing, table
+from open_mythos.reports.run_record import RunRecord, Series, number
 
 _MOST_LINES = 7
 _BINS = 24
 _COLLAPSE = 0.85
 
 
-def sections(run: RunRecord) -> str:
-    """Everything about the loop; one sentence for a dense model."""
+class Panel(NamedTuple):
+    """One figure or table."""
+
+    title: str
+    about: str
+    body: Markup
+
+
+def sections(run: RunRecord) -> list[tuple[str, list[Panel]]]:
+    """Return the title and the panels of each section; a single sentence for a dense model."""
     if not run.looped:
         rows = measured(run)
         at = f" Its validation loss is {rows[0]['loss']:.4f} nats per token." if rows else ""
-        return _section("Depth", _missing(f"A dense model has no loops.{at}"))
-    return (
-        _section("Depth", _depth(run))
-        + _section("States in the loop", _states(run))
-        + _section("Spectrum of A", _spectrum(run))
-        + _section("Routing", _routing(run))
-    )
+        return [("Depth", [Panel("", "", missing(f"A dense model has no loops.{at}"))])]
+    return [
+        ("Depth", [_loss_against_depth(run), *_last_evaluation(run), _depths_that_ran(run)]),
+        ("States in the loop", _states(run)),
+        ("Spectrum of A", _spectrum(run)),
+        ("Routing", _routing(run)),
+    ]
+
+
+def measured(run: RunRecord) -> list[dict[str, Any]]:
+    """Return rows of depth, loss and, if known, bits per byte.
+
+    They are those of the record of validated depths, or of the last evaluation if it has as many.
+    """
+    rows = _finite(run.evaluations[max(run.evaluations)]) if run.evaluations else []
+    record = _finite((run.depths or {}).get("rows", []))
+    if len(record) <= len(rows):
+        return rows
+    known = (row for row in rows if number(row.get("bits_per_byte")) and row["loss"])
+    scale = next((row["bits_per_byte"] / row["loss"] for row in known), None)
+    return [
+        {**row, "bits_per_byte": None if scale is None else scale * row["loss"]} for row in record
+    ]
 
 
 def best_row(run: RunRecord) -> dict[str, Any] | None:
-    """The row with the smallest loss of those that :func:`measured` gives."""
+    """Return the row of :func:`measured` with the smallest loss."""
     return min(measured(run), key=lambda row: row["loss"], default=None)
 
 
 def row_at_mean(run: RunRecord) -> dict[str, Any] | None:
-    """The row nearest to the mean training depth."""
+    """Return the row of :func:`measured` nearest to the mean training depth."""
     rows, mean = measured(run), run.mean_depth
     if mean is None or any(row.get("depth") is None for row in rows):
         return rows[0] if rows else None
     return min(rows, key=lambda row: abs(row["depth"] - mean), default=None)
 
 
-def measured(run: RunRecord) -> list[dict[str, Any]]:
-    """Depth, loss and, where bytes are known, bits per byte: of the record of validated depths, or
-    of the last evaluation. Rows with a finite loss only."""
-    rows = _finite(run.evaluations[max(run.evaluations)]) if run.evaluations else []
-    record = _finite((run.depths or {}).get("rows", []))
-    if len(record) <= len(rows):
-        return rows
-    scale = next((row["bits_per_byte"] / row["loss"] for row in rows if _bits(row)), None)
-    return [
-        {**row, "bits_per_byte": None if scale is None else scale * row["loss"]} for row in record
-    ]
-
-
 def counted(loops: float) -> str:
-    """ "1 loop", "4 loops"."""
+    """Return "1 loop", "4 loops"."""
     return f"{loops:g} loop" if loops == 1 else f"{loops:g} loops"
 
 
-def _bits(row: dict[str, Any]) -> bool:
-    return number(row.get("bits_per_byte")) is not None and row["loss"] != 0
-
-
 def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows whose loss is a number, and whose depth is one if they have any."""
+    """Select the rows with a finite loss and, if they have a depth, one of at least 1."""
     return [
         row
         for row in rows
@@ -74,63 +83,51 @@ def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _depth(run: RunRecord) -> str:
-    parts = [_loss_against_depth(run), _last_evaluation(run), _depths_that_ran(run)]
-    return f'<div class="pair">{"".join(parts)}</div>'
-
-
-def _loss_against_depth(run: RunRecord) -> str:
-    curves_by_step = {
-        step: [(row["depth"], row["loss"]) for row in _finite(rows) if row.get("depth")]
-        for step, rows in run.evaluations.items()
-    }
-    record = run.depths or {}
-    rows = [(row["depth"], row["loss"]) for row in _finite(record.get("rows", []))]
-    last = rows or (curves_by_step[max(curves_by_step)] if curves_by_step else [])
+def _loss_against_depth(run: RunRecord) -> Panel:
+    title, record = "Loss against depth", run.depths or {}
+    evaluations = [_points(rows) for _, rows in sorted(run.evaluations.items())]
+    last = _points(record.get("rows", [])) or (evaluations[-1] if evaluations else [])
     if not last:
-        return _box(
-            "Loss against depth",
-            _missing(
-                "No evaluation yet: train.eval_every is 0, or the "
-                "run has not come to its end. Without validation data there is none."
-            ),
+        text = (
+            "No evaluation yet: train.eval_every is 0 or the run has not ended. "
+            "Without validation data there is none."
         )
+        return Panel(title, "", missing(text))
     valid, limit = run.valid_range, run.loss_limit
-    said = "Validation loss, nats per token, with the same weights."
+    about = ["Validation loss, nats per token, with the same weights."]
     if valid is not None:
-        said += f" Green: validated, {valid[0]} to {valid[1]} loops."
+        about.append(f"Green: validated, {valid[0]} to {valid[1]} loops.")
     if limit is not None:
-        said += f" Dashed: best + {record['tolerance']:g}."
+        about.append(f"Dashed: best + {record['tolerance']:g}.")
     if run.mean_depth is not None:
-        said += f" Dotted: mean depth of the training, {run.mean_depth:g}."
+        about.append(f"Dotted: mean training depth, {run.mean_depth:g}.")
     if record.get("holds_at_twice_the_mean") is False:
-        said += " At twice the mean depth the loss is out of bounds."
-    earlier = [points for _, points in sorted(curves_by_step.items())[:-1] if points]
+        about.append("At twice the mean depth the loss is out of bounds.")
+    earlier = [points for points in evaluations[:-1] if points]
     if earlier:
-        said += " Faint: earlier evaluations."
-    chart = depth_curve(
-        last, "Loss against depth", earlier=earlier, valid=valid, mean=run.mean_depth, limit=limit
+        about.append("Faint: earlier evaluations.")
+    figure = depth_curve(
+        last, title, earlier=earlier, valid=valid, mean=run.mean_depth, limit=limit
     )
-    return _box("Loss against depth", chart, said)
+    return Panel(title, " ".join(about), figure)
 
 
-def _last_evaluation(run: RunRecord) -> str:
-    rows = measured(run)
-    if not rows:
-        return ""
-    best = min(row["loss"] for row in rows)
-    cells = ""
-    for row in rows:
-        shown = "n set" if row["loss"] == best else "n"
-        cells += (
-            f'<tr><td class="n">{escape(str(row.get("depth")))}</td>'
-            f'<td class="{shown}">{row["loss"]:.4f}</td>'
-            f'<td class="n">{_decimals(row.get("bits_per_byte"))}</td></tr>'
-        )
-    at = f"At step {max(run.evaluations):,}; b" if run.evaluations else "B"
-    said = f"{at}old: the smallest loss."
-    head = "<tr><th>loops</th><th>nats per token</th><th>bits per byte</th></tr>"
-    return _box("Last evaluation", f"<table>{head}{cells}</table>", said)
+def _points(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    return [(row["depth"], row["loss"]) for row in _finite(rows) if row.get("depth")]
+
+
+def _last_evaluation(run: RunRecord) -> list[Panel]:
+    rows, best = measured(run), best_row(run)
+    if best is None:
+        return []
+    about = f"At step {max(run.evaluations):,}; b" if run.evaluations else "B"
+    body = table(
+        ("loops", "nats per token", "bits per byte"),
+        [(row.get("depth"), _decimals(row["loss"]), _decimals(row.get("bits_per_byte")))
+         for row in rows],
+        best.get("depth"),
+    )  # fmt: skip
+    return [Panel("Last evaluation", f"{about}old: the smallest loss.", body)]
 
 
 def _decimals(value: Any) -> str:
@@ -138,128 +135,92 @@ def _decimals(value: Any) -> str:
     return "" if x is None else f"{x:.4f}"
 
 
-def _depths_that_ran(run: RunRecord) -> str:
+def _depths_that_ran(run: RunRecord) -> Panel:
     total: list[int] = []
     for line in run.steps.values():
         counts = line.get("depth_histogram")
         if isinstance(counts, list) and all(isinstance(n, int) for n in counts):
             total += [0] * (len(counts) - len(total))
             total = [n + (counts[i] if i < len(counts) else 0) for i, n in enumerate(total)]
+    title = "Training depths"
     if not sum(total):
-        return _box("Depths that ran", _missing("No depth was logged."))
+        return Panel(title, "", missing("No depth was logged."))
     mean = sum(loops * n for loops, n in enumerate(total, start=1)) / sum(total)
-    chart = bars(
-        total, [str(i) for i in range(1, len(total) + 1)], "Depths that ran", "loops", "sequences"
-    )
-    said = f"Sequences of the logged steps by their number of loops; {mean:.2f} on average."
-    return _box("Depths that ran", chart, said)
+    about = f"Sequences of the logged steps by their number of loops; {mean:.2f} on average."
+    return Panel(title, about, bars(range(1, len(total) + 1), total, title, "loops"))
 
 
-def _states(run: RunRecord) -> str:
-    boxes = []
-    norms, deltas = run.by_loop("state_norm"), run.by_loop("delta_norm")
-    if not norms:
-        return _missing("No state was logged.")
-    shown = _some(norms)
-    legend = '<ul class="legend"><li><i class="ramp"></i>first to last loop</li></ul>'
-    chart = curves(_by_loop(norms, shown), "Norm of the state after each loop", zero=True)
-    boxes.append(_box("Norm of the state", chart, "Mean over tokens, after each loop."))
-    share: dict[int, list[tuple[int, float]]] = {}
+def _states(run: RunRecord) -> list[Panel]:
+    norms, deltas, alike = map(run.by_loop, ("state_norm", "delta_norm", "token_correlation"))
+    relative: dict[int, Series] = {}
     for loop, points in deltas.items():
         at = dict(norms.get(loop, []))
-        share[loop] = [(step, d / at[step]) for step, d in points if d > 0 and at.get(step)]
-    if any(share.values()):
-        chart = curves(_by_loop(share, shown), "Relative change made by each loop", log=True)
-        said = "Length of the step over length of the state. Falling by loop: the states settle."
-        boxes.append(_box("What each loop changes", chart, said))
-    alike = run.by_loop("token_correlation")
-    if alike:
-        chart = curves(
-            _by_loop(alike, shown),
-            "Correlation of tokens",
-            bound=_COLLAPSE,
-            zero=_all_positive(alike),
-        )
-        said = "Mean cosine between the states of two tokens; above the dashed line they collapse."
-        boxes.append(_box("Likeness of the tokens", chart, said))
-    gap = run.curve("loop_gap")
-    if gap:
-        chart = curves([Line(gap)], "What the loops are worth", bound=0.0)
-        said = "(Loss with 1 loop - loss with the mean number of loops) / the latter, in training."
-        boxes.append(_box("What the loops are worth", chart, said))
-    return f'{legend}<div class="pair">{"".join(boxes)}</div>'
+        relative[loop] = [(step, d / at[step]) for step, d in points if at.get(step)]
+    panels = [
+        _by_loop("Norm of the state", "Mean over tokens, after each loop.", norms, zero=True),
+        _by_loop(
+            "Change by each loop",
+            "Norm of the step over norm of the state. Falling by loop: the states converge.",
+            relative, log=True,
+        ),
+        _by_loop(
+            "Similarity of the tokens",
+            "Mean cosine between the states of two tokens; above the dashed line they collapse.",
+            alike, bound=_COLLAPSE,
+        ),
+    ]  # fmt: skip
+    gap = Line(run.curve("loop_gap"))
+    if has_values([gap]):
+        title = "Gain from looping"
+        about = "(Loss with 1 loop - loss with the mean number of loops) / the latter, in training."
+        panels.append(Panel(title, about, curves([gap], title, bound=0.0)))
+    shown = [panel for panel in panels if panel is not None]
+    return shown or [Panel("", "", missing("No state was logged."))]
 
 
-def _all_positive(by_loop: dict[int, list[tuple[int, float]]]) -> bool:
-    return all(value >= 0 for points in by_loop.values() for _, value in points)
+def _spectrum(run: RunRecord) -> list[Panel]:
+    panels = []
+    rho = Line(run.curve("rho"))
+    if has_values([rho]):
+        title = "Spectral radius"
+        about = f"rho(A), the slowest channel; it cannot pass {MAX_DECAY} (dashed)."
+        panels.append(Panel(title, about, curves([rho], title, bound=MAX_DECAY)))
+    title, checkpoint = "Decays", run.checkpoint
+    if checkpoint is None or not checkpoint.decays:
+        text = "They are read from a checkpoint, and there is none whose weights can be read."
+        return [*panels, Panel(title, "", missing(text))]
+    decays = checkpoint.decays
+    counts = [0] * _BINS
+    for decay in decays:
+        counts[min(_BINS - 1, int(decay * _BINS))] += 1
+    about = (
+        f"Channels by the factor that A applies to them in one loop, at step {checkpoint.step:,}: "
+        f"{decays[0]:.3f} to {decays[-1]:.3f}, median {decays[len(decays) // 2]:.3f}."
+    )
+    edges = [i / _BINS for i in range(_BINS)]
+    return [*panels, Panel(title, about, bars(edges, counts, title, "decay per loop"))]
 
 
-def _spectrum(run: RunRecord) -> str:
-    boxes = []
-    rho = run.curve("rho")
-    if rho:
-        chart = curves([Line(rho)], "Spectral radius of A", bound=MAX_DECAY)
-        said = f"rho(A), the slowest channel; it cannot pass {MAX_DECAY} (dashed)."
-        boxes.append(_box("Spectral radius", chart, said))
-    decays = run.checkpoint.decays if run.checkpoint else []
-    if decays:
-        assert run.checkpoint is not None
-        counts = [0] * _BINS
-        for decay in decays:
-            counts[min(_BINS - 1, int(decay * _BINS))] += 1
-        names = [f"{i / _BINS:.2f}" for i in range(_BINS)]
-        half = decays[len(decays) // 2]
-        said = (
-            f"Channels by what A leaves of them in one loop, at step {run.checkpoint.step:,}: "
-            f"{decays[0]:.3f} to {decays[-1]:.3f}, median {half:.3f}."
-        )
-        boxes.append(
-            _box("Decays", bars(counts, names, "Decays of A", "decay per loop", "channels"), said)
-        )
-    else:
-        boxes.append(
-            _box(
-                "Decays",
-                _missing(
-                    "They are read from a checkpoint, and there is none whose weights can be read."
-                ),
-            )
-        )
-    return f'<div class="pair">{"".join(boxes)}</div>'
-
-
-def _routing(run: RunRecord) -> str:
-    layers = run.layers("router_entropy")
-    if not layers:
-        return _missing("This model routes nothing, or no routing was logged.")
-    boxes = []
-    for layer in layers:
+def _routing(run: RunRecord) -> list[Panel]:
+    panels: list[Panel | None] = []
+    for layer in run.layers("router_entropy"):
         shares = run.latest(f"router_share/layer{layer}")
         title = f"Layer {layer}: experts by loop"
-        if _is_table(shares):
+        if _is_matrix(shares):
             even = 1 / len(shares[0])
-            said = f"Share of each loop's choices; even is {even:.1%}. Last logged."
-            boxes.append(_box(title, f'<div class="scroll">{heat(shares, title)}</div>', said))
+            about = f"Percent of each loop's choices, last logged; uniform is {even:.1%}."
+            panels.append(Panel(title, about, heatmap(shares, 2 * even)))
         else:
-            boxes.append(
-                _box(
-                    title,
-                    _missing(
-                        "Shares are logged with evaluations and checkpoints; there was none yet."
-                    ),
-                )
-            )
+            text = "Shares are logged with evaluations and checkpoints; there was none yet."
+            panels.append(Panel(title, "", missing(text)))
+        about = "Entropy of the load over log E: 1 is uniform, 0 a single expert."
         entropy = run.by_loop(f"router_entropy/layer{layer}")
-        if entropy:
-            title = f"Layer {layer}: evenness"
-            lines = _by_loop(entropy, _some(entropy))
-            said = "Entropy of the load over log E: 1 is even, 0 a single expert."
-            boxes.append(_box(title, curves(lines, title, zero=True, bound=1.0), said))
-    legend = '<ul class="legend"><li><i class="ramp"></i>first to last loop</li></ul>'
-    return f'{legend}<div class="pair">{"".join(boxes)}</div>'
+        panels.append(_by_loop(f"Layer {layer}: balance", about, entropy, zero=True, bound=1.0))
+    shown = [panel for panel in panels if panel is not None]
+    return shown or [Panel("", "", missing("No routing was logged."))]
 
 
-def _is_table(shares: Any) -> bool:
+def _is_matrix(shares: Any) -> bool:
     return (
         isinstance(shares, list)
         and bool(shares)
@@ -268,28 +229,13 @@ def _is_table(shares: Any) -> bool:
     )
 
 
-def _some(by_loop: dict[int, list[tuple[int, float]]]) -> list[int]:
-    """A few of the loops, the first and the last among them; none that hardly ever ran."""
-    most = max(map(len, by_loop.values()))
-    loops = [loop for loop, points in by_loop.items() if 5 * len(points) >= most]
+def _by_loop(title: str, about: str, series: dict[int, Series], **options: Any) -> Panel | None:
+    """Return a panel with a curve for a few loops: none that rarely ran, but first and last."""
+    most = max(map(len, series.values()), default=0)
+    loops = [loop for loop, points in series.items() if 5 * len(points) >= most]
     count = min(len(loops), _MOST_LINES)
-    return sorted({loops[round(i * (len(loops) - 1) / max(1, count - 1))] for i in range(count)})
-
-
-def _by_loop(values: dict[int, list[tuple[int, float]]], shown: list[int]) -> list[Line]:
-    most = max(shown)
-    return [
-        Line(values[loop], hue(loop - 1, most), str(loop)) for loop in shown if values.get(loop)
-    ]
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
-
-
-def _box(title: str, content: str, about: str = "") -> str:
-    return f"<div><h3>{escape(title)}</h3><p>{escape(about)}</p>{content}</div>"
-
-
-def _missing(text: str) -> str:
-    return f'<p class="missing">{escape(text)}</p>'
+    shown = sorted({loops[round(i * (len(loops) - 1) / max(1, count - 1))] for i in range(count)})
+    lines = [Line(series[loop], ramp(loop - 1, max(shown)), str(loop)) for loop in shown]
+    if not has_values(lines, positive="log" in options):
+        return None
+    return Panel(title, about, curves(lines, title, legend="loop", **options))

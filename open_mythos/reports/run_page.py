@@ -1,266 +1,215 @@
-"""The page: one HTML file without a script that needs no other file."""
+"""The report of a training run: one HTML file without scripts and without network access."""
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
 
 from open_mythos.reports import run_loops as loops
-from open_mythos.reports.run_charts import Line, Mark, curves, short
-from open_mythos.reports.run_record import RunRecord, number
+from open_mythos.reports.figures import Line, Mark, curves, has_values
+from open_mythos.reports.html import missing, render, table, write_html
+from open_mythos.reports.run_record import RunRecord, number, read_run
+from open_mythos.run_folder import REPORT_FILE
 from open_mythos.train.config import RunConfig
 
-_FOLDER = Path(__file__).parent / "templates"
-_WORDS = {
+_EVENTS = {
     "resumed": "resumed from a checkpoint",
     "skipped": "step skipped",
-    "rewound": "went back to an older checkpoint",
+    "rewound": "rolled back to an earlier checkpoint",
     "preempted": "told to stop",
-    "stopped": "gave up",
+    "stopped": "stopped itself",
     "alarm": "alarm",
 }
-_SHOWN_ALARMS = 20
+
+
+class Section(NamedTuple):
+    """A heading with panels below it."""
+
+    title: str
+    panels: list[loops.Panel]
+    events: list[tuple[str, str]] = []  # noqa: RUF012
+    """Kind and name of the events that the curves mark."""
+    details: Markup = Markup()
+    """What stands below the panels, folded."""
+
+
+def report_run(run: str, out: str = "") -> int:
+    """Write the report of a run.
+
+    Args:
+        run: Its folder; training may still be in progress.
+        out: The HTML file to write; by default report.html in the run's folder.
+
+    Raises:
+        DataError: The folder holds nothing of a run.
+        EnvironmentError_: The page cannot be written.
+    """
+    record = read_run(run)
+    path = Path(out) if out else Path(run) / REPORT_FILE
+    write_html(page(record), path)
+    print(f"report: {path}")
+    return 0
 
 
 def page(run: RunRecord) -> str:
-    """The whole page."""
+    """Return the page as HTML."""
     status, tone = _status(run)
-    return Template(_file(_FOLDER / "run.html")).substitute(
-        title=escape(f"{run.folder.resolve().name}: training report"),
-        style=_file(_FOLDER / "base.css") + _file(_FOLDER / "run.css"),
-        name=escape(run.folder.resolve().name),
-        status=escape(status),
-        tone=tone,
-        lead=escape(_lead(run)),
-        summary=escape(summary(run)),
-        tiles=_tiles(run),
-        alarms=_alarms(run),
-        notes=_notes(run),
-        learning=_learning(run),
-        loops=loops.sections(run),
+    name = run.folder.resolve().name
+    return render(
+        "run.html",
+        title=f"{name}: training report", name=name, status=status, tone=tone, lead=_lead(run),
+        summary=summary(run), tiles=_tiles(run), alarms=run.alarms, notes=_notes(run),
+        sections=[_learning(run), *(Section(*each) for each in loops.sections(run))],
         settings=_settings(run),
-    )
+    )  # fmt: skip
 
 
 def summary(run: RunRecord) -> str:
-    """What became of the run, in words, whatever it was."""
+    """Describe the outcome of the run in a few sentences."""
     sentences = []
-    losses = run.curve("loss")
+    losses = run.values("loss")
     if losses:
         step, loss = losses[-1]
         sentences.append(f"The training loss is {loss:.3f} nats per token at step {step:,}.")
     best = loops.best_row(run)
     if best is not None:
-        bits = number(best.get("bits_per_byte"))
-        figure = f"{bits:.3f} bits per byte" if bits is not None else f"{best['loss']:.3f} nats"
-        depth = best.get("depth")
+        bits, depth = number(best.get("bits_per_byte")), best.get("depth")
+        value = f"{best['loss']:.3f} nats" if bits is None else f"{bits:.3f} bits per byte"
         at = "" if depth is None else f", best with {loops.counted(depth)}"
-        sentences.append(f"The validation loss is {figure}{at}.")
-    valid = run.valid_range
-    if valid is not None:
-        sentences.append(f"It is validated at depths from {valid[0]} to {valid[1]} loops.")
-    if not run.alarms:
-        sentences.append("No alarm was raised.")
-    else:
-        names = sorted({str(alarm.get("name")) for alarm in run.alarms})
-        sentences.append(f"Alarms: {', '.join(names)}.")
+        sentences.append(f"The validation loss is {value}{at}.")
+    if run.valid_range is not None:
+        low, high = run.valid_range
+        sentences.append(f"It is validated at depths from {low} to {high} loops.")
+    names = sorted({alarm.name for alarm in run.alarms})
+    sentences.append(f"Alarms: {', '.join(names)}." if names else "No alarm was raised.")
     return " ".join(sentences)
 
 
 def _status(run: RunRecord) -> tuple[str, str]:
-    """How far it came, and the class of its colour."""
+    """Return how far the run came, and the CSS class of that."""
     wanted, last = run.wanted_steps, run.last_step
     end = run.events[-1].kind if run.events else ""
     if wanted is not None and last >= wanted:
         return f"finished, {last:,} steps", "good"
     of = f" of {wanted:,}" if wanted is not None else ""
-    if end == "preempted":
-        return f"told to stop after step {last:,}{of}", "warm"
-    if end == "stopped":
-        return f"gave up after step {last:,}{of}", "warm"
+    if end in ("preempted", "stopped"):
+        return f"{_EVENTS[end]} after step {last:,}{of}", "warm"
     return f"at step {last:,}{of}: still running, or killed", ""
 
 
 def _lead(run: RunRecord) -> str:
     counts = run.counts()
-    model = "model"
-    if run.config is not None:
-        model = "looped model" if run.looped else "dense model"
+    model = "model" if run.config is None else f"{'looped' if run.looped else 'dense'} model"
     if counts is not None:
         model += f" of {counts.parameters:,} parameters"
         if counts.active_parameters != counts.parameters:
             model += f" ({counts.active_parameters:,} active per token)"
-    tokens = run.latest("tokens")
-    learnt = f", trained on {tokens:,} tokens" if isinstance(tokens, int) else ""
-    time = f" in {_time(run.seconds)}" if run.seconds else ""
-    data = run.setting("data", "path")
-    where = f" from {data}" if data and learnt else ""
-    return f"A {model}{learnt}{where}{time}."
+    tokens, data = number(run.latest("tokens")), run.setting("data", "path")
+    trained = "" if tokens is None else f", trained on {tokens:,.0f} tokens"
+    where = f" from {data}" if data and trained else ""
+    return f"A {model}{trained}{where}{f' in {_time(run.seconds)}' if run.seconds else ''}."
 
 
-def _tiles(run: RunRecord) -> str:
-    """The figures that one looks for first."""
+def _tiles(run: RunRecord) -> list[tuple[str, str]]:
+    """Return the numbers that a reader looks for first, each with its meaning."""
     tiles: list[tuple[str, str]] = []
-    losses, rates = run.curve("loss"), run.curve("tokens_per_second")
-    if losses:
-        tail = [loss for _, loss in losses[-5:]]
-        what = "training loss" if len(tail) < 5 else "training loss, mean of the last 5 lines"
-        tiles.append((f"{sum(tail) / len(tail):.3f}", what))
-    row = loops.row_at_mean(run)
-    if row is not None:
+    if losses := [loss for _, loss in run.values("loss")[-5:]]:
+        what = "training loss" + (", mean of the last 5 lines" if len(losses) == 5 else "")
+        tiles.append((f"{sum(losses) / len(losses):.3f}", what))
+    if (row := loops.row_at_mean(run)) is not None:
         bits = number(row.get("bits_per_byte"))
         at = "" if row.get("depth") is None else f" with {loops.counted(row['depth'])}"
-        shown = (f"{row['loss']:.3f}", f"validation loss{at}")
-        tiles.append(shown if bits is None else (f"{bits:.3f}", f"validation bits per byte{at}"))
-    valid = run.valid_range
-    if valid is not None:
-        tiles.append((f"{valid[0]} – {valid[1]}", "loops, validated range"))  # noqa: RUF001
-    tokens = number(run.latest("tokens"))
-    if tokens is not None:
-        tiles.append((short(tokens), "tokens learnt from"))
+        value, unit = (row["loss"], "loss") if bits is None else (bits, "bits per byte")
+        tiles.append((f"{value:.3f}", f"validation {unit}{at}"))
+    if run.valid_range is not None:
+        tiles.append(("{} – {}".format(*run.valid_range), "loops, validated range"))  # noqa: RUF001
+    if (tokens := number(run.latest("tokens"))) is not None:
+        tiles.append((_short(tokens), "training tokens"))
     if run.seconds:
         tiles.append((_time(run.seconds), "training time"))
-    if rates:
-        middle = sorted(rate for _, rate in rates)[len(rates) // 2]
-        tiles.append((short(middle), "tokens per second, median"))
-    use = run.curve("mfu")
-    if use:
+    if rates := sorted(rate for _, rate in run.values("tokens_per_second")):
+        tiles.append((_short(rates[len(rates) // 2]), "tokens per second, median"))
+    if use := run.values("mfu"):
         tiles.append((f"{use[-1][1]:.1%}", "of the peak FLOP/s (MFU)"))
-    tiles.append((str(len(run.alarms)), "alarm" if len(run.alarms) == 1 else "alarms"))
-    return "".join(f"<li><b>{escape(b)}</b><span>{escape(text)}</span></li>" for b, text in tiles)
+    return [*tiles, (str(len(run.alarms)), "alarm" if len(run.alarms) == 1 else "alarms")]
 
 
-def _alarms(run: RunRecord) -> str:
-    if not run.alarms:
-        return ""
-    items = ""
-    for alarm in run.alarms[:_SHOWN_ALARMS]:
-        name, what, fix = (escape(str(alarm.get(key, ""))) for key in ("name", "what", "fix"))
-        items += f"<dt>{name}, step {alarm['step']:,}</dt><dd>{what}. To do: {fix}.</dd>"
-    more = len(run.alarms) - _SHOWN_ALARMS
-    rest = f"<p>and {more} more in metrics.jsonl</p>" if more > 0 else ""
-    return f'<section class="alarms"><h2>Alarms</h2><dl>{items}</dl>{rest}</section>'
-
-
-def _notes(run: RunRecord) -> str:
-    """What could not be read, or is not there, said once."""
+def _notes(run: RunRecord) -> list[Markup]:
+    """Name what cannot be read or is not there."""
     notes = []
     if run.config is None:
-        notes.append("There is no run.yaml, so the configuration is not known.")
+        notes.append("There is no run.yaml, so the configuration is unknown.")
     if run.checkpoint is None:
         notes.append("There is no checkpoint yet.")
     elif run.checkpoint.problem:
-        where = run.checkpoint.path.name
-        notes.append(f"The newest checkpoint ({where}) is damaged: {run.checkpoint.problem}.")
+        name, problem = run.checkpoint.path.name, run.checkpoint.problem
+        notes.append(f"The newest checkpoint ({name}) is damaged: {problem}.")
     if run.broken_lines:
-        what = "line is" if run.broken_lines == 1 else "lines are"
-        notes.append(
-            f"{run.broken_lines} {what} not JSON and left out, as when a run is killed while it "
-            "writes."
-        )
+        what = "1 line is" if run.broken_lines == 1 else f"{run.broken_lines} lines are"
+        notes.append(f"{what} not JSON and left out, as after a kill in the middle of a write.")
     if not run.steps:
         notes.append("Nothing has been logged yet: there are no curves.")
-    return "".join(_missing(note) for note in notes)
+    return [missing(note) for note in notes]
 
 
-def _missing(text: str) -> str:
-    return f'<p class="missing">{escape(text)}</p>'
-
-
-def _learning(run: RunRecord) -> str:
+def _learning(run: RunRecord) -> Section:
     marks = [
-        Mark(event.step, event.kind, f"step {event.step:,}: {_words(event.kind)} {event.text}")
+        Mark(event.step, event.kind, f"step {event.step:,}: {_name(event.kind)} {event.text}")
         for event in run.events
     ]
     wanted: dict[str, tuple[str, str, dict[str, Any]]] = {
         "loss": ("Loss", "Training loss, nats per token.", {}),
         "grad_norm": ("Gradient norm", "Before clipping.", {"log": True}),
         "lr": ("Learning rate", "", {"zero": True}),
-        "tokens_per_second": ("Tokens per second", "Mean between two lines.", {"zero": True}),
+        "tokens_per_second": ("Throughput", "Tokens per second between two lines.", {"zero": True}),
         "mfu": ("Model FLOP utilisation", "Share of the devices' peak.", {"zero": True}),
     }
     end = run.wanted_steps if run.last_step < (run.wanted_steps or 0) else None
-    parts = []
+    panels = []
     for name, (title, about, options) in wanted.items():
-        points = run.curve(name)
-        if options.get("log"):
-            points = [(step, value) for step, value in points if value > 0]
-        if points:
-            chart = curves([Line(points)], title, marks=marks, x_end=end, **options)
-            parts.append(f"<div><h3>{title}</h3><p>{about}</p>{chart}</div>")
-    if not parts:
-        return _missing("No step has been logged.")
-    return f'{_event_legend(run)}<div class="pair">{"".join(parts)}</div>{_event_table(run)}'
+        line = Line(run.curve(name))
+        if has_values([line], positive="log" in options):
+            figure = curves([line], title, marks=marks, x_end=end, **options)
+            panels.append(loops.Panel(title, about, figure))
+    if not panels:
+        return Section("Learning", [loops.Panel("", "", missing("No step has been logged."))])
+    rows = [(event.step, _name(event.kind), event.text) for event in run.events]
+    events = [(event.kind, _name(event.kind)) for event in run.events]
+    details = table(("step", "event", ""), rows) if rows else Markup()
+    return Section("Learning", panels, events, details)
 
 
-def _event_legend(run: RunRecord) -> str:
-    kinds = {event.kind: _words(event.kind) for event in run.events}
-    items = "".join(
-        f'<li><i class="{escape(kind)}"></i>{escape(text)}</li>' for kind, text in kinds.items()
-    )
-    return f'<ul class="legend">{items}</ul>' if items else ""
+def _name(kind: str) -> str:
+    return _EVENTS.get(kind, kind)
 
 
-def _event_table(run: RunRecord) -> str:
-    if not run.events:
-        return ""
-    rows = "".join(
-        f'<tr><td class="n">{event.step:,}</td><td>{escape(_words(event.kind))}</td>'
-        f"<td>{escape(event.text)}</td></tr>"
-        for event in run.events
-    )
-    return (
-        f'<details><summary>What happened ({len(run.events)})</summary><div class="scroll"><table>'
-        f"<tr><th>step</th><th>event</th><th></th></tr>{rows}</table></div></details>"
-    )
-
-
-def _words(kind: str) -> str:
-    return _WORDS.get(kind, kind)
-
-
-def _settings(run: RunRecord) -> str:
-    """Every field, section by section; what differs from the default stands out."""
-    if run.config is None:
-        return _missing("Unknown: neither run.yaml nor a checkpoint tells it.")
-    defaults = RunConfig().to_dict()
-    top = {name: value for name, value in run.config.items() if not isinstance(value, dict)}
-    sections = {"run": top} | {
-        name: value for name, value in run.config.items() if isinstance(value, dict)
-    }
-    parts = []
-    for name, values in sections.items():
-        known = defaults if name == "run" else defaults.get(name, {})
-        rows = "".join(
-            f"<tr><th>{escape(str(key))}</th><td{_set(known, key, value)}>{escape(str(value))}</td>"
-            "</tr>"
-            for key, value in values.items()
-        )
-        changed = sum(bool(_set(known, key, value)) for key, value in values.items())
-        note = f" ({changed} not the default)" if changed else ""
-        parts.append(
-            f"<details><summary>{escape(name)}{note}</summary><table>{rows}</table></details>"
-        )
-    return (
-        "<p>Fields that differ from the library's defaults are bold.</p>"
-        f'<div class="settings">{"".join(parts)}</div>'
-    )
-
-
-def _set(known: Any, key: str, value: Any) -> str:
-    same = isinstance(known, dict) and key in known and known[key] == value
-    return "" if same else ' class="set"'
+def _settings(run: RunRecord) -> dict[str, list[tuple[str, str, bool]]]:
+    """Return section -> (field, value, whether it differs from the default)."""
+    defaults, found = RunConfig().to_dict(), dict[str, list[tuple[str, str, bool]]]()
+    for name, value in (run.config or {}).items():
+        known = defaults.get(name)
+        if not isinstance(value, dict):
+            found.setdefault("run", []).append((name, str(value), known != value))
+            continue
+        fields = known if isinstance(known, dict) else {}
+        found[name] = [
+            (str(key), str(each), key not in fields or fields[key] != each)
+            for key, each in value.items()
+        ]
+    return found
 
 
 def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _file(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def _short(value: float) -> str:
+    """Write a number in few characters: 1.2 M, 34 k, 0.003."""
+    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"

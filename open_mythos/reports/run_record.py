@@ -1,4 +1,4 @@
-"""What a run has left in its folder, as far as it got; nothing has to be complete.
+"""Read what a training run has written to its folder so far; nothing has to be complete.
 
 This module loads torch only to read a checkpoint.
 """
@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from open_mythos.accounting import Accounting, account
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError, MythosError
+from open_mythos.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    METRICS_FILE,
+    read_config,
+    step_folders,
+)
 from open_mythos.train.config import DepthConfig
 from open_mythos.train.monitoring.validated import STATE_KEY, depth_record
 
-METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "run.yaml"
-CHECKPOINTS = "checkpoints"
+Series = list[tuple[int, float]]
+"""(step, value); NaN where the value was logged but is not finite."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,22 @@ class Event:
     kind: str
     """A kind of :data:`open_mythos.train.monitoring.metrics.EVENTS`, or "alarm"."""
     text: str
-    """What happened, in a few words."""
+    """Details in a few words."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """An alarm that the watchdog raised."""
+
+    step: int
+    name: str
+    what: str
+    fix: str
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The newest one."""
+    """The newest checkpoint."""
 
     step: int
     path: Path
@@ -46,36 +61,36 @@ class Checkpoint:
     decays: list[float]
     """The diagonal of A; empty for a dense model, or if the weights cannot be read."""
     problem: str = ""
-    """Why something of it is missing."""
+    """Why a part of it is missing."""
 
 
 @dataclass
 class RunRecord:
-    """A run as its folder tells it."""
+    """A run as far as its folder tells."""
 
     folder: Path
     config: dict[str, Any] | None
-    """Nested fields; None where neither run.yaml nor a checkpoint has them."""
+    """Nested fields; None if neither run.yaml nor a checkpoint has them."""
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Logged step -> its metrics, in order."""
     evaluations: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     """Step -> rows of depth and loss."""
     events: list[Event] = field(default_factory=list)
-    alarms: list[dict[str, Any]] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
     broken_lines: int = 0
-    """Lines of the metrics that are not JSON, such as one that a killed run left half written."""
+    """Lines of the metrics that are not JSON, such as one that a killed run wrote by half."""
     seconds: float = 0.0
-    """Time of the logged steps, those that were run again included."""
+    """Time of the logged steps, repeated ones included."""
 
     @property
     def looped(self) -> bool:
-        """Whether the model has loops; taken to be so where nothing tells."""
+        """Whether the model has loops; assumed where nothing tells."""
         return (self.config or {}).get("architecture", "looped") == "looped"
 
     @property
     def last_step(self) -> int:
-        """Steps done, as far as anything tells."""
+        """Steps done, as far as metrics and checkpoint tell."""
         logged = max(self.steps, default=0)
         return max(logged, self.checkpoint.step if self.checkpoint else 0)
 
@@ -86,7 +101,7 @@ class RunRecord:
 
     @property
     def depths(self) -> dict[str, Any] | None:
-        """The record of validated depths: the checkpoint's, or made from the last evaluation."""
+        """The record of validated depths: the stored one, or made from the last evaluation."""
         stored = self.checkpoint.state.get(STATE_KEY) if self.checkpoint else None
         for found in (stored, self.latest("eval/validated")):
             if isinstance(found, dict) and isinstance(found.get("rows"), list):
@@ -99,7 +114,7 @@ class RunRecord:
 
     @property
     def mean_depth(self) -> float | None:
-        """Mean depth of the training; None if it is not known, and for a dense model."""
+        """Mean training depth; None if unknown, and for a dense model."""
         section = (self.config or {}).get("depth")
         if not self.looped or not isinstance(section, Mapping):
             return None
@@ -118,42 +133,44 @@ class RunRecord:
 
     @property
     def loss_limit(self) -> float | None:
-        """The loss up to which a depth is good enough."""
+        """The highest loss of a validated depth."""
         best, more = (number((self.depths or {}).get(k)) for k in ("best_loss", "tolerance"))
         return None if best is None or more is None else best + more
 
     def setting(self, section: str, name: str) -> Any:
-        """A field of the configuration; None if unknown."""
+        """Return a field of the configuration; None if unknown."""
         part = (self.config or {}).get(section)
         return part.get(name) if isinstance(part, Mapping) else None
 
-    def curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) wherever the metric is a finite number."""
-        pairs = ((step, number(line.get(name))) for step, line in self.steps.items())
-        return [(step, value) for step, value in pairs if value is not None]
+    def curve(self, name: str) -> Series:
+        """Return a metric over the steps at which it was logged."""
+        return [(at, _or_nan(line[name])) for at, line in self.steps.items() if name in line]
 
-    def by_loop(self, name: str) -> dict[int, list[tuple[int, float]]]:
-        """Loop (from 1) -> (step, value) of a metric with an entry per loop."""
-        found: dict[int, list[tuple[int, float]]] = {}
+    def values(self, name: str) -> Series:
+        """Return the finite values of :meth:`curve`."""
+        return [(step, value) for step, value in self.curve(name) if not math.isnan(value)]
+
+    def by_loop(self, name: str) -> dict[int, Series]:
+        """Return loop (from 1) -> values of a metric that has an entry per loop."""
+        found: dict[int, Series] = {}
         for step, line in self.steps.items():
             values = line.get(name)
             for loop, value in enumerate(values if isinstance(values, list) else [], start=1):
-                if (x := number(value)) is not None:
-                    found.setdefault(loop, []).append((step, x))
+                found.setdefault(loop, []).append((step, _or_nan(value)))
         return found
 
     def latest(self, name: str) -> Any:
-        """The last value that was logged under ``name``; None if there is none."""
+        """Return the last value logged under ``name``, or None."""
         return next((line[name] for line in reversed(self.steps.values()) if name in line), None)
 
     def layers(self, name: str) -> list[int]:
-        """Layers for which "name/layerN" was logged."""
+        """Return the layers for which "name/layerN" was logged."""
         prefix = f"{name}/layer"
         keys = {key for line in self.steps.values() for key in line if key.startswith(prefix)}
         return sorted(int(key[len(prefix) :]) for key in keys if key[len(prefix) :].isdigit())
 
     def counts(self) -> Accounting | None:
-        """Parameters and FLOPs; None if the configuration does not give them."""
+        """Count parameters and FLOPs; None if the configuration does not give them."""
         model = (self.config or {}).get("model")
         layers = None
         try:
@@ -169,13 +186,13 @@ class RunRecord:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Read what there is.
+    """Read the folder of a run.
 
     Args:
-        folder: Of a run: run.yaml, metrics.jsonl and checkpoints, or some of them.
+        folder: It holds run.yaml, metrics.jsonl and checkpoints, or some of them.
 
     Raises:
-        DataError: It is no folder, or holds nothing of a run.
+        DataError: It does not exist, or holds nothing of a run.
     """
     path = Path(folder)
     lines, broken = _lines(path / METRICS_FILE)
@@ -184,7 +201,7 @@ def read_run(folder: str | Path) -> RunRecord:
     if not lines and checkpoint is None:
         raise DataError(
             "no run to report on", where="report", value=str(folder),
-            allowed=f"the folder of a run: {METRICS_FILE}, {CHECKPOINTS}, {CONFIG_FILE}",
+            allowed=f"the folder of a run: {METRICS_FILE}, {CHECKPOINTS_FOLDER}, {CONFIG_FILE}",
             fix="name the folder that train.out_dir named",
         )  # fmt: skip
     record = RunRecord(path, config, checkpoint=checkpoint, broken_lines=broken)
@@ -193,61 +210,70 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def number(value: Any) -> float | None:
-    """``value`` as a finite float; None if it is not one."""
+    """Return ``value`` as a finite float; None if it is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
+def _or_nan(value: Any) -> float:
+    x = number(value)
+    return math.nan if x is None else x
+
+
 def _follow(record: RunRecord, lines: list[dict[str, Any]]) -> None:
-    """Go through the lines in order; where the run went back, what it left behind is dropped."""
-    before = tokens_before = 0
+    """Replay the lines in order; where the run rolled back, later measurements are dropped."""
+    before, tokens_before = 0, 0.0
     for line in lines:
         step = line["step"]
         if step < before:
             told = any(e.kind in ("rewound", "resumed") and e.step >= step for e in record.events)
-            # an event is told of the step it happened after, which stays
+            # an event belongs to the step after which it happened, which stays
             _forget(record, step + 1 if "event" in line else step)
             tokens_before = _tokens(record)
             if not told and "event" not in line:
-                record.events.append(Event(step, "resumed", f"went on from before step {step}"))
+                record.events.append(Event(step, "resumed", f"continued before step {step}"))
+        before = step
         if isinstance(line.get("event"), dict):
             facts = dict(line["event"])
             kind, to = str(facts.pop("kind", "")), facts.get("to")
             record.events.append(Event(step, kind, _told(facts)))
             if kind == "rewound" and isinstance(to, int):
                 _forget(record, to + 1)
-                step, tokens_before = to, _tokens(record)
-        alarms = line.get("alarms")
-        for alarm in alarms if isinstance(alarms, list) else []:
-            if isinstance(alarm, dict):
-                record.alarms.append(alarm | {"step": step})
-                record.events.append(Event(step, "alarm", str(alarm.get("name", ""))))
-        rows = line.get("eval/depths")
-        if isinstance(rows, list):
-            record.evaluations[step] = [row for row in rows if isinstance(row, dict)]
-        metrics = {name: value for name, value in line.items() if name not in ("step", "event")}
-        if line.get("skipped") == 1:
-            record.events.append(Event(step, "skipped", "loss or gradient was not finite"))
-        if metrics:
-            record.steps.setdefault(step, {}).update(metrics)
-        rate, tokens = number(line.get("tokens_per_second")), number(line.get("tokens"))
-        if rate and tokens is not None:
-            record.seconds += max(0.0, tokens - tokens_before) / rate
-            tokens_before = int(tokens)
-        elif tokens is not None:
-            tokens_before = int(tokens)
-        before = step
+                step = before = to
+                tokens_before = _tokens(record)
+        _note(record, step, line)
+        tokens, rate = number(line.get("tokens")), number(line.get("tokens_per_second"))
+        if tokens is not None:
+            record.seconds += max(0.0, tokens - tokens_before) / rate if rate else 0.0
+            tokens_before = tokens
     record.steps = dict(sorted(record.steps.items()))
 
 
-def _tokens(record: RunRecord) -> int:
-    """Tokens learnt from at the last step that is kept."""
-    return int(number(record.latest("tokens")) or 0)
+def _note(record: RunRecord, step: int, line: dict[str, Any]) -> None:
+    """Add the alarms, the evaluation and the metrics of one line."""
+    alarms, rows = line.get("alarms"), line.get("eval/depths")
+    for alarm in alarms if isinstance(alarms, list) else []:
+        if isinstance(alarm, dict):
+            name, what, fix = (str(alarm.get(key, "")) for key in ("name", "what", "fix"))
+            record.alarms.append(Alarm(step, name, what, fix))
+            record.events.append(Event(step, "alarm", name))
+    if isinstance(rows, list):
+        record.evaluations[step] = [row for row in rows if isinstance(row, dict)]
+    if line.get("skipped") == 1:
+        record.events.append(Event(step, "skipped", "loss or gradient was not finite"))
+    metrics = {name: value for name, value in line.items() if name not in ("step", "event")}
+    if metrics:
+        record.steps.setdefault(step, {}).update(metrics)
+
+
+def _tokens(record: RunRecord) -> float:
+    """Return the training tokens at the last step that is kept."""
+    return number(record.latest("tokens")) or 0.0
 
 
 def _told(facts: Mapping[str, Any]) -> str:
-    """The facts of an event in words."""
+    """Write the facts of an event in words."""
     parts = []
     for name, value in facts.items():
         if name == "to":
@@ -260,13 +286,13 @@ def _told(facts: Mapping[str, Any]) -> str:
 
 
 def _forget(record: RunRecord, step: int) -> None:
-    """Drop what was measured from ``step`` on: it is about to be done again."""
+    """Drop what was measured from ``step`` on, because those steps are repeated."""
     record.steps = {at: line for at, line in record.steps.items() if at < step}
     record.evaluations = {at: rows for at, rows in record.evaluations.items() if at < step}
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines that are JSON objects with a step, and how many are not."""
+    """Return the lines that are JSON objects with a step, and how many are not."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -284,20 +310,18 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _config(folder: Path, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
     try:
-        values = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        values = None
-    if not isinstance(values, dict) and checkpoint is not None:
-        values = checkpoint.state.get("config")
-    return values if isinstance(values, dict) else None
+        return read_config(folder / CONFIG_FILE)
+    except (DataError, RecursionError):
+        stored = checkpoint.state.get("config") if checkpoint is not None else None
+        return stored if isinstance(stored, dict) else None
 
 
 def _newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The one with the highest step; damaged parts of it are left out and named."""
-    found = list(_numbered(folder / CHECKPOINTS))
+    """Read the checkpoint with the highest step; damaged parts are left out and named."""
+    found = step_folders(folder / CHECKPOINTS_FOLDER)
     if not found:
         return None
-    step, path = max(found)
+    step, path = found[-1]
     problem, state, decays = "", dict[str, Any](), list[float]()
     try:
         state = _json(path / "state.json")
@@ -307,15 +331,8 @@ def _newest_checkpoint(folder: Path) -> Checkpoint | None:
     return Checkpoint(step, path, state, decays, problem)
 
 
-def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
-    for path in folder.glob("step_*"):
-        digits = path.name.removeprefix("step_")
-        if digits.isdigit() and path.is_dir():
-            yield int(digits), path
-
-
 def _decays(path: Path) -> list[float]:
-    """The diagonal of A, read without the rest of the model."""
+    """Read the diagonal of A without the rest of the model."""
     import torch
 
     from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes

@@ -61,7 +61,7 @@ def test_the_trace_knows_the_answers(folder):
         goals.append(f"e{entity}")
     assert [token.goal for token in trace.tokens] == [None, *goals]
     assert [token.hops for token in trace.tokens] == [None, 1, 2, 3]
-    assert (trace.n_loops, trace.task) == (5, "chains")
+    assert (trace.n_loops, trace.goal_name) == (5, "the entity reached")
 
 
 def test_the_task_survives_the_disk(folder, tmp_path):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,20 +21,18 @@ from open_mythos import (
     from_pretrained,
     save_pretrained,
 )
-from open_mythos.cli.trace.run import trace_of, trace_prompt
 from open_mythos.errors import ConfigError, DataError, MythosError
 from open_mythos.model.exit_rules import StateChange
-from open_mythos.reports.trace_page import page, summary
-from open_mythos.reports.trace_record import Prediction, PromptTrace, TokenTrace
-from open_mythos.reports.words import visible
+from open_mythos.reports.html import visible
+from open_mythos.reports.trace_page import page, summary, trace_prompt
+from open_mythos.reports.trace_record import Prediction, PromptTrace, TokenTrace, trace_of
 from open_mythos.tokenizer import ByteTokenizer
+from tests.reports.html_reader import HOSTILE, Reader, assert_self_contained
 
 TASK = PermHop(entities=6, relations=3)
 CHAIN = "e3 r1 r0 r2"
 TEXT = "a <b>\n&é"
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028]]>"
 LOOPS = 5
-VOID = {"meta", "input"}
 
 
 @pytest.fixture(scope="module")
@@ -70,37 +65,6 @@ def model_in(folder: Path) -> OpenMythos:
     model = from_pretrained(folder)
     assert isinstance(model, OpenMythos)
     return model
-
-
-class Reader(HTMLParser):
-    """Tags, attributes and text of a page; unbalanced tags fail."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.text.append(data)
 
 
 def data_of(text: str) -> dict:
@@ -213,13 +177,8 @@ def trace(request: pytest.FixtureRequest) -> PromptTrace:
     return request.getfixturevalue({"text": "text_trace", "chains": "chain_trace"}[request.param])
 
 
-def test_the_page_needs_no_other(trace):
-    text = page(trace)
-    assert not re.search(r"https?:|url\(|@import|\bsrc=|\bhref=|import\(|fetch\(", text)
-    assert "default-src 'none'" in text
-    read = Reader(text)
-    assert read.tags["script"] == 2
-    assert not [name for name, _ in read.attributes if name.startswith("on")]
+def test_the_page_is_self_contained(trace):
+    assert_self_contained(page(trace), scripts=2)
 
 
 def test_the_table_is_there_without_a_script(trace):
@@ -233,7 +192,7 @@ def test_the_table_is_there_without_a_script(trace):
         assert shown == visible(best.text).replace("&", "&amp;").replace("<", "&lt;").replace(
             ">", "&gt;"
         ).replace('"', "&quot;").replace("'", "&#x27;")
-    assert summary(trace) in " ".join(Reader(without).text)
+    assert summary(trace) in Reader(without).text
 
 
 def test_the_script_gets_what_was_collected(trace):
@@ -246,19 +205,22 @@ def test_the_script_gets_what_was_collected(trace):
         assert len(found["top"]) == len(found["change"]) == trace.n_loops
 
 
-def test_pictures(text_trace, chain_trace):
+def test_figures(text_trace, chain_trace):
     text, chain = page(text_trace), page(chain_trace)
     for each, trace in ((text, text_trace), (chain, chain_trace)):
-        # a path and a line of changes for every token, every point finite
-        assert each.count('<g class="way"') == 2 * len(trace.tokens)
-        assert not re.search(r"\bnan\b|\binf\b", each)
-    assert ('class="hops"' in chain, 'class="experts"' in chain) == (True, False)
-    assert ('class="hops"' in text, text.count('class="experts"')) == (False, 2)
-    expected = re.findall(r'<circle class="expected" cx="([\d.]+)" cy="([\d.]+)"', chain)
-    xs, ys = zip(*((float(x), float(y)) for x, y in expected), strict=True)
+        # a path and a line of changes for every token, with a dot for every state and loop
+        assert each.count('<g class="way">') == 2 * len(trace.tokens)
+        paths, changes = (
+            each.partition(f'<svg class="{kind}"')[2].partition("</svg>")[0]
+            for kind in ("paths", "changes")
+        )
+        assert paths.count("<circle") == len(trace.tokens) * (LOOPS + 1)
+        assert changes.count("<circle") == len(trace.tokens) * LOOPS
+    assert text.count('<div class="experts">') == 2
+    assert ("One hop per loop" in text, "One hop per loop" in chain) == (False, True)
     # one hop per loop is a diagonal
-    assert [round(b - a) for a, b in pairwise(xs)] == [40, 40]
-    assert [round(b - a) for a, b in pairwise(ys)] == [-20, -20]
+    rings = re.findall(r'data-i="(\d)" data-t="(\d)"[^>]*><i class="expected', chain)
+    assert sorted(rings) == [("1", "1"), ("2", "2"), ("3", "3")]
 
 
 def test_the_exit_is_marked(text_trace):
@@ -267,7 +229,9 @@ def test_the_exit_is_marked(text_trace):
     assert len(re.findall(r'<td class="c[^"]* stop[ "]', text)) == len(stopped) > 0
     after = sum(LOOPS - token.exit for token in stopped)
     assert len(re.findall(r'<td class="c[^"]* after[ "]', text)) == after
-    assert f"stops {len(stopped)} of {len(text_trace.tokens)}" in summary(text_trace)
+    assert f"{len(stopped)} of {len(text_trace.tokens)} positions exit before" in summary(
+        text_trace
+    )
 
 
 def test_nothing_of_a_prompt_becomes_code(text_trace):
@@ -283,7 +247,7 @@ def test_nothing_of_a_prompt_becomes_code(text_trace):
     read = Reader(text)
     assert read.tags == plain.tags
     assert {name for name, _ in read.attributes} == {name for name, _ in plain.attributes}
-    assert HOSTILE.split("\u2028")[0] in " ".join(read.text)
+    assert HOSTILE.split("\u2028")[0] in read.text
     assert data_of(text)["tokens"][0]["text"] == visible(HOSTILE)
     # the template's own sign is no sign in a text
     assert "$style" in page(replace(text_trace, prompt="$style ${title}"))
@@ -310,7 +274,7 @@ def test_the_file_is_written(chain_folder, tmp_path, capsys):
 
 
 def test_a_trace_is_json(text_trace):
-    assert json.loads(json.dumps(asdict(text_trace)))["task"] == "text"
+    assert json.loads(json.dumps(asdict(text_trace)))["n_loops"] == LOOPS
 
 
 def test_an_empty_text_begins_with_bos(text_folder):

@@ -9,6 +9,13 @@
   let chosen = { i: data.tokens.length - 1, t: data.loops };
   let hovered = null;
   let touched = false;
+  // drawn in the order of the tokens and the loops; paths begin at h_0
+  for (const svg of all("svg.paths, svg.changes"))
+    for (const kind of [".way", ".name"])
+      svg.querySelectorAll(kind).forEach((node, i) => {
+        node.dataset.i = i;
+        node.querySelectorAll("circle").forEach((dot, t) => { dot.dataset.t = t + svg.matches(".changes"); });
+      });
 
   const element = (name, text, attributes = {}) => {
     const made = document.createElement(name);
@@ -34,7 +41,7 @@
     if (token.goal !== null) fact(data.goal, token.goal + ", " + percent(token.p[t - 1]));
     fact("state moved by", percent(token.change[t - 1]));
     if (token.experts.length) fact("experts", token.experts[t - 1].map((e) => e.join(" ")).join(" / "));
-    if (token.exit !== null) fact("stops after", token.exit < data.loops ? "loop " + token.exit : "all loops");
+    if (token.exit !== null) fact("exits after", token.exit < data.loops ? "loop " + token.exit : "all loops");
     detail.replaceChildren(title, list, facts);
   }
 
@@ -43,19 +50,20 @@
     describe(at);
     const experts = (data.tokens[at.i].experts[at.t - 1] || []);
     const same = (node, key, value) => node.dataset[key] === String(value);
-    for (const node of all("tr[data-i], .way")) node.classList.toggle("now", same(node, "i", at.i));
+    for (const node of all("tr[data-i], .way, .name")) node.classList.toggle("now", same(node, "i", at.i));
     for (const node of all("th[data-t], .way circle")) node.classList.toggle("now", same(node, "t", at.t));
     for (const [key, cell] of cells) {
       const now = key === at.i + "," + at.t;
       cell.classList.toggle("now", now);
       cell.tabIndex = key === chosen.i + "," + chosen.t ? 0 : -1;
     }
-    for (const node of all("svg.hops .heat"))
+    for (const node of all(".hops td"))
       node.classList.toggle("now", same(node, "i", at.i) && same(node, "t", at.t));
-    all("svg.experts").forEach((svg, layer) => {
+    all(".experts table").forEach((made, layer) => {
       const picked = data.tokens[at.i].experts;
-      for (const node of svg.querySelectorAll("rect"))
-        node.classList.toggle("now", picked[node.dataset.t - 1][layer].includes(Number(node.dataset.e)));
+      for (const row of [...made.rows].slice(1))
+        for (const node of [...row.cells].slice(1))
+          node.classList.toggle("now", picked[row.rowIndex - 1][layer].includes(node.cellIndex - 1));
     });
     // until something is picked, all paths are equal
     for (const svg of all("svg.paths, svg.changes")) svg.classList.toggle("picked", touched || hovered !== null);
@@ -97,7 +105,7 @@
     choose(chosen.i + step[0], chosen.t + step[1], true);
   });
   slider.addEventListener("input", () => choose(chosen.i, Number(slider.value), false));
-  for (const way of all(".way, svg.hops .heat"))
+  for (const way of all(".way, .hops td"))
     way.addEventListener("click", () => choose(place(way).i, place(way).t || chosen.t, false));
 
   document.documentElement.classList.add("script");

@@ -1,0 +1,33 @@
+"""One small trained run that both pages are made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from open_mythos.cli.training import train_run
+from open_mythos.data import prepare
+from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.train import DataConfig, DepthConfig, OptimConfig, RunConfig, TrainConfig
+from open_mythos.variants import variant
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of four steps, with its evaluation and its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text").mkdir()
+    for i in range(6):
+        (folder / "text" / f"{i}.py").write_text(f"# {i}\ndef add(a, b):\n    return a + b\n" * 400)
+    prepare(str(folder / "text"), folder / "shards", ByteTokenizer(), val_fraction=0.4)
+    config = RunConfig(
+        model=variant("nano"), data=DataConfig(path=str(folder / "shards"), eval_windows=4),
+        depth=DepthConfig(mean=2.0, max_loops=4), optim=OptimConfig(lr=1e-3),
+        train=TrainConfig(
+            steps=4, warmup_steps=1, seq_len=16, global_batch=4, log_every=1, device="cpu",
+            eval_depths=[1, 2, 4], out_dir=str(folder / "run"),
+        ),
+    )  # fmt: skip
+    train_run(config, resume="", quiet=True)
+    return folder / "run"
