@@ -1,4 +1,4 @@
-"""Training one arm at one learning rate until it is done or has diverged."""
+"""Trains one arm at one learning rate until it is done or has diverged."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from experiments.c2_stability.arms import LoopedLM
+from experiments.c2_stability.arms import build_arm
 from experiments.claim import Cell, Place
 from experiments.text import standard_library, validation
-from open_mythos.config import MythosConfig
 from open_mythos.data import Batch, Loader, TokenShards
 from open_mythos.devices import autocast, resolve_device, resolve_dtype
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.cross_entropy import linear_cross_entropy
-from open_mythos.seeding import derive_seed
+from open_mythos.seeding import seeded_generator
 from open_mythos.train import (
     DepthConfig,
     DepthPlan,
@@ -52,10 +52,10 @@ class Watch:
     largest_growth: float = 0.0
 
     def sees(self, loss: float, growth: float) -> str:
-        """The reason why this step is the end, or "" to go on.
+        """Return why training ends at this step, or "" to go on.
 
         Args:
-            loss: Of the step.
+            loss: Loss of the step.
             growth: ||h_T|| / ||h_0||.
         """
         if not math.isfinite(loss) or not math.isfinite(growth):
@@ -73,7 +73,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """Train; say whether and when it diverged, what the state did, and the loss at each depth."""
     s = cell.settings
     device, folder = resolve_device(s["device"]), standard_library(place.shared)
-    model = _build(s, cell.seed).to(device)
+    model = build_arm(s["rule"], s["model"], cell.seed).to(device)
     watch, curve = Watch(s["patience"]), []
     ended = ""
     for loss, growth in _training(model, cell, folder, device):
@@ -85,7 +85,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         "step": len(curve),
         "curve": curve[:: s["log_every"]],
         "largest_growth": watch.largest_growth,
-        "rho": model.rule.spectral_radius(),
+        "rho": model.recurrent.injection.spectral_radius().item(),
         "parameters": sum(
             parameter.numel()
             for name, parameter in model.named_parameters()
@@ -96,9 +96,9 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
 
 
 def _training(
-    model: LoopedLM, cell: Cell, folder: Path, device: torch.device
+    model: OpenMythos, cell: Cell, folder: Path, device: torch.device
 ) -> Iterator[tuple[float, float]]:
-    """Loss (NaN where the gradient is not finite) and ||h_T|| / ||h_0|| of every step."""
+    """Yield loss (NaN where the gradient is not finite) and ||h_T|| / ||h_0|| of every step."""
     s = cell.settings
     config = TrainConfig(steps=s["steps"], warmup_steps=s["warmup"], schedule="constant")
     optim = OptimConfig(lr=s["lr"])
@@ -110,7 +110,10 @@ def _training(
     for step in range(s["steps"]):
         batch, trace = loader.next_batch(step).to(device), LoopTrace()
         loops = int(plan.depths(step, [0])[0])
-        h_BTD = _random_state(batch, s["model"]["dim"], cell.seed, step)
+        # h_0 of standard deviation 1: there has to be something that the state can grow from
+        generator = seeded_generator(cell.seed, "c2/h0", step)
+        shape = (*batch.input_ids.shape, model.cfg.dim)
+        h_BTD = torch.randn(shape, generator=generator).to(device)
         with autocast(device, resolve_dtype(s["dtype"])):
             loss = _loss(model, batch, loops, h_BTD, trace)
         loss.backward()
@@ -123,35 +126,22 @@ def _training(
         optimizer.zero_grad(set_to_none=True)
 
 
-def _build(s: dict[str, Any], seed: int) -> LoopedLM:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, "init"))
-        return LoopedLM(MythosConfig.from_dict(s["model"]), s["rule"])
-
-
-def _random_state(batch: Batch, dim: int, seed: int, step: int) -> Tensor:
-    """h_0 of standard deviation 1: there has to be something that the state can grow from."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "c2/h0", step))
-    shape = (*batch.input_ids.shape, dim)
-    return torch.randn(shape, generator=generator).to(batch.input_ids.device)
-
-
-def _loss(
-    model: LoopedLM, batch: Batch, loops: int, h_BTD: Tensor, trace: LoopTrace | None = None
-) -> Tensor:
-    hidden_BTD = model.hidden(batch.input_ids, n_loops=loops, h_BTD=h_BTD, trace=trace)
-    return linear_cross_entropy(hidden_BTD, model.head.weight, batch.targets)
+def _loss(model: OpenMythos, batch: Batch, loops: int, h_BTD: Tensor, trace: LoopTrace) -> Tensor:
+    """Compute the loss after ``loops`` loops from h_0 = ``h_BTD``."""
+    ctx = model.context(batch.input_ids)
+    *_, (_, last_BTD) = model.unroll(batch.input_ids, loops, ctx, h_BTD=h_BTD, trace=trace)
+    return linear_cross_entropy(model.final_hidden(last_BTD, ctx), model.head.weight, batch.targets)
 
 
 @torch.no_grad()
 def _measured(
-    model: LoopedLM, folder: Path, s: dict[str, Any], device: torch.device
+    model: OpenMythos, folder: Path, s: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """Validation loss at several depths from h_0 = 0, and the state on the way to the deepest."""
+    """Measure the validation loss at several depths from h_0 = 0, and the state on the way."""
     model.eval()
     batches = validation(folder, seq_len=s["seq_len"], windows=s["val_windows"])
     batches = [batch.to(device) for batch in batches]
-    h_BTD = torch.zeros(*batches[0].input_ids.shape, s["model"]["dim"], device=device)
+    h_BTD = torch.zeros(*batches[0].input_ids.shape, model.cfg.dim, device=device)
     trace = LoopTrace()
     losses = {
         str(loops): mean(_loss(model, batch, loops, h_BTD, trace).item() for batch in batches)

@@ -10,26 +10,18 @@ from helpers import assert_same, randomise
 
 from experiments import c2_stability as c2
 from experiments.c2_stability.answer import largest_stable
-from experiments.c2_stability.arms import RULES, LoopedLM
+from experiments.c2_stability.arms import RULES, build_arm
 from experiments.c2_stability.cells import LEARNING_RATES
 from experiments.c2_stability.training import Watch
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
-from open_mythos import MythosConfig, OpenMythos
+from open_mythos import LTIInjection, MythosConfig
 
 LOSSES = {"1": 2.2, "4": 2.1, "16": 2.0, "32": 2.0}
-
-
-def config(**changes: object) -> MythosConfig:
-    fields = {
-        "vocab_size": 31, "dim": 16, "n_heads": 2, "n_kv_heads": 2, "attn_type": "gqa",
-        "n_experts": 0, "lora_rank": 0, "prelude_layers": 1, "coda_layers": 1, "max_seq_len": 8,
-        "readout": False,
-    }  # fmt: skip
-    return MythosConfig(**{**fields, **changes})
-
-
-def ids() -> torch.Tensor:
-    return torch.randint(31, (2, 8), generator=torch.Generator().manual_seed(0))
+MODEL = {
+    "vocab_size": 31, "dim": 16, "n_heads": 2, "n_kv_heads": 2, "attn_type": "gqa",
+    "n_experts": 0, "lora_rank": 0, "prelude_layers": 1, "coda_layers": 1, "max_seq_len": 8,
+    "readout": False,
+}  # fmt: skip
 
 
 def state(scale: float = 1.0) -> torch.Tensor:
@@ -37,50 +29,32 @@ def state(scale: float = 1.0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_constrained_arm_is_the_library_s_model():
-    arm, model = LoopedLM(config(), "stable").eval(), OpenMythos(config()).eval()
-    randomise(arm)
-    names = {"prelude.": "prelude.0.", "rule.recurrent.": "recurrent.", "coda.": "coda.0."}
-    weights = {}
-    for name, value in arm.state_dict().items():
-        old = next((old for old in names if name.startswith(old)), "")
-        weights[names.get(old, "") + name.removeprefix(old)] = value
-    model.load_state_dict(weights)
-    looped = arm.head(arm.hidden(ids(), n_loops=3, h_BTD=torch.zeros(2, 8, 16)))
-    assert_same(looped, model(ids(), n_loops=3))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule_carries_state_and_input(rule):
-    model = randomise(LoopedLM(config(), rule)).eval()
-    drive = model.rule.drive(state(0.5))
-    ctx = model.context(ids())
-    once = model.rule(state(), drive, 0, ctx)
+def test_every_arm_carries_state_and_input(rule):
+    model = randomise(build_arm(rule, MODEL, 0)).eval()
+    once = model.step(state(), state(0.5), 0)
     assert once.shape == (2, 8, 16)
-    assert not torch.allclose(once, model.rule(2 * state(), drive, 0, ctx))
-    assert not torch.allclose(once, model.rule(state(), model.rule.drive(state(0.9)), 0, ctx))
-    assert math.isfinite(model.rule.spectral_radius())
+    assert not torch.allclose(once, model.step(2 * state(), state(0.5), 0))
+    assert not torch.allclose(once, model.step(state(), state(0.9), 0))
+    assert math.isfinite(model.recurrent.injection.spectral_radius())
+    again = randomise(build_arm(rule, MODEL, 0)).eval()
+    assert torch.equal(again.step(state(), state(0.5), 0), once)
 
 
 @torch.no_grad()
 def test_linear_parts():
     """With branches that end in zeros a block is the identity, and what is left is linear."""
     h, e = state(), state(0.3)
-    fresh = {rule: LoopedLM(config(), rule).eval() for rule in RULES}
-    ctx = fresh["additive"].context(ids())
-
-    def step(rule: str) -> torch.Tensor:
-        return fresh[rule].rule(h, fresh[rule].rule.drive(e), 0, ctx)
-
-    assert_same(step("additive"), h + e)
-    mixed = fresh["concat"].rule
-    assert_same(step("concat"), mixed.mix(h) + mixed.mix_input(e))
-    injection = fresh["stable"].rule.recurrent.injection
-    assert_same(step("stable"), injection(h, e))
-    rule = fresh["predecessor"].rule
-    assert_same(step("predecessor"), rule.injection(h, e) + rule.norm(h + e))
-    assert step("sandwich").pow(2).mean(-1).sqrt().allclose(torch.ones(2, 8), atol=1e-3)
+    arms = {rule: build_arm(rule, MODEL, 0).eval() for rule in RULES}
+    found = {rule: model.step(h, e, 0) for rule, model in arms.items()}
+    assert_same(found["additive"], h + e)
+    for rule in ("concat", "stable"):
+        assert_same(found[rule], arms[rule].recurrent.injection(h, e))
+    loop = arms["predecessor"].recurrent
+    same = LTIInjection(16)
+    same.load_state_dict(loop.injection.state_dict())
+    assert_same(found["predecessor"], same(h, e) + loop.norm(h + e))
+    assert found["sandwich"].pow(2).mean(-1).sqrt().allclose(torch.ones(2, 8), atol=1e-3)
 
 
 def test_a_spike_ends_a_training_only_if_it_lasts():
@@ -170,4 +144,4 @@ def test_half_precision_runs_too(place):
 
 def test_gpu_settings_are_valid():
     for cell in c2.cells("gpu"):
-        MythosConfig.from_dict(cell.settings["model"])
+        MythosConfig.from_dict(cell.settings["model"] | RULES[cell.settings["rule"]]).validate()
