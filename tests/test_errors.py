@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from collections.abc import Callable
 
 import pytest
@@ -92,11 +91,9 @@ BAD_RELATIONS: dict[str, dict[str, object]] = {
 
 
 def refused(call: Callable[[], object]) -> ConfigError:
-    """The five-part error that ``call`` raises within a second of work."""
-    start = time.process_time()
+    """The five-part error that ``call`` raises."""
     with pytest.raises(ConfigError) as caught:
         call()
-    assert time.process_time() - start < 1
     error = caught.value
     assert isinstance(error, ValueError)
     assert all((error.what, error.where, error.allowed, error.fix)), str(error)

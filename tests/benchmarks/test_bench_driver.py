@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from benchmarks.roofline import Work
 from open_mythos.accounting import account
 from open_mythos.errors import EnvironmentError_
 
+ENDLESS = float("inf")
+
 
 @dataclass
 class Steps:
@@ -26,15 +29,15 @@ class Steps:
 
     seconds: tuple[float, ...] = (0.0,)
     raises: BaseException | None = None
-    told: list[float] = field(default_factory=list)
 
     def title(self, scale: object) -> str:
         return "made up"
 
     def rows(self, scale: object) -> Iterator[Finding]:
         for i, seconds in enumerate(self.seconds):
+            if seconds == ENDLESS:  # the alarm of the deadline rings now
+                signal.raise_signal(signal.SIGALRM)
             time.sleep(seconds)
-            self.told.append(time.monotonic())
             yield Finding(f"row {i}", "float32", 1.0, "s")
         if self.raises is not None:
             raise self.raises
@@ -57,11 +60,9 @@ def run(monkeypatch, tmp_path):
 
 
 def test_a_suite_that_takes_too_long_is_left_and_those_after_it_have_their_time(run, capsys):
-    made = {"experts": Steps((0.0, 60.0)), "training": Steps((0.0, 0.0))}
-    begin = time.monotonic()
-    code, saved = run(made, "--budget", "2")
+    made = {"experts": Steps((0.0, ENDLESS)), "training": Steps((0.0, 0.0))}
+    code, saved = run(made, "--budget", "3600")
     assert code == 0
-    assert time.monotonic() - begin < 20
     assert [len(saved[name]["rows"]) for name in made] == [1, 2]
     assert (saved["experts"]["stopped"], saved["experts"]["complete"]) == ("out of time", False)
     assert saved["training"]["complete"]
@@ -113,9 +114,9 @@ def test_too_little_memory_is_a_row(run):
 
 
 def test_no_deadline_outlives_its_block():
-    with deadline(time.monotonic() + 0.05):
-        pass
-    time.sleep(0.08)
+    with deadline(time.monotonic() + 3600):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     with pytest.raises(OutOfTime), deadline(time.monotonic() - 1):
         raise AssertionError("begun")
 
@@ -153,7 +154,7 @@ def test_every_suite_is_there_and_has_its_place():
 
 def test_the_clock_and_the_memory():
     wall, _ = clocked(lambda: time.sleep(0.02), repeats=2)
-    assert 0.02 <= wall < 0.2
+    assert wall >= 0.02
     # 4 MB and 2 MB at the same time, then 2 MB less
     kept = []
     peak = peak_bytes(lambda: kept.append(torch.ones(1 << 20).bfloat16()))

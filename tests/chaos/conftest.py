@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from chaos import lab
-from chaos.forks import Forks
-from chaos.lives import Reference, reference
-from chaos.results import Recorder, Row
+from chaos import small_run
+from chaos.fork_client import Forks
+from chaos.lifetimes import Reference, reference
+from chaos.outcome_table import Recorder, Row
 
 _RECORDER = "chaos-recorder"
 
@@ -52,7 +52,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prepared folder that all runs train on; never to be changed by a test."""
-    return lab.make_data(tmp_path_factory.mktemp("data") / "tokens")
+    return small_run.make_data(tmp_path_factory.mktemp("data") / "tokens")
 
 
 @pytest.fixture(scope="session")

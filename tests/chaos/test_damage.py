@@ -13,14 +13,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from chaos import lab
-from chaos.results import sizes
+from chaos import small_run
+from chaos.outcome_table import sizes
 from open_mythos.errors import DataError
 from open_mythos.train import find_checkpoint, verify_checkpoint
-from open_mythos.train.checkpoint import checkpoint, manifest
+from open_mythos.train.checkpoint import manifest, snapshot
 from open_mythos.train.checkpoint.snapshot import Snapshot, write_snapshot
 
-NEWEST, BEFORE = f"step_{lab.STEPS:08d}", f"step_{lab.STEPS - lab.SAVE_EVERY:08d}"
+NEWEST, BEFORE = f"step_{small_run.STEPS:08d}", f"step_{small_run.STEPS - small_run.SAVE_EVERY:08d}"
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def saved(straight, data, tmp_path):
     """A trainer at its first step, and the checkpoints of a run that has ended."""
     out = tmp_path / "run"
     shutil.copytree(straight.out, out)
-    trainer = lab.new_trainer(lab.run_config(out, data))
+    trainer = small_run.new_trainer(small_run.run_config(out, data))
     return trainer, out / "checkpoints"
 
 
@@ -55,7 +55,7 @@ def undetected(trainer, folder, victim, content, changed, caplog):
     """What went wrong when ``victim`` was damaged; repairs it."""
     found = []
     victim.unlink() if changed is None else victim.write_bytes(changed)
-    before = lab.tensors(trainer)
+    before = small_run.tensors(trainer)
     try:
         trainer.resume(strict=True)
     except DataError as error:
@@ -63,12 +63,12 @@ def undetected(trainer, folder, victim, content, changed, caplog):
             found.append(f"the refusal does not name it: {error}")
     else:
         found.append("a strict resume takes it")
-    if lab.differing(before, lab.tensors(trainer)):
+    if small_run.differing(before, small_run.tensors(trainer)):
         found.append("something was loaded before it was found")
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         step = trainer.resume().step
-    if step != lab.STEPS - lab.SAVE_EVERY:
+    if step != small_run.STEPS - small_run.SAVE_EVERY:
         found.append(f"resumed at step {step}")
     # a digit of a hash in the manifest names the file whose hash it is
     if victim.name != manifest.MANIFEST_FILE and str(victim) not in caplog.text:
@@ -101,7 +101,7 @@ def test_damage_is_found_and_passed_over(saved, caplog, row, kind, times):
 @pytest.mark.goal("R3", "every checkpoint of a run damaged")
 def test_no_silent_fresh_start(saved, row):
     trainer, folder = saved
-    before = lab.tensors(trainer)
+    before = small_run.tensors(trainer)
     for path in folder.iterdir():
         victim = path / "optimizer.safetensors"
         victim.write_bytes(flipped(random.Random(0), victim.read_bytes()))
@@ -111,7 +111,7 @@ def test_no_silent_fresh_start(saved, row):
     shutil.rmtree(folder)
     with pytest.raises(DataError, match="there is no checkpoint to resume from"):
         trainer.resume()
-    assert lab.differing(before, lab.tensors(trainer)) == []
+    assert small_run.differing(before, small_run.tensors(trainer)) == []
     row.outcome = "an error, nothing loaded, never a fresh start"
 
 
@@ -121,7 +121,7 @@ def test_without_verification_damage_goes_through(saved, caplog, row):
     rng = random.Random(0)
     victim = folder / NEWEST / "model.safetensors"
     content = victim.read_bytes()
-    with patch.object(checkpoint, "verify_checkpoint", lambda path: None):
+    with patch.object(snapshot, "verify_checkpoint", lambda path: None):
         for _ in range(5):
             damaged = bytearray(content)
             damaged[rng.randrange(len(content) // 2, len(content))] ^= 1

@@ -8,10 +8,10 @@ from collections import Counter
 
 import pytest
 
-from chaos import lab
-from chaos.lives import Story, random_kills, reference
-from chaos.moments import PHASES
-from chaos.results import sizes
+from chaos import small_run
+from chaos.injection_points import PHASES
+from chaos.lifetimes import Story, random_kills, reference
+from chaos.outcome_table import sizes
 
 BEHIND = {"train": {"async_save": True}}
 PER_STORY = 5
@@ -56,8 +56,8 @@ def test_in_each_phase(forks, data, straight, tmp_path, row, phase, times):
 def test_one_checkpoint_a_life(forks, data, straight, tmp_path, row):
     """A run that dies after each of its saves gets to its end."""
     story = Story(forks, data, tmp_path / "run")
-    per_save = straight.moments["save"] * lab.SAVE_EVERY // lab.STEPS
-    for _ in range(lab.STEPS // lab.SAVE_EVERY - 1):
+    per_save = straight.moments["save"] * small_run.SAVE_EVERY // small_run.STEPS
+    for _ in range(small_run.STEPS // small_run.SAVE_EVERY - 1):
         # in the second save of this life: the first one stands
         moment = {"phase": "save", "nth": per_save + per_save // 2, "signals": [signal.SIGKILL]}
         assert story.life(moment).code == -signal.SIGKILL

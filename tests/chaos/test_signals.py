@@ -11,10 +11,10 @@ import signal
 
 import pytest
 
-from chaos import lab
-from chaos.lives import Story
-from chaos.moments import PHASES
-from chaos.results import sizes
+from chaos import small_run
+from chaos.injection_points import PHASES
+from chaos.lifetimes import Story
+from chaos.outcome_table import sizes
 from open_mythos.train import PreemptedError, find_checkpoint
 from open_mythos.train.signals import StopRequest
 
@@ -27,7 +27,7 @@ def where_it_stopped(story):
     """The step that it says; its newest checkpoint is of that step."""
     (step,) = re.findall(r"after step (\d+); a checkpoint was saved", story.end.said)
     assert find_checkpoint(story.out, strict=True).name == f"step_{int(step):08d}"
-    assert lab.read_journal(story.out)[-1]["step"] in (int(step) - 1, int(step))
+    assert small_run.read_journal(story.out)[-1]["step"] in (int(step) - 1, int(step))
     return int(step)
 
 

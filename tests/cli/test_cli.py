@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -63,18 +62,16 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_help_is_quick_and_loads_no_torch() -> None:
+def test_help_loads_no_torch() -> None:
     code = (
         "import sys; from open_mythos.cli import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit('torch' in sys.modules)"
     )
-    clock = time.process_time(), time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--model.kv_lora_rank" in done.stdout
-    assert time.perf_counter() - clock[1] < 10  # 0.5 s on an idle machine
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 
 import pytest
 
@@ -11,12 +10,10 @@ from open_mythos.tokenizer import MythosTokenizer, hub, load_tokenizer
 from tokenizer.samples import foreign
 
 
-def test_offline_says_what_to_do_within_seconds(monkeypatch, tmp_path) -> None:
+def test_offline_says_what_to_do(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    began = time.monotonic()
     with pytest.raises(EnvironmentError_, match="HF_HUB_OFFLINE") as caught:
         MythosTokenizer("open-mythos/no-such-model")
-    assert time.monotonic() - began < 20  # most of it is the import of transformers
     for advice in ("pip install open-mythos[hf]", "path", "ByteTokenizer"):
         assert advice in str(caught.value)
 
@@ -25,10 +22,8 @@ def test_an_unreachable_hub_is_noticed_without_retries(monkeypatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
-    began = time.monotonic()
     with pytest.raises(EnvironmentError_, match=r"127\.0\.0\.1"):
         load_tokenizer("open-mythos/no-such-model")
-    assert time.monotonic() - began < 20
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch) -> None:

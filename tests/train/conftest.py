@@ -18,8 +18,6 @@ from open_mythos.train import (
     TrainConfig,
 )
 
-torch.set_num_threads(2)
-
 MODEL = MythosConfig(
     vocab_size=13, dim=16, n_heads=2, n_kv_heads=1, max_seq_len=16, max_loop_iters=4,
     prelude_layers=1, coda_layers=1, attn_type="gqa", n_experts=4, n_shared_experts=1,

@@ -1,5 +1,6 @@
 """Several processes on one machine, for tests of what they do together."""
 
+import multiprocessing
 import tempfile
 import time
 from contextlib import contextmanager
@@ -10,12 +11,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# forks of one process that has imported torch start at once, and it never ran a thread
+multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "open_mythos.train.trainer"])
 
-def run_ranks(processes, function, *args, seconds=240):
-    """``function(ranks, *args)`` in so many processes; what each of them returned."""
+
+def run_ranks(processes, function, *args, seconds=600):
+    """Call ``function(ranks, *args)`` in several processes; return what each of them returned."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
-            _run, (processes, folder, function, args), processes, join=False, start_method="spawn"
+            _run,
+            (processes, folder, function, args),
+            processes,
+            join=False,
+            start_method="forkserver",
         )
         deadline = time.monotonic() + seconds
         try:

@@ -41,7 +41,7 @@ def refuse_changes(
     before, now = _flat(saved), _flat(present)
     # fields that a checkpoint does not know yet had the behaviour of their defaults
     before = {**_flat(RunConfig().to_dict()), **before}
-    if "data.held_out" not in saved.get("data", {}):
+    if "held_out" not in saved.get("data", {}):
         now["data.held_out"] = before["data.held_out"]  # the loader's position tells it
         now["data.text_field"] = before["data.text_field"]
     known = before.keys() | now.keys()

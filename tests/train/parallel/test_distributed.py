@@ -38,32 +38,32 @@ def whole(tensors):
     return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
 
 
-def every_kind(ranks, options):
+def every_kind(ranks, options, kinds):
     found = {}
-    for size in (1, 2, 4):
-        for name, parallel in KINDS.items():
-            if (size < 4 and name == "hsdp") or size < 2:
-                continue
-            with ranks.group(size) as inside:
-                if inside:
-                    found[name, size] = trained(tiny_run(**options, parallel=parallel))
+    for name, size in kinds:
+        with ranks.group(size) as inside:
+            if inside:
+                found[name, size] = trained(tiny_run(**options, parallel=KINDS[name]))
     return found
 
 
+EACH_ONCE = [("ddp", 2), ("fsdp", 2), ("experts", 2), ("hsdp", 4)]
+ALL = [(name, size) for name in KINDS for size in (2, 4) if (name, size) != ("hsdp", 2)]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("kinds", "train"),
     [
-        RUN,
-        pytest.param(
-            RUN | {"train": RUN["train"] | {"micro_batch": 1, "checkpoint_loops": True}},
-            marks=pytest.mark.slow,
-        ),
+        (EACH_ONCE, {"steps": 3}),
+        pytest.param(ALL, {}, marks=pytest.mark.slow),
+        pytest.param(ALL, {"micro_batch": 1, "checkpoint_loops": True}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "micro-batches, checkpointed"],
+    ids=["each once", "plain", "micro-batches, checkpointed"],
 )
-def test_every_kind_computes_what_one_process_does(options):
+def test_every_kind_computes_what_one_process_does(kinds, train):
+    options = RUN | {"train": RUN["train"] | train}
     lines, weights, state = trained(tiny_run(**options))
-    found = run_ranks(4, every_kind, options)
+    found = run_ranks(4, every_kind, options, kinds)
     for key, (got, tensors, at) in found[0].items():
         for step, (a, b) in enumerate(zip(got, lines, strict=True)):
             assert a["loss"] == pytest.approx(b["loss"], abs=5e-6), (key, step)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chaos import lab
-from chaos.controls import CONTROLS
-from chaos.forks import End, Forks
-from chaos.moments import Moments, where_it_died
-from chaos.server import begin
+from chaos import small_run
+from chaos.broken_variants import CONTROLS
+from chaos.fork_client import End, Forks
+from chaos.fork_server import begin
+from chaos.injection_points import Moments, where_it_died
 from open_mythos.errors import DataError
 from open_mythos.run_folder import CHECKPOINTS_FOLDER
 from open_mythos.train.checkpoint.snapshot import checkpoints, verify_checkpoint
@@ -41,22 +41,22 @@ def live(
         The fingerprint of its end, and how many moments it had.
     """
     folder, moment = Path(out), moment or {}
-    lab.Journal(folder)  # the folder is there from the first moment on
+    small_run.Journal(folder)  # the folder is there from the first moment on
     signals = moment.get("signals", [])
     moments = Moments(
         folder, moment.get("phase", ""), moment.get("nth"),
         lambda: [os.kill(os.getpid(), each) for each in signals],
     )  # fmt: skip
-    trainer = lab.new_trainer(lab.run_config(folder, data, changes))
+    trainer = small_run.new_trainer(small_run.run_config(folder, data, changes))
     with CONTROLS[control](trainer) if control else nullcontext():
-        if lab.has_checkpoint(folder):
+        if small_run.has_checkpoint(folder):
             trainer.resume()
-        lab.Journal(folder).watch(trainer)
+        small_run.Journal(folder).watch(trainer)
         with moments.watch(trainer):
             begin()
             trainer.fit()
     return {
-        "end": lab.fingerprint(trainer),
+        "end": small_run.fingerprint(trainer),
         "moments": dict(moments.counts),
         "before_last": moments.before_last,
     }
@@ -87,10 +87,10 @@ def reference(forks: Forks, data: Path, folder: Path, changes: Any = None) -> Re
     end = forks.run(live, out=str(out), data=str(data), changes=changes)
     seconds = time.perf_counter() - start
     assert end.code == 0, end.said
-    lines = lab.read_journal(out)
+    lines = small_run.read_journal(out)
     journal = {_key(line): line for line in lines}
     assert len(journal) == len(lines)
-    assert sum(not depths for _, depths in journal) == lab.STEPS
+    assert sum(not depths for _, depths in journal) == small_run.STEPS
     value = end.value
     return Reference(journal, value["end"], value["moments"], value["before_last"], seconds, out)
 
@@ -108,12 +108,12 @@ def violations(out: Path, end: Any, straight: Reference) -> list[str]:
         straight: The other one.
     """
     found = []
-    for line in lab.read_journal(out):
+    for line in small_run.read_journal(out):
         expected = straight.journal.get(_key(line))
         if line != expected:
             names = [n for n in line if expected is None or line[n] != expected.get(n)]
             found.append(f"step {line['step']}: {', '.join(names)}")
-    missing = straight.journal.keys() - {_key(line) for line in lab.read_journal(out)}
+    missing = straight.journal.keys() - {_key(line) for line in small_run.read_journal(out)}
     found += [f"step {step} was never computed" for step, _ in sorted(missing)]
     for part in ("state", "data"):
         if end[part] != straight.end[part]:
@@ -150,7 +150,7 @@ class Story:
 
     def life(self, moment: dict[str, Any] | None = None, **sending: Any) -> End:
         """One life, up to its end or death."""
-        had = lab.has_checkpoint(self.out)
+        had = small_run.has_checkpoint(self.out)
         self.end = end = self.forks.run(
             live, out=str(self.out), data=str(self.data), changes=self.changes,
             control=self.control, moment=moment, **sending,
@@ -158,7 +158,7 @@ class Story:
         if end.code < 0:
             self.deaths[where_it_died(self.out)] += 1
         self.found += half_checkpoints(self.out)
-        if had and not lab.has_checkpoint(self.out):
+        if had and not small_run.has_checkpoint(self.out):
             self.found.append("a checkpoint existed, and none does")
         return end
 

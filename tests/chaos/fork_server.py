@@ -34,9 +34,9 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)
         if "warm" in sys.argv[1:]:
-            from chaos import lab
+            from chaos import small_run
 
-            lab.warm_up()
+            small_run.warm_up()
         threads = Path("/proc/self/task")
         if threads.is_dir():
             assert len(list(threads.iterdir())) == 1, "a fork of several threads is not safe"
@@ -124,4 +124,4 @@ def die_with_the_server() -> None:
 
 if __name__ == "__main__":
     # as the module that jobs import, not as a second one of another name
-    importlib.import_module("chaos.server").main()
+    importlib.import_module("chaos.fork_server").main()

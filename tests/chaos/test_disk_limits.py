@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from chaos import lab, rooms
-from chaos.lives import violations
+from chaos import disk_limits, small_run
+from chaos.lifetimes import violations
 from open_mythos.errors import EnvironmentError_
 from open_mythos.train import Trainer
 
 EXIT = EnvironmentError_.exit_code
-FIRST = f"step_{lab.SAVE_EVERY:08d}"
-DEVICES = {"a full disk": rooms.disk_fills_up, "a limit on files": rooms.files_may_not_grow}
+FIRST = f"step_{small_run.SAVE_EVERY:08d}"
+DEVICES = {
+    "a full disk": disk_limits.disk_fills_up,
+    "a limit on files": disk_limits.files_may_not_grow,
+}
 
 
 @pytest.fixture(scope="session")
 def small_disk(forks):
-    if not forks.run(rooms.small_disks_are_possible).value:
+    if not forks.run(disk_limits.small_disks_are_possible).value:
         pytest.skip("no file system can be mounted here")
 
 
@@ -45,14 +48,14 @@ def before_the_first_step(end, *words):
 
 @pytest.mark.goal("R6", "too little room for the checkpoints that are kept")
 def test_room_is_counted_before_the_first_step(forks, data, tmp_path, row, small_disk):
-    end = forks.run(rooms.no_room_at_first, out=str(tmp_path / "disk"), data=str(data))
+    end = forks.run(disk_limits.no_room_at_first, out=str(tmp_path / "disk"), data=str(data))
     before_the_first_step(end, "there is no room for the checkpoints", "MiB free", "train.keep = 2")
     row.outcome = "an error before the first step that says how much is missing"
 
 
 @pytest.mark.goal("R6", "a file system that is read-only")
 def test_read_only_before_the_first_step(forks, data, tmp_path, row, small_disk):
-    end = forks.run(rooms.read_only_at_first, out=str(tmp_path / "disk"), data=str(data))
+    end = forks.run(disk_limits.read_only_at_first, out=str(tmp_path / "disk"), data=str(data))
     before_the_first_step(end, "Read-only file system")
     row.outcome = "an error before the first step"
 
@@ -60,7 +63,7 @@ def test_read_only_before_the_first_step(forks, data, tmp_path, row, small_disk)
 @pytest.mark.goal("R6", "a folder of somebody else")
 @pytest.mark.parametrize("whose", ["the run", "its checkpoints"])
 def test_no_permission_before_the_first_step(forks, data, open_folder, row, whose):
-    end = forks.run(rooms.no_permission, out=str(open_folder), data=str(data), when=whose)
+    end = forks.run(disk_limits.no_permission, out=str(open_folder), data=str(data), when=whose)
     before_the_first_step(end, "Permission denied")
     row.outcome = f"{whose}: an error before the first step"
 
@@ -71,7 +74,7 @@ def a_clean_stop(facts):
     assert "the checkpoint could not be written" in facts["error"]
     assert facts["checkpoints"] == [FIRST]
     assert facts["half"] == []
-    assert rooms.FULL_AT in facts["steps"]
+    assert disk_limits.FULL_AT in facts["steps"]
 
 
 @pytest.mark.goal("R6", "the room goes in the middle of a run")
@@ -104,7 +107,7 @@ def test_the_second_try_saves_the_run(forks, data, straight, tmp_path, row, devi
     assert end.code == 0, end.said
     (facts,) = end.value
     assert facts["code"] == 0, facts
-    assert facts["tries"] == 1 + lab.STEPS // lab.SAVE_EVERY
+    assert facts["tries"] == 1 + small_run.STEPS // small_run.SAVE_EVERY
     assert facts["end"] == straight.end
     row.outcome = f"{device}: a warning, and the run goes on"
 
@@ -114,9 +117,11 @@ def test_the_second_try_saves_the_run(forks, data, straight, tmp_path, row, devi
 def test_forbidden_later_is_a_clean_stop(forks, data, tmp_path, open_folder, row, how, request):
     if how == "read-only":
         request.getfixturevalue("small_disk")
-        end = forks.run(rooms.becomes_read_only, out=str(tmp_path / "disk"), data=str(data))
+        end = forks.run(disk_limits.becomes_read_only, out=str(tmp_path / "disk"), data=str(data))
     else:
-        end = forks.run(rooms.no_permission, out=str(open_folder), data=str(data), when="later")
+        end = forks.run(
+            disk_limits.no_permission, out=str(open_folder), data=str(data), when="later"
+        )
     assert end.code == 0, end.said
     a_clean_stop(end.value)
     assert ("Read-only" if how == "read-only" else "Permission denied") in end.value["error"]
@@ -133,15 +138,17 @@ class Broken:
 @pytest.mark.goal("R6", "metrics that cannot be written")
 @pytest.mark.parametrize("how", ["a logger that raises", "a folder in the file's place"])
 def test_metrics_never_stop_a_run(data, straight, tmp_path, caplog, row, how):
-    run = lab.run_config(tmp_path / "run", data)
-    trainer = lab.new_trainer(run, Trainer, [Broken()] if how == "a logger that raises" else [])
-    lab.Journal(tmp_path / "run").watch(trainer)
+    run = small_run.run_config(tmp_path / "run", data)
+    trainer = small_run.new_trainer(
+        run, Trainer, [Broken()] if how == "a logger that raises" else []
+    )
+    small_run.Journal(tmp_path / "run").watch(trainer)
     if how == "a folder in the file's place":
         file = tmp_path / "run" / "metrics.jsonl"
-        rooms.at_step(trainer, 2, lambda: (file.unlink(), file.mkdir()))
+        disk_limits.at_step(trainer, 2, lambda: (file.unlink(), file.mkdir()))
     with caplog.at_level(logging.WARNING):
         trainer.fit()
-    assert violations(tmp_path / "run", lab.fingerprint(trainer), straight) == []
+    assert violations(tmp_path / "run", small_run.fingerprint(trainer), straight) == []
     warnings = [r.getMessage() for r in caplog.records if "may lose metrics" in r.getMessage()]
     assert len(warnings) == 1
     row.outcome = f"{how}: one warning, the run equal bit for bit"
@@ -150,7 +157,9 @@ def test_metrics_never_stop_a_run(data, straight, tmp_path, caplog, row, how):
 @pytest.mark.goal("control", "room that is not looked for first")
 def test_without_the_look_steps_are_lost(forks, data, tmp_path, row, small_disk):
     """Otherwise the error above might come from the first save."""
-    end = forks.run(rooms.no_room_at_first, out=str(tmp_path / "disk"), data=str(data), look=False)
+    end = forks.run(
+        disk_limits.no_room_at_first, out=str(tmp_path / "disk"), data=str(data), look=False
+    )
     assert end.code == 0, end.said
     with pytest.raises(AssertionError):
         before_the_first_step(end, "there is no room for the checkpoints")
@@ -160,8 +169,8 @@ def test_without_the_look_steps_are_lost(forks, data, tmp_path, row, small_disk)
 
 def test_leftovers_of_a_killed_run_are_room(data, tmp_path):
     """They are removed before the room is counted, and count as nothing."""
-    run = lab.run_config(tmp_path / "run", data)
-    trainer = lab.new_trainer(run)
+    run = small_run.run_config(tmp_path / "run", data)
+    trainer = small_run.new_trainer(run)
     leftover = tmp_path / "run" / "checkpoints" / ".unfinished-step_00000003"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(bytes(1 << 20))

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from chaos import lab
-from chaos.controls import CONTROLS
-from chaos.disk import DEADLY, FAULTS, TEARABLE, Fault, Interposed, Operation
-from chaos.lives import half_checkpoints
-from chaos.server import die_with_the_server
+from chaos import small_run
+from chaos.broken_variants import CONTROLS
+from chaos.fork_server import die_with_the_server
+from chaos.io_faults import DEADLY, FAULTS, TEARABLE, Fault, Interposed, Operation
+from chaos.lifetimes import half_checkpoints
 from open_mythos.errors import DataError, EnvironmentError_, MythosError
 from open_mythos.train import find_checkpoint
 from open_mythos.train.checkpoint.saver import Saver
@@ -46,7 +46,7 @@ class Bench:
 
     def __init__(self, folder: Path, data: str, scenario: str) -> None:
         self.folder, self.scenario = folder, SCENARIOS[scenario]
-        self.trainer = lab.new_trainer(lab.run_config(None, data))
+        self.trainer = small_run.new_trainer(small_run.run_config(None, data))
         self.trainer.train_step(0)
         shutil.rmtree(folder, ignore_errors=True)
         for step, damage in self.scenario:
@@ -63,7 +63,7 @@ class Bench:
         """As the trainer does."""
         trainer = self.trainer
         state = {"train": asdict(trainer.state), "data": trainer.loader.state_dict()}
-        extra = {"average.safetensors": lab.averages(trainer).state_dict()}
+        extra = {"average.safetensors": small_run.averages(trainer).state_dict()}
         return Saver(folder, keep).save(step, trainer.model, trainer.optimizer, state, extra=extra)
 
     def fresh(self) -> Path:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from open_mythos.train.checkpoint import checkpoint, manifest
+from open_mythos.train.checkpoint import manifest, snapshot
 
 
 class Operation(NamedTuple):
@@ -119,7 +119,7 @@ class Interposed:
         opening = self._open(io.open)
         self._patch(io, "open", opening)
         self._patch(builtins, "open", opening)
-        self._patch(checkpoint, "save_file", self._save_file(checkpoint.save_file))
+        self._patch(snapshot, "save_file", self._save_file(snapshot.save_file))
         self._patch(manifest, "safe_open", self._by_path(manifest.safe_open, "safe_open"))
         return self
 

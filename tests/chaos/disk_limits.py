@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from chaos import lab
-from chaos.lives import half_checkpoints
-from chaos.saves import in_a_fork
+from chaos import small_run
+from chaos.failing_saves import in_a_fork
+from chaos.lifetimes import half_checkpoints
 from open_mythos.errors import MythosError
 from open_mythos.run_folder import CHECKPOINTS_FOLDER
 from open_mythos.train import Trainer
@@ -73,8 +73,8 @@ class Facts:
     def life(self, prepare: Callable[[Trainer], None] = lambda trainer: None) -> dict[str, Any]:
         """Live as far as it goes, and say how far that was."""
         try:
-            trainer = lab.new_trainer(lab.run_config(self.out, self.data, self.changes))
-            if lab.has_checkpoint(self.out):
+            trainer = small_run.new_trainer(small_run.run_config(self.out, self.data, self.changes))
+            if small_run.has_checkpoint(self.out):
                 trainer.resume()
             steps = []
             plain = trainer.train_step
@@ -82,7 +82,7 @@ class Facts:
             self.facts["steps"] = steps
             prepare(trainer)
             trainer.fit()
-            self.facts |= {"error": None, "code": 0, "end": lab.fingerprint(trainer)}
+            self.facts |= {"error": None, "code": 0, "end": small_run.fingerprint(trainer)}
         except MythosError as error:
             self.facts |= {"error": str(error), "code": error.exit_code}
         folder = self.out / CHECKPOINTS_FOLDER

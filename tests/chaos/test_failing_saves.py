@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from chaos.disk import DEADLY, FAULTS, TEARABLE, possible
-from chaos.results import sizes
-from chaos.saves import SCENARIOS, fail_saves, list_audited, list_operations
+from chaos.failing_saves import SCENARIOS, fail_saves, list_audited, list_operations
+from chaos.io_faults import DEADLY, FAULTS, TEARABLE, possible
+from chaos.outcome_table import sizes
 
 PER_JOB = 80
 AUDITED = {

@@ -41,7 +41,7 @@ class Forks:
     def __init__(self, folder: Path, keep: tuple[int, ...] = (), warm: bool = True) -> None:
         self._folder, self._jobs = folder, 0
         self._server = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "chaos.server", *(["warm"] if warm else [])],
+            [sys.executable, "-W", "error", "-m", "chaos.fork_server", *(["warm"] if warm else [])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
             # a signal from the terminal is for the tests; they end the server
             start_new_session=True, pass_fds=keep,

@@ -11,8 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from chaos import lab
-from chaos.rooms import at_step
+from chaos import small_run
+from chaos.disk_limits import at_step
 from open_mythos.data import Loader, TokenShards
 from open_mythos.errors import DataError
 
@@ -115,8 +115,8 @@ def test_flipped_bits_are_found_by_verification(copy, row):
 def test_a_run_stops_cleanly_and_goes_on(copy, straight, tmp_path, row, damage):
     out = tmp_path / "run"
     contents = {path: path.read_bytes() for path in token_files(copy)}
-    trainer = lab.new_trainer(lab.run_config(out, copy))
-    at_step(trainer, lab.SAVE_EVERY + 1, lambda: [damage(path) for path in contents])
+    trainer = small_run.new_trainer(small_run.run_config(out, copy))
+    at_step(trainer, small_run.SAVE_EVERY + 1, lambda: [damage(path) for path in contents])
     with pytest.raises(DataError) as caught:
         trainer.fit()
     assert "byte" in caught.value.where
@@ -124,10 +124,10 @@ def test_a_run_stops_cleanly_and_goes_on(copy, straight, tmp_path, row, damage):
     for path, content in contents.items():
         path.write_bytes(content)
     # the path of the data is free to change; the data is not
-    again = lab.new_trainer(lab.run_config(out, copy))
-    assert again.resume(strict=True).step % lab.SAVE_EVERY == 0 < again.state.step
+    again = small_run.new_trainer(small_run.run_config(out, copy))
+    assert again.resume(strict=True).step % small_run.SAVE_EVERY == 0 < again.state.step
     again.fit()
-    assert lab.fingerprint(again) == straight.end
+    assert small_run.fingerprint(again) == straight.end
     row.outcome = f"{damage.__name__.replace('_', ' ')}: exit 3; repaired, it goes on bit for bit"
 
 
@@ -138,16 +138,16 @@ def test_other_data_is_refused(data, straight, tmp_path, row, change):
     options = {"another order": {"seed": 1}}.get(change, {})
     other = data
     if change == "another text":
-        other = lab.make_data(tmp_path / "other", seed=1)
+        other = small_run.make_data(tmp_path / "other", seed=1)
     elif change == "another split of shards":
-        other = lab.make_data(tmp_path / "other", shard_tokens=90)
-    trainer = lab.new_trainer(lab.run_config(out, other))
+        other = small_run.make_data(tmp_path / "other", shard_tokens=90)
+    trainer = small_run.new_trainer(small_run.run_config(out, other))
     if options:
         trainer.loader.seed = options["seed"]
-    before = lab.tensors(trainer)
+    before = small_run.tensors(trainer)
     with pytest.raises(DataError, match="other data or another geometry"):
         trainer.resume()
-    assert lab.differing(before, lab.tensors(trainer)) == []
+    assert small_run.differing(before, small_run.tensors(trainer)) == []
     row.outcome = f"{change}: refused before anything is loaded"
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from chaos import lab
+from chaos import small_run
 from open_mythos.errors import ConfigError
 from open_mythos.train.checkpoint.resume import MAY_CHANGE, refuse_changes
 
@@ -28,7 +28,7 @@ def changed(values, name):
 
 @pytest.mark.goal("R12", "each field of the configuration changed in turn")
 def test_each_field(data, row):
-    saved = lab.run_config("out", data).to_dict()
+    saved = small_run.run_config("out", data).to_dict()
     refused = 0
     for name, value in flat(saved):
         now = changed(saved, name)
@@ -53,8 +53,8 @@ def test_a_run_is_refused_before_anything_is_loaded(data, straight, tmp_path, ro
         "optim": {"lr": 0.5, "beta1": 0.5}, "depth": {"mean": 3.0}, "train": {"seed": 1},
         "model": {"dropout": 0.1},
     }  # fmt: skip
-    trainer = lab.new_trainer(lab.run_config(out, data, changes))
-    before = lab.tensors(trainer)
+    trainer = small_run.new_trainer(small_run.run_config(out, data, changes))
+    before = small_run.tensors(trainer)
     with pytest.raises(ConfigError) as caught:
         trainer.resume()
     said = str(caught.value)
@@ -65,5 +65,5 @@ def test_a_run_is_refused_before_anything_is_loaded(data, straight, tmp_path, ro
     ):  # fmt: skip
         assert f"\n    {line}\n" in said
         row.count()
-    assert lab.differing(before, lab.tensors(trainer)) == []
+    assert small_run.differing(before, small_run.tensors(trainer)) == []
     row.outcome = "all five named in one message, nothing loaded"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chaos import disk
+from chaos import io_faults
 from open_mythos.train import Trainer
 
 PHASES = ("start", "refill", "forward", "backward", "step", "save", "evaluation")
@@ -91,7 +91,7 @@ class Moments:
             named[name].register_post_accumulate_grad_hook(lambda _: self.tick("backward"))
         trainer.optimizer.register_step_pre_hook(lambda *_: self.tick("step"))
         trainer.optimizer.register_step_post_hook(lambda *_: self.tick("step"))
-        with disk.Interposed(trainer.out_dir / "checkpoints", lambda _: self.tick("save")):
+        with io_faults.Interposed(trainer.out_dir / "checkpoints", lambda _: self.tick("save")):
             yield
 
 

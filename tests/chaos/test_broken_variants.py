@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from chaos import lab
-from chaos.lives import Story
+from chaos import small_run
+from chaos.lifetimes import Story
 
 
 @pytest.mark.goal("control", "a trainer that is broken on purpose, killed once")
@@ -40,9 +40,9 @@ def test_a_broken_save_is_caught(forks, data, straight, tmp_path, row, control, 
     rng, found = random.Random(0), []
     for i in range(20):
         story = Story(forks, data, tmp_path / str(i), control=control)
-        story.life({"phase": "refill", "nth": 2 * lab.SAVE_EVERY + 1, "signals": [9]})
-        assert lab.has_checkpoint(story.out)
-        nth = rng.randrange(straight.moments["save"] * lab.SAVE_EVERY // lab.STEPS)
+        story.life({"phase": "refill", "nth": 2 * small_run.SAVE_EVERY + 1, "signals": [9]})
+        assert small_run.has_checkpoint(story.out)
+        nth = rng.randrange(straight.moments["save"] * small_run.SAVE_EVERY // small_run.STEPS)
         story.life({"phase": "save", "nth": nth, "signals": [9]})
         found += story.found
         row.count()

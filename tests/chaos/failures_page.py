@@ -1,6 +1,6 @@
 """The table of ``docs/failures.md``: every row is made to happen, and says what it said then.
 
-python tests/chaos/failures.py     # writes the table anew
+python tests/chaos/failures_page.py     # writes the table anew
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PAGE = ROOT / "docs" / "failures.md"
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "tests"))
 
-from chaos import jobs, lab, rooms  # noqa: E402
-from chaos.disk import FAULTS, Interposed  # noqa: E402
-from chaos.forks import Forks  # noqa: E402
-from chaos.lives import live, reference  # noqa: E402
-from chaos.poisons import POISONS  # noqa: E402
+from chaos import disk_limits, fork_jobs, small_run  # noqa: E402
+from chaos.fork_client import Forks  # noqa: E402
+from chaos.io_faults import FAULTS, Interposed  # noqa: E402
+from chaos.lifetimes import live, reference  # noqa: E402
+from chaos.nonfinite_steps import POISONS  # noqa: E402
 from open_mythos.errors import MythosError  # noqa: E402
 from open_mythos.train import Trainer  # noqa: E402
 from open_mythos.train.checkpoint import saver as saving  # noqa: E402
@@ -64,7 +64,7 @@ class Place:
         return self.folder / "run"
 
     def trainer(self, data: Path | None = None, **changes: Any) -> Trainer:
-        return lab.new_trainer(lab.run_config(self.out, data or self.data, changes))
+        return small_run.new_trainer(small_run.run_config(self.out, data or self.data, changes))
 
     def saved(self) -> Path:
         """The finished run as this one; returns the folder of its checkpoints."""
@@ -118,7 +118,7 @@ def no_room(place: Place) -> Said:
 def not_writable(whose: str) -> Callable[[Place], Said]:
     def provoke(place: Place) -> Said:
         job = {"out": str(place.folder), "data": str(place.data), "when": whose}
-        facts = place.forks.run(rooms.no_permission, **job).value
+        facts = place.forks.run(disk_limits.no_permission, **job).value
         return Said(facts["error"], facts["code"])
 
     return provoke
@@ -133,7 +133,7 @@ def _failing(place: Place, call: str, fault: Any, file: str = "", warn: bool = F
         hit = operation.call == call and operation.path.endswith(file)
         return fault if on and hit else None
 
-    rooms.at_step(trainer, rooms.FULL_AT, lambda: on.append(True))
+    disk_limits.at_step(trainer, disk_limits.FULL_AT, lambda: on.append(True))
     with heard() as warnings, Interposed(place.out / "checkpoints", decide):
         if warn:
             trainer.fit()
@@ -169,7 +169,7 @@ def full_once(place: Place) -> Said:
 
 
 def _damage_newest(folder: Path) -> None:
-    victim = folder / f"step_{lab.STEPS:08d}" / "model.safetensors"
+    victim = folder / f"step_{small_run.STEPS:08d}" / "model.safetensors"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(bytes(content))
@@ -212,14 +212,14 @@ def other_settings(place: Place) -> Said:
 
 def other_data(place: Place) -> Said:
     place.saved()
-    other = lab.make_data(place.folder / "other", seed=1)
+    other = small_run.make_data(place.folder / "other", seed=1)
     return error_of(place.trainer(other).resume)
 
 
 def a_run_is_there(place: Place) -> Said:
     place.saved()
     arguments = ["train", "--data.path", str(place.data), "--train.out_dir", str(place.out)]
-    end = place.forks.run(jobs.command, arguments=arguments)
+    end = place.forks.run(fork_jobs.command, arguments=arguments)
     return Said(end.said, end.value)
 
 
@@ -228,7 +228,7 @@ def shard(damage: Callable[[Path], object]) -> Callable[[Place], Said]:
         copy = shutil.copytree(place.data, place.folder / "tokens")
         trainer = place.trainer(copy)
         victims = sorted(copy.glob("train-*.tokens.bin"))
-        rooms.at_step(trainer, 1, lambda: [damage(path) for path in victims])
+        disk_limits.at_step(trainer, 1, lambda: [damage(path) for path in victims])
         return error_of(trainer.fit)
 
     return provoke
@@ -249,10 +249,10 @@ def not_finite(place: Place) -> Said:
         def log(self, step: int, metrics: Any) -> None:
             lines.append(dict(metrics))
 
-    trainer = lab.new_trainer(lab.run_config(None, place.data), loggers=[Logger()])
+    trainer = small_run.new_trainer(small_run.run_config(None, place.data), loggers=[Logger()])
     poison = POISONS["the loss"](trainer, float("nan"))
-    rooms.at_step(trainer, 3, poison.__enter__)
-    rooms.at_step(trainer, 4, lambda: poison.__exit__(None, None, None))
+    disk_limits.at_step(trainer, 3, poison.__enter__)
+    disk_limits.at_step(trainer, 4, lambda: poison.__exit__(None, None, None))
     trainer.fit()
     (line,) = (line for line in lines if line.get("skipped"))
     return Said(f'"loss": {line["loss"]}, "skipped": {line["skipped"]} (metrics)', None)
@@ -261,7 +261,7 @@ def not_finite(place: Place) -> Said:
 def diverged(place: Place) -> Said:
     trainer = place.trainer(train={"max_skips": 2})
     poison = POISONS["the loss"](trainer, float("nan"))
-    rooms.at_step(trainer, rooms.FULL_AT, poison.__enter__)
+    disk_limits.at_step(trainer, disk_limits.FULL_AT, poison.__enter__)
     try:
         return error_of(trainer.fit)
     finally:
@@ -271,7 +271,7 @@ def diverged(place: Place) -> Said:
 def no_metrics(place: Place) -> Said:
     trainer = place.trainer()
     file = place.out / "metrics.jsonl"
-    rooms.at_step(trainer, 2, lambda: (file.unlink(), file.mkdir()))
+    disk_limits.at_step(trainer, 2, lambda: (file.unlink(), file.mkdir()))
     with heard() as warnings:
         trainer.fit()
     return Said(warnings[0], None)
@@ -414,7 +414,7 @@ def places() -> Iterator[Callable[[int], Place]]:
         folder.chmod(0o755)
         (folder / "jobs").mkdir()
         with Forks(folder / "jobs") as forks:
-            data = lab.make_data(folder / "data")
+            data = small_run.make_data(folder / "data")
             finished = reference(forks, data, folder / "finished").out
             yield lambda number: made(folder / str(number), forks, data, finished)
 

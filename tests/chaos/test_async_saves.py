@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import pytest
 
-from chaos import lab
-from chaos.controls import CONTROLS
+from chaos import small_run
+from chaos.broken_variants import CONTROLS
 from open_mythos.errors import EnvironmentError_
 from open_mythos.train import find_checkpoint
 from open_mythos.train.checkpoint import saver as saving
@@ -22,7 +22,7 @@ SOON = 60.0
 
 @pytest.fixture
 def trainer(data, tmp_path):
-    return lab.new_trainer(lab.run_config(tmp_path / "run", data, BEHIND))
+    return small_run.new_trainer(small_run.run_config(tmp_path / "run", data, BEHIND))
 
 
 class Gate:
@@ -61,7 +61,7 @@ def saved_while_training_went_on(trainer, steps):
     with Gate() as gate:
         for step in range(3):
             trainer.train_step(step)
-        meant = lab.tensors(trainer)
+        meant = small_run.tensors(trainer)
         path = trainer.save(wait=False)
         assert gate.reached.wait(SOON)
         assert not path.exists()
@@ -69,17 +69,17 @@ def saved_while_training_went_on(trainer, steps):
             trainer.train_step(step)
         gate.opened.set()
         trainer.saver.wait()
-    assert lab.differing(meant, lab.tensors(trainer))
+    assert small_run.differing(meant, small_run.tensors(trainer))
     return meant
 
 
 @pytest.mark.goal("R4", "a background save written after four more steps")
 def test_it_is_a_true_snapshot(trainer, data, tmp_path, row):
     meant = saved_while_training_went_on(trainer, 4)
-    other = lab.new_trainer(lab.run_config(tmp_path / "run", data, BEHIND))
+    other = small_run.new_trainer(small_run.run_config(tmp_path / "run", data, BEHIND))
     assert other.resume().step == 3
     assert other.loader.step == 3
-    assert lab.differing(meant, lab.tensors(other)) == []
+    assert small_run.differing(meant, small_run.tensors(other)) == []
     row.outcome = "weights, moments, averages and position are those of the moment it was asked for"
 
 
@@ -87,9 +87,9 @@ def test_it_is_a_true_snapshot(trainer, data, tmp_path, row):
 def test_without_a_copy_it_is_none(trainer, data, tmp_path, row):
     with CONTROLS["a background save is no copy"](trainer):
         meant = saved_while_training_went_on(trainer, 4)
-    other = lab.new_trainer(lab.run_config(tmp_path / "run", data, BEHIND))
+    other = small_run.new_trainer(small_run.run_config(tmp_path / "run", data, BEHIND))
     other.resume()
-    assert lab.differing(meant, lab.tensors(other))
+    assert small_run.differing(meant, small_run.tensors(other))
     row.outcome = "a background save that is no copy: caught"
 
 
@@ -117,7 +117,7 @@ def test_a_failure_surfaces_at_the_next_step(trainer, row):
         trainer.fit()
     assert caught.value.where.endswith("step_00000003")
     assert steps == [0, 1, 2, 3, 4]
-    assert not lab.has_checkpoint(trainer.out_dir)
+    assert not small_run.has_checkpoint(trainer.out_dir)
     row.outcome = "the step in which it was found out is the last; a clean error"
 
 
@@ -147,9 +147,9 @@ def test_at_most_one_is_under_way(trainer, row):
 def test_the_last_save_waits(trainer, row):
     with Gate(open_at_first=True) as gate:
         trainer.fit()
-    assert gate.order[-1] == f"end {lab.STEPS}"
+    assert gate.order[-1] == f"end {small_run.STEPS}"
     assert trainer.saver._pending is None
-    assert find_checkpoint(trainer.out_dir, strict=True).name == f"step_{lab.STEPS:08d}"
+    assert find_checkpoint(trainer.out_dir, strict=True).name == f"step_{small_run.STEPS:08d}"
     row.outcome = "the run ends when it is on the disk"
 
 

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from chaos import lab
-from chaos.controls import CONTROLS
-from chaos.poisons import LOOPS, POISONS, VALUES
+from chaos import small_run
+from chaos.broken_variants import CONTROLS
+from chaos.nonfinite_steps import LOOPS, POISONS, VALUES
 from open_mythos.train import DivergedError
 
 SAME_DEPTH = {"depth": {"plan": "fixed", "mean": float(LOOPS), "curriculum_steps": 0}}
@@ -18,7 +18,7 @@ SAME_DEPTH = {"depth": {"plan": "fixed", "mean": float(LOOPS), "curriculum_steps
 @pytest.fixture
 def trainer(data):
     """After two steps, so that there are moments."""
-    trainer = lab.new_trainer(lab.run_config(None, data, SAME_DEPTH))
+    trainer = small_run.new_trainer(small_run.run_config(None, data, SAME_DEPTH))
     for step in range(2):
         assert not trainer.train_step(step).skipped
     return trainer
@@ -26,11 +26,11 @@ def trainer(data):
 
 def what_changed(trainer, poison, value):
     """Tensors that are different after a poisoned step; it must have met the poison."""
-    before = lab.tensors(trainer)
+    before = small_run.tensors(trainer)
     with POISONS[poison](trainer, value):
         result = trainer.train_step(trainer.state.step)
     assert result.skipped or not math.isfinite(result.loss * result.grad_norm), "missed"
-    return result, lab.differing(before, lab.tensors(trainer))
+    return result, small_run.differing(before, small_run.tensors(trainer))
 
 
 @pytest.mark.goal("R7", "NaN, Inf and -Inf put into one step")
@@ -45,11 +45,11 @@ def test_nothing_changes(trainer, row, poison):
         row.count()
     assert trainer.state.skips == len(VALUES)
     assert trainer.state.tokens == tokens
-    before = lab.tensors(trainer)
+    before = small_run.tensors(trainer)
     assert not trainer.train_step(trainer.state.step).skipped
     assert trainer.state.skips == 0
     assert all(p.isfinite().all() for p in trainer.parameters)
-    assert "head.weight" in lab.differing(before, lab.tensors(trainer))
+    assert "head.weight" in small_run.differing(before, small_run.tensors(trainer))
     kinds = sum(name.startswith("average/") for name in before)
     assert kinds > 10
     row.outcome = f"{poison}: weights, moments, averages equal bit for bit; the next step proceeds"
@@ -59,19 +59,19 @@ def test_nothing_changes(trainer, row, poison):
 def test_the_skip_itself_is_all_that_differs(data, tmp_path, row):
     """Resumed from before the poison, the run is what it would have been."""
     out = tmp_path / "run"
-    run = lab.run_config(out, data, SAME_DEPTH)
-    clean, poisoned = lab.new_trainer(run), None
+    run = small_run.run_config(out, data, SAME_DEPTH)
+    clean, poisoned = small_run.new_trainer(run), None
     for step in range(3):
         clean.train_step(step)
     clean.save()
     shutil.copytree(out, tmp_path / "kept")
-    poisoned = lab.new_trainer(run)
+    poisoned = small_run.new_trainer(run)
     poisoned.resume()
     with POISONS["the loss"](poisoned, float("nan")):
         assert poisoned.train_step(3).skipped
-    again = lab.new_trainer(run)
+    again = small_run.new_trainer(run)
     again.resume(tmp_path / "kept" / "checkpoints" / "step_00000003")
-    assert lab.differing(lab.tensors(again), lab.tensors(poisoned)) == []
+    assert small_run.differing(small_run.tensors(again), small_run.tensors(poisoned)) == []
     assert again.train_step(3).loss == clean.train_step(3).loss
     row.outcome = "the step is counted, nothing is learnt from it"
 
@@ -80,7 +80,7 @@ def test_the_skip_itself_is_all_that_differs(data, tmp_path, row):
 def test_a_run_that_only_skips_ends(data, tmp_path, row):
     """It goes back to its checkpoint as often as it may, and then stops with an error."""
     changes = {"train": {"max_skips": 2, "save_every": 2}}
-    trainer = lab.new_trainer(lab.run_config(tmp_path / "run", data, changes))
+    trainer = small_run.new_trainer(small_run.run_config(tmp_path / "run", data, changes))
     fetch, calls = trainer.loader.next_batch, []
     poison = POISONS["the loss"](trainer, float("nan"))
 
@@ -98,7 +98,7 @@ def test_a_run_that_only_skips_ends(data, tmp_path, row):
         poison.__exit__(None, None, None)
     assert trainer.state.skips > 2
     assert trainer.state.rewinds == trainer.config.watch.max_rewinds > 0
-    assert lab.has_checkpoint(trainer.out_dir)
+    assert small_run.has_checkpoint(trainer.out_dir)
     row.count(len(calls))
     row.outcome = f"{caught.value.what}: {caught.value.value}"
 
@@ -106,8 +106,10 @@ def test_a_run_that_only_skips_ends(data, tmp_path, row):
 @pytest.mark.goal("control", "a bad step multiplied by zero instead of left out")
 def test_multiplying_by_zero_is_caught(trainer, row):
     with CONTROLS["a bad step is multiplied by zero"](trainer):
-        before = lab.tensors(trainer)
+        before = small_run.tensors(trainer)
         with POISONS["one element of a gradient"](trainer, float("nan")):
             trainer.train_step(2)
-        assert "recurrent.injection.log_A" in lab.differing(before, lab.tensors(trainer))
+        assert "recurrent.injection.log_A" in small_run.differing(
+            before, small_run.tensors(trainer)
+        )
     row.outcome = "multiplying by zero: caught"

@@ -7,7 +7,7 @@ import signal
 from typing import Any
 from unittest.mock import patch
 
-from chaos.server import begin
+from chaos.fork_server import begin
 from open_mythos.errors import EnvironmentError_
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from chaos import lab
+from chaos import small_run
 from open_mythos.errors import DataError
 from open_mythos.train import verify_checkpoint
 from open_mythos.train.checkpoint import manifest
@@ -23,7 +23,7 @@ BLOCK = manifest.BLOCK_BYTES
 @pytest.fixture
 def newest(straight, tmp_path):
     """The last checkpoint of a run, to be damaged."""
-    name = f"step_{lab.STEPS:08d}"
+    name = f"step_{small_run.STEPS:08d}"
     return shutil.copytree(straight.out / "checkpoints" / name, tmp_path / name)
 
 

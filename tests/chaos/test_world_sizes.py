@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.test_distributed import Losses, whole
 
 from open_mythos import from_pretrained
 from open_mythos.train import PreemptedError, Trainer, build_model, verify_checkpoint
 from tests.train.conftest import CountingLoader, tiny_run
+from tests.train.parallel.test_distributed import Losses, whole
 from tests.train.ranks import run_ranks
 
 RUN = {"depth": {"plan": "uniform", "low": 1, "high": 4}, "optim": {"ema_decay": 0.9}}
-STEPS, CUT = 24, 4
-SIZES = {"ddp": (1, 2, 4), "fsdp": (1, 2, 4)}
-KINDS = [(kind, size) for kind, sizes in SIZES.items() for size in sizes]
+CUT = 4
+SHORT = 10, [("ddp", 1), ("ddp", 2), ("fsdp", 2)]
+FULL = 24, [(kind, size) for kind in ("ddp", "fsdp") for size in (1, 2, 4)]
 
 
 def run_of(folder, kind, **train):
-    options = RUN | {"train": {"steps": STEPS, "out_dir": str(folder), "keep": 3} | train}
+    options = RUN | {"train": {"steps": 24, "out_dir": str(folder), "keep": 3} | train}
     return tiny_run(**options, parallel={"kind": kind})
 
 
@@ -32,11 +32,11 @@ def trainer_of(run, losses=None):
     return Trainer(build_model(run), CountingLoader(run), run, loggers=loggers)
 
 
-def save_and_resume_everywhere(ranks, folder):
-    """Six saved runs, each continued in six ways: (from, to) -> losses; and the whole weights."""
+def save_and_resume_everywhere(ranks, folder, steps, kinds):
+    """Saved runs, each continued in every way: (from, to) -> losses; and the whole weights."""
     saved, found = {}, {}
-    for kind, size in KINDS:
-        run = run_of(Path(folder) / f"{kind}{size}", kind)
+    for kind, size in kinds:
+        run = run_of(Path(folder) / f"{kind}{size}", kind, steps=steps)
         saved[kind, size] = run.train.out_dir
         with ranks.group(size) as inside:
             if inside:
@@ -47,11 +47,11 @@ def save_and_resume_everywhere(ranks, folder):
                 state = whole(trainer.model.state_dict())
                 average = whole(trainer.average.state_dict())
                 found["saved", kind, size] = state, average
-    for kind, size in KINDS:
+    for kind, size in kinds:
         with ranks.group(size) as inside:
-            for before in KINDS if inside else ():
+            for before in kinds if inside else ():
                 losses = Losses()
-                run = run_of(Path(folder) / f"next-{before}-{kind}{size}", kind)
+                run = run_of(Path(folder) / f"next-{before}-{kind}{size}", kind, steps=steps)
                 trainer = trainer_of(run, losses)
                 trainer.resume(saved[before])
                 here = whole(trainer.model.state_dict())
@@ -59,23 +59,31 @@ def save_and_resume_everywhere(ranks, folder):
                     torch.equal(here[name], value)
                     for name, value in found["saved", *before][0].items()
                 ) if ("saved", *before) in found else None  # fmt: skip
-                lines = [trainer.train_step(step).loss for step in range(CUT, STEPS)]
+                lines = [trainer.train_step(step).loss for step in range(CUT, steps)]
                 found[before, (kind, size)] = lines, same
     return found
 
 
-@pytest.fixture(scope="module")
-def everywhere(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    return folder, run_ranks(4, save_and_resume_everywhere, str(folder))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(SHORT, marks=pytest.mark.short, id="short"),
+        pytest.param(FULL, marks=pytest.mark.chaos, id="full"),
+    ],
+)
+def everywhere(request, tmp_path_factory):
+    folder, (steps, kinds) = tmp_path_factory.mktemp("world"), request.param
+    most = max(size for _, size in kinds)
+    found = run_ranks(most, save_and_resume_everywhere, str(folder), steps, kinds)
+    return folder, steps, kinds, found
 
 
 @pytest.mark.goal("R9", "a run of 1, 2 or 4 processes, replicated or sharded, continued by another")
 def test_every_ordered_pair_resumes(everywhere, row):
-    _, found = everywhere
-    straight = trainer_of(tiny_run(**RUN, train={"steps": STEPS}))
-    want = [straight.train_step(step).loss for step in range(STEPS)][CUT:]
-    for before, after in itertools.product(KINDS, KINDS):
+    _, steps, kinds, found = everywhere
+    straight = trainer_of(tiny_run(**RUN, train={"steps": steps}))
+    want = [straight.train_step(step).loss for step in range(steps)][CUT:]
+    for before, after in itertools.product(kinds, kinds):
         lines, same = found[0][before, after]
         assert same, (before, after)
         assert lines == pytest.approx(want, abs=5e-6), (before, after)
@@ -84,8 +92,8 @@ def test_every_ordered_pair_resumes(everywhere, row):
 
 
 def test_a_sharded_checkpoint_is_whole_and_loads_as_a_model(everywhere):
-    folder, found = everywhere
-    for size in (2, 4):
+    folder, _, kinds, found = everywhere
+    for size in (size for kind, size in kinds if kind == "fsdp" and size > 1):
         path = folder / f"fsdp{size}" / "checkpoints" / f"step_{CUT:08d}"
         verify_checkpoint(path)
         assert len(list(path.glob("shard-*.safetensors"))) == size
@@ -187,37 +195,36 @@ def test_saves_behind_the_training(tmp_path, row, kind):
 
 
 def lose_one(ranks, folder, how):
-    """Process 1 dies or hangs in step 3; how long the other takes to notice, and what it says."""
-    with ranks.group(2, timeout=4):
+    """Process 1 dies or hangs in step 3; what the other says of it.
+
+    The hung one lives until the other has noticed, so nothing but the timeout can have told it.
+    """
+    noticed = Path(folder) / "noticed"
+    with ranks.group(2, timeout=60 if how == "killed" else 8):
         run = run_of(folder, "ddp")
         trainer = trainer_of(run)
         step = trainer.train_step
 
         def lost(number):
             if number == 3 and ranks.rank == 1:
-                if how == "killed":
-                    torch.save(None, Path(ranks.folder) / "result1.pt")
-                    os._exit(0)
-                time.sleep(14)
+                torch.save(None, Path(ranks.folder) / "result1.pt")
+                while how == "hung" and not noticed.exists():
+                    time.sleep(0.1)
                 os._exit(0)
             return step(number)
 
         trainer.train_step = lost
-        if ranks.rank == 1:
-            torch.save(None, Path(ranks.folder) / "result1.pt")
-        start = time.monotonic()
         try:
             trainer.fit()
         except RuntimeError as error:
-            return time.monotonic() - start, str(error)
+            noticed.touch()
+            return str(error)
         raise AssertionError("nobody noticed")
 
 
 @pytest.mark.goal("R11", "one process of two lost in a step")
-@pytest.mark.parametrize("how", ["killed", "hung"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("hung", marks=pytest.mark.chaos)])
 def test_the_others_notice_a_lost_process(tmp_path, row, how):
-    seconds, said = run_ranks(2, lose_one, str(tmp_path), how)[0]
-    assert seconds < 10
-    assert said
+    assert run_ranks(2, lose_one, str(tmp_path), how)[0]
     row.count()
-    row.outcome = f"{how}: the other ends with an error within 10 s (timeout 4 s)"
+    row.outcome = f"{how}: the other ends with an error" + " (timeout 8 s)" * (how == "hung")
