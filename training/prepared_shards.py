@@ -10,20 +10,7 @@ there. The tokenizer, and with it the vocabulary, is that of the folder.
 
 import sys
 
-from open_mythos import mythos_small
-from open_mythos.cli.recipe import run_recipe
-from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
-
-RUN = RunConfig(
-    model=mythos_small(),
-    depth=DepthConfig(plan="poisson", mean=8.0, max_loops=16),
-    optim=OptimConfig(lr=6e-4, weight_decay=0.1),
-    train=TrainConfig(
-        seq_len=2048, global_batch=128, micro_batch=16, schedule="cosine", warmup_steps=500,
-        dtype="auto", checkpoint_loops=True, eval_every=1000, save_every=1000,
-        out_dir="runs/prepared_shards",
-    ),
-)  # fmt: skip
+from open_mythos.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_recipe(RUN, description="Training on prepared shards.", tokens=2_800_000_000))
+    sys.exit(main(["train", "--recipe", "prepared_shards", *sys.argv[1:]]))

@@ -35,8 +35,7 @@ from experiments.demo.setup import (
 )
 from experiments.demo.terminal import show
 from experiments.demo.training import Job, Trained, train_all
-from open_mythos.cli.data import tokenizer_named
-from open_mythos.data import EpochWindows, TokenShards, prepare
+from open_mythos.data import EpochWindows, TokenShards, prepare, read_documents
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import expert_routing
 from open_mythos.model.depth import Depth
@@ -45,7 +44,7 @@ from open_mythos.model.generation import generate
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.sampling import SamplingParams
-from open_mythos.tokenizer import Tokenizer
+from open_mythos.tokenizer import BPETokenizer, Tokenizer
 from open_mythos.train import RunConfig
 
 MARKER = ".open-mythos-demo"
@@ -56,7 +55,7 @@ def run_demo(folder: Path, *, seed: int, quick: bool, quiet: bool) -> DemoResult
     console = Console(quiet=quiet)
     _make_room(folder)
     console.print("[bold]1[/] Python's own standard library becomes text to learn")
-    tokenizer = tokenizer_named(f"bpe:{VOCABULARY}", "stdlib")
+    tokenizer = BPETokenizer.train(read_documents("stdlib"), VOCABULARY)
     prepare("stdlib", folder / "data", tokenizer, val_fraction=0.03)
     text = TokenShards(folder / "data").info
     console.print(

@@ -21,9 +21,8 @@ from experiments.demo.results import Curve
 from experiments.machine import cores
 from experiments.tasks.saved import save_task
 from open_mythos.accounting import account
-from open_mythos.cli.training import build_trainer, keep_what_defines_the_run
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
-from open_mythos.train import RunConfig, Trainer, build_model
+from open_mythos.train import RunConfig, Trainer, build_model, build_run
 from open_mythos.train.build import Model
 
 
@@ -98,10 +97,11 @@ def _train(
     """In a worker process: train, save, and return what the parent needs beside the model."""
     torch.set_num_threads(threads)
     clock, listener, config = time.perf_counter(), _Listener(number, news), job.config
-    if job.is_chains:
+    run = None if job.is_chains else build_run(config, loggers=[listener])
+    if run is None:
         trainer = Trainer(build_model(config), chains(config), config, loggers=[listener])
     else:
-        trainer = build_trainer(config, loggers=[listener])
+        trainer = run.trainer
     trainer.fit()
     counts, depth = account(trainer.model, context=config.train.seq_len), config.depth
     loops = (depth.expected + depth.expected_further, depth.expected) if trainer.looped else ()
@@ -111,8 +111,8 @@ def _train(
         time.perf_counter() - clock,
     )  # fmt: skip
     save_pretrained(trainer.model, job.folder)
-    if not job.is_chains:
-        keep_what_defines_the_run(config, job.folder)
+    if run is not None:
+        run.describe(job.folder)
     else:
         save_task(TASK, job.folder)
     return curve, listener.rows, trainer.state.tokens, trainer.state.max_depth

@@ -1,29 +1,61 @@
-"""``open-mythos data prepare``."""
+"""``open-mythos data prepare``: text to token shards."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-from open_mythos.data import prepare, read_documents
 from open_mythos.errors import ConfigError
-from open_mythos.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
 
 def prepare_shards(
-    source: str, out: str, tokenizer: str, *, quiet: bool, text_field: str, **options: Any
+    source: str,
+    out: str,
+    tokenizer: str = "byte",
+    val_fraction: float = 0.01,
+    shard_tokens: int = 1 << 27,
+    text_field: str = "text",
+    overwrite: bool = False,
+    quiet: bool = False,
 ) -> int:
-    """Make the folder and say what is in it."""
+    """Tokenize SOURCE into the folder OUT.
+
+    Args:
+        source: A text, JSONL or Parquet file, a folder of such, or "stdlib": the source of the
+            running Python's standard library.
+        out: The folder to make.
+        tokenizer: "byte"; "bpe:N" trains a byte-level BPE of N tokens on the source; a path; or a
+            Hugging Face model such as openai/gpt-oss-20b.
+        val_fraction: Share of the documents kept for validation.
+        shard_tokens: Tokens of a shard.
+        text_field: JSON key or Parquet column that holds the text.
+        overwrite: Replace an earlier folder.
+        quiet: No progress.
+    """
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from open_mythos.data import prepare, read_documents
+    from open_mythos.tokenizer.loading import load_or_train
+
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(
+            "not a share", where="--val-fraction", value=val_fraction, allowed="[0, 1)"
+        )
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, transient=True, disable=quiet) as progress:
         task = progress.add_task("tokenizer")
-        tok = tokenizer_named(tokenizer, source, text_field)
+        tok = load_or_train(tokenizer, read_documents(source, text_field))
 
         def show(documents: int, tokens: int) -> None:
             progress.update(task, description=f"{documents:,} documents, {tokens:,} tokens")
 
-        index = prepare(source, out, tok, text_field=text_field, progress=show, **options)
+        index = prepare(
+            source,
+            out,
+            tok,
+            text_field=text_field,
+            val_fraction=val_fraction,
+            shard_tokens=shard_tokens,
+            overwrite=overwrite,
+            progress=show,
+        )
     for name, split in index.splits.items():
         print(
             f"{name:5s}  {split.documents:>9,} documents  {split.tokens:>13,} tokens  "
@@ -32,15 +64,3 @@ def prepare_shards(
         )
     print(f"tokenizer {tok.name}, vocabulary {tok.vocab_size}: {out}")
     return 0
-
-
-def tokenizer_named(name: str, source: str, text_field: str = "text") -> Tokenizer:
-    """The tokenizer called ``name``; "bpe:N" is trained on ``source``."""
-    if not name.startswith("bpe:"):
-        return load_tokenizer(name)
-    size = name.removeprefix("bpe:")
-    if not size.isdigit():
-        raise ConfigError(
-            "not a vocabulary size", where="--tokenizer", value=name, allowed="bpe:N, N an integer"
-        )
-    return BPETokenizer.train(read_documents(source, text_field), int(size))

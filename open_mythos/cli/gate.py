@@ -1,46 +1,69 @@
-"""``open-mythos train gate``: teach a trained model when to stop."""
+"""``open-mythos train gate``: train the halting gate of a stored model."""
 
-from __future__ import annotations
-
-import json
-import shutil
-from dataclasses import asdict
-from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-
-from open_mythos.cli.run_data import beside, training_batches
-from open_mythos.devices import resolve_device, resolve_dtype
 from open_mythos.errors import ConfigError
-from open_mythos.hub.pretrained import from_pretrained, save_pretrained
-from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import CONFIG_FILE, GATE_FILE, TOKENIZER_FOLDER
-from open_mythos.train.gate import GateConfig, GateReport, train_gate
 
-DEFAULT_OUT = "runs/gate"
-_KEPT = (TOKENIZER_FOLDER, CONFIG_FILE)
-"""What the other commands look for beside a model."""
+GATE_FILE = "gate.json"
 
 
-def train_gate_of(
+def train_gate(
     checkpoint: str,
-    config: GateConfig,
-    *,
-    data: str,
-    out: str,
-    seq_len: int,
-    batch: int,
-    dtype: str,
-    device: str,
-    quiet: bool,
+    data: str = "",
+    out: str = "runs/gate",
+    n_loops: int = 16,
+    target: str = "remaining",
+    margin: float = 0.005,
+    positions: int = 8192,
+    steps: int = 600,
+    lr: float = 0.02,
+    seed: int = 0,
+    seq_len: int = 256,
+    batch: int = 16,
+    dtype: str = "float32",
+    device: str = "auto",
+    quiet: bool = False,
 ) -> int:
-    """Train the gate of a stored model and write the model with it to another folder."""
+    """Train the halting gate of a trained model, and nothing else of it.
+
+    Args:
+        checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
+        data: Folder of prepared token shards; by default the text that the run was trained on.
+        out: Folder for the model with the trained gate; new or empty.
+        n_loops: Loops that the model is followed through.
+        target: "remaining" continues while any later loop is better, "marginal" while the next one
+            is.
+        margin: Nats at which continuing and stopping are equally good; more stops earlier.
+        positions: Most positions to learn from.
+        steps: Optimizer steps.
+        lr: Learning rate.
+        seed: Seed of the data order.
+        seq_len: Tokens of a sequence.
+        batch: Sequences at a time.
+        dtype: "float32", or "bfloat16" by autocast.
+        device: "auto", "cpu", "cuda".
+        quiet: Print no table.
+    """
+    import json
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from open_mythos.cli.run_data import copy_run_files, training_source
+    from open_mythos.cli.tables import gate_table
+    from open_mythos.devices import resolve_device, resolve_dtype
+    from open_mythos.hub.pretrained import from_pretrained, save_pretrained
+    from open_mythos.model.mythos import OpenMythos
+    from open_mythos.train import gate
+
+    config = gate.GateConfig(
+        n_loops=n_loops, target=target, margin=margin, positions=positions, steps=steps, lr=lr,
+        seed=seed,
+    )  # fmt: skip
     config.validate()
-    target = Path(out or DEFAULT_OUT)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
-            "the folder is not empty", where="--out", value=str(target),
+            "the folder is not empty", where="--out", value=out,
             allowed="a folder that is new or empty", fix="name another one",
         )  # fmt: skip
     model = from_pretrained(checkpoint, resolve_device(device))
@@ -49,42 +72,14 @@ def train_gate_of(
             "a dense model has no halting gate", where="train gate", value=checkpoint,
             allowed="a looped model",
         )  # fmt: skip
-    source = training_batches(checkpoint, data, seq_len=seq_len, batch=batch, seed=config.seed)
+    source = training_source(checkpoint, data, seq_len=seq_len, batch=batch, seed=seed)
     with Console(stderr=True, quiet=quiet).status(f"following {source.name} through the loops"):
-        report = train_gate(model, source.batches, config, dtype=resolve_dtype(dtype))
-    save_pretrained(model, target)
-    _keep_what_others_look_for(checkpoint, target)
+        report = gate.train_gate(model, source.batches, config, dtype=resolve_dtype(dtype))
+    save_pretrained(model, folder)
+    copy_run_files(checkpoint, folder)
     content = {"checkpoint": checkpoint, "config": asdict(config), "report": asdict(report)}
-    (target / GATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / GATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if not quiet:
-        Console().print(_table(report, source.name))
-    print(f"model with the trained gate: {target}")
+        Console().print(gate_table(report, source.name))
+    print(f"model with the trained gate: {folder}")
     return 0
-
-
-def _keep_what_others_look_for(checkpoint: str, target: Path) -> None:
-    for name in _KEPT:
-        found = beside(checkpoint, name)
-        if found is not None and found.is_dir():
-            shutil.copytree(found, target / name)
-        elif found is not None:
-            shutil.copy(found, target / name)
-
-
-def _table(report: GateReport, name: str) -> Table:
-    losses = report.loss_by_loop
-    table = Table(
-        title=f"gate on {name}: {report.positions:,} positions, target {report.target!r}",
-        caption=f"everybody after one loop {losses[0]:.4f}, after {len(losses)} {losses[-1]:.4f}\n"
-        f"gate's cross-entropy {report.curve[0]:.4f} -> {report.curve[-1]:.4f} nats, "
-        f"calibration error {report.calibration_error:.3f}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    for heading in ("threshold", "mean loops", "loss (nats/token)", "nothing left to gain"):
-        table.add_column(heading, justify="right")
-    for row in report.thresholds:
-        table.add_row(
-            f"{row.threshold:g}", f"{row.mean_loops:.2f}", f"{row.loss:.4f}", f"{row.finished:.1%}"
-        )
-    return table

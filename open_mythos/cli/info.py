@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from json import dumps
 from pathlib import Path
 
 import yaml
@@ -15,19 +15,26 @@ from open_mythos.errors import ConfigError, DataError
 from open_mythos.variants import VARIANTS, variant
 
 
-def show_info(model: str, loops: list[int] | None, context: int | None, *, as_json: bool) -> int:
-    """Print the counts as tables or as JSON."""
+def info(
+    model: str, loops: list[int] | None = None, context: int | None = None, json: bool = False
+) -> int:
+    """Count parameters, FLOPs and cache of a model against depth.
+
+    Args:
+        model: A variant (1b), a YAML or JSON file with a model's configuration, or a folder with a
+            model, a checkpoint or a run.
+        loops: Depths to show, as a list: [1,4,16]; by default powers of two up to max_loop_iters.
+        context: Positions; by default the model's max_seq_len.
+        json: Print JSON instead of tables.
+    """
     cfg, n_layers = described_model(model)
     rows = [
         account(cfg, n_loops, context, n_layers=n_layers)
         for n_loops in (loops or default_depths(cfg, n_layers))
     ]
-    if as_json:
-        print(
-            json.dumps(
-                {"model": model, "config": cfg.to_dict(), "depths": [r.to_dict() for r in rows]}
-            )
-        )
+    if json:
+        content = {"model": model, "config": cfg.to_dict(), "depths": [r.to_dict() for r in rows]}
+        print(dumps(content))
         return 0
     console = Console()
     console.print(_parts_table(model, cfg, rows[-1]))

@@ -1,23 +1,44 @@
-"""What can be said on the command line, and which function answers it."""
+"""From words to a function call: which command, and its arguments (by jsonargparse).
+
+A command is a function: its signature and docstring are its options and help. A module of a
+command loads torch only inside the function, so that help and mistakes appear at once.
+"""
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from open_mythos.checks import nearest
-from open_mythos.cli import commands
-from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
-from open_mythos.train.config import RunConfig
-from open_mythos.variants import VARIANTS, variant
 
 Command = Callable[..., int]
-_DEFAULT_VARIANT = "tiny"
-_SECTIONS = ("architecture", "model", "data", "depth", "optim", "train", "parallel", "watch")
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("open_mythos.cli.train:train", "Train a model."),
+    "train gate": ("open_mythos.cli.gate:train_gate", "Train the halting gate of a trained model."),
+    "generate": ("open_mythos.cli.generate:generate", "Continue a text with a trained model."),
+    "evaluate": (
+        "open_mythos.cli.evaluate:evaluate",
+        "Measure loss by number of loops, or under an exit rule.",
+    ),
+    "trace": (
+        "open_mythos.cli.trace.run:trace_prompt",
+        "Write a page of a prompt, loop by loop.",
+    ),
+    "plan": ("open_mythos.cli.plan:plan", "Estimate memory, layout, days and cost of a training."),
+    "report": (
+        "open_mythos.reports.run_report:report_run",
+        "Write a page of a run: curves, depths, loops, alarms.",
+    ),
+    "info": ("open_mythos.cli.info:info", "Count parameters, FLOPs and cache bytes by depth."),
+    "data prepare": ("open_mythos.cli.data:prepare_shards", "Turn text into token shards."),
+}
+"""Command -> the function that runs it ("module:function"), and a summary."""
 
 
 class Parser(ArgumentParser):
@@ -29,140 +50,104 @@ class Parser(ArgumentParser):
         for pattern in (
             r"unrecognized arguments: --?([\w.]+)",
             r"Key '?([\w.]+)'? is not expected",
+            r"(?:Subkey|Group|Option) '([\w.]+)' (?:is not|does not)",
         ):
-            match = re.search(pattern, message) or re.search(
-                r"(?:Subkey|Group|Option) '([\w.]+)' (?:is not|does not)", message
-            )
-            if match:
-                fix = nearest(match[1], _option_names(self))
+            if match := re.search(pattern, message):
+                fix = nearest(match[1], self.option_names())
         raise ConfigError(" ".join(message.split()), where=self.prog, fix=fix) from ex
 
-
-def _option_names(parser: ArgumentParser) -> list[str]:
-    actions = [a for a in parser._actions if a.option_strings]
-    return [s.removeprefix("--") for a in actions for s in a.option_strings if s.startswith("--")]
-
-
-def build_parser(model: MythosConfig) -> ArgumentParser:
-    """The whole parser; ``model`` gives the defaults of ``train --model.*``."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(
-        prog="open-mythos",
-        description="Recurrent-Depth Transformers: train, generate, evaluate at any depth.",
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and stop")
-    groups = {"": parser.add_subcommands(required=False, dest="command")}
-    for name, (command, summary) in _COMMANDS.items():
-        group, _, last = _one_word(name).rpartition(" ")
-        if group not in groups:
-            group_parser = Parser(description=_GROUPS[group])
-            groups[""].add_subcommand(group, group_parser, help=_GROUPS[group])
-            groups[group] = group_parser.add_subcommands(required=True, dest="command")
-        sub = Parser(description=summary)
-        sub.add_argument("--config", action="config", help="a YAML file with these options")
-        if command is commands.train:
-            sub.add_argument(
-                "--variant", default=_DEFAULT_VARIANT,
-                help=f"defaults of --model.*: {', '.join(VARIANTS)}",
-            )  # fmt: skip
-            sub.add_class_arguments(RunConfig)
-            sub.set_defaults({"model": model.to_dict()})
-            sub.add_argument("--resume", default="", help=_RESUME)
-            sub.add_argument("--quiet", type=bool, default=False, help="no progress bar")
-        else:
-            sub.add_function_arguments(command, as_positional=True)
-        groups[group].add_subcommand(last, sub, help=summary)
-    return parser
+    def option_names(self) -> list[str]:
+        """List the names of all options, without their dashes."""
+        return [s[2:] for a in self._actions for s in a.option_strings if s.startswith("--")]
 
 
 def parse(argv: list[str]) -> tuple[Command, dict[str, Any]]:
-    """The function to call and its arguments.
+    """Return the function to call and its arguments.
 
     Raises:
-        ConfigError: An option is unknown or its value is not of its type.
+        ConfigError: The command or an option is unknown, or a value is not of its type.
     """
-    argv = _joined(argv)
-    following = [*argv[1:], ""]
-    argv = [_normalised(word, after) for word, after in zip(argv, following, strict=True)]
-    parser = build_parser(variant(_variant_named_in(argv)))
-    given = parser.parse_args(argv)
-    if given.version:
-        return commands.version, {}
-    if given.command is None:
-        parser.print_help()
-        return (lambda: 0), {}
-    words, arguments = [given.command], given[given.command]
-    if given.command in _GROUPS:
-        words, arguments = [given.command, arguments.command], arguments[arguments.command]
-    known = {_one_word(name): command for name, (command, _) in _COMMANDS.items()}
-    command = known[" ".join(words)]
-    arguments.pop("config", None)
-    if command is commands.train:
-        return command, _train_arguments(arguments)
-    return command, arguments.as_dict()
+    name, words = _split(argv)
+    if name not in COMMANDS:
+        return _about(name, words)
+    place, summary = COMMANDS[name]
+    module, _, function = place.partition(":")
+    command: Command = getattr(importlib.import_module(module), function)
+    if name == "train":
+        from open_mythos.cli.train import parse_train
+
+        return command, parse_train(words, summary)
+    parser = new_parser(f"open-mythos {name}", summary)
+    parser.add_function_arguments(command, as_positional=True)
+    return command, parse_words(parser, words, flags_of(command))
 
 
-def _train_arguments(arguments: Namespace) -> dict[str, Any]:
-    arguments.pop("variant", None)
-    values = arguments.as_dict()
-    run = RunConfig.from_dict({name: values.pop(name) for name in _SECTIONS})
-    return {"config": run, **values}
+def new_parser(prog: str, description: str) -> Parser:
+    """Make a parser that also reads a YAML file of options."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="a YAML file with these options")
+    return parser
 
 
-def _one_word(name: str) -> str:
-    """A command's name as the parser has it: "train-gate", because "train" is a command too."""
-    return name.replace(" ", "-") if name.partition(" ")[0] in _COMMANDS else name
+def parse_words(parser: Parser, words: list[str], flags: Iterable[str]) -> dict[str, Any]:
+    """Parse a command line; flags may stand alone, and dashes in names mean underscores."""
+    following = [*words[1:], ""]
+    normal = [
+        with_underscores(word, flags, after) for word, after in zip(words, following, strict=True)
+    ]
+    values = parser.parse_args(normal)
+    values.pop("config", None)
+    return values.as_dict()
 
 
-def _joined(argv: list[str]) -> list[str]:
-    """``argv`` with a command of two such words as one."""
-    words = argv[:1] if argv[:1] and argv[0] in _COMMANDS else []
-    name = " ".join([*words, *argv[1:2]])
-    return [_one_word(name), *argv[2:]] if words and name in _COMMANDS else argv
-
-
-def _normalised(word: str, following: str) -> str:
-    """``--max-new-tokens`` for ``--max_new_tokens`` and ``--quiet`` for ``--quiet true``."""
+def with_underscores(word: str, flags: Iterable[str] = (), following: str = "") -> str:
+    """Turn ``--max-new-tokens`` into ``--max_new_tokens`` and ``--quiet`` into ``--quiet=true``."""
     name, equals, value = word.partition("=")
     if not re.fullmatch(r"--[a-z][\w.-]*", name):
         return word
-    name = name.replace("-", "_").replace("__", "--", 1)
-    named_only = not equals and following not in ("true", "false")
-    return f"{name}=true" if named_only and name[2:] in _flags() else name + equals + value
+    name = "--" + name[2:].replace("-", "_")
+    is_bare = not equals and following not in ("true", "false")
+    return f"{name}=true" if is_bare and name[2:] in flags else name + equals + value
 
 
-def _flags() -> set[str]:
-    """Options that are set by naming them."""
-    hints = [get_type_hints(command) for command, _ in _COMMANDS.values()]
-    return {name for each in hints for name, kind in each.items() if kind is bool}
+def flags_of(command: Command) -> set[str]:
+    """Return the options of a command that are set by naming them."""
+    return {name for name, kind in get_type_hints(command).items() if kind is bool}
 
 
-def _variant_named_in(argv: list[str]) -> str:
-    """The variant has to be known before the parser is built: it gives defaults."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word == "--variant":
-            return following
-        if word.startswith("--variant="):
-            return word.partition("=")[2]
-    return _DEFAULT_VARIANT
+def _split(argv: list[str]) -> tuple[str, list[str]]:
+    """Split off the command, which has one word or two; ``train-gate`` means ``train gate``."""
+    first = argv[0].replace("-", " ") if argv and not argv[0].startswith("-") else ""
+    words = [*first.split(), *argv[1:]] if first in COMMANDS else argv
+    for count in (2, 1):
+        if (name := " ".join(words[:count])) in COMMANDS:
+            return name, words[count:]
+    return " ".join(words[:1]), words[1:]
 
 
-_COMMANDS: dict[str, tuple[Command, str]] = {
-    "train": (commands.train, "Train a model."),
-    "train gate": (commands.train_gate, "Teach a trained model when to stop (train gate)."),
-    "generate": (commands.generate, "Continue a text with a trained model."),
-    "evaluate": (commands.evaluate, "Loss against the number of loops, or under an exit rule."),
-    "trace": (commands.trace, "See the thinking: a page of a prompt, loop by loop."),
-    "plan": (
-        commands.plan,
-        "Memory, layout, days and cost of a training, before it is paid for.",
-    ),
-    "report": (commands.report, "One HTML page of a run: curves, depths, loops, alarms."),
-    "info": (commands.info, "Parameters, FLOPs per token and cache bytes against depth."),
-    "data prepare": (commands.data_prepare, "Turn text into token shards."),
-}
-_RESUME = (
-    '"latest" goes on with the newest valid checkpoint of train.out_dir, "strict" refuses if the '
-    'newest is damaged, "auto" begins anew if there is none; a path goes on with that checkpoint'
-)
-_GROUPS = {"data": "Prepare training data."}
+def _about(name: str, words: list[str]) -> tuple[Command, dict[str, Any]]:
+    """Answer what is no command: help, the version, or the first word of a command."""
+    if name == "--version":
+        return _print_version, {}
+    listed = {each: text for each, (_, text) in COMMANDS.items() if f"{each} ".startswith(name)}
+    if name in ("", "-h", "--help") or (listed and words in ([], ["-h"], ["--help"])):
+        return _print_commands, {"commands": listed or {k: v for k, (_, v) in COMMANDS.items()}}
+    raise ConfigError(
+        "no such command", where="open-mythos", value=" ".join([name, *words[:1]]).strip(),
+        allowed=", ".join(COMMANDS), fix=nearest(name, {each.split()[0] for each in COMMANDS}),
+    )  # fmt: skip
+
+
+def _print_version() -> int:
+    import open_mythos
+
+    print(open_mythos.__version__)
+    return 0
+
+
+def _print_commands(commands: dict[str, str]) -> int:
+    print("usage: open-mythos COMMAND ...    (open-mythos COMMAND --help; open-mythos --version)\n")
+    for name, summary in commands.items():
+        print(f"  {name:<14} {summary}")
+    return 0

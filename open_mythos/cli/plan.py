@@ -20,6 +20,61 @@ TOKENS_PER_PARAMETER = 20
 WIDTH = 100
 
 
+def plan(
+    model: str,
+    gpus: int = 8,
+    gpu: str = "h100",
+    tokens: str = "",
+    context: int | None = None,
+    n_loops: float | None = None,
+    max_loops: int | None = None,
+    grad_loops: int | None = None,
+    dtype: str = "bfloat16",
+    optimizer: str = "adamw",
+    ema: bool = False,
+    global_batch_tokens: str = "",
+    mfu: float | None = None,
+    price: float | None = None,
+    kind: str = "",
+    shard: int | None = None,
+    experts: int | None = None,
+    micro_batch: int | None = None,
+    checkpoint_loops: bool | None = None,
+    json: bool = False,
+) -> int:
+    """Memory, communication, layout, time and cost of a training, before it is paid for.
+
+    Args:
+        model: A variant (3b), a YAML or JSON file with a model's configuration, or a folder with a
+            model, a checkpoint or a run.
+        gpus: How many there are, in nodes of eight.
+        gpu: "h100", "h200" or "b200".
+        tokens: To train on: 30B, 1.5T, 3e10; by default 20 for each parameter.
+        context: Tokens of a sequence; by default the model's context, at most 8192.
+        n_loops: Mean loops of a sequence; by default the model's max_loop_iters.
+        max_loops: Most loops of a sequence, which memory has to hold; by default the mean.
+        grad_loops: Truncated back-propagation through so many loops; by default all.
+        dtype: Of the products: "bfloat16", "float16" or "float32".
+        optimizer: "adamw" or "muon".
+        ema: Keep a running mean of the weights.
+        global_batch_tokens: Of a step: 4M; by default 4 Mi, or a sequence for each GPU.
+        mfu: Share of the peak rate while computing; by default 0.3.
+        price: US dollars of a GPU for an hour; by default that of a table.
+        kind: "none", "ddp" or "fsdp"; by default the plan chooses, as of the next four.
+        shard: GPUs that share one copy of the weights.
+        experts: GPUs over which the routed experts are divided.
+        micro_batch: Sequences that a GPU computes at a time.
+        checkpoint_loops: Whether loops are computed again in the backward pass.
+        json: Print JSON instead of tables.
+    """
+    wish = Wish(kind or None, shard, experts, micro_batch, checkpoint_loops)
+    return show_plan(
+        model, gpus=gpus, gpu_name=gpu, tokens=tokens, context=context, n_loops=n_loops,
+        max_loops=max_loops, grad_loops=grad_loops, dtype=dtype, optimizer=optimizer, ema=ema,
+        global_batch_tokens=global_batch_tokens, mfu=mfu, price=price, wish=wish, as_json=json,
+    )  # fmt: skip
+
+
 def show_plan(
     model: str,
     *,

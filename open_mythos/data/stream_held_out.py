@@ -34,7 +34,8 @@ class HeldOutWindows:
         tokenizer: That of the run.
         seq_len: T, the length of every sequence.
         windows: Sequences wanted; fewer if the corpus ends before.
-        held_out: The share that the run's ``StreamLoader`` leaves out.
+        held_out: The share that the run's ``StreamLoader`` leaves out; 1 takes every document of a
+            corpus that is for evaluation only.
         batch: Sequences at a time.
         mask_documents: Whether batches carry ``document_ids``.
 
@@ -56,8 +57,8 @@ class HeldOutWindows:
         mask_documents: bool = False,
     ) -> None:
         self._seq_len, self._batch = check_int(seq_len, "seq_len", 1), check_int(batch, "batch", 1)
-        if not 0 < held_out < 1:
-            raise ConfigError("no share", where="held_out", value=held_out, allowed="0 < x < 1")
+        if not 0 < held_out <= 1:
+            raise ConfigError("no share", where="held_out", value=held_out, allowed="0 < x <= 1")
         wanted = check_int(windows, "windows", 1) * seq_len + 1
         ids: list[int] = []
         text_bytes = 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from open_mythos.errors import ConfigError
+from open_mythos.tokenizer.bpe import BPETokenizer
 from open_mythos.tokenizer.byte_level import ByteTokenizer
 from open_mythos.tokenizer.files import is_path, read_config
 from open_mythos.tokenizer.hub import DEFAULT_MODEL_ID, MythosTokenizer
@@ -27,6 +30,26 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:
         if config.get("tokenizer_class") == ByteTokenizer.__name__:
             return ByteTokenizer()
     return MythosTokenizer(name_or_path)
+
+
+def load_or_train(name: str, documents: Iterable[str]) -> Tokenizer:
+    """Load the tokenizer called ``name``; "bpe:N" trains a byte-level BPE of N tokens.
+
+    Args:
+        name: What :func:`load_tokenizer` takes, or "bpe:N".
+        documents: The text that a BPE is trained on; otherwise not read.
+
+    Raises:
+        ConfigError: N is not a number.
+    """
+    kind, _, size = name.partition(":")
+    if kind != "bpe":
+        return load_tokenizer(name)
+    if not size.isdecimal():
+        raise ConfigError(
+            "not a vocabulary size", where="tokenizer", value=name, allowed="bpe:N, N an integer"
+        )
+    return BPETokenizer.train(documents, int(size))
 
 
 def get_vocab_size(name_or_path: str | Path = DEFAULT_MODEL_ID) -> int:

@@ -277,6 +277,13 @@ class TrainConfig:
             reject("train", self, "decay_steps", f"at most steps - warmup_steps ({most})")
 
 
+def fitting_micro_batch(wanted: int | None, batch: int) -> int | None:
+    """Return the largest divisor of ``batch`` up to ``wanted``; None stays None."""
+    if wanted is None:
+        return None
+    return max(size for size in range(1, max(1, min(wanted, batch)) + 1) if batch % size == 0)
+
+
 @dataclass
 class RunConfig:
     """Everything that defines a run; two runs of equal configuration are equal bit for bit."""

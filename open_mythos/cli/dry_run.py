@@ -1,4 +1,4 @@
-"""What a recipe would do, in words: no data is read, no hub asked, nothing built."""
+"""What a training run would do, in words: no text is read, no hub asked, nothing built."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ from copy import deepcopy
 from pathlib import Path
 
 from open_mythos.accounting import account
-from open_mythos.cli.recipe.options import Recipe
 from open_mythos.data.index import read_index
 from open_mythos.data.stream_corpus import open_corpus
 from open_mythos.tokenizer import DEFAULT_MODEL_ID, load_tokenizer
 from open_mythos.tokenizer.files import is_path
-from open_mythos.train.config import RunConfig
+from open_mythos.train.config import DataConfig, RunConfig
 from open_mythos.train.optimizers.schedule import learning_rate
+from open_mythos.train.text import is_prepared, prepared_folder
 
 KNOWN_VOCABULARIES = {DEFAULT_MODEL_ID: 200_064, "openai-community/gpt2": 50_304}
 """``vocab_size`` of tokenizers on the hub, so that a plan need not fetch them: gpt-oss has 200,019
 ids and GPT-2 50,257, to which a beginning and a padding token are added; rounded up to 64."""
 
 
-def plan(recipe: Recipe) -> str:
-    """The plan of ``recipe``, line by line.
+def described(config: RunConfig, *, fit_vocabulary: bool = True) -> str:
+    """Describe a run, line by line.
 
     Raises:
         ConfigError: The configuration is invalid.
-        DataError: A source on this machine is not there.
+        DataError: A source on this machine is missing.
     """
-    vocabulary, whose = _vocabulary(recipe)
-    config = deepcopy(recipe.config)
-    if not recipe.vocabulary_given and not recipe.checkpoint:
-        config.model.vocab_size = vocabulary or config.model.vocab_size
+    config = deepcopy(config)
+    vocabulary, tokenizer = _vocabulary(config)
+    start = config.train.init_from
+    if fit_vocabulary and not start and vocabulary:
+        config.model.vocab_size = vocabulary
     config.validate()
     rows = [
         ("model", _model(config)),
         ("depth", _depth(config)),
-        ("start", f"weights of {recipe.checkpoint}" if recipe.checkpoint else "random weights"),
-        ("text", _text(recipe)),
-        ("tokenizer", whose),
+        ("start", f"weights of {start}" if start else "random weights"),
+        ("text", _text(config.data)),
+        ("validation", _validation(config.data)),
+        ("tokenizer", tokenizer),
         ("length", _length(config)),
         ("batch", _batch(config)),
         ("schedule", _schedule(config)),
@@ -74,33 +76,49 @@ def _depth(config: RunConfig) -> str:
     depth, loops = config.depth, config.grad_loops
     most = "" if depth.max_loops is None else f", at most {depth.max_loops}"
     gradient = "all loops" if loops is None else f"the last {loops}"
-    again = ", each computed again in the backward pass" if config.train.checkpoint_loops else ""
+    again = ", each recomputed in the backward pass" if config.train.checkpoint_loops else ""
     return f"{depth.plan}, mean {depth.expected:g} loops{most}; gradient through {gradient}{again}"
 
 
-def _text(recipe: Recipe) -> str:
-    source = recipe.source
-    if recipe.is_prepared:
-        index = read_index(Path(source))
-        splits = ", ".join(f"{name} {split.tokens:,}" for name, split in index.splits.items())
-        return f"{source}: prepared shards, tokens: {splits}"
-    if "://" in source:
+def _text(data: DataConfig) -> str:
+    if folder := prepared_folder(data):
+        return f"{folder}: {_shards(folder)}"
+    if not data.source:
+        return "the source of Python's standard library, prepared as bytes when the run starts"
+    if "://" in data.source:
         files = "files as listed when the run starts"
     else:
-        corpus = open_corpus(source, recipe.text_field)
+        corpus = open_corpus(data.source, data.text_field)
         files = f"{len(corpus.files):,} files, {corpus.size:,} bytes"
-    held = f"{recipe.held_out:g} of the documents held out" if recipe.held_out else "all of it"
-    return f"{source}: streamed, {files}; {held}; {recipe.workers} workers a process"
+    return f"{data.source}: streamed, {files}; {data.workers} workers a process"
 
 
-def _vocabulary(recipe: Recipe) -> tuple[int, str]:
-    """The tokenizer's vocabulary, 0 if it cannot be known yet; and a description."""
-    if recipe.is_prepared:
-        index = read_index(Path(recipe.source))
+def _validation(data: DataConfig) -> str:
+    windows = f"{data.eval_windows} windows"
+    if data.val:
+        kind = _shards(data.val) if is_prepared(data.val) else "streamed"
+        return f"{data.val}: {kind}; {windows}"
+    if prepared_folder(data) or not data.source:
+        return f"the validation split; {windows}"
+    return f"{data.held_out:g} of the documents held out; {windows}" if data.held_out else "none"
+
+
+def _shards(folder: str) -> str:
+    splits = read_index(Path(folder)).splits.items()
+    return "prepared shards, tokens: " + ", ".join(f"{k} {split.tokens:,}" for k, split in splits)
+
+
+def _vocabulary(config: RunConfig) -> tuple[int, str]:
+    """Return the tokenizer's vocabulary, 0 if it cannot be known yet; and a description."""
+    if folder := prepared_folder(config.data):
+        index = read_index(Path(folder))
         return index.vocab_size, f"{index.tokenizer}, vocabulary {index.vocab_size:,}"
-    name = recipe.tokenizer
-    if not name:
+    name = config.data.tokenizer
+    if not name and config.train.init_from:
         return 0, "that of the checkpoint"
+    if not config.data.source:
+        name = "byte"
+    name = name or DEFAULT_MODEL_ID
     if name == "byte" or is_path(name):
         size = load_tokenizer(name).vocab_size
         return size, f"{name}, vocabulary {size:,}"

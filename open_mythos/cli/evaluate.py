@@ -1,0 +1,106 @@
+"""``open-mythos evaluate``: loss by depth, or under an exit rule."""
+
+from typing import Any
+
+from open_mythos.errors import ConfigError
+
+
+def evaluate(
+    checkpoint: str,
+    data: str = "",
+    depths: list[int] | None = None,
+    exit: str = "",
+    n_loops: int | None = None,
+    repeats: int = 0,
+    split: str = "val",
+    seq_len: int = 256,
+    windows: int = 64,
+    batch: int = 16,
+    dtype: str = "float32",
+    quantize: str = "",
+    device: str = "auto",
+    out: str = "",
+    quiet: bool = False,
+) -> int:
+    """Loss and bits per byte at several numbers of loops, or under an exit rule.
+
+    With ``--exit`` the rule stands beside the same exits dealt to random positions, its mean depth
+    for everybody, and full depth.
+
+    Args:
+        checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
+        data: Folder of prepared token shards; by default the one the run was trained on, or the
+            task that task.json beside the model names.
+        depths: Loops to measure at, as a list: [1,2,4,8]; by default powers of two up to four times
+            the model's max_loop_iters.
+        exit: Rule by which a position stops early: gate, kl, change, acceleration, stable, each
+            with its numbers if wanted, such as gate:0.9 or kl:0.01,1.0.
+        n_loops: With exit: the most loops; by default the model's max_loop_iters.
+        repeats: With exit: passes by which each depth is timed, in turns; 0 times nothing.
+        split: "val" or "train".
+        seq_len: Tokens of a sequence.
+        windows: Sequences to read at most.
+        batch: Sequences at a time.
+        dtype: "float32", or "bfloat16" by autocast.
+        quantize: Round the weights of all blocks: int8, or int4, with the size of its groups if
+            wanted, such as int4:64; the model then computes in bfloat16, whatever the dtype.
+        device: "auto", "cpu", "cuda".
+        out: Also write the rows to this file, as JSON.
+        quiet: No progress bar.
+    """
+    import json
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from open_mythos.cli.run_data import evaluation_source, load_model
+    from open_mythos.cli.tables import depth_table, exit_tables
+    from open_mythos.devices import resolve_dtype
+    from open_mythos.evaluation import evaluate_depths, evaluate_exits
+    from open_mythos.model.exit_rules import exit_rule
+
+    _reject_ignored(depths, exit, n_loops, repeats)
+    model = load_model(checkpoint, device, quantize)
+    source = evaluation_source(
+        checkpoint, data, split, seq_len=seq_len, windows=windows, batch=batch
+    )
+    batches = track(
+        source.batches, "evaluating", console=Console(stderr=True), disable=quiet, transient=True
+    )
+    options: dict[str, Any] = {
+        "bytes_per_token": source.bytes_per_token, "dtype": resolve_dtype(dtype)
+    }  # fmt: skip
+    content: dict[str, Any] = {"checkpoint": checkpoint, "split": source.name}
+    content |= {"quantize": quantize} if quantize else {}
+    if exit:
+        report = evaluate_exits(
+            model, batches, exit_rule(exit, model), n_loops, repeats=repeats, **options
+        )
+        for table in exit_tables(report, f"{checkpoint}, {source.name}", exit):
+            Console().print(table)
+        content |= {"exit": exit, "report": asdict(report)}
+    else:
+        if depths is None:
+            depths = [2**k for k in range((4 * model.cfg.max_loop_iters).bit_length())]
+        rows = evaluate_depths(model, batches, depths, **options)
+        Console().print(depth_table(rows, checkpoint, source.name))
+        content["depths"] = [asdict(row) for row in rows]
+    if out:
+        Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _reject_ignored(depths: list[int] | None, exit: str, n_loops: int | None, repeats: int) -> None:
+    if exit and depths is not None:
+        raise ConfigError(
+            "an exit rule chooses the depths", where="--depths", value=depths,
+            allowed="--n_loops: the most loops", fix="leave out --depths or --exit",
+        )  # fmt: skip
+    for option, value in (("--n_loops", n_loops), ("--repeats", repeats or None)):
+        if not exit and value is not None:
+            raise ConfigError(
+                "only an exit rule reads this", where=option, value=value,
+                allowed="together with --exit", fix="name fixed depths with --depths",
+            )  # fmt: skip

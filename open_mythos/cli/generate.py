@@ -1,0 +1,82 @@
+"""``open-mythos generate``: continue a text."""
+
+
+def generate(
+    checkpoint: str,
+    prompt: str,
+    n_loops: int | None = None,
+    exit: str = "",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: list[str] | None = None,
+    quantize: str = "",
+    tokenizer: str = "",
+    device: str = "auto",
+    quiet: bool = False,
+) -> int:
+    """Continue PROMPT; tokens appear as they are made.
+
+    Args:
+        checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
+        prompt: The text to continue.
+        n_loops: Loops per token, or the most of them; by default the model's max_loop_iters.
+        exit: Rule by which a token stops early: gate, kl, change, acceleration, stable, each with
+            its numbers if wanted, such as gate:0.9 or kl:0.01,1.0; by default none does.
+        max_new_tokens: Most tokens to add.
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Draw from the k most likely tokens; 0: from all.
+        top_p: Draw from the smallest set with this probability.
+        min_p: Drop tokens less likely than this share of the most likely one.
+        repetition_penalty: Above 1 makes tokens that have occurred less likely.
+        seed: Of the draws; the same seed gives the same text.
+        stop: Strings that end the text, as a list: '["\\n\\n"]'.
+        quantize: Round the weights of all blocks: int8, or int4, with the size of its groups if
+            wanted, such as int4:64; the model then computes in bfloat16.
+        tokenizer: "byte" or a path; by default the one stored with the model.
+        device: "auto", "cpu", "cuda".
+        quiet: Print the new text only, at the end.
+    """
+    import sys
+
+    import torch
+
+    from open_mythos.cli.run_data import depth_of, load_model, stored_tokenizer
+    from open_mythos.model import generation
+    from open_mythos.model.trace import LoopTrace
+    from open_mythos.tokenizer import StreamDecoder, load_tokenizer
+
+    model = load_model(checkpoint, device, quantize)
+    tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
+    ids = tok.encode(prompt) or [tok.bos_id]
+    depth = depth_of(model, n_loops, exit)
+    trace = LoopTrace() if exit else None
+    stream, loops, tokens = StreamDecoder(tok), 0, 0
+
+    def show(_: int, token_B: torch.Tensor) -> None:
+        nonlocal loops, tokens
+        if trace is not None and trace.exits is not None:
+            # of the tokens that this one was computed from
+            loops, tokens = loops + int(trace.exits.sum()), tokens + trace.exits.numel()
+        if not quiet and int(token_B) != tok.eos_id:
+            print(stream.push(int(token_B)), end="", flush=True)
+
+    if not quiet:
+        print(prompt, end="", flush=True)
+    # a vocabulary smaller than the tokenizer's, without its special tokens, cannot predict eos
+    eos_id = tok.eos_id if tok.eos_id < model.cfg.vocab_size else None
+    out = generation.generate(
+        model, torch.tensor([ids], device=model.head.weight.device), max_new_tokens,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, stop=stop or [],
+        eos_token_id=eos_id, tokenizer=tok, on_token=show, depth=depth, trace=trace,
+    )  # fmt: skip
+    print(tok.decode(out[0, len(ids) :].tolist()) if quiet else stream.flush())
+    if tokens and not quiet:
+        most = depth.n_loops or model.cfg.max_loop_iters
+        print(f"{loops / tokens:.2f} of {most} loops per token, {tokens} tokens", file=sys.stderr)
+    return 0

@@ -1,0 +1,200 @@
+"""From a run's configuration to its trainer, and the run from beginning to end.
+
+>>> from open_mythos import mythos_nano
+>>> from open_mythos.train import RunConfig, TrainConfig, train_run
+>>> config = RunConfig(model=mythos_nano(), train=TrainConfig(steps=2, out_dir="runs/two"))
+>>> train_run(config)                                                   # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from open_mythos.data import Loader, StreamLoader
+from open_mythos.devices import training_dtype
+from open_mythos.distributed import rank, world_size
+from open_mythos.errors import ConfigError
+from open_mythos.evaluation import evaluate_depths
+from open_mythos.hub.pretrained import describe, from_pretrained
+from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, write_config
+from open_mythos.tokenizer import Tokenizer
+from open_mythos.train.build import Model, build_model
+from open_mythos.train.checkpoint.snapshot import checkpoints
+from open_mythos.train.config import RunConfig, fitting_micro_batch
+from open_mythos.train.monitoring.metrics import MetricsLogger
+from open_mythos.train.parallel.process_group import process_group
+from open_mythos.train.state import TrainState
+from open_mythos.train.text import (
+    Source,
+    open_tokenizer,
+    training_batches,
+    validation_batches,
+    with_default_text,
+)
+from open_mythos.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train, in this process of its group."""
+
+    config: RunConfig
+    """The configuration, completed: vocabulary, micro-batch and text are what is used."""
+    tokenizer: Tokenizer
+    loader: Loader | StreamLoader
+    trainer: Trainer
+
+    def describe(self, out: Path) -> None:
+        """Write configuration and tokenizer into the run's folder, for the other commands."""
+        self.tokenizer.save(out / TOKENIZER_FOLDER)
+        write_config(out, self.config.to_dict())
+
+    def close(self) -> None:
+        """End the processes that read the text."""
+        if isinstance(self.loader, StreamLoader):
+            self.loader.close()
+
+
+def build_run(
+    config: RunConfig, *, loggers: Sequence[MetricsLogger] = (), fit_vocabulary: bool = False
+) -> Run:
+    """Build tokenizer, loader, model, evaluation and trainer of a run.
+
+    Under a launcher, call it within :func:`~open_mythos.train.process_group`.
+
+    Args:
+        config: The run; copied.
+        loggers: Receive the metrics, beside ``metrics.jsonl``.
+        fit_vocabulary: Set the model's vocabulary to the tokenizer's, instead of requiring that it
+            holds it.
+
+    Raises:
+        ConfigError: The configuration is invalid, or the vocabulary is too small.
+        DataError: Text, tokenizer or initial weights are missing or damaged.
+        EnvironmentError_: The hub cannot be reached.
+    """
+    config = deepcopy(config)
+    config.validate()
+    train = config.train
+    if train.global_batch % world_size() == 0:  # else the loader raises
+        local = train.global_batch // world_size()
+        fitting = fitting_micro_batch(train.micro_batch, local)
+        if fitting != train.micro_batch:
+            logger.warning("train.micro_batch is %s: a divisor of %d sequences", fitting, local)
+        train.micro_batch = fitting
+    tokenizer = open_tokenizer(config)
+    _check_vocabulary(config, tokenizer, fit=fit_vocabulary and not train.init_from)
+    loader = training_batches(
+        config.data, tokenizer, seq_len=train.seq_len, global_batch=train.global_batch,
+        seed=train.seed,
+    )  # fmt: skip
+    validation = validation_batches(
+        config.data, tokenizer, seq_len=train.seq_len,
+        batch=train.micro_batch or train.global_batch,
+    )  # fmt: skip
+    trainer = Trainer(
+        initial_model(config), loader, config,
+        evaluate=None if validation is None else _evaluation(validation, config), loggers=loggers,
+    )  # fmt: skip
+    return Run(config, tokenizer, loader, trainer)
+
+
+def train_run(
+    config: RunConfig,
+    *,
+    resume: str = "",
+    loggers: Sequence[MetricsLogger] = (),
+    fit_vocabulary: bool = False,
+) -> TrainState:
+    """Train from beginning to end; the folder then holds all that the other commands need.
+
+    Under ``torchrun`` all processes call it together.
+
+    Args:
+        config: The run. Without a text it trains on Python's standard library as bytes.
+        resume: "" starts a new run; "latest" continues from the newest valid checkpoint, "strict"
+            raises if the newest is damaged, "auto" starts a new run if there is none; a path
+            continues from that checkpoint.
+        loggers: As of :func:`build_run`.
+        fit_vocabulary: As of :func:`build_run`.
+
+    Raises:
+        ConfigError: The folder holds a run and ``resume`` is empty; or as of :func:`build_run`.
+        PreemptedError: The run was told to stop, and has saved.
+    """
+    config = deepcopy(config)
+    if config.train.out_dir is None:
+        raise ConfigError(
+            "the run has no folder", where="train.out_dir", value=None, allowed="a folder",
+            fix="say --train.out_dir runs/NAME",
+        )  # fmt: skip
+    config.validate()
+    out = Path(config.train.out_dir)
+    has_saved = bool(checkpoints(out / CHECKPOINTS_FOLDER))
+    if has_saved and not resume:
+        raise ConfigError(
+            "the folder holds a run", where="train.out_dir", value=str(out),
+            fix="continue it by --resume latest, or name another folder",
+        )  # fmt: skip
+    with process_group(config.parallel, config.train.device):
+        with_default_text(config, out)
+        run = build_run(config, loggers=loggers, fit_vocabulary=fit_vocabulary)
+        try:
+            if resume and (has_saved or resume != "auto"):
+                newest = resume in ("auto", "latest", "strict")
+                run.trainer.resume("latest" if newest else resume, strict=resume == "strict")
+            if rank() == 0:
+                run.describe(out)
+            return run.trainer.fit()
+        finally:
+            run.close()
+
+
+def initial_model(config: RunConfig) -> Model:
+    """Build the model of a run with random weights, or with those of ``train.init_from``.
+
+    Raises:
+        ConfigError: The configuration is not that of the stored model.
+    """
+    model = build_model(config)
+    if config.train.init_from:
+        stored = from_pretrained(config.train.init_from)
+        if describe(stored) != describe(model):
+            raise ConfigError(
+                "the configuration is not that of the stored model", where="train.init_from",
+                value=describe(model), allowed=str(describe(stored)),
+                fix="leave --model.* and --architecture as the checkpoint has them",
+            )  # fmt: skip
+        model.load_state_dict(stored.state_dict())
+    return model
+
+
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, *, fit: bool) -> None:
+    if fit:
+        config.model.vocab_size = tokenizer.vocab_size
+    elif config.model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            "the model's vocabulary is smaller than the tokenizer's", where="model.vocab_size",
+            value=config.model.vocab_size, allowed=f">= {tokenizer.vocab_size} ({tokenizer.name})",
+            fix="leave it out, or name the tokenizer that the model was made for",
+        )  # fmt: skip
+
+
+def _evaluation(source: Source, config: RunConfig) -> Any:
+    """Return what the trainer calls to measure loss and bits per byte at some depths."""
+
+    def evaluate(model: Model, depths: list[int]) -> dict[str, Any]:
+        rows = evaluate_depths(
+            model, source.batches, depths, bytes_per_token=source.bytes_per_token,
+            dtype=training_dtype(config.train.dtype, model.head.weight.device),
+        )  # fmt: skip
+        return {"depths": [asdict(row) for row in rows]}
+
+    return evaluate
