@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
 
-from open_mythos.cli.parser import Parser, new_parser, parse_words, with_underscores
 from open_mythos.checks import nearest
+from open_mythos.cli.options import Parser, new_parser, parse_words, with_underscores
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.train.config import RunConfig, TrainConfig, fitting_micro_batch

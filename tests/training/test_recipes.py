@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from open_mythos import from_pretrained, mythos_nano
-from open_mythos.cli.recipe import run_recipe
-from open_mythos.cli.recipe.options import fitting_micro_batch, parse_recipe
-from open_mythos.cli.recipe.plan import KNOWN_VOCABULARIES, plan
+from open_mythos import from_pretrained
+from open_mythos.cli import main
+from open_mythos.cli.dry_run import KNOWN_VOCABULARIES, described
+from open_mythos.cli.parser import parse
 from open_mythos.data import prepare
 from open_mythos.errors import ConfigError
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
-from open_mythos.train import OptimConfig, RunConfig, TrainConfig
+from open_mythos.train import RunConfig, TrainConfig
+from open_mythos.train.config import fitting_micro_batch
 from open_mythos.train.optimizers.schedule import learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -70,9 +71,7 @@ def shards(tmp_path_factory) -> Path:
 def trained(tmp_path_factory, texts) -> Path:
     """The folder of a finished run."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    assert run_recipe(
-        RunConfig(), description="", argv=[*TINY, f"--source={texts}", f"--train.out_dir={out}"]
-    ) == 0  # fmt: skip
+    assert main(["train", *TINY, f"--source={texts}", f"--train.out_dir={out}"]) == 0
     return out
 
 
@@ -119,19 +118,13 @@ def test_the_first_steps(path: Path, monkeypatch, tmp_path, texts, shards, train
     assert (out / "checkpoints" / "step_00000002").is_dir()
     config = RunConfig.from_dict(yaml.safe_load((out / "run.yaml").read_text()))
     assert from_pretrained(out).cfg == config.model
-    assert json.loads((out / "source.json").read_text())["source"] in (str(texts), str(shards))
+    assert config.data.source in (str(texts), str(shards))
 
 
 def test_the_promised_recipe() -> None:
     """30 B tokens, 2,000 steps of warm-up, cosine, no step at learning rate zero."""
-    recipe = runpy.run_path(str(ROOT / "training" / "3b_fine_web_edu.py"))
-    config: RunConfig = recipe["RUN"]
-    asked = parse_recipe(
-        ["--dry_run"], config, description="", source="", subsets={"a": "stdlib"},
-        tokenizer="openai/gpt-oss-20b", tokens=30_000_000_000, held_out=0.0, workers=0,
-        from_checkpoint=False,
-    )  # fmt: skip
-    train, optim = asked.config.train, asked.config.optim
+    config = parsed(["--recipe=3b_fine_web_edu"])
+    train, optim = config.train, config.optim
     tokens = train.steps * train.global_batch * train.seq_len
     assert 0 <= tokens - 30_000_000_000 < train.global_batch * train.seq_len
     assert (train.warmup_steps, train.schedule, train.dtype) == (2000, "cosine", "auto")
@@ -139,7 +132,7 @@ def test_the_promised_recipe() -> None:
     assert min(rates) == rates[0] > 0
     assert rates.index(max(rates)) in (1999, 2000)
     assert rates[2000:] == sorted(rates[2000:], reverse=True)
-    assert "4,192,228,993 parameters" in plan(asked)
+    assert "4,192,228,993 parameters" in described(config)
 
 
 def test_vocabularies_that_a_plan_knows_are_padded_lengths() -> None:
@@ -148,30 +141,27 @@ def test_vocabularies_that_a_plan_knows_are_padded_lengths() -> None:
     assert {name: -(-n // 64) * 64 for name, n in lengths.items()} == KNOWN_VOCABULARIES
 
 
-def parsed(argv: list[str], **changes):
-    options = {
-        "description": "", "source": "stdlib", "subsets": {}, "tokenizer": "byte", "tokens": 0,
-        "held_out": 0.0, "workers": 0, "from_checkpoint": False,
-    }  # fmt: skip
-    defaults = changes.pop("defaults", RunConfig(model=mythos_nano()))
-    return parse_recipe(argv, defaults, **(options | changes))
+def parsed(argv: list[str]) -> RunConfig:
+    """The run that a command line means."""
+    return parse(["train", *argv])[1]["config"]
 
 
 def test_tokens_give_the_steps() -> None:
-    argv = ["--train.global_batch=4", "--train.seq_len=50"]
-    assert parsed(argv, tokens=1001).config.train.steps == 6
-    assert parsed([*argv, "--tokens=200"], tokens=1001).config.train.steps == 1
-    assert parsed([*argv, "--train.steps", "3"], tokens=1001).config.train.steps == 3
-    assert parsed(argv).config.train.steps == TrainConfig().steps
+    argv = ["--recipe=140m_fine_web_edu", "--train.global_batch=4", "--train.seq_len=50"]
+    assert parsed(argv).train.steps == 14_000_000
+    assert parsed([*argv, "--tokens=200"]).train.steps == 1
+    assert parsed([*argv, "--tokens=1001"]).train.steps == 6
+    assert parsed([*argv, "--train.steps", "3"]).train.steps == 3
+    assert parsed(["--variant=nano"]).train.steps == TrainConfig().steps
 
 
 def test_a_file_of_options(tmp_path) -> None:
     path = tmp_path / "options.yaml"
     path.write_text("train: {steps: 7, lr: 1}\n")
-    assert run_recipe(RunConfig(), description="", argv=[f"--config={path}", "--dry-run"]) == 2
-    path.write_text("train: {steps: 7}\nsource: abc\noptim: {lr: 0.5}\n")
-    recipe = parsed([f"--config={path}", "--optim.lr=0.25"], tokens=1001)
-    assert (recipe.config.train.steps, recipe.source, recipe.config.optim.lr) == (7, "abc", 0.25)
+    assert main(["train", f"--config={path}", "--dry-run"]) == 2
+    path.write_text("train: {steps: 7}\ndata: {source: abc}\noptim: {lr: 0.5}\n")
+    config = parsed(["--recipe=140m_fine_web_edu", f"--config={path}", "--optim.lr=0.25"])
+    assert (config.train.steps, config.data.source, config.optim.lr) == (7, "abc", 0.25)
 
 
 def test_the_printed_configuration_is_the_recipe(tmp_path, monkeypatch, capsys) -> None:
@@ -187,43 +177,42 @@ def test_the_printed_configuration_is_the_recipe(tmp_path, monkeypatch, capsys) 
 def test_what_gives_defaults_is_said_on_the_command_line(tmp_path, trained, capsys) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("variant: tiny\n")
-    with pytest.raises(ConfigError, match="--variant on the command line"):
+    with pytest.raises(ConfigError, match="variant"):
         parsed([f"--config={path}"])
-    assert parsed(["--variant", "tiny"]).config.model.dim == 256
-    assert run_recipe(RunConfig(), description="", from_checkpoint=True, argv=["--dry-run"]) == 2
+    assert parsed(["--variant", "tiny"]).model.dim == 256
+    assert main(["train", "--recipe=continue_run", "--dry-run"]) == 2
     assert "--checkpoint FOLDER" in capsys.readouterr().err
-    path.write_text(f"checkpoint: {trained}\n")
-    with pytest.raises(ConfigError, match="no model is named"):
-        parsed([f"--config={path}"], from_checkpoint=True)
+    config = parsed(["--recipe=continue_run", "--source=x", f"--checkpoint={trained}",
+                     "--train.seq_len=64"])  # fmt: skip
+    assert (config.train.init_from, config.model.dim) == (str(trained), 128)
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--train.stepz=3"], ["train.steps"]),
-        (["--sauce=x"], ["'source'"]),
+        (["--data.sauce=x"], ["'data.source'"]),
+        (["--recipe=3b_fine_web"], ["unknown recipe", "'3b_fine_web_edu'"]),
         (["--variant=3bb"], ["variant", "3b"]),
         (["--subset=sample-1BT"], ["--subset", "sample-10BT"]),
         (["--subset=sample-10BT", "--source=stdlib"], ["--source, --subset"]),
         (["--tokens=10", "--train.steps=3"], ["--tokens, --train.steps"]),
         (["--tokens=-1"], ["--tokens"]),
-        (["--held-out=1"], ["--held_out"]),
+        (["--held-out=1"], ["data.held_out"]),
         (["--train.seq_len=9999"], ["train.seq_len", "max_seq_len"]),
         (["--source=missing/place"], ["no such source"]),
     ],
 )
 def test_mistakes_are_named(argv: list[str], words: list[str], capsys, no_network) -> None:
-    code = run_recipe(
-        RunConfig(model=mythos_nano()), description="", argv=[*argv, "--dry-run"],
-        subsets={"sample-10BT": "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT"},
-    )  # fmt: skip
+    recipe = [] if any("recipe" in word for word in argv) else ["--recipe=140m_fine_web_edu"]
+    code = main(["train", *recipe, *argv, "--dry-run"])
     assert code in (2, 3)
     printed = capsys.readouterr().err
     assert all(word in printed for word in words), printed
 
 
 def test_a_recipe_without_text_asks_for_it(capsys) -> None:
-    assert run_recipe(RunConfig(), description="", argv=["--dry-run"]) == 2
+    assert main(["train", "--recipe=prepared_shards", "--dry-run"]) == 2
     assert "--source" in capsys.readouterr().err
 
 
@@ -243,7 +232,7 @@ def test_the_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch, capsys) -> 
 
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path, texts, capsys) -> None:
     argv = [*TINY, f"--source={texts}", f"--train.out_dir={tmp_path}", "--model.vocab_size=100"]
-    assert run_recipe(RunConfig(), description="", argv=argv) == 2
+    assert main(["train", *argv]) == 2
     assert ">= 320 (byte)" in capsys.readouterr().err
 
 
@@ -252,9 +241,7 @@ def test_a_resumed_recipe_equals_one_in_a_piece(tmp_path, texts) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
     def go(out: Path, *more: str) -> int:
-        return run_recipe(
-            RunConfig(), description="", argv=[*argv, f"--train.out_dir={out}", *more]
-        )
+        return main(["train", *argv, f"--train.out_dir={out}", *more])
 
     assert go(whole, "--train.steps=5") == 0
     assert go(parts, "--train.steps=2", "--resume=auto") == 0  # nothing there yet
@@ -262,7 +249,11 @@ def test_a_resumed_recipe_equals_one_in_a_piece(tmp_path, texts) -> None:
     assert go(parts, "--train.steps=4", "--resume=auto", "--workers=2") == 0
     assert go(parts, "--train.steps=5", "--resume=latest") == 0
     assert losses(parts) == losses(whole)
-    assert go(parts, "--train.steps=6", "--resume=latest", "--held-out=0.1") == 3  # other data
+    assert go(parts, "--train.steps=6", "--resume=latest", "--held-out=0.1") == 2  # other data
+    (parts.parent / "more").mkdir()
+    (parts.parent / "more" / "0.jsonl").write_text(json.dumps({"text": "another text " * 500}))
+    argv[-2] = f"--source={parts.parent / 'more'}"
+    assert go(parts, "--train.steps=6", "--resume=latest") == 3
 
 
 def test_continued_training_starts_from_the_weights(tmp_path, texts, trained) -> None:
@@ -270,8 +261,7 @@ def test_continued_training_starts_from_the_weights(tmp_path, texts, trained) ->
         out = tmp_path / name
         argv = [word for word in TINY if not word.startswith(("--variant", "--tokenizer"))]
         argv += [f"--source={texts}", f"--train.out_dir={out}", f"--checkpoint={trained}", *more]
-        defaults = RunConfig(optim=OptimConfig(lr=1e-3), train=TrainConfig(seed=5))
-        assert run_recipe(defaults, description="", from_checkpoint=True, argv=argv) == 0
+        assert main(["train", *argv, "--optim.lr=1e-3", "--train.seed=5"]) == 0
         return losses(out)[1]
 
     before = losses(trained)
@@ -280,9 +270,7 @@ def test_continued_training_starts_from_the_weights(tmp_path, texts, trained) ->
     assert first_loss("next") < before[1]
     out = tmp_path / "refused"
     argv = [f"--source={texts}", f"--train.out_dir={out}", f"--checkpoint={trained}"]
-    assert run_recipe(
-        RunConfig(), description="", from_checkpoint=True, argv=[*argv, "--model.dim=64"]
-    ) == 2  # fmt: skip
+    assert main(["train", *argv, "--model.dim=64", "--train.seq_len=32"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -294,12 +282,11 @@ def test_the_micro_batch_fits(wanted: int | None, batch: int, fitting: int | Non
 
 
 def test_only_a_micro_batch_that_was_asked_for_is_refused() -> None:
-    assert parsed(["--train.global_batch=6", "--train.micro_batch=3"]).config.train.micro_batch == 3
+    assert parsed(["--train.global_batch=6", "--train.micro_batch=3"]).train.micro_batch == 3
     with pytest.raises(ConfigError, match="micro_batch"):
         parsed(["--train.global_batch=6", "--train.micro_batch=4"])
-    run = RunConfig(model=mythos_nano(), train=TrainConfig(micro_batch=4))
-    changed = parsed(["--train.global_batch=6"], defaults=run)
-    assert changed.config.train.micro_batch == 3
+    changed = parsed(["--recipe=3b_fine_web_edu", "--train.global_batch=6"])
+    assert changed.train.micro_batch == 3
 
 
 def test_two_processes_compute_what_one_does(tmp_path, texts) -> None:
@@ -322,12 +309,10 @@ def test_two_processes_compute_what_one_does(tmp_path, texts) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
 
-    recipe = runpy.run_path(str(ROOT / "training" / "debug_cpu.py"))
-    options = {"description": "", "argv": [*argv, f"--train.out_dir={lone}", "--train.steps=4"]}
-    assert run_recipe(recipe["RUN"], **options) == 0
+    recipe = ["train", "--recipe=debug_cpu", *argv, "--train.steps=4"]
+    assert main([*recipe, f"--train.out_dir={lone}"]) == 0
     torchrun(pair, 2)
-    more = [*argv, f"--train.out_dir={pair}", "--train.steps=4", "--resume=latest"]
-    assert run_recipe(recipe["RUN"], description="", argv=more) == 0  # goes on alone
+    assert main([*recipe, f"--train.out_dir={pair}", "--resume=latest"]) == 0  # continues alone
     assert losses(pair) == pytest.approx(losses(lone), abs=5e-6)
     lone_data, pair_data = (
         json.loads((out / "checkpoints" / "step_00000004" / "state.json").read_text())["data"]

@@ -39,11 +39,11 @@ def refuse_changes(
         ConfigError: A field differs that may not, or ``allow`` names no field.
     """
     before, now = _flat(saved), _flat(present)
-    # fields that a checkpoint does not know yet had the behaviour of their defaults
+    # fields that are newer than the checkpoint had the behaviour of their defaults, except that
+    # the position of an older stream tells its held-out share and text field itself
     before = {**_flat(RunConfig().to_dict()), **before}
     if "held_out" not in saved.get("data", {}):
-        now["data.held_out"] = before["data.held_out"]  # the loader's position tells it
-        now["data.text_field"] = before["data.text_field"]
+        before |= {name: now[name] for name in ("data.held_out", "data.text_field") if name in now}
     known = before.keys() | now.keys()
     for name in allow:
         if name not in known:

@@ -1,0 +1,66 @@
+"""Parsers of options (jsonargparse): mistakes are ConfigErrors, dashes mean underscores."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, get_type_hints
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from open_mythos.checks import nearest
+from open_mythos.errors import ConfigError
+
+Command = Callable[..., int]
+
+
+class Parser(ArgumentParser):
+    """A parser whose mistakes are ConfigErrors that name the nearest option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise the mistake as a ConfigError."""
+        fix = f"see {self.prog} --help"
+        for pattern in (
+            r"unrecognized arguments: --?([\w.]+)",
+            r"Key '?([\w.]+)'? is not expected",
+            r"(?:Subkey|Group|Option) '([\w.]+)' (?:is not|does not)",
+        ):
+            if match := re.search(pattern, message):
+                fix = nearest(match[1], self.option_names())
+        raise ConfigError(" ".join(message.split()), where=self.prog, fix=fix) from ex
+
+    def option_names(self) -> list[str]:
+        """List the names of all options, without their dashes."""
+        return [s[2:] for a in self._actions for s in a.option_strings if s.startswith("--")]
+
+
+def new_parser(prog: str, description: str) -> Parser:
+    """Make a parser that also reads a YAML file of options."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="a YAML file with these options")
+    return parser
+
+
+def parse_words(parser: Parser, words: list[str], flags: Iterable[str]) -> dict[str, Any]:
+    """Parse a command line; flags may stand alone, and dashes in names mean underscores."""
+    pairs = zip(words, [*words[1:], ""], strict=False)
+    normal = [with_underscores(word, flags, following) for word, following in pairs]
+    values = parser.parse_args(normal)
+    values.pop("config", None)
+    return values.as_dict()
+
+
+def with_underscores(word: str, flags: Iterable[str] = (), following: str = "") -> str:
+    """Turn ``--max-new-tokens`` into ``--max_new_tokens`` and ``--quiet`` into ``--quiet=true``."""
+    name, equals, value = word.partition("=")
+    if not re.fullmatch(r"--[a-z][\w.-]*", name):
+        return word
+    name = "--" + name[2:].replace("-", "_")
+    is_bare = not equals and following not in ("true", "false")
+    return f"{name}=true" if is_bare and name[2:] in flags else name + equals + value
+
+
+def flags_of(command: Command) -> set[str]:
+    """Return the options of a command that are set by naming them."""
+    return {name for name, kind in get_type_hints(command).items() if kind is bool}
