@@ -42,12 +42,14 @@ def generate(
         quiet: Print the new text only, at the end.
     """
     import sys
+    from functools import partial
 
     import torch
 
     from open_mythos.cli.run_data import depth_of, load_model, stored_tokenizer
     from open_mythos.model import generation
     from open_mythos.model.trace import LoopTrace
+    from open_mythos.ops.sampling import SamplingParams
     from open_mythos.tokenizer import StreamDecoder, load_tokenizer
 
     model = load_model(checkpoint, device, quantize)
@@ -69,11 +71,13 @@ def generate(
         print(prompt, end="", flush=True)
     # a vocabulary smaller than the tokenizer's, without its special tokens, cannot predict eos
     eos_id = tok.eos_id if tok.eos_id < model.cfg.vocab_size else None
+    params = SamplingParams(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
+        eos_token_id=eos_id, stop=stop or (),
+    )  # fmt: skip
     out = generation.generate(
-        model, torch.tensor([ids], device=model.head.weight.device), max_new_tokens,
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, stop=stop or [],
-        eos_token_id=eos_id, tokenizer=tok, on_token=show, depth=depth, trace=trace,
+        model, torch.tensor([ids], device=model.head.weight.device), params, depth, tokenizer=tok,
+        on_token=show, decoder=partial(generation.GrowingDecoder, trace=trace),
     )  # fmt: skip
     print(tok.decode(out[0, len(ids) :].tolist()) if quiet else stream.flush())
     if tokens and not quiet:
