@@ -2,8 +2,6 @@
 
 from open_mythos.errors import ConfigError
 
-GATE_FILE = "gate.json"
-
 
 def train_gate(
     checkpoint: str,
@@ -53,6 +51,7 @@ def train_gate(
     from open_mythos.devices import resolve_device, resolve_dtype
     from open_mythos.hub.pretrained import from_pretrained, save_pretrained
     from open_mythos.model.mythos import OpenMythos
+    from open_mythos.run_folder import GATE_FILE
     from open_mythos.train import gate
 
     config = gate.GateConfig(

@@ -23,12 +23,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Measure loss by number of loops, or under an exit rule.",
     ),
     "trace": (
-        "open_mythos.cli.trace.run:trace_prompt",
+        "open_mythos.cli.pages:trace",
         "Write a page of a prompt, loop by loop.",
     ),
     "plan": ("open_mythos.cli.plan:plan", "Estimate memory, layout, days and cost of a training."),
     "report": (
-        "open_mythos.reports.run_report:report_run",
+        "open_mythos.cli.pages:report",
         "Write a page of a run: curves, depths, loops, alarms.",
     ),
     "info": ("open_mythos.cli.info:info", "Count parameters, FLOPs and cache bytes by depth."),

@@ -10,14 +10,14 @@ from open_mythos.checks import check_count
 from open_mythos.data import TokenShards
 from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.hub.pretrained import from_pretrained, model_directory
+from open_mythos.hub.pretrained import from_pretrained, model_directory, stored_tokenizer
 from open_mythos.inference.quantization import quantize
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import CONFIG_FILE, TOKENIZER_FOLDER, find_beside, read_config
-from open_mythos.tokenizer import Tokenizer, load_tokenizer
+from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.config import DataConfig
 from open_mythos.train.text import Source, prepared_folder, training_batches, validation_batches
 
@@ -39,21 +39,6 @@ def load_model(checkpoint: str, device: str, quantised: str) -> CausalLM:
             allowed="int8, int4, or int4 with the size of its groups: int4:64",
         )  # fmt: skip
     return quantize(model, kind, group_size=int(group) if colon else None)
-
-
-def stored_tokenizer(checkpoint: str) -> Tokenizer:
-    """Load the tokenizer kept with a model, or with the run that its checkpoint belongs to.
-
-    Raises:
-        DataError: There is none.
-    """
-    found = beside(checkpoint, TOKENIZER_FOLDER)
-    if found is None:
-        raise DataError(
-            f"no {TOKENIZER_FOLDER} is stored with the model", where=checkpoint,
-            value=TOKENIZER_FOLDER, fix="name one with --tokenizer",
-        )  # fmt: skip
-    return load_tokenizer(found)
 
 
 def depth_of(model: CausalLM, n_loops: int | None, exit: str) -> Depth:

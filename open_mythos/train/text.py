@@ -23,8 +23,8 @@ from open_mythos.data.index import INDEX_FILE
 from open_mythos.data.stream_held_out import TooFewHeldOutError
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.hub.pretrained import model_directory
-from open_mythos.run_folder import DATA_FOLDER, TOKENIZER_FOLDER, find_beside
+from open_mythos.hub.pretrained import stored_tokenizer
+from open_mythos.run_folder import DATA_FOLDER
 from open_mythos.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from open_mythos.train.config import DataConfig, RunConfig
 from open_mythos.train.parallel.process_group import first_decides
@@ -83,14 +83,7 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
         return TokenShards(folder).tokenizer()
     if data.tokenizer or not config.train.init_from:
         return load_tokenizer(data.tokenizer) if data.tokenizer else load_tokenizer()
-    stored = find_beside(model_directory(config.train.init_from), TOKENIZER_FOLDER)
-    if stored is None:
-        raise DataError(
-            "no tokenizer is stored with the initial weights", where="train.init_from",
-            value=config.train.init_from, allowed=f"a run, whose folder has a {TOKENIZER_FOLDER}/",
-            fix="name one: --tokenizer",
-        )  # fmt: skip
-    return load_tokenizer(stored)
+    return stored_tokenizer(config.train.init_from)
 
 
 def training_batches(

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from open_mythos.cli.training import train_run
 from open_mythos.data import prepare
 from open_mythos.tokenizer import ByteTokenizer
-from open_mythos.train import DataConfig, DepthConfig, OptimConfig, RunConfig, TrainConfig
+from open_mythos.train import (
+    DataConfig,
+    DepthConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    train_run,
+)
 from open_mythos.variants import variant
 
 
@@ -29,5 +35,5 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             eval_depths=[1, 2, 4], out_dir=str(folder / "run"),
         ),
     )  # fmt: skip
-    train_run(config, resume="", quiet=True)
+    train_run(config)
     return folder / "run"

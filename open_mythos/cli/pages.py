@@ -1,0 +1,37 @@
+"""``open-mythos trace`` and ``open-mythos report``: HTML pages of a prompt and of a run."""
+
+
+def trace(
+    checkpoint: str,
+    prompt: str,
+    n_loops: int | None = None,
+    exit: str = "",
+    out: str = "trace.html",
+    device: str = "auto",
+) -> int:
+    """Write a page that shows a model's predictions for PROMPT, loop by loop.
+
+    Args:
+        checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
+        prompt: The text, in words of the stored tokenizer.
+        n_loops: Loops; by default the model's max_loop_iters.
+        exit: Exit rule to mark: gate, kl, change, acceleration, stable, each with its numbers if
+            wanted, such as gate:0.9 or kl:0.01,1.0; by default the gate, if trained.
+        out: The HTML file to write.
+        device: "auto", "cpu", "cuda".
+    """
+    from open_mythos.reports.trace_page import trace_prompt
+
+    return trace_prompt(checkpoint, prompt, n_loops, exit, out, device)
+
+
+def report(run: str, out: str = "") -> int:
+    """Write a page of a run: curves, depths, loops, alarms.
+
+    Args:
+        run: Folder of a run; it may still be running.
+        out: The HTML file to write; by default report.html in the run's folder.
+    """
+    from open_mythos.reports.run_page import report_run
+
+    return report_run(run, out)
