@@ -3,6 +3,8 @@
 # the newest Python here that starts and is new enough: names alone may be shims of absent versions
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# processes of `make test`
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -27,10 +29,11 @@ setup: $(READY)  ## make the virtual environment
 demo: $(READY)  ## train a looped model beside a dense one on real text and look at depth (4 minutes)
 	@$(BIN)/python -m experiments demo
 
-test: $(READY)  ## all tests that fit into ten minutes on two cores
-	@$(BIN)/python -m pytest -m "not slow and not chaos and not gpu and not network"
+test: $(READY)  ## every invariant at a small size (4 minutes on two cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+		-m "not slow and not chaos and not gpu and not network"
 
-test-slow: $(READY)  ## the longer checks
+test-slow: $(READY)  ## the longer checks: real trainings, the demo, all sizes
 	@$(BIN)/python -m pytest -m "slow and not chaos and not gpu and not network"
 
 chaos: $(READY)  ## break training in every way and print what came of it (10 minutes)

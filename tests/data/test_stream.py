@@ -227,16 +227,24 @@ def check_resumed_is_uninterrupted(corpus: Corpus, rows: int, parts: list, **opt
         assert state == uninterrupted.state_dict()
 
 
-@settings(max_examples=60)
-@given(parts=phases(st.just(0)), **GEOMETRY)
-def test_resuming_anywhere_at_any_world_size_is_exact(mixed, rows, parts, **options) -> None:
-    check_resumed_is_uninterrupted(mixed, rows, parts, **options)
+@pytest.mark.parametrize("examples", [15, pytest.param(60, marks=pytest.mark.slow)])
+def test_resuming_anywhere_at_any_world_size_is_exact(mixed, examples) -> None:
+    @settings(max_examples=examples)
+    @given(parts=phases(st.just(0)), **GEOMETRY)
+    def check(rows, parts, **options) -> None:
+        check_resumed_is_uninterrupted(mixed, rows, parts, **options)
+
+    check()
 
 
-@settings(max_examples=8)
-@given(parts=phases(st.integers(0, 2)), **GEOMETRY)
-def test_resuming_with_any_number_of_workers_is_exact(mixed, rows, parts, **options) -> None:
-    check_resumed_is_uninterrupted(mixed, rows, parts, **options)
+@pytest.mark.parametrize("examples", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_resuming_with_any_number_of_workers_is_exact(mixed, examples) -> None:
+    @settings(max_examples=examples)
+    @given(parts=phases(st.integers(0, 2)), **GEOMETRY)
+    def check(rows, parts, **options) -> None:
+        check_resumed_is_uninterrupted(mixed, rows, parts, **options)
+
+    check()
 
 
 def test_the_last_batch_may_be_asked_for_again_and_no_other(mixed) -> None:

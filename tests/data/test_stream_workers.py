@@ -20,7 +20,7 @@ from open_mythos.errors import DataError, EnvironmentError_, InternalError
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
 
 TEXTS = [f"<{i}> a document that says <|eos|> and goes on for a while" for i in range(60)]
-LIMIT_S = 30.0
+LIMIT_S = 120.0
 
 
 def write(path: Path, lines: list[str]) -> Path:
@@ -169,7 +169,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
     next(loader)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while len(stopped) < int(sys.argv[2]) and time.monotonic() < end:
         time.sleep(0.05)
     for _ in range(20):  # more than was made ahead: the workers still work
@@ -202,7 +202,6 @@ def test_signals_to_the_group_let_the_trainer_end_in_order(corpus_file) -> None:
     process, workers = start(corpus_file, 2)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.killpg(process.pid, number)
-        time.sleep(0.2)
     printed, _ = process.communicate(timeout=2 * LIMIT_S)
     assert printed == "in order\n"
     assert process.returncode == 0

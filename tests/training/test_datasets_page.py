@@ -21,6 +21,7 @@ LINES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my_texts").mkdir()

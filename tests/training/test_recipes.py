@@ -289,6 +289,7 @@ def test_only_a_micro_batch_that_was_asked_for_is_refused() -> None:
     assert changed.train.micro_batch == 3
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path, texts) -> None:
     """The same command under torchrun: batches, losses and positions are the same; it resumes."""
     lone, pair = tmp_path / "lone", tmp_path / "pair"
