@@ -169,8 +169,8 @@ def curves(
     steps = [x for line in lines for x, _ in line.points]
     first, last = min(steps), max(steps)
     ax.set_xlim(first, max(last, x_end or last, first + 1))
-    if zero and not log:
-        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0] if _lowest(lines) < 0 else 0.0))
+    if zero and ax.dataLim.y0 >= 0:
+        ax.set_ylim(bottom=0)
     if bound is not None:
         ax.axhline(bound, color=MUTED, linestyle=_DASHED, linewidth=1)
     for mark in marks:
@@ -216,19 +216,17 @@ def depth_curve(
     for i, each in enumerate(earlier, start=1):
         ax.plot(*zip(*each, strict=True), color=ACCENT, alpha=0.12 + 0.3 * i / len(earlier))
     ax.plot(*zip(*rows, strict=True), "o-", color=ACCENT)
-    ax.set_xticks((shown := _apart([depth for depth, _ in rows])), [f"{x:g}" for x in shown])
-    ax.minorticks_off()
+    ax.xaxis.set_major_formatter(_plain)
     label_axes(ax, "loops")
     return to_svg(figure, label)
 
 
 @styled
-def bars(left: Sequence[float], heights: Sequence[float], label: str, x_label: str) -> Markup:
-    """Draw a histogram of bars of equal width, given their left edges."""
+def bars(
+    centres: Sequence[float], heights: Sequence[float], label: str, x_label: str, width: float = 1
+) -> Markup:
+    """Draw a histogram whose bars are ``width`` apart."""
     figure, ax = canvas()
-    width = left[1] - left[0] if len(left) > 1 else 1.0
-    shift = 0.5 if width == 1 else 0.0  # whole numbers stand below the middle of their bar
-    centres = [x + width / 2 - shift for x in left]
     ax.bar(centres, heights, width=0.92 * width, color=ACCENT, alpha=0.8)
     label_axes(ax, x_label, whole=width == 1, x_ticks=12)
     return to_svg(figure, label)
@@ -259,31 +257,20 @@ def label_axes(ax: Axes, x_label: str, *, whole: bool = True, x_ticks: int = 5) 
         _shorten(ax.yaxis, ax.get_ylim())
         return
     low, high = ax.get_ylim()
-    plain = FuncFormatter(lambda x, _: f"{x:g}")
     ax.yaxis.set_major_locator(LogLocator(numticks=6))
-    ax.yaxis.set_major_formatter(plain)
+    ax.yaxis.set_major_formatter(_plain)
     ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    ax.yaxis.set_minor_formatter(plain if high < 50 * low else NullFormatter())
+    ax.yaxis.set_minor_formatter(_plain if high < 50 * low else NullFormatter())
+
+
+@FuncFormatter
+def _plain(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 def _shorten(axis: Axis, limits: tuple[float, float]) -> None:
     if max(map(abs, limits)) >= 10_000:
         axis.set_major_formatter(EngFormatter(sep=" "))
-
-
-def _lowest(lines: Sequence[Line]) -> float:
-    values = [y for line in lines for _, y in line.points if not math.isnan(y)]
-    return min(values, default=0.0)
-
-
-def _apart(depths: Sequence[float], least: float = 0.3) -> list[float]:
-    """Return the depths whose labels do not touch on a logarithmic axis."""
-    shown: list[float] = []
-    octaves = math.log2(max(depths) / min(depths))
-    for depth in sorted(depths):
-        if not shown or math.log2(depth / shown[-1]) >= max(least, octaves / 12):
-            shown.append(depth)
-    return shown
 
 
 def _simplify(element: ElementTree.Element, radii: dict[str, str]) -> None:
@@ -307,8 +294,8 @@ def _simplify(element: ElementTree.Element, radii: dict[str, str]) -> None:
             child.attrib |= {"cx": x, "cy": y, "r": radii[marker[1:]]}
         child.attrib.pop("clip-path", "")
         css_class, tagged, title = child.attrib.pop("id", "").partition("|")
-        for key, value in child.attrib.items():
-            child.set(key, _DECIMALS.sub(lambda n: f"{float(n[0]):.1f}", value))
+        for key in child.attrib.keys() - {"style"}:
+            child.set(key, _DECIMALS.sub(lambda n: f"{float(n[0]):.1f}", child.attrib[key]))
         if tagged:
             child.set("class", css_class)
         if title:

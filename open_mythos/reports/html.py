@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,9 +10,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from open_mythos.errors import EnvironmentError_
-
-_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-_RUN = re.compile(r"([␣⏎⇥])\1{3,}")
 
 
 def render(template: str, **values: object) -> Markup:
@@ -61,12 +57,6 @@ def missing(text: str) -> Markup:
     return Markup('<p class="missing">{}</p>').format(text)
 
 
-def visible(text: str) -> str:
-    """Replace white space and control characters by signs; long runs are counted."""
-    signs = (_SIGNS.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
-    return _RUN.sub(lambda run: f"{run[1]}×{len(run[0])}", "".join(signs))  # noqa: RUF001
-
-
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -74,5 +64,4 @@ def _environment() -> Environment:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    environment.filters["visible"] = visible
     return environment

@@ -186,10 +186,12 @@ def _spectrum(run: RunRecord) -> list[Panel]:
         about = f"rho(A), the slowest channel; it cannot pass {MAX_DECAY} (dashed)."
         panels.append(Panel(title, about, curves([rho], title, bound=MAX_DECAY)))
     title, checkpoint = "Decays", run.checkpoint
-    if checkpoint is None or not checkpoint.decays:
+    if checkpoint is None or checkpoint.problem:
         text = "They are read from a checkpoint, and there is none whose weights can be read."
         return [*panels, Panel(title, "", missing(text))]
     decays = checkpoint.decays
+    if not decays:
+        return panels or [Panel("", "", missing("This model's injection has no matrix A."))]
     counts = [0] * _BINS
     for decay in decays:
         counts[min(_BINS - 1, int(decay * _BINS))] += 1
@@ -197,8 +199,9 @@ def _spectrum(run: RunRecord) -> list[Panel]:
         f"Channels by the factor that A applies to them in one loop, at step {checkpoint.step:,}: "
         f"{decays[0]:.3f} to {decays[-1]:.3f}, median {decays[len(decays) // 2]:.3f}."
     )
-    edges = [i / _BINS for i in range(_BINS)]
-    return [*panels, Panel(title, about, bars(edges, counts, title, "decay per loop"))]
+    centres = [(i + 0.5) / _BINS for i in range(_BINS)]
+    figure = bars(centres, counts, title, "decay per loop", width=1 / _BINS)
+    return [*panels, Panel(title, about, figure)]
 
 
 def _routing(run: RunRecord) -> list[Panel]:

@@ -60,36 +60,15 @@ def page(run: RunRecord) -> str:
     return render(
         "run.html",
         title=f"{name}: training report", name=name, status=status, tone=tone, lead=_lead(run),
-        summary=summary(run), tiles=_tiles(run), alarms=run.alarms, notes=_notes(run),
+        tiles=_tiles(run), alarms=run.alarms, notes=_notes(run),
         sections=[_learning(run), *(Section(*each) for each in loops.sections(run))],
         settings=_settings(run),
     )  # fmt: skip
 
 
-def summary(run: RunRecord) -> str:
-    """Describe the outcome of the run in a few sentences."""
-    sentences = []
-    losses = run.values("loss")
-    if losses:
-        step, loss = losses[-1]
-        sentences.append(f"The training loss is {loss:.3f} nats per token at step {step:,}.")
-    best = loops.best_row(run)
-    if best is not None:
-        bits, depth = number(best.get("bits_per_byte")), best.get("depth")
-        value = f"{best['loss']:.3f} nats" if bits is None else f"{bits:.3f} bits per byte"
-        at = "" if depth is None else f", best with {loops.counted(depth)}"
-        sentences.append(f"The validation loss is {value}{at}.")
-    if run.valid_range is not None:
-        low, high = run.valid_range
-        sentences.append(f"It is validated at depths from {low} to {high} loops.")
-    names = sorted({alarm.name for alarm in run.alarms})
-    sentences.append(f"Alarms: {', '.join(names)}." if names else "No alarm was raised.")
-    return " ".join(sentences)
-
-
 def _status(run: RunRecord) -> tuple[str, str]:
     """Return how far the run came, and the CSS class of that."""
-    wanted, last = run.wanted_steps, run.last_step
+    wanted, last = run.setting("train", "steps"), run.last_step
     end = run.events[-1].kind if run.events else ""
     if wanted is not None and last >= wanted:
         return f"finished, {last:,} steps", "good"
@@ -166,7 +145,7 @@ def _learning(run: RunRecord) -> Section:
         "tokens_per_second": ("Throughput", "Tokens per second between two lines.", {"zero": True}),
         "mfu": ("Model FLOP utilisation", "Share of the devices' peak.", {"zero": True}),
     }
-    end = run.wanted_steps if run.last_step < (run.wanted_steps or 0) else None
+    end = number(run.setting("train", "steps"))
     panels = []
     for name, (title, about, options) in wanted.items():
         line = Line(run.curve(name))

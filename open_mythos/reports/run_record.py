@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from open_mythos.accounting import Accounting, account
+from open_mythos.checks import is_number
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError, MythosError
 from open_mythos.run_folder import (
@@ -29,19 +30,16 @@ Series = list[tuple[int, float]]
 """(step, value); NaN where the value was logged but is not finite."""
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """Something that happened to the run beside its steps."""
 
     step: int
     kind: str
     """A kind of :data:`open_mythos.train.monitoring.metrics.EVENTS`, or "alarm"."""
     text: str
-    """Details in a few words."""
 
 
-@dataclass(frozen=True)
-class Alarm:
+class Alarm(NamedTuple):
     """An alarm that the watchdog raised."""
 
     step: int
@@ -50,8 +48,7 @@ class Alarm:
     fix: str
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """The newest checkpoint."""
 
     step: int
@@ -59,9 +56,9 @@ class Checkpoint:
     state: dict[str, Any]
     """Content of its ``state.json``; empty if that cannot be read."""
     decays: list[float]
-    """The diagonal of A; empty for a dense model, or if the weights cannot be read."""
-    problem: str = ""
-    """Why a part of it is missing."""
+    """The diagonal of A, ascending; empty without A, or if the weights cannot be read."""
+    problem: str
+    """Why a part of it is missing; empty if none is."""
 
 
 @dataclass
@@ -93,11 +90,6 @@ class RunRecord:
         """Steps done, as far as metrics and checkpoint tell."""
         logged = max(self.steps, default=0)
         return max(logged, self.checkpoint.step if self.checkpoint else 0)
-
-    @property
-    def wanted_steps(self) -> int | None:
-        """Steps of the whole run."""
-        return self.setting("train", "steps")
 
     @property
     def depths(self) -> dict[str, Any] | None:
@@ -197,23 +189,29 @@ def read_run(folder: str | Path) -> RunRecord:
     path = Path(folder)
     lines, broken = _lines(path / METRICS_FILE)
     checkpoint = _newest_checkpoint(path)
-    config = _config(path, checkpoint)
+    try:
+        config: Any = read_config(path / CONFIG_FILE)
+    except (DataError, RecursionError):
+        config = checkpoint.state.get("config") if checkpoint else None
     if not lines and checkpoint is None:
         raise DataError(
             "no run to report on", where="report", value=str(folder),
             allowed=f"the folder of a run: {METRICS_FILE}, {CHECKPOINTS_FOLDER}, {CONFIG_FILE}",
             fix="name the folder that train.out_dir named",
         )  # fmt: skip
-    record = RunRecord(path, config, checkpoint=checkpoint, broken_lines=broken)
+    record = RunRecord(
+        path,
+        config if isinstance(config, dict) else None,
+        checkpoint=checkpoint,
+        broken_lines=broken,
+    )
     _follow(record, lines)
     return record
 
 
 def number(value: Any) -> float | None:
-    """Return ``value`` as a finite float; None if it is not one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    """Return ``value`` as a float; None if it is not a finite number."""
+    return float(value) if is_number(value) else None
 
 
 def _or_nan(value: Any) -> float:
@@ -225,23 +223,26 @@ def _follow(record: RunRecord, lines: list[dict[str, Any]]) -> None:
     """Replay the lines in order; where the run rolled back, later measurements are dropped."""
     before, tokens_before = 0, 0.0
     for line in lines:
-        step = line["step"]
+        step, keep = line["step"], None
         if step < before:
-            told = any(e.kind in ("rewound", "resumed") and e.step >= step for e in record.events)
             # an event belongs to the step after which it happened, which stays
-            _forget(record, step + 1 if "event" in line else step)
-            tokens_before = _tokens(record)
+            keep = step if "event" in line else step - 1
+            told = any(e.kind in ("rewound", "resumed") and e.step >= step for e in record.events)
             if not told and "event" not in line:
                 record.events.append(Event(step, "resumed", f"continued before step {step}"))
-        before = step
         if isinstance(line.get("event"), dict):
             facts = dict(line["event"])
             kind, to = str(facts.pop("kind", "")), facts.get("to")
-            record.events.append(Event(step, kind, _told(facts)))
+            text = ", ".join(f"{name}: {value}" for name, value in facts.items())
+            record.events.append(Event(step, kind, text))
             if kind == "rewound" and isinstance(to, int):
-                _forget(record, to + 1)
-                step = before = to
-                tokens_before = _tokens(record)
+                step = keep = to
+        if keep is not None:
+            for kept in (record.steps, record.evaluations):
+                for later in [at for at in kept if at > keep]:
+                    del kept[later]
+            tokens_before = number(record.latest("tokens")) or 0.0
+        before = step
         _note(record, step, line)
         tokens, rate = number(line.get("tokens")), number(line.get("tokens_per_second"))
         if tokens is not None:
@@ -267,30 +268,6 @@ def _note(record: RunRecord, step: int, line: dict[str, Any]) -> None:
         record.steps.setdefault(step, {}).update(metrics)
 
 
-def _tokens(record: RunRecord) -> float:
-    """Return the training tokens at the last step that is kept."""
-    return number(record.latest("tokens")) or 0.0
-
-
-def _told(facts: Mapping[str, Any]) -> str:
-    """Write the facts of an event in words."""
-    parts = []
-    for name, value in facts.items():
-        if name == "to":
-            parts.append(f"to step {value}")
-        elif isinstance(value, str):
-            parts.append(value)
-        else:
-            parts.append(f"{name.replace('_', ' ')}: {value}")
-    return ", ".join(parts)
-
-
-def _forget(record: RunRecord, step: int) -> None:
-    """Drop what was measured from ``step`` on, because those steps are repeated."""
-    record.steps = {at: line for at, line in record.steps.items() if at < step}
-    record.evaluations = {at: rows for at, rows in record.evaluations.items() if at < step}
-
-
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the lines that are JSON objects with a step, and how many are not."""
     try:
@@ -300,20 +277,13 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     found, broken = [], 0
     for line in text.splitlines():
         try:
-            values = json.loads(line)
+            # an integer too long for a float would stop the arithmetic
+            values = json.loads(line, parse_int=lambda x: int(x) if len(x) < 20 else float(x))
             values["step"] = int(values["step"])
             found.append(values)
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
             broken += bool(line.strip())
     return found, broken
-
-
-def _config(folder: Path, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    try:
-        return read_config(folder / CONFIG_FILE)
-    except (DataError, RecursionError):
-        stored = checkpoint.state.get("config") if checkpoint is not None else None
-        return stored if isinstance(stored, dict) else None
 
 
 def _newest_checkpoint(folder: Path) -> Checkpoint | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from open_mythos.reports.figures import INK, canvas, label_axes, ramp, styled, tag, to_svg
-from open_mythos.reports.html import heatmap, render, visible, write_html
+from open_mythos.reports.html import heatmap, render, write_html
 from open_mythos.reports.trace_record import PromptTrace, TokenTrace, trace_of
 
 
@@ -40,7 +40,11 @@ def page(trace: PromptTrace) -> str:
         "trace.html",
         title=f"{prompt}: {trace.n_loops} loops", trace=trace, summary=summary(trace),
         cell_class=_cell_class, paths=_paths(trace), changes=_changes(trace),
-        experts=_experts(trace), data=_script_data(trace),
+        experts=_experts(trace),
+        data={
+            "loops": trace.n_loops,
+            "tokens": [asdict(token) | {"path": None} for token in trace.tokens],
+        },
     )  # fmt: skip
 
 
@@ -97,7 +101,7 @@ def _paths(trace: PromptTrace) -> Markup:
     ax.apply_aspect()
     taken: list[tuple[float, float, float]] = []
     for token in trace.tokens:
-        text, place = visible(token.text), token.path[-1]
+        text, place = token.text, token.path[-1]
         x, y = ax.transData.transform(place)
         room = (x, x + 8 * len(text), y)
         free = all(room[0] > b or a > room[1] or abs(y - c) > 14 for a, b, c in taken)
@@ -138,26 +142,3 @@ def _experts(trace: PromptTrace) -> list[Markup]:
             shares.append([count / len(chosen) for count in counts])
         tables.append(heatmap(shares, max(map(max, shares))))
     return tables
-
-
-def _script_data(trace: PromptTrace) -> dict[str, Any]:
-    """Return what the script needs, with every text made visible."""
-    return {
-        "loops": trace.n_loops,
-        "goal": trace.goal_name.removeprefix("the "),
-        "tokens": [
-            {
-                "text": visible(token.text),
-                "top": [
-                    [[visible(p.text), round(p.probability, 4)] for p in loop]
-                    for loop in token.predictions
-                ],
-                "change": [float(f"{change:.3g}") for change in token.change],
-                "experts": token.experts,
-                "exit": token.exit,
-                "goal": None if token.goal is None else visible(token.goal),
-                "p": [round(p, 4) for p in token.goal_probability],
-            }
-            for token in trace.tokens
-        ],
-    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +23,12 @@ from open_mythos.tokenizer import Tokenizer
 
 SHOWN = 5
 """Predictions kept of every token and loop."""
+_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_RUN = re.compile(r"([␣⏎⇥])\1{3,}")
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One candidate for what comes next."""
+class Prediction(NamedTuple):
+    """One candidate for the next token."""
 
     token: int
     """Its id."""
@@ -33,8 +36,7 @@ class Prediction:
     probability: float
 
 
-@dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """What should be predicted after a token."""
 
     token: int
@@ -48,7 +50,7 @@ class TokenTrace:
     """One token through L loops."""
 
     text: str
-    """The token itself."""
+    """The token itself; in all texts, white space is made :func:`visible`."""
     predictions: list[list[Prediction]]
     """Per loop, best first."""
     change: list[float]
@@ -140,85 +142,65 @@ def trace_of(
     tokenizer = stored_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt) or [tokenizer.bos_id]
     wanted = goals(ids) if goals else [*(Goal(token) for token in ids[1:]), None]
-    run = _run(model, ids, wanted, depth, exit_rule(exit, model) if exit else None)
+    tokens, explained = _tokens(
+        model, ids, wanted, depth, exit_rule(exit, model) if exit else None,
+        lambda token: _named(token, tokenizer),
+    )  # fmt: skip
     return PromptTrace(
         checkpoint=checkpoint, prompt=prompt, model=_described(model), goal_name=goal_name,
         n_loops=depth, trained_loops=model.cfg.max_loop_iters, exit_rule=exit,
-        explained=run.explained, n_experts=model.cfg.n_experts,
-        tokens=[
-            _token(run, i, goal, lambda token: _named(token, tokenizer))
-            for i, goal in enumerate(wanted)
-        ],
+        explained=explained, n_experts=model.cfg.n_experts, tokens=tokens,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What was measured of all T tokens at once, over L loops."""
-
-    ids: list[int]
-    top: list[tuple[list[list[float]], list[list[int]]]]
-    """Per loop, probabilities and ids of the best predictions of each token."""
-    goal_LT: list[list[float]]
-    change_LT: list[list[float]]
-    plane_LT2: list[list[tuple[float, float]]]
-    """h_0 .. h_L, so one entry more than loops."""
-    explained: tuple[float, float]
-    routing: LoopTrace
-    exits: list[int] | None
 
 
 @torch.no_grad()
-def _run(
-    model: OpenMythos, ids: list[int], goals: list[Goal | None], n_loops: int, rule: ExitRule | None
-) -> _Run:
-    """Run the prompt once to its full depth, and once more under the exit rule."""
-    device = model.head.weight.device
-    ids_BT = torch.tensor([ids], device=device)
-    routing = LoopTrace(keep_routing=True)
+def _tokens(
+    model: OpenMythos, ids: list[int], goals: list[Goal | None], n_loops: int,
+    rule: ExitRule | None, name: Callable[[int], str],
+) -> tuple[list[TokenTrace], tuple[float, float]]:  # fmt: skip
+    """Run the prompt to its full depth, and once more under the exit rule.
+
+    Returns:
+        The traces, and the shares of the variance along the two principal components.
+    """
+    ids_BT = torch.tensor([ids], device=model.head.weight.device)
+    routing, stopped = LoopTrace(keep_routing=True), LoopTrace()
     path = run_trajectory(model, ids_BT, n_loops, trace=routing)
-    goal_T = torch.tensor([0 if goal is None else goal.token for goal in goals], device=device)
-    top, goal_LT = [], []
-    for log_p_BTV in logit_lens(model, path):
+    if rule is not None:
+        model(ids_BT, n_loops=n_loops, exit_rule=rule, trace=stopped)
+    goal_T = torch.tensor([goal.token if goal else 0 for goal in goals], device=ids_BT.device)
+    best_L, goal_LT = [], []
+    for log_p_BTV in logit_lens(model, path):  # one loop at a time: L T V numbers may be too many
         p_TV = log_p_BTV[0].exp()
-        best = p_TV.topk(min(SHOWN, p_TV.shape[-1]), dim=-1)
-        top.append((best.values.tolist(), best.indices.tolist()))
+        best = p_TV.topk(min(SHOWN, p_TV.shape[-1]))
+        best_L.append((best.indices.tolist(), best.values.tolist()))
         goal_LT.append(p_TV.gather(-1, goal_T.unsqueeze(-1)).squeeze(-1).tolist())
     plane_LT2, explained = _principal_plane(path)
-    exits = None
-    if rule is not None:
-        stopped = LoopTrace()
-        model(ids_BT, n_loops=n_loops, exit_rule=rule, trace=stopped)
-        assert stopped.exits is not None
-        exits = stopped.exits[0].tolist()
-    return _Run(
-        ids, top, goal_LT, path.change()[:, 0].tolist(), plane_LT2.tolist(), explained, routing,
-        exits,
-    )  # fmt: skip
-
-
-def _token(run: _Run, i: int, goal: Goal | None, name: Callable[[int], str]) -> TokenTrace:
-    """Pick what belongs to token ``i``."""
-    layers = sorted({layer for layer, _ in run.routing.experts})
-    experts = run.routing.experts
-    return TokenTrace(
-        text=name(run.ids[i]),
-        predictions=[
-            [Prediction(v, name(v), p) for p, v in zip(values[i], tokens[i], strict=True)]
-            for values, tokens in run.top
-        ],
-        change=[row[i] for row in run.change_LT],
-        path=[(row[i][0], row[i][1]) for row in run.plane_LT2],
-        experts=[
-            [sorted(experts[layer, t][0, i].tolist()) for layer in layers]
-            for t in range(len(run.top) if layers else 0)
-        ],
-        exit=None if run.exits is None else run.exits[i],
-        goal=None if goal is None else name(goal.token),
-        goal_probability=[] if goal is None else [row[i] for row in run.goal_LT],
-        right=[] if goal is None else [tokens[i][0] == goal.token for _, tokens in run.top],
-        hops=None if goal is None else goal.hops,
-    )
+    change_LT = path.change()[:, 0].tolist()
+    layers = sorted({layer for layer, _ in routing.experts})
+    traces = []
+    for i, (token, goal) in enumerate(zip(ids, goals, strict=True)):
+        predictions = [
+            [Prediction(v, name(v), round(p, 4)) for v, p in zip(found[i], p_T[i], strict=True)]
+            for found, p_T in best_L
+        ]
+        experts = [
+            [sorted(routing.experts[layer, t][0, i].tolist()) for layer in layers]
+            for t in range(n_loops if layers else 0)
+        ]
+        traces.append(
+            TokenTrace(
+                text=name(token), predictions=predictions, experts=experts,
+                change=[float(f"{change_T[i]:.4g}") for change_T in change_LT],
+                path=[(x, y) for x, y in plane_LT2[:, i].tolist()],
+                exit=None if stopped.exits is None else int(stopped.exits[0, i]),
+                goal=name(goal.token) if goal else None,
+                goal_probability=[round(p_T[i], 4) for p_T in goal_LT] if goal else [],
+                right=[best[0].token == goal.token for best in predictions] if goal else [],
+                hops=goal.hops if goal else None,
+            )
+        )  # fmt: skip
+    return traces, explained
 
 
 def _principal_plane(path: Trajectory) -> tuple[Tensor, tuple[float, float]]:
@@ -238,10 +220,16 @@ def _principal_plane(path: Trajectory) -> tuple[Tensor, tuple[float, float]]:
     return plane, (float(share[0]), float(share[1]))
 
 
+def visible(text: str) -> str:
+    """Replace white space and control characters by signs; long runs are counted."""
+    signs = (_SIGNS.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
+    return _RUN.sub(lambda run: f"{run[1]}×{len(run[0])}", "".join(signs))  # noqa: RUF001
+
+
 def _named(token: int, tokenizer: Tokenizer) -> str:
-    """Return the text of one token; its number where it has none of its own."""
+    """Return the visible text of one token; its number where it has no text of its own."""
     text = tokenizer.decode([token]) if token < tokenizer.vocab_size else ""
-    return f"<{token}>" if not text or "�" in text else text
+    return f"<{token}>" if not text or "�" in text else visible(text)
 
 
 def _described(model: OpenMythos) -> str:

@@ -12,7 +12,7 @@ from helpers import small_config, small_model
 
 from open_mythos import DenseTransformer, save_pretrained
 from open_mythos.errors import DataError, EnvironmentError_
-from open_mythos.reports.run_page import page, report_run, summary
+from open_mythos.reports.run_page import page, report_run
 from open_mythos.reports.run_record import Alarm, read_run
 from open_mythos.train import DepthConfig, RunConfig, TrainConfig
 from open_mythos.train.monitoring.validated import STATE_KEY, depth_record
@@ -104,8 +104,8 @@ def test_what_the_folder_says(whole):
     assert {step: len(rows) for step, rows in run.evaluations.items()} == {40: 5, 100: 5}
     kinds = [(event.step, event.kind) for event in run.events]
     assert kinds == [(30, "rewound"), (60, "alarm"), (80, "skipped")]
-    assert run.events[0].text == "to step 20, the loss rose"
-    assert (run.last_step, run.wanted_steps, run.looped) == (100, 100, True)
+    assert run.events[0].text == "to: 20, why: the loss rose"
+    assert (run.last_step, run.looped) == (100, True)
     assert (run.mean_depth, run.valid_range, run.loss_limit) == (4.0, (4, 8), 2.05)
     assert run.layers("router_share") == [1]
 
@@ -161,8 +161,8 @@ def test_the_page_holds_every_part(read):
     assert "trained on 6,400 tokens in 11 s" in read.text
     assert "state_collapse, step 60" in read.text
     assert "all alike. What to do: wait." in read.text
-    assert "validated at depths from 4 to 8 loops" in read.text
-    assert "1.000 bits per byte, best with 4 loops" in read.text
+    assert "4 – 8 loops, validated range" in read.text  # noqa: RUF001
+    assert "1.000 validation bits per byte with 4 loops" in read.text
     assert "rolled back to an earlier checkpoint" in read.text
     assert read.tags["svg"] >= 11
 
@@ -261,10 +261,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     assert "whose weights can be read" in read.text
 
 
-GARBAGE = ["x", -1, [], {}, [1], [[]], [None], {"a": [1]}, True, 1e300, "NaN", [["x"], [1, 2]]]
+GARBAGE = ["x", -1, [1, None], [[]], {"a": [1]}, 1e300, 10**400, [["x"], [1, 2]]]
 
 
-@pytest.mark.parametrize("value", GARBAGE, ids=repr)
+@pytest.mark.parametrize("value", GARBAGE, ids=lambda value: repr(value)[:12])
 def test_metrics_of_another_form_do_not_stop_the_report(tmp_path, value):
     names = [*line(10), "alarms", "event", "eval/depths", "eval/validated", "mfu", "loop_gap"]
     lines = [line(10), *({"step": 20 + i, name: value} for i, name in enumerate(names))]
@@ -311,8 +311,3 @@ def test_a_real_run(trained_run):
     assert "finished, 4 steps" in read.text
     assert "is damaged" not in read.text
     assert "not JSON" not in read.text
-
-
-def test_the_summary_is_made_of_what_is_there(whole, tmp_path):
-    assert "Alarms: state_collapse." in summary(read_run(whole))
-    assert summary(read_run(write_lines(tmp_path, [{"step": 1}]))) == "No alarm was raised."

@@ -31,14 +31,14 @@
     const title = element("h3", "after ");
     title.append(element("code", token.text), " and loop " + t);
     const list = element("ol", null);
-    for (const [text, p] of token.top[t - 1]) {
+    for (const [, text, p] of token.predictions[t - 1]) {
       const item = element("li", null, { style: "--p:" + p });
       item.append(element("code", text), element("span", percent(p)));
       list.append(item);
     }
     const facts = element("dl", null);
     const fact = (name, value) => facts.append(element("dt", name), element("dd", value));
-    if (token.goal !== null) fact(data.goal, token.goal + ", " + percent(token.p[t - 1]));
+    if (token.goal !== null) fact("expected", token.goal + ", " + percent(token.goal_probability[t - 1]));
     fact("state moved by", percent(token.change[t - 1]));
     if (token.experts.length) fact("experts", token.experts[t - 1].map((e) => e.join(" ")).join(" / "));
     if (token.exit !== null) fact("exits after", token.exit < data.loops ? "loop " + token.exit : "all loops");
