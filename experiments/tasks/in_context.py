@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from open_mythos.checks import check_count
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.data.checks import check_int
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
 from open_mythos.seeding import derive_seed
 
@@ -41,8 +41,8 @@ class InContextHop:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_int(self.stated, "stated", 2)
-        check_int(self.entities, "entities", self.stated)
+        check_count("stated", self.stated, 2)
+        check_count("entities", self.entities, self.stated)
 
     @property
     def vocab_size(self) -> int:
@@ -71,9 +71,9 @@ class InContextHop:
         Raises:
             ConfigError: A number is out of range.
         """
-        check_int(step, "step", 0)
-        check_int(hops, "hops", 1)
-        check_int(global_batch, "global_batch", 1)
+        check_count("step", step, 0)
+        check_count("hops", hops)
+        check_count("global_batch", global_batch)
         m, rows_B = self.stated, np.arange(global_batch, dtype=np.int64)
         words = self._words(step, rows_B, test)
         cycle_BM = words[:, : self.entities].argsort(axis=1)[:, :m]

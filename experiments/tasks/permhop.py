@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from experiments.tasks.loader import TaskLoader
+from open_mythos.checks import check_count
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.data.checks import check_int
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
 from open_mythos.seeding import derive_seed, seeded_generator
 
@@ -45,8 +45,8 @@ class PermHop:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_int(self.entities, "entities", 2)
-        check_int(self.relations, "relations", 1)
+        check_count("entities", self.entities, 2)
+        check_count("relations", self.relations)
 
     @property
     def vocab_size(self) -> int:
@@ -88,10 +88,10 @@ class PermHop:
         Raises:
             ConfigError: A number is out of range.
         """
-        check_int(step, "step", 0)
-        check_int(hops, "hops", 1)
-        check_int(chains, "chains", 1)
-        check_int(global_batch, "global_batch", 1)
+        check_count("step", step, 0)
+        check_count("hops", hops)
+        check_count("chains", chains)
+        check_count("global_batch", global_batch)
         # B is rows times chains until the chains of a row are joined
         places_B = np.arange(global_batch * chains, dtype=np.int64)
         entity_B, relations_BK = self._draw(step, places_B, hops, held_out)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from json import dumps
 from math import ceil
 
 from rich.console import Console
 from rich.table import Table
 
 from open_mythos.cli.info import described_model
-from open_mythos.plan import Job, Plan, Wish, gpu, make_plan, parse_count
+from open_mythos.plan import Job, Plan, Wish, make_plan, parse_count
+from open_mythos.plan import gpu as gpu_named
 from open_mythos.plan.hardware import LINK_EFFICIENCY, MFU, NODE, USABLE
 from open_mythos.plan.memory import PARTS
 
@@ -42,7 +43,7 @@ def plan(
     checkpoint_loops: bool | None = None,
     json: bool = False,
 ) -> int:
-    """Memory, communication, layout, time and cost of a training, before it is paid for.
+    """Estimate memory, communication, layout, time and cost of a training run.
 
     Args:
         model: A variant (3b), a YAML or JSON file with a model's configuration, or a folder with a
@@ -54,7 +55,7 @@ def plan(
         n_loops: Mean loops of a sequence; by default the model's max_loop_iters.
         max_loops: Most loops of a sequence, which memory has to hold; by default the mean.
         grad_loops: Truncated back-propagation through so many loops; by default all.
-        dtype: Of the products: "bfloat16", "float16" or "float32".
+        dtype: Of the matmuls: "bfloat16", "float16" or "float32".
         optimizer: "adamw" or "muon".
         ema: Keep a running mean of the weights.
         global_batch_tokens: Of a step: 4M; by default 4 Mi, or a sequence for each GPU.
@@ -62,39 +63,10 @@ def plan(
         price: US dollars of a GPU for an hour; by default that of a table.
         kind: "none", "ddp" or "fsdp"; by default the plan chooses, as of the next four.
         shard: GPUs that share one copy of the weights.
-        experts: GPUs over which the routed experts are divided.
+        experts: Size of the expert-parallel group.
         micro_batch: Sequences that a GPU computes at a time.
-        checkpoint_loops: Whether loops are computed again in the backward pass.
+        checkpoint_loops: Whether loops are recomputed in the backward pass.
         json: Print JSON instead of tables.
-    """
-    wish = Wish(kind or None, shard, experts, micro_batch, checkpoint_loops)
-    return show_plan(
-        model, gpus=gpus, gpu_name=gpu, tokens=tokens, context=context, n_loops=n_loops,
-        max_loops=max_loops, grad_loops=grad_loops, dtype=dtype, optimizer=optimizer, ema=ema,
-        global_batch_tokens=global_batch_tokens, mfu=mfu, price=price, wish=wish, as_json=json,
-    )  # fmt: skip
-
-
-def show_plan(
-    model: str,
-    *,
-    gpus: int,
-    gpu_name: str,
-    tokens: str | float,
-    context: int | None,
-    n_loops: float | None,
-    max_loops: int | None,
-    grad_loops: int | None,
-    dtype: str,
-    optimizer: str,
-    ema: bool,
-    global_batch_tokens: str | float,
-    mfu: float | None,
-    price: float | None,
-    wish: Wish,
-    as_json: bool,
-) -> int:
-    """Print the plan as tables or as JSON.
 
     Raises:
         DoesNotFitError: No layout of the GPUs holds the training.
@@ -113,22 +85,23 @@ def show_plan(
         TOKENS_PER_PARAMETER * job.counts.parameters
     )  # fmt: skip
     batch = parse_count(global_batch_tokens, "global_batch_tokens") if global_batch_tokens else 0
-    plan = make_plan(
-        job, gpu(gpu_name), gpus, wanted,
-        batch_tokens=batch, mfu=MFU if mfu is None else mfu, price=price, wish=wish,
+    made = make_plan(
+        job, gpu_named(gpu), gpus, wanted,
+        batch_tokens=batch, mfu=MFU if mfu is None else mfu, price=price,
+        wish=Wish(kind or None, shard, experts, micro_batch, checkpoint_loops),
     )  # fmt: skip
-    if as_json:
-        print(json.dumps({"name": model} | plan.to_dict()))
+    if json:
+        print(dumps({"name": model} | made.to_dict()))
         return 0
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    for part in (_summary(model, plan, given), _depths(plan), _memory(plan), _kept(plan),
-                 _traffic(plan), _training(plan), _inference(plan)):  # fmt: skip
+    for part in (_summary(model, made, given), _depths(made), _memory(made), _kept(made),
+                 _traffic(made), _training(made), _inference(made)):  # fmt: skip
         if part is not None:
             console.print(part)
             console.print()
-    console.print(_assumptions(plan), style="dim", highlight=False)
+    console.print(_assumptions(made), style="dim", highlight=False)
     return 0
 
 

@@ -7,18 +7,18 @@ w the r-th part of them. So resuming at any step, at any world size, needs no mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from open_mythos.checks import check_count
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.data.checks import check_int, check_position, check_ranks
 from open_mythos.data.packing import PackedWindows
 from open_mythos.data.permutation import Int64Array, Permutation
 from open_mythos.data.shards import TokenShards
-from open_mythos.errors import DataError
+from open_mythos.errors import ConfigError, DataError
 
 
 class Loader:
@@ -74,7 +74,7 @@ class Loader:
             ConfigError: ``step`` is negative.
             DataError: A shard cannot be read; names the file and byte.
         """
-        first = check_int(step, "step", 0) * self.global_batch + self._offset
+        first = check_count("step", step, 0) * self.global_batch + self._offset
         samples = np.arange(first, first + self._local, dtype=np.int64)
         return self._windows.batch(self._order(samples), torch.from_numpy(samples))
 
@@ -161,7 +161,7 @@ class EpochWindows:
         self._windows = PackedWindows(shards, seq_len, mask_documents)
         self._count = len(self._windows)
         if max_windows is not None:
-            self._count = min(self._count, check_int(max_windows, "max_windows", 1))
+            self._count = min(self._count, check_count("max_windows", max_windows))
         self._global_batch = global_batch
         self._local = global_batch // world_size
         self._offset = rank * self._local
@@ -179,3 +179,48 @@ class EpochWindows:
             batch = self._windows.batch(windows, torch.from_numpy(index))
             batch.targets[torch.from_numpy(filler)] = IGNORE_INDEX
             yield batch
+
+
+def check_ranks(batch: int, where: str, rank: int, world_size: int) -> None:
+    """Check that ``batch`` samples divide among ``world_size`` ranks, and that ``rank`` is one.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    check_count(where, batch)
+    check_count("world_size", world_size)
+    if check_count("rank", rank, 0) >= world_size:
+        raise ConfigError("no such rank", where="rank", value=rank, allowed=f"0..{world_size - 1}")
+    if batch % world_size:
+        raise ConfigError(
+            f"{batch} samples do not divide among {world_size} ranks",
+            where=where,
+            value=batch,
+            allowed=f"a multiple of the world size, {world_size}",
+        )
+
+
+def check_position(saved: Mapping[str, Any], present: Mapping[str, Any], what: str) -> None:
+    """Check that a saved position is one in the present data.
+
+    Args:
+        saved: Its fields.
+        present: The fields that it must have.
+        what: What is wrong if it has others.
+
+    Raises:
+        DataError: ``what``; names each field that differs.
+    """
+    differing = {
+        key: (saved.get(key, "missing"), present.get(key, "unknown"))
+        for key in sorted(present.keys() | saved.keys())
+        if key not in saved or key not in present or saved[key] != present[key]
+    }
+    if differing:
+        raise DataError(
+            what,
+            where="load_state_dict: " + ", ".join(differing),
+            value="; ".join(f"{key}: saved {a!r}, now {b!r}" for key, (a, b) in differing.items()),
+            allowed="equal fields",
+            fix="resume with the data and settings of the saved run, or start a new run",
+        )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from open_mythos.checks import check_count
 from open_mythos.data.batch import Batch
-from open_mythos.data.checks import check_int
 from open_mythos.data.permutation import Int64Array
 from open_mythos.data.shards import TokenShards
 from open_mythos.errors import DataError
@@ -40,7 +40,7 @@ class PackedWindows:
 
     def __init__(self, shards: TokenShards, seq_len: int, mask_documents: bool) -> None:
         self.shards, self.mask_documents = shards, mask_documents
-        self.seq_len = check_int(seq_len, "seq_len", 1)
+        self.seq_len = check_count("seq_len", seq_len)
         if len(self) == 0:
             raise DataError(
                 f"the split {shards.split!r} is shorter than one window",

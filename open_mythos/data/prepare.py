@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from open_mythos.data.checks import check_int
+from open_mythos.checks import check_count
 from open_mythos.data.index import DTYPES, INDEX_FILE, Index, Shard, ShardFile, Split
 from open_mythos.data.shards import START_DTYPE, hash_blocks
 from open_mythos.data.sources import read_documents
@@ -62,7 +62,7 @@ def prepare(
         DataError: The source is damaged or holds no training document.
         EnvironmentError_: The disk is full or cannot be written.
     """
-    check_int(shard_tokens, "shard_tokens", 1)
+    check_count("shard_tokens", shard_tokens)
     if not 0 <= val_fraction < 1:
         raise ConfigError("not a share", where="val_fraction", value=val_fraction, allowed="[0, 1)")
     out = Path(out_dir).absolute()

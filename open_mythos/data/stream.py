@@ -20,8 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from open_mythos.checks import check_count
 from open_mythos.data.batch import Batch
-from open_mythos.data.checks import check_int, check_position, check_ranks
+from open_mythos.data.loader import check_position, check_ranks
 from open_mythos.data.packing import document_ids
 from open_mythos.data.stream_corpus import Corpus
 from open_mythos.data.stream_lanes import Position, StreamPlan
@@ -85,9 +86,9 @@ class StreamLoader:
         gather: Gather | None = None,
     ) -> None:
         check_ranks(global_batch, "global_batch", rank, world_size)
-        check_int(seq_len, "seq_len", 1)
-        check_int(num_workers, "num_workers", 0)
-        check_int(prefetch, "prefetch", 1)
+        check_count("seq_len", seq_len)
+        check_count("num_workers", num_workers, 0)
+        check_count("prefetch", prefetch)
         check_share(held_out)
         self.global_batch, self.mask_documents = global_batch, mask_documents
         self._plan = StreamPlan(corpus, global_batch, seq_len, seed, held_out)
@@ -158,7 +159,7 @@ class StreamLoader:
             ConfigError: ``count`` is negative.
             DataError, EnvironmentError_: As of :meth:`next_batch`.
         """
-        self._step += check_int(count, "count", 0)
+        self._step += check_count("count", count, 0)
         self._read_up_to(self._step)
 
     def __iter__(self) -> Iterator[Batch]:

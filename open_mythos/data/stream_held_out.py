@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from open_mythos.checks import check_count
 from open_mythos.data.batch import Batch
-from open_mythos.data.checks import check_int
 from open_mythos.data.packing import document_ids
 from open_mythos.data.prepare import held_out_place
 from open_mythos.data.stream_corpus import Corpus, Unit
@@ -56,10 +56,10 @@ class HeldOutWindows:
         batch: int,
         mask_documents: bool = False,
     ) -> None:
-        self._seq_len, self._batch = check_int(seq_len, "seq_len", 1), check_int(batch, "batch", 1)
+        self._seq_len, self._batch = check_count("seq_len", seq_len), check_count("batch", batch)
         if not 0 < held_out <= 1:
             raise ConfigError("no share", where="held_out", value=held_out, allowed="0 < x <= 1")
-        wanted = check_int(windows, "windows", 1) * seq_len + 1
+        wanted = check_count("windows", windows) * seq_len + 1
         ids: list[int] = []
         text_bytes = 0
         for text in held_out_documents(corpus, held_out):

@@ -14,9 +14,9 @@ import json
 import re
 from pathlib import Path
 
-from open_mythos.cli.plan import show_plan
+from open_mythos.cli.plan import plan
 from open_mythos.errors import MythosError
-from open_mythos.plan import DoesNotFitError, Job, Wish, gpu, make_plan
+from open_mythos.plan import DoesNotFitError, Job, gpu, make_plan
 from open_mythos.variants import variant
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,22 +33,12 @@ CHOSEN = (
 _BLOCK = re.compile(r"(<!-- output: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def defaults() -> dict:
-    """The arguments of ``open-mythos plan`` where none are given."""
-    return {
-        "gpus": 8, "gpu_name": "h100", "tokens": "", "context": None, "n_loops": None,
-        "max_loops": None, "grad_loops": None, "dtype": "bfloat16", "optimizer": "adamw",
-        "ema": False, "global_batch_tokens": "", "mfu": None, "price": None, "wish": Wish(),
-        "as_json": False,
-    }  # fmt: skip
-
-
 def printed(model: str, **options: object) -> str:
     """What the command prints; an error as the command line shows it."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
-            show_plan(model, **(defaults() | options))
+            plan(model, **options)
         except MythosError as error:
             print(f"open-mythos: {error}")
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip() + "\n"
@@ -58,8 +48,7 @@ def command_output(command: str) -> str:
     """The output of ``open-mythos plan COMMAND`` as a block."""
     model, *words = command.split()
     options = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}  # noqa: B905
-    given: dict = {"gpu_name" if name == "gpu" else name: v for name, v in options.items()}
-    given["gpus"] = int(given["gpus"])
+    given: dict = options | {"gpus": int(options["gpus"])}
     return f"```text\n$ open-mythos plan {command}\n{printed(model, **given)}```\n"
 
 
@@ -76,7 +65,7 @@ def _line(chosen: tuple[str, int, str]) -> str:
     job = Job(cfg, context=min(cfg.max_seq_len, 8192), n_loops=loops, max_loops=loops)
     start = f"| {name} | {gpus:,} {gpu(gpu_name).name} "
     try:
-        plan = make_plan(job, gpu(gpu_name), gpus, 20.0 * job.counts.parameters)
+        made = make_plan(job, gpu(gpu_name), gpus, 20.0 * job.counts.parameters)
     except DoesNotFitError as error:
         least = error.least
         most = max(least.parts, key=lambda part: least.parts[part])
@@ -84,13 +73,13 @@ def _line(chosen: tuple[str, int, str]) -> str:
             start + f"| does not fit: {least.total / 1e9:,.0f} GB, "
             f"{least.parts[most] / 1e9:,.0f} of them {most}; {error.fix} | | | | |"
         )
-    kept = "computed again" if plan.layout.checkpoint_loops else "kept"
-    batch = f"{plan.layout.micro_batches} x {plan.layout.micro_batch}"
-    days = _span(*("< 0.1" if d < 0.1 else f"{d:,.1f}" for d in plan.days))
-    cost = _span(*("< $10" if c < 10 else f"${c:,.0f}" for c in plan.cost))
+    kept = "computed again" if made.layout.checkpoint_loops else "kept"
+    batch = f"{made.layout.micro_batches} x {made.layout.micro_batch}"
+    days = _span(*("< 0.1" if d < 0.1 else f"{d:,.1f}" for d in made.days))
+    cost = _span(*("< $10" if c < 10 else f"${c:,.0f}" for c in made.cost))
     return (
-        start + f"| {plan.layout.name}; {batch} sequences | {kept} "
-        f"| {plan.memory.total / 1e9:.1f} GB | {days} | {cost} |"
+        start + f"| {made.layout.name}; {batch} sequences | {kept} "
+        f"| {made.memory.total / 1e9:.1f} GB | {days} | {cost} |"
     )
 
 

@@ -101,7 +101,7 @@ def test_the_recorded_error_is_small() -> None:
     [
         ("nano", {"gpus": 1}),
         ("1b", {"gpus": 8, "optimizer": "muon", "ema": True, "n_loops": 7.5, "max_loops": 30}),
-        ("10b", {"gpus": 64, "gpu_name": "b200", "tokens": "1.5T"}),
+        ("10b", {"gpus": 64, "gpu": "b200", "tokens": "1.5T"}),
         ("3b", {"gpus": 16, "grad_loops": 4, "dtype": "float32", "mfu": 0.5, "price": 1.25}),
     ],
 )
@@ -123,13 +123,13 @@ def test_dense_models_have_no_loops(tmp_path) -> None:
     text = printed(str(path), gpus=1)
     assert "loops computed again" not in text
     assert "depth " not in text
-    values = json.loads(printed(str(path), gpus=1, as_json=True))
+    values = json.loads(printed(str(path), gpus=1, json=True))
     assert values["counts"]["architecture"] == "dense"
     assert values["name"] == str(path)
 
 
 def test_json_and_tables_agree() -> None:
-    values = json.loads(printed("1b", as_json=True))
+    values = json.loads(printed("1b", json=True))
     text = printed("1b")
     assert f"{values['memory']['total'] / 1e9:.3g} GB" in text
     assert values["training"]["tokens"] == 20 * values["counts"]["parameters"]
@@ -139,7 +139,7 @@ def test_json_and_tables_agree() -> None:
 @pytest.mark.parametrize("name", ["nano", "1b", "7b"])
 def test_defaults_are_those_of_the_page(name: str) -> None:
     cfg = variant(name)
-    values = json.loads(printed(name, gpus=8, gpu_name="b200", as_json=True))
+    values = json.loads(printed(name, gpus=8, gpu="b200", json=True))
     assert values["job"]["context"] == min(cfg.max_seq_len, 8192)
     assert values["job"]["n_loops"] == values["job"]["max_loops"] == cfg.max_loop_iters
     assert values["step"]["tokens"] == 1 << 22
@@ -148,7 +148,7 @@ def test_defaults_are_those_of_the_page(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "where"),
     [
-        ({"gpu_name": "a100"}, "gpu"), ({"tokens": "many"}, "tokens"), ({"gpus": -1}, "gpus"),
+        ({"gpu": "a100"}, "gpu"), ({"tokens": "many"}, "tokens"), ({"gpus": -1}, "gpus"),
         ({"global_batch_tokens": "x"}, "global_batch_tokens"), ({"n_loops": 9, "max_loops": 3},
         "n_loops"), ({"context": 10**9}, "context"),
     ],
