@@ -1,9 +1,8 @@
-"""Random numbers as a function of integers, not of call order.
+"""Counter-based random numbers: a function of integers, not of call order.
 
-A counter-based generator: every element's value is a hash of (key of its sequence, position,
-channel, salt). Dropout masks and initial states are therefore the same whether a sequence is
-computed alone or in a batch, on one rank or on eight, the first time or again during checkpointed
-recomputation.
+Every element is a hash of (key of its sequence, position, channel, salt). Dropout masks and initial
+states are therefore the same whether a sequence runs alone or in a batch, on one rank or on eight,
+in the forward pass or in the recomputation of activation checkpointing.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def counter_uniform(keys_B: Tensor, positions: Tensor, dim: int, salt: int | Tensor) -> Tensor:
-    """(B, T, dim) float32 numbers in (0, 1).
+    """Return (B, T, dim) float32 uniform numbers in (0, 1).
 
     Args:
         keys_B: One int64 key per sequence.
         positions: (T,) or (B, T) positions of the tokens.
         dim: Channels.
-        salt: Names the use (layer, site, loop), below 2^32; other salts give independent numbers.
+        salt: Identifies the use (layer, site, loop), below 2^32; salts give independent numbers.
     """
     row = _mix((keys_B & _WORD) ^ _mix((keys_B >> 32) & _WORD) ^ ((salt * 0x9E3779B9) & _WORD))
     token = _mix((row.unsqueeze(-1) + positions * 0x85EBCA6B) & _WORD)
     channel = torch.arange(dim, device=keys_B.device) * 0xC2B2AE35
     bits = _mix((token.unsqueeze(-1) + channel) & _WORD)
-    # 23 bits and a half fit a float32 exactly, so neither 0 nor 1 can come out
+    # 23 bits plus a half fit a float32 exactly, so 0 and 1 are impossible
     return ((bits >> 9).float() + 0.5) / (1 << 23)
 
 
 def counter_normal(keys_B: Tensor, positions: Tensor, dim: int, salt: int) -> Tensor:
-    """(B, T, dim) float32 draws of a unit normal truncated at three standard deviations."""
+    """Return (B, T, dim) float32 standard normals truncated at three standard deviations."""
     tail = math.erfc(3 / math.sqrt(2)) / 2
     uniform = tail + (1 - 2 * tail) * counter_uniform(keys_B, positions, dim, salt)
     return math.sqrt(2) * torch.erfinv(2 * uniform - 1)

@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), halves rotated against each other.
 
-Tables are built for the positions at hand, never for the whole context: three of the variants have
-a million positions. Angles are computed in float64, because a float32 product of position 10^6 and
-a frequency is off by up to 0.06 radians, and stored as float32 cosines and sines.
+Tables are built for the given positions, never for the whole context: three of the variants have a
+million positions. Angles are computed in float64, because in float32 the angle of position 10^6 is
+off by up to 0.06 radians, and stored as float32 cosines and sines.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> Tensor:
-    """Cosines and sines for integer ``positions``.
+    """Compute cosines and sines for integer ``positions``.
 
     Args:
         positions: (T,) or (B, T) positions.
@@ -30,12 +30,12 @@ def rope_table(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 
 def precompute_rope_freqs(dim: int, max_len: int, theta: float = 500000.0) -> Tensor:
-    """The (2, max_len, dim/2) table of positions 0 .. max_len - 1."""
+    """Return the (2, max_len, dim/2) table of positions 0 .. max_len - 1."""
     return rope_table(torch.arange(max_len), dim, theta)
 
 
 def apply_rope(x_BTHK: Tensor, rope: Tensor) -> Tensor:
-    """Rotate every head of ``x_BTHK`` by its position; the result has x's shape and dtype.
+    """Rotate every head of ``x_BTHK`` by its position; returns the shape and dtype of x.
 
     Args:
         x_BTHK: Queries or keys (B, T, heads, K).

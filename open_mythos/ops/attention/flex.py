@@ -1,7 +1,7 @@
-"""FlexAttention (arXiv 2412.05496): a compiled kernel that skips blocks nobody sees.
+"""FlexAttention (arXiv 2412.05496): a compiled kernel that skips fully masked blocks.
 
-The blocks are found from positions, padding and documents, in memory linear in the context but for
-one number per block; the mask of all pairs never exists.
+The block mask follows from positions, padding and documents, in memory linear in the context plus
+one number per block; the full mask is never materialized.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from open_mythos.ops.attention.visibility import Visibility
 
 BLOCK = 128
-"""Queries, and keys, of a block."""
+"""Queries, and keys, per block."""
 
 
 def attend_flex(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seen: Visibility | None, scale: float
 ) -> Tensor:
-    """(B, T, H, V); compiled on CUDA, plain (and without gradient) on a CPU.
+    """Return (B, T, H, V); compiled on CUDA, eager (and without gradient) on a CPU.
 
     Args:
         q_BTHK: Queries.
         k_BSGK: Keys.
         v_BSGV: Values; V may differ from K.
-        seen: What queries may look at; None for everything.
+        seen: The mask; None for no mask.
         scale: Factor on the scores.
     """
     out = _kernel(q_BTHK)(
@@ -42,7 +42,7 @@ def attend_flex(
 
 
 def block_mask(seen: Visibility) -> BlockMask:
-    """The blocks of queries and keys to compute: with a mask, without one, or not at all."""
+    """Classify blocks of queries and keys: masked, full, or skipped."""
     some, full = visible_blocks(seen)
     partial = some & ~full
     return BlockMask.from_kv_blocks(
@@ -52,9 +52,9 @@ def block_mask(seen: Visibility) -> BlockMask:
 
 
 def visible_blocks(seen: Visibility) -> tuple[Tensor, Tensor]:
-    """(B or 1, query blocks, key blocks): where anybody may see anything, and all see all.
+    """Return (B or 1, query blocks, key blocks): not fully masked, and fully visible.
 
-    The first may say too much, never too little; the second may say too little.
+    The first may overestimate, never underestimate; the second may underestimate.
     """
     column = torch.arange(seen.n_columns, device=seen.device).unsqueeze(0)
     query = seen.columns(0, seen.n_queries)
@@ -77,7 +77,7 @@ def visible_blocks(seen: Visibility) -> tuple[Tensor, Tensor]:
 
 
 def _ends(x_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, blocks) least and greatest of each block; the last one is filled up with its last."""
+    """Return (B, blocks) minimum and maximum of each block; pads with the last value."""
     missing = -x_BN.shape[1] % BLOCK
     last = x_BN[:, -1:].expand(-1, missing)
     blocks = torch.cat((x_BN, last), dim=1).unflatten(1, (-1, BLOCK))
@@ -85,18 +85,18 @@ def _ends(x_BN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whole_blocks(n: int, device: torch.device) -> Tensor:
-    """(blocks,) whether all columns of a block exist."""
+    """Return (blocks,) whether all columns of a block exist."""
     return torch.arange(-(-n // BLOCK), device=device) < n // BLOCK
 
 
 def _listed(blocks_BQK: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 1, Q) how many key blocks each block of queries has, (B, 1, Q, K) these first."""
+    """Return (B, 1, Q) key blocks per query block, and (B, 1, Q, K) their indices first."""
     order = blocks_BQK.int().argsort(dim=-1, descending=True, stable=True)
     return blocks_BQK.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
 
 
 def _rule(seen: Visibility) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Whether query ``q`` of row ``b`` may see column ``k``, as the kernel asks."""
+    """Return the ``mask_mod``: whether query ``q`` of row ``b`` attends to column ``k``."""
     valid_BS, run_BS, columns_BT, first = seen.valid_BS, seen.run_BS, seen.columns_BT, seen.first
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

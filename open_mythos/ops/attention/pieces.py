@@ -1,9 +1,8 @@
-"""Attention in pieces: PyTorch's CPU kernel on parts of the queries and keys.
+"""Blockwise attention on a CPU: PyTorch's flash kernel on blocks of queries and keys.
 
-Each piece is a call without a mask, a causal one, or one with a mask that exists no longer than the
-piece. What a piece computed is joined to the others by the logarithm of its softmax's denominator,
-and the backward pass (FlashAttention 2, arXiv 2307.08691, section 3.1) makes the masks again: it
-keeps what the kernel alone would keep.
+Each block is an unmasked call, a causal call, or a call with a temporary mask. Partial results are
+merged by their log-sum-exp. The backward pass (FlashAttention 2, arXiv 2307.08691, section 3.1)
+recomputes the masks, so nothing is saved beyond what the kernel itself saves.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 WHOLE_PAIRS = 1 << 20
-"""Masks of no more elements are made whole, once for all layers and loops."""
+"""Masks of up to so many elements are materialized once for all layers and loops."""
 BLOCK_PAIRS = 1 << 22
-"""Elements of a mask made for a block of queries."""
+"""Elements of the mask of a block of queries."""
 BLOCK_QUERIES = (16, 256)
-"""Fewest and most queries of a block; more than 256 would compute more that nobody sees."""
+"""Fewest and most queries of a block; larger blocks compute more masked pairs."""
 DOCUMENT_TOKENS = 64
-"""Documents that are shorter on average are masked: the calls would cost more than they save."""
+"""Documents shorter than this on average are masked: one call per document would cost more."""
 HALF_PAIRS = 1 << 16
 """In half precision the kernel's backward is slow on short sequences: documents are computed one by
-one where queries times average length come to this."""
+one if queries times average length reach this."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows' queries over some of their keys: ``causal``, masked, or all over all."""
+    """A block of rows, queries and keys: ``causal``, masked, or unmasked."""
 
     rows: slice
     queries: slice
@@ -51,12 +50,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """Pieces that make up a call.
+    """The blocks that make up a call.
 
     Attributes:
-        pieces: In the order in which they are computed.
-        joined: Whether a query is in several pieces.
-        shared: Whether a query or a key is.
+        pieces: In order of computation.
+        joined: Whether a query is in several blocks.
+        shared: Whether a query or a key is in several blocks.
     """
 
     pieces: list[Piece]
@@ -65,7 +64,7 @@ class Plan:
 
 
 def plan_pieces(seen: Visibility, dtype: torch.dtype) -> Plan | None:
-    """How attention over ``seen`` is computed on a CPU; None for one call with a whole mask."""
+    """Choose the blocks for ``seen`` on a CPU; None for one call with the full mask."""
     every = slice(None)
     documents = seen.documents if seen.n_queries >= DOCUMENT_TOKENS else None
     if documents and _tokens(documents) >= len(documents) * _least_average(seen, dtype):
@@ -93,7 +92,7 @@ def plan_pieces(seen: Visibility, dtype: torch.dtype) -> Plan | None:
 
 
 def _least_average(seen: Visibility, dtype: torch.dtype) -> float:
-    """Tokens that the average document must have to be computed for itself."""
+    """Return the least average length at which documents are computed one by one."""
     half = HALF_PAIRS / seen.n_queries if dtype.itemsize < 4 else 0
     return max(DOCUMENT_TOKENS, half)
 
@@ -110,13 +109,13 @@ def attend_pieces(
     plan: Plan,
     scale: float,
 ) -> Tensor:
-    """(B, T, H, K) attention over ``seen``, piece by piece; zeros where no piece has the query."""
+    """Compute (B, T, H, K) attention block by block; zeros for queries in no block."""
     parts = (as_autocast(x) for x in (q_BTHK, k_BSGK, v_BSGK))
     return _Pieces.apply(*parts, seen, plan, scale)
 
 
 class _Pieces(torch.autograd.Function):
-    """Tensors inside are (B, heads, tokens, K), as the kernel takes them."""
+    """Tensors inside are (B, heads, tokens, K), the layout of the kernel."""
 
     @staticmethod
     def forward(
@@ -164,7 +163,7 @@ class _Pieces(torch.autograd.Function):
 
 
 def _places(plan: Plan) -> Iterator[tuple[Piece, Place, Place]]:
-    """Each piece with the indices of its queries and of its keys."""
+    """Yield each block with the indices of its queries and of its keys."""
     for piece in plan.pieces:
         yield (
             piece,

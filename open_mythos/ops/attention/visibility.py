@@ -1,8 +1,7 @@
-"""What queries may look at, without a matrix of all pairs.
+"""Attention masks in linear memory: causal positions, padding and document boundaries.
 
-Positions, padding and documents say it all in memory linear in the context. A mask is made for as
-many queries as are being computed, and forgotten: at a million positions the mask of all pairs
-would be a terabyte.
+A dense mask is materialized only for the block of queries being computed and then dropped: at a
+million positions the full mask would take a terabyte.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which of S columns each of T queries sees: real ones of its own document, none after it.
+    """Mask of T queries over S columns: non-padding columns of the same document, causally.
 
-    A query always sees the column it stands in, even if that is padding: a softmax over nothing
-    would be NaN.
+    A query always attends to its own column, even if that is padding: a softmax over nothing would
+    be NaN.
 
     Attributes:
         n_queries: T.
-        n_columns: S, cached columns and new ones.
-        device: Where masks are made.
+        n_columns: S, cached and new columns.
+        device: Device of the masks.
         valid_BS: False on columns that are padding; None when all are real.
-        run_BS: Number of the document of each column, ascending; None when there is one.
-        columns_BT: Column in which each query stands; None when they are the last T in order.
+        run_BS: Document index of each column, ascending; None for a single document.
+        columns_BT: Column of each query; None when the queries are the last T columns in order.
     """
 
     n_queries: int
@@ -41,32 +40,32 @@ class Visibility:
 
     @property
     def first(self) -> int:
-        """Column of the first query, where the queries are the last columns."""
+        """Column of the first query, if the queries are the last columns."""
         return self.n_columns - self.n_queries
 
     @property
     def batch(self) -> int:
-        """Rows of the masks: B, or 1 where they are all alike."""
+        """Batch size of the mask: B, or 1 when all rows share it."""
         given = (x for x in (self.valid_BS, self.run_BS, self.columns_BT) if x is not None)
         return next((len(x) for x in given), 1)
 
     @property
     def plain(self) -> bool:
-        """Whether position alone decides: causal, aligned to the lower right."""
+        """Whether the mask is purely causal, aligned to the lower right."""
         return self.valid_BS is None and self.run_BS is None and self.columns_BT is None
 
     @property
     def n_pairs(self) -> int:
-        """Elements of the mask of all queries."""
+        """Number of elements of the full mask."""
         return self.batch * self.n_queries * self.n_columns
 
     def rows(
         self, start: int = 0, stop: int | None = None, low: int = 0, high: int | None = None
     ) -> Tensor:
-        """The mask of queries ``start .. stop`` over columns ``low .. high``, all by default.
+        """Materialize the mask of queries ``start .. stop`` over columns ``low .. high``.
 
         Returns:
-            (B or 1, 1, stop - start, high - low) boolean, true where a query may look.
+            (B or 1, 1, stop - start, high - low) boolean, true where a query may attend.
         """
         stop = self.n_queries if stop is None else stop
         high = self.n_columns if high is None else high
@@ -83,7 +82,7 @@ class Visibility:
         return (mask if mask.dim() == 3 else mask.unsqueeze(0)).unsqueeze(1)
 
     def whole(self) -> Tensor:
-        """The mask of all queries, made once for all layers and loops: for small ones."""
+        """Materialize the full mask once for all layers and loops; for small masks."""
         if torch.compiler.is_compiling():
             return self.rows()
         if torch.bool not in self._made:
@@ -91,20 +90,20 @@ class Visibility:
         return self._made[torch.bool]
 
     def bias(self, dtype: torch.dtype) -> Tensor:
-        """:meth:`whole` as what is added to scores: 0 or -inf; made once for each dtype."""
+        """Return :meth:`whole` as an additive bias of 0 and -inf; built once per dtype."""
         if dtype not in self._made:
             self._made[dtype] = additive(self.rows(), dtype)
         return self._made[dtype]
 
     def select(self, keep_B: Tensor) -> Visibility:
-        """The same for the rows that ``keep_B`` indexes."""
+        """Return the mask of the rows that ``keep_B`` indexes."""
         valid, run, columns = (
             None if x is None else x[keep_B] for x in (self.valid_BS, self.run_BS, self.columns_BT)
         )
         return Visibility(self.n_queries, self.n_columns, self.device, valid, run, columns)
 
     def at(self, queries_BT: Tensor) -> Visibility:
-        """The same for some queries of every row: ``queries_BT`` are their numbers."""
+        """Return the mask of the queries with indices ``queries_BT`` in each row."""
         if self.columns_BT is None:
             columns = queries_BT + self.first
         else:
@@ -114,9 +113,9 @@ class Visibility:
         )
 
     def spans(self, size: int) -> list[tuple[int, int, int, int]]:
-        """Blocks of ``size`` queries and, for each, the columns beyond which none of it sees any.
+        """Split the queries into blocks of ``size`` with the range of columns that each attends to.
 
-        On a CPU the columns are as few as can be; elsewhere the host would have to wait for them.
+        On a CPU the range is tight; elsewhere that would need a host-device sync.
 
         Returns:
             (start, stop, low, high) of each block.
@@ -136,10 +135,10 @@ class Visibility:
 
     @cached_property
     def documents(self) -> list[tuple[int, int, int]] | None:
-        """(row, start, stop) of every document's tokens; the host waits for them once.
+        """Return (row, start, stop) of every document; one host-device sync.
 
-        None where they do not tell who sees whom: there is a past, the queries are single ones, or
-        padding stands inside a document.
+        None where this does not determine the mask: with cached columns, with selected queries, or
+        with padding inside a document.
         """
         if self.plain or self.first or self.columns_BT is not None:
             return None
@@ -153,13 +152,13 @@ class Visibility:
 
     @cached_property
     def packing(self) -> tuple[Tensor | None, Tensor, int]:
-        """How to lay the real tokens of all rows side by side, for queries that are all columns.
+        """Pack the non-padding tokens of all rows, for queries that are all columns.
 
-        The host waits for the device once.
+        Needs one host-device sync.
 
         Returns:
-            Their (N,) numbers among all B T tokens, None when all are real; int32 borders of the
-            documents, one more than there are; the tokens of the longest document.
+            (N,) flat indices of these tokens, None without padding; int32 cumulative document
+            lengths from 0; the length of the longest document.
         """
         begins, _, run_BS = self._borders()
         real = torch.ones_like(begins) if self.valid_BS is None else self.valid_BS
@@ -172,7 +171,7 @@ class Visibility:
         return (None if self.valid_BS is None else number), borders, longest
 
     def _borders(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S) where stretches of real tokens of one document begin and end, and their runs."""
+        """Return (B, S) starts and ends of runs of non-padding tokens of one document, and runs."""
         known = self.run_BS if self.run_BS is not None else self.valid_BS
         assert known is not None
         run_BS = torch.zeros_like(known, dtype=torch.long) if self.run_BS is None else self.run_BS
@@ -182,7 +181,7 @@ class Visibility:
 
     @cached_property
     def _reach(self) -> tuple[Tensor, Tensor]:
-        """(T,) first and last column that a query sees in any row."""
+        """Return (T,) first and last column that a query attends to in any row."""
         high = self.columns(0, self.n_queries)
         low = torch.zeros_like(high)
         if self.run_BS is not None:
@@ -193,19 +192,19 @@ class Visibility:
         return low.view(-1, self.n_queries).amin(0), high.view(-1, self.n_queries).amax(0)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """(t,) or (B, t) columns of queries ``start .. stop``."""
+        """Return (t,) or (B, t) columns of queries ``start .. stop``."""
         if self.columns_BT is not None:
             return self.columns_BT[:, start:stop]
         return torch.arange(self.first + start, self.first + stop, device=self.device)
 
     def of_queries(self, x_BS: Tensor, start: int, stop: int) -> Tensor:
-        """(B, t) what ``x_BS`` says of the columns of queries ``start .. stop``."""
+        """Gather (B, t) values of ``x_BS`` at the columns of queries ``start .. stop``."""
         if self.columns_BT is not None:
             return x_BS.gather(1, self.columns_BT[:, start:stop])
         return x_BS[:, self.first + start : self.first + stop]
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where ``mask`` is true and -inf where it is false; ``mask`` is used up."""
+    """Return 0 where ``mask`` is true and -inf elsewhere; overwrites ``mask``."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill_(mask.logical_not_(), -torch.inf)

@@ -1,14 +1,14 @@
-"""Absorbed latent attention of one new token per row, its history split over many programs.
+"""Absorbed latent attention of one new token per row, with split-K over the history.
 
 All heads of a row read the same latents, so a program takes a tile of heads and reads each entry
-once, as key and as value. Decoding is bound by these reads: with few rows, the positions of a row
-are split over as many programs as fill the GPU (flash decoding); each keeps its own maximum, sum
-and mix, and a second kernel joins them.
+once, as key and as value. Decoding is memory-bound: with few rows, the positions of a row are split
+over as many programs as fill the GPU (flash decoding). Each keeps a running maximum, sum and
+output, and a second kernel merges them.
 
-What a program holds, for 16 heads, a latent of 512 and a rotary key of 64 in bfloat16: the mix
-(32 KiB, float32) in registers; the queries (18 KiB) and two blocks of 32 entries (72 KiB), one in
-work and one on its way, in shared memory. Two programs share a multiprocessor of an H100. The sizes
-below follow from such sums, so that no search is needed and nothing spills.
+For 16 heads, a latent of 512 and a rotary key of 64 in bfloat16, a program holds the output
+accumulator (32 KiB, float32) in registers and the queries (18 KiB) and two pipelined blocks of 32
+entries (72 KiB) in shared memory, so two programs fit a multiprocessor of an H100. The sizes below
+follow from this arithmetic: no autotuning is needed and nothing spills. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 _ENTRY_BYTES = 40 << 10
-"""Most bytes of one block of entries."""
+"""Largest block of entries, in bytes."""
 _MIX = 32 * 512
-"""Most elements of the mix: 64 registers of each of 256 threads."""
+"""Largest accumulator, in elements: 64 registers of each of 256 threads."""
 _THREE_STAGES = 160 << 10
-"""Shared memory of a multiprocessor from which two blocks stand beside the queries."""
+"""Shared memory of a multiprocessor that fits two blocks beside the queries."""
 _LEAST_SPLIT = 128
-"""Positions below which a split costs more to join than it saves."""
+"""Shortest split, in positions: below it, merging costs more than it saves."""
 _MOST_SPLITS = 128
 
 
@@ -37,15 +37,15 @@ def decode(
     rank: int,
     valid_BS: Tensor | None,
 ) -> Tensor:
-    """(B, H, R), in the dtype of the slots; arguments as of the operation.
+    """Launch the kernel; return (B, H, R) in the dtype of the slots.
 
     Args:
         q_BHW: Scaled queries, of the slots' dtype.
         slots_LBSW: Entries, unit stride along W.
         loops_B: Slot that each row reads; None is slot 0.
-        lengths_B: Positions that each row sees; None is all.
+        lengths_B: Positions that each row attends to; None is all.
         rank: Width R of a latent.
-        valid_BS: False on positions that are not seen; None when all are.
+        valid_BS: False on masked positions; None without a mask.
     """
     n_loops, batch, positions, width = slots_LBSW.shape
     heads = q_BHW.shape[1]
@@ -62,7 +62,7 @@ def decode(
     if splits > 1:
         mix = out.new_empty((splits, batch, heads, rank), dtype=torch.float32)
         weight = out.new_empty((splits, batch, heads), dtype=torch.float32)
-    # a missing argument is never read; some tensor has to stand in its place
+    # a missing argument is never read, but the launch needs some tensor
     valid = out if valid_BS is None else valid_BS.view(torch.uint8)
     _attend[(batch, head_tiles, splits)](
         q_BHW, slots_LBSW,
@@ -91,7 +91,7 @@ decode_op = torch.library.custom_op(
     schema="(Tensor q, Tensor slots, Tensor? loops, Tensor? lengths, int rank, Tensor? valid)"
     " -> Tensor",
 )
-"""The same for ``torch.compile``, which takes it as one operation and does not look inside."""
+"""The same as one opaque operation for ``torch.compile``."""
 
 
 @decode_op.register_fake
@@ -107,9 +107,9 @@ def _(
 
 
 def _sizes(heads: int, latent: int, rotary: int, element: int) -> tuple[int, int, int]:
-    """Heads of a tile, entries of a block, warps."""
+    """Return heads per tile, entries per block, and warps."""
     if element == 4:
-        # multiplied exactly, without the matrix units: larger tiles would leave the registers
+        # float32 dots do not use tensor cores: larger tiles would spill
         return 16, 16, 8
     tile = min(max(16, triton.next_power_of_2(heads)), 32, _MIX // latent)
     fits = _ENTRY_BYTES // ((latent + rotary) * element)
@@ -118,7 +118,7 @@ def _sizes(heads: int, latent: int, rotary: int, element: int) -> tuple[int, int
 
 
 def _device(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and the shared memory of each."""
+    """Return the number of multiprocessors and the shared memory of each."""
     if device.type != "cuda":  # the interpreter
         return 1, 0
     properties = torch.cuda.get_device_properties(device)
@@ -126,7 +126,7 @@ def _device(device: torch.device) -> tuple[int, int]:
 
 
 def _splits(processors: int, programs: int, positions: int) -> int:
-    """Parts of a history: as many as fill the GPU twice over, none shorter than is worth it."""
+    """Return the number of splits: enough to fill the GPU twice, none too short to pay off."""
     wanted = triton.cdiv(2 * processors, programs)
     return max(1, min(wanted, _MOST_SPLITS, triton.cdiv(positions, _LEAST_SPLIT)))
 

@@ -1,15 +1,13 @@
-"""Weight gradients of stacked experts over all loops, from the rows where they lie.
+"""Weight gradients of stacked experts over all loops, without gathering the rows first.
 
-The rows of one expert stand in as many places as there are loops. A program computes one tile of
-one expert's gradient. It counts through the expert's rows as if they stood one after the other, and
-finds for each row its loop and its address, so the matrix units always work on full tiles however
-few rows a loop sent to the expert, and nothing is copied or reordered first. Order of summation:
-loop by loop, row by row, on every run.
+The rows of one expert are scattered over one buffer per loop. A program computes one tile of one
+expert's gradient. It enumerates the expert's rows across loops and computes the loop and address of
+each, so tensor cores always work on full tiles however few rows a loop routed to the expert, and
+nothing is copied or reordered. The order of summation is fixed: loop by loop, row by row.
 
-The addresses of the loops' buffers are a small table on the device. It is copied there from pinned
-memory, which does not wait for the GPU. The other way, one buffer for all rows, needs a second copy
-of what every loop kept: with 16 loops, 16k tokens and 8 experts a token about 13 GB for 3,072
-columns.
+The buffers' addresses are a small table on the device, copied from pinned memory without a
+host-device sync. One buffer for all rows would need a second copy of what every loop saved: about
+13 GB for 16 loops, 16k tokens, 8 experts per token and 3,072 columns. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from torch import Tensor
 
 
 def weight_gradient(xs: Sequence[Tensor], grads: Sequence[Tensor], ends_LE: Tensor) -> Tensor:
-    """(E, K, M): for each expert the sum over loops of x^T grad, accumulated in float32.
+    """Return (E, K, M): for each expert the sum over loops of x^T grad, summed in float32.
 
     Args:
         xs: For each loop its rows in expert order, (rows, K), contiguous.
@@ -54,11 +52,11 @@ def _on_device(addresses: list[list[int]], device: torch.device) -> Tensor:
 
 
 def _tile(out: Tensor, k: int, m: int) -> dict[str, Any]:
-    """A tile of the gradient, the rows it takes at a time, and the warps that compute it.
+    """Choose the tile of the gradient, the rows per step, and the warps.
 
-    128 x 128 gives 128 operations for every element loaded, enough to keep the matrix units busy.
-    Three stages of 64 rows take 96 KiB of shared memory on an H100, where the matrix units read
-    from it, and 48 KiB before. float32 needs twice the bytes and three products for one.
+    128 x 128 gives 128 operations per element loaded, enough to keep tensor cores busy. Three
+    stages of 64 rows take 96 KiB of shared memory on an H100, whose tensor cores read from it, and
+    48 KiB on older GPUs. float32 needs twice the bytes and three matmuls instead of one.
     """
     half = out.element_size() == 2
     rows, width = (64, 128) if half else (32, 64)
@@ -94,7 +92,7 @@ def _sum_of_outer_products(
     col_k = (tile // tiles_m) * BLOCK_K + tl.arange(0, BLOCK_K)
     col_m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
 
-    # the expert's rows counted over all loops: loop l holds numbers below[l] .. upto[l] - 1
+    # the expert's rows enumerated over all loops: loop l holds rows below[l] .. upto[l] - 1
     loop = tl.arange(0, LOOPS)
     known = loop < n_loops
     bound = bounds + loop * (n_experts + 1) + expert
@@ -106,7 +104,7 @@ def _sum_of_outer_products(
     x_base = tl.load(addresses + loop, mask=known, other=0)
     grad_base = tl.load(addresses + n_loops + loop, mask=known, other=0)
     size: tl.constexpr = element.primitive_bitwidth // 8
-    # address of number 0, if the loop's rows began there
+    # address of row 0, if the loop's rows began there
     x_base += (start - below).to(tl.int64) * k * size
     grad_base += (start - below).to(tl.int64) * m * size
 
@@ -126,7 +124,7 @@ def _sum_of_outer_products(
         grad = tl.load(
             grad_row[:, None] + col_m[None, :], mask=real & (col_m < m)[None, :], other=0.0
         )
-        # "tf32x3" concerns float32 alone: three products on the matrix units, nearly exact
+        # "tf32x3" affects float32 only: three tensor-core matmuls, nearly exact
         total = tl.dot(tl.trans(x), grad, total, input_precision="tf32x3")
 
     place = expert.to(tl.int64) * k * m + col_k.to(tl.int64)[:, None] * m + col_m[None, :]
