@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models import sharing
-from open_mythos.model.cache import KVCache, Places
+from open_mythos.model.active import Active
+from open_mythos.model.cache import KVCache
 from open_mythos.model.context import Context
 from open_mythos.model.layers.mla import MLAttention
 from open_mythos.model.layers.moe import MoEFFN
@@ -35,9 +36,9 @@ class ConcatenatingCache(KVCache):
     """A cache whose slots are made anew at every write; whole batches only."""
 
     def write(
-        self, layer: int, loop: int, entry_BTW: Tensor, places: Places | None = None
+        self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
     ) -> Tensor:
-        assert places is None
+        assert active is None
         held = self._slots.get((layer, loop))
         grown = entry_BTW if held is None else torch.cat((held, entry_BTW), dim=1)
         self._slots[layer, loop] = grown

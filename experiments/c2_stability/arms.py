@@ -62,7 +62,7 @@ class PredecessorLoop(RecurrentBlock):
         linear_BTD = injection.hold(h_BTD) + LTIInjection.drive(injection, drive_BTD)
         x_BTD = linear_BTD + self.blocks[0](self.norm(h_BTD + drive_BTD), ctx, t)
         if trace is not None:
-            trace.record_state(t, h_BTD, x_BTD, ctx.places)
+            trace.record_state(t, h_BTD, x_BTD, ctx.active)
         return x_BTD
 
 

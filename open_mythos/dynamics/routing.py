@@ -48,7 +48,7 @@ def routing_divergence(trace: LoopTrace) -> list[RoutingDivergence]:
         ConfigError: The trace holds no choices, or rows left before the last loop.
     """
     layers = sorted({layer for layer, _ in trace.experts})
-    if not layers or any(rows is not None for rows in trace.rows.values()):
+    if not layers or any(active is not None for active in trace.active.values()):
         raise ConfigError(
             "no routing to compare", where="trace",
             value="no choices" if not layers else "rows that left early",

@@ -259,10 +259,8 @@ def _hidden(
 
 def _positions(trace: LoopTrace, t: int, batch: Batch) -> int:
     """Positions that loop ``t`` computed, padding included."""
-    columns, rows = trace.columns[t], trace.rows[t]
-    if columns is not None:
-        return columns.numel()
-    return batch.targets.numel() if rows is None else len(rows) * batch.targets.shape[1]
+    active = trace.active[t]
+    return batch.targets.numel() if active is None else active.take(batch.targets).numel()
 
 
 def _with_targets(batch: Batch) -> Batch:

@@ -81,7 +81,7 @@ def _merge(merged: LoopTrace, trace: LoopTrace) -> None:
     for at, experts_BTC in trace.experts.items():
         load_E, experts_NC = trace.load[at].cpu(), experts_BTC.flatten(0, 1).cpu()
         first = at not in merged.load
-        merged.rows[at[1]] = None  # every token ran every loop
+        merged.active[at[1]] = None  # every token ran every loop
         merged.load[at] = load_E if first else merged.load[at] + load_E
         merged.experts[at] = experts_NC if first else torch.cat((merged.experts[at], experts_NC))
 

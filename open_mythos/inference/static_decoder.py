@@ -33,6 +33,7 @@ from torch import Tensor
 from open_mythos.checks import check_count
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.inference.cuda_graphs import Graphs
+from open_mythos.model.active import Active
 from open_mythos.model.cache import Columns, KVCache
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.context import Context
@@ -192,11 +193,9 @@ class StaticDecoder:
             ctx = self._context(width, 0, ragged=False)
             self._run("enter", (width,), ctx)
             for t in range(most):
-                ragged, (t_1, live_B11) = t >= least, self._loops[t]
-                self._run(
-                    "loop", (width, t, ragged), self._context(width, t, ragged),
-                    t_1 if self.mode == "compile" else t, live_B11 if ragged else None,
-                )  # fmt: skip
+                ragged = t >= least
+                index = self._loops[t][0] if self.mode == "compile" else t
+                self._run("loop", (width, t, ragged), self._context(width, t, ragged), index)
             self._run("leave", (width, self._params), ctx, self._params)
         self._held += 1
         return self._token_B1[:, 0]
@@ -214,12 +213,12 @@ class StaticDecoder:
         self._h_B1D.copy_(recurrent.initial_state(e_B1D, ctx))
         self._drive_B1D.copy_(recurrent.injection.drive(e_B1D))
 
-    def _loop(self, ctx: Context, t: Any, live_B11: Tensor | None) -> None:
-        """Loop t, an index or (1,) of one; rows that have reached their depth keep their state."""
+    def _loop(self, ctx: Context, t: int | Tensor) -> None:
+        """Run loop t, an index or (1,) of one; rows that reached their depth keep their state."""
         assert self._looped is not None
         h_B1D = self._looped.recurrent.step(self._h_B1D, self._drive_B1D, t, ctx)
-        if live_B11 is not None:
-            h_B1D = torch.where(live_B11, h_B1D, self._h_B1D)
+        if ctx.active is not None and ctx.active.real is not None:
+            h_B1D = torch.where(ctx.active.real.unsqueeze(-1), h_B1D, self._h_B1D)
         self._h_B1D.copy_(h_B1D)
 
     def _leave(self, ctx: Context, params: SamplingParams) -> None:
@@ -261,8 +260,8 @@ class StaticDecoder:
         """The context of loop ``t`` (and, for t = 0, of prelude and coda) in a bucket."""
         key = (width, t, ragged)
         if key not in self._contexts:
-            live_B11 = self._loops[t][1] if ragged else None
-            cache = self._cache.step(t, width, self._column_1, live_B11)
+            active = Active(real=self._loops[t][1]) if ragged else None
+            cache = self._cache.static(t, width, self._column_1)
             mask = self._visible_B11S[..., :width]
             if self.mode == "compile":
                 # one code for all buckets
@@ -270,18 +269,18 @@ class StaticDecoder:
                 for slot in cache.slots():
                     torch._dynamo.maybe_mark_dynamic(slot, 1)
             self._contexts[key] = Context(
-                self._position_B1, self._rope, mask, Columns(width), cache=cache
+                self._position_B1, self._rope, mask, Columns(width), cache=cache, active=active
             )
         return self._contexts[key]
 
     def _set_loops(self) -> None:
-        """Index and live rows of every loop, in buffers that stay where they are."""
+        """Set index and running rows of every loop, in buffers that stay where they are."""
         device = self._column_1.device
-        depth_B11 = torch.tensor(self._depths, device=device).view(-1, 1, 1)
+        depth_B1 = torch.tensor(self._depths, device=device).view(-1, 1)
         for t in range(len(self._loops), max(self._depths)):
-            self._loops.append((torch.tensor([t], device=device), depth_B11 > t))
-        for t, (_, live_B11) in enumerate(self._loops):
-            live_B11.copy_(depth_B11 > t)
+            self._loops.append((torch.tensor([t], device=device), depth_B1 > t))
+        for t, (_, runs_B1) in enumerate(self._loops):
+            runs_B1.copy_(depth_B1 > t)
 
     def _check_start(self, input_ids: Tensor) -> None:
         self.model.check_ids(input_ids)

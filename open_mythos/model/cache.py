@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
+from open_mythos.model.active import Active
 
 _KEY = "open_mythos"
 
@@ -69,21 +71,13 @@ def _append(old_BS: Tensor | None, new_BT: Tensor | None, length: int, n_new: in
     return torch.cat((old_BS, new_BT), dim=1)
 
 
-@dataclass(frozen=True)
-class Places:
-    """Which of a call's new positions are being computed, when it is not all of them.
+class Cache(Protocol):
+    """What attention layers need of a cache."""
 
-    Rows with fewer such positions than others are padded with columns that are not ``real``.
-    """
-
-    rows: Tensor
-    """(R,) rows of the batch, ascending."""
-    columns: Tensor | None = None
-    """(R, T) for each row its positions, counted from the call's first; None for all."""
-    real: Tensor | None = None
-    """(R, T) false on padding; None when all are real."""
-    n_new: int = 0
-    """New positions of the whole call, given together with ``columns``."""
+    def write(
+        self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
+    ) -> Tensor:
+        """Store the new entries of a layer and a loop, and return all (B, S, W) that it may see."""
 
 
 class KVCache:
@@ -103,8 +97,9 @@ class KVCache:
         self._capacity = capacity
         self._share_loops = share_loops
         self._slots: dict[tuple[int, int], Tensor] = {}
-        self._lens: KVCache | None = None
-        self._lens_read = False
+        self._readout: KVCache | None = None
+        self._was_read = False  # in the call so far
+        self._written: dict[int, int] = {}  # layer -> deepest loop of the call so far
 
     @classmethod
     def of(
@@ -134,7 +129,7 @@ class KVCache:
         return self.columns.length
 
     @property
-    def lens(self) -> KVCache:
+    def readout(self) -> KVCache:
         """What the coda's layers remember when the state is read out after every loop.
 
         The coda's own slots hold finished states. A position that is read out at loop t must see
@@ -143,23 +138,23 @@ class KVCache:
         Raises:
             ConfigError: Earlier positions were computed without being read out.
         """
-        if self._lens is None:
-            self._lens = KVCache(self._capacity, self._share_loops)
-        if self._lens.length != self.length:
+        if self._readout is None:
+            self._readout = KVCache(self._capacity, self._share_loops)
+        if self._readout.length != self.length:
             raise ConfigError(
                 "earlier positions were not read out at every loop", where="exit_rule",
-                value=f"{self._lens.length} of {self.length} positions read out",
+                value=f"{self._readout.length} of {self.length} positions read out",
                 allowed="a rule that reads predictions at every call on one cache, or at none",
                 fix="use the same exit rule from the first call on",
             )  # fmt: skip
-        self._lens_read = True
-        return self._lens
+        self._was_read = True
+        return self._readout
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""
         own = sum(slot.nbytes for slot in self._slots.values())
-        return own + (0 if self._lens is None else self._lens.nbytes)
+        return own + (0 if self._readout is None else self._readout.nbytes)
 
     @property
     def n_slots(self) -> int:
@@ -172,7 +167,10 @@ class KVCache:
         Raises:
             ConfigError: It holds another number of rows.
         """
-        self._lens_read = False
+        self._was_read = False
+        self._written.clear()
+        if self._readout is not None:
+            self._readout._written.clear()
         rows = {slot.shape[0] for slot in self._slots.values()}
         if rows <= {batch}:
             return
@@ -182,11 +180,11 @@ class KVCache:
                 allowed=f"{rows.pop()} rows", fix="use a cache of its own for every batch",
             )  # fmt: skip
         self._slots.clear()
-        self._lens = None
+        self._readout = None
 
     def clear(self) -> None:
         """Forget everything. The slots keep their memory and are zero, as new ones are."""
-        self.columns, self._lens = Columns(0), None
+        self.columns, self._readout = Columns(0), None
         for slot in self._slots.values():
             slot.zero_()
 
@@ -205,44 +203,48 @@ class KVCache:
             valid_BS=None if valid is None else valid[:, :length],
             document_BS=None if document is None else document[:, :length],
         )
-        if self._lens is not None:
-            self._lens.truncate(min(length, self._lens.length))
+        if self._readout is not None:
+            self._readout.truncate(min(length, self._readout.length))
 
     def write(
-        self, layer: int, loop: int, entry_BTW: Tensor, places: Places | None = None
+        self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
     ) -> Tensor:
         """Store the entries of the new positions and return those of all positions.
 
         Args:
             layer: Number of the layer in the model.
-            loop: Loop index t.
-            entry_BTW: New entries, of ``places`` alone when these are given.
-            places: Rows and positions still being computed; None for all of them.
+            loop: Loop index t; a layer writes its loops in turn.
+            entry_BTW: New entries, of the ``active`` positions alone when these are given.
+            active: Rows and positions still being computed; None for all of them.
 
         Returns:
-            (B, S, W), S = length + T: a view of the slot, or a copy of the rows of ``places``.
+            (B, S, W), S = length + T: a view of the slot, or a copy of the active rows.
+
+        Raises:
+            ConfigError: Loops were skipped, or rows are at different loops.
         """
-        n_new = places.n_new if places is not None and places.n_new else entry_BTW.shape[1]
+        if isinstance(loop, Tensor) or loop > self._written.get(layer, -1) + 1:
+            raise ConfigError(
+                "loops of a layer were skipped", where="KVCache.write",
+                value=f"loop {loop} after {self._written.get(layer, -1) + 1} loops",
+                allowed="one loop after the other, the same for all rows",
+                fix="an exit rule calls look.predict() after every loop, or never",
+            )  # fmt: skip
+        self._written[layer] = loop
+        n_new = entry_BTW.shape[1] if active is None else active.n_new or entry_BTW.shape[1]
         start, end = self.length, self.length + n_new
         slot = self._slot(layer, loop, entry_BTW, end)
-        if places is None:
+        if active is None or active.rows is None:
             slot[:, start:end] = entry_BTW
             return slot[:, :end]
         if loop > 0 and not self._share_loops:
-            # what has left is seen with the entries of its last computed loop
+            # exited tokens keep the entry of their last computed loop
             slot[:, start:end] = self._slots[layer, loop - 1][:, start:end]
-        if places.columns is None or places.real is None:
-            slot[places.rows, start:end] = entry_BTW
-        else:
-            # what pads the rows stays as it is: to pick the real ones would wait for the device
-            at = places.rows.unsqueeze(1), start + places.columns
-            slot[at] = torch.where(places.real.unsqueeze(-1), entry_BTW, slot[at])
-        return slot[:, :end].index_select(0, places.rows)  # half the time of plain indexing
+        active.put(slot[:, start:end], entry_BTW)
+        return slot[:, :end].index_select(0, active.rows)  # half the time of plain indexing
 
-    def step(
-        self, loop: int, n_columns: int, column_1: Tensor, live_B11: Tensor | None = None
-    ) -> StepCache:
-        """Loop ``loop`` of this cache for decoding steps of constant shape: see :class:`StepCache`.
+    def static(self, loop: int, n_columns: int, column_1: Tensor) -> StaticCache:
+        """Return loop ``loop`` of this cache for decoding steps of constant shape.
 
         The slots must exist, with room for ``n_columns``, and stay where they are in memory as long
         as the result is used: an earlier call of as many loops made them.
@@ -250,26 +252,22 @@ class KVCache:
         own = 0 if self._share_loops else loop
         slots = {layer: slot[:, :n_columns] for (layer, t), slot in self._slots.items() if t == own}
         last = {layer: self._slots[layer, max(0, own - 1)][:, :n_columns] for layer in slots}
-        return StepCache(slots, last if own else slots, column_1, live_B11)
-
-    def carry_over(self, n_loops: int, n_new: int) -> None:
-        """The new positions ran ``n_loops`` loops: deeper slots see the last of them."""
-        start, end = self.length, self.length + n_new
-        for layer, loop in sorted(self._slots, key=lambda key: key[1]):
-            if loop >= n_loops:
-                last = self._slots[layer, loop - 1]
-                self._with_room((layer, loop), end)[:, start:end] = last[:, start:end]
-        if self._lens is not None:
-            self._lens.carry_over(n_loops, n_new)
+        return StaticCache(slots, last if own else slots, column_1)
 
     def commit(self, columns: Columns) -> None:
-        """Count the positions written since the last commit as held.
+        """Count the positions written since the last commit as held; deeper slots see their last
+        computed loop.
 
         A call that fails before it gets here leaves the cache as it was.
         """
+        start, end = self.length, columns.length
+        for layer, loop in sorted(self._slots, key=lambda key: key[1]):
+            if not self._share_loops and loop > self._written.get(layer, loop):
+                last = self._slots[layer, loop - 1]
+                self._with_room((layer, loop), end)[:, start:end] = last[:, start:end]
+        if self._readout is not None and self._was_read:
+            self._readout.commit(columns)
         self.columns = columns
-        if self._lens is not None and self._lens_read:
-            self._lens.commit(columns)
 
     def _slot(self, layer: int, loop: int, entry_BTW: Tensor, end: int) -> Tensor:
         """The slot of (layer, loop), made if there is none, with room for ``end`` positions."""
@@ -295,7 +293,7 @@ class KVCache:
         return self._slots[key]
 
 
-class StepCache(KVCache):
+class StaticCache:
     """One loop's slots of a :class:`KVCache`, as decoding steps of constant shape use them.
 
     A step adds one token to every row. Its entry goes to the column that a tensor names, and all
@@ -307,35 +305,28 @@ class StepCache(KVCache):
         slots: (B, S, W) by layer: the slots of the loop.
         last: (B, S, W) by layer: those of the loop before, or the same ones where there is none.
         column_1: (1,) int64 column of the new token.
-        live_B11: (B, 1, 1) rows that run this loop; the others keep the entry of their last one.
-            None for all.
     """
 
-    def __init__(
-        self,
-        slots: dict[int, Tensor],
-        last: dict[int, Tensor],
-        column_1: Tensor,
-        live_B11: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self._by_layer, self._last_by_layer = slots, last
-        self._column_1, self._live_B11 = column_1, live_B11
+    def __init__(self, slots: dict[int, Tensor], last: dict[int, Tensor], column_1: Tensor) -> None:
+        self._by_layer, self._last_by_layer, self._column_1 = slots, last, column_1
 
     def slots(self) -> Iterator[Tensor]:
-        """All slots that a step may read."""
+        """Iterate over all slots that a step may read."""
         yield from self._by_layer.values()
         yield from self._last_by_layer.values()
 
     def write(
-        self, layer: int, loop: int | Tensor, entry_BTW: Tensor, places: Places | None = None
+        self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
     ) -> Tensor:
-        """Store the entries (B, 1, W) of the new token; (B, S, W), used columns and others."""
+        """Store the entries (B, 1, W) of the new token; (B, S, W), used columns and others.
+
+        Rows that ``active.real`` discards keep the entry of their last computed loop.
+        """
         slot = self._by_layer[layer]
         entry_BTW = entry_BTW.to(slot.dtype)
-        if self._live_B11 is not None:
+        if active is not None and active.real is not None:
             last_BTW = self._last_by_layer[layer].index_select(1, self._column_1)
-            entry_BTW = torch.where(self._live_B11, entry_BTW, last_BTW)
+            entry_BTW = torch.where(active.real.unsqueeze(-1), entry_BTW, last_BTW)
         return slot.index_copy_(1, self._column_1, entry_BTW)
 
 

@@ -170,5 +170,5 @@ def forward_call(input_ids: Tensor, ctx: Context, depth: Depth) -> Iterator[None
     inference = ctx.cache is not None or depth.exit_rule is not None
     with torch.no_grad() if inference else nullcontext():
         yield
-    if ctx.cache is not None:
+    if isinstance(ctx.cache, KVCache):
         ctx.cache.commit(ctx.columns)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.devices import as_autocast
-from open_mythos.model.cache import Columns, KVCache, Places
+from open_mythos.model.active import Active
+from open_mythos.model.cache import Cache, Columns, KVCache
 from open_mythos.ops.attention.visibility import Visibility
 from open_mythos.ops.experts.routed import LoopedStack
 from open_mythos.ops.rope import rope_table
@@ -31,7 +32,7 @@ class Context:
         columns: All positions, cached and new.
         valid_BT: False on the new tokens that are padding; None when none is.
         cache: Where keys and values are kept between calls.
-        places: Rows and positions of the call still being computed; None for all.
+        active: Rows and positions of the call that this context is restricted to; None for all.
         keys_B: One integer per sequence from which its random numbers follow.
     """
 
@@ -40,8 +41,8 @@ class Context:
     mask: Visibility | Tensor | None
     columns: Columns
     valid_BT: Tensor | None = None
-    cache: KVCache | None = None
-    places: Places | None = None
+    cache: Cache | None = None
+    active: Active | None = None
     keys_B: Tensor | None = None
     _casts: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
     _looped: dict[int, LoopedStack] = field(default_factory=dict, repr=False)
@@ -80,43 +81,36 @@ class Context:
         """Whether query i simply sees keys 0 .. i."""
         return self.mask is None and self.columns.length == self.positions.shape[-1]
 
-    @property
-    def rows(self) -> Tensor | None:
-        """(R,) rows of the batch still being computed; None for all."""
-        return None if self.places is None else self.places.rows
+    def at(self, active: Active) -> Context:
+        """Restrict this context of a whole call to some of its rows and positions.
 
-    def select(self, keep_B: Tensor) -> Context:
-        """The same call for some of its rows: ``keep_B`` indexes the rows still being computed."""
-        return replace(
-            self,
-            positions=_take(self.positions, keep_B, batched=self.positions.dim() == 2),
-            rope=self.rope[:, keep_B] if self.rope.dim() == 4 else self.rope,
-            mask=self._mask_of_rows(keep_B),
-            valid_BT=None if self.valid_BT is None else self.valid_BT[keep_B],
-            places=Places(keep_B if self.rows is None else self.rows[keep_B]),
-            keys_B=None if self.keys_B is None else self.keys_B[keep_B],
-        )
-
-    def at(self, rows_R: Tensor, columns_RT: Tensor, real_RT: Tensor) -> Context:
-        """This whole call for some of its positions: see :class:`open_mythos.model.cache.Places`.
-
-        What pads the rows is no token: it is not written to the cache, and not counted.
+        Entries that pad a row are no tokens: they are not written to the cache, and not counted.
         """
-        ctx = self.select(rows_R)
-        valid_RT = real_RT
-        if ctx.valid_BT is not None:
-            valid_RT = ctx.valid_BT.gather(1, columns_RT) & real_RT
-        positions = ctx.positions.expand(len(rows_R), -1)
-        rope = (
-            ctx.rope if ctx.rope.dim() == 4 else ctx.rope[:, None].expand(-1, len(rows_R), -1, -1)
+        rows_R, columns_RW = active.rows, active.columns
+        assert rows_R is not None
+        ctx = replace(
+            self,
+            positions=self.positions[rows_R] if self.positions.dim() == 2 else self.positions,
+            rope=self.rope[:, rows_R] if self.rope.dim() == 4 else self.rope,
+            mask=self._mask_of_rows(rows_R),
+            valid_BT=None if self.valid_BT is None else self.valid_BT[rows_R],
+            keys_B=None if self.keys_B is None else self.keys_B[rows_R],
+            active=active,
         )
+        if columns_RW is None:
+            return ctx
+        valid_RW = active.real
+        if ctx.valid_BT is not None and valid_RW is not None:
+            valid_RW = ctx.valid_BT.gather(1, columns_RW) & valid_RW
+        rope = ctx.rope
+        if rope.dim() == 3:
+            rope = rope[:, None].expand(-1, len(rows_R), -1, -1)
         return replace(
             ctx,
-            positions=positions.gather(1, columns_RT),
-            rope=rope.take_along_dim(columns_RT[None, ..., None], dim=2),
-            mask=ctx._mask_of(columns_RT),
-            valid_BT=valid_RT,
-            places=Places(rows_R, columns_RT, real_RT, self.positions.shape[-1]),
+            positions=ctx.positions.expand(len(rows_R), -1).gather(1, columns_RW),
+            rope=rope.take_along_dim(columns_RW[None, ..., None], dim=2),
+            mask=ctx._mask_of(columns_RW),
+            valid_BT=valid_RW,
         )
 
     def window(self, start: int, stop: int) -> Context:
@@ -136,7 +130,9 @@ class Context:
     def _mask_of_rows(self, keep_B: Tensor) -> Visibility | Tensor | None:
         if isinstance(self.mask, Visibility):
             return self.mask.select(keep_B)
-        return None if self.mask is None else _take(self.mask, keep_B, self.mask.shape[0] > 1)
+        if self.mask is None or self.mask.shape[0] == 1:
+            return self.mask
+        return self.mask[keep_B]
 
     def _mask_of(self, columns_RT: Tensor) -> Visibility | Tensor | None:
         """What the new tokens that stand in ``columns_RT`` may see."""
@@ -166,10 +162,6 @@ class Context:
         if id(weight) not in self._looped:
             self._looped[id(weight)] = LoopedStack(weight, self.cast(weight))
         return self._looped[id(weight)]
-
-
-def _take(x: Tensor, keep_B: Tensor, batched: bool) -> Tensor:
-    return x[keep_B] if batched else x
 
 
 def _runs(document_BS: Tensor) -> Tensor:

@@ -8,15 +8,20 @@ so h_next = A h + B e + Transformer(h, e) with exactly A h + B e as its linear p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
-from open_mythos.model.active import Live, LivePositions, LiveRows, ReadOut
+from open_mythos.errors import ConfigError
+from open_mythos.model.active import Active, RowSchedule, integers
+from open_mythos.model.cache import KVCache
 from open_mythos.model.context import Context
 from open_mythos.model.depth import Depth
+from open_mythos.model.exit_rules import ExitRule, Look
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.layers.injection import injection_of
@@ -26,6 +31,8 @@ from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.random import counter_normal
 
+ReadOut = Callable[[Tensor, Context, int], Tensor]
+"""``read_out(h, ctx, t)``: logits (R, T, V) of the states after loop t."""
 _INITIAL_STATE_SALT = (1 << 32) - 1  # dropout counts up from 0
 
 
@@ -78,7 +85,7 @@ class RecurrentBlock(nn.Module):
         if self.lora is not None and self.lora_norm is not None:
             x_BTD = x_BTD + self.lora(self.lora_norm(x_BTD), t)
         if trace is not None:
-            loop = trace.record_state(t, h_BTD, x_BTD, ctx.places)
+            loop = trace.record_state(t, h_BTD, x_BTD, ctx.active)
             if trace.keep_states:
                 trace.halting[loop] = self.halting(x_BTD.detach())
         return x_BTD
@@ -151,7 +158,8 @@ class RecurrentBlock(nn.Module):
         """Run the loop and return the final state (B, T, D), float32.
 
         What has reached its depth is no longer computed: rows leave the batch, and so do single
-        positions that ``exit_rule`` stops. The others go on without them.
+        positions that the exit rule stops. The others go on without them. :meth:`unroll` is the
+        reference implementation.
 
         Args:
             e_BTD: Encoded input, injected at every loop.
@@ -163,24 +171,73 @@ class RecurrentBlock(nn.Module):
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
         drive_BTD = self.injection.drive(e_BTD)
-        n_loops = depth.of_rows(len(h_BTD), self.cfg.max_loop_iters)
-        live: Live = (
-            LiveRows(n_loops, ctx, depth.min_loops)
-            if depth.exit_rule is None
-            else LivePositions(n_loops, h_BTD, ctx, depth.exit_rule, read_out, trace)
-        )
-        ctx, t = live.ctx, 0
-        cache, n_new = ctx.cache, e_BTD.shape[1]
-        while live:
-            begins_B, any_grad = live.gradient(t, depth.grad_loops)
-            if begins_B is not None:
-                h_BTD = torch.where(begins_B.view(-1, 1, 1), h_BTD.detach(), h_BTD)
+        depths = depth.of_rows(len(h_BTD), self.cfg.max_loop_iters)
+        if depth.exit_rule is not None:
+            return self._until_all_stop(
+                h_BTD, drive_BTD, ctx, depths, depth.exit_rule, read_out, trace
+            )
+        rows = RowSchedule(depths, depth.grad_loops, h_BTD.device)
+        now, finals, n_loops = ctx, [], max(rows.n_loops, depth.min_loops)
+        for t in range(n_loops):
+            h_BTD, any_grad = rows.truncate(h_BTD, t, now.active)
             with torch.set_grad_enabled(any_grad):
-                before, h_BTD = h_BTD, self.step(h_BTD, drive_BTD, t, ctx, trace)
-                keep = live.retire(t, before, h_BTD, ctx)
-            if keep is not None:
-                h_BTD, drive_BTD, ctx = keep.take(h_BTD), keep.take(drive_BTD), keep.ctx
-            t += 1
-        if cache is not None:
-            cache.carry_over(t, n_new)
-        return live.final_states()
+                h_BTD = self.step(h_BTD, drive_BTD, t, now, trace)
+                if t + 1 in rows.departures:
+                    leave, stay, active = rows.departures[t + 1]
+                    finals.append(h_BTD if leave is None else h_BTD[leave])
+                    if t + 1 < n_loops:
+                        h_BTD, drive_BTD, now = h_BTD[stay], drive_BTD[stay], ctx.at(active)
+        return rows.in_order(finals)
+
+    def _until_all_stop(
+        self,
+        h_BTD: Tensor,
+        drive_BTD: Tensor,
+        ctx: Context,
+        depths: list[int],
+        rule: ExitRule,
+        read_out: ReadOut | None,
+        trace: LoopTrace | None,
+    ) -> Tensor:
+        """Run the loop while an exit rule stops positions one by one; there is no gradient.
+
+        The rule sees the positions still running and no other, so its verdict on one of them does
+        not depend on the batch.
+        """
+        batch, n_new, _ = h_BTD.shape
+        # exited positions are seen by the others: without a cache, for this call alone
+        ctx = now = replace(ctx, cache=ctx.cache or KVCache(n_new, share_loops=True))
+        active = Active.everything(batch, n_new, h_BTD.device)
+        (limit_B,) = integers([depths], h_BTD.device)
+        limit_RW, memory = limit_B.unsqueeze(1).expand(batch, n_new), None
+        final_BTD = torch.empty(h_BTD.shape, device=h_BTD.device)
+        exits_BT = torch.zeros(batch, n_new, dtype=torch.long, device=h_BTD.device)
+        if trace is not None:
+            trace.exits = exits_BT
+        for t in range(max(depths)):
+            before, h_BTD = h_BTD, self.step(h_BTD, drive_BTD, t, now, trace)
+            look = Look(t, before, h_BTD, partial(_predict, read_out, h_BTD, now, t))
+            stop_RW, memory = rule(look, memory)
+            stop_RW = stop_RW | (limit_RW <= t + 1)
+            leaving = active.where(stop_RW)
+            leaving.put(final_BTD, h_BTD.float())
+            leaving.put(exits_BT, t + 1)
+            if (kept := active.narrow(~stop_RW)) is None:
+                continue
+            if kept.rows is None or not len(kept.rows):
+                break
+            h_BTD, drive_BTD, limit_RW = (kept.take(x) for x in (h_BTD, drive_BTD, limit_RW))
+            memory = tuple(kept.take(x) for x in memory)
+            active = kept.within(active)
+            now = ctx.at(active)
+        return final_BTD
+
+
+def _predict(read_out: ReadOut | None, h_RWD: Tensor, ctx: Context, t: int) -> Tensor:
+    """Return the logits of the states after loop t, for an exit rule."""
+    if read_out is None or not isinstance(ctx.cache, KVCache):
+        raise ConfigError(
+            "predictions cannot be read out here", where="exit_rule", value=f"loop {t}",
+            allowed="a whole model and a KVCache", fix="use a rule that reads states alone",
+        )  # fmt: skip
+    return read_out(h_RWD, replace(ctx, cache=ctx.cache.readout), t)

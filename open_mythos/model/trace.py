@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
-from open_mythos.model.cache import Places
+from open_mythos.model.active import Active
 
 
 @dataclass
@@ -27,9 +27,7 @@ class LoopTrace:
         state_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1}||.
         delta_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1} - h_t||.
         correlation: Loop t -> (rows,) :func:`token_correlation` of h_{t+1}, if kept.
-        rows: Loop t -> (rows,) rows of the batch that were computed; None means all of them.
-        columns: Loop t -> (rows, T) the positions computed of these rows, where an exit rule has
-            stopped some; None means all of them. -1 pads rows that have fewer.
+        active: Loop t -> the rows and positions that were computed; None means all of them.
         exits: (B, T) loops that each position ran, if an exit rule was given.
         load: (layer, loop) -> (E,) tokens that chose each expert, padding not counted.
         scores: (layer, loop) -> (rows, T, E) router scores, if kept.
@@ -44,8 +42,7 @@ class LoopTrace:
     state_norm: dict[int, Tensor] = field(default_factory=dict)
     delta_norm: dict[int, Tensor] = field(default_factory=dict)
     correlation: dict[int, Tensor] = field(default_factory=dict)
-    rows: dict[int, Tensor | None] = field(default_factory=dict)
-    columns: dict[int, Tensor | None] = field(default_factory=dict)
+    active: dict[int, Active | None] = field(default_factory=dict)
     exits: Tensor | None = None
     load: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     scores: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -60,9 +57,9 @@ class LoopTrace:
 
     @torch.no_grad()
     def record_state(
-        self, loop: int | Tensor, before_BTD: Tensor, after_BTD: Tensor, places: Places | None
+        self, loop: int | Tensor, before_BTD: Tensor, after_BTD: Tensor, active: Active | None
     ) -> int:
-        """Record what a loop did to the state of ``places`` (None: all); return its index.
+        """Record what a loop did to the state of what is ``active`` (None: all); return its index.
 
         Raises:
             ConfigError: ``loop`` is a tensor: rows at different loops have no common record.
@@ -74,13 +71,10 @@ class LoopTrace:
             )  # fmt: skip
         after = after_BTD.detach().float()
         change = after - before_BTD.detach().float()
-        real = None if places is None else places.real
+        real = None if active is None else active.real
         self.state_norm[loop] = _mean(after.norm(dim=-1), real)
         self.delta_norm[loop] = _mean(change.norm(dim=-1), real)
-        self.rows[loop] = None if places is None else places.rows
-        self.columns[loop] = None
-        if places is not None and places.columns is not None and real is not None:
-            self.columns[loop] = places.columns.masked_fill(~real, -1)
+        self.active[loop] = active
         if self.keep_correlation:
             self.correlation[loop] = token_correlation(after, real)
         if self.keep_states:
@@ -127,9 +121,14 @@ class LoopTrace:
                 overlap[i, j] = overlap[j, i] = same.any(-1).float().mean()
         return overlap
 
+    def rows(self, loop: int) -> Tensor | None:
+        """Return the (R,) rows that ``loop`` computed, ascending; None for all of them."""
+        active = self.active[loop]
+        return None if active is None else active.rows
+
     def _of_rows(self, record: Tensor, earlier: int, later: int) -> Tensor:
-        """What loop ``earlier`` recorded of the rows that were still running in loop ``later``."""
-        ran, run = self.rows[earlier], self.rows[later]
+        """Return what loop ``earlier`` recorded of the rows that loop ``later`` still ran."""
+        ran, run = self.rows(earlier), self.rows(later)
         if run is None:
             return record
         return record[run if ran is None else torch.searchsorted(ran, run)]

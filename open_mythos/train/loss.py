@@ -117,7 +117,7 @@ def sequence_balance_loss(trace: LoopTrace, batch: int, valid_BT: Tensor | None 
     device = next(iter(trace.scores.values())).device
     total_B, records_B = torch.zeros(batch, device=device), torch.zeros(batch, device=device)
     for (layer, loop), scores_RTE in trace.scores.items():
-        rows_R = trace.rows[loop]
+        rows_R = trace.rows(loop)
         if rows_R is None:
             rows_R = torch.arange(batch, device=device)
         valid_RT = None if valid_BT is None else valid_BT[rows_R]

@@ -22,7 +22,7 @@ def trace_of(*loops: list[list[int]]) -> LoopTrace:
         experts = torch.tensor([chosen])
         load = torch.bincount(experts.flatten(), minlength=EXPERTS).float()
         trace.record_routing(3, t, load, torch.zeros(1, len(chosen), EXPERTS), experts)
-        trace.rows[t] = None
+        trace.active[t] = None
     return trace
 
 

@@ -19,6 +19,7 @@ from open_mythos.errors import EnvironmentError_
 from open_mythos.inference import decoding
 from open_mythos.inference.static_decoder import StaticDecoder, static_problem
 from open_mythos.model import generation
+from open_mythos.model.active import Active
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import FixedDepth
 from open_mythos.ops.sampling import SamplingParams
@@ -366,11 +367,11 @@ class TestCacheOfAStep:
         cache, entry = KVCache(6, share), torch.arange(4.0).view(2, 2, 1)
         for loop in range(3):
             cache.write(1, loop, entry + 10 * loop)
-        column_1, live_B11 = torch.tensor([3]), torch.tensor([True, False]).view(2, 1, 1)
+        column_1, active = torch.tensor([3]), Active(real=torch.tensor([[True], [False]]))
         seen = []
         for loop in range(3):
-            step = cache.step(loop, 4, column_1, live_B11 if loop else None)
-            seen.append(step.write(1, loop, torch.full((2, 1, 1), 50.0 + loop)).clone())
+            step, new = cache.static(loop, 4, column_1), torch.full((2, 1, 1), 50.0 + loop)
+            seen.append(step.write(1, loop, new, active if loop else None).clone())
         assert [slots.shape for slots in seen] == [(2, 4, 1)] * 3
         assert torch.stack(seen)[:, :, 3, 0].tolist() == [[50, 50], [51, 50], [52, 50]]
         expected = entry + 10 * torch.tensor([2 if share else t for t in range(3)]).view(3, 1, 1, 1)
@@ -380,7 +381,7 @@ class TestCacheOfAStep:
         cache = KVCache(6)
         cache.write(0, 0, torch.zeros(1, 2, 3))
         held = cache.nbytes
-        cache.step(0, 4, torch.tensor([2])).write(0, 0, torch.ones(1, 1, 3))
+        cache.static(0, 4, torch.tensor([2])).write(0, 0, torch.ones(1, 1, 3))
         assert cache._slots[0, 0][0, :, 0].tolist() == [0, 0, 1, 0, 0, 0]
         assert cache.nbytes == held
 

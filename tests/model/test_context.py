@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos import KVCache
+from open_mythos.model.active import Active
 from open_mythos.model.context import Context
 from open_mythos.ops.attention.visibility import Visibility
 from open_mythos.ops.rope import rope_table
@@ -112,8 +113,8 @@ def test_rope_is_that_of_the_positions():
 def test_select_keeps_what_belongs_to_a_row():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 1]]).bool()
     ctx = build(3, valid_BT=mask, keys_B=torch.tensor([4, 5, 6, 7]))
-    some = ctx.select(torch.tensor([0, 2, 3])).select(torch.tensor([1, 2]))
-    assert some.rows.tolist() == [2, 3]
+    some = ctx.at(Active(torch.tensor([2, 3])))
+    assert some.active.rows.tolist() == [2, 3]
     assert some.keys_B.tolist() == [6, 7]
     for name in ("positions", "valid_BT"):
         assert torch.equal(getattr(some, name), getattr(ctx, name)[2:])
@@ -125,7 +126,7 @@ def test_select_leaves_alone_what_all_rows_share():
     cache = KVCache()
     cache.commit(build(2, cache=cache).columns)
     ctx = build(2, start_pos=2, cache=cache)
-    some = ctx.select(torch.tensor([1]))
+    some = ctx.at(Active(torch.tensor([1])))
     assert torch.equal(some.mask.rows(), ctx.mask.rows())
     assert torch.equal(some.positions, ctx.positions)
 
@@ -138,7 +139,7 @@ def test_weights_are_cast_once_per_call():
         once = ctx.cast(weight)
         assert once.dtype == torch.bfloat16
         assert ctx.cast(weight) is once
-        assert ctx.select(torch.tensor([0])).cast(weight) is once
+        assert ctx.at(Active(torch.tensor([0]))).cast(weight) is once
         with torch.no_grad():
             assert not ctx.cast(weight).requires_grad
         assert build(2).cast(weight) is not once

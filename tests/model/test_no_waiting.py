@@ -282,7 +282,7 @@ def test_exit_rules_wait_once_a_loop(rule: Any, cached: bool) -> None:
     assert trace.exits is not None
     assert len(trace.exits.unique()) > 1  # positions did leave one by one
     own = [place for place in places if not place.startswith("model/causal_lm.py")]
-    assert own == ["model/active.py:_integers", *["model/active.py:retire"] * trace.n_loops]
+    assert own == ["model/active.py:integers", *["model/active.py:narrow"] * trace.n_loops]
 
 
 LINES: dict[str, Callable[[Tensor], object]] = {

@@ -106,7 +106,7 @@ class TestExitRule:
     def test_a_row_never_exceeds_its_depth(self, model):
         ids, trace = random_ids(B, T), LoopTrace()
         full(model, ids, [1, 4, 4, 4], exit_rule=LeaveAfter([9, 9, 9, 2]), trace=trace)
-        assert trace.rows[1].tolist() == [1, 2, 3]
+        assert trace.active[1].rows.tolist() == [1, 2, 3]
         assert trace.exits.tolist() == [[1] * T, [4] * T, [4] * T, [2] * T]
 
     def test_states_of_before_and_after(self, model):

@@ -78,9 +78,9 @@ def test_padding_is_not_counted(model):
 
 def test_rows_that_ran(model):
     trace = traced(model, [2, 5, 3])
-    assert trace.rows[0] is trace.rows[1] is None
-    assert trace.rows[2].tolist() == [1, 2]
-    assert trace.rows[4].tolist() == [1]
+    assert trace.active[0] is trace.active[1] is None
+    assert trace.active[2].rows.tolist() == [1, 2]
+    assert trace.active[4].rows.tolist() == [1]
     assert trace.states[3].shape[0] == 1
 
 
@@ -100,7 +100,7 @@ class TestRoutingEntropy:
 
 class TestExpertOverlap:
     def test_by_hand(self):
-        trace = LoopTrace(rows={0: None, 1: None})
+        trace = LoopTrace(active={0: None, 1: None})
         trace.experts[0, 0] = torch.tensor([[[0, 1], [2, 3]]])
         trace.experts[0, 1] = torch.tensor([[[1, 0], [3, 4]]])
         assert trace.expert_overlap(0).tolist() == [[1.0, 0.75], [0.75, 1.0]]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from open_mythos import Depth, LoopTrace
 from open_mythos.errors import ConfigError
+from open_mythos.model.active import Active
 from open_mythos.train import build_model, next_token_loss, sequence_balance_loss
 from open_mythos.train.loss import count_targets
 
@@ -101,7 +102,7 @@ def trace_of(records, rows):
     trace = LoopTrace(keep_routing=True)
     for loop, (scores, experts) in enumerate(records):
         trace.record_routing(1, loop, torch.zeros(scores.shape[-1]), scores, experts)
-        trace.rows[loop] = rows[loop]
+        trace.active[loop] = Active(rows[loop])
     return trace
 
 

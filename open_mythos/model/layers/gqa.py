@@ -44,7 +44,7 @@ class GQAttention(nn.Module):
         k_BSGK, v_BSGK = k_BTGK, v_BTGK
         if ctx.cache is not None:
             entry_BTW = torch.stack((k_BTGK, v_BTGK), dim=2).flatten(2)
-            entry_BSW = ctx.cache.write(self.layer, loop, entry_BTW, ctx.places)
+            entry_BSW = ctx.cache.write(self.layer, loop, entry_BTW, ctx.active)
             k_BSGK, v_BSGK = entry_BSW.unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
         y_BTHK = attend(
             q_BTHK, k_BSGK, v_BSGK, ctx.mask, causal=ctx.causal, backend=cfg.attn_backend

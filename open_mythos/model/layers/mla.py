@@ -56,7 +56,7 @@ class MLAttention(nn.Module):
         q_BTHK = self.query(x_BTD, ctx.rope)
         entry_BSW = self.entry(x_BTD, ctx.rope)
         if ctx.cache is not None:
-            entry_BSW = ctx.cache.write(self.layer, loop, entry_BSW, ctx.places)
+            entry_BSW = ctx.cache.write(self.layer, loop, entry_BSW, ctx.active)
         absorb = self.absorbing_is_cheaper(x_BTD.shape[1], entry_BSW.shape[1])
         if absorb and torch.is_grad_enabled():
             # autograd would keep the scores of all pairs

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from open_mythos import GQAttention, KVCache, MLAttention
+from open_mythos.model.active import Active
 from open_mythos.model.context import Context
 from open_mythos.model.depth import Depth
 from open_mythos.model.layers import mla
@@ -250,7 +251,7 @@ def test_a_chunk_at_the_end_of_a_million_positions(name, kind):
     # the last token again, alone: the same entries, another way to attend
     ctx = context(layer, 128, cache=cache, start_pos=PLACE, **new)
     picked = torch.tensor([[127]])
-    single = ctx.at(torch.tensor([0]), picked, torch.ones(1, 1, dtype=torch.bool))
+    single = ctx.at(Active(torch.tensor([0]), picked, torch.ones(1, 1, dtype=torch.bool)))
     assert_same(layer(x_BTD[:, 127:], single), found[0][:, 127:])
     cache._slots[layer.layer, 0][:, n // 2 + 7 : n // 2 + 2000] += 1
     assert_differs(layer(x_BTD, ctx)[:, 127:], found[0][:, 127:])
