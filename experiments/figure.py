@@ -12,7 +12,9 @@ MUTED = "#94a3b8"
 
 
 @contextmanager
-def panels(path: Path, columns: int, rows: int = 1) -> Iterator[list[Any]]:
+def panels(
+    path: Path, columns: int, rows: int = 1, size: tuple[float, float] = (6, 4), dpi: int = 110
+) -> Iterator[list[Any]]:
     """Yield axes to draw in, row by row; write the picture to ``path`` at the end."""
     import matplotlib
 
@@ -24,13 +26,13 @@ def panels(path: Path, columns: int, rows: int = 1) -> Iterator[list[Any]]:
         "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
     }  # fmt: skip
     with plt.rc_context(style):
-        size = (6 * columns, 4 * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+        whole = (size[0] * columns, size[1] * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=whole, layout="constrained")
         try:
             yield list(axes.flat) if columns * rows > 1 else [axes]
             path.parent.mkdir(parents=True, exist_ok=True)
             # no date and no version: the same figures give the same file
-            figure.savefig(path, dpi=110, metadata={"Software": None})
+            figure.savefig(path, dpi=dpi, metadata={"Software": None})
         finally:
             plt.close(figure)
 

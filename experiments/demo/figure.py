@@ -6,28 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from experiments.demo.results import DemoResults
+from experiments.figure import log2_ticks, panels
 
 LOOPED, DENSE, MUTED = "#2563eb", "#d97706", "#94a3b8"
 
 
 def draw(results: DemoResults, path: Path) -> None:
-    """Write the picture to ``path`` (its ending decides the format)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style: dict[Any, Any] = {
-        "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.titleweight": "bold", "axes.titlelocation": "left", "svg.fonttype": "none",
-    }  # fmt: skip
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-        panels = (_chains, _lengths, _depth, _learning, _dynamics, _experts)
-        for panel, ax in zip(panels, axes.flat, strict=True):
+    """Draw the picture to ``path``; its suffix decides the format."""
+    shown = (_chains, _lengths, _depth, _learning, _dynamics, _experts)
+    with panels(path, 3, rows=2, size=(5, 4), dpi=130) as axes:
+        for panel, ax in zip(shown, axes, strict=True):
             panel(ax, results)
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
 
 
 def _chains(ax: Any, r: DemoResults) -> None:
@@ -42,7 +31,7 @@ def _chains(ax: Any, r: DemoResults) -> None:
         title=f"Trained on {r.trained_hops} hops, asked for more", ylabel="unseen chains answered",
         ylim=(0, 1.03),
     )  # fmt: skip
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, 0.62))
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(0, 0.62))
 
 
 def _lengths(ax: Any, r: DemoResults) -> None:
@@ -56,12 +45,11 @@ def _lengths(ax: Any, r: DemoResults) -> None:
         title="Longer chains, same weights", xlabel="hops (shaded: seen in training)",
         ylabel="unseen chains answered", ylim=(0, 1.03),
     )  # fmt: skip
-    ax.legend(frameon=False)
+    ax.legend()
 
 
 def _loop_axis(ax: Any, loops: list[int], note: str = "") -> None:
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(loops, [str(n) for n in loops])
+    log2_ticks(ax, loops)
     ax.minorticks_off()
     ax.set_xlabel(f"loops at inference{note}")
 
@@ -79,7 +67,7 @@ def _depth(ax: Any, r: DemoResults) -> None:
     ax.axvline(r.mean_depth, color=MUTED, lw=0.8, ls=":")
     _loop_axis(ax, r.depths, " (shaded: seen in training)")
     ax.set(title="Text: same weights, more loops", ylabel="bits per byte, unseen files")
-    ax.legend(frameon=False)
+    ax.legend()
 
 
 def _learning(ax: Any, r: DemoResults) -> None:
@@ -90,7 +78,7 @@ def _learning(ax: Any, r: DemoResults) -> None:
         xlabel="optimizer steps (same text, same order)",
         ylabel="training loss, nats per token",
     )
-    ax.legend(frameon=False)
+    ax.legend()
 
 
 def _dynamics(ax: Any, r: DemoResults) -> None:
@@ -103,7 +91,7 @@ def _dynamics(ax: Any, r: DemoResults) -> None:
         xlabel="loop",
         ylabel="mean norm per token",
     )
-    ax.legend(frameon=False)
+    ax.legend()
 
 
 def _experts(ax: Any, r: DemoResults) -> None:
