@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.clock import device
 from benchmarks.measure import Measured, Row, attempt, compare, gate
-from benchmarks.models import FULL, Scale, config, new_each_time, noisy
+from benchmarks.models import FULL, Scale, config, new_each_time, noisy, sharing
 from benchmarks.plain import ChoiceByChoice
 from benchmarks.roofline import Work
+from open_mythos.model.layers.experts import Experts, RoutedExperts
 from open_mythos.model.layers.feed_forward import Expert
 from open_mythos.model.layers.moe import MoEFFN
 
@@ -96,7 +96,8 @@ def _choices(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: s
     small = _tokens(scale.dim, GATE_TOKENS)
     reference = _gradients(_variant(layer, "reference"), small)[:SHARED]
     fast = layer.to(dtype)
-    plain = ChoiceByChoice(fast)
+    plain = _with(fast, ChoiceByChoice(fast))
+    plain.gate_up = plain.down = None
     results = [_gradients(each, small.to(dtype))[:SHARED] for each in (fast, plain)]
     return compare(
         name,
@@ -128,8 +129,13 @@ def _step(
 
 def _variant(layer: MoEFFN, backend: str) -> MoEFFN:
     """The same layer, its very weights, computed by another backend."""
-    twin = copy.copy(layer)
-    twin.backend = backend
+    return _with(layer, RoutedExperts(backend))
+
+
+def _with(layer: MoEFFN, experts: Experts) -> MoEFFN:
+    """The same layer, its very weights, with other experts."""
+    twin = sharing(layer)
+    twin.experts = experts
     return twin
 
 

@@ -18,9 +18,9 @@ from benchmarks.roofline import Work, forward_work, training_work
 from benchmarks.training import gradients
 from open_mythos.config import MythosConfig
 from open_mythos.model.depth import Depth
+from open_mythos.model.layers.experts import RoutedExperts
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.train import apply_activation_checkpointing
 
 GOAL = 5.0
 """Percent by which the time of an additional loop may differ from 2 to 32 loops."""
@@ -45,7 +45,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
     small = replace(scale, dim=scale.loops_dim, n_loops=max(scale.loops))
     model = build(small, "mla", (8, 2))
     kept = sharing(model)
-    apply_activation_checkpointing(kept)
+    kept.recurrent.checkpoint = True
     ids = random_ids(BATCH, TOKENS)
     dtype = torch.float32
     with threads(1):
@@ -148,15 +148,15 @@ def _memory(scale: Scale, kept: OpenMythos, ids: Tensor, name: str, why: str = "
 def _memories(scale: Scale, small: Scale, kept: OpenMythos, ids: Tensor) -> Iterator[Finding]:
     """With a dense block, and with experts, whose weight gradients may wait for the last loop."""
     dense = build(small, "mla", (0, 0))
-    apply_activation_checkpointing(dense)
+    dense.recurrent.checkpoint = True
     yield _memory(scale, dense, ids, "dense block")
     at_once = sharing(kept)
     for module in at_once.modules():
         if isinstance(module, MoEFFN):
-            module.backend = "reference"  # its weight gradients are made loop by loop
-    # copying keeps the step that checkpoints, but bound to the model it was made for
-    vars(at_once.recurrent).pop("step", None)
-    apply_activation_checkpointing(at_once)
+            module.experts = RoutedExperts(
+                "reference"
+            )  # its weight gradients are made loop by loop
+    at_once.recurrent.checkpoint = True
     other = _memory(scale, at_once, ids, "")
     yield _memory(
         scale, kept, ids, "experts",

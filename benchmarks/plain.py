@@ -11,6 +11,7 @@ fast form can save.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from benchmarks.models import sharing
 from open_mythos.model.active import Active
 from open_mythos.model.cache import KVCache
 from open_mythos.model.context import Context
+from open_mythos.model.layers.experts import Experts, Mixture, Operands, RoutedExperts
 from open_mythos.model.layers.mla import MLAttention
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.mythos import OpenMythos
@@ -50,39 +52,37 @@ def plain_twin(model: OpenMythos) -> OpenMythos:
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if isinstance(module, MoEFFN):
-            module.backend = "reference"
+            module.experts = RoutedExperts("reference")
         if isinstance(module, MLAttention):
             module.__class__ = ExpandingMLA  # the weights stay, one method changes
     return twin
 
 
-class ChoiceByChoice(nn.Module):
-    """A mixture as most code for it begins: for every choice, for every expert, the tokens of both.
+class ChoiceByChoice(Experts):
+    """Experts as most code for them begins: for every choice and every expert, the tokens of both.
 
     Experts are weights of their own, not one stack; here they share the memory of ``layer``'s.
     """
 
     def __init__(self, layer: MoEFFN) -> None:
         super().__init__()
-        self.layer = copy.copy(layer)
-        self.layer.mix = self.mix  # type: ignore[assignment,method-assign]
+        assert layer.gate_up is not None
+        assert layer.down is not None
         self.gate_up, self.down = (
             nn.ParameterList(nn.Parameter(each) for each in stack.detach())
             for stack in (layer.gate_up, layer.down)
         )
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """(N, D) -> (N, D)."""
-        y: Tensor = self.layer(x_ND)
-        return y
+    def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
+        return self.gate_up, self.down
 
-    def mix(self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, *_: object) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
+    ) -> Tensor:
         """Results of all choices, added up token by token."""
         out_ND = torch.zeros_like(x_ND)
         for chosen_N, weight_N in zip(experts_NC.T, weights_NC.T, strict=True):
-            for expert, (gate_up_DF, down_FD) in enumerate(
-                zip(self.gate_up, self.down, strict=True)
-            ):
+            for expert, (gate_up_DF, down_FD) in enumerate(zip(gate_up, down, strict=True)):
                 of_expert = chosen_N == expert
                 if of_expert.any():
                     gate, up = (x_ND[of_expert] @ gate_up_DF).chunk(2, dim=-1)
@@ -91,10 +91,15 @@ class ChoiceByChoice(nn.Module):
         return out_ND
 
 
-class NoExperts(MoEFFN):
-    """A mixture that routes and then leaves its routed experts out."""
+class NoExperts(Experts):
+    """Leaves the routed experts out."""
 
-    def mix(self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, *_: object) -> Tensor:
+    def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
+        return None, None
+
+    def forward(
+        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
+    ) -> Tensor:
         return x_ND * weights_NC[:, :1].to(x_ND.dtype)
 
 
@@ -113,7 +118,7 @@ def common_parts(model: OpenMythos, *, attention: bool) -> OpenMythos:
     rest = sharing(model)
     for module in rest.modules():
         if isinstance(module, MoEFFN):
-            module.__class__ = NoExperts
+            module.experts = NoExperts()
         if attention and isinstance(module, MLAttention):
             module.__class__ = NoHistory
     return rest

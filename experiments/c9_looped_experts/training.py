@@ -16,7 +16,8 @@ from open_mythos.config import MythosConfig
 from open_mythos.evaluation import expert_routing
 from open_mythos.model.context import Context
 from open_mythos.model.layers.block import TransformerBlock
-from open_mythos.model.layers.moe import MoEFFN, Stacks
+from open_mythos.model.layers.experts import Operands
+from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train.build import Model
 
@@ -31,12 +32,12 @@ class TiedExperts(MoEFFN):
         self._call: weakref.ref[Context] | None = None
         self._first_NC: Tensor | None = None
 
-    def stacks(self, x_BTD: Tensor, ctx: Context | None) -> Stacks | None:
-        """As :meth:`MoEFFN.stacks`; a call that was not seen before is at its first loop."""
+    def operands(self, x_BTD: Tensor, ctx: Context | None) -> Operands:
+        """Return the weights; a call that was not seen before is at its first loop."""
         assert ctx is not None
         if self._call is None or self._call() is not ctx:
             self._call, self._first_NC = weakref.ref(ctx), None
-        return super().stacks(x_BTD, ctx)
+        return super().operands(x_BTD, ctx)
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`MoEFFN.route`, with the choice of loop 0."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.layers.experts import Experts, Mixture, Operands, RoutedExperts
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.layers.injection import LTIInjection
 from open_mythos.model.layers.mla import MLAttention
-from open_mythos.model.layers.moe import MoEFFN, Stacks
+from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.ops.quantized import (
     DTYPE,
     GROUPS,
@@ -92,8 +93,12 @@ def quantize(
     count = len(places)
     while places:  # each is let go as soon as it is packed
         _, owner, name, module = places.pop()
-        made = _Experts(module, group) if isinstance(module, MoEFFN) else make(module, group)
-        setattr(owner, name, made)
+        if isinstance(module, MoEFFN):
+            gate_up, down = cast(Tensor, module.gate_up), cast(Tensor, module.down)
+            module.experts = PackedExperts(gate_up, down, group)
+            module.gate_up = module.down = None
+        else:
+            setattr(owner, name, make(module, group))
     kept = {id(parameter) for parameter in _kept(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -153,7 +158,7 @@ def _reading(model: CausalLM, path: str, module: nn.Module) -> tuple[str, float]
         return "loop", 0.0  # only exit rules and traces ask it
     if path.startswith("recurrent.lora."):
         return "loop", 1 / cfg.max_loop_iters
-    routed = isinstance(module, MoEFFN) or ".packed_" in path
+    routed = isinstance(module, MoEFFN) or ".ffn.experts." in path
     if routed and not path.endswith("router_bias"):
         return "loop", cfg.n_experts_per_tok / cfg.n_experts
     return "loop", 1.0
@@ -232,24 +237,30 @@ class _TorchaoLinear(_Quantized):
         return F.linear(F.pad(x, (0, self.added)) if self.added else x, self.weight, self.bias)
 
 
-class _Experts(_Quantized, MoEFFN):
-    """A mixture that routes as before, with packed experts."""
+class PackedExperts(_Quantized, Experts):
+    """Experts with packed weights of their own.
 
-    def __init__(self, moe: MoEFFN, group: int) -> None:
-        nn.Module.__init__(self)  # a mixture's own would allocate the experts again
-        self.layer, self.top_k, self.backend = moe.layer, moe.top_k, moe.backend
-        self.router, self.shared = moe.router, moe.shared
-        self.register_buffer("router_bias", moe.router_bias)
-        self.packed_gate_up = _Packed(pack(moe.gate_up.detach().mT, group))
-        self.packed_down = _Packed(pack(moe.down.detach().mT, group))
+    Args:
+        gate_up: (E, D, 2F) weights.
+        down: (E, F, D) weights.
+        group: Inputs that share a scale; 0 for int8.
+    """
 
-    def mix(
-        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, stacks: Stacks | None
+    def __init__(self, gate_up: Tensor, down: Tensor, group: int) -> None:
+        super().__init__()
+        self.gate_up = _Packed(pack(gate_up.detach().mT, group))
+        self.down = _Packed(pack(down.detach().mT, group))
+
+    def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
+        """Return the packed weights."""
+        return self.gate_up.weight, self.down.weight
+
+    def forward(
+        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
     ) -> Tensor:
-        """As :meth:`MoEFFN.mix`, with weights of its own."""
+        """Sum over the chosen experts (N, C) of weight (N, C) times expert output, (N, D)."""
         self._refuse_gradients(x_ND)
-        packed = self.packed_gate_up.weight, self.packed_down.weight
-        return packed_experts(x_ND, *packed, experts_NC, weights_NC)
+        return packed_experts(x_ND, gate_up, down, experts_NC, weights_NC)
 
 
 def _linear(module: nn.Module, group: int) -> nn.Module:
@@ -365,11 +376,10 @@ def _check_model(model: CausalLM, places: list[Place], group: int) -> None:
             allowed="a model as it was trained", fix="load the model again and quantise it once",
         )  # fmt: skip
     for path, _, _, module in places:
-        if isinstance(module, MoEFFN) and type(module) is not MoEFFN:
+        if isinstance(module, MoEFFN) and type(module.experts) is not RoutedExperts:
             raise ConfigError(
-                "this mixture may not do what MoEFFN does", where=path,
-                value=type(module).__name__, allowed="MoEFFN itself",
-                fix="quantise a model whose mixtures are the library's",
+                "these experts cannot be packed", where=path, value=type(module.experts).__name__,
+                allowed="RoutedExperts", fix="quantise in a single process",
             )  # fmt: skip
         for name, weight in _weights(path, module):
             if type(weight.data) is not Tensor or weight.is_meta:

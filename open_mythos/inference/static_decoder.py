@@ -329,8 +329,9 @@ def static_problem(model: CausalLM, captured: bool) -> str | None:
         if isinstance(module, GQAttention) and module.cfg.attn_backend == "flash":
             return 'attn_backend="flash", which takes no mask'
         if captured and isinstance(module, MoEFFN):
-            if module.backend not in ("auto", "grouped"):
-                return f'moe_backend="{module.backend}", which asks the host for the load'
+            backend = getattr(module.experts, "backend", "auto")
+            if backend not in ("auto", "grouped"):
+                return f'moe_backend="{backend}", which asks the host for the load'
             for name, stack in module.named_parameters(recurse=False):
                 if not _grouped_waits_for_nothing(stack):
                     return f"experts whose grouped products ask the host for the load ({name})"

@@ -6,16 +6,15 @@ Built once per call and handed to every layer and every loop.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.devices import as_autocast
 from open_mythos.model.active import Active
 from open_mythos.model.cache import Cache, Columns, KVCache
 from open_mythos.ops.attention.visibility import Visibility
-from open_mythos.ops.experts.routed import LoopedStack
 from open_mythos.ops.rope import rope_table
 
 
@@ -34,6 +33,8 @@ class Context:
         cache: Where keys and values are kept between calls.
         active: Rows and positions of the call that this context is restricted to; None for all.
         keys_B: One integer per sequence from which its random numbers follow.
+        memo: Values that layers compute once per call, by keys that name the layer; shared by all
+            contexts of the call.
     """
 
     positions: Tensor
@@ -44,8 +45,7 @@ class Context:
     cache: Cache | None = None
     active: Active | None = None
     keys_B: Tensor | None = None
-    _casts: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
-    _looped: dict[int, LoopedStack] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -144,24 +144,6 @@ class Context:
             return None
         mask = self.mask or Visibility(n_new, total, columns_RT.device)
         return mask.at(columns_RT)
-
-    def cast(self, weight: Tensor) -> Tensor:
-        """``weight`` in the autocast dtype, converted once per call instead of once per loop.
-
-        Autocast keeps such copies for the products it knows; grouped products are not among them.
-        """
-        if not torch.is_autocast_enabled(weight.device.type):
-            return weight
-        key = (id(weight), torch.is_grad_enabled())
-        if key not in self._casts:
-            self._casts[key] = as_autocast(weight)
-        return self._casts[key]
-
-    def looped(self, weight: Tensor) -> LoopedStack:
-        """The stack through which all loops of this call use ``weight``."""
-        if id(weight) not in self._looped:
-            self._looped[id(weight)] = LoopedStack(weight, self.cast(weight))
-        return self._looped[id(weight)]
 
 
 def _runs(document_BS: Tensor) -> Tensor:

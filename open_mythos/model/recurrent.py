@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
@@ -39,6 +40,10 @@ _INITIAL_STATE_SALT = (1 << 32) - 1  # dropout counts up from 0
 class RecurrentBlock(nn.Module):
     """``recurrent_layers`` blocks with shared weights, applied once per loop.
 
+    Attributes:
+        checkpoint: Activation checkpointing: keep only the state between loops for the backward
+            pass, and recompute each loop there.
+
     Args:
         cfg: The model's configuration.
         first_layer: Number of the first of these blocks in the model.
@@ -46,7 +51,7 @@ class RecurrentBlock(nn.Module):
 
     def __init__(self, cfg: MythosConfig, first_layer: int = 0) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.checkpoint = cfg, False
         self.injection = injection_of(cfg)
         self.blocks = nn.ModuleList(
             TransformerBlock(cfg, use_moe=cfg.n_experts > 0, layer=first_layer + i)
@@ -94,6 +99,19 @@ class RecurrentBlock(nn.Module):
         """Cap ``t`` at the last trained loop."""
         last = self.cfg.max_loop_iters - 1
         return t.clamp(max=last) if isinstance(t, Tensor) else min(t, last)
+
+    def _step(
+        self, h_BTD: Tensor, drive_BTD: Tensor, t: int, ctx: Context, trace: LoopTrace | None
+    ) -> Tensor:
+        """Run :meth:`step`; with ``checkpoint``, recompute it in the backward pass."""
+        if not self.checkpoint:
+            return self.step(h_BTD, drive_BTD, t, ctx, trace)
+        # all randomness is a function of the sequence's key, so there is no RNG state to restore
+        recomputed: Tensor = checkpoint(
+            self.step, h_BTD, drive_BTD, t, ctx, trace,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
+        return recomputed
 
     def initial_state(self, e_BTD: Tensor, ctx: Context) -> Tensor:
         """h_0 in float32: zero, the encoded input, or a truncated normal of variance 2/5.
@@ -181,7 +199,7 @@ class RecurrentBlock(nn.Module):
         for t in range(n_loops):
             h_BTD, any_grad = rows.truncate(h_BTD, t, now.active)
             with torch.set_grad_enabled(any_grad):
-                h_BTD = self.step(h_BTD, drive_BTD, t, now, trace)
+                h_BTD = self._step(h_BTD, drive_BTD, t, now, trace)
                 if t + 1 in rows.departures:
                     leave, stay, active = rows.departures[t + 1]
                     finals.append(h_BTD if leave is None else h_BTD[leave])

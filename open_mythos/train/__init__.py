@@ -26,7 +26,7 @@ _MODULES = {
     "open_mythos.train.optimizers.muon": ("Muon", "MuonAdamW"),
     "open_mythos.train.optimizers.optim": ("build_optimizer", "parameter_groups"),
     "open_mythos.train.parallel.parallelize": (
-        "ParallelModel", "apply_activation_checkpointing", "parallelize",
+        "ParallelModel", "parallelize",
     ),
     "open_mythos.train.optimizers.schedule": ("SCHEDULES", "learning_rate"),
     "open_mythos.train.signals": ("PreemptedError",),

@@ -157,6 +157,50 @@ def test_a_second_body_or_driver_is_seen(tmp_path, monkeypatch):
     assert list(drivers(file)) == ["copy.py:drive", "copy.py:listed"]
 
 
+def replaced_methods(file: Path, methods: set[str]) -> Iterator[str]:
+    """Assignments to an attribute of the name of a method: ``block.step = ...``."""
+    positions = {"self.state", "self.loader"}  # these count steps
+    owners = positions if file in MODEL_FILES else positions | {"self"}
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if node.attr in methods and ast.unparse(node.value) not in owners:
+                yield f"{place(file)}: {ast.unparse(node)}"
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
+            name = getattr(node.args[1], "value", "")
+            if name in methods:
+                yield f"{place(file)}: {name}"
+
+
+def module_methods() -> set[str]:
+    """Names of the methods of the model and its layers; properties are none."""
+    return {
+        item.name
+        for file in MODEL_FILES
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, ast.FunctionDef) and not item.decorator_list
+    } - {"__init__"}
+
+
+def test_no_method_of_a_module_is_replaced():
+    """A layer is changed through its attributes: ``experts``, ``compiled``, ``checkpoint``."""
+    methods = module_methods()
+    assert {"step", "compute", "forward", "operands"} <= methods
+    assert not [each for file in FILES for each in replaced_methods(file, methods)]
+
+
+def test_a_replaced_method_is_seen(tmp_path, monkeypatch):
+    """Control."""
+    file = tmp_path / "patch.py"
+    file.write_text("def f(block):\n    block.step = 1\n    setattr(block, 'forward', 2)\n")
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    assert list(replaced_methods(file, {"step", "forward"})) == [
+        "patch.py: block.step",
+        "patch.py: forward",
+    ]
+
+
 def test_a_forward_pass_leaves_nothing_behind():
     """Attributes of modules are assigned in constructors; only the router bias is updated."""
     late = {

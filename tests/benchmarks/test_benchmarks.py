@@ -31,6 +31,7 @@ from benchmarks.models import QUICK, build, dense_like
 from benchmarks.plain import ConcatenatingCache, common_parts, plain_twin
 from open_mythos.accounting import account
 from open_mythos.model.cache import KVCache
+from open_mythos.model.layers.experts import RoutedExperts
 from open_mythos.model.layers.mla import MLAttention
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.variants import VARIANTS
@@ -108,7 +109,7 @@ def test_the_twin_is_plain_and_has_the_same_weights(attn_type):
     assert all(
         torch.equal(a, b) for a, b in zip(fast.parameters(), plain.parameters(), strict=True)
     )
-    assert plain.recurrent.blocks[0].ffn.backend == "reference"
+    assert plain.recurrent.blocks[0].ffn.experts.backend == "reference"
     for module in plain.modules():
         if isinstance(module, MLAttention):
             assert not module.absorbing_is_cheaper(1, 10_000)
@@ -138,7 +139,7 @@ def test_common_parts_have_the_same_weights_and_neither_experts_nor_history(monk
     with monkeypatch.context() as patched:
         for name in ("expanded", "absorbed"):
             patched.setattr(MLAttention, name, never)
-        patched.setattr(MoEFFN, "mix", never)
+        patched.setattr(RoutedExperts, "forward", never)
         logits = rest(ids, 2, cache, 4)
     assert logits.isfinite().all()
     assert all(torch.equal(before[key], slot) for key, slot in cache._slots.items())

@@ -18,10 +18,15 @@ from benchmarks.quantized import rounded_twin
 from open_mythos import DenseTransformer, KVCache, LoopTrace, OpenMythos, save_pretrained
 from open_mythos.cli import main
 from open_mythos.errors import ConfigError, EnvironmentError_
-from open_mythos.inference.quantization import is_quantized, quantize, weight_bytes
+from open_mythos.inference.quantization import (
+    PackedExperts,
+    is_quantized,
+    quantize,
+    weight_bytes,
+)
 from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.layers.experts import RoutedExperts
 from open_mythos.model.layers.mla import MLAttention
-from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.variants import variant
 
@@ -98,10 +103,8 @@ def test_the_router_decides_as_before():
     ffn, x = model.recurrent.blocks[0].ffn, torch.randn(50, 64)
     expected = ffn.route(x)
     quantize(model, "int4")
-    made = model.recurrent.blocks[0].ffn
-    assert made is not ffn
-    assert isinstance(made, MoEFFN)
-    for got, wanted in zip(made.route(x), expected, strict=True):
+    assert isinstance(ffn.experts, PackedExperts)
+    for got, wanted in zip(ffn.route(x), expected, strict=True):
         assert torch.equal(got, wanted)
 
 
@@ -188,8 +191,8 @@ def test_weights_that_cannot_be_rounded_are_named():
         quantize(broken, "int8")
     assert not is_quantized(broken)
     own = built("gqa")
-    own.recurrent.blocks[0].ffn.__class__ = type("MyMixture", (MoEFFN,), {})
-    with pytest.raises(ConfigError, match="MyMixture"):
+    own.recurrent.blocks[0].ffn.experts = type("MyExperts", (RoutedExperts,), {})()
+    with pytest.raises(ConfigError, match="MyExperts"):
         quantize(own, "int8")
     with torch.device("meta"), pytest.raises(ConfigError, match="not here as a whole"):
         quantize(OpenMythos(small_config("gqa")), "int8")

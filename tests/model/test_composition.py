@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers import assert_differs, assert_same, random_ids, randomise, small_config
 
-from open_mythos import ConfigError, Depth, KVCache, MythosConfig, OpenMythos
+from open_mythos import ConfigError, Depth, KVCache, MythosConfig, OpenMythos, SamplingParams
 from open_mythos.accounting import account
 from open_mythos.config import BLOCK_NORMS, FFN_KINDS, INJECTIONS, QK_NORMS
+from open_mythos.inference.decoding import decoder_factory
 from open_mythos.inference.quantization import quantize
-from open_mythos.inference.static_decoder import StaticDecoder
 from open_mythos.model.dense import DenseTransformer, parameter_count
+from open_mythos.model.generation import generate
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.feed_forward import FEED_FORWARDS
 from open_mythos.model.layers.injection import INJECTIONS as BUILT
@@ -110,9 +111,9 @@ def test_every_parameter_has_a_gradient(name):
 @choices
 def test_the_static_decoder_gives_the_same_tokens(name):
     model, ids = built(name), random_ids(2, 5)
-    expected = model.generate(ids, 6, LOOPS, temperature=0.0)
-    decoder = StaticDecoder(model, 2, 16)
-    assert torch.equal(model.generate(ids, 6, LOOPS, temperature=0.0, decode=decoder), expected)
+    call = ids, SamplingParams(6, temperature=0.0), Depth(LOOPS)
+    static = generate(model, *call, decoder=decoder_factory("static"))
+    assert torch.equal(static, generate(model, *call))
 
 
 @choices

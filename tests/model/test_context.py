@@ -129,17 +129,3 @@ def test_select_leaves_alone_what_all_rows_share():
     some = ctx.at(Active(torch.tensor([1])))
     assert torch.equal(some.mask.rows(), ctx.mask.rows())
     assert torch.equal(some.positions, ctx.positions)
-
-
-def test_weights_are_cast_once_per_call():
-    weight = torch.randn(2, 2, requires_grad=True)
-    ctx = build(2)
-    assert ctx.cast(weight) is weight
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        once = ctx.cast(weight)
-        assert once.dtype == torch.bfloat16
-        assert ctx.cast(weight) is once
-        assert ctx.at(Active(torch.tensor([0]))).cast(weight) is once
-        with torch.no_grad():
-            assert not ctx.cast(weight).requires_grad
-        assert build(2).cast(weight) is not once

@@ -34,7 +34,6 @@ from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.cross_entropy import linear_cross_entropy
 from open_mythos.train.loss import next_token_loss
-from open_mythos.train.parallel.parallelize import apply_activation_checkpointing
 
 aten = torch.ops.aten
 READS = {
@@ -227,7 +226,7 @@ def test_training(
 
 def test_training_with_checkpointing() -> None:
     model = shapes_of_model()
-    apply_activation_checkpointing(model)
+    model.recurrent.checkpoint = True
     with nothing_waits():
         train(model, n_loops=[3, 1, 2], grad_loops=2)
 

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import open_mythos.ops.experts.looped_stack as looped_stack
 import open_mythos.ops.experts.routed as moe
 from open_mythos.errors import ConfigError
+from open_mythos.model.layers.experts import RoutedExperts
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.experts.routed import LoopedStack, deferring_pays, routed_experts
-from open_mythos.train.parallel.parallelize import apply_activation_checkpointing
 from tests.helpers import assert_same, random_ids, randomise, small_config, small_model
 
 
@@ -116,7 +116,7 @@ def test_gradients_of_a_model(
 ) -> None:
     model = randomise(OpenMythos(small_config("mla")), 0)
     if checkpointed:
-        apply_activation_checkpointing(model)
+        model.recurrent.checkpoint = True
     ids = torch.randint(
         0, model.cfg.vocab_size, (3, 11), generator=torch.Generator().manual_seed(1)
     )
@@ -186,7 +186,7 @@ def test_what_waits_is_bounded_and_changes_nothing(waiting: float, monkeypatch) 
     def gradients(backend: str) -> list[torch.Tensor]:
         for module in model.modules():
             if hasattr(module, "router_bias"):
-                module.backend = backend
+                module.experts = RoutedExperts(backend)
         model.zero_grad(set_to_none=True)
         model(ids, 12).square().sum().backward()
         return [p.grad for p in model.parameters() if p.grad is not None]

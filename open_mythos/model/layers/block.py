@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,10 +11,11 @@ from open_mythos.checks import pick
 from open_mythos.config import MythosConfig
 from open_mythos.devices import as_autocast
 from open_mythos.model.context import Context
+from open_mythos.model.layers.experts import Operands
 from open_mythos.model.layers.feed_forward import FEED_FORWARDS
 from open_mythos.model.layers.gqa import GQAttention
 from open_mythos.model.layers.mla import MLAttention
-from open_mythos.model.layers.moe import MoEFFN, Routing, Stacks
+from open_mythos.model.layers.moe import MoEFFN, Routing, record_routing
 from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.random import counter_dropout
@@ -23,11 +26,18 @@ ATTENTION: dict[str, type[GQAttention] | type[MLAttention]] = {
 }
 
 
+Compute = Callable[[Tensor, Context, int | Tensor], tuple[Tensor, Routing | None]]
+"""Maps the input of a block to its output and the routing of its mixture."""
+
+
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
     That is pre-norm, the default. ``block_norms`` places RMSNorms on the input of each branch, on
     its output before the residual addition, or on the sum after it.
+
+    Attributes:
+        compiled: Called instead of :meth:`compute` if set: a compiled graph of it.
 
     Args:
         cfg: The model's configuration.
@@ -37,7 +47,8 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, cfg: MythosConfig, use_moe: bool = False, layer: int = 0) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, cfg.dropout
+        self.layer, self.dropout, self.use_moe = layer, cfg.dropout, use_moe
+        self.compiled: Compute | None = None
         placed = cfg.block_norms.split("+")
 
         def norm(place: str) -> RMSNorm | None:
@@ -65,23 +76,21 @@ class TransformerBlock(nn.Module):
         """(B, T, D) -> (B, T, D), in the dtype of ``x`` or wider."""
         if ctx is None:
             ctx = Context.build(x_BTD.shape[1], *self.context_of, x_BTD.device)
-        moe = self.ffn if isinstance(self.ffn, MoEFFN) else None
-        stacks = None if moe is None else moe.stacks(x_BTD, ctx)
-        y_BTD, routing = self.compute(x_BTD, ctx, loop, stacks)
-        if trace is not None and moe is not None and routing is not None:
-            moe.record(routing, x_BTD, ctx, loop, trace)
+        y_BTD, routing = (self.compiled or self.compute)(x_BTD, ctx, loop)
+        if trace is not None and routing is not None:
+            record_routing(trace, self.layer, loop, routing, x_BTD, ctx)
         return y_BTD
 
     def compute(
-        self, x_BTD: Tensor, ctx: Context, loop: int | Tensor, stacks: Stacks | None
+        self, x_BTD: Tensor, ctx: Context, loop: int | Tensor, operands: Operands | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """The block itself, and what its router decided: what ``train.compile`` compiles.
+        """Return the output of the block, and the routing of its mixture.
 
         Args:
             x_BTD: Input.
             ctx: Of the call.
             loop: Index t; dropout takes a tensor too, and nothing else reads it without a cache.
-            stacks: Weights of the mixture of experts, if there is one.
+            operands: Weights of the mixture of experts, made outside of a compiled graph.
         """
         attended = self.attn(as_autocast(self._branch_input(self.attn_norm, x_BTD)), ctx, loop)
         if self.attn_out_norm is not None:
@@ -90,8 +99,8 @@ class TransformerBlock(nn.Module):
         if self.attn_sum_norm is not None:
             x_BTD = self.attn_sum_norm(x_BTD)
         y_BTD, routing = self._branch_input(self.ffn_norm, x_BTD), None
-        if isinstance(self.ffn, MoEFFN):
-            y_BTD, routing = self.ffn.compute(y_BTD, stacks)
+        if self.use_moe:
+            y_BTD, routing = self.ffn(y_BTD, ctx, operands=operands, with_routing=True)
         else:
             y_BTD = self.ffn(y_BTD)
         if self.ffn_out_norm is not None:

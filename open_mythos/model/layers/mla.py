@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,7 +95,7 @@ class MLAttention(nn.Module):
         latent, key = entry_BSW.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1)
         if heads == cfg.n_heads:
             return self._attend_expanded(q_BTHK, self.kv_up(latent), key, ctx)
-        up_HUR = self.kv_up.weight.unflatten(0, (cfg.n_heads, -1))
+        up_HUR = self._up_weight(ctx).unflatten(0, (cfg.n_heads, -1))
         return torch.cat([
             self._attend_expanded(q, F.linear(latent, up.flatten(0, 1)), key, ctx)
             for q, up in zip(q_BTHK.split(heads, dim=2), up_HUR.split(heads), strict=True)
@@ -129,7 +131,7 @@ class MLAttention(nn.Module):
         """The same attention without leaving the latent space, (B, T, H, V)."""
         assert not isinstance(ctx.mask, Visibility), "a window of the call has its mask"
         cfg = self.cfg
-        up_HUR = self.kv_up.weight.unflatten(0, (cfg.n_heads, -1))
+        up_HUR = self._up_weight(ctx).unflatten(0, (cfg.n_heads, -1))
         key_up_HNR, value_up_HVR = up_HUR.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
         # scaling the query is less work than scaling a score for every position
         nope, rotary = (q_BTHK * self.scale).split(
@@ -141,6 +143,17 @@ class MLAttention(nn.Module):
             q_BTHW, entry_BSW.to(q_BTHW.dtype), ctx.mask, rank=cfg.kv_lora_rank, causal=ctx.causal
         )
         return latent_values(mixed_BTHR, value_up_HVR)
+
+    def _up_weight(self, ctx: Context) -> Tensor:
+        """Return the (U, R) matrix that ``kv_up`` multiplies by, adapters around it included."""
+        if type(self.kv_up) is nn.Linear:
+            return self.kv_up.weight
+        key = self, torch.is_grad_enabled(), torch.is_autocast_enabled(ctx.positions.device.type)
+        if key not in ctx.memo:
+            like = next(self.kv_up.parameters())
+            identity = torch.eye(self.cfg.kv_lora_rank, dtype=like.dtype, device=like.device)
+            ctx.memo[key] = self.kv_up(identity).mT
+        return cast(Tensor, ctx.memo[key])
 
     def absorbing_is_cheaper(self, n_new: int, n_all: int) -> bool:
         """Whether ``n_new`` queries over ``n_all`` positions take fewer products absorbed."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from open_mythos.config import MythosConfig
 from open_mythos.devices import as_autocast
 from open_mythos.model.context import Context
 from open_mythos.model.init import init_weights
+from open_mythos.model.layers.experts import Experts, Operands, RoutedExperts
 from open_mythos.model.layers.feed_forward import Expert
 from open_mythos.model.trace import LoopTrace
-from open_mythos.ops.experts.routed import LoopedStack, deferring_pays, expert_load, routed_experts
-
-Stacks = tuple[Tensor | LoopedStack, Tensor | LoopedStack]
-"""Gate and up projections of all experts, and their down projections, as one call uses them."""
+from open_mythos.ops.experts.routed import expert_load
 
 
 class Routing(NamedTuple):
@@ -42,12 +40,16 @@ class MoEFFN(nn.Module):
     """
 
     router_bias: Tensor
+    experts: Experts
+    """Computes the routed experts; assign another of :mod:`open_mythos.model.layers.experts`."""
+    gate_up: nn.Parameter | None
+    down: nn.Parameter | None
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
         super().__init__()
         self.layer = layer
         self.top_k = cfg.n_experts_per_tok
-        self.backend = cfg.moe_backend
+        self.experts = RoutedExperts(cfg.moe_backend)
         self.router = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
         self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
         self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, 2 * cfg.expert_dim))
@@ -59,7 +61,7 @@ class MoEFFN(nn.Module):
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (N, E), chosen experts (N, C) and weights (N, C); scores and weights float32."""
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.float(), self.router.weight.float())
+            logits_NE = _in_float32(self.router, x_ND)
         scores_NE = logits_NE.sigmoid()
         experts_NC = (scores_NE + self.router_bias).topk(self.top_k, dim=-1, sorted=False).indices
         weights_NC = scores_NE.gather(-1, experts_NC)
@@ -75,67 +77,41 @@ class MoEFFN(nn.Module):
         ctx: Context | None = None,
         loop: int = 0,
         trace: LoopTrace | None = None,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D); routing statistics go to ``trace``."""
-        y_BTD, routing = self.compute(x_BTD, self.stacks(x_BTD, ctx))
-        if trace is not None:
-            self.record(routing, x_BTD, ctx, loop, trace)
-        return y_BTD
-
-    def compute(self, x_BTD: Tensor, stacks: Stacks | None) -> tuple[Tensor, Routing]:
-        """:meth:`forward` and what the router decided: tensors in, tensors out.
-
-        Nothing here depends on the loop, so one compiled graph serves all of them.
+        *,
+        operands: Operands | None = None,
+        with_routing: bool = False,
+    ) -> Any:
+        """(B, T, D) -> (B, T, D); with ``with_routing``, the routing too.
 
         Args:
             x_BTD: Tokens.
-            stacks: What :meth:`stacks` returned.
+            ctx: Of the call.
+            loop: Index t, for ``trace``.
+            trace: Receives routing statistics.
+            operands: Expert weights; :meth:`operands` by default.
+            with_routing: Return (y_BTD, :class:`Routing`). Nothing then depends on the loop, so one
+                compiled graph serves all loops.
         """
+        operands = self.operands(x_BTD, ctx) if operands is None else operands
+        y_BTD, routing = self._compute(x_BTD, operands)
+        if trace is not None:
+            record_routing(trace, self.layer, loop, routing, x_BTD, ctx)
+        return (y_BTD, routing) if with_routing else y_BTD
+
+    def operands(self, x_BTD: Tensor, ctx: Context | None) -> Operands:
+        """Return the experts' weights as a call on ``x_BTD`` should use them."""
+        n_choices = x_BTD.numel() // x_BTD.shape[-1] * self.top_k
+        return self.experts.operands(self, n_choices, {} if ctx is None else ctx.memo)
+
+    def _compute(self, x_BTD: Tensor, operands: Operands) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         scores_NE, experts_NC, weights_NC = self.route(x_ND)
-        # once for experts and shared expert; the router alone reads float32
+        # cast once for experts and shared expert; the router alone reads float32
         x_ND = as_autocast(x_ND)
-        y_ND = self.mix(x_ND, experts_NC, weights_NC, stacks)
+        y_ND = self.experts(x_ND, experts_NC, weights_NC, *operands)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD), Routing(scores_NE, experts_NC)
-
-    def record(
-        self, routing: Routing, x_BTD: Tensor, ctx: Context | None, loop: int, trace: LoopTrace
-    ) -> None:
-        """Note the router's decisions for the tokens ``x_BTD`` in ``trace``."""
-        scores_NE, experts_NC = routing
-        valid = None if ctx is None or ctx.valid_BT is None else ctx.valid_BT.reshape(-1)
-        trace.record_routing(
-            self.layer,
-            loop,
-            expert_load(experts_NC, scores_NE.shape[-1], valid),
-            scores_NE.view(*x_BTD.shape[:-1], scores_NE.shape[-1]),
-            experts_NC.view(*x_BTD.shape[:-1], self.top_k),
-        )
-
-    def mix(
-        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, stacks: Stacks | None
-    ) -> Tensor:
-        """(N, D): what the chosen experts (N, C) make of each token, added by weight (N, C)."""
-        assert stacks is not None
-        return routed_experts(x_ND, *stacks, experts_NC, weights_NC, backend=self.backend)
-
-    def stacks(self, x_BTD: Tensor, ctx: Context | None) -> Stacks | None:
-        """The experts' weights as a call on ``x_BTD`` should use them.
-
-        None where :meth:`mix` was replaced by something with weights of its own: experts in other
-        processes, or packed ones.
-        """
-        if "mix" in vars(self) or type(self).mix is not MoEFFN.mix:
-            return None
-        if ctx is None:
-            return as_autocast(self.gate_up), as_autocast(self.down)
-        gate_up, down = ctx.cast(self.gate_up), ctx.cast(self.down)
-        n_choices = x_BTD.numel() // x_BTD.shape[-1] * self.top_k
-        if deferring_pays(n_choices, gate_up, down, self.backend):
-            return ctx.looped(self.gate_up), ctx.looped(self.down)
-        return gate_up, down
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor, speed: float) -> None:
@@ -147,3 +123,33 @@ class MoEFFN(nn.Module):
         """
         load_E = load_E.to(self.router_bias.device)
         self.router_bias += speed * torch.sign(load_E.mean() - load_E)
+
+
+def record_routing(
+    trace: LoopTrace,
+    layer: int,
+    loop: int,
+    routing: Routing,
+    x_BTD: Tensor,
+    ctx: Context | None,
+) -> None:
+    """Record the routing of the tokens ``x_BTD`` in ``trace``; padding is not counted as load."""
+    scores_NE, experts_NC = routing
+    valid = None if ctx is None or ctx.valid_BT is None else ctx.valid_BT.reshape(-1)
+    shape = x_BTD.shape[:-1]
+    trace.record_routing(
+        layer,
+        loop,
+        expert_load(experts_NC, scores_NE.shape[-1], valid),
+        scores_NE.view(*shape, -1),
+        experts_NC.view(*shape, -1),
+    )
+
+
+def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """Call ``module``, and whatever is wrapped around it, in float32 whatever its dtype."""
+    weights = dict(module.named_parameters())
+    if all(weight.dtype == torch.float32 for weight in weights.values()):
+        return module(x.float())
+    upcast = {name: weight.float() for name, weight in weights.items()}
+    return functional_call(module, upcast, (x.float(),))

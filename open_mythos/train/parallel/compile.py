@@ -21,7 +21,7 @@ from torch import Tensor
 
 from open_mythos.model.context import Context
 from open_mythos.model.layers.block import TransformerBlock
-from open_mythos.model.layers.moe import Routing, Stacks
+from open_mythos.model.layers.moe import Routing
 from open_mythos.ops.attention.visibility import Visibility
 
 MOST_GRAPHS = 32
@@ -30,38 +30,30 @@ more, training or evaluation, a batch that changes. PyTorch's own 8 are soon use
 
 
 def compile_block(block: TransformerBlock, *, rows_leave: bool, backend: str = "inductor") -> None:
-    """Have ``block.compute`` compiled when it is first called.
+    """Set ``block.compiled``, which is compiled when it is first called.
 
     Args:
         block: Changed in place.
-        rows_leave: Whether the number of rows is an unknown of the graph from the first call on.
-            Where it never changes, a graph that knows it is a little faster.
+        rows_leave: Whether the number of rows is symbolic in the graph from the first call on.
+            Where it never changes, a graph specialized to it is a little faster.
         backend: Of ``torch.compile``.
     """
-    changed: Any = block
-    changed.compute = _Compiled(block, rows_leave, backend)
+    limit: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        limit["recompile_limit"] = MOST_GRAPHS
+    graph = torch.compile(block.compute, backend=backend, **limit)
 
-
-class _Compiled:
-    """Takes the place of :meth:`TransformerBlock.compute`."""
-
-    def __init__(self, block: TransformerBlock, rows_leave: bool, backend: str) -> None:
-        self._block, self._rows_leave, self._plain = block, rows_leave, block.compute
-        limit: dict[str, Any] = {}
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            limit["recompile_limit"] = MOST_GRAPHS
-        self._graph = torch.compile(self._plain, backend=backend, **limit)
-
-    def __call__(
-        self, x_BTD: Tensor, ctx: Context, loop: int | Tensor, stacks: Stacks | None
-    ) -> tuple[Tensor, Routing | None]:
+    def compiled(x_BTD: Tensor, ctx: Context, loop: int | Tensor) -> tuple[Tensor, Routing | None]:
         if ctx.cache is not None or not x_BTD.numel():
-            return self._plain(x_BTD, ctx, loop, stacks)
-        drops = self._block.dropout > 0 and self._block.training
+            return block.compute(x_BTD, ctx, loop)
+        operands = block.ffn.operands(x_BTD, ctx) if block.use_moe else None
+        drops = block.dropout > 0 and block.training
         loop = torch.as_tensor(loop, device=x_BTD.device) if drops else 0
-        if self._rows_leave and len(x_BTD) > 1:
+        if rows_leave and len(x_BTD) > 1:
             torch._dynamo.maybe_mark_dynamic(x_BTD, 0)
-        return self._graph(x_BTD, _bare(ctx, self._rows_leave), loop, stacks)
+        return graph(x_BTD, _bare(ctx, rows_leave), loop, operands)
+
+    block.compiled = compiled
 
 
 def _bare(ctx: Context, rows_leave: bool) -> Context:

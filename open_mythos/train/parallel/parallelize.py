@@ -17,16 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from open_mythos.distributed import world_size
 from open_mythos.errors import ConfigError
-from open_mythos.model.context import Context
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.layers.block import TransformerBlock
-from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.model.trace import LoopTrace
 from open_mythos.train.build import Model
 from open_mythos.train.config import ParallelConfig, RunConfig
 from open_mythos.train.parallel.compile import compile_block
@@ -50,7 +46,7 @@ def parallelize(model: Model, config: RunConfig) -> ParallelModel:
     parallel = config.parallel
     kind = resolve_kind(parallel)
     if config.train.checkpoint_loops and isinstance(model, OpenMythos):
-        apply_activation_checkpointing(model)
+        model.recurrent.checkpoint = True
     if config.train.compile:
         _compile(model)
     call: nn.Module = _Call(model)
@@ -61,8 +57,6 @@ def parallelize(model: Model, config: RunConfig) -> ParallelModel:
         device = next(model.parameters()).device.type
         if parallel.experts > 1:
             apply_expert_parallelism(model, _mesh(device, parallel.experts, "expert"))
-            if config.train.compile:
-                _keep_outside_of_graphs(model)
         elsewhere = set(expert_parameters(model)) if parallel.experts > 1 else None
         mesh = _mesh(device, parallel.shard or world_size(), "shard")
         for unit, reshard in _units(model):
@@ -181,14 +175,6 @@ def _compile(model: Model) -> None:
         compile_block(block, rows_leave=block in looped)
 
 
-def _keep_outside_of_graphs(model: nn.Module) -> None:
-    """Tokens that travel between processes make one break in a compiled block."""
-    for module in model.modules():
-        if isinstance(module, MoEFFN):
-            mixture: Any = module
-            mixture.mix = torch.compiler.disable(mixture.mix)
-
-
 def _units(model: Model) -> Iterable[tuple[nn.Module, bool]]:
     """Modules that are gathered one at a time, and whether they are let go after their forward.
 
@@ -220,25 +206,3 @@ def _sum_gradients(state: None, bucket: GradBucket) -> torch.futures.Future[Tens
 
 # DDP compares the annotations themselves, which are strings in this module
 _sum_gradients.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}
-
-
-def apply_activation_checkpointing(model: OpenMythos) -> None:
-    """Keep only the state between loops for the backward pass, and recompute each loop there.
-
-    Replaces ``model.recurrent.step``, the one place through which every loop goes. Calling it twice
-    changes nothing.
-    """
-    block: Any = model.recurrent
-    if "step" in vars(block):
-        return
-    plain = block.step
-
-    def step(
-        h_BTD: Tensor, drive_BTD: Tensor, t: int, ctx: Context, trace: LoopTrace | None = None
-    ) -> Tensor:
-        # all randomness is a function of the sequence's key, so there is no RNG state to restore
-        return checkpoint(
-            plain, h_BTD, drive_BTD, t, ctx, trace, use_reentrant=False, preserve_rng_state=False
-        )
-
-    block.step = step

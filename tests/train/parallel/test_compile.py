@@ -16,7 +16,7 @@ import open_mythos.train.parallel.parallelize as parallel
 from open_mythos import LoopTrace, OpenMythos
 from open_mythos.devices import autocast
 from open_mythos.model.dense import DenseTransformer
-from open_mythos.train import Trainer, apply_activation_checkpointing, build_model
+from open_mythos.train import Trainer, build_model
 from open_mythos.train.parallel.compile import compile_block
 from tests.helpers import random_ids, randomise, small_config
 from tests.train.conftest import CountingLoader, tiny_run
@@ -110,7 +110,7 @@ def test_what_makes_another_graph(attn_type):
         assert check(models, 3) == 4
     assert check(tuple(model.eval() for model in models), 3) == 4
     for model in models:
-        apply_activation_checkpointing(model.train())
+        model.train().recurrent.checkpoint = True
     assert check(models, RAGGED, grad_loops=3) == 4
     assert check(models, [2, 3, 4, 6]) == 5  # the last loops have a single row
 
@@ -121,7 +121,7 @@ def test_whole_blocks_would_be_more():
     """Control: compiled with all that they do around it, blocks make more graphs."""
     compiled, _ = pair()
     for block in parallel.transformer_blocks(compiled):
-        del block.compute
+        block.compiled = None
         block.compile(backend="eager")
     results(compiled, torch.float32, 4, None)
     assert counters["stats"]["unique_graphs"] + len(counters["graph_break"]) > 2

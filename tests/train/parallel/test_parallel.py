@@ -8,8 +8,9 @@ import torch
 from open_mythos import LoopTrace
 from open_mythos.devices import autocast
 from open_mythos.errors import ConfigError
+from open_mythos.model.depth import Depth
 from open_mythos.model.recurrent import RecurrentBlock
-from open_mythos.train import apply_activation_checkpointing, build_model, next_token_loss
+from open_mythos.train import build_model, next_token_loss
 
 IDS = torch.arange(28).view(4, 7) % 13
 DEPTHS = torch.tensor([1, 4, 2, 3])
@@ -23,7 +24,7 @@ def pair(make_run, **model):
             if "injection" not in name:
                 parameter += 0.2 * torch.randn_like(parameter)
     wrapped = copy.deepcopy(plain)
-    apply_activation_checkpointing(wrapped)
+    wrapped.recurrent.checkpoint = True
     return plain, wrapped
 
 
@@ -35,7 +36,7 @@ def gradients(model, dtype=torch.float32, **options):
         out = next_token_loss(
             model, IDS[:, :-1], IDS[:, 1:], step_tokens=24, step_sequences=4,
             balance_coefficient=balance, trace=trace, sample_seeds=torch.arange(4),
-            **({"n_loops": DEPTHS} | options),
+            depth=Depth(**({"n_loops": DEPTHS} | options)),
         )  # fmt: skip
     out.total.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -94,10 +95,7 @@ def test_loops_are_recomputed_once_and_only_with_gradient(make_run, monkeypatch)
 
     monkeypatch.setattr(RecurrentBlock, "step", counted)
     model = build_model(make_run(model={"lora_rank": 0}))
-    apply_activation_checkpointing(model)
-    wrapped = model.recurrent.step
-    apply_activation_checkpointing(model)
-    assert model.recurrent.step is wrapped
+    model.recurrent.checkpoint = True
     gradients(model, n_loops=3, grad_loops=2)
     assert sorted(calls) == [0, 1, 1, 2, 2]
 

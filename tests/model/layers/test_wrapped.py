@@ -1,0 +1,134 @@
+"""Modules around a layer (adapters, quantizers, parametrizations) are called, never read past."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_differs, assert_same, random_ids, small_model
+from torch import nn
+from torch.nn.utils import parametrize
+
+from open_mythos import KVCache, LoopTrace
+from open_mythos.model.layers.moe import MoEFFN
+
+LOOPS = 3
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter around a linear layer, as PEFT wraps one."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.a = nn.Parameter(0.3 * torch.randn(rank, base.in_features))
+        self.b = nn.Parameter(0.3 * torch.randn(base.out_features, rank))
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.a.mT @ self.b.mT
+
+    def merged(self) -> nn.Linear:
+        merged = copy.deepcopy(self.base_layer)
+        merged.weight.data += self.b @ self.a
+        return merged
+
+
+class Wrapper(nn.Module):
+    """Hands every call on, and no attribute."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, *args, **kwargs):
+        return self.base_layer(*args, **kwargs)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def wrapped(name: str):
+    """A plain model, one with adapters on ``name``, and one with the adapters merged."""
+    torch.manual_seed(0)
+    plain = small_model()
+    with_adapter = copy.deepcopy(plain)
+    for module in list(with_adapter.modules()):
+        if isinstance(getattr(module, name, None), nn.Linear):
+            setattr(module, name, Adapter(getattr(module, name)))
+    merged = copy.deepcopy(with_adapter)
+    for module in list(merged.modules()):
+        if isinstance(getattr(module, name, None), Adapter):
+            setattr(module, name, getattr(module, name).merged())
+    return plain, with_adapter, merged
+
+
+def cached(model, ids):
+    cache = KVCache()
+    parts = [model(ids[:, :6], LOOPS, cache)]
+    for i in range(6, ids.shape[1]):
+        parts.append(model(ids[:, i : i + 1], LOOPS, cache, i))
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("name", ["kv_up", "router"])
+def test_an_adapter_acts_in_every_way_to_compute(name):
+    plain, adapted, merged = wrapped(name)
+    ids = random_ids(2, 10)
+    with torch.no_grad():
+        want = merged(ids, LOOPS)
+        assert_differs(plain(ids, LOOPS), want)
+        assert_same(adapted(ids, LOOPS), want)
+    assert_same(cached(adapted, ids), want)
+
+
+@pytest.mark.parametrize("name", ["kv_up", "router"])
+def test_an_adapter_has_gradients(name):
+    _, adapted, _ = wrapped(name)
+    adapted.train()(random_ids(2, 10), LOOPS).square().mean().backward()
+    adapters = [module for module in adapted.modules() if isinstance(module, Adapter)]
+    assert adapters
+    assert all(each.a.grad.any() and each.b.grad.any() for each in adapters)
+
+
+def test_a_wrapped_mixture_routes_and_is_recorded():
+    plain = small_model()
+    model = copy.deepcopy(plain)
+    block = model.recurrent.blocks[0]
+    block.ffn = Wrapper(block.ffn)
+    ids, traces = random_ids(2, 7), (LoopTrace(), LoopTrace())
+    with torch.no_grad():
+        results = [
+            each(ids, LOOPS, trace=t) for each, t in zip((plain, model), traces, strict=True)
+        ]
+    assert torch.equal(*results)
+    assert traces[0].load.keys() == traces[1].load.keys() != set()
+    assert all(torch.equal(traces[0].load[key], traces[1].load[key]) for key in traces[0].load)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_are_made_on_access(dtype):
+    """A parametrization returns a new tensor at every access; its memory may be used again."""
+    model = small_model(recurrent_layers=2).train()
+    doubled = copy.deepcopy(model)
+    for module in doubled.modules():
+        if isinstance(module, MoEFFN):
+            for name in ("gate_up", "down"):
+                getattr(module, name).data /= 2
+                parametrize.register_parametrization(module, name, Doubled())
+    ids, grads = random_ids(2, 7), []
+    for each in (model, doubled):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            each(ids, LOOPS).float().square().mean().backward()
+        grads.append([p.grad for name, p in each.named_parameters() if "attn" in name])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_injections_take_an_input_of_another_dtype():
+    injection = small_model().recurrent.injection
+    e = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        assert_same(injection.drive(e.bfloat16()), injection.drive(e.bfloat16().float()))
