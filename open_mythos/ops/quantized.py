@@ -13,7 +13,6 @@ the weight is unpacked to bfloat16, a piece at a time, and multiplied as usual.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,9 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.errors import ConfigError, InternalError
+from open_mythos.ops.backend import pick_backend
 from open_mythos.ops.experts.routed import routed_experts
-
-logger = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
 """Of activations, scales and results."""
@@ -224,7 +222,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, *, backend: str = "auto") -> 
             "the packed kernel cannot serve this product", where="packed_linear", value=problem,
             allowed="one matrix, on the CPU", fix='use backend="auto"',
         )  # fmt: skip
-    out = _chosen(_PRODUCTS, backend)(rows, weight)[:, : weight.outputs]
+    out = pick_backend("packed matmul", backend, _PRODUCTS)(rows, weight)[:, : weight.outputs]
     return out.reshape(*x.shape[:-1], weight.outputs)
 
 
@@ -288,7 +286,7 @@ def packed_experts(
             backend = "each"
         else:
             backend = "gathered" if experts_NC.numel() <= len(gate_up.levels) else "unpacked"
-    compute = _chosen(_EXPERTS, backend)
+    compute = pick_backend("packed expert", backend, _EXPERTS)
     return compute(x_ND.to(DTYPE), gate_up, down, experts_NC, weights_NC.to(DTYPE))
 
 
@@ -357,21 +355,6 @@ def _reference_experts(
 def _swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def _chosen(table: dict[str, Callable[..., Tensor]], backend: str) -> Callable[..., Tensor]:
-    if backend not in table:
-        raise ConfigError(
-            "unknown backend of packed weights", where="backend", value=backend,
-            allowed=", ".join(("auto", *table)), fix='use "auto"',
-        )  # fmt: skip
-    _log_once(table[backend].__name__.removeprefix("_"))
-    return table[backend]
-
-
-@cache
-def _log_once(backend: str) -> None:
-    logger.info("products with packed weights: %s", backend)
 
 
 _PRODUCTS: dict[str, Callable[..., Tensor]] = {

@@ -9,14 +9,12 @@ In a loop the same experts serve many calls. Their weight gradients can wait for
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
+from open_mythos.ops.backend import pick_backend
 from open_mythos.ops.experts.grouped import one_token
 from open_mythos.ops.experts.looped_stack import LoopedStack
 from open_mythos.ops.experts.operation import KINDS, experts_op, forward, reference
@@ -29,8 +27,6 @@ __all__ = [
     "expert_load",
     "routed_experts",
 ]
-
-logger = logging.getLogger(__name__)
 
 BACKENDS = (*KINDS, "reference")
 
@@ -107,11 +103,6 @@ def _chosen(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor)
             and n_choices >= BATCHED_TOKENS * gate_up_EDF.shape[0]
         ):
             backend = "batched"
-    if backend not in BACKENDS:
-        raise ConfigError(
-            "unknown expert backend", where="moe_backend", value=backend,
-            allowed=", ".join(("auto", *BACKENDS)), fix='set moe_backend to "auto"',
-        )  # fmt: skip
     if backend == "grouped" and problem is not None:
         raise ConfigError(
             "grouped products cannot serve these experts", where="moe_backend", value=problem,
@@ -127,9 +118,7 @@ def _chosen(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor)
             value=f"{gate_up_EDF.dtype} weights on {gate_up_EDF.device.type}",
             allowed="weights on a CPU, of any dtype but float16", fix='set moe_backend to "auto"',
         )  # fmt: skip
-    if not torch.compiler.is_compiling():
-        _log_once(backend)
-    return backend
+    return pick_backend("expert", backend, {name: name for name in BACKENDS}, where="moe_backend")
 
 
 def _grouped_problem(gate_up_EDF: Tensor, down_EFD: Tensor) -> str | None:
@@ -142,8 +131,3 @@ def _grouped_problem(gate_up_EDF: Tensor, down_EFD: Tensor) -> str | None:
         if width * gate_up_EDF.element_size() % 16:
             return f"a row of {width} {gate_up_EDF.dtype} elements"
     return None
-
-
-@cache
-def _log_once(backend: str) -> None:
-    logger.info("expert backend: %s", backend)
