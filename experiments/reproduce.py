@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from experiments.claim import QUICK
 from experiments.results import Results
 from experiments.runner import run_cells
 from experiments.table import committed_results, experiment
-from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.errors import ConfigError
 
 RUNS = Path("runs/experiments")
 
@@ -70,7 +69,7 @@ def reproduce(
         console.print(f"{len(records)} cells: {results.folder}", highlight=False)
     if record:
         report.renew(claim, scale)
-    elif importlib.util.find_spec("matplotlib"):
+    else:
         asked.plot(summary, results.folder / f"{claim}.png")
 
 
@@ -95,8 +94,3 @@ def _check(scales: tuple[str, ...], scale: str, *, quick: bool, record: bool, ou
             fix="leave it out",
         )  # fmt: skip
     report.checkout()
-    if not importlib.util.find_spec("matplotlib"):
-        raise EnvironmentError_(
-            "matplotlib is missing", where="--record", allowed="an environment that can draw",
-            fix='pip install "open-mythos[plot]"',
-        )  # fmt: skip

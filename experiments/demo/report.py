@@ -5,27 +5,38 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from experiments.demo.results import DemoResults
+from open_mythos.reports.html import heatmap, render, table, write_html
 
 
 def write_report(results: DemoResults, picture: Path, path: Path) -> None:
-    """Write the page to ``path``, with the picture inside it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    overlaps = [row[t + 1] for t, row in enumerate(results.expert_overlap[:-1])]
-    samples = {f"looped, {depth} loops": text for depth, text in results.samples.items()}
-    page = environment.get_template("report.html").render(
-        r=results,
-        hop_summary=hop_summary(results),
-        text_summary=text_summary(results),
-        picture=base64.b64encode(picture.read_bytes()).decode(),
-        overlap=sum(overlaps) / len(overlaps),
-        samples=samples | {"dense": results.dense_sample},
-    )
-    path.write_text(page, encoding="utf-8")
+    """Write the page, with the picture inside it."""
+    r = results
+    overlaps = [row[t + 1] for t, row in enumerate(r.expert_overlap[:-1])]
+    samples = {f"looped, {depth} loops": text for depth, text in r.samples.items()}
+    page = render(
+        "report.html", Path(__file__).parent,
+        title="OpenMythos demo: depth as a choice", r=r, hop_summary=hop_summary(r),
+        summary=text_summary(r), picture=base64.b64encode(picture.read_bytes()).decode(),
+        depths=table(
+            ("loops", "bits per byte", "against dense", ""),
+            [(depth, f"{bits:.4f}", f"{bits - r.dense_bits:+.4f}", _seen(depth, r))
+             for depth, bits in zip(r.depths, r.looped_bits, strict=True)]
+            + [("dense", f"{r.dense_bits:.4f}", "", "")],
+            r.best_depth,
+        ),
+        models=table(
+            ("task", "model", "parameters", "active per token", "train MFLOP / token", "seconds"),
+            [(task, c.label, c.parameters, c.active_parameters, f"{c.training_flops / 1e6:.1f}",
+              round(c.seconds))
+             for task, c in (("chains", r.hop_looped_run), ("chains", r.hop_dense_run),
+                             ("text", r.looped), ("text", r.dense))],
+        ),
+        experts=heatmap(r.expert_load, max(map(max, r.expert_load))),
+        even=1 / len(r.expert_load[0]), overlap=sum(overlaps) / len(overlaps),
+        samples=samples | {"dense": r.dense_sample},
+    )  # fmt: skip
+    write_html(page, path)
 
 
 def hop_summary(r: DemoResults) -> str:
@@ -60,3 +71,9 @@ def text_summary(r: DemoResults) -> str:
         f"times the mean depth of its training, it needs {at[deepest]:.3f} ({drift:+.3f} from its "
         f"best). rho(A) is {r.rho:.3f}."
     )
+
+
+def _seen(depth: int, r: DemoResults) -> str:
+    if depth > r.max_depth:
+        return "deeper than ever trained"
+    return "mean of training" if depth == r.mean_depth else ""

@@ -112,7 +112,7 @@ def to_svg(figure: Figure, label: str, css_class: str = "") -> Markup:
     box = root.attrib["viewBox"]
     root.attrib = {
         "class": css_class, "viewBox": box, "role": "img", "aria-label": label,
-        "style": f"max-width:{float(box.split()[2]):.0f}px",
+        "style": f"max-width:{1.3 * float(box.split()[2]):.0f}px",
     }  # fmt: skip
     ElementTree.register_namespace("", _SVG[1:-1])
     text = ElementTree.tostring(root, encoding="unicode")

@@ -6,15 +6,23 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from open_mythos.errors import EnvironmentError_
 
+TEMPLATES = Path(__file__).parent / "templates"
 
-def render(template: str, **values: object) -> Markup:
-    """Return ``templates/<template>`` filled with ``values``."""
-    return Markup(_environment().get_template(template).render(values))
+
+def render(template: str, folder: Path = TEMPLATES, **values: object) -> Markup:
+    """Fill a template.
+
+    Args:
+        template: Name of a file in ``folder``, or in :data:`TEMPLATES`.
+        folder: Where another package keeps templates of its own, which may extend ``page.html``.
+        values: What the template may use.
+    """
+    return Markup(_environment(folder).get_template(template).render(values))
 
 
 def write_html(page: str, path: Path) -> None:
@@ -58,9 +66,9 @@ def missing(text: str) -> Markup:
 
 
 @cache
-def _environment() -> Environment:
+def _environment(folder: Path) -> Environment:
     environment = Environment(
-        loader=PackageLoader("open_mythos.reports"), autoescape=True, undefined=StrictUndefined,
+        loader=FileSystemLoader([folder, TEMPLATES]), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
