@@ -43,6 +43,21 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device, non_blocking=True)
 
 
+def in_dry_run(x: torch.Tensor) -> bool:
+    """Return whether ``x`` is a fake tensor of a dry run (:mod:`open_mythos.plan`)."""
+    return hasattr(getattr(x, "fake_mode", None), "kernels")
+
+
+def kernel_device(x: torch.Tensor) -> str:
+    """Return the device type whose kernels serve ``x``.
+
+    It is that of ``x`` itself, except in a dry run, whose tensors follow the code path of the
+    device that they stand for.
+    """
+    kernels: str = getattr(getattr(x, "fake_mode", None), "kernels", x.device.type)
+    return kernels
+
+
 def training_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a training run's products on ``device``; "auto" is what its hardware is fast in.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from open_mythos.devices import kernel_device
 from open_mythos.ops.backend import pick_backend
 
 CHUNK_BYTES = 1 << 28
@@ -70,11 +71,12 @@ def linear_cross_entropy(
     assert shapes[0][:-1] == shapes[2] and shapes[0][-1] == shapes[1][-1], shapes  # noqa: PT018
     hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
     dtype, device = weight_VD.dtype, weight_VD.device
+    served_by = torch.device(kernel_device(weight_VD))
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     if backend == "auto":
         backend = _choose(device, dtype)
-    rows = chunk or chunk_rows(len(hidden_ND), len(weight_VD), dtype, device)
+    rows = chunk or chunk_rows(len(hidden_ND), len(weight_VD), dtype, served_by)
     hidden_ND = hidden_ND if scale == 1 else hidden_ND * scale
     if softcap:
         total = _recomputed(hidden_ND, weight_VD, targets_N, rows, ignore_index, softcap)
@@ -195,7 +197,7 @@ def _chunked(
     total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     weight = weight_VD.to(dtype)
     buffer = weight.new_empty(min(rows, n_all), vocab)
-    block = BLOCK_BYTES if weight.device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
+    block = BLOCK_BYTES if kernel_device(weight) == "cpu" else ACCELERATOR_BLOCK_BYTES
     for start in range(0, max(1, n_all), rows):
         part = slice(start, start + rows)
         # zero the ignored rows: their logits are finite and their gradient adds nothing

@@ -21,6 +21,7 @@ from open_mythos.ops.experts.looped_stack import Rows, kept_rows, leave_use
 from open_mythos.ops.experts.rows import (
     activated,
     activated_backward,
+    read_ends,
     sort_choices,
     to_tokens,
 )
@@ -40,7 +41,7 @@ def forward(
     token, w = order // top_k, weights_NC.reshape(-1, 1).index_select(0, order)
     gate_up = x_ND.new_empty(len(order) if keep else 0, gate_up_EDF.shape[2])
     y = x_ND.new_empty(len(order), x_ND.shape[1])
-    for batch in batches(ends_E):
+    for batch in batches(ends_E, len(order)):
         x = x_ND.index_select(0, token.index_select(0, batch.source))
         product = batch.multiply(x, gate_up_EDF)
         if keep:
@@ -72,7 +73,7 @@ def backward(
     if tokens:
         all_d_gate_up = torch.empty_like(gate_up)
         all_hidden = gate_up.new_empty(len(order), down_EFD.shape[1])
-    for batch in batches(ends_E):
+    for batch in batches(ends_E, len(order)):
         source = token.index_select(0, batch.source)
         grad = grad_ND.index_select(0, source)
         hidden, d_gate_up, d_rows_w = activated_backward(
@@ -140,25 +141,27 @@ class Batch:
         torch.index_select(of_all, 0, self.place, out=out[self.rows])
 
 
-def batches(ends_E: Tensor) -> Iterator[Batch]:
+def batches(ends_E: Tensor, n_rows: int) -> Iterator[Batch]:
     """The batches of a call in the order of the experts, less those that have no rows.
 
     Args:
         ends_E: Where each expert's rows end.
+        n_rows: Rows of all experts.
     """
     starts_E = torch.cat((ends_E.new_zeros(1), ends_E[:-1])).long()
     counts_E = ends_E - starts_E
-    starts, ends = starts_E.tolist(), ends_E.tolist()
-    for first, n, width in divided(counts_E.tolist()):
+    ends = read_ends(ends_E, n_rows)
+    starts = [0, *ends[:-1]]
+    counts = [end - start for start, end in zip(starts, ends, strict=True)]
+    for first, n, width in divided(counts):
         experts = slice(first, first + n)
         column = torch.arange(width, device=ends_E.device)
         real = column < counts_E[experts, None]
         # an expert without rows may be the last: its start is then no row
         source = torch.where(real, starts_E[experts, None] + column, starts[first])
-        yield Batch(
-            experts, slice(starts[first], ends[first + n - 1]), source.flatten(),
-            ~real.view(-1, 1), real.flatten().nonzero().squeeze(1),
-        )  # fmt: skip
+        rows = slice(starts[first], ends[first + n - 1])
+        place = torch.nonzero_static(real.flatten(), size=rows.stop - rows.start).squeeze(1)
+        yield Batch(experts, rows, source.flatten(), ~real.view(-1, 1), place)
 
 
 def divided(counts: list[int]) -> Iterator[tuple[int, int, int]]:

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.experts.looped_stack import Rows, kept_rows, leave_use
-from open_mythos.ops.experts.rows import activated, activated_backward, sort_choices, to_tokens
+from open_mythos.ops.experts.rows import (
+    activated,
+    activated_backward,
+    read_ends,
+    sort_choices,
+    to_tokens,
+)
 
 
 def forward(
@@ -41,7 +47,7 @@ def forward(
         unless kept; (N C,) choices in that order; (E,) int32 where each expert's choices end.
     """
     top_k, (order, ends_E) = experts_NC.shape[1], sort_choices(experts_NC, gate_up_EDF.shape[0])
-    multiply = Products(ends_E, kind)
+    multiply = Products(ends_E, len(order), kind)
     gate_up = multiply.forward(x_ND.index_select(0, order // top_k), gate_up_EDF)
     hidden = activated(gate_up, weights_NC.reshape(-1, 1).index_select(0, order))
     gate_up = gate_up if keep else gate_up.new_empty(0)
@@ -80,7 +86,7 @@ def backward(
         Gradients of tokens (N, D), weights (N, C), gate_up_EDF and down_EFD; the last two are empty
         where they wait or are not needed.
     """
-    top_k, multiply = weights_NC.shape[1], Products(ends_E, kind)
+    top_k, multiply = weights_NC.shape[1], Products(ends_E, len(order), kind)
     token, w = order // top_k, weights_NC.reshape(-1, 1).index_select(0, order)
     grad = grad_ND.index_select(0, token)
     d_hidden = multiply.backward(grad, down_EFD)
@@ -105,12 +111,13 @@ class Products:
 
     Args:
         ends_E: (E,) int32 where each expert's rows end.
+        n_rows: Rows of all experts.
         kind: "grouped" or "sorted".
     """
 
-    def __init__(self, ends_E: Tensor, kind: str) -> None:
+    def __init__(self, ends_E: Tensor, n_rows: int, kind: str) -> None:
         self._ends_E, self._grouped = ends_E, kind == "grouped"
-        ends = [] if self._grouped else ends_E.tolist()
+        ends = [] if self._grouped else read_ends(ends_E, n_rows)
         self._rows = [slice(*each) for each in zip([0, *ends], ends, strict=False)]
 
     def forward(self, x: Tensor, stack_EKM: Tensor) -> Tensor:

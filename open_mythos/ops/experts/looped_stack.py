@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.devices import kernel_device
+from open_mythos.ops.experts.rows import read_ends
 from open_mythos.ops.experts.sizes import WAITING, padded
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
 
@@ -56,6 +58,11 @@ class Use:
     x: Rows
     grad: Rows
     ends_E: Tensor
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all experts."""
+        return len(self.x.of if self.x.which is None else self.x.which)
 
     @property
     def size(self) -> int:
@@ -165,7 +172,7 @@ def kept_rows(x_ND: Tensor, which: Tensor) -> Rows:
     A CPU gathers them when it adds up, one expert after the other: a token waits once, not once for
     every expert that it chose. It waits as a copy, because a compiler may write over ``x_ND``.
     """
-    if x_ND.device.type == "cpu":
+    if kernel_device(x_ND) == "cpu":
         return Rows(x_ND.clone(), which)
     return Rows(x_ND.index_select(0, which))
 
@@ -175,9 +182,9 @@ def weight_gradient(uses: list[Use], dtype: torch.dtype) -> Tensor:
 
     In ``dtype`` on a CPU, expert by expert; a GPU's kernels return that of the uses.
     """
-    if uses[0].ends_E.is_cuda:
+    if kernel_device(uses[0].ends_E) == "cuda":
         return _on_gpu(uses)
-    ends = [[0, *use.ends_E.tolist()] for use in uses]
+    ends = [[0, *read_ends(use.ends_E, use.n_rows)] for use in uses]
     rows_E = [sum(each[i + 1] - each[i] for each in ends) for i in range(len(ends[0]) - 1)]
     # the rows of one expert stay in the caches, in two buffers that all experts share; in bfloat16
     # they are of a few lengths, because a product of a new one is compiled first

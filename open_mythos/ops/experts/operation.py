@@ -131,12 +131,17 @@ def _(
     return d_x, d_weights, d_gate_up, d_down, done
 
 
+def _is_known(token: Tensor | None) -> bool:
+    """Return whether the number in ``token`` can be read: not while a compiler traces."""
+    return type(token) is Tensor or getattr(token, "constant", None) is not None
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.kind, _ = inputs
     _, gate_up, order, ends_E = output
     # checkpointing around the whole call makes other stacks the second time: theirs are not meant
     marks = tensors[5:]
-    ctx.numbers = [float(each) for each in marks] if type(marks[0]) is Tensor else None
+    ctx.numbers = [float(each) for each in marks] if _is_known(marks[0]) else None
     ctx.save_for_backward(*tensors, gate_up, order, ends_E)
     ctx.set_materialize_grads(False)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.devices import kernel_device
 from open_mythos.errors import ConfigError
 from open_mythos.ops.backend import pick_backend
 from open_mythos.ops.experts.grouped import one_token
@@ -42,7 +43,9 @@ def deferring_pays(
         and down_EFD.requires_grad
         and backend != "reference"
         # the joint gradient is a grouped product on CUDA, whatever the forward pass is
-        and (not gate_up_EDF.is_cuda or _grouped_problem(gate_up_EDF, down_EFD) is None)
+        and (
+            kernel_device(gate_up_EDF) != "cuda" or _grouped_problem(gate_up_EDF, down_EFD) is None
+        )
     )
 
 
@@ -99,7 +102,7 @@ def _chosen(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor)
         backend = "grouped" if problem is None else "sorted"
         if (
             gate_up_EDF.dtype == torch.bfloat16
-            and gate_up_EDF.device.type == "cpu"
+            and kernel_device(gate_up_EDF) == "cpu"
             and n_choices >= BATCHED_TOKENS * gate_up_EDF.shape[0]
         ):
             backend = "batched"

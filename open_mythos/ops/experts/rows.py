@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.devices import in_dry_run, kernel_device
+
 
 def expert_load(experts_NC: Tensor, n_experts: int, valid_N: Tensor | None = None) -> Tensor:
     """(E,) float32 count of the tokens that chose each expert; padding is not counted.
@@ -23,6 +25,26 @@ def sort_choices(experts_NC: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """(N C,) choices in the order of the experts, and (E,) int32 where each expert's end."""
     ends_E = expert_load(experts_NC, n_experts).cumsum(0).to(torch.int32)
     return experts_NC.flatten().argsort(stable=True), ends_E
+
+
+def read_counts(counts: Tensor, total: int) -> list[int]:
+    """Return the integers in ``counts`` as a list: a host-device sync.
+
+    In a dry run they are an even load of ``total``.
+    """
+    if in_dry_run(counts):
+        n = len(counts)
+        return [total * (i + 1) // n - total * i // n for i in range(n)]
+    values: list[int] = counts.tolist()
+    return values
+
+
+def read_ends(ends_E: Tensor, total: int) -> list[int]:
+    """Return where each expert's rows end, of ``total`` rows in all; see :func:`read_counts`."""
+    if in_dry_run(ends_E):
+        return [total * (i + 1) // len(ends_E) for i in range(len(ends_E))]
+    values: list[int] = ends_E.tolist()
+    return values
 
 
 def activated(gate_up: Tensor, w: Tensor) -> Tensor:
@@ -59,7 +81,7 @@ def to_tokens(y: Tensor, order: Tensor, top_k: int) -> Tensor:
     inverse = torch.empty_like(order).scatter_(
         0, order, torch.arange(len(order), device=order.device)
     )
-    if y.device.type == "cpu" and len(order):
+    if kernel_device(y) == "cpu" and len(order):
         # the same in one pass; ten times as fast
         return F.embedding_bag(inverse.view(-1, top_k), y, mode="sum")
     return y.index_select(0, inverse).view(-1, top_k, y.shape[-1]).sum(1)

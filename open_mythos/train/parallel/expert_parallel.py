@@ -20,6 +20,7 @@ from open_mythos.devices import as_autocast
 from open_mythos.model.layers.experts import Experts, Mixture, Operands, RoutedExperts
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.ops.experts.routed import expert_load, routed_experts
+from open_mythos.ops.experts.rows import read_counts
 
 STACKS = ("gate_up", "down")
 
@@ -78,13 +79,14 @@ class ExpertParallel(Experts):
         arrives = torch.empty_like(sends)
         dist.all_to_all_single(arrives, sends, group=self._group)
         # the host must know the split sizes: one host-device sync per mixture and loop
-        to_rank = sends.view(self._size, -1).sum(1).tolist()
-        from_rank = arrives.view(self._size, -1).sum(1).tolist()
+        to_rank = read_counts(sends.view(self._size, -1).sum(1), n_tokens * n_chosen)
+        from_rank = read_counts(arrives.view(self._size, -1).sum(1), n_tokens * n_chosen)
         # one row more than arrives, so that there always is one and every weight has a gradient
         rows = _Travel.apply(x_ND[order // n_chosen], to_rank, from_rank, self._group)
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         numbers = torch.arange(n_local, device=x_ND.device).repeat(self._size)
-        numbers = torch.cat([numbers.repeat_interleave(arrives), numbers[:1]]).unsqueeze(1)
+        own = numbers.repeat_interleave(arrives, output_size=sum(from_rank))
+        numbers = torch.cat([own, numbers[:1]]).unsqueeze(1)
         ones = weights_NC.new_ones(len(rows), 1)
         made = routed_experts(rows, gate_up, down, numbers, ones, backend=self.backend)[:-1]
         back = _Travel.apply(made, from_rank, to_rank, self._group)
