@@ -102,9 +102,9 @@ def _run(command: str, arguments: dict[str, Any]) -> None:
 
         run_demo(arguments.pop("out"), **arguments)
     elif command == "run":
-        from experiments.reproduce import reproduce
+        from experiments.run import run_claim
 
-        reproduce(**arguments)
+        run_claim(**arguments)
     elif command == "trace":
         from experiments.trace import write_trace
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import listing, report
+from experiments.cell_pool import run_cells
 from experiments.claim import QUICK
 from experiments.results import Results
-from experiments.runner import run_cells
 from experiments.table import committed_results, experiment
 from open_mythos.errors import ConfigError
 
 RUNS = Path("runs/experiments")
 
 
-def reproduce(
+def run_claim(
     claim: str,
     *,
     scale: str = "cpu",

@@ -9,8 +9,8 @@ import pytest
 
 from experiments import listing, report, table
 from experiments.__main__ import main
-from experiments.reproduce import reproduce
-from experiments.runner import CellsFailedError
+from experiments.cell_pool import CellsFailedError
+from experiments.run import run_claim
 from open_mythos.errors import ConfigError
 
 
@@ -44,7 +44,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
 )
 def test_refusals(toy, tmp_path, options, said):
     with pytest.raises(ConfigError, match=said):
-        reproduce(**options)
+        run_claim(**options)
     assert toy.ran == []
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
 
@@ -52,7 +52,7 @@ def test_refusals(toy, tmp_path, options, said):
 def test_an_installed_package_records_nothing(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PACKAGE", tmp_path / "site-packages" / "experiments")
     with pytest.raises(ConfigError, match="source checkout"):
-        reproduce("toy", record=True)
+        run_claim("toy", record=True)
     assert toy.ran == []
 
 
@@ -65,17 +65,17 @@ def test_results_and_verdict(toy, tmp_path, capsys):
     folder = tmp_path / "runs" / "experiments" / "toy" / "cpu"
     assert len(list(folder.glob("*.json"))) == 3
     assert (folder / "toy.png").exists()
-    reproduce("toy", workers=1, out="there", quiet=True)
+    run_claim("toy", workers=1, out="there", quiet=True)
     assert len(list((tmp_path / "there").glob("*.json"))) == 3
     assert toy.ran == [0, 1, 2, 0, 1, 2]
 
 
 def test_fresh_runs_everything_anew(toy):
-    reproduce("toy", workers=1, quiet=True)
+    run_claim("toy", workers=1, quiet=True)
     toy.factor = 5
     with pytest.raises(ConfigError):
-        reproduce("toy", workers=1, quiet=True)
-    reproduce("toy", workers=1, quiet=True, fresh=True)
+        run_claim("toy", workers=1, quiet=True)
+    run_claim("toy", workers=1, quiet=True, fresh=True)
     record = json.loads(Path("runs/experiments/toy/cpu/double-seed2.json").read_text())
     assert record["figures"]["doubled"] == 10
 
@@ -86,22 +86,22 @@ def test_fresh_forgets_checkpoints(toy):
 
     toy.misbehave = fail
     with pytest.raises(CellsFailedError):
-        reproduce("toy", workers=1, quiet=True)
+        run_claim("toy", workers=1, quiet=True)
     toy.misbehave = lambda cell: None
-    reproduce("toy", workers=1, quiet=True, fresh=True)  # the toy refuses a folder that is there
+    run_claim("toy", workers=1, quiet=True, fresh=True)  # the toy refuses a folder that is there
 
 
 def test_quick_gives_no_verdict(toy, capsys):
-    reproduce("toy", quick=True)
+    run_claim("toy", quick=True)
     printed = " ".join(capsys.readouterr().out.split())
     assert "says nothing" in printed
     assert "They did." not in printed
-    reproduce("toy", quick=True)
+    run_claim("toy", quick=True)
     assert toy.ran == [0, 1, 2, 0, 1, 2]
 
 
 def test_recording_renews_page_and_picture(toy, checkout):
-    reproduce("toy", record=True, workers=1, quiet=True)
+    run_claim("toy", record=True, workers=1, quiet=True)
     results = checkout / "experiments" / "toy" / "results" / "cpu"
     assert len(list(results.glob("*.json"))) == 3
     page = (checkout / "docs" / "claims.md").read_text(encoding="utf-8")
@@ -113,7 +113,7 @@ def test_recording_renews_page_and_picture(toy, checkout):
 
 
 def test_a_part_of_the_cells_is_no_answer(toy, checkout):
-    reproduce("toy", record=True, workers=1, quiet=True)
+    run_claim("toy", record=True, workers=1, quiet=True)
     (line,) = (line for line in listing.lines() if line.claim == "toy")
     assert line.verdicts == {"cpu": "holds"}
     assert line.missing == ""

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import runner
+from experiments import cell_pool
+from experiments.cell_pool import CellsFailedError, Job, attempt, run_cells
 from experiments.claim import Cell, Place
 from experiments.results import Results, plain
-from experiments.runner import CellsFailedError, Job, attempt, run_cells
 from experiments.table import experiment
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
@@ -145,8 +145,8 @@ def test_workers_and_threads_fit_the_cores(
         jobs.extend(given)
         yield from ((job, attempt(job)) for job in given)
 
-    monkeypatch.setattr(runner.machine, "cores", lambda: cores)
-    monkeypatch.setattr(runner, "_outcomes", note)
+    monkeypatch.setattr(cell_pool.machine, "cores", lambda: cores)
+    monkeypatch.setattr(cell_pool, "_outcomes", note)
     run(toy, tmp_path, workers=workers)
     assert {(job.workers, job.threads) for job in jobs} == {expected}
 
@@ -158,6 +158,7 @@ class Deadly:
         return os._exit, (9,)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_records_nothing(tmp_path):
     results = Results(tmp_path / "out")
     cells = [Cell("deadly", seed, {"model": Deadly()}) for seed in range(2)]
@@ -166,6 +167,7 @@ def test_a_killed_worker_records_nothing(tmp_path):
     assert not results.folder.exists()
 
 
+@pytest.mark.slow
 def test_processes_find_what_one_process_finds(tmp_path):
     cells = experiment("c6").cells("quick")
     found = [
