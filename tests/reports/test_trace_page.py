@@ -12,9 +12,6 @@ import pytest
 import torch
 from helpers import small_config, small_model
 
-from experiments.tasks import PermHop
-from experiments.tasks.saved import save_task
-from experiments.trace import trace_chain
 from open_mythos import (
     DenseTransformer,
     LoopTrace,
@@ -25,12 +22,17 @@ from open_mythos import (
 from open_mythos.errors import ConfigError, DataError, MythosError
 from open_mythos.model.exit_rules import StateChange
 from open_mythos.reports.trace_page import page, summary, trace_prompt
-from open_mythos.reports.trace_record import Prediction, PromptTrace, TokenTrace, trace_of, visible
+from open_mythos.reports.trace_record import (
+    Goal,
+    Prediction,
+    PromptTrace,
+    TokenTrace,
+    trace_of,
+    visible,
+)
 from open_mythos.tokenizer import ByteTokenizer
 from tests.reports.html_reader import HOSTILE, Reader, assert_self_contained
 
-TASK = PermHop(entities=6, relations=3)
-CHAIN = "e3 r1 r0 r2"
 TEXT = "a <b>\n&é"
 LOOPS = 5
 
@@ -44,21 +46,20 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chain")
-    save_pretrained(small_model("gqa", vocab_size=9, n_experts=0), folder)
-    save_task(TASK, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def text_trace(text_folder: Path) -> PromptTrace:
     return trace_of(str(text_folder), TEXT, n_loops=LOOPS, exit="change:0.5", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def chain_trace(chain_folder: Path) -> PromptTrace:
-    return trace_chain(chain_folder, CHAIN, n_loops=LOOPS)
+def hop_trace(text_folder: Path) -> PromptTrace:
+    """A prompt whose answers take one hop more at each token."""
+
+    def goals(ids: list[int]) -> list[Goal | None]:
+        return [None, *(Goal(token, hops) for hops, token in enumerate(ids[1:], start=1))]
+
+    return trace_of(
+        str(text_folder), "abcd", n_loops=LOOPS, goals=goals, goal_name="the entity", device="cpu"
+    )
 
 
 def model_in(folder: Path) -> OpenMythos:
@@ -172,9 +173,9 @@ def test_a_trained_gate_is_the_default_rule(text_folder, tmp_path):
 # the page
 
 
-@pytest.fixture(params=["text", "chains"])
+@pytest.fixture(params=["text_trace", "hop_trace"])
 def trace(request: pytest.FixtureRequest) -> PromptTrace:
-    return request.getfixturevalue({"text": "text_trace", "chains": "chain_trace"}[request.param])
+    return request.getfixturevalue(request.param)
 
 
 def test_the_page_is_self_contained(trace):
@@ -200,9 +201,9 @@ def test_the_script_gets_what_was_collected(trace):
         assert found == json.loads(json.dumps(asdict(token))) | {"path": None}
 
 
-def test_figures(text_trace, chain_trace):
-    text, chain = page(text_trace), page(chain_trace)
-    for each, trace in ((text, text_trace), (chain, chain_trace)):
+def test_figures(text_trace, hop_trace):
+    text, hops = page(text_trace), page(hop_trace)
+    for each, trace in ((text, text_trace), (hops, hop_trace)):
         # a path and a line of changes for every token, with a dot for every state and loop
         assert each.count('<g class="way">') == 2 * len(trace.tokens)
         paths, changes = (
@@ -212,9 +213,9 @@ def test_figures(text_trace, chain_trace):
         assert paths.count("<circle") == len(trace.tokens) * (LOOPS + 1)
         assert changes.count("<circle") == len(trace.tokens) * LOOPS
     assert text.count('<div class="experts">') == 2
-    assert ("One hop per loop" in text, "One hop per loop" in chain) == (False, True)
+    assert ("One hop per loop" in text, "One hop per loop" in hops) == (False, True)
     # one hop per loop is a diagonal
-    rings = re.findall(r'data-i="(\d)" data-t="(\d)"[^>]*><i class="expected', chain)
+    rings = re.findall(r'data-i="(\d)" data-t="(\d)"[^>]*><i class="expected', hops)
     assert sorted(rings) == [("1", "1"), ("2", "2"), ("3", "3")]
 
 
@@ -258,9 +259,9 @@ def test_signs_for_what_is_not_seen():
 # from the command's arguments to the file
 
 
-def test_the_file_is_written(chain_folder, tmp_path, capsys):
+def test_the_file_is_written(text_folder, tmp_path, capsys):
     out = tmp_path / "new" / "page.html"
-    assert trace_prompt(str(chain_folder), CHAIN, None, "fixed:2", str(out), "cpu") == 0
+    assert trace_prompt(str(text_folder), "abcd", None, "fixed:2", str(out), "cpu") == 0
     assert str(out) in capsys.readouterr().out
     text = out.read_text(encoding="utf-8")
     assert len(data_of(text)["tokens"]) == 4
@@ -282,9 +283,9 @@ def test_an_empty_text_begins_with_bos(text_folder):
         ({"device": "sofa"}, "device"),
     ],
 )
-def test_arguments_are_checked(chain_folder, options, message):
+def test_arguments_are_checked(text_folder, options, message):
     with pytest.raises(MythosError, match=message):
-        trace_of(str(chain_folder), CHAIN, **{"device": "cpu", **options})
+        trace_of(str(text_folder), "abcd", **{"device": "cpu", **options})
 
 
 def test_models_that_cannot_be_traced(tmp_path):
