@@ -103,7 +103,7 @@ def test_training_at_real_size_counts_the_loops_that_ran():
 
 
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
-def test_the_twin_is_plain_and_has_the_same_weights(attn_type):
+def test_the_reference_model_has_the_same_weights(attn_type):
     fast = build(QUICK, attn_type, (4, 2)).eval()
     plain = plain_twin(fast)
     assert all(
@@ -177,7 +177,7 @@ def test_nothing_is_timed_when_results_differ(suite, monkeypatch):
         next(suite.rows(QUICK))
 
 
-def test_layers_and_operations_are_timed_only_if_they_equal_their_twins(monkeypatch):
+def test_layers_and_ops_are_timed_only_if_they_equal_their_references(monkeypatch):
     def doubled(layer, backend):
         twin = variant(layer, backend)
         twin.down = torch.nn.Parameter(2 * layer.down.detach())
@@ -274,7 +274,7 @@ def test_the_cost_of_a_loop_is_compared_with_the_mean():
     assert dearer == pytest.approx({"2 to 4": 2 / (16 / 6) - 1, "4 to 8": 3 / (16 / 6) - 1})
 
 
-def test_the_profiler_finds_the_products():
+def test_the_profiler_finds_the_matmuls():
     x = torch.randn(400, 400)
     shares = where_time_goes(lambda: x @ x)
     assert sum(shares.values()) == pytest.approx(1)

@@ -31,7 +31,7 @@ from chaos import disk_limits, fork_jobs, small_run  # noqa: E402
 from chaos.fork_client import Forks  # noqa: E402
 from chaos.io_faults import FAULTS, Interposed  # noqa: E402
 from chaos.lifetimes import live, reference  # noqa: E402
-from chaos.nonfinite_steps import POISONS  # noqa: E402
+from chaos.nonfinite_steps import NONFINITE  # noqa: E402
 from open_mythos.errors import MythosError  # noqa: E402
 from open_mythos.train import Trainer  # noqa: E402
 from open_mythos.train.checkpoint import saver as saving  # noqa: E402
@@ -250,7 +250,7 @@ def not_finite(place: Place) -> Said:
             lines.append(dict(metrics))
 
     trainer = small_run.new_trainer(small_run.run_config(None, place.data), loggers=[Logger()])
-    poison = POISONS["the loss"](trainer, float("nan"))
+    poison = NONFINITE["the loss"](trainer, float("nan"))
     disk_limits.at_step(trainer, 3, poison.__enter__)
     disk_limits.at_step(trainer, 4, lambda: poison.__exit__(None, None, None))
     trainer.fit()
@@ -260,7 +260,7 @@ def not_finite(place: Place) -> Said:
 
 def diverged(place: Place) -> Said:
     trainer = place.trainer(train={"max_skips": 2})
-    poison = POISONS["the loss"](trainer, float("nan"))
+    poison = NONFINITE["the loss"](trainer, float("nan"))
     disk_limits.at_step(trainer, disk_limits.FULL_AT, poison.__enter__)
     try:
         return error_of(trainer.fit)

@@ -1,7 +1,7 @@
-"""The moments of a run at which something can happen to it.
+"""Points of a run at which a fault can be injected.
 
-A moment is the n-th time that a life of the run passes a place of a phase. Counting is the same in
-every life of the same length, so a moment can be met again.
+A moment is the n-th time that a process of the run passes a place of a phase. Counts are the same
+in every process of the same length, so a moment is reproducible.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HERE = "phase"
 
 
 class Moments:
-    """Counts the moments of a life, says where it is, and acts at one of them.
+    """Count the moments of a process, record its phase, and act at one of them.
 
     Args:
         out: The run's folder.

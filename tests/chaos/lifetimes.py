@@ -1,4 +1,4 @@
-"""Lives of a run: what a fork does, and what must be true when it is over."""
+"""Start, kill and resume a run in forks, and compare it with an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def live(
     moment: dict[str, Any] | None = None,
     control: str = "",
 ) -> dict[str, Any]:
-    """In a fork: begin the run or go on with it, up to its end.
+    """In a fork: start or resume the run and train to its end.
 
     Args:
         out: Its folder.
@@ -64,7 +64,7 @@ def live(
 
 @dataclass(frozen=True)
 class Reference:
-    """A run to which nothing happened."""
+    """An uninterrupted run."""
 
     journal: dict[tuple[int, str], dict[str, Any]]
     """(step, depths if it is an evaluation) -> what was computed."""
@@ -100,7 +100,7 @@ def _key(line: dict[str, Any]) -> tuple[int, str]:
 
 
 def violations(out: Path, end: Any, straight: Reference) -> list[str]:
-    """How a run that has ended differs from one to which nothing happened.
+    """List how a finished run differs from the uninterrupted one.
 
     Args:
         out: Its folder, with what all its lives have computed.
@@ -126,7 +126,7 @@ def violations(out: Path, end: Any, straight: Reference) -> list[str]:
 
 
 def half_checkpoints(out: Path) -> list[str]:
-    """Checkpoints that have their name and are not whole."""
+    """List checkpoints that have their final name and are incomplete."""
     found = []
     for path in checkpoints(out / CHECKPOINTS_FOLDER):
         try:
@@ -137,7 +137,7 @@ def half_checkpoints(out: Path) -> list[str]:
 
 
 class Story:
-    """Lives of one run, one after the other, and what was wrong in them."""
+    """The processes of one run, one after another, and what was wrong in them."""
 
     def __init__(
         self, forks: Forks, data: Path, out: Path, changes: Any = None, control: str = ""
@@ -149,7 +149,7 @@ class Story:
         self.end: End | None = None
 
     def life(self, moment: dict[str, Any] | None = None, **sending: Any) -> End:
-        """One life, up to its end or death."""
+        """Run one process until it ends or is killed."""
         had = small_run.has_checkpoint(self.out)
         self.end = end = self.forks.run(
             live, out=str(self.out), data=str(self.data), changes=self.changes,
@@ -163,7 +163,7 @@ class Story:
         return end
 
     def finish(self, straight: Reference) -> list[str]:
-        """Live up to the end; returns what was wrong."""
+        """Run to the end; return what was wrong."""
         if self.end is None or self.end.code != 0:
             self.life()
         assert self.end is not None

@@ -1,7 +1,6 @@
-"""Ways to make one step of a trainer go wrong.
+"""Context managers that make one step of a trainer non-finite, ``inject(trainer, value)``.
 
-Each is ``poison(trainer, value)``, a context within which it acts, in this process alone: a test of
-several processes uses it in one of them.
+Each acts in its own process alone: a test of several processes uses it in one of them.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from open_mythos.train import loss as module
 
 @contextmanager
 def loss(trainer: Trainer, value: float) -> Iterator[None]:
-    """The loss is multiplied by ``value``, and its gradient follows from it."""
+    """Multiply the loss, and so its gradient, by ``value``."""
     plain = module.linear_cross_entropy
 
-    def poisoned(*args: Any, **options: Any) -> Any:
+    def injected(*args: Any, **options: Any) -> Any:
         return plain(*args, **options) * value
 
-    with patch.object(module, "linear_cross_entropy", poisoned):
+    with patch.object(module, "linear_cross_entropy", injected):
         yield
 
 
 @contextmanager
 def gradient_element(trainer: Trainer, value: float) -> Iterator[None]:
-    """One element of one gradient is ``value``; the loss is fine."""
+    """Set one element of one gradient to ``value``; the loss stays finite."""
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
         changed = gradient.clone()
@@ -46,10 +45,10 @@ def gradient_element(trainer: Trainer, value: float) -> Iterator[None]:
 
 
 def activation(loop: int) -> Callable[[Trainer, float], AbstractContextManager[None]]:
-    """One element of the state after loop ``loop`` is ``value``."""
+    """Set one element of the state after loop ``loop`` to ``value``."""
 
     @contextmanager
-    def poison(trainer: Trainer, value: float) -> Iterator[None]:
+    def inject(trainer: Trainer, value: float) -> Iterator[None]:
         recurrent = trainer.model.recurrent
         plain = recurrent.step
 
@@ -63,11 +62,11 @@ def activation(loop: int) -> Callable[[Trainer, float], AbstractContextManager[N
         with patch.object(recurrent, "step", step):
             yield
 
-    return poison
+    return inject
 
 
 LOOPS = 3
-POISONS: dict[str, Callable[[Trainer, float], AbstractContextManager[None]]] = {
+NONFINITE: dict[str, Callable[[Trainer, float], AbstractContextManager[None]]] = {
     "the loss": loss,
     "one element of a gradient": gradient_element,
     **{f"an activation at loop {loop}": activation(loop) for loop in range(LOOPS)},

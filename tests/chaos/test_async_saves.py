@@ -84,7 +84,7 @@ def test_it_is_a_true_snapshot(trainer, data, tmp_path, row):
 
 
 @pytest.mark.goal("control", "a background save without a copy")
-def test_without_a_copy_it_is_none(trainer, data, tmp_path, row):
+def test_a_save_without_a_copy_is_no_snapshot(trainer, data, tmp_path, row):
     with CONTROLS["a background save is no copy"](trainer):
         meant = saved_while_training_went_on(trainer, 4)
     other = small_run.new_trainer(small_run.run_config(tmp_path / "run", data, BEHIND))

@@ -47,7 +47,7 @@ def test_each_field(data, row):
 
 
 @pytest.mark.goal("R12", "a run resumed with other settings")
-def test_a_run_is_refused_before_anything_is_loaded(data, straight, tmp_path, row):
+def test_a_changed_run_is_rejected_before_loading(data, straight, tmp_path, row):
     out = shutil.copytree(straight.out, tmp_path / "run")
     changes = {
         "optim": {"lr": 0.5, "beta1": 0.5}, "depth": {"mean": 3.0}, "train": {"seed": 1},

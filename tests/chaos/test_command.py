@@ -42,7 +42,7 @@ def test_stopped_and_resumed(forks, arguments, tmp_path, row, name):
 
 
 @pytest.mark.goal("R12", "`open-mythos train --resume latest` with other settings, or none")
-def test_refusals_have_their_exit_codes(forks, arguments, tmp_path, row):
+def test_rejections_have_their_exit_codes(forks, arguments, tmp_path, row):
     assert (
         forks.run(fork_jobs.command, arguments=arguments("run"), at=4, send="SIGTERM").value == 75
     )

@@ -133,7 +133,7 @@ def test_a_run_stops_cleanly_and_goes_on(copy, straight, tmp_path, row, damage):
 
 @pytest.mark.goal("R10", "other data at resumption")
 @pytest.mark.parametrize("change", ["another text", "another order", "another split of shards"])
-def test_other_data_is_refused(data, straight, tmp_path, row, change):
+def test_other_data_is_rejected(data, straight, tmp_path, row, change):
     out = shutil.copytree(straight.out, tmp_path / "run")
     options = {"another order": {"seed": 1}}.get(change, {})
     other = data

@@ -53,7 +53,7 @@ def test_in_each_phase(forks, data, straight, tmp_path, row, phase, times):
 
 
 @pytest.mark.goal("R1", "every life killed, one step after the other")
-def test_one_checkpoint_a_life(forks, data, straight, tmp_path, row):
+def test_one_checkpoint_per_process(forks, data, straight, tmp_path, row):
     """A run that dies after each of its saves gets to its end."""
     story = Story(forks, data, tmp_path / "run")
     per_save = straight.moments["save"] * small_run.SAVE_EVERY // small_run.STEPS
@@ -67,7 +67,7 @@ def test_one_checkpoint_a_life(forks, data, straight, tmp_path, row):
 
 
 @pytest.mark.goal("R4", "a run that saves behind the training, beside one that does not")
-def test_saving_behind_changes_nothing(forks, data, straight, tmp_path, row):
+def test_async_saving_changes_nothing(forks, data, straight, tmp_path, row):
     """Not even a byte of its checkpoints, but for the field that says so."""
     behind = reference(forks, data, tmp_path, BEHIND)
     assert behind.journal == straight.journal

@@ -9,7 +9,7 @@ import pytest
 
 from chaos import small_run
 from chaos.broken_variants import CONTROLS
-from chaos.nonfinite_steps import LOOPS, POISONS, VALUES
+from chaos.nonfinite_steps import LOOPS, NONFINITE, VALUES
 from open_mythos.train import DivergedError
 
 SAME_DEPTH = {"depth": {"plan": "fixed", "mean": float(LOOPS), "curriculum_steps": 0}}
@@ -25,16 +25,16 @@ def trainer(data):
 
 
 def what_changed(trainer, poison, value):
-    """Tensors that are different after a poisoned step; it must have met the poison."""
+    """Tensors that are different after a injected step; it must have met the poison."""
     before = small_run.tensors(trainer)
-    with POISONS[poison](trainer, value):
+    with NONFINITE[poison](trainer, value):
         result = trainer.train_step(trainer.state.step)
     assert result.skipped or not math.isfinite(result.loss * result.grad_norm), "missed"
     return result, small_run.differing(before, small_run.tensors(trainer))
 
 
 @pytest.mark.goal("R7", "NaN, Inf and -Inf put into one step")
-@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("poison", NONFINITE)
 def test_nothing_changes(trainer, row, poison):
     tokens = trainer.state.tokens
     for value in VALUES:
@@ -60,29 +60,29 @@ def test_the_skip_itself_is_all_that_differs(data, tmp_path, row):
     """Resumed from before the poison, the run is what it would have been."""
     out = tmp_path / "run"
     run = small_run.run_config(out, data, SAME_DEPTH)
-    clean, poisoned = small_run.new_trainer(run), None
+    clean, injected = small_run.new_trainer(run), None
     for step in range(3):
         clean.train_step(step)
     clean.save()
     shutil.copytree(out, tmp_path / "kept")
-    poisoned = small_run.new_trainer(run)
-    poisoned.resume()
-    with POISONS["the loss"](poisoned, float("nan")):
-        assert poisoned.train_step(3).skipped
+    injected = small_run.new_trainer(run)
+    injected.resume()
+    with NONFINITE["the loss"](injected, float("nan")):
+        assert injected.train_step(3).skipped
     again = small_run.new_trainer(run)
     again.resume(tmp_path / "kept" / "checkpoints" / "step_00000003")
-    assert small_run.differing(small_run.tensors(again), small_run.tensors(poisoned)) == []
+    assert small_run.differing(small_run.tensors(again), small_run.tensors(injected)) == []
     assert again.train_step(3).loss == clean.train_step(3).loss
     row.outcome = "the step is counted, nothing is learnt from it"
 
 
-@pytest.mark.goal("R7", "every step poisoned")
+@pytest.mark.goal("R7", "every step injected")
 def test_a_run_that_only_skips_ends(data, tmp_path, row):
     """It goes back to its checkpoint as often as it may, and then stops with an error."""
     changes = {"train": {"max_skips": 2, "save_every": 2}}
     trainer = small_run.new_trainer(small_run.run_config(tmp_path / "run", data, changes))
     fetch, calls = trainer.loader.next_batch, []
-    poison = POISONS["the loss"](trainer, float("nan"))
+    poison = NONFINITE["the loss"](trainer, float("nan"))
 
     def next_batch(step):
         calls.append(step)
@@ -107,7 +107,7 @@ def test_a_run_that_only_skips_ends(data, tmp_path, row):
 def test_multiplying_by_zero_is_caught(trainer, row):
     with CONTROLS["a bad step is multiplied by zero"](trainer):
         before = small_run.tensors(trainer)
-        with POISONS["one element of a gradient"](trainer, float("nan")):
+        with NONFINITE["one element of a gradient"](trainer, float("nan")):
             trainer.train_step(2)
         assert "recurrent.injection.log_A" in small_run.differing(
             before, small_run.tensors(trainer)

@@ -140,7 +140,7 @@ def poison_one(ranks, kind, where):
         average = {n: t.clone() for n, t in whole(trainer.average.state_dict()).items()}
         plain = trainer.parallel.train_on
 
-        def poisoned(function, **arguments):
+        def injected(function, **arguments):
             out = plain(function, **arguments)
             if ranks.rank == 1 and where == "loss":
                 return out._replace(total=out.total * torch.nan, nll=out.nll * torch.nan)
@@ -149,7 +149,7 @@ def poison_one(ranks, kind, where):
                 return out._replace(total=out.total * torch.inf)
             return out
 
-        trainer.parallel.train_on = poisoned
+        trainer.parallel.train_on = injected
         result = trainer.train_step(1)
         trainer.parallel.train_on = plain
         after = whole(trainer.model.state_dict())
@@ -162,7 +162,7 @@ def poison_one(ranks, kind, where):
 @pytest.mark.goal("R7", "NaN or Inf in one process of two")
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_number_that_is_none_in_one_process_is_skipped_by_all(row, kind, where):
+def test_a_nonfinite_value_in_one_process_skips_the_step_in_all(row, kind, where):
     assert run_ranks(2, poison_one, kind, where) == [(True, 1, True, False)] * 2
     row.count()
     row.outcome = f"{kind}: both skip; weights and averages equal bit for bit; the next proceeds"
@@ -178,7 +178,7 @@ def save_behind(ranks, folder, kind):
 
 @pytest.mark.goal("R4", "saves behind the training of two processes")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_saves_behind_the_training(tmp_path, row, kind):
+def test_async_saves(tmp_path, row, kind):
     weights, _ = run_ranks(2, save_behind, str(tmp_path), kind)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000002", "step_00000004", "step_00000006"]

@@ -55,7 +55,7 @@ def random_mask(name: str) -> Tensor:
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("visibility", ["causal", "mask", "all"])
-def test_equals_the_plain_twin(name, visibility, scale, backend):
+def test_equals_the_reference(name, visibility, scale, backend):
     if visibility == "causal" and SHAPES[name][1] != SHAPES[name][2]:
         pytest.skip("causal means as many queries as keys")
     arguments = {"causal": visibility == "causal", "scale": scale}
@@ -69,7 +69,7 @@ def test_equals_the_plain_twin(name, visibility, scale, backend):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_the_twin_is_the_definition():
+def test_the_reference_is_the_definition():
     q, k, v = inputs("grouped")
     out = attend(q, k, v, causal=True, backend="reference")
     for head in range(6):
@@ -171,7 +171,7 @@ class TestFlash:
         [("grouped", "d"), ("grouped", "p"), ("narrow values", "pd"), ("wide values", "d"),
          ("narrow values", ""), ("wide values", ""), ("chunk", "-"), ("decoding", "")],
     )  # fmt: skip
-    def test_equals_the_plain_twin(self, name, kind):
+    def test_equals_the_reference(self, name, kind):
         seen = self.visible(name, kind)
         causal = seen is None and SHAPES[name][1] == SHAPES[name][2]
         found, right = [], []

@@ -83,7 +83,7 @@ def test_large_logits_stay_finite():
     assert all(torch.isfinite(grad).all() for grad in grads)
 
 
-def test_autocast_uses_bfloat16_products_and_float32_sums():
+def test_autocast_uses_bfloat16_matmuls_and_float32_sums():
     inputs = problem(2, 300, 32, 40)
     exact = with_gradients(linear_cross_entropy_reference, *inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -42,7 +42,7 @@ def run(name: str, backend: str, **arguments: object) -> tuple[Tensor, list[Tens
 @pytest.mark.parametrize("backend", ["batched", "rows", "auto"])
 @pytest.mark.parametrize("visibility", ["all", "mask", "one mask", "causal"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_equals_the_plain_twin(name, visibility, backend):
+def test_equals_the_reference(name, visibility, backend):
     if visibility == "causal" and SHAPES[name][1] != SHAPES[name][2]:
         pytest.skip("causal means as many queries as entries")
     mask = {"mask": seen(name), "one mask": seen(name)[:1]}.get(visibility)
@@ -76,7 +76,7 @@ def test_a_mask_matters(backend):
     assert_differs(out, latent_attend(q, entry, seen("chunk"), rank=8, backend=backend))
 
 
-def test_half_precision_stays_near_the_twin():
+def test_half_precision_stays_near_the_reference():
     q, entry = (x.bfloat16() for x in inputs("chunk"))
     expected = latent_attend(q, entry, seen("chunk"), rank=8, backend="reference").float()
     for backend in ("batched", "rows"):

@@ -88,7 +88,7 @@ def test_a_graph_that_is_dropped_takes_its_uses_along() -> None:
     assert len(looped_stack._alive) == before
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives_are_rejected() -> None:
     x, chosen, weights, *stacks = experts()
     y = routed_experts(x, *map(LoopedStack, stacks), chosen, weights).sum()
     with pytest.raises(ConfigError, match="not differentiated twice"):

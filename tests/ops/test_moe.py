@@ -60,7 +60,7 @@ CASES += [(name, "grouped") for name in ALIGNED]
 
 @pytest.mark.parametrize("chosen", ["random", "first"])
 @pytest.mark.parametrize(("name", "backend"), CASES)
-def test_equals_the_plain_twin(name, backend, chosen):
+def test_equals_the_reference(name, backend, chosen):
     expected, slow = run(name, "reference", chosen)
     out, fast = run(name, backend, chosen)
     if expected.numel() > 1:
@@ -69,7 +69,7 @@ def test_equals_the_plain_twin(name, backend, chosen):
         torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4)
 
 
-def test_the_twin_is_the_definition():
+def test_the_reference_is_the_definition():
     (x, gate_up, down, weights), experts = inputs("unaligned")
     out = routed_experts(x, gate_up, down, experts, weights, backend="reference")
     for token in range(len(x)):
@@ -191,7 +191,7 @@ class TestBatches:
 
     @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
     @pytest.mark.parametrize("tokens", [5, 64, 1500])
-    def test_equal_the_plain_twin(self, tokens, spread):
+    def test_equal_the_reference(self, tokens, spread):
         leaves, experts = self.routed(tokens, spread)
         found = []
         for backend in ("reference", "batched"):

@@ -102,7 +102,7 @@ def test_bytes():
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 5, 67])
 @pytest.mark.parametrize("size", SIZES)
-def test_products_equal_the_plain_twin(size, rows):
+def test_packed_matmuls_equal_the_reference(size, rows):
     outputs, inputs, group = SIZES[size]
     weight, x = pack(random(outputs, inputs), group), random(rows, inputs, seed=1).bfloat16()
     expected = packed_linear(x, weight, backend="reference")
@@ -161,7 +161,7 @@ def expert_inputs(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, in
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_experts_equal_the_plain_twin(name):
+def test_experts_equal_the_reference(name):
     x, gate_up, down, experts, weights, group = expert_inputs(name)
     stacks = pack(gate_up.mT, group), pack(down.mT, group)
     expected = packed_experts(x, *stacks, experts, weights, backend="reference")

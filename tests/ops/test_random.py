@@ -24,7 +24,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 class TestFunctionOfItsIntegers:
-    def test_again(self):
+    def test_the_same_call_repeats(self):
         assert torch.equal(uniform(7), uniform(7))
 
     def test_row_alone(self):

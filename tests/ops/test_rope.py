@@ -36,7 +36,7 @@ def test_keeps_lengths_and_the_first_position():
 
 
 @pytest.mark.parametrize("start", [0, 1000, 999_000])
-def test_products_depend_on_the_distance_alone(start):
+def test_scores_depend_on_the_distance_alone(start):
     q, k = torch.randn(2, 1, 1, 1, 16)
 
     def product(at: int, to: int) -> torch.Tensor:

@@ -195,7 +195,7 @@ def inside(cuts: Tensor, valid: Tensor) -> bool:
 class TestBackends:
     @pytest.mark.parametrize("widths", [(6, 6), (7, 4), (3, 5)])
     @pytest.mark.parametrize("kind", kinds(13))
-    def test_sdpa_equals_the_plain_twin(self, kind, widths, cut):
+    def test_sdpa_equals_the_reference(self, kind, widths, cut):
         seen = kinds(13)[kind]
         expected = run(seen, "reference", torch.float32, *widths)
         for found, right in zip(run(seen, "sdpa", torch.float32, *widths), expected, strict=True):
@@ -241,7 +241,7 @@ class TestBackends:
             assert (found.float() - right).norm() < 0.02 * right.norm()
 
     @pytest.mark.parametrize("kind", kinds(13))
-    def test_blocks_that_are_computed_again(self, kind, monkeypatch):
+    def test_recomputed_blocks(self, kind, monkeypatch):
         """What a GPU does without flash or flex, here on the CPU."""
         seen, sizes = kinds(13)[kind], [1 << 24, 13 * B * 4]
         expected = run(seen, "reference", torch.float32)
@@ -272,7 +272,7 @@ class TestBackends:
             found = attend(q, k, v, causal=causal, backend="flex")
             torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
-    def test_flex_refuses(self):
+    def test_flex_rejects(self):
         q, k, v = torch.randn(3, B, 9, H, 16)
         with pytest.raises(ConfigError, match="a mask"):
             attend(q, k, v, torch.ones(1, 1, 9, 9, dtype=torch.bool), backend="flex")

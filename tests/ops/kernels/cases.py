@@ -31,7 +31,7 @@ def expert_rows(
 
 
 def check_weight_gradient(xs: list[Tensor], grads: list[Tensor], ends: list[Tensor]) -> Tensor:
-    """Kernel and plain twin agree; the kernel's result."""
+    """Assert that kernel and reference agree; return the kernel's result."""
     got = grouped_weight_gradient(xs, grads, ends, backend="triton")
     expected = grouped_weight_gradient(xs, grads, ends, backend="reference")
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
@@ -58,7 +58,7 @@ def check_decode(
     rank: int,
     valid_BS: Tensor | None = None,
 ) -> Tensor:
-    """Kernel and plain twin agree; the kernel's result."""
+    """Assert that kernel and reference agree; return the kernel's result."""
     device, (_, batch, _, width) = slots_LBSW.device, slots_LBSW.shape
     q_BHW = torch.randn(batch, heads, width, device=device).mul(3 / width**0.5).to(slots_LBSW.dtype)
     loops_B, lengths_B = (

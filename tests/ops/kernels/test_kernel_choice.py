@@ -77,7 +77,9 @@ def small_case(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
     choice._checked_once.cache_clear()
 
 
-def test_only_a_kernel_that_agrees_with_its_twin_is_picked(machine, small_case, caplog) -> None:
+def test_only_a_kernel_that_agrees_with_its_reference_is_picked(
+    machine, small_case, caplog
+) -> None:
     machine(None)
     gpu = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
     one = torch.ones(3)
@@ -134,7 +136,7 @@ def test_what_a_kernel_cannot_serve(call: Callable[[], object], problem: str, ma
         call()
 
 
-def test_a_decode_that_wants_a_gradient_is_plain(machine) -> None:
+def test_a_decode_that_needs_a_gradient_uses_the_reference(machine) -> None:
     machine(None)
     entries = slots((1, 2, 5, 6), torch.float32).requires_grad_()
     with pytest.raises(ConfigError, match="needs a gradient"):
@@ -173,7 +175,7 @@ def test_nothing_imports_triton_before_a_kernel_is_used() -> None:
             assert not any("triton" in name or "ops.kernels" in name for name in names), file
 
 
-def test_plain_weight_gradient_is_that_of_the_looped_stack() -> None:
+def test_the_weight_gradient_reference_is_that_of_the_looped_stack() -> None:
     xs, grads, ends = expert_rows([[2, 0, 3], [1, 4, 0]], 5, 4, torch.float32)
     uses = [Use(Rows(x), Rows(grad), e) for x, grad, e in zip(xs, grads, ends, strict=True)]
     assert (
@@ -181,7 +183,7 @@ def test_plain_weight_gradient_is_that_of_the_looped_stack() -> None:
     )
 
 
-def test_plain_decode_is_latent_attention() -> None:
+def test_the_decode_reference_is_latent_attention() -> None:
     q_BHW, entries = torch.randn(3, 2, 6), slots((2, 3, 7, 6), torch.float32)
     for row, (loop, length) in enumerate([(0, 7), (1, 4), (1, 1)]):
         entry_BSW = entries[loop, row : row + 1, :length]

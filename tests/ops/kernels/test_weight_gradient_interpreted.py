@@ -19,7 +19,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_equals_the_plain_twin(name: str) -> None:
+def test_equals_the_reference(name: str) -> None:
     check_weight_gradient(*expert_rows(COUNTS[name], 20, 13, torch.float32))
 
 
