@@ -19,10 +19,10 @@ from open_mythos.data.packing import PackedWindows, document_ids
 from open_mythos.data.permutation import Permutation
 from open_mythos.data.prepare import prepare
 from open_mythos.data.shards import TokenShards
-from open_mythos.data.sources import read_documents
 from open_mythos.data.stream import StreamLoader
 from open_mythos.data.stream_corpus import Corpus, fineweb_edu, open_corpus
 from open_mythos.data.stream_held_out import HeldOutWindows
+from open_mythos.data.stream_read import read_documents
 
 __all__ = [
     "IGNORE_INDEX",

@@ -16,7 +16,7 @@ import numpy as np
 from open_mythos.checks import check_count
 from open_mythos.data.index import DTYPES, INDEX_FILE, Index, Shard, ShardFile, Split
 from open_mythos.data.shards import START_DTYPE, hash_blocks
-from open_mythos.data.sources import read_documents
+from open_mythos.data.stream_read import read_documents
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.files import sync_to_disk
 from open_mythos.run_folder import TOKENIZER_FOLDER

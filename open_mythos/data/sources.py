@@ -1,7 +1,7 @@
-"""Text documents from files: plain text, JSON Lines, Parquet, folders of them, or Python's own.
+"""Where text lies on this machine, and what a piece, a line or a cell of it says.
 
 Nothing that is read is ever executed or unpickled, and a damaged input is a ``DataError`` that
-names the file and the line, row or byte.
+names the file and the row or byte.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +22,10 @@ STDLIB = "stdlib"
 TEXT_PIECE_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 28
 PARQUET_ROWS = 256
+KINDS = (".jsonl", ".md", ".parquet", ".py", ".txt")
+"""Endings of the files that can be read."""
 # Tests of the standard library hold deliberately broken files; the others are not part of it.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-def read_documents(source: str | Path, text_field: str = "text") -> Iterator[str]:
-    """The documents of ``source``, always in the same order.
-
-    Args:
-        source: ``"stdlib"`` (each module of the running Python's standard library), a file, or a
-            folder, which is searched recursively for files of the known kinds (hidden ones and
-            linked folders left out). A ``.txt``, ``.md`` or ``.py`` file is one document, or one
-            per 64 KiB, cut at line ends; ``.jsonl`` has one per line; ``.parquet`` one per row.
-        text_field: The JSON key or Parquet column that holds the text.
-
-    Raises:
-        ConfigError: A file of an unknown kind.
-        DataError: Nothing there, or a damaged file.
-        EnvironmentError_: A file that cannot be read, or Parquet without pyarrow.
-    """
-    if source == STDLIB:
-        yield from _read_stdlib()
-        return
-    path = Path(source)
-    for file in find_files(path):
-        try:
-            yield from READERS[file.suffix.lower()](file, text_field)
-        except OSError as error:
-            raise EnvironmentError_(
-                "the file cannot be read", where=str(file), value=str(error)
-            ) from error
 
 
 def find_files(path: Path) -> list[Path]:
@@ -62,12 +36,12 @@ def find_files(path: Path) -> list[Path]:
         DataError: Nothing there, or no such file in it.
     """
     if path.is_file():
-        if path.suffix.lower() not in READERS:
+        if path.suffix.lower() not in KINDS:
             raise ConfigError(
                 "no reader for this kind of file",
                 where=str(path),
                 value=path.suffix,
-                allowed=", ".join(sorted(READERS)),
+                allowed=", ".join(KINDS),
                 fix="decompress or rename it",
             )
         return [path]
@@ -78,13 +52,13 @@ def find_files(path: Path) -> list[Path]:
             value=str(path),
             allowed=f'a file, a folder, or "{STDLIB}"',
         )
-    found = [file for file in _walk(path, set()) if file.suffix.lower() in READERS]
+    found = [file for file in _walk(path, set()) if file.suffix.lower() in KINDS]
     if not found:
         raise DataError(
             "the folder holds no file that can be read",
             where="source",
             value=str(path),
-            allowed=", ".join(sorted(READERS)),
+            allowed=", ".join(KINDS),
         )
     return found
 
@@ -113,21 +87,6 @@ def read_module(file: Path) -> str | None:
         return None
 
 
-def _read_stdlib() -> Iterator[str]:
-    for file in stdlib_modules()[1]:
-        text = read_module(file)
-        if text is not None:
-            yield text
-
-
-def _read_text(file: Path, text_field: str) -> Iterator[str]:
-    with file.open("rb") as stream:
-        offset = 0
-        while piece := stream.read(TEXT_PIECE_BYTES) + stream.readline(MAX_LINE_BYTES):
-            yield decode_text(piece, file, offset)
-            offset += len(piece)
-
-
 def decode_text(piece: bytes, file: Path | str, offset: int) -> str:
     """The text of ``piece``, which begins at byte ``offset`` of ``file``.
 
@@ -150,15 +109,6 @@ def decode_text(piece: bytes, file: Path | str, offset: int) -> str:
             fix="leave it out",
         )
     return text
-
-
-def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
-    with file.open("rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES):
-            number += 1
-            if line.strip():
-                yield document_of_line(line, f"{file}, line {number}", text_field)
 
 
 def document_of_line(line: bytes, where: str, text_field: str) -> str:
@@ -224,28 +174,3 @@ def require_column(columns: list[str], text_field: str, file: Path | str) -> Non
             value=columns,
             fix="name the column with text_field",
         )
-
-
-def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
-    pa, pq = import_pyarrow(file)
-    row = 0
-    try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as table:
-            require_column(table.schema_arrow.names, text_field, file)
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
-                for cell in batch.column(0):
-                    yield text_of(cell.as_py(), f"{file}, row {row}")
-                    row += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "the Parquet file is damaged", where=f"{file}, row {row}", value=str(error)
-        ) from error
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".py": _read_text,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from open_mythos.data.sources import (
-    READERS,
+    KINDS,
     STDLIB,
     TEXT_PIECE_BYTES,
     find_files,
@@ -157,8 +157,8 @@ def open_corpus(source: str | Path, text_field: str = "text") -> Corpus:
     """List the files of ``source``.
 
     Args:
-        source: ``"stdlib"``, a file or folder as for :func:`~open_mythos.data.read_documents`, or
-            the URL of one: ``hf://datasets/OWNER/NAME/FOLDER`` on the Hugging Face hub
+        source: ``"stdlib"``; a file; a folder, searched recursively without hidden files and linked
+            folders; or the URL of one: ``hf://datasets/OWNER/NAME/FOLDER`` on the Hugging Face hub
             (``NAME@REVISION`` for another revision than main), ``s3://...``, whatever fsspec knows.
             A branch of the hub stands for the commit it points to now.
         text_field: The JSON key or Parquet column that holds the text.
@@ -232,7 +232,7 @@ def _remote(source: str, text_field: str) -> Corpus:
     if not files:
         raise DataError(
             "no file that can be read", where="source", value=source,
-            allowed=", ".join(sorted(READERS)), fix="check owner, name and folder",
+            allowed=", ".join(KINDS), fix="check owner, name and folder",
         )  # fmt: skip
     return _corpus(source, protocol, base, files, text_field)
 
@@ -279,7 +279,7 @@ def _unreachable(source: str, error: Exception) -> EnvironmentError_:
 def _is_read(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix.lower() in READERS and not hidden
+    return path.suffix.lower() in KINDS and not hidden
 
 
 def _known_by(info: dict[str, Any]) -> str:

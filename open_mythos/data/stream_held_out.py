@@ -11,8 +11,8 @@ from open_mythos.checks import check_count
 from open_mythos.data.batch import Batch
 from open_mythos.data.packing import document_ids
 from open_mythos.data.prepare import held_out_place
-from open_mythos.data.stream_corpus import Corpus, Unit
-from open_mythos.data.stream_read import read_unit
+from open_mythos.data.stream_corpus import Corpus
+from open_mythos.data.stream_read import documents_of
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.tokenizer import Tokenizer
 
@@ -100,7 +100,6 @@ def held_out_documents(corpus: Corpus, share: float) -> Iterator[str]:
     Raises:
         DataError, EnvironmentError_: As of :func:`~open_mythos.data.stream_read.read_unit`.
     """
-    for file in range(len(corpus.files)):
-        for document in read_unit(corpus, Unit(file, 0, 1)):
-            if document.text and held_out_place(document.text.encode()) < share:
-                yield document.text
+    for text in documents_of(corpus):
+        if text and held_out_place(text.encode()) < share:
+            yield text

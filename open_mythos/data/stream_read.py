@@ -25,7 +25,7 @@ from open_mythos.data.sources import (
     require_column,
     text_of,
 )
-from open_mythos.data.stream_corpus import Corpus, Unit, text_pieces
+from open_mythos.data.stream_corpus import Corpus, Unit, open_corpus, text_pieces
 from open_mythos.errors import DataError, EnvironmentError_
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,30 @@ class Document(NamedTuple):
 
 class _ReadFailedError(OSError):
     """The file system could not give what it has: worth another try."""
+
+
+def read_documents(source: str | Path, text_field: str = "text") -> Iterator[str]:
+    """Read the documents of ``source``, always in the same order.
+
+    Args:
+        source: As for :func:`~open_mythos.data.open_corpus`: ``"stdlib"``, a file, a folder or a
+            URL. A ``.txt``, ``.md`` or ``.py`` file is one document, or one per 64 KiB, cut at line
+            ends; ``.jsonl`` has one per line; ``.parquet`` one per row.
+        text_field: The JSON key or Parquet column that holds the text.
+
+    Raises:
+        ConfigError: A file of an unknown kind.
+        DataError: Nothing there, or a damaged file.
+        EnvironmentError_: A file that cannot be read, or a package that is missing.
+    """
+    yield from documents_of(open_corpus(source, text_field))
+
+
+def documents_of(corpus: Corpus) -> Iterator[str]:
+    """Read the documents of ``corpus``, file by file."""
+    for file in range(len(corpus.files)):
+        for document in read_unit(corpus, Unit(file, 0, 1)):
+            yield document.text
 
 
 def read_unit(corpus: Corpus, unit: Unit, cursor: int = 0) -> Iterator[Document]:

@@ -80,7 +80,12 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
     """
     data = config.data
     if folder := prepared_folder(data):
-        return TokenShards(folder).tokenizer()
+        tokenizer = TokenShards(folder).tokenizer()
+        if data.tokenizer not in ("", tokenizer.name):
+            logger.warning(
+                "data.tokenizer is not used: the shards have their own, %s", tokenizer.name
+            )
+        return tokenizer
     if data.tokenizer or not config.train.init_from:
         return load_tokenizer(data.tokenizer) if data.tokenizer else load_tokenizer()
     return stored_tokenizer(config.train.init_from)

@@ -70,7 +70,7 @@ def test_a_bad_line_is_named(tmp_path, line: str | bytes, message: str) -> None:
     assert next(documents) == "fine"
     with pytest.raises(DataError, match=message) as caught:
         next(documents)
-    assert "a.jsonl, line 3" in str(caught.value)
+    assert "a.jsonl, byte 18" in str(caught.value)
 
 
 def test_parquet_gives_a_document_per_row(tmp_path) -> None:
