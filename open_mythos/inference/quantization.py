@@ -24,22 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_mythos.checks import pick
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.experts import Experts, Mixture, Operands, RoutedExperts
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.layers.injection import LTIInjection
-from open_mythos.model.layers.mla import MLAttention
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.ops.quantized import (
     DTYPE,
     GROUPS,
     PackedWeight,
+    check_packing,
     pack,
     packed_experts,
     packed_linear,
-    packing_problem,
 )
 
 logger = logging.getLogger(__name__)
@@ -78,27 +78,24 @@ def quantize(
             processes; a weight is not finite, or has fewer inputs than a group (it is named).
         EnvironmentError_: torchao is needed and missing, or cannot serve this device.
     """
-    group = _checked_group(kind, group_size)
-    if backend not in BACKENDS:
-        raise ConfigError(
-            "unknown backend", where="quantize(backend)", value=backend,
-            allowed=", ".join(BACKENDS), fix='leave it at "auto"',
-        )  # fmt: skip
+    group = _group_of(kind, group_size)
+    pick(BACKENDS, backend, "quantize(backend)", what="backend", fix='leave it at "auto"')
     device = model.head.weight.device
     if backend == "auto":
         backend = "torchao" if device.type == "cuda" else "aten"
-    places = list(_places(model))
-    _check_model(model, places, group)
-    make = _linear if backend == "aten" else _torchao_maker(device, group)
-    count = len(places)
-    while places:  # each is let go as soon as it is packed
-        _, owner, name, module = places.pop()
+    targets = _targets(model)
+    _check_model(model, targets, group)
+    make = _packed_linear if backend == "aten" else _torchao_linear(device, group)
+    count = len(targets)
+    while targets:  # each weight is freed as soon as it is packed
+        path, module = targets.pop()
         if isinstance(module, MoEFFN):
             gate_up, down = cast(Tensor, module.gate_up), cast(Tensor, module.down)
             module.experts = PackedExperts(gate_up, down, group)
             module.gate_up = module.down = None
         else:
-            setattr(owner, name, make(module, group))
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, make(cast(nn.Linear, module), group))
     kept = {id(parameter) for parameter in _kept(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -192,7 +189,7 @@ class _Quantized(nn.Module):
 
 
 class _Packed(_Quantized):
-    """A :class:`PackedWeight` as a module, so that it moves with the model."""
+    """A packed weight as a module, so that it moves with the model."""
 
     levels: Tensor
     scale: Tensor
@@ -263,13 +260,12 @@ class PackedExperts(_Quantized, Experts):
         return packed_experts(x_ND, gate_up, down, experts_NC, weights_NC)
 
 
-def _linear(module: nn.Module, group: int) -> nn.Module:
-    assert isinstance(module, nn.Linear)
-    return _Linear(pack(module.weight.detach(), group), module.bias)
+def _packed_linear(linear: nn.Linear, group: int) -> nn.Module:
+    return _Linear(pack(linear.weight.detach(), group), linear.bias)
 
 
-def _torchao_maker(device: torch.device, group: int) -> Callable[[nn.Module, int], nn.Module]:
-    """What makes a layer of torchao's out of a linear one.
+def _torchao_linear(device: torch.device, group: int) -> Callable[[nn.Linear, int], nn.Module]:
+    """Return what makes a layer with a torchao weight of a linear one.
 
     Raises:
         EnvironmentError_: torchao is missing, or has no int4 for this device.
@@ -288,18 +284,14 @@ def _torchao_maker(device: torch.device, group: int) -> Callable[[nn.Module, int
             allowed="CUDA devices of compute capability 8.0 and above", fix='use backend="aten"',
         )  # fmt: skip
     # settings of the compiler are the caller's: they would change for the whole process
+    options: dict[str, Any] = {"set_inductor_config": False}
     config = (
-        Int4WeightOnlyConfig(
-            group_size=group,
-            int4_packing_format="tile_packed_to_4d",
-            set_inductor_config=False,
-        )
+        Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", **options)
         if group
-        else Int8WeightOnlyConfig(set_inductor_config=False)
+        else Int8WeightOnlyConfig(**options)
     )
 
-    def make(module: nn.Module, _: int) -> nn.Module:
-        assert isinstance(module, nn.Linear)
+    def make(module: nn.Linear, _: int) -> nn.Module:
         # what does not fill its groups, torchao would leave as it is
         added = -module.in_features % group if group else 0
         weight = F.pad(module.weight.detach().to(DTYPE), (0, added))
@@ -312,30 +304,17 @@ def _torchao_maker(device: torch.device, group: int) -> Callable[[nn.Module, int
     return make
 
 
-Place = tuple[str, nn.Module, str, nn.Module]
-"""Path of a module in the model, the module that owns it, its name there, and itself."""
-
-
-def _places(model: CausalLM) -> Iterator[Place]:
-    """All modules to replace; of a mixture first the linear layers within, then itself."""
-    for path, block in model.named_modules():
-        if isinstance(block, TransformerBlock):
-            yield from _within(path, block)
-
-
-def _within(path: str, owner: nn.Module) -> Iterator[Place]:
-    for name, module in owner.named_children():
-        inner = f"{path}.{name}"
-        fixed = (isinstance(owner, MLAttention) and name == "kv_up") or (
-            isinstance(owner, MoEFFN) and name == "router"
-        )
-        if isinstance(module, nn.Linear):
-            if not fixed:
-                yield inner, owner, name, module
-            continue
-        yield from _within(inner, module)
-        if isinstance(module, MoEFFN):
-            yield inner, owner, name, module
+def _targets(model: CausalLM) -> list[tuple[str, nn.Module]]:
+    """Return paths and modules that are rounded: linear layers of blocks, and their mixtures."""
+    exempt = ("attn.kv_up", "ffn.router")
+    return [
+        (path, module)
+        for name, block in model.named_modules()
+        if isinstance(block, TransformerBlock)
+        for path, module in block.named_modules(prefix=name)
+        if isinstance(module, MoEFFN)
+        or (isinstance(module, nn.Linear) and not path.endswith(exempt))
+    ]
 
 
 def _kept(model: CausalLM) -> Iterator[Tensor]:
@@ -349,33 +328,29 @@ def _kept(model: CausalLM) -> Iterator[Tensor]:
             yield from module.parameters()
 
 
-def _checked_group(kind: str, group_size: int | None) -> int:
-    """Inputs of a group; 0 for int8, which has none."""
-    if kind not in KINDS:
-        raise ConfigError(
-            "unknown quantisation", where="quantize(kind)", value=kind, allowed=" or ".join(KINDS)
-        )
-    if kind == "int8" and group_size is not None:
+def _group_of(kind: str, group_size: int | None) -> int:
+    """Return the inputs of a group; 0 for int8, which has none."""
+    pick(KINDS, kind, "quantize(kind)", what="quantisation")
+    if kind == "int4":
+        sizes = {str(size): size for size in GROUPS}
+        size = DEFAULT_GROUP if group_size is None else group_size
+        return pick(sizes, str(size), "quantize(group_size)", what="group size")
+    if group_size is not None:
         raise ConfigError(
             "int8 has one scale for each output, and no groups", where="quantize(group_size)",
             value=group_size, allowed="None", fix="leave group_size out, or choose int4",
         )  # fmt: skip
-    if group_size is not None and (isinstance(group_size, bool) or group_size not in GROUPS):
-        raise ConfigError(
-            "unknown group size", where="quantize(group_size)", value=group_size,
-            allowed=", ".join(map(str, GROUPS)), fix=f"leave it out for {DEFAULT_GROUP}",
-        )  # fmt: skip
-    return 0 if kind == "int8" else group_size or DEFAULT_GROUP
+    return 0
 
 
-def _check_model(model: CausalLM, places: list[Place], group: int) -> None:
-    """Refuse what could only be quantised in part."""
+def _check_model(model: CausalLM, targets: list[tuple[str, nn.Module]], group: int) -> None:
+    """Reject what could only be quantised in part."""
     if is_quantized(model):
         raise ConfigError(
             "the model is quantised already", where="quantize", value=type(model).__name__,
             allowed="a model as it was trained", fix="load the model again and quantise it once",
         )  # fmt: skip
-    for path, _, _, module in places:
+    for path, module in targets:
         if isinstance(module, MoEFFN) and type(module.experts) is not RoutedExperts:
             raise ConfigError(
                 "these experts cannot be packed", where=path, value=type(module.experts).__name__,
@@ -385,16 +360,10 @@ def _check_model(model: CausalLM, places: list[Place], group: int) -> None:
             if type(weight.data) is not Tensor or weight.is_meta:
                 raise ConfigError(
                     "this weight is not here as a whole", where=name,
-                    value=type(weight.data).__name__ if not weight.is_meta else "meta",
+                    value="meta" if weight.is_meta else type(weight.data).__name__,
                     allowed="models on one device", fix="quantise in a single process",
                 )  # fmt: skip
-            problem = packing_problem(weight.shape[-1], group)
-            if problem is not None:
-                raise ConfigError(
-                    "this layer cannot be rounded to int4", where=name, value=problem,
-                    allowed=f"groups of {', '.join(map(str, GROUPS))}, no wider than the inputs",
-                    fix="take a smaller group_size, or int8, which takes every width",
-                )  # fmt: skip
+            check_packing(weight.shape[-1], group, name)
             if not weight.isfinite().all():
                 raise ConfigError(
                     "a weight is not finite", where=name, value="NaN or infinite",
@@ -403,9 +372,8 @@ def _check_model(model: CausalLM, places: list[Place], group: int) -> None:
 
 
 def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and weight (..., O, I) of what is rounded in a module."""
+    """Yield name and weight (..., O, I) of what is rounded in a module."""
     if isinstance(module, MoEFFN):
         yield from ((f"{path}.{name}", getattr(module, name).mT) for name in ("gate_up", "down"))
     else:
-        assert isinstance(module, nn.Linear)
-        yield f"{path}.weight", module.weight
+        yield f"{path}.weight", cast(nn.Linear, module).weight

@@ -1,19 +1,19 @@
-"""Weights in 8 or 4 bits: packing them, products with them, and routed experts made of them.
+"""Weights in 8 or 4 bits: packing them, matmuls with them, and routed experts made of them.
 
-Weight-only: activations stay bfloat16. int8 has one scale for each output, int4 sixteen evenly
-spaced values between the least and the largest of each group of inputs:
+Weight-only: activations stay bfloat16. int8 has one scale per output, int4 sixteen evenly spaced
+values between the minimum and the maximum of each group of inputs:
 
     int8:  w = level * scale                 level in -127 .. 127
     int4:  w = (level - 8) * scale + zero    level in 0 .. 15
 
-Two ways to multiply, chosen by shape. The packed kernels of PyTorch's CPU backend read the levels
-as they are; their time grows with the rows, so they serve the few rows of decoding. For many rows
-the weight is unpacked to bfloat16, a piece at a time, and multiplied as usual.
+A matmul is chosen by shape. The packed kernels of PyTorch's CPU backend read the levels as they
+are; their time grows with the rows, so they serve the few rows of decoding. For many rows the
+weight is unpacked to bfloat16, a piece at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.errors import ConfigError, InternalError
-from open_mythos.ops.backend import pick_backend
 from open_mythos.ops.experts.routed import routed_experts
 
 DTYPE = torch.bfloat16
@@ -39,14 +38,14 @@ PIECE = 1 << 19
 class PackedWeight:
     """A matrix that maps I inputs to O outputs, or a stack of E such matrices.
 
-    It is stored with zeros added: inputs to a multiple of ``group`` (int8: of 16) and outputs, in
-    int4, to a multiple of 16. The kernels would read past the end of other rows.
+    It is stored zero-padded: inputs to a multiple of ``group`` (int8: of 16) and, in int4, outputs
+    to a multiple of 16. The kernels would read past the end of other rows.
 
     Attributes:
         levels: int8 (..., O, I), or uint8 (..., O, I / 2) in the order of the CPU's int4 kernel.
         scale: bfloat16; int8 (..., O), int4 (..., I / group, O, 2): scale and zero.
-        inputs: I without what was added.
-        outputs: O without what was added.
+        inputs: I without padding.
+        outputs: O without padding.
         group: Inputs that share a scale in int4; 0 for int8.
     """
 
@@ -63,7 +62,7 @@ class PackedWeight:
 
     @property
     def stored(self) -> tuple[int, int]:
-        """(O, I) with what was added."""
+        """(O, I) with padding."""
         outputs, width = self.levels.shape[-2:]
         return outputs, 2 * width if self.group else width
 
@@ -115,30 +114,32 @@ class PackedWeight:
         return torch.addcmul(zero, by_group, scale, out=by_group).flatten(-3, -2)
 
 
-def packing_problem(inputs: int, group: int = 0) -> str | None:
-    """Why a matrix of so many inputs cannot be packed, or None; int8 (``group`` 0) takes all."""
-    if group and group not in GROUPS:
-        return f"groups of {group}"
-    return f"groups of {group} for {inputs} inputs" if group > inputs else None
+def check_packing(inputs: int, group: int, where: str) -> None:
+    """Check that a matrix of so many inputs can be packed; int8 (``group`` 0) takes every width.
+
+    Raises:
+        ConfigError: There are no such groups, or fewer inputs than one of them.
+    """
+    if group and (group not in GROUPS or group > inputs):
+        raise ConfigError(
+            "this layer cannot be rounded to int4", where=where,
+            value=f"groups of {group} for {inputs} inputs",
+            allowed=f"groups of {', '.join(map(str, GROUPS))}, no wider than the inputs",
+            fix="take a smaller group_size, or int8, which takes every width",
+        )  # fmt: skip
 
 
 @torch.no_grad()
 def pack(weight: Tensor, group: int = 0) -> PackedWeight:
     """Round ``weight`` (..., O, I) to int8, or to int4 in groups of ``group`` inputs.
 
-    Levels are chosen for the scale and zero as bfloat16 holds them, so that storing those in
-    bfloat16 adds no error of its own. Of a stack one matrix at a time is worked on.
+    Levels are chosen for the scale and zero rounded to bfloat16, so that storing those in bfloat16
+    adds no error. A stack is packed one matrix at a time.
 
     Raises:
-        ConfigError: There are no such groups, or fewer inputs than one of them.
+        ConfigError: As :func:`check_packing`.
     """
-    problem = packing_problem(weight.shape[-1], group)
-    if problem is not None:
-        raise ConfigError(
-            "this matrix cannot be packed", where="pack", value=problem,
-            allowed=f"int4: groups of {', '.join(map(str, GROUPS))}, no wider than the inputs",
-            fix="take a smaller group, or int8, which takes every size",
-        )  # fmt: skip
+    check_packing(weight.shape[-1], group, "pack")
     if weight.dim() > 2:
         parts = [pack(each, group) for each in weight.unbind()]
         levels, scale = (torch.stack([getattr(part, name) for part in parts]) for name in _FIELDS)
@@ -191,48 +192,25 @@ def _order() -> tuple[int, bool]:
     raise InternalError("this PyTorch packs 4-bit weights in an unknown order", where="int4")
 
 
-def kernel_problem(weight: PackedWeight) -> str | None:
-    """Why the packed kernel cannot multiply with this matrix, or None."""
-    if weight.levels.device.type != "cpu":
-        return f"weights on {weight.levels.device}"
-    return None if weight.levels.dim() == 2 else "a stack of matrices"
-
-
-def packed_linear(x: Tensor, weight: PackedWeight, *, backend: str = "auto") -> Tensor:
-    """``x`` (..., I) times a packed matrix: (..., O) in bfloat16.
-
-    Args:
-        x: Inputs; they are cast to bfloat16.
-        weight: A single matrix.
-        backend: "packed" (the CPU kernel), "unpacked" (piece by piece), "reference" (all at once,
-            in float32) or "auto".
-
-    Raises:
-        ConfigError: Unknown backend, or one that cannot serve this matrix.
-    """
+def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Multiply ``x`` (..., I) by a packed matrix: (..., O) in bfloat16."""
     rows = x.reshape(-1, x.shape[-1]).to(DTYPE)
     added = weight.stored[1] - weight.inputs
     rows = F.pad(rows, (0, added)) if added else rows.contiguous()
-    problem = kernel_problem(weight)
-    if backend == "auto":
-        few = problem is None and len(rows) <= PACKED_ROWS[weight.bits]
-        backend = "packed" if few else "unpacked"
-    elif backend == "packed" and problem is not None:
-        raise ConfigError(
-            "the packed kernel cannot serve this product", where="packed_linear", value=problem,
-            allowed="one matrix, on the CPU", fix='use backend="auto"',
-        )  # fmt: skip
-    out = pick_backend("packed matmul", backend, _PRODUCTS)(rows, weight)[:, : weight.outputs]
-    return out.reshape(*x.shape[:-1], weight.outputs)
+    few = rows.device.type == "cpu" and len(rows) <= PACKED_ROWS[weight.bits]
+    out = (_by_kernel if few else _unpacked)(rows, weight)
+    return out[:, : weight.outputs].reshape(*x.shape[:-1], weight.outputs)
 
 
-def _packed(x: Tensor, weight: PackedWeight) -> Tensor:
+def _by_kernel(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Multiply by the packed kernels of the CPU."""
     if not weight.group:
         return torch._weight_int8pack_mm(x, weight.levels, weight.scale)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.levels, weight.group, weight.scale)
 
 
 def _unpacked(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Unpack and multiply: at once on a GPU, piece by piece on a CPU."""
     if x.is_cuda:
         return x[:, : weight.inputs] @ weight.unpacked()
     outputs, inputs = weight.stored
@@ -242,16 +220,12 @@ def _unpacked(x: Tensor, weight: PackedWeight) -> Tensor:
         part = weight.part(first, min(step, outputs - first))
         here = out[:, first : first + step]
         if weight.group:
-            products = [(x @ block).transpose(0, 1).flatten(1) for block in part.blocks()]
-            here.copy_(products[0] if len(products) == 1 else torch.cat(products, 1))
+            pieces = [(x @ block).transpose(0, 1).flatten(1) for block in part.blocks()]
+            here.copy_(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
         else:
             # levels are exact in bfloat16: the scale can wait for the result
             here.copy_(x @ part.levels.to(DTYPE).mT)
     return out if weight.group else out.mul_(weight.scale)
-
-
-def _reference(x: Tensor, weight: PackedWeight) -> Tensor:
-    return (x[:, : weight.inputs].float() @ weight.unpacked(torch.float32)).to(DTYPE)
 
 
 def packed_experts(
@@ -260,12 +234,12 @@ def packed_experts(
     down: PackedWeight,
     experts_NC: Tensor,
     weights_NC: Tensor,
-    *,
-    backend: str = "auto",
 ) -> Tensor:
     """Sum over the C chosen experts of weight times expert output, (N, D) in bfloat16.
 
-    As :func:`open_mythos.ops.experts.routed.routed_experts`, with packed experts.
+    A CPU multiplies expert by expert, and asks the routing for the chosen ones. A GPU needs no
+    host-device sync: it unpacks a copy of the expert for every choice, or all experts if that is
+    less.
 
     Args:
         x_ND: Tokens.
@@ -273,33 +247,18 @@ def packed_experts(
         down: E matrices from F to D.
         experts_NC: Chosen experts, int64, distinct within a token.
         weights_NC: Their weights.
-        backend: "each" (one product after the other for every chosen expert; asks the host which
-            these are), "gathered" (unpacks a copy of the expert for every choice), "unpacked"
-            (unpacks all experts), "reference" (the same in float32, one expert after the other) or
-            "auto": "each" on a CPU, elsewhere the one of the others that unpacks less.
-
-    Raises:
-        ConfigError: Unknown backend.
     """
-    if backend == "auto":
-        if x_ND.device.type == "cpu":
-            backend = "each"
-        else:
-            backend = "gathered" if experts_NC.numel() <= len(gate_up.levels) else "unpacked"
-    compute = pick_backend("packed expert", backend, _EXPERTS)
-    return compute(x_ND.to(DTYPE), gate_up, down, experts_NC, weights_NC.to(DTYPE))
+    call = x_ND.to(DTYPE), gate_up, down, experts_NC, weights_NC.to(DTYPE)
+    if x_ND.device.type == "cpu":
+        return _each(*call)
+    return _gathered(*call) if experts_NC.numel() <= len(gate_up.levels) else _all(*call)
 
 
 def _each(
-    x_ND: Tensor,
-    gate_up: PackedWeight,
-    down: PackedWeight,
-    experts_NC: Tensor,
-    weights_NC: Tensor,
+    x_ND: Tensor, gate_up: PackedWeight, down: PackedWeight, experts_NC: Tensor, weights_NC: Tensor
 ) -> Tensor:
-    """Tokens in the order of their experts; each expert's products as their rows are many."""
-    n_chosen = experts_NC.shape[1]
-    flat = experts_NC.flatten()
+    """Multiply the tokens of each expert, sorted by expert."""
+    n_chosen, flat = experts_NC.shape[1], experts_NC.flatten()
     order = flat.argsort(stable=True)
     rows, weights = x_ND[order // n_chosen], weights_NC.flatten()[order].unsqueeze(-1)
     made, first = torch.empty_like(rows), 0
@@ -309,62 +268,27 @@ def _each(
             hidden = _swiglu(packed_linear(rows[mine], gate_up[expert])) * weights[mine]
             made[mine] = packed_linear(hidden, down[expert])
             first += count
-    return (
-        torch.empty_like(made).index_copy_(0, order, made).view(-1, n_chosen, rows.shape[1]).sum(1)
-    )
+    by_token = torch.empty_like(made).index_copy_(0, order, made)
+    return by_token.view(-1, n_chosen, rows.shape[1]).sum(1)
 
 
 def _gathered(
-    x_ND: Tensor,
-    gate_up: PackedWeight,
-    down: PackedWeight,
-    experts_NC: Tensor,
-    weights_NC: Tensor,
+    x_ND: Tensor, gate_up: PackedWeight, down: PackedWeight, experts_NC: Tensor, weights_NC: Tensor
 ) -> Tensor:
-    """A batch of products, one for every choice; nothing waits for the device."""
-    n_chosen = experts_NC.shape[1]
-    flat = experts_NC.flatten()
+    """Unpack the expert of every choice, and multiply in a batch."""
+    n_chosen, flat = experts_NC.shape[1], experts_NC.flatten()
     rows = x_ND.repeat_interleave(n_chosen, 0).unsqueeze(1)
     hidden = _swiglu(rows @ gate_up[flat].unpacked()) * weights_NC.view(-1, 1, 1)
     return (hidden @ down[flat].unpacked()).view(-1, n_chosen, x_ND.shape[1]).sum(1)
 
 
-def _all_unpacked(
-    x_ND: Tensor,
-    gate_up: PackedWeight,
-    down: PackedWeight,
-    experts_NC: Tensor,
-    weights_NC: Tensor,
+def _all(
+    x_ND: Tensor, gate_up: PackedWeight, down: PackedWeight, experts_NC: Tensor, weights_NC: Tensor
 ) -> Tensor:
+    """Unpack all experts."""
     return routed_experts(x_ND, gate_up.unpacked(), down.unpacked(), experts_NC, weights_NC)
-
-
-def _reference_experts(
-    x_ND: Tensor,
-    gate_up: PackedWeight,
-    down: PackedWeight,
-    experts_NC: Tensor,
-    weights_NC: Tensor,
-) -> Tensor:
-    """The plain twin."""
-    stacks = gate_up.unpacked(torch.float32), down.unpacked(torch.float32)
-    mixed = routed_experts(x_ND.float(), *stacks, experts_NC, weights_NC, backend="reference")
-    return mixed.to(DTYPE)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-_PRODUCTS: dict[str, Callable[..., Tensor]] = {
-    "packed": _packed,
-    "unpacked": _unpacked,
-    "reference": _reference,
-}
-_EXPERTS: dict[str, Callable[..., Tensor]] = {
-    "each": _each,
-    "gathered": _gathered,
-    "unpacked": _all_unpacked,
-    "reference": _reference_experts,
-}

@@ -1,4 +1,4 @@
-"""Packed weights against the plain twin, at odd sizes too."""
+"""Packed weights against the unpacked ones, at odd sizes too."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def off(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected||."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def reference(x: Tensor, weight: PackedWeight) -> Tensor:
+    """The matmul in float32."""
+    return x.float() @ weight.unpacked(torch.float32)
 
 
 def rounded(weight_OI: Tensor, group: int) -> Tensor:
@@ -102,12 +107,13 @@ def test_bytes():
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 5, 67])
 @pytest.mark.parametrize("size", SIZES)
-def test_packed_matmuls_equal_the_reference(size, rows):
+def test_matmuls_equal_the_reference(size, rows, monkeypatch):
     outputs, inputs, group = SIZES[size]
     weight, x = pack(random(outputs, inputs), group), random(rows, inputs, seed=1).bfloat16()
-    expected = packed_linear(x, weight, backend="reference")
-    for backend in ("packed", "unpacked", "auto"):
-        out = packed_linear(x, weight, backend=backend)
+    expected = reference(x, weight)
+    for most in (0, 100):  # unpacked, by the kernel
+        monkeypatch.setitem(PACKED_ROWS, weight.bits, most)
+        out = packed_linear(x, weight)
         assert out.shape == (rows, outputs)
         assert out.dtype == torch.bfloat16
         assert rows == 0 or off(out, expected) < ROUNDING
@@ -125,18 +131,18 @@ def test_any_leading_axes_and_dtypes():
 @pytest.mark.parametrize("group", [0, 32])
 def test_few_rows_take_the_kernel(group, monkeypatch):
     weight, taken = pack(random(32, 64), group), []
-    for name in ("packed", "unpacked"):
-        made = quantized._PRODUCTS[name]
+    for name in ("_by_kernel", "_unpacked"):
+        made = getattr(quantized, name)
 
         def spy(x: Tensor, weight: PackedWeight, name: str = name, made=made) -> Tensor:
             taken.append(name)
             return made(x, weight)
 
-        monkeypatch.setitem(quantized._PRODUCTS, name, spy)
+        monkeypatch.setattr(quantized, name, spy)
     most = PACKED_ROWS[weight.bits]
     for rows in (1, most, most + 1):
         packed_linear(random(rows, 64), weight)
-    assert taken == ["packed", "packed", "unpacked"]
+    assert taken == ["_by_kernel", "_by_kernel", "_unpacked"]
 
 
 EXPERTS = {  # N, D, F, E, C, group
@@ -164,12 +170,15 @@ def expert_inputs(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, in
 def test_experts_equal_the_reference(name):
     x, gate_up, down, experts, weights, group = expert_inputs(name)
     stacks = pack(gate_up.mT, group), pack(down.mT, group)
-    expected = packed_experts(x, *stacks, experts, weights, backend="reference")
-    for backend in ("each", "gathered", "unpacked", "auto"):
-        out = packed_experts(x, *stacks, experts, weights, backend=backend)
+    unpacked = (stack.unpacked(torch.float32) for stack in stacks)
+    expected = routed_experts(x, *unpacked, experts, weights, backend="reference")
+    for compute in (quantized._each, quantized._gathered, quantized._all):
+        out = compute(x.bfloat16(), *stacks, experts, weights.bfloat16())
         assert out.dtype == torch.bfloat16
         assert off(out, expected) < 2 * ROUNDING
-    # the twin is wrong by the rounding of the weights alone, and that is not nothing
+    out = packed_experts(x, *stacks, experts, weights)
+    assert off(out, expected) < 2 * ROUNDING
+    # the reference is wrong by the rounding of the weights alone, and that is not nothing
     exact = routed_experts(x, gate_up, down, experts, weights, backend="reference")
     assert 1e-3 < off(expected, exact) < (0.25 if group else 0.03)
 
@@ -199,18 +208,7 @@ def test_groups_that_cannot_be(inputs, group):
         pack(random(16, inputs), group)
 
 
-def test_backends_that_cannot_serve():
-    x, weight = random(2, 7), pack(random(5, 7))
-    with pytest.raises(ConfigError, match=r"unknown packed \w+ backend"):
-        packed_linear(x, weight, backend="fast")
-    with pytest.raises(ConfigError, match=r"unknown packed \w+ backend"):
-        packed_experts(x, weight, weight, torch.zeros(2, 1).long(), torch.ones(2, 1), backend="?")
-    with pytest.raises(ConfigError, match="a stack of matrices"):
-        packed_linear(random(2, 16), pack(random(2, 4, 16)), backend="packed")
-
-
 def test_groups_are_those_of_the_kernel():
     for group in GROUPS:
         weight, x = pack(random(16, 256), group), random(2, 256)
-        expected = packed_linear(x, weight, backend="reference")
-        assert off(packed_linear(x, weight, backend="packed"), expected) < ROUNDING
+        assert off(packed_linear(x, weight), reference(x, weight)) < ROUNDING
