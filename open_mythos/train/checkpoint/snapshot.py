@@ -6,9 +6,8 @@
       state.json                        step, tokens, data position, configuration, depths trained
       manifest.json                     size and hashes of every other file; written last
 
-It is written under another name, forced to the disk, read back, and only then renamed into place;
-older ones go after that. All randomness follows from the seed and the step, so there is no
-generator state to store. The format is described in docs/checkpoint_format.md.
+Written under a temporary name, synced, verified and renamed; then old ones are deleted. Randomness
+follows from seed and step, so no generator state is stored. Format: docs/checkpoint_format.md.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def take_snapshot(
     extra: Extra | None = None,
     copy: bool = False,
 ) -> Snapshot:
-    """What is to be saved of this moment.
+    """Collect what a checkpoint will hold.
 
     Args:
         step: Optimizer steps done.
@@ -96,16 +95,14 @@ def take_snapshot(
         optimizer: Built by :func:`open_mythos.train.optimizers.optim.build_optimizer`.
         state: JSON-ready; what :func:`load_checkpoint` gives back.
         extra: Further safetensors files and their tensors.
-        copy: Let nothing that happens later change it. Takes as much host memory as the
-            checkpoint is large; without it, tensors that are on the CPU are shared.
+        copy: Copy CPU tensors instead of sharing them; takes as much memory as the checkpoint.
     """
     tensors = {
         file: {name: each.to("cpu", copy=copy).contiguous() for name, each in tensors.items()}
         for file, tensors in stored_tensors(model, optimizer, extra).items()
     }
-    return Snapshot(
-        step, tensors, {CONFIG_FILE: as_json(describe(model)), STATE_FILE: as_json(state)}
-    )
+    texts = {CONFIG_FILE: as_json(describe(model)), STATE_FILE: as_json(state)}
+    return Snapshot(step, tensors, texts)
 
 
 def stored_tensors(
@@ -223,11 +220,7 @@ def find_checkpoint(source: str | Path, strict: bool = False) -> Path:
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        DataError: A file is missing, superfluous or changed; names it.
-    """
+    """Compare every file with the manifest; raise a DataError that names one that differs."""
     verify_files(Path(path))
 
 
