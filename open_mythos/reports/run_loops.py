@@ -54,11 +54,6 @@ def measured(run: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
-def best_row(run: RunRecord) -> dict[str, Any] | None:
-    """Return the row of :func:`measured` with the smallest loss."""
-    return min(measured(run), key=lambda row: row["loss"], default=None)
-
-
 def row_at_mean(run: RunRecord) -> dict[str, Any] | None:
     """Return the row of :func:`measured` nearest to the mean training depth."""
     rows, mean = measured(run), run.mean_depth
@@ -117,9 +112,10 @@ def _points(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def _last_evaluation(run: RunRecord) -> list[Panel]:
-    rows, best = measured(run), best_row(run)
-    if best is None:
+    rows = measured(run)
+    if not rows:
         return []
+    best = min(rows, key=lambda row: row["loss"])
     about = f"At step {max(run.evaluations):,}; b" if run.evaluations else "B"
     body = table(
         ("loops", "nats per token", "bits per byte"),

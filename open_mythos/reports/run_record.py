@@ -1,7 +1,4 @@
-"""Read what a training run has written to its folder so far; nothing has to be complete.
-
-This module loads torch only to read a checkpoint.
-"""
+"""Read what a training run has written to its folder so far; nothing has to be complete."""
 
 from __future__ import annotations
 
@@ -12,10 +9,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from open_mythos.accounting import Accounting, account
 from open_mythos.checks import is_number
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError, MythosError
+from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
+from open_mythos.model.layers.injection import LTIInjection
 from open_mythos.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -199,12 +200,8 @@ def read_run(folder: str | Path) -> RunRecord:
             allowed=f"the folder of a run: {METRICS_FILE}, {CHECKPOINTS_FOLDER}, {CONFIG_FILE}",
             fix="name the folder that train.out_dir named",
         )  # fmt: skip
-    record = RunRecord(
-        path,
-        config if isinstance(config, dict) else None,
-        checkpoint=checkpoint,
-        broken_lines=broken,
-    )
+    known = config if isinstance(config, dict) else None
+    record = RunRecord(path, known, checkpoint=checkpoint, broken_lines=broken)
     _follow(record, lines)
     return record
 
@@ -303,11 +300,6 @@ def _newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def _decays(path: Path) -> list[float]:
     """Read the diagonal of A without the rest of the model."""
-    import torch
-
-    from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
-    from open_mythos.model.layers.injection import LTIInjection
-
     shapes = stored_shapes(path)
     names = [f"model/recurrent.injection.{name}" for name in ("log_A", "dt_bias")]
     if not set(names) <= shapes.keys():

@@ -144,7 +144,6 @@ def test_one_seed_below_the_mark_is_enough_to_fail(recorded):
 
 
 def test_the_picture_and_the_table_show_every_arm(recorded, tmp_path):
-    pytest.importorskip("matplotlib")
     summary = c1.summarise(results(recorded))
     assert [row[0] for row in summary.rows] == list(ARMS)
     assert all(len(row) == len(summary.head) for row in summary.rows)

@@ -63,7 +63,6 @@ def test_the_verdict_follows_the_pass_mark(recorded, changes, verdict):
 
 
 def test_the_picture_and_the_table_show_every_arm(recorded, tmp_path):
-    pytest.importorskip("matplotlib")
     summary = c1b.summarise(results(recorded))
     assert "10.0% at 3 loops" in summary.sentence
     assert all(len(row) == len(summary.head) for row in summary.rows)

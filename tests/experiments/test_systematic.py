@@ -87,7 +87,6 @@ def test_stages_are_told_apart(recorded):
 
 
 def test_the_picture_and_the_table_show_every_arm(recorded, tmp_path):
-    pytest.importorskip("matplotlib")
     summary = systematic.summarise(results(recorded))
     assert [row[0] for row in summary.rows] == list(ARMS)
     assert all(len(row) == len(summary.head) for row in summary.rows)
