@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from open_mythos.errors import DataError
 
@@ -86,81 +86,53 @@ def read_index(folder: Path) -> Index:
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError("the index cannot be read", where=str(path), value=str(error)) from error
-    root = _Record(content, str(path))
-    version = (root.text("format"), root.number("version"))
-    if version != (FORMAT, VERSION):
-        raise root.error("version", version, f"{(FORMAT, VERSION)}")
-    if root.text("dtype") not in DTYPES:
-        raise root.error("dtype", root.text("dtype"), ", ".join(DTYPES))
-    return Index(
-        dtype=root.text("dtype"),
-        tokenizer=root.text("tokenizer"),
-        tokenizer_fingerprint=root.text("tokenizer_fingerprint"),
-        vocab_size=root.number("vocab_size"),
-        eos_id=root.number("eos_id"),
-        splits={name: _split(record) for name, record in root.record("splits").items()},
-    )
+    where = str(path)
+    if isinstance(content, dict):
+        version = (content.get("format"), content.get("version"))
+        if version != (FORMAT, VERSION):
+            raise _damaged(f"{where}: version", version, f"{(FORMAT, VERSION)}")
+    index: Index = _parsed(Index, content, where)
+    if index.dtype not in DTYPES:
+        raise _damaged(f"{where}: dtype", index.dtype, ", ".join(DTYPES))
+    for name, split in index.splits.items():
+        _check_split(split, f"{where}: splits: {name}")
+    return index
 
 
-class _Record:
-    """A JSON object whose fields are checked as they are taken."""
-
-    def __init__(self, content: Any, where: str) -> None:
-        self.where = where
-        if not isinstance(content, dict):
-            raise self.error("", type(content).__name__, "an object")
-        self._content = content
-
-    def error(self, key: str, value: Any, allowed: str) -> DataError:
-        where = f"{self.where}: {key}" if key else self.where
-        return DataError("the index is damaged", where=where, value=value, allowed=allowed)
-
-    def number(self, key: str) -> int:
-        value = self._content.get(key)
-        if type(value) is not int or value < 0:
-            raise self.error(key, value, "an integer >= 0")
-        return value
-
-    def text(self, key: str) -> str:
-        value = self._content.get(key)
-        if not isinstance(value, str):
-            raise self.error(key, value, "a string")
-        return value
-
-    def array(self, key: str) -> list[Any]:
-        value = self._content.get(key)
+def _parsed(kind: Any, value: Any, where: str) -> Any:
+    """Read a JSON value as a dataclass, tuple, dict, string or count; each field is checked."""
+    inner, is_record = get_args(kind), is_dataclass(kind)
+    if is_record or get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise _damaged(where, type(value).__name__, "an object")
+        hints = get_type_hints(kind) if is_record else dict.fromkeys(value, inner[-1])
+        fields = {
+            name: _parsed(hint, value.get(name), f"{where}: {name}") for name, hint in hints.items()
+        }
+        return kind(**fields) if is_record else fields
+    if get_origin(kind) is tuple:
         if not isinstance(value, list) or not value:
-            raise self.error(key, value, "a list that is not empty")
-        return value
-
-    def record(self, key: str) -> _Record:
-        return _Record(self._content.get(key), f"{self.where}: {key}")
-
-    def records(self, key: str) -> list[_Record]:
-        return [_Record(item, f"{self.where}: {key}") for item in self.array(key)]
-
-    def items(self) -> list[tuple[str, _Record]]:
-        return [(key, self.record(key)) for key in self._content]
+            raise _damaged(where, value, "a list that is not empty")
+        return tuple(_parsed(inner[0], item, where) for item in value)
+    if kind is int and (type(value) is not int or value < 0):
+        raise _damaged(where, value, "an integer >= 0")
+    if kind is str and not isinstance(value, str):
+        raise _damaged(where, value, "a string")
+    return value
 
 
-def _split(record: _Record) -> Split:
-    shards = tuple(
-        Shard(_shard_file(shard.record("tokens")), _shard_file(shard.record("starts")))
-        for shard in record.records("shards")
+def _check_split(split: Split, where: str) -> None:
+    for file in (file for shard in split.shards for file in (shard.tokens, shard.starts)):
+        if not _FILE_NAME.fullmatch(file.file):
+            raise _damaged(f"{where}: file", file.file, "a plain file name")
+        if not file.items:
+            raise _damaged(f"{where}: items", file.items, "an integer >= 1")
+    counted = tuple(
+        sum(getattr(shard, name).items for shard in split.shards) for name in ("tokens", "starts")
     )
-    split = Split(
-        record.number("tokens"), record.number("documents"), record.number("text_bytes"), shards
-    )
-    counted = (sum(s.tokens.items for s in shards), sum(s.starts.items for s in shards))
     if counted != (split.tokens, split.documents):
-        raise record.error("tokens, documents", (split.tokens, split.documents), str(counted))
-    return split
+        raise _damaged(f"{where}: tokens, documents", (split.tokens, split.documents), f"{counted}")
 
 
-def _shard_file(record: _Record) -> ShardFile:
-    name, items = record.text("file"), record.number("items")
-    if not _FILE_NAME.fullmatch(name):
-        raise record.error("file", name, "a plain file name")
-    if items == 0:
-        raise record.error("items", items, "an integer >= 1")
-    return ShardFile(name, items, tuple(str(digest) for digest in record.array("sha256")))
+def _damaged(where: str, value: Any, allowed: str) -> DataError:
+    return DataError("the index is damaged", where=where, value=value, allowed=allowed)
