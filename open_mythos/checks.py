@@ -33,9 +33,14 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_scalar(value: Any) -> bool:
+    """Return whether ``value`` is an int or a float, NaN and infinities included (a bool is not)."""
+    return isinstance(value, float) or is_int(value)
+
+
 def is_number(value: Any) -> bool:
     """Return whether ``value`` is a finite int or float (a bool is not)."""
-    return (isinstance(value, float) or is_int(value)) and math.isfinite(value)
+    return is_scalar(value) and math.isfinite(value)
 
 
 def check_count(where: str, value: Any, least: int = 1) -> int:
@@ -54,6 +59,24 @@ def check_count(where: str, value: Any, least: int = 1) -> int:
             fix=f"correct the argument {where}",
         )
     return count
+
+
+def check_number(
+    where: str, value: Any, *, gt: float = -math.inf, le: float = math.inf
+) -> None:
+    """Check that ``gt`` < ``value`` <= ``le``.
+
+    Raises:
+        ConfigError: It is not, or no finite number.
+    """
+    if not is_number(value) or not gt < value <= le:
+        raise ConfigError(
+            f"{where} is out of range",
+            where=where,
+            value=value,
+            allowed=f"finite and > {gt:g}" if le == math.inf else f"{gt:g} < x <= {le:g}",
+            fix=f"correct the argument {where}",
+        )
 
 
 def pick(table: Collection[str], name: Any, where: str, *, what: str = "", fix: str = "") -> Any:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from open_mythos.checks import pick
 from open_mythos.errors import ConfigError, EnvironmentError_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,9 +73,7 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def resolve_dtype(name: str) -> torch.dtype:
     """The ``torch.dtype`` named "float32", "bfloat16" or "float16"."""
-    if name not in DTYPES:
-        raise ConfigError("unknown dtype", where="dtype", value=name, allowed=", ".join(DTYPES))
-    return DTYPES[name]
+    return pick(DTYPES, name, "dtype")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

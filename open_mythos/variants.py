@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from open_mythos.checks import nearest
+from open_mythos.checks import pick
 from open_mythos.config import MythosConfig
-from open_mythos.errors import ConfigError
 
 _MILLION_TOKENS = 1_000_000
 _LONG_OUTPUT = 131_072
@@ -155,10 +154,4 @@ def variant(name: str) -> MythosConfig:
     Raises:
         ConfigError: There is no such variant; the nearest name is given.
     """
-    key = name.removeprefix("mythos_")
-    if key not in VARIANTS:
-        raise ConfigError(
-            "unknown variant", where="variant", value=name, allowed=", ".join(VARIANTS),
-            fix=nearest(key, VARIANTS),
-        )  # fmt: skip
-    return VARIANTS[key]()
+    return pick(VARIANTS, name.removeprefix("mythos_"), "variant")()

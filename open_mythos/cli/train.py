@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
 
-from open_mythos.checks import nearest
+from open_mythos.checks import pick
 from open_mythos.cli.options import Parser, new_parser, parse_words, with_underscores
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError, DataError
@@ -162,12 +162,8 @@ def _full_name(word: str) -> str:
 
 def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
     """Return the named recipe with the model, weights and subset that the command line names."""
-    if first.recipe is not None and first.recipe not in RECIPES:
-        raise ConfigError(
-            "unknown recipe", where="--recipe", value=first.recipe, allowed=", ".join(RECIPES),
-            fix=nearest(first.recipe, RECIPES),
-        )  # fmt: skip
-    recipe = RECIPES[first.recipe]() if first.recipe else default_recipe()
+    named = None if first.recipe is None else pick(RECIPES, first.recipe, "--recipe", what="recipe")
+    recipe = named() if named else default_recipe()
     config = recipe.config
     if first.variant:
         config.model = variant(first.variant)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from open_mythos.errors import ConfigError
+from open_mythos.checks import pick
 from open_mythos.inference.static_decoder import (
     MODES,
     StaticDecoder,
@@ -34,12 +34,8 @@ def decoder_factory(
     Raises:
         ConfigError: ``mode`` is unknown, or serves no exit rule and no call without a cache.
     """
-    if isinstance(mode, str) and mode not in ("eager", *MODES):
-        raise ConfigError(
-            "unknown way to decode", where="mode", value=mode,
-            allowed=f"{', '.join(('eager', *MODES))}, or a StaticDecoder",
-            fix='leave it at "eager"',
-        )  # fmt: skip
+    if not isinstance(mode, StaticDecoder):
+        pick(("eager", *MODES), mode, "mode", what="way to decode", fix='leave it at "eager"')
     if mode == "eager":
         return partial(GrowingDecoder, use_cache=use_cache)
     if depth is not None and depth.exit_rule is not None:

@@ -30,7 +30,7 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, pick
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.inference.cuda_graphs import Graphs
 from open_mythos.model.active import Active
@@ -360,11 +360,7 @@ def reject(
 
 def _check_mode(mode: str, device: torch.device) -> bool:
     """Whether steps are to be captured."""
-    if mode not in MODES:
-        raise ConfigError(
-            "unknown way to run a step", where="mode", value=mode, allowed=", ".join(MODES),
-            fix='"static" runs everywhere',
-        )  # fmt: skip
+    pick(MODES, mode, "mode", what="way to run a step", fix='"static" runs everywhere')
     if mode == "graph" and device.type != "cuda":
         raise EnvironmentError_(
             "CUDA graphs need a CUDA device", where="mode", value=f"graph, on {device}",

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, pick
 from open_mythos.config import MythosConfig
-from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM, forward_call
 from open_mythos.model.context import Context
@@ -66,11 +65,7 @@ class DenseTransformer(CausalLM):
                 wide as what one of its tokens uses.
             n_loops: Loops to unroll for "depth"; ``max_loop_iters`` by default.
         """
-        if match not in MATCHES:
-            raise ConfigError(
-                "unknown match", where="DenseTransformer.like", value=match,
-                allowed=" or ".join(MATCHES), fix="say what the two models shall have in common",
-            )  # fmt: skip
+        pick(MATCHES, match, "DenseTransformer.like", what="match")
         if match == "depth":
             loops = check_count("n_loops", cfg.max_loop_iters if n_loops is None else n_loops)
             layers = cfg.prelude_layers + cfg.recurrent_layers * loops + cfg.coda_layers

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, check_number
 from open_mythos.errors import ConfigError
 from open_mythos.model.layers.halting import ACTHalting
 
@@ -73,7 +73,7 @@ class GateExit:
     threshold: float
 
     def __post_init__(self) -> None:
-        _check_share("threshold", self.threshold)
+        check_number("threshold", self.threshold, gt=0, le=1)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
         """As :class:`ExitRule`; remembers the probability of still running."""
@@ -96,8 +96,8 @@ class KLExit:
     entropy: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("kl", self.kl)
-        _check_positive("entropy", self.entropy)
+        check_number("kl", self.kl, gt=0)
+        check_number("entropy", self.entropy, gt=0)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
         """As :class:`ExitRule`; remembers the last log-probabilities."""
@@ -120,7 +120,7 @@ class StateChange:
     threshold: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_positive("threshold", self.threshold)
+        check_number("threshold", self.threshold, gt=0)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
         """As :class:`ExitRule`; remembers nothing."""
@@ -141,7 +141,7 @@ class Acceleration:
     hits: int = 2
 
     def __post_init__(self) -> None:
-        _check_positive("threshold", self.threshold)
+        check_number("threshold", self.threshold, gt=0)
         check_count("hits", self.hits)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
@@ -180,16 +180,6 @@ class ArgmaxStable:
 
 def _nowhere(look: Look) -> Tensor:
     return torch.zeros(look.after_BTD.shape[:2], dtype=torch.bool, device=look.after_BTD.device)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ConfigError("not a threshold", where=name, value=value, allowed="finite and > 0")
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ConfigError("not a threshold", where=name, value=value, allowed="0 < x <= 1")
 
 
 def _gate(model: nn.Module, threshold: float | None = None) -> GateExit:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from open_mythos.checks import pick
 from open_mythos.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -46,14 +47,10 @@ def pick_backend(
     Raises:
         ConfigError: ``table`` has no such backend.
     """
-    if backend not in table:
-        raise ConfigError(
-            f"unknown {op} backend", where=where, value=backend,
-            allowed=", ".join(("auto", *table)), fix=f'set {where} to "auto"',
-        )  # fmt: skip
+    chosen = pick(table, backend, where, what=f"{op} backend", fix=f'set {where} to "auto"')
     if not torch.compiler.is_compiling():
         _log_once(op, backend)
-    return table[backend]
+    return chosen
 
 
 def triton_serves(op: str, backend: str, tensor: Tensor, problem: str | None) -> bool:

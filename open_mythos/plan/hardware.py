@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from open_mythos.checks import nearest
-from open_mythos.errors import ConfigError
+from open_mythos.checks import pick
 
 NODE = 8
 """GPUs of a node, joined by NVLink; each has a network adapter of its own (DGX and HGX boards)."""
@@ -80,9 +79,4 @@ def gpu(name: str) -> GPU:
     Raises:
         ConfigError: There is no such entry; the nearest is given.
     """
-    key = name.lower()
-    if key not in GPUS:
-        raise ConfigError(
-            "unknown GPU", where="gpu", value=name, allowed=", ".join(GPUS), fix=nearest(key, GPUS)
-        )
-    return GPUS[key]
+    return pick(GPUS, name.lower(), "gpu", what="GPU")

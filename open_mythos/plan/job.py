@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from open_mythos.accounting import Accounting, account
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, pick
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.plan.parameters import Parameter, parameters
@@ -63,11 +63,7 @@ class Job:
         if self.grad_loops is not None:
             check_count("grad_loops", self.grad_loops)
         for name, allowed in (("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"unknown {name}", where=name, value=getattr(self, name),
-                    allowed=", ".join(allowed),
-                )  # fmt: skip
+            pick(allowed, getattr(self, name), name)
 
     @property
     def looped(self) -> bool:

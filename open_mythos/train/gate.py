@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, pick
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.early_exit import every_loop, token_scores
 from open_mythos.evaluation.frozen import frozen
@@ -91,13 +91,7 @@ class GateConfig:
             raise ConfigError(
                 "out of range", where="margin", value=self.margin, allowed="finite and >= 0"
             )
-        if self.target not in GATE_TARGETS:
-            raise ConfigError(
-                "unknown target",
-                where="target",
-                value=self.target,
-                allowed=" or ".join(GATE_TARGETS),
-            )
+        pick(GATE_TARGETS, self.target, "target")
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,8 @@ def record_routing(
         layer,
         loop,
         expert_load(experts_NC, scores_NE.shape[-1], valid),
-        scores_NE.view(*shape, -1),
-        experts_NC.view(*shape, -1),
+        scores_NE.view(*shape, scores_NE.shape[-1]),
+        experts_NC.view(*shape, experts_NC.shape[-1]),
     )
 
 

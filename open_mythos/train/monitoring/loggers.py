@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from open_mythos.checks import nearest
+from open_mythos.checks import pick, is_scalar
 from open_mythos.distributed import rank
-from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.errors import EnvironmentError_
 from open_mythos.train.monitoring.metrics import MetricsLogger
 
 IDENTITY_FILE = "loggers.json"
@@ -168,12 +168,7 @@ def open_loggers(names: Sequence[str], run: LoggedRun) -> list[MetricsLogger]:
         EnvironmentError_: A package is missing, or its service refuses; says what to do.
     """
     for name in names:
-        if name not in LOGGERS:
-            raise ConfigError(
-                "unknown logger", where="watch.loggers", value=name, allowed=", ".join(LOGGERS),
-                fix=nearest(name, LOGGERS),
-            )  # fmt: skip
-        _look_for(name, LOGGERS[name].package)
+        _look_for(name, pick(LOGGERS, name, "watch.loggers", what="logger").package)
     return [_opened(name, run) for name in names] if rank() == 0 else []
 
 
@@ -186,7 +181,7 @@ def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
-        if _is_number(value):
+        if is_scalar(value):
             flat[name] = value
         elif name == "alarms":
             flat |= {f"alarm/{alarm['name']}": 1.0 for alarm in value}
@@ -198,18 +193,14 @@ def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _flat_list(name: str, values: Iterable[Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for loop, value in enumerate(values, start=1):
-        if _is_number(value):
+        if is_scalar(value):
             flat[f"{name}/loop{loop:02d}"] = value
         elif isinstance(value, dict) and "depth" in value:
             depth = value["depth"]
             end = "" if depth is None else f"/depth{depth:02d}"
-            numbers = {key: x for key, x in value.items() if key != "depth" and _is_number(x)}
+            numbers = {key: x for key, x in value.items() if key != "depth" and is_scalar(x)}
             flat |= {f"{name.removesuffix('/depths')}/{key}{end}": x for key, x in numbers.items()}
     return flat
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _look_for(name: str, package: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from open_mythos.checks import pick
 from open_mythos.errors import ConfigError
 from open_mythos.train.config import OptimConfig
 from open_mythos.train.optimizers.muon import Muon, MuonAdamW
@@ -104,10 +105,7 @@ def parameter_groups(
     Raises:
         ConfigError: There is no such optimizer.
     """
-    if name not in OPTIMIZERS:
-        raise ConfigError(
-            "unknown optimizer", where="optim.name", value=name, allowed=" or ".join(OPTIMIZERS)
-        )
+    pick(OPTIMIZERS, name, "optim.name", what="optimizer")
     decay: dict[str, Any] = {"name": "decay", "params": [], "weight_decay": weight_decay}
     no_decay: dict[str, Any] = {"name": "no_decay", "params": [], "weight_decay": 0.0}
     hidden: dict[int, dict[str, Any]] = {
