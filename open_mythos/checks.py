@@ -34,7 +34,7 @@ def is_int(value: Any) -> bool:
 
 
 def is_scalar(value: Any) -> bool:
-    """Return whether ``value`` is an int or a float, NaN and infinities included (a bool is not)."""
+    """Return whether ``value`` is an int or a float, NaN included (a bool is not)."""
     return isinstance(value, float) or is_int(value)
 
 
@@ -61,9 +61,7 @@ def check_count(where: str, value: Any, least: int = 1) -> int:
     return count
 
 
-def check_number(
-    where: str, value: Any, *, gt: float = -math.inf, le: float = math.inf
-) -> None:
+def check_number(where: str, value: Any, *, gt: float = -math.inf, le: float = math.inf) -> None:
     """Check that ``gt`` < ``value`` <= ``le``.
 
     Raises:

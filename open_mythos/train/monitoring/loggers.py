@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from open_mythos.checks import pick, is_scalar
+from open_mythos.checks import is_scalar, pick
 from open_mythos.distributed import rank
 from open_mythos.errors import EnvironmentError_
 from open_mythos.train.monitoring.metrics import MetricsLogger
