@@ -208,7 +208,7 @@ def test_resumed_with_muon_equals_uninterrupted_bit_for_bit(make_run, make_loade
 
 
 def test_unknown_optimizers_are_refused(make_run):
-    with pytest.raises(ConfigError, match="adamw or muon"):
+    with pytest.raises(ConfigError, match="adamw, muon"):
         parameter_groups(build_model(make_run()), 0.1, "sgd")
 
 
