@@ -88,3 +88,25 @@ def as_autocast(weight: torch.Tensor) -> torch.Tensor:
     if not torch.is_autocast_enabled(weight.device.type):
         return weight
     return weight.to(torch.get_autocast_dtype(weight.device.type))
+
+
+class HostCopy:
+    """A copy of ``x`` in host memory that does not make the host wait until it is read.
+
+    On CUDA the copy is queued behind the work that computes ``x``, and :meth:`read` waits for that
+    copy alone: work that was queued after it goes on meanwhile.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._host, self._copied = x.detach(), None
+        if x.device.type == "cuda":
+            pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host = pinned.copy_(self._host, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> torch.Tensor:
+        """Return the copy, once it has arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host

@@ -29,10 +29,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def over_ranks(values: Sequence[float], device: torch.device) -> list[list[float]]:
-    """For each of ``values``, those of all processes in the order of their ranks, as float64."""
+def over_ranks(values: Sequence[float]) -> list[list[float]]:
+    """Gather each of ``values``, which the host holds, from all processes, in the order of ranks.
+
+    They travel as float64 between the hosts, past the GPUs: nothing waits for work queued there.
+    """
     if world_size() == 1:
         return [[value] for value in values]
+    # a group of GPUs alone, which was made by the caller, has no other way
+    device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
     mine = torch.tensor(values, dtype=torch.float64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(everyone, mine)

@@ -104,7 +104,9 @@ def _train(
         trainer = run.trainer
     trainer.fit()
     counts, depth = account(trainer.model, context=config.train.seq_len), config.depth
-    loops = (depth.expected + depth.expected_further, depth.expected) if trainer.looped else ()
+    loops = (
+        (depth.expected + depth.expected_further, depth.expected) if trainer.stepper.looped else ()
+    )
     curve = Curve(
         job.label, counts.parameters, counts.active_parameters,
         counts.training_flops(*loops), listener.steps, listener.loss,

@@ -73,7 +73,7 @@ def evaluate_depths(
     each_batch = torch.stack(sums).cpu().double() if sums else torch.zeros(1, len(wanted))
     losses = each_batch.sum(0).tolist()
     # each process may have read windows of its own
-    *totals, predicted = (sum(each) for each in over_ranks([*losses, tokens], device))
+    *totals, predicted = (sum(each) for each in over_ranks([*losses, tokens]))
     if not predicted:
         raise DataError(
             "nothing to evaluate on", where="batches", value="0 tokens to predict",

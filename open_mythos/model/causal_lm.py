@@ -100,7 +100,7 @@ class CausalLM(nn.Module):
         return x_BTD if self.cfg.embedding_scale == 1 else x_BTD * self.cfg.embedding_scale
 
     @torch.no_grad()
-    def update_router_bias(self, trace: LoopTrace, speed: float) -> None:
+    def update_router_bias(self, trace: LoopTrace, speed: float | Tensor) -> None:
         """Balance every expert mixture by the load that ``trace`` saw, summed over all loops."""
         load = trace.load_by_layer()
         for module in self.modules():

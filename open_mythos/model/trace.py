@@ -15,6 +15,9 @@ from torch import Tensor
 from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active
 
+PER_ROW = ("state_norm", "delta_norm", "correlation")
+"""Records with an entry per row."""
+
 
 @dataclass
 class LoopTrace:
@@ -93,6 +96,15 @@ class LoopTrace:
         if self.keep_routing:
             self.scores[layer, loop] = scores_BTE
             self.experts[layer, loop] = experts_BTC
+
+    def add(self, other: LoopTrace) -> None:
+        """Append the rows of another call (:data:`PER_ROW`), and add its expert loads."""
+        for name in PER_ROW:
+            into, rows = getattr(self, name), getattr(other, name)
+            for loop, value_R in rows.items():
+                into[loop] = torch.cat([into[loop], value_R]) if loop in into else value_R
+        for key, load_E in other.load.items():
+            self.load[key] = self.load[key] + load_E if key in self.load else load_E
 
     def load_by_layer(self) -> dict[int, Tensor]:
         """Layer -> (E,) tokens per expert, summed over all loops."""

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from open_mythos.devices import HostCopy
 from open_mythos.model.trace import LoopTrace
-from open_mythos.train.monitoring.metrics import LoopFigures, Metrics, depth_metrics
 
 
 class TokenBatch(Protocol):
@@ -34,21 +34,21 @@ class BatchLoader(Protocol):
     """Where batches come from; :class:`open_mythos.data.Loader` is one."""
 
     step: int
-    """Position: the trainer sets it to the steps done."""
+    """Position: the trainer sets it to the number of batches used."""
 
     def next_batch(self, step: int) -> TokenBatch:
-        """The batch of ``step``, a pure function of it."""
+        """Return the batch of ``step``, a pure function of it, in host memory."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and identity of the data, JSON-ready."""
+        """Return position and identity of the data, JSON-ready."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a position; refuses that of other data."""
+        """Restore a position; raise DataError for that of other data."""
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """A step in all processes together."""
+    """Size of a step over all processes."""
 
     tokens: int
     """Targets."""
@@ -60,12 +60,12 @@ class StepCounts:
 
 @dataclass
 class TrainState:
-    """How far a run has come: what resuming needs beside weights, moments and configuration."""
+    """Progress of a run: what a resume needs beside weights, optimizer state and configuration."""
 
     step: int = 0
     """Optimizer steps done, skipped ones included; the number of the next step."""
     tokens: int = 0
-    """Targets learnt from."""
+    """Targets trained on."""
     skips: int = 0
     """Non-finite steps in a row up to now."""
     min_depth: int = 0
@@ -73,18 +73,17 @@ class TrainState:
     max_depth: int = 0
     """Most loops that any sequence ran."""
     rewinds: int = 0
-    """How often the run went back to a checkpoint because something was wrong."""
+    """Rollbacks to a checkpoint so far."""
     left_out: int = 0
-    """Batches that rewinds have left out: the data is so much further than the steps."""
+    """Batches skipped by rollbacks; the data position is ahead of ``step`` by this many."""
 
     @property
     def data_step(self) -> int:
         """Number of the next batch."""
         return self.step + self.left_out
 
-    def advance(self, result: StepResult) -> None:
-        """Count a step."""
-        self.step += 1
+    def count(self, result: StepResult) -> None:
+        """Add the outcome of a step, whose number is counted when it is queued."""
         if result.skipped:
             self.skips += not result.rescaled
             return
@@ -96,42 +95,61 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did."""
+    """Outcome of one optimizer step, which the device may still be computing.
 
-    loss: float
-    """Nats per target."""
-    balance: float
-    """Sequence-wise balance loss; 0 where it is off."""
+    Reading ``loss``, ``balance``, ``grad_norm``, ``skipped`` or ``rescaled`` waits until it is
+    done, but not for steps that were queued after it.
+    """
+
+    step: int
+    """Its number, from 0."""
+    batch: TokenBatch
+    """This process's part of its batch."""
     lr: float
     """Learning rate."""
-    grad_norm: float
-    """Norm of the gradient before it was clipped."""
-    skipped: bool
-    """Whether the weights stayed as they were, because loss or gradient was not finite."""
-    rescaled: bool
-    """Whether it was float16 that overflowed, and the loss scale has given way."""
     counts: StepCounts
-    """Of all processes."""
-    length: int
-    """Tokens T of its sequences."""
+    """Targets and depths of all processes."""
     depths: Tensor | None
-    """(B,) loops of each sequence; None for a dense model."""
+    """(B,) loops of each sequence, on the host; None for a dense model."""
     trace: LoopTrace
-    """State norms and expert loads over all micro-batches."""
+    """State norms and expert loads over all micro-batches, on the device."""
+    values: HostCopy
+    """Made by :meth:`pack`."""
+
+    @staticmethod
+    def pack(*values: Tensor) -> HostCopy:
+        """Start copying loss, balance, grad_norm, skipped and rescaled to the host."""
+        return HostCopy(torch.stack([value.detach().float() for value in values]))
 
     @cached_property
-    def figures(self) -> LoopFigures:
-        """What the loops did; reading it waits for the device, once."""
-        return LoopFigures.of(self.trace)
+    def _read(self) -> list[float]:
+        return self.values.read().tolist()
 
-    def metrics(self, detail: bool = False) -> Metrics:
-        """The numbers to log; ``detail`` adds the share of every expert at every loop."""
-        metrics: Metrics = {
-            "loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm,
-            "skipped": int(self.skipped),
-        }  # fmt: skip
-        if self.balance:
-            metrics["balance_loss"] = self.balance
-        if self.depths is not None:
-            metrics |= depth_metrics(self.depths) | self.figures.metrics(detail)
-        return metrics
+    def wait(self) -> None:
+        """Block until the device has done the step."""
+        _ = self._read
+
+    @property
+    def loss(self) -> float:
+        """Nats per target."""
+        return self._read[0]
+
+    @property
+    def balance(self) -> float:
+        """Sequence-wise balance loss; 0 where it is off."""
+        return self._read[1]
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradient before clipping."""
+        return self._read[2]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing was changed, because loss or gradient was not finite."""
+        return bool(self._read[3])
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether the step was skipped for a float16 overflow that lowered the loss scale."""
+        return bool(self._read[4])

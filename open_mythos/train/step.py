@@ -1,7 +1,8 @@
 """One optimizer step, from a batch to changed weights, in one process or in many.
 
-A step is a pure function of the weights, the moments, the configuration and its number: depths,
-dropout and initial states are keyed by it.
+A step is a pure function of the weights, the optimizer state, the configuration and its number:
+depths, dropout and initial states are keyed by it. Nothing in it reads a value back from the
+device: whether the step is applied is decided there, and its results are read later.
 """
 
 from __future__ import annotations
@@ -23,19 +24,18 @@ from open_mythos.train.build import Model
 from open_mythos.train.config import RunConfig, TrainConfig
 from open_mythos.train.depth import DepthPlan
 from open_mythos.train.loss import count_targets, next_token_loss
-from open_mythos.train.monitoring.metrics import merge_trace
 from open_mythos.train.optimizers.ema import WeightAverage
-from open_mythos.train.optimizers.gradients import gradient_norm, scale_gradients
+from open_mythos.train.optimizers.gradients import gradient_norm, scale_gradients, step_if
 from open_mythos.train.optimizers.loss_scale import LossScale
 from open_mythos.train.optimizers.optim import build_optimizer, freeze_halting_gate
 from open_mythos.train.optimizers.schedule import learning_rate
 from open_mythos.train.parallel.parallelize import parallelize
-from open_mythos.train.parallel.process_group import device_of_process, sum_loads
+from open_mythos.train.parallel.process_group import device_of_process, sum_loads, sum_over_ranks
 from open_mythos.train.state import StepCounts, StepResult, TokenBatch
 
 
-class TrainStep:
-    """A model with all that changes its weights.
+class Stepper:
+    """Takes optimizer steps: a model and everything that changes its weights.
 
     Args:
         model: Moved to the device of the configuration; its halting gate is frozen.
@@ -59,50 +59,52 @@ class TrainStep:
         self.parallel = parallelize(self.model, self.config)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.average = self.new_average()
-        self.scale = LossScale() if self.dtype == torch.float16 else LossScale.off()
+        decay = config.optim.ema_decay
+        self.average = WeightAverage(self.model, decay, self.parallel.outermost) if decay else None
+        self.scale = LossScale(self.device, dynamic=self.dtype == torch.float16)
         self.plan = DepthPlan(config.depth, config.train.seed)
 
-    def take_step(self, step: int, batch: TokenBatch, *, correlation: bool = False) -> StepResult:
-        """One optimizer step, in micro-batches.
+    def take(self, step: int, batch: TokenBatch, *, correlation: bool = False) -> StepResult:
+        """Queue one optimizer step; nothing waits for the device to do it.
+
+        A step whose loss or gradient is not finite changes no weight, optimizer state or average.
 
         Args:
             step: Its number, from 0.
             batch: This process's part of the global batch.
-            correlation: Also measure how alike the tokens' states become.
+            correlation: Also measure the correlation of the tokens' states.
         """
         depths_B = self.plan.depths(step, batch.sample_index) if self.looped else None
         counts = self._counts(batch, depths_B)
         loss, balance, trace = self._forward_backward(batch, depths_B, step, counts, correlation)
         self.parallel.finish_gradients()
-        norm = gradient_norm(self.parameters) / self.scale.scale
-        # the one decision of the step, taken by all processes before anything is changed
-        proceed = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        norm = self.scale.unscale(gradient_norm(self.parameters))
+        # the one decision of the step: every process comes to the same, and acts on it alike
+        proceed = torch.isfinite(loss) & torch.isfinite(norm)
         lr = learning_rate(step, self.config.train, self.config.optim)
-        if proceed:
-            scale_gradients(self.parameters, self._clipping(norm))
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.model.update_router_bias(trace, self.config.train.balance_speed)
-            if self.average is not None:
-                self.average.update()
+        scale_gradients(self.parameters, self._clipping(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        step_if(self.optimizer, proceed)
+        self.model.update_router_bias(trace, self.config.train.balance_speed * proceed)
+        if self.average is not None:
+            self.average.update(proceed)
         self.optimizer.zero_grad(set_to_none=True)
-        gave_way = self.scale.update(overflowed=not proceed)
+        rescaled = self.scale.update(proceed)
         return StepResult(
-            loss.item(), balance.item(), lr, norm.item(), not proceed, gave_way, counts,
-            batch.input_ids.shape[1], depths_B, trace,
+            step, batch, lr, counts, depths_B, trace,
+            values=StepResult.pack(loss, balance, norm, ~proceed, rescaled),
         )  # fmt: skip
 
     def _counts(self, batch: TokenBatch, depths_B: Tensor | None) -> StepCounts:
-        """What the step has in all processes together."""
+        """Count targets and loops over all processes, from what the host holds."""
         low, high = (0, 0) if depths_B is None else (int(depths_B.min()), int(depths_B.max()))
-        tokens, lows, highs = over_ranks([count_targets(batch.targets), low, high], self.device)
+        tokens, lows, highs = over_ranks([count_targets(batch.targets), low, high])
         return StepCounts(int(sum(tokens)), int(min(lows)), int(max(highs)))
 
     def _clipping(self, norm: Tensor) -> Tensor:
-        """What to multiply gradients with: their norm is at most ``train.clip`` then."""
-        return (self.config.train.clip / (norm + 1e-6)).clamp(max=1.0) / self.scale.scale
+        """Return the factor after which the gradient's norm is at most ``train.clip``."""
+        return self.scale.unscale((self.config.train.clip / (norm + 1e-6)).clamp(max=1.0))
 
     def _forward_backward(
         self,
@@ -112,7 +114,7 @@ class TrainStep:
         counts: StepCounts,
         correlation: bool,
     ) -> tuple[Tensor, Tensor, LoopTrace]:
-        """Gradients of the step's loss; returns loss, balance loss and what the loops did."""
+        """Accumulate gradients over micro-batches; return loss, balance loss and loop trace."""
         train = self.config.train
         zero = torch.zeros((), device=self.device)
         loss, balance, total = zero, zero, LoopTrace()
@@ -137,14 +139,11 @@ class TrainStep:
                     sample_seeds=self._sample_seeds(step, part.sample_index),
                     balance_coefficient=train.balance_coefficient, depth=loops, trace=trace,
                 )  # fmt: skip
-            (out.total * self.scale.scale if self.scale.dynamic else out.total).backward()
+            self.scale.apply(out.total).backward()
             loss, balance = loss + out.nll, balance + out.balance
-            merge_trace(total, trace)
+            total.add(trace)
         if world_size() > 1:
-            loss, balance = (
-                torch.tensor(sum(each), device=self.device)
-                for each in over_ranks([loss.item(), balance.item()], self.device)
-            )
+            loss, balance = sum_over_ranks(torch.stack([loss, balance])).unbind()
             sum_loads(total, counts.max_depth, self.model)
         return loss, balance, total
 
@@ -153,14 +152,9 @@ class TrainStep:
         seeds = [derive_seed(seed, "sample", step, i) for i in sample_index_B.tolist()]
         return to_device(torch.tensor(seeds), self.device)
 
-    def new_average(self) -> WeightAverage | None:
-        """An average that begins with the present weights; None where none is wanted."""
-        decay = self.config.optim.ema_decay
-        return WeightAverage(self.model, decay, self.parallel.outermost) if decay else None
-
 
 def _local_batch(train: TrainConfig) -> int:
-    """Sequences of a step that this process computes."""
+    """Return how many sequences of a step this process computes."""
     local, rest = divmod(train.global_batch, world_size())
     micro = min(train.micro_batch or local, local)
     if rest or local % max(1, micro):

@@ -1,7 +1,9 @@
 """The training loop. ``train_step`` is one optimizer step; ``fit`` repeats it, logs and saves.
 
-A step is a pure function of the weights, the moments, the configuration and its number: data,
-depths, dropout and initial states are keyed by it. So a resumed run equals an uninterrupted one.
+A step is a pure function of the weights, the optimizer state, the configuration and its number:
+data, depths, dropout and initial states are keyed by it. So a resumed run equals an uninterrupted
+one. The host queues steps and reads the outcome of each while the device computes the next one; it
+waits for the device only at steps that are logged, evaluated or saved.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,25 +33,23 @@ from open_mythos.train.checkpoint.resume import refuse_changes
 from open_mythos.train.checkpoint.saver import Saver
 from open_mythos.train.checkpoint.snapshot import checkpoints
 from open_mythos.train.config import RunConfig
+from open_mythos.train.loop_summary import LoopSummary, depth_metrics
 from open_mythos.train.monitoring.loggers import LoggedRun, open_loggers
 from open_mythos.train.monitoring.metrics import (
     JsonlLogger,
     LoggerGroup,
+    Metrics,
     MetricsLogger,
     event,
     finite,
 )
-from open_mythos.train.monitoring.monitor import Watch
+from open_mythos.train.monitoring.monitor import Monitor
 from open_mythos.train.monitoring.validated import depth_record, depths_to_validate
 from open_mythos.train.optimizers.ema import AVERAGE_FILE
-from open_mythos.train.optimizers.loss_scale import LossScale
-from open_mythos.train.parallel.process_group import (
-    first_decides,
-    merge_over_ranks,
-)
+from open_mythos.train.parallel.process_group import first_decides, merge_over_ranks
 from open_mythos.train.signals import PreemptedError, StopRequest
 from open_mythos.train.state import BatchLoader, StepResult, TokenBatch, TrainState
-from open_mythos.train.step import TrainStep
+from open_mythos.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,10 @@ Evaluate = Callable[[Model, list[int]], Mapping[str, Any]]
 
 
 class DivergedError(MythosError):
-    """The loss spiked or stayed non-finite, and going back to a checkpoint did not help."""
+    """The loss spiked or stayed non-finite, and rolling back to a checkpoint did not help."""
 
 
-class Trainer(TrainStep):
+class Trainer:
     """Trains a looped or a dense model.
 
     Args:
@@ -71,6 +71,10 @@ class Trainer(TrainStep):
         evaluate: Called every ``train.eval_every`` steps and at the end, with the model and
             ``config.eval_depths``; what it returns is logged under ``"eval/..."``.
         loggers: Receive the metrics, beside ``metrics.jsonl`` in ``train.out_dir``.
+
+    Attributes:
+        stepper: The model with its optimizer; takes the steps.
+        trouble: What is wrong with the run, "" if nothing is; cleared by a rollback.
 
     Raises:
         ConfigError: The configuration is invalid or describes another model.
@@ -85,11 +89,14 @@ class Trainer(TrainStep):
         evaluate: Evaluate | None = None,
         loggers: Sequence[MetricsLogger] = (),
     ) -> None:
-        super().__init__(model, config)
+        self.stepper = Stepper(model, config)
+        self.config, self.model = self.stepper.config, self.stepper.model
+        self.optimizer = self.stepper.optimizer
         self.loader, self.evaluate = loader, evaluate
-        self.state = TrainState()
-        self.watch = Watch(self.model, self.config, self.device, self.dtype)
+        self.monitor = Monitor(self.model, self.config, self.stepper.device, self.stepper.dtype)
         self.validated: dict[str, Any] | None = None
+        self.trouble = ""
+        self._state, self._unread = TrainState(), list[StepResult]()
         self.out_dir = None if config.train.out_dir is None else Path(config.train.out_dir)
         self.logger = LoggerGroup([*self._own_loggers(), *loggers])
         self.saver = None
@@ -97,130 +104,186 @@ class Trainer(TrainStep):
             folder = self.out_dir / CHECKPOINTS_FOLDER
             self.saver = Saver(folder, config.train.keep, background=config.train.async_save)
 
+    @property
+    def state(self) -> TrainState:
+        """Progress up to the last step, whose outcome this waits for."""
+        self._read_outcomes()
+        return self._state
+
     def fit(self) -> TrainState:
         """Train until ``train.steps`` steps are done, then evaluate and save.
 
         SIGINT and SIGTERM let the step finish, save, and raise :class:`PreemptedError`; without an
         ``out_dir`` they act as usual. One signal to one process stops all of them.
 
+        Whether a step calls for a rollback is decided after the next one is queued, or before a
+        checkpoint is saved; logging more often changes nothing.
+
         Raises:
             PreemptedError: The run was told to stop, and has saved.
-            DivergedError: The loss spiked or stayed non-finite, and going back did not help.
+            DivergedError: The loss spiked or stayed non-finite, and rolling back did not help.
             EnvironmentError_: Checkpoints cannot be written; found out before the first step where
                 possible.
         """
         train = self.config.train
         saving = nullcontext() if self.saver is None else self.saver
         stop = StopRequest(active=self.out_dir is not None)
+        before: StepResult | None = None
         with closing(self.logger), saving, stop:
-            if self.saver is not None and self.state.step < train.steps:
+            if self.saver is not None and self._state.step < train.steps:
                 self.saver.prepare(self.model, self.optimizer, self._extra())
-            while self.state.step < train.steps:
-                start = time.perf_counter()
-                result = self.train_step(self.state.step)
-                self.watch.add(time.perf_counter() - start, result, self.local_batch)
-                step, last = self.state.step, self.state.step == train.steps
-                if last or _due(step, train.log_every) or result.skipped:
+            while self._state.step < train.steps:
+                result = self._timed_step()
+                trouble = self.trouble  # of earlier steps: this one has just been queued
+                if before is not None and before.skipped and not self._is_logged(before.step):
+                    self._log(before)
+                if self._is_logged(result.step):
                     self._log(result)
-                trouble = self._trouble(result)
+                before = result
+                if not trouble:
+                    trouble = self._between_steps(stop)
                 if trouble:
-                    self._rewind(trouble)
-                    continue
-                if last or _due(step, train.eval_every):
-                    self._evaluate(last)
-                stopping = self._stopping(stop)
-                due = last or stopping or _due(step, train.save_every)
-                if due and self.saver is not None:
-                    self.save(wait=last or bool(stopping))
-                if stopping and not last:
-                    self.logger.log(step, event("preempted", signal=stopping))
-                    raise PreemptedError(
-                        f"stopped by {stopping} after step {step}; a checkpoint was saved",
-                        where=str(self.out_dir), fix="resume from it to continue bit for bit",
-                    )  # fmt: skip
+                    self._roll_back(trouble)
+                    before = None
         return self.state
 
     def train_step(self, step: int) -> StepResult:
-        """One optimizer step: the whole global batch, in micro-batches.
+        """Queue one optimizer step: the whole global batch, in micro-batches.
 
         Args:
             step: Its number, from 0; with the weights it decides everything.
         """
-        self._batch = self._fetch(step)
-        result = self.take_step(step, self._batch, correlation=self._is_logged(step))
-        self.state.advance(result)
-        self.loader.step = self.state.data_step
+        batch = self._fetch(step)
+        result = self.stepper.take(step, batch, correlation=self._is_logged(step))
+        self._state.step += 1
+        self.loader.step = self._state.data_step
+        self._unread.append(result)
+        self._read_outcomes(but=1)
         return result
 
-    def _fetch(self, step: int) -> TokenBatch:
-        batch = self.loader.next_batch(step + self.state.left_out)
-        train = self.config.train
-        if len(batch) != self.local_batch or batch.input_ids.shape[1] > train.seq_len:
-            raise ConfigError(
-                "the loader's batches are not those of the configuration", where="loader",
-                value=tuple(batch.input_ids.shape),
-                allowed=f"({self.local_batch}, at most {train.seq_len})",
-                fix="build the loader with train.global_batch and train.seq_len, and with the rank "
-                "and world size of this process",
-            )  # fmt: skip
-        return batch
+    def _timed_step(self) -> StepResult:
+        """Take the next step, and wait for it where what follows waits for the device anyway."""
+        start = time.perf_counter()
+        result = self.train_step(self._state.step)
+        train, step = self.config.train, self._state.step
+        if self._is_logged(result.step) or _due(step, train.eval_every) or self._is_saved(step):
+            result.wait()
+        self.monitor.add(time.perf_counter() - start, result)
+        return result
 
-    def _trouble(self, result: StepResult) -> str:
-        """What is wrong with the run after this step; "" if nothing is."""
-        skips, allowed = self.state.skips, self.config.train.max_skips
+    def _between_steps(self, stop: StopRequest) -> str:
+        """Evaluate, save and stop, where this is due; return what is wrong instead, if anything.
+
+        Raises:
+            PreemptedError: The run was told to stop, and has saved.
+        """
+        step, last = self._state.step, self._state.step == self.config.train.steps
+        saved = self._is_saved(step)
+        if saved and (trouble := self._trouble_by_now()):
+            return trouble
+        if last or _due(step, self.config.train.eval_every):
+            self._evaluate(last)
+        stopping = self._stopping(stop)
+        if stopping and (trouble := self._trouble_by_now()):
+            return trouble
+        if self.saver is not None and (saved or stopping):
+            self.save(wait=last or bool(stopping))
+        if stopping and not last:
+            self.logger.log(step, event("preempted", signal=stopping))
+            raise PreemptedError(
+                f"stopped by {stopping} after step {step}; a checkpoint was saved",
+                where=str(self.out_dir), fix="resume from it to continue bit for bit",
+            )  # fmt: skip
+        return ""
+
+    def _read_outcomes(self, but: int = 0) -> None:
+        """Take in the outcomes of the steps queued so far, ``but`` the newest."""
+        while len(self._unread) > but:
+            result = self._unread.pop(0)
+            self._state.count(result)
+            done = result.step + 1
+            if result.skipped:
+                facts = {"loss": result.loss, "grad_norm": result.grad_norm}
+                self.logger.log(done, event("skipped", **finite(facts)))
+            self.trouble = self.trouble or self._trouble_of(result)
+
+    def _trouble_by_now(self) -> str:
+        """Return what is wrong with the run, the last step included."""
+        self._read_outcomes()
+        return self.trouble
+
+    def _trouble_of(self, result: StepResult) -> str:
+        """Return why this step calls for a rollback; "" if it does not."""
+        skips, allowed = self._state.skips, self.config.train.max_skips
         if skips > allowed:
             return (
                 f"{skips} steps in a row had a loss or gradient that is not finite "
                 f"(train.max_skips = {allowed})"
             )
-        spike = self.watch.spike(self.state.step, result.loss)
+        spike = self.monitor.spike(result.step + 1, result.loss)
         if spike is None or self.saver is None:
             return ""
         if self.config.watch.max_rewinds and checkpoints(self.saver.directory):
             return str(spike)
-        # with nothing to go back to, going on is the better choice: many a loss comes down again
+        # without a checkpoint it is better to continue: many a loss comes down again
         logger.warning("%s", spike)
         return ""
 
-    def _rewind(self, trouble: str) -> None:
-        """Go back to the newest checkpoint, and leave out the batches since.
+    def _fetch(self, step: int) -> TokenBatch:
+        batch = self.loader.next_batch(step + self._state.left_out)
+        train, size = self.config.train, self.stepper.local_batch
+        if len(batch) != size or batch.input_ids.shape[1] > train.seq_len:
+            raise ConfigError(
+                "the loader's batches are not those of the configuration", where="loader",
+                value=tuple(batch.input_ids.shape), allowed=f"({size}, at most {train.seq_len})",
+                fix="build the loader with train.global_batch and train.seq_len, and with the rank "
+                "and world size of this process",
+            )  # fmt: skip
+        return batch
+
+    def _roll_back(self, trouble: str) -> None:
+        """Restore the newest checkpoint, and skip the batches since.
 
         Raises:
-            DivergedError: There is none, or the run has gone back often enough.
+            DivergedError: There is none, or the run has been rolled back often enough.
         """
         before = self.state
         if self.saver is not None and before.rewinds < self.config.watch.max_rewinds:
             self.saver.wait()
             if checkpoints(self.saver.directory):
                 self._restore("latest", strict=False)
-                self.state.rewinds = before.rewinds + 1
-                self.state.left_out = before.left_out + before.step - self.state.step
-                self.loader.step = self.state.data_step
-                self.logger.log(before.step, event("rewound", to=self.state.step, why=trouble))
-                logger.warning("back from step %d to %d: %s", before.step, self.state.step, trouble)
+                state = self._state
+                state.rewinds = before.rewinds + 1
+                state.left_out = before.left_out + before.step - state.step
+                self.loader.step = state.data_step
+                self.logger.log(before.step, event("rewound", to=state.step, why=trouble))
+                logger.warning(
+                    "rolled back from step %d to %d: %s", before.step, state.step, trouble
+                )
                 return
         self._give_up(trouble)
 
     def _give_up(self, trouble: str) -> NoReturn:
-        """Leave what is needed to find out why, and stop."""
-        self.logger.log(self.state.step, event("stopped", why=trouble))
-        where = f"step {self.state.step}"
+        """Write what is needed to find the cause, and raise DivergedError."""
+        state = self.state
+        self.logger.log(state.step, event("stopped", why=trouble))
+        where = f"step {state.step}"
         data = self.loader.state_dict()  # of all processes, which ask for it together
         if self.out_dir is not None and rank() == 0:
-            bundle = self.out_dir / f"diverged_step_{self.state.step:08d}.json"
-            facts = {"why": trouble, "state": asdict(self.state), "watch": self.watch.state_dict(),
+            bundle = self.out_dir / f"diverged_step_{state.step:08d}.json"
+            facts = {"why": trouble, "state": asdict(state), "watch": self.monitor.state_dict(),
                      "data": data, "config": self.config.to_dict(),
                      "torch": torch.__version__}  # fmt: skip
             bundle.write_text(as_json(finite(facts)), encoding="utf-8")
             where = f"{where}; {bundle}"
         raise DivergedError(
             "training has diverged", where=where, value=trouble,
-            allowed=f"{self.config.watch.max_rewinds} rewinds, {self.state.rewinds} of them done",
+            allowed=f"{self.config.watch.max_rewinds} rollbacks, {state.rewinds} of them done",
             fix="resume from the last checkpoint with a lower learning rate",
         )  # fmt: skip
 
     def _stopping(self, stop: StopRequest) -> str:
-        """The signal by which any process was told to stop; "" if none was.
+        """Return the signal by which any process was told to stop; "" if none was.
 
         Raises:
             EnvironmentError_: A background save has failed.
@@ -228,53 +291,67 @@ class Trainer(TrainStep):
         # read once: a signal after this line belongs to the next step
         mine = 0 if stop.received is None else int(stop.received)
         lost = self.saver is not None and self.saver.failed
-        received, failed = over_ranks([mine, lost], self.device)
+        received, failed = over_ranks([mine, lost])
         if self.saver is not None and any(failed):
             self.saver.wait()
         return signal.Signals(int(max(received))).name if any(received) else ""
 
     def _is_logged(self, step: int) -> bool:
-        """Whether metrics of step number ``step`` will be logged."""
+        """Return whether metrics of step number ``step`` are logged."""
         return step + 1 == self.config.train.steps or _due(step + 1, self.config.train.log_every)
+
+    def _is_saved(self, steps: int) -> bool:
+        """Return whether a checkpoint is due after so many steps."""
+        return steps == self.config.train.steps or _due(steps, self.config.train.save_every)
 
     def _log(self, result: StepResult) -> None:
         trace, depths_B = merge_over_ranks(result.trace, result.depths)
-        result = replace(result, trace=trace, depths=depths_B)
-        step = self.state.step
-        train = self.config.train
-        detail = _due(step, train.eval_every) or step == train.steps
-        metrics = result.metrics(detail) | self.watch.rates() | {"tokens": self.state.tokens}
-        if self.scale.dynamic:
-            metrics["loss_scale"] = self.scale.scale
+        step, train = result.step + 1, self.config.train
+        metrics: Metrics = {
+            "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm,
+            "skipped": int(result.skipped),
+        }  # fmt: skip
+        if result.balance:
+            metrics["balance_loss"] = result.balance
+        summary = LoopSummary.of(trace)
+        if depths_B is not None:
+            detail = _due(step, train.eval_every) or step == train.steps
+            metrics |= depth_metrics(depths_B) | summary.metrics(detail)
+        metrics |= self.monitor.rates() | {"tokens": self.state.tokens}
+        if self.stepper.scale.dynamic:
+            metrics["loss_scale"] = self.stepper.scale.scale.item()
         if isinstance(self.model, OpenMythos):
-            metrics["rho"] = self.parallel.look_at(_spectral_radius)
-            metrics |= self.watch.look(step, result.figures, self.parallel, self._batch)
+            parallel = self.stepper.parallel
+            metrics["rho"] = parallel.look_at(_spectral_radius)
+            metrics |= self.monitor.look(step, summary, parallel, result.batch)
         self.logger.log(step, metrics)
 
     def _evaluate(self, last: bool) -> None:
         if self.evaluate is None:
             return
         found = self._measured(self.config.eval_depths)
-        if last and self.looped and "depths" in found:
+        if last and self.stepper.looped and "depths" in found:
             mean = self.config.depth.expected
             rows = self._measured(depths_to_validate(mean))["depths"]
             self.validated = depth_record(rows, mean)
             found = {**found, "validated": self.validated}
-        self.logger.log(self.state.step, {f"eval/{name}": value for name, value in found.items()})
+        named = {f"eval/{name}": value for name, value in found.items()}
+        self.logger.log(self._state.step, named)
 
     def _measured(self, depths: list[int]) -> Mapping[str, Any]:
-        """What ``evaluate`` finds at these depths, with the averaged weights where there are."""
+        """Evaluate at these depths, with the averaged weights where there are any."""
         assert self.evaluate is not None
-        weights = nullcontext() if self.average is None else self.average.swap()
+        stepper = self.stepper
+        weights = nullcontext() if stepper.average is None else stepper.average.swap()
         self.model.eval()
         try:
-            with weights, autocast(self.device, self.dtype):
-                return self.parallel.look_at(self.evaluate, depths)
+            with weights, autocast(stepper.device, stepper.dtype):
+                return stepper.parallel.look_at(self.evaluate, depths)
         finally:
             self.model.train()
 
     def save(self, *, wait: bool = True) -> Path:
-        """Write a checkpoint of the present state; returns its folder.
+        """Write a checkpoint of the present state; return its folder.
 
         Args:
             wait: With ``train.async_save``, whether to return only when it is on the disk.
@@ -286,15 +363,15 @@ class Trainer(TrainStep):
         state = {
             "train": asdict(self.state),
             "data": self.loader.state_dict(),
-            "watch": self.watch.state_dict(),
-            "loss_scale": asdict(self.scale),
+            "watch": self.monitor.state_dict(),
+            "loss_scale": self.stepper.scale.state_dict(),
             "validated_depths": self.validated,
             "config": self.config.to_dict(),
             "world_size": world_size(),
             "torch": torch.__version__,
         }
         return self._saver().save(
-            self.state.step, self.model, self.optimizer, finite(state), extra=self._extra(),
+            self._state.step, self.model, self.optimizer, finite(state), extra=self._extra(),
             wait=wait,
         )  # fmt: skip
 
@@ -305,7 +382,7 @@ class Trainer(TrainStep):
 
         Args:
             source: "latest" (in ``train.out_dir``), a checkpoint, or the folder of another run.
-            strict: Refuse a damaged newest checkpoint instead of falling back to an older one.
+            strict: Reject a damaged newest checkpoint instead of falling back to an older one.
             allow: Fields such as "optim.lr" that may differ from the saved configuration, beside
                 those of :data:`open_mythos.train.checkpoint.resume.MAY_CHANGE`.
 
@@ -314,8 +391,8 @@ class Trainer(TrainStep):
             ConfigError: The configuration differs; names each field.
         """
         self._restore(source, strict, allow)
-        self.logger.log(self.state.step, event("resumed", processes=world_size()))
-        return self.state
+        self.logger.log(self._state.step, event("resumed", processes=world_size()))
+        return self._state
 
     def _restore(self, source: str | Path, strict: bool, allow: Sequence[str] = ()) -> None:
         folder = self._saver().directory if source == "latest" else Path(source)
@@ -323,20 +400,21 @@ class Trainer(TrainStep):
         state = snapshot.read_state(path)
         refuse_changes(state["config"], self.config.to_dict(), allow)
         self.loader.load_state_dict(state["data"])
+        average = self.stepper.average
         extra = self._extra() if holds_file(path, AVERAGE_FILE) else {}
         restore(path, self.model, self.optimizer, extra)
-        if extra and self.average is not None:
-            self.average.load_state_dict(extra[AVERAGE_FILE])
-        else:
-            self.average = self.new_average()
-        self.watch.load_state_dict(state["watch"])
-        self.scale = LossScale(**state["loss_scale"])
+        if average is not None and not extra:
+            average.restart()
+        self.monitor.load_state_dict(state["watch"])
+        self.stepper.scale.load_state_dict(state["loss_scale"])
         self.validated = state["validated_depths"]
-        self.state = TrainState(**state["train"])
+        self._state, self.trouble = TrainState(**state["train"]), ""
+        self._unread.clear()
 
     def _extra(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of a checkpoint beside weights and moments, by file."""
-        return {} if self.average is None else {AVERAGE_FILE: self.average.state_dict()}
+        """Return the tensors of a checkpoint beside weights and optimizer state, by file."""
+        average = self.stepper.average
+        return {} if average is None else {AVERAGE_FILE: average.state_dict()}
 
     def _own_loggers(self) -> list[MetricsLogger]:
         if self.out_dir is None:

@@ -56,7 +56,7 @@ def _depths_from_one_stream(trainer: Trainer) -> Iterator[None]:
     def depths(step: int, samples: Any) -> Any:
         return torch.randint(1, 5, (len(samples),), generator=stream)
 
-    with patch.object(trainer.plan, "depths", depths):
+    with patch.object(trainer.stepper.plan, "depths", depths):
         yield
 
 
@@ -108,7 +108,7 @@ def _skipping_by_zero(trainer: Trainer) -> Iterator[None]:
     plain = torch.isfinite
 
     def always(value: torch.Tensor) -> torch.Tensor:
-        for parameter in trainer.parameters:
+        for parameter in trainer.stepper.parameters:
             if parameter.grad is not None and not plain(parameter.grad).all():
                 parameter.grad.mul_(0)
         return torch.ones_like(plain(value))

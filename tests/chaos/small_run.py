@@ -156,7 +156,7 @@ def digest_of_batch(batch: Any) -> str:
 
 def averages(trainer: Trainer) -> WeightAverage:
     """The trainer's average of its weights."""
-    (found,) = (each for each in vars(trainer).values() if isinstance(each, WeightAverage))
+    (found,) = (each for each in vars(trainer.stepper).values() if isinstance(each, WeightAverage))
     return found
 
 

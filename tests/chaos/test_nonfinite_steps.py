@@ -41,14 +41,14 @@ def test_nothing_changes(trainer, row, poison):
         result, changed = what_changed(trainer, poison, value)
         assert changed == []
         assert result.skipped
-        assert all(p.grad is None for p in trainer.parameters)
+        assert all(p.grad is None for p in trainer.stepper.parameters)
         row.count()
     assert trainer.state.skips == len(VALUES)
     assert trainer.state.tokens == tokens
     before = small_run.tensors(trainer)
     assert not trainer.train_step(trainer.state.step).skipped
     assert trainer.state.skips == 0
-    assert all(p.isfinite().all() for p in trainer.parameters)
+    assert all(p.isfinite().all() for p in trainer.stepper.parameters)
     assert "head.weight" in small_run.differing(before, small_run.tensors(trainer))
     kinds = sum(name.startswith("average/") for name in before)
     assert kinds > 10

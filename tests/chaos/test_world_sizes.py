@@ -45,7 +45,7 @@ def save_and_resume_everywhere(ranks, folder, steps, kinds):
                     trainer.train_step(step)
                 trainer.save()
                 state = whole(trainer.model.state_dict())
-                average = whole(trainer.average.state_dict())
+                average = whole(trainer.stepper.average.state_dict())
                 found["saved", kind, size] = state, average
     for kind, size in kinds:
         with ranks.group(size) as inside:
@@ -137,8 +137,8 @@ def poison_one(ranks, kind, where):
         trainer = trainer_of(tiny_run(**RUN, parallel={"kind": kind}))
         trainer.train_step(0)
         before = {n: t.clone() for n, t in whole(trainer.model.state_dict()).items()}
-        average = {n: t.clone() for n, t in whole(trainer.average.state_dict()).items()}
-        plain = trainer.parallel.train_on
+        average = {n: t.clone() for n, t in whole(trainer.stepper.average.state_dict()).items()}
+        plain = trainer.stepper.parallel.train_on
 
         def injected(function, **arguments):
             out = plain(function, **arguments)
@@ -149,12 +149,12 @@ def poison_one(ranks, kind, where):
                 return out._replace(total=out.total * torch.inf)
             return out
 
-        trainer.parallel.train_on = injected
+        trainer.stepper.parallel.train_on = injected
         result = trainer.train_step(1)
-        trainer.parallel.train_on = plain
+        trainer.stepper.parallel.train_on = plain
         after = whole(trainer.model.state_dict())
         kept = all(torch.equal(after[n], v) for n, v in before.items())
-        averages = whole(trainer.average.state_dict())
+        averages = whole(trainer.stepper.average.state_dict())
         kept = kept and all(torch.equal(averages[n], v) for n, v in average.items())
         return result.skipped, trainer.state.skips, kept, trainer.train_step(2).skipped
 

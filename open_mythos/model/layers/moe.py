@@ -114,12 +114,12 @@ class MoEFFN(nn.Module):
         return y_ND.view_as(x_BTD), Routing(scores_NE, experts_NC)
 
     @torch.no_grad()
-    def update_bias(self, load_E: Tensor, speed: float) -> None:
+    def update_bias(self, load_E: Tensor, speed: float | Tensor) -> None:
         """Move the bias by ``speed`` towards the experts below the mean load.
 
         Args:
             load_E: Tokens per expert since the last update, over all loops (and all ranks).
-            speed: Step size; DeepSeek-V3 uses 1e-3.
+            speed: Step size, or a scalar tensor; DeepSeek-V3 uses 1e-3.
         """
         load_E = load_E.to(self.router_bias.device)
         self.router_bias += speed * torch.sign(load_E.mean() - load_E)

@@ -1,15 +1,15 @@
-"""Six ways in which a looped model goes wrong while its loss still looks harmless, by name.
+"""Ways in which a looped model goes wrong while its loss still looks harmless, by name.
 
 The watchdog looks at what the logged steps measured anyway, and at one cheap probe. It decides
-nothing: an :class:`Alarm` is written down and shown, once until it clears.
+nothing: an :class:`Alarm` is logged and shown, once until it clears.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,12 +17,12 @@ from open_mythos.config import MythosConfig
 from open_mythos.data.batch import Batch
 from open_mythos.evaluation import evaluate_depths
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.train.monitoring.metrics import LoopFigures
+from open_mythos.train.loop_summary import LoopSummary
 from open_mythos.train.state import TokenBatch
 
 REMEDIES: dict[str, str] = {
-    "not_finite": "nothing was learnt from this step; lower optim.lr or train.clip, or compute in "
-    'float32 (train.dtype "float32") to see whether it is the range of the dtype',
+    "not_finite": "the step was skipped; lower optim.lr or train.clip, or compute in float32 "
+    '(train.dtype "float32") to see whether it is the range of the dtype',
     "state_explosion": "lower optim.lr or train.clip; train at more depths (depth.plan "
     '"lognormal_poisson") so that late loops have a gradient too',
     "state_collapse": 'lower optim.lr or lengthen train.warmup_steps; model.initial_state "normal" '
@@ -35,12 +35,13 @@ REMEDIES: dict[str, str] = {
     "uneven_experts": "raise train.balance_speed, or use fewer experts; starved experts learn "
     "nothing",
 }
-"""Name of every alarm -> what to do about it."""
+"""Name of every alarm -> what to do about it. "halting_stuck" is about a gate, which is trained
+after the model: :func:`halting_alarm`."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where healthy ends. Defaults are starting points, not laws."""
+    """Bounds of a healthy run. Defaults are starting points."""
 
     growth: float = 10.0
     """Norm of the longest state over that of the first."""
@@ -50,7 +51,7 @@ class Thresholds:
     gap: float = 0.001
     """(loss with 1 loop - loss with the mean number) over the latter, whatever its sign."""
     shallow: float = 1.05
-    """Mean loops of positions that an exit rule stops: at or below this it always stops at once."""
+    """Mean loops of positions under a halting gate: at or below this it always stops at once."""
     deep: float = 0.99
     """The same over the most loops allowed: at or above this it never stops."""
     takes_all: float = 0.95
@@ -61,15 +62,14 @@ class Thresholds:
     crowded: float = 4.0
     """The same, too much."""
     patience: int = 5
-    """Looks in a row at which a figure is out of bounds; one is enough for "not_finite" and
-    "halting_stuck", which do not fluctuate."""
+    """Consecutive looks at which a number is out of bounds; one is enough for "not_finite"."""
     uneven_steps: int = 200
-    """Optimizer steps that experts are uneven for, beside ``patience``."""
+    """Optimizer steps for which experts are uneven, beside ``patience``."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something that is not as in a healthy run."""
+    """A number that has left the bounds of a healthy run."""
 
     name: str
     """A key of :data:`REMEDIES`."""
@@ -80,14 +80,14 @@ class Alarm:
     value: float
     """What was measured."""
     threshold: float
-    """The bound that ``value`` has left."""
+    """The bound that ``value`` has crossed."""
     what: str
     """One sentence: what was seen."""
     fix: str
     """What to do about it."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, JSON-ready except that ``value`` may be NaN or infinite."""
+        """Return the fields, JSON-ready except that ``value`` may be NaN or infinite."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class _Finding:
-    """One figure, judged."""
+    """One number, judged."""
 
     name: str
     bad: bool
@@ -108,19 +108,19 @@ class _Finding:
 
     @property
     def key(self) -> str:
-        """What is remembered from look to look: layers are judged one by one."""
+        """Key under which looks are counted: layers are judged one by one."""
         return self.name if self.layer is None else f"{self.name}/layer{self.layer}"
 
 
 class LoopWatchdog:
-    """Judges logged steps and remembers which figures have been out of bounds, and for how long.
+    """Judges logged steps and remembers which numbers have been out of bounds, and for how long.
 
     Args:
         cfg: The model's configuration.
-        thresholds: Where healthy ends.
+        thresholds: Bounds of a healthy run.
         start: Step from which "state_collapse" and "recurrence_ignored" are judged; see
             :func:`first_judged_step`. A model that has only learnt which tokens are frequent shows
-            both and is not ill.
+            both and is healthy.
     """
 
     def __init__(
@@ -138,27 +138,20 @@ class LoopWatchdog:
         return sorted(self._active)
 
     def observe(
-        self,
-        step: int,
-        figures: LoopFigures,
-        *,
-        loop_gap: float | None = None,
-        exits: Sequence[int] | None = None,
+        self, step: int, summary: LoopSummary, *, loop_gap: float | None = None
     ) -> list[Alarm]:
-        """Look at one step; the alarms that it raises, each once until it clears.
+        """Look at one step and return the alarms that it raises, each once until it clears.
 
-        What is not measured is not judged, and leaves what was seen before as it is.
+        What is not measured is not judged, and leaves earlier findings as they are.
 
         Args:
             step: Optimizer steps done.
-            figures: What the loops did, over all ranks; with the token correlation if
+            summary: What the loops did, over all ranks; with the token correlation if
                 "state_collapse" is to be found.
             loop_gap: :func:`relative_gap`, if it was measured.
-            exits: Positions that an exit rule let run 1, 2, ... loops, up to the most allowed; see
-                :func:`open_mythos.train.monitoring.metrics.exit_histogram`.
         """
         raised = []
-        for found in self._look(step, figures, loop_gap, exits):
+        for found in self._look(step, summary, loop_gap):
             if not found.bad:
                 self._streaks.pop(found.key, None)
                 self._active.discard(found.key)
@@ -176,48 +169,44 @@ class LoopWatchdog:
         return raised
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen up to now; JSON gives it back exactly."""
+        """Return what was seen up to now, JSON-ready."""
         return {
             "streaks": {name: list(streak) for name, streak in self._streaks.items()},
             "active": self.active,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a stored state; what follows is as if never interrupted."""
+        """Restore :meth:`state_dict`."""
         self._streaks = {
             name: (int(n), int(since)) for name, (n, since) in state["streaks"].items()
         }
         self._active = set(state["active"])
 
     def _lasts(self, name: str, count: int, steps: int) -> bool:
-        """Whether ``count`` looks over ``steps`` steps are enough."""
-        if name in ("not_finite", "halting_stuck"):
+        """Return whether ``count`` looks over ``steps`` steps are enough."""
+        if name == "not_finite":
             return True
         enough = count >= self.thresholds.patience
         return enough and (name != "uneven_experts" or steps >= self.thresholds.uneven_steps)
 
-    def _look(
-        self, step: int, figures: LoopFigures, loop_gap: float | None, exits: Sequence[int] | None
-    ) -> Iterator[_Finding]:
-        norms = figures.means.get("state_norm", [])
+    def _look(self, step: int, summary: LoopSummary, loop_gap: float | None) -> Iterator[_Finding]:
+        norms = summary.means.get("state_norm", [])
         broken = [t for t, norm in enumerate(norms) if not math.isfinite(norm)]
         if norms:
             yield self._not_finite(norms, broken)
         if norms and not broken:
             yield self._explosion(norms)
-            if step >= self.start and "correlation" in figures.means:
-                yield self._collapse(figures, norms)
+            if step >= self.start and "correlation" in summary.means:
+                yield self._collapse(summary, norms)
         if loop_gap is not None and step >= self.start:
             yield self._ignored(loop_gap)
-        if exits is not None and any(exits):
-            yield self._halting(exits)
-        for layer in figures.load:
-            yield from self._experts(layer, figures)
+        for layer in summary.load:
+            yield from self._experts(layer, summary)
 
     def _not_finite(self, norms: list[float], broken: list[int]) -> _Finding:
         loop = broken[0] + 1 if broken else None
         value = norms[broken[0]] if broken else 0.0
-        what = f"the state is {value} after loop {loop} of {len(norms)}, and no longer a number"
+        what = f"the norm of the state is {value} after loop {loop} of {len(norms)}"
         return _Finding("not_finite", bool(broken), value, math.inf, what, loop)
 
     def _explosion(self, norms: list[float]) -> _Finding:
@@ -230,12 +219,12 @@ class LoopWatchdog:
         )
         return _Finding("state_explosion", loop is not None, longest / first, limit, what, loop)
 
-    def _collapse(self, figures: LoopFigures, norms: list[float]) -> _Finding:
+    def _collapse(self, summary: LoopSummary, norms: list[float]) -> _Finding:
         # loops that few sequences reach say more about these sequences than about the loop
-        common = sum(2 * rows >= figures.rows[0] for rows in figures.rows)
+        common = sum(2 * rows >= summary.rows[0] for rows in summary.rows)
         alike = [
             1.0 if norm == 0 else c
-            for c, norm in zip(figures.means["correlation"], norms, strict=True)
+            for c, norm in zip(summary.means["correlation"], norms, strict=True)
         ]
         value, limit = max(alike[:common]), self.thresholds.correlation
         loop = next((t + 1 for t, c in enumerate(alike[:common]) if c >= limit), None)
@@ -245,26 +234,17 @@ class LoopWatchdog:
     def _ignored(self, gap: float) -> _Finding:
         limit = self.thresholds.gap
         what = f"the loss with one loop is {gap:+.3%} from that with the mean number of loops"
-        # a large negative gap is a loop that does harm, which is not one that does nothing
+        # a large negative gap means that loops do harm, which is not the same as doing nothing
         return _Finding("recurrence_ignored", not abs(gap) >= limit, gap, limit, what)
 
-    def _halting(self, exits: Sequence[int]) -> _Finding:
-        mean = sum(loops * count for loops, count in enumerate(exits, start=1)) / sum(exits)
-        low, high = self.thresholds.shallow, self.thresholds.deep * len(exits)
-        what = (
-            f"positions run {mean:.2f} of at most {len(exits)} loops, all of them nearly the same"
-        )
-        bad = len(exits) > 1 and (mean <= low or mean >= high)
-        return _Finding("halting_stuck", bad, mean, low if mean <= low else high, what)
-
-    def _experts(self, layer: int, figures: LoopFigures) -> Iterator[_Finding]:
+    def _experts(self, layer: int, summary: LoopSummary) -> Iterator[_Finding]:
         """One mixture layer, all loops together: single loops may want different experts."""
         bounds, count, chosen = self.thresholds, self.cfg.n_experts, self.cfg.n_experts_per_tok
-        choices = float(figures.load[layer].sum())
+        choices = float(summary.load[layer].sum())
         # with fewer choices chance alone starves an expert
         if not choices * bounds.starved >= count:
             return
-        share_E = figures.expert_share(layer)
+        share_E = summary.expert_share(layer)
         top, low = max(share_E), min(share_E)
         # a token chooses an expert at most once
         tokens = top * chosen
@@ -282,16 +262,38 @@ class LoopWatchdog:
         yield _Finding("uneven_experts", bad, share * count, limit, what, layer=layer)
 
 
+def halting_alarm(
+    step: int, mean_loops: float, most: int, thresholds: Thresholds | None = None
+) -> Alarm | None:
+    """Return the alarm "halting_stuck" if a gate stops always, or never; else None.
+
+    Args:
+        step: Steps that the gate was trained for.
+        mean_loops: Mean over positions of the loops that they run under the gate.
+        most: Loops that it allows; nothing can be said of one.
+        thresholds: ``shallow`` and ``deep`` bound ``mean_loops``.
+    """
+    bounds = thresholds or Thresholds()
+    low, high = bounds.shallow, bounds.deep * most
+    if most == 1 or low < mean_loops < high:
+        return None
+    what = f"positions run {mean_loops:.2f} of at most {most} loops, nearly all of them the same"
+    return Alarm(
+        "halting_stuck", step, None, mean_loops, low if mean_loops <= low else high, what,
+        REMEDIES["halting_stuck"],
+    )  # fmt: skip
+
+
 def first_judged_step(steps: int, warmup_steps: int) -> int:
-    """When a run should have learnt more than the frequency of tokens: after its warm-up and a
-    fifth of its steps, but at most 2,000."""
+    """Return the step by which a run should have learnt more than the frequency of tokens: after
+    its warm-up and a fifth of its steps, but at most 2,000."""
     return max(warmup_steps, min(steps // 5, 2000))
 
 
 def loop_losses(
     model: OpenMythos, batch: TokenBatch, depth: int, *, dtype: torch.dtype = torch.float32
 ) -> tuple[float, float]:
-    """Loss in nats per token with one loop and with ``depth``, from one pass without gradient.
+    """Return the loss in nats per token with one loop and with ``depth``, from one forward pass.
 
     Costs about a third of a training step on the same batch; a few sequences are enough, because
     both losses are of the same tokens.
@@ -300,16 +302,15 @@ def loop_losses(
         model: Left as it is.
         batch: Some training sequences, on any device.
         depth: Mean depth of the training, at least 2.
-        dtype: Of the matrix products (autocast).
+        dtype: Of the matmuls (autocast).
 
     Raises:
         DataError: The batch has no target.
     """
-    part = Batch(batch.input_ids, batch.targets, batch.document_ids, batch.sample_index)
-    one, deep = evaluate_depths(model, [part], [1, depth], dtype=dtype)
+    one, deep = evaluate_depths(model, [cast(Batch, batch)], [1, depth], dtype=dtype)
     return one.loss, deep.loss
 
 
 def relative_gap(one: float, deep: float) -> float:
-    """(loss with one loop - loss with many) / loss with many: what looping is worth."""
+    """Return (loss with one loop - loss with many) / loss with many: what looping is worth."""
     return (one - deep) / max(abs(deep), 1e-12)

@@ -1,6 +1,6 @@
 """Where metrics can go beside ``metrics.jsonl``: TensorBoard, Weights & Biases, trackio.
 
-Each is a package of its own that is loaded only when it is asked for by name.
+Each is a package of its own, imported only when it is requested explicitly.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LoggedRun:
             raise EnvironmentError_(
                 "the name of the run for its loggers cannot be kept", where=str(path),
                 value=str(error), allowed='{"id": "..."} in a folder that can be written',
-                fix="mend the folder's permissions, or remove the file",
+                fix="fix the folder's permissions, or remove the file",
             ) from error  # fmt: skip
         return name
 
@@ -221,5 +221,5 @@ def _opened(name: str, run: LoggedRun) -> MetricsLogger:
     except Exception as error:  # each package has exceptions of its own
         raise EnvironmentError_(
             f'the logger "{name}" does not start', where="watch.loggers", value=str(error),
-            fix=f"mend that (for wandb: wandb login, or WANDB_MODE=offline), or leave out {name}",
+            fix=f"fix that (for wandb: wandb login, or WANDB_MODE=offline), or leave out {name}",
         ) from error  # fmt: skip

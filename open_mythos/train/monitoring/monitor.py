@@ -1,4 +1,4 @@
-"""What a run is watched by: spikes of the loss, faults of the loops, use of the hardware."""
+"""Monitors a run: spikes of the loss, faults of the loops, utilisation of the hardware."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from open_mythos.distributed import over_ranks, world_size
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train.build import Model
 from open_mythos.train.config import RunConfig
+from open_mythos.train.loop_summary import LoopSummary
 from open_mythos.train.monitoring.alarms import (
     LoopWatchdog,
     Thresholds,
@@ -20,7 +21,7 @@ from open_mythos.train.monitoring.alarms import (
     loop_losses,
     relative_gap,
 )
-from open_mythos.train.monitoring.metrics import LoopFigures, Metrics
+from open_mythos.train.monitoring.metrics import Metrics
 from open_mythos.train.monitoring.spikes import Spike, SpikeDetector
 from open_mythos.train.monitoring.utilisation import Utilisation, device_peak
 from open_mythos.train.parallel.parallelize import ParallelModel
@@ -29,17 +30,17 @@ from open_mythos.train.state import StepResult, TokenBatch
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 1000
-"""Fewer say too little about what loops are worth."""
+"""Minimum tokens for the probe that compares the loss of one loop with that of the mean depth."""
 
 
-class Watch:
-    """Measures a run and names what is wrong with it; what follows is the trainer's decision.
+class Monitor:
+    """Measures a run and names what is wrong with it; the trainer decides what follows.
 
     Args:
-        model: That is trained.
+        model: The model that is trained.
         config: Of the run.
         device: Of this process.
-        dtype: Of the products.
+        dtype: Of the matmuls.
     """
 
     def __init__(
@@ -54,81 +55,81 @@ class Watch:
         self._spikes = SpikeDetector(
             watch.spike_window, watch.spike_threshold, watch.spike_patience
         )
-        self._dog = None
+        self._watchdog = None
         if isinstance(model, OpenMythos) and watch.watchdog:
             start = first_judged_step(train.steps, train.warmup_steps)
-            self._dog = LoopWatchdog(model.cfg, Thresholds(), start=start)
+            self._watchdog = LoopWatchdog(model.cfg, Thresholds(), start=start)
 
-    def add(self, seconds: float, result: StepResult, sequences: int) -> None:
-        """Count a step of this process's ``sequences``."""
+    def add(self, seconds: float, result: StepResult) -> None:
+        """Count the time and the FLOPs of a step in this process."""
         depths = None if result.depths is None else result.depths.tolist()
-        flops = self._use.step_flops(depths, sequences, result.length)
+        flops = self._use.step_flops(depths, *result.batch.input_ids.shape)
         self._use.add(seconds, result.counts.tokens, flops)
 
     def spike(self, step: int, loss: float) -> Spike | None:
-        """Whether the loss of this step completes a spike; the same in all processes."""
+        """Return the spike that the loss of this step completes; the same in all processes."""
         return self._spikes.observe(step, loss)
 
     def rates(self) -> Metrics:
-        """Speed of all processes since the last call."""
+        """Return the throughput of all processes since the last call."""
         rates = self._use.metrics()
         for name in ("flops_per_second", "mfu"):
             # tokens are counted for the whole step, FLOPs for the sequences of this process
             if name in rates:
-                rates[name] = sum(over_ranks([rates[name]], self._device)[0])
+                rates[name] = sum(over_ranks([rates[name]])[0])
         return rates
 
     def look(
-        self, step: int, figures: LoopFigures, parallel: ParallelModel, batch: TokenBatch
+        self, step: int, summary: LoopSummary, parallel: ParallelModel, batch: TokenBatch
     ) -> Metrics:
-        """Alarms that this logged step raises, and those that are still on.
+        """Return the alarms that this logged step raises, and those that are still active.
 
         Args:
             step: Optimizer steps done.
-            figures: Of all processes.
+            summary: Of all processes.
             parallel: The model.
-            batch: Of this process; a part of it serves as a probe of what loops are worth.
+            batch: Of this process; part of it serves as a probe of what loops are worth.
         """
-        if self._dog is None:
+        if self._watchdog is None:
             return {}
         gap = None
-        if step >= self._dog.start and self._depth > 1:
+        if step >= self._watchdog.start and self._depth > 1:
             part = batch.split(_parts(*batch.input_ids.shape))[0].to(self._device)
             gap = relative_gap(*parallel.look_at(self._losses, part))
-        alarms = self._dog.observe(step, figures, loop_gap=gap)
+        alarms = self._watchdog.observe(step, summary, loop_gap=gap)
         for alarm in alarms:
             logger.warning("%s", alarm)
         metrics: Metrics = {} if gap is None else {"loop_gap": gap}
         if alarms:
             metrics["alarms"] = [alarm.to_dict() for alarm in alarms]
-        if self._dog.active:
-            metrics["alarms_active"] = self._dog.active
+        if self._watchdog.active:
+            metrics["alarms_active"] = self._watchdog.active
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready; what follows from it is as if never interrupted."""
-        dog = {} if self._dog is None else {"watchdog": self._dog.state_dict()}
+        """Return the windows of spikes and alarms, JSON-ready."""
+        dog = {} if self._watchdog is None else {"watchdog": self._watchdog.state_dict()}
         return {"spikes": self._spikes.state_dict(), **dog}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """Restore :meth:`state_dict`."""
         self._spikes.load_state_dict(state["spikes"])
-        if self._dog is not None and "watchdog" in state:
-            self._dog.load_state_dict(state["watchdog"])
+        if self._watchdog is not None and "watchdog" in state:
+            self._watchdog.load_state_dict(state["watchdog"])
 
     def _losses(self, model: OpenMythos, batch: Any) -> tuple[float, float]:
         return loop_losses(model, batch, self._depth, dtype=self._dtype)
 
 
 def _parts(sequences: int, length: int) -> int:
-    """Into how many equal parts to split a batch, of which one is the probe."""
+    """Return into how many equal parts to split a batch, of which one is the probe."""
     wanted = min(sequences, -(-_PROBE_TOKENS // length))
     size = next(n for n in range(wanted, sequences + 1) if sequences % n == 0)
     return sequences // size
 
 
 def _peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s of the device; None if it is not known, as on a CPU."""
+    """Return the peak FLOP/s of the device; None if it is not known, as on a CPU."""
     if device.type != "cuda":
         return None
     tf32 = torch.backends.cuda.matmul.allow_tf32

@@ -1,13 +1,16 @@
-"""An exponential moving average of the weights, to evaluate with in their place.
+"""An exponential moving average (EMA) of the weights, to evaluate with in their place.
 
 After every step that changed the weights, average <- d average + (1 - d) weights. In update n,
 counted from 0, d = min(decay, (1 + n) / (10 + n)): the warm-up of TensorFlow's
-``tf.train.ExponentialMovingAverage``. Until d has reached ``decay`` the average so looks back over
+``tf.train.ExponentialMovingAverage``. Until d has reached ``decay`` the average looks back over
 about a ninth of the updates so far, and soon forgets the untrained weights.
 
-What an average gains is what a lower learning rate would: it takes out the noise of the last steps
-(arXiv 2411.18704). At a learning rate that has decayed to nothing little is left to gain; in the
-middle of a run, or under a constant one, much.
+An average does what a lower learning rate would: it takes out the noise of the last steps
+(arXiv 2411.18704). It gains little once the learning rate has decayed to nothing, and much in the
+middle of a run or under a constant rate.
+
+``torch.optim.swa_utils.AveragedModel`` copies the module, which FSDP2 does not allow, and reads its
+counter on the host at every update.
 """
 
 from __future__ import annotations
@@ -27,16 +30,15 @@ from open_mythos.train.build import Model
 from open_mythos.train.optimizers.muon import local
 
 AVERAGE_FILE = "average.safetensors"
-"""What a checkpoint calls it."""
+"""Its file in a checkpoint."""
 UPDATES = "updates"
 """Key of the number of updates, beside the names of the weights."""
 
 
 class WeightAverage:
-    """Averages of all weights that are trained, and of the biases that balance the experts.
+    """Averages of all trained weights, and of the biases that balance the experts.
 
-    The averages lie beside the weights, sharded like them if FSDP2 has sharded the model, so make
-    this after sharding.
+    The averages are sharded like the weights, so make this after FSDP2 has sharded the model.
 
     Args:
         model: Weights that require no gradient are left out; the others must be float32 at least,
@@ -54,7 +56,7 @@ class WeightAverage:
                 "not a decay", where="ema_decay", value=decay, allowed="0 < decay < 1",
                 fix="set it to 0.999, or leave the average out with 0",
             )  # fmt: skip
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         self._model, self._outermost, self._swapped = model, outermost or model, False
         _reshard(self._outermost)
         self._weights = _averaged(model)
@@ -62,29 +64,45 @@ class WeightAverage:
             if weight.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
                     "a weight is too narrow to be averaged", where=name, value=str(weight.dtype),
-                    allowed="float32 weights; products may be narrower by autocast",
+                    allowed="float32 weights; autocast computes in narrower dtypes",
                 )  # fmt: skip
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        device = next(iter(self._averages.values())).device
+        self._updates = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the present weights. Call it after a step that changed them, and only then."""
-        self._refuse_swapped("update")
-        share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(_local(self._averages), _local(self._weights), share)
-        self.updates += 1
+    def restart(self) -> None:
+        """Begin again with the present weights."""
+        for name, average in self._averages.items():
+            copy_part(average, self._weights[name].detach())
+        self._updates.zero_()
+
+    @torch.no_grad()
+    def update(self, changed: Tensor | bool = True) -> None:
+        """Take in the present weights.
+
+        Args:
+            changed: Boolean scalar on the device; where it is False, nothing happens.
+        """
+        self._reject_swapped("update")
+        # a Python number divides in double precision, and so must this for equal averages
+        n = self._updates.double() if self._updates.device.type != "mps" else self._updates.float()
+        share = (1 - ((1 + n) / (10 + n)).clamp(max=self.decay)) * changed
+        for average, weight in zip(_local(self._averages), _local(self._weights), strict=True):
+            average.lerp_(weight, share.to(average.dtype))
+        self._updates += changed
 
     @contextmanager
     def swap(self) -> Iterator[None]:
-        """Inside, the model's weights are the averages; afterwards, what they were, bit for bit.
+        """Exchange weights and averages inside ``with``; afterwards they are bit for bit as before.
 
-        Weights and averages change places value by value: whoever holds the parameters, as the
-        optimizer does, still holds the right ones.
+        Values are exchanged, not tensors: whoever holds the parameters, as the optimizer does,
+        still holds the right ones.
 
         Raises:
             InternalError: ``outermost`` was forgotten.
         """
-        self._refuse_swapped("swap")
+        self._reject_swapped("swap")
         self._exchange()
         self._swapped = True
         try:
@@ -95,28 +113,28 @@ class WeightAverage:
             self._check_nothing_is_gathered()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by the names of their weights, not copied, and :data:`UPDATES`.
+        """Return the averages by the names of their weights, not copied, and :data:`UPDATES`.
 
-        DTensors if the model is sharded. Two runs of equal state go on alike, bit for bit.
+        They are DTensors if the model is sharded.
         """
-        self._refuse_swapped("state_dict")
-        return self._averages | {UPDATES: torch.tensor(self.updates)}
+        self._reject_swapped("state_dict")
+        return self._averages | {UPDATES: self._updates}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state_dict`; nothing is changed unless everything fits.
+        """Restore :meth:`state_dict`; change nothing unless everything fits.
 
         Args:
             state: Whole tensors, or DTensors sharded like the weights.
 
         Raises:
-            DataError: A name is missing or unknown, or a shape is another.
+            DataError: A name is missing or unknown, or a shape differs.
         """
-        self._refuse_swapped("load_state_dict")
-        _check_fit(state, {name: average.shape for name, average in self._averages.items()})
+        self._reject_swapped("load_state_dict")
+        _check_fit(state, self._averages)
         for name, average in self._averages.items():
             copy_part(average, state[name])
-        self.updates = int(state[UPDATES])
+        self._updates.copy_(state[UPDATES])
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -127,7 +145,7 @@ class WeightAverage:
             average.copy_(kept)
 
     def _check_nothing_is_gathered(self) -> None:
-        """What FSDP2 has gathered inside :meth:`swap` would be used as the weights from now on."""
+        """Make sure that averages gathered by FSDP2 inside :meth:`swap` do not stay as weights."""
         present = dict(self._model.named_parameters())
         for name, weight in self._weights.items():
             if present.get(name, weight) is not weight:
@@ -138,16 +156,16 @@ class WeightAverage:
                     fix="pass it as WeightAverage(model, decay, outermost)",
                 )  # fmt: skip
 
-    def _refuse_swapped(self, what: str) -> None:
+    def _reject_swapped(self, what: str) -> None:
         if self._swapped:
             raise InternalError(
-                "weights and averages have changed places", where=f"WeightAverage.{what}",
+                "weights and averages are exchanged", where=f"WeightAverage.{what}",
                 value="called inside swap()", allowed="only outside of it",
             )  # fmt: skip
 
 
 def averaged_model(checkpoint: str | Path) -> Model:
-    """The model of a checkpoint with the averages as its weights, on the CPU.
+    """Load the model of a checkpoint with the averages as its weights, on the CPU.
 
     Args:
         checkpoint: Folder of a verified checkpoint (``find_checkpoint`` gives one).
@@ -157,29 +175,31 @@ def averaged_model(checkpoint: str | Path) -> Model:
     """
     folder = Path(checkpoint)
     prefix = f"{Path(AVERAGE_FILE).stem}/"
-    stored = {name: each for name, each in stored_shapes(folder).items() if name.startswith(prefix)}
+    stored = {
+        name: torch.empty(shape)
+        for name, shape in stored_shapes(folder).items()
+        if name.startswith(prefix)
+    }
     if not stored:
         raise DataError(
             "the checkpoint holds no averaged weights", where=str(folder), value="none",
             allowed="a checkpoint of a run with optim.ema_decay > 0",
             fix="use the weights themselves",
         )  # fmt: skip
-    parts = {name: torch.empty(shape) for name, shape in stored.items()}
-    read_tensors(folder, parts)
-    averages = {name.removeprefix(prefix): each for name, each in parts.items()}
+    read_tensors(folder, stored)
     model = from_pretrained(folder)
-    weights = _averaged(model)
     # the halting gate is frozen in training, but not in a model as it is loaded
-    trained = {name: weight.shape for name, weight in weights.items() if "halting." not in name}
-    _check_fit(averages, trained)
+    weights = {name: each for name, each in _averaged(model).items() if "halting." not in name}
+    averages = {name.removeprefix(prefix): each for name, each in stored.items()}
+    _check_fit(averages, weights)
     with torch.no_grad():
-        for name in trained:
-            weights[name].copy_(averages[name])
+        for name, weight in weights.items():
+            weight.copy_(averages[name])
     return model
 
 
 def _averaged(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters and router biases, by name, in the order of the model."""
+    """Return trained parameters and router biases by name, in the order of the model."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return trained | {
         name: buffer for name, buffer in model.named_buffers() if name.endswith("router_bias")
@@ -190,9 +210,9 @@ def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     return [local(tensor) for tensor in tensors.values()]
 
 
-def _check_fit(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse averages that are not of these weights."""
-    expected = {name: tuple(shape) for name, shape in shapes.items()} | {UPDATES: ()}
+def _check_fit(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raise DataError unless ``state`` holds averages of exactly these weights."""
+    expected = {name: tuple(weight.shape) for name, weight in weights.items()} | {UPDATES: ()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
@@ -204,8 +224,8 @@ def _check_fit(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) ->
 
 
 def _reshard(model: nn.Module) -> None:
-    """Have FSDP2 drop gathered weights. After an evaluation they may still be there, and would be
-    taken for the weights of the next step when those have changed."""
+    """Drop weights that FSDP2 has gathered. After an evaluation they may still be there, and would
+    be taken for the weights of the next step when those have changed."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return

@@ -1,4 +1,4 @@
-"""Norm and scaling of gradients that may be spread over processes."""
+"""Norm and scaling of gradients that may be spread over processes; steps that may not happen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The norm of the gradient over all parameters, a scalar that is the same in all processes."""
+    """Return the gradient norm over all parameters, a scalar that is the same in all processes."""
     by_mesh: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         grad = parameter.grad
@@ -26,11 +26,27 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def scale_gradients(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
-    """Multiply every gradient with ``factor`` (a scalar), each process its own part."""
+    """Multiply every gradient by ``factor`` (a scalar), each process its own part."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     if parts:
         torch._foreach_mul_(parts, factor.to(parts[0].device))
+
+
+def step_if(optimizer: torch.optim.Optimizer, proceed: Tensor) -> None:
+    """Call ``optimizer.step()``, without any effect where ``proceed`` (a boolean scalar) is False.
+
+    The device decides, by the protocol of ``torch.amp.GradScaler``: the optimizer reads the
+    attribute ``found_inf``. Fused optimizers of PyTorch do, and so does
+    :class:`open_mythos.train.optimizers.muon.Muon`; weights and state stay equal bit for bit. State
+    that does not exist yet is created, as zeros.
+    """
+    deciding: Any = optimizer
+    deciding.found_inf = (~proceed).float()
+    try:
+        optimizer.step()
+    finally:
+        del deciding.found_inf
 
 
 def _whole(norm: Tensor) -> Tensor:

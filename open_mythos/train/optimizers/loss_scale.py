@@ -1,44 +1,70 @@
-"""The dynamic loss scale that float16 needs: small gradients would round to zero in it.
+"""Dynamic loss scaling for float16, in which small gradients would round to zero.
 
-The rule of ``torch.amp.GradScaler`` (arXiv 1710.03740, section 3.2). Its own class decides on each
-process alone whether to skip a step; here that decision is the one that all processes take.
+The rule of ``torch.amp.GradScaler`` (arXiv 1710.03740, section 3.2). ``GradScaler`` itself lets
+every process decide alone whether to skip a step; here that decision is shared by all processes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
-GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
+import torch
+from torch import Tensor
+
+START, GROWTH, BACKOFF, INTERVAL = 65536.0, 2.0, 0.5, 2000
 
 
-@dataclass
 class LossScale:
-    """The factor by which the loss is multiplied before it is back-propagated."""
+    """The factor by which the loss is multiplied before the backward pass, on the device.
 
-    scale: float = 65536.0
-    """The factor; 1 and constant for dtypes with the range of float32."""
-    good_steps: int = 0
-    """Steps since it last changed."""
-    dynamic: bool = True
-    """Whether it changes."""
+    Args:
+        device: Where it is kept and changed.
+        dynamic: Whether to scale at all; False for dtypes with the range of float32.
+    """
 
-    @classmethod
-    def off(cls) -> LossScale:
-        """For dtypes with the range of float32."""
-        return cls(1.0, dynamic=False)
+    def __init__(self, device: torch.device, dynamic: bool) -> None:
+        self.dynamic = dynamic
+        self.scale = torch.full((), START if dynamic else 1.0, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def update(self, overflowed: bool) -> bool:
-        """Halve it after an overflow, double it after many good steps; whether it could give way.
+    def apply(self, loss: Tensor) -> Tensor:
+        """Multiply by the scale."""
+        return loss * self.scale if self.dynamic else loss
 
-        An overflow that halving may cure says nothing about the run.
+    def unscale(self, x: Tensor) -> Tensor:
+        """Divide by the scale."""
+        return x / self.scale if self.dynamic else x
+
+    def update(self, proceed: Tensor) -> Tensor:
+        """Halve the scale after an overflow, double it after :data:`INTERVAL` good steps.
+
+        Args:
+            proceed: Boolean scalar: False if loss or gradient was not finite.
+
+        Returns:
+            Boolean scalar: whether the step failed and the scale could be lowered. Such an overflow
+            says nothing about the run.
         """
         if not self.dynamic:
-            return False
-        if overflowed:
-            gave_way = self.scale > 1.0
-            self.scale, self.good_steps = max(1.0, self.scale * BACKOFF), 0
-            return gave_way
-        self.good_steps += 1
-        if self.good_steps == INTERVAL:
-            self.scale, self.good_steps = self.scale * GROWTH, 0
-        return False
+            return torch.zeros_like(proceed)
+        lowered = ~proceed & (self.scale > 1)
+        torch._amp_update_scale_(
+            self.scale, self.good_steps, (~proceed).float(), GROWTH, BACKOFF, INTERVAL
+        )
+        self.scale.clamp_(min=1)
+        return lowered
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, JSON-ready; reads it from the device."""
+        return {
+            "scale": self.scale.item(),
+            "good_steps": int(self.good_steps.item()),
+            "dynamic": self.dynamic,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.dynamic = state["dynamic"]
+        self.scale.fill_(state["scale"])
+        self.good_steps.fill_(state["good_steps"])

@@ -1,4 +1,4 @@
-"""Muon: momentum whose every singular value is made about 1, for the matrices inside the blocks.
+"""Muon: orthogonalised momentum, for the weight matrices inside the blocks.
 
 Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024,
 https://kellerjordan.github.io/posts/muon/), with the weight decay and the update size of Moonlight
@@ -7,8 +7,7 @@ which gives its elements the root mean square 0.2 of a typical AdamW update. Lea
 weight decay then mean the same to both; docs/optimizers.md measures which rate is best for each.
 
 ``torch.optim.Muon`` takes nothing but whole 2-D parameters. The one here equals it on each matrix,
-and also knows stacks of experts, matrices stored side by side, and parameters of which a process
-holds a part.
+and also takes stacks of experts, matrices stored side by side, and sharded parameters.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ EPS = 1e-7
 """Least norm by which a matrix is divided."""
 MATCH_RMS = 0.2
 """Root mean square of an AdamW update in units of the learning rate (arXiv 2502.16982)."""
+_WIDEST = {"mps": torch.float32}
+"""Precision in which scalars are computed, as Python would; float64 on all other devices."""
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
@@ -110,25 +111,38 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what ``closure`` does."""
+        """Update every parameter that has a gradient; return what ``closure`` does.
+
+        Where the attribute ``found_inf`` of ``torch.amp.GradScaler`` is set and 1, nothing changes
+        (but the gradients, which become zero).
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group, found_inf)
         return loss
 
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update(
+        self, parameter: Tensor, grad: Tensor, group: dict[str, Any], found_inf: Tensor | None
+    ) -> None:
         state, lr, momentum = self.state[parameter], group["lr"], group["momentum"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer: Tensor = state["momentum_buffer"]
         weight, mean = local(parameter), local(buffer)
-        used = 1.0 if grad.dim() == 2 else _used(grad)
-        mean.lerp_(local(grad), (1 - momentum) * used)
+        used: float | Tensor = 1.0
+        if found_inf is not None:
+            local(grad).masked_fill_(found_inf > 0, 0.0)  # NaN times zero would be NaN
+            used = (1 - found_inf).to(_WIDEST.get(found_inf.device.type, torch.float64))
+        if grad.dim() == 3:
+            used = _used(grad)
+        share = (1 - momentum) * used
+        mean.lerp_(local(grad), share.to(mean.dtype) if isinstance(share, Tensor) else share)
         ahead = local(grad).lerp(mean, momentum) if group["nesterov"] else mean
         direction = _direction(ahead, parameter, group)
         weight.mul_(1 - lr * group["weight_decay"] * used)
@@ -157,13 +171,16 @@ class MuonAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what ``closure`` does."""
+        """Update every parameter that has a gradient; return what ``closure`` does."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # handed over anew each time: loading a state replaces groups and state
+        # assigned at every step: loading a state replaces groups and state
         self._muon.state = self._adamw.state = self.state
+        for each in (self._muon, self._adamw):
+            deciding: Any = each
+            deciding.found_inf = getattr(self, "found_inf", None)
         self._muon.param_groups = [group for group in self.param_groups if "ns_steps" in group]
         self._adamw.param_groups = [group for group in self.param_groups if "betas" in group]
         self._muon.step()

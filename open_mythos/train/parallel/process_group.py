@@ -1,7 +1,7 @@
-"""The processes of a run: how they start, and what they tell each other.
+"""The process group of a run: how it starts, and the values its processes exchange.
 
-What a step computes does not depend on how many they are. Data, depths and randomness follow from
-global sample numbers, every loss is divided by counts of the whole step, and gradients are summed.
+What a step computes does not depend on the number of processes. Data, depths and randomness follow
+from global sample numbers, every loss is divided by counts of the whole step, gradients are summed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from open_mythos.distributed import launched, local_rank, rank, world_size
 from open_mythos.errors import EnvironmentError_, MythosError
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.layers.moe import MoEFFN
-from open_mythos.model.trace import LoopTrace
+from open_mythos.model.trace import PER_ROW, LoopTrace
 from open_mythos.train.config import ParallelConfig
-from open_mythos.train.monitoring.metrics import PER_ROW, merge_trace
 
 T = TypeVar("T")
 
 
 def device_of_process(name: str) -> torch.device:
-    """The device that ``name`` means here: of several GPUs, "auto" and "cuda" take one each."""
+    """Return the device that ``name`` means; "auto" and "cuda" give each process its own GPU."""
     device = resolve_device(name)
     if device.type == "cuda" and device.index is None and launched():
         return torch.device("cuda", local_rank())
@@ -37,12 +36,12 @@ def device_of_process(name: str) -> torch.device:
 
 @contextmanager
 def process_group(config: ParallelConfig, device: str) -> Iterator[None]:
-    """Within ``with``, the processes that a launcher started are one group.
+    """Join the processes that a launcher started into one group, inside ``with``.
 
-    Without a launcher, or in a group that exists already, it does nothing.
+    Does nothing without a launcher, or when a process group exists already.
 
     Args:
-        config: Its timeout ends the run when a process is missed for so long.
+        config: Its timeout ends the run when a process does not answer for so long.
         device: As in ``train.device``.
 
     Raises:
@@ -72,13 +71,23 @@ def process_group(config: ParallelConfig, device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum ``x`` over all processes in float64, in the order of their ranks; no host-device sync."""
+    everyone = [torch.empty_like(x, dtype=torch.float64) for _ in range(world_size())]
+    dist.all_gather(everyone, x.double())
+    total = everyone[0]
+    for each in everyone[1:]:
+        total = total + each
+    return total.to(x.dtype)
+
+
 def sum_loads(trace: LoopTrace, loops: int, model: CausalLM) -> None:
-    """Make the expert loads in ``trace`` those of all processes.
+    """Sum the expert loads in ``trace`` over all processes, in place.
 
     Args:
         trace: Of this process; it may have run fewer loops than others.
         loops: Most loops that any process ran in the step.
-        model: Its mixtures of experts are what is asked about.
+        model: Its mixtures of experts are summed.
     """
     mixtures = [module for module in model.modules() if isinstance(module, MoEFFN)]
     if world_size() == 1 or not mixtures:
@@ -91,7 +100,7 @@ def sum_loads(trace: LoopTrace, loops: int, model: CausalLM) -> None:
 
 
 def merge_over_ranks(trace: LoopTrace, depths: Tensor | None) -> tuple[LoopTrace, Tensor | None]:
-    """What all processes recorded in a step: ``trace`` with the rows of all, all depths (B,)."""
+    """Gather what all processes recorded in a step: the rows of all traces, all depths (B,)."""
     if world_size() == 1:
         return trace, depths
     rows = {name: _on_cpu(getattr(trace, name)) for name in PER_ROW}
@@ -99,12 +108,12 @@ def merge_over_ranks(trace: LoopTrace, depths: Tensor | None) -> tuple[LoopTrace
     dist.all_gather_object(everyone, (rows, depths))
     total = LoopTrace(load=trace.load)
     for of_rank, _ in everyone:
-        merge_trace(total, LoopTrace(**of_rank))
+        total.add(LoopTrace(**of_rank))
     return total, None if depths is None else torch.cat([each for _, each in everyone])
 
 
 def first_decides(decide: Callable[[], T]) -> T:
-    """The first process's ``decide()``, in all of them; an error there is one everywhere."""
+    """Return the first process's ``decide()`` in all of them; its error is raised everywhere."""
     if world_size() == 1:
         return decide()
     told: list[Any] = [None]

@@ -78,7 +78,9 @@ def test_state_says_how_it_was_made(trained):
     assert state["data"] == {"step": 4, "fingerprint": "data"}
     assert state["train"]["step"] == 4
     assert state["train"]["tokens"] == 4 * (8 * 6 - 3)
-    depths = torch.stack([trainer.plan.depths(s, range(8 * s, 8 * s + 8)) for s in range(4)])
+    depths = torch.stack(
+        [trainer.stepper.plan.depths(s, range(8 * s, 8 * s + 8)) for s in range(4)]
+    )
     assert state["train"]["min_depth"] == depths.min()
     assert state["train"]["max_depth"] == depths.max()
 

@@ -1,4 +1,4 @@
-"""When a run goes wrong it goes back, leaves out the batches, and gives up only after that."""
+"""A run that goes wrong is rolled back, skips the batches since, and gives up only after that."""
 
 import json
 from dataclasses import replace
@@ -30,11 +30,14 @@ class Events:
         if "event" in metrics:
             self.events.append((step, metrics["event"]))
 
+    def of(self, *kinds):
+        return [(step, each) for step, each in self.events if each["kind"] in kinds]
+
 
 def start(run, poison=(), spikes=()):
     events, loader = Events(), Fetched(run, poison)
     trainer = Trainer(build_model(run), loader, run, loggers=[events])
-    plain = trainer._forward_backward
+    plain = trainer.stepper._forward_backward
 
     def hurt(batch, *rest):
         loss, *others = plain(batch, *rest)
@@ -43,7 +46,7 @@ def start(run, poison=(), spikes=()):
             loss = loss * torch.nan
         return (loss + 50.0 if number in spikes else loss, *others)
 
-    trainer._forward_backward = hurt
+    trainer.stepper._forward_backward = hurt
     return trainer, loader, events
 
 
@@ -52,18 +55,39 @@ def a_run(tmp_path, **train):
     return tiny_run(train=options | train)
 
 
-def test_non_finite_steps_make_it_go_back_and_leave_the_batches_out(tmp_path):
+def test_non_finite_steps_are_rolled_back_and_their_batches_skipped(tmp_path):
     run = a_run(tmp_path)
     trainer, loader, events = start(run, poison={6, 7})
     state = trainer.fit()
-    # steps 4 .. 7 were lost; the data goes on after them
+    # no checkpoint is saved after step 8 before its outcome is known
     assert loader.fetched == [*range(8), *range(8, 18)]
     assert (state.step, state.rewinds, state.left_out, state.data_step) == (14, 1, 4, 18)
-    assert events.events[0] == (8, {"kind": "rewound", "to": 4, "why": events.events[0][1]["why"]})
-    assert "not finite" in events.events[0][1]["why"]
+    assert [step for step, _ in events.of("skipped")] == [7, 8]
+    [(step, rewound)] = events.of("rewound")
+    assert (step, rewound["to"]) == (8, 4)
+    assert "not finite" in rewound["why"]
 
 
-def test_a_rewound_run_is_resumed_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("log_every", [1, 3, 20])
+def test_a_rollback_is_decided_one_step_late_however_often_metrics_are_logged(tmp_path, log_every):
+    """Batches 4 .. 7 had been used when the outcome of step 6 was read, so all are skipped."""
+    run = a_run(tmp_path, log_every=log_every)
+    trainer, loader, events = start(run, poison={5, 6})
+    state = trainer.fit()
+    assert loader.fetched == [*range(8), *range(8, 18)]
+    assert (state.step, state.rewinds, state.left_out) == (14, 1, 4)
+    assert [(step, each["to"]) for step, each in events.of("rewound")] == [(8, 4)]
+    by_hand, _, _ = start(a_run(tmp_path / "by hand"))
+    for step in range(4):
+        by_hand.train_step(step)
+    by_hand.state.left_out = 4
+    for step in range(4, 14):
+        by_hand.train_step(step)
+    for name, value in by_hand.model.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value), name
+
+
+def test_a_rolled_back_run_is_resumed_bit_for_bit(tmp_path):
     run = a_run(tmp_path / "whole")
     whole, *_ = start(run, poison={6, 7})
     whole.fit()
@@ -90,13 +114,14 @@ def test_a_rewound_run_is_resumed_bit_for_bit(tmp_path):
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
-def test_a_spike_makes_it_go_back_too(tmp_path):
+def test_a_spike_is_rolled_back_too(tmp_path):
     run = a_run(tmp_path, steps=20)
     run = replace(run, watch=replace(run.watch, spike_window=8, spike_patience=2))
     trainer, loader, events = start(run, spikes={9, 10})
     state = trainer.fit()
-    assert (state.rewinds, state.left_out) == (1, 3)
-    assert loader.fetched == [*range(11), *range(11, 23)]
+    # seen when step 11 had been queued, which is a step that is saved
+    assert (state.rewinds, state.left_out) == (1, 4)
+    assert loader.fetched == [*range(12), *range(12, 24)]
     assert "the loss rose" in events.events[0][1]["why"]
 
 
@@ -106,7 +131,8 @@ def test_it_gives_up_with_all_that_is_needed_to_find_out_why(tmp_path):
     with pytest.raises(DivergedError, match="diverged") as caught:
         trainer.fit()
     assert trainer.state.rewinds == run.watch.max_rewinds == 2
-    assert [each["kind"] for _, each in events.events] == ["rewound", "rewound", "stopped"]
+    kinds = [each["kind"] for _, each in events.of("rewound", "stopped")]
+    assert kinds == ["rewound", "rewound", "stopped"]
     [bundle] = tmp_path.glob("diverged_step_*.json")
     assert bundle.name in str(caught.value)
     facts = json.loads(bundle.read_text())

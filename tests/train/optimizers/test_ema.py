@@ -72,12 +72,25 @@ def test_the_warm_up_forgets_the_untrained_weights(model):
 
 
 def test_a_step_that_is_skipped_leaves_no_trace(model):
+    average, same = WeightAverage(model, 0.9), WeightAverage(model, 0.9)
+    for step, changed in enumerate((True, False, True, False, False, True)):
+        before = copy.deepcopy(average.state_dict())
+        shake(model, step)
+        average.update(torch.tensor(changed))
+        if changed:
+            same.update()
+        else:
+            assert_equal(average.state_dict(), before)
+    assert_equal(average.state_dict(), same.state_dict())
+
+
+def test_it_begins_again_with_the_present_weights(model):
     average = WeightAverage(model, 0.9)
     shake(model, 0)
     average.update()
-    before = copy.deepcopy(average.state_dict())
-    shake(model, 1)  # without update()
-    assert_equal(average.state_dict(), before)
+    shake(model, 1)
+    average.restart()
+    assert_equal(average.state_dict(), WeightAverage(model, 0.9).state_dict())
 
 
 def test_it_does_not_touch_the_model_nor_share_its_memory(model):
@@ -118,7 +131,7 @@ def test_nothing_is_done_to_averages_that_are_swapped_in(model):
     state = average.state_dict()
     with average.swap():
         for act in (average.update, average.state_dict, lambda: average.load_state_dict(state)):
-            with pytest.raises(InternalError, match="changed places"):
+            with pytest.raises(InternalError, match="exchanged"):
                 act()
         with pytest.raises(InternalError), average.swap():
             pass

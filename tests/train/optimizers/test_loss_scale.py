@@ -8,8 +8,15 @@ from open_mythos.train.optimizers.loss_scale import INTERVAL, LossScale
 from tests.train.conftest import CountingLoader, tiny_run
 
 
+CPU = torch.device("cpu")
+
+
+def update(scale, overflowed):
+    return scale.update(torch.tensor(not overflowed)).item()
+
+
 def test_it_follows_grad_scaler():
-    ours = LossScale()
+    ours = LossScale(CPU, dynamic=True)
     theirs = torch.amp.GradScaler("cpu")
     overflows = {3, 4, 9, INTERVAL + 20}
     for step in range(2 * INTERVAL + 50):
@@ -20,21 +27,22 @@ def test_it_follows_grad_scaler():
             weight.grad.fill_(torch.inf)
         theirs.step(optimizer)
         theirs.update()
-        assert ours.update(step in overflows) == (step in overflows)
-        assert ours.scale == theirs.get_scale(), step
+        assert update(ours, step in overflows) == (step in overflows)
+        assert ours.scale.item() == theirs.get_scale(), step
 
 
 def test_other_dtypes_have_none():
-    scale = LossScale.off()
-    assert not scale.update(overflowed=True)
-    assert scale.scale == 1
+    scale = LossScale(CPU, dynamic=False)
+    assert not update(scale, overflowed=True)
+    assert scale.state_dict() == {"scale": 1.0, "good_steps": 0, "dynamic": False}
 
 
-def test_it_stops_giving_way_at_one():
-    scale = LossScale(scale=2.0)
-    assert scale.update(overflowed=True)
-    assert not scale.update(overflowed=True)
-    assert scale.scale == 1
+def test_it_is_not_lowered_below_one():
+    scale = LossScale(CPU, dynamic=True)
+    scale.load_state_dict({"scale": 2.0, "good_steps": 7, "dynamic": True})
+    assert update(scale, overflowed=True)
+    assert not update(scale, overflowed=True)
+    assert scale.state_dict() == {"scale": 1.0, "good_steps": 0, "dynamic": True}
 
 
 def test_float16_learns_what_float32_does():
@@ -45,7 +53,7 @@ def test_float16_learns_what_float32_does():
         steps = [trainer.train_step(step) for step in range(20)]
         losses[dtype] = [each.loss for each in steps if not each.skipped]
         if dtype == "float16":
-            assert trainer.scale.dynamic
+            assert trainer.stepper.scale.dynamic
             assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     assert losses["float16"][-1] == pytest.approx(losses["float32"][-1], abs=0.05)
     assert losses["float16"][-1] < losses["float16"][0] - 0.3
@@ -54,11 +62,11 @@ def test_float16_learns_what_float32_does():
 def test_an_overflow_halves_the_scale_and_is_no_skip_of_a_row():
     run = tiny_run(train={"dtype": "float16", "max_skips": 0})
     trainer = Trainer(build_model(run), CountingLoader(run), run)
-    trainer.scale.scale = 2.0**40
+    trainer.stepper.scale.scale.fill_(2.0**40)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     result = trainer.train_step(0)
     assert result.skipped
-    assert (trainer.scale.scale, trainer.state.skips) == (2.0**39, 0)
+    assert (trainer.stepper.scale.scale, trainer.state.skips) == (2.0**39, 0)
     assert all(
         torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items()
     )
