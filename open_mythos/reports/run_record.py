@@ -258,7 +258,8 @@ def _note(record: RunRecord, step: int, line: dict[str, Any]) -> None:
             record.events.append(Event(step, "alarm", name))
     if isinstance(rows, list):
         record.evaluations[step] = [row for row in rows if isinstance(row, dict)]
-    if line.get("skipped") == 1:
+    noted = any(event.kind == "skipped" and event.step == step for event in record.events)
+    if line.get("skipped") == 1 and not noted:
         record.events.append(Event(step, "skipped", "loss or gradient was not finite"))
     metrics = {name: value for name, value in line.items() if name not in ("step", "event")}
     if metrics:

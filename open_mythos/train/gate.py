@@ -1,12 +1,13 @@
-"""Stage two: the halting gate, trained on the frozen model.
+"""Stage two: train the halting gate on the frozen model.
 
-The trajectory is trained first, without any gate. The states that the finished model passes
-through are then a data set: for every position the state after each loop and the loss of reading
-it out. The gate learns from them when going on still pays. Nothing else of the model changes.
+The model is trained first, without any gate. The states that it passes through are then a data set:
+for every position the state after each loop and the loss of reading it out. From these the gate
+learns whether another loop still lowers the loss. Nothing else of the model changes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -22,7 +23,10 @@ from open_mythos.model.layers.halting import ACTHalting, exit_loops
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.seeding import seeded_generator
 from open_mythos.train.loss import IGNORE_INDEX
+from open_mythos.train.monitoring.alarms import Alarm, halting_alarm
 from open_mythos.train.state import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 0.99)
 """Thresholds of the exit rule "gate" at which a report looks."""
@@ -135,6 +139,8 @@ class GateReport:
     calibration_error: float
     """Mean distance between the probability of going on that the gate gives and its target, over
     ten equal bins of the former."""
+    alarms: list[Alarm]
+    """"halting_stuck", if the gate always stops at once, or never, at ``act_threshold``."""
 
 
 def train_gate(
@@ -144,7 +150,7 @@ def train_gate(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> GateReport:
-    """Train the halting gate of ``model`` and put it in place; all else stays bit for bit.
+    """Train the halting gate of ``model`` in place; all other weights stay equal bit for bit.
 
     Positions are followed at full depth, as if nobody left early. The gate's loss is the binary
     cross-entropy between 1 - lambda_t, its probability of going on after loop t, and
@@ -155,7 +161,7 @@ def train_gate(
         batches: Read until there are ``config.positions`` targets; representative of what the
             gate will decide on.
         config: Defaults of :class:`GateConfig`.
-        dtype: Of the matrix products of the trajectory (autocast).
+        dtype: Of the matmuls of the trajectory (autocast).
 
     Raises:
         ConfigError: The model has no gate, or a field is out of range.
@@ -174,6 +180,10 @@ def train_gate(
         trained = model.recurrent.halting.gate
         trained.weight.copy_(gate.gate.weight)
         trained.bias.copy_(gate.gate.bias)
+    usual = _at(model.cfg.act_threshold, gate, test, config)
+    alarm = halting_alarm(config.steps, usual.mean_loops, config.n_loops)
+    if alarm is not None:
+        logger.warning("%s", alarm)
     return GateReport(
         target=config.target,
         positions=learn.loss_LN.shape[1],
@@ -181,6 +191,7 @@ def train_gate(
         loss_by_loop=test.loss_LN.mean(1).tolist(),
         thresholds=[_at(threshold, gate, test, config) for threshold in THRESHOLDS],
         calibration_error=calibration_error(gate, test, config),
+        alarms=[] if alarm is None else [alarm],
     )
 
 

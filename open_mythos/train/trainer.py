@@ -46,6 +46,7 @@ from open_mythos.train.monitoring.metrics import (
 from open_mythos.train.monitoring.monitor import Monitor
 from open_mythos.train.monitoring.validated import depth_record, depths_to_validate
 from open_mythos.train.optimizers.ema import AVERAGE_FILE
+from open_mythos.train.outcomes import Outcomes
 from open_mythos.train.parallel.process_group import first_decides, merge_over_ranks
 from open_mythos.train.signals import PreemptedError, StopRequest
 from open_mythos.train.state import BatchLoader, StepResult, TokenBatch, TrainState
@@ -74,7 +75,7 @@ class Trainer:
 
     Attributes:
         stepper: The model with its optimizer; takes the steps.
-        trouble: What is wrong with the run, "" if nothing is; cleared by a rollback.
+        outcomes: Progress of the run, up to the step before the last, and what is wrong with it.
 
     Raises:
         ConfigError: The configuration is invalid or describes another model.
@@ -95,20 +96,19 @@ class Trainer:
         self.loader, self.evaluate = loader, evaluate
         self.monitor = Monitor(self.model, self.config, self.stepper.device, self.stepper.dtype)
         self.validated: dict[str, Any] | None = None
-        self.trouble = ""
-        self._state, self._unread = TrainState(), list[StepResult]()
         self.out_dir = None if config.train.out_dir is None else Path(config.train.out_dir)
         self.logger = LoggerGroup([*self._own_loggers(), *loggers])
         self.saver = None
         if self.out_dir is not None:
             folder = self.out_dir / CHECKPOINTS_FOLDER
             self.saver = Saver(folder, config.train.keep, background=config.train.async_save)
+        self.outcomes = Outcomes(self.config, self.monitor, self.logger, self.saver)
 
     @property
     def state(self) -> TrainState:
         """Progress up to the last step, whose outcome this waits for."""
-        self._read_outcomes()
-        return self._state
+        self.outcomes.read()
+        return self.outcomes.state
 
     def fit(self) -> TrainState:
         """Train until ``train.steps`` steps are done, then evaluate and save.
@@ -130,11 +130,11 @@ class Trainer:
         stop = StopRequest(active=self.out_dir is not None)
         before: StepResult | None = None
         with closing(self.logger), saving, stop:
-            if self.saver is not None and self._state.step < train.steps:
+            if self.saver is not None and self.outcomes.state.step < train.steps:
                 self.saver.prepare(self.model, self.optimizer, self._extra())
-            while self._state.step < train.steps:
+            while self.outcomes.state.step < train.steps:
                 result = self._timed_step()
-                trouble = self.trouble  # of earlier steps: this one has just been queued
+                trouble = self.outcomes.trouble  # of earlier steps: this one has just been queued
                 if before is not None and before.skipped and not self._is_logged(before.step):
                     self._log(before)
                 if self._is_logged(result.step):
@@ -155,17 +155,15 @@ class Trainer:
         """
         batch = self._fetch(step)
         result = self.stepper.take(step, batch, correlation=self._is_logged(step))
-        self._state.step += 1
-        self.loader.step = self._state.data_step
-        self._unread.append(result)
-        self._read_outcomes(but=1)
+        self.outcomes.add(result)
+        self.loader.step = self.outcomes.state.data_step
         return result
 
     def _timed_step(self) -> StepResult:
         """Take the next step, and wait for it where what follows waits for the device anyway."""
         start = time.perf_counter()
-        result = self.train_step(self._state.step)
-        train, step = self.config.train, self._state.step
+        result = self.train_step(self.outcomes.state.step)
+        train, step = self.config.train, self.outcomes.state.step
         if self._is_logged(result.step) or _due(step, train.eval_every) or self._is_saved(step):
             result.wait()
         self.monitor.add(time.perf_counter() - start, result)
@@ -177,14 +175,14 @@ class Trainer:
         Raises:
             PreemptedError: The run was told to stop, and has saved.
         """
-        step, last = self._state.step, self._state.step == self.config.train.steps
+        step, last = self.outcomes.state.step, self.outcomes.state.step == self.config.train.steps
         saved = self._is_saved(step)
-        if saved and (trouble := self._trouble_by_now()):
+        if saved and (trouble := self.outcomes.trouble_by_now()):
             return trouble
         if last or _due(step, self.config.train.eval_every):
             self._evaluate(last)
         stopping = self._stopping(stop)
-        if stopping and (trouble := self._trouble_by_now()):
+        if stopping and (trouble := self.outcomes.trouble_by_now()):
             return trouble
         if self.saver is not None and (saved or stopping):
             self.save(wait=last or bool(stopping))
@@ -196,41 +194,8 @@ class Trainer:
             )  # fmt: skip
         return ""
 
-    def _read_outcomes(self, but: int = 0) -> None:
-        """Take in the outcomes of the steps queued so far, ``but`` the newest."""
-        while len(self._unread) > but:
-            result = self._unread.pop(0)
-            self._state.count(result)
-            done = result.step + 1
-            if result.skipped:
-                facts = {"loss": result.loss, "grad_norm": result.grad_norm}
-                self.logger.log(done, event("skipped", **finite(facts)))
-            self.trouble = self.trouble or self._trouble_of(result)
-
-    def _trouble_by_now(self) -> str:
-        """Return what is wrong with the run, the last step included."""
-        self._read_outcomes()
-        return self.trouble
-
-    def _trouble_of(self, result: StepResult) -> str:
-        """Return why this step calls for a rollback; "" if it does not."""
-        skips, allowed = self._state.skips, self.config.train.max_skips
-        if skips > allowed:
-            return (
-                f"{skips} steps in a row had a loss or gradient that is not finite "
-                f"(train.max_skips = {allowed})"
-            )
-        spike = self.monitor.spike(result.step + 1, result.loss)
-        if spike is None or self.saver is None:
-            return ""
-        if self.config.watch.max_rewinds and checkpoints(self.saver.directory):
-            return str(spike)
-        # without a checkpoint it is better to continue: many a loss comes down again
-        logger.warning("%s", spike)
-        return ""
-
     def _fetch(self, step: int) -> TokenBatch:
-        batch = self.loader.next_batch(step + self._state.left_out)
+        batch = self.loader.next_batch(step + self.outcomes.state.left_out)
         train, size = self.config.train, self.stepper.local_batch
         if len(batch) != size or batch.input_ids.shape[1] > train.seq_len:
             raise ConfigError(
@@ -252,7 +217,7 @@ class Trainer:
             self.saver.wait()
             if checkpoints(self.saver.directory):
                 self._restore("latest", strict=False)
-                state = self._state
+                state = self.outcomes.state
                 state.rewinds = before.rewinds + 1
                 state.left_out = before.left_out + before.step - state.step
                 self.loader.step = state.data_step
@@ -336,7 +301,7 @@ class Trainer:
             self.validated = depth_record(rows, mean)
             found = {**found, "validated": self.validated}
         named = {f"eval/{name}": value for name, value in found.items()}
-        self.logger.log(self._state.step, named)
+        self.logger.log(self.outcomes.state.step, named)
 
     def _measured(self, depths: list[int]) -> Mapping[str, Any]:
         """Evaluate at these depths, with the averaged weights where there are any."""
@@ -360,20 +325,16 @@ class Trainer:
             ConfigError: There is no ``train.out_dir``.
             EnvironmentError_: It cannot be written.
         """
+        progress, scale = self.state, self.stepper.scale
         state = {
-            "train": asdict(self.state),
-            "data": self.loader.state_dict(),
-            "watch": self.monitor.state_dict(),
-            "loss_scale": self.stepper.scale.state_dict(),
-            "validated_depths": self.validated,
-            "config": self.config.to_dict(),
-            "world_size": world_size(),
-            "torch": torch.__version__,
-        }
+            "train": asdict(progress), "data": self.loader.state_dict(),
+            "watch": self.monitor.state_dict(), "loss_scale": scale.state_dict(),
+            "validated_depths": self.validated, "config": self.config.to_dict(),
+            "world_size": world_size(), "torch": torch.__version__,
+        }  # fmt: skip
         return self._saver().save(
-            self._state.step, self.model, self.optimizer, finite(state), extra=self._extra(),
-            wait=wait,
-        )  # fmt: skip
+            progress.step, self.model, self.optimizer, finite(state), extra=self._extra(), wait=wait
+        )
 
     def resume(
         self, source: str | Path = "latest", *, strict: bool = False, allow: Sequence[str] = ()
@@ -391,8 +352,8 @@ class Trainer:
             ConfigError: The configuration differs; names each field.
         """
         self._restore(source, strict, allow)
-        self.logger.log(self._state.step, event("resumed", processes=world_size()))
-        return self._state
+        self.logger.log(self.outcomes.state.step, event("resumed", processes=world_size()))
+        return self.outcomes.state
 
     def _restore(self, source: str | Path, strict: bool, allow: Sequence[str] = ()) -> None:
         folder = self._saver().directory if source == "latest" else Path(source)
@@ -408,8 +369,7 @@ class Trainer:
         self.monitor.load_state_dict(state["watch"])
         self.stepper.scale.load_state_dict(state["loss_scale"])
         self.validated = state["validated_depths"]
-        self._state, self.trouble = TrainState(**state["train"]), ""
-        self._unread.clear()
+        self.outcomes.restart(TrainState(**state["train"]))
 
     def _extra(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint beside weights and optimizer state, by file."""

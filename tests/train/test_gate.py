@@ -197,3 +197,27 @@ def test_calibration_error_is_the_distance_within_bins():
     assert error(50.0, 0.0) == pytest.approx(1.0)
     assert error(0.0, 0.0) == pytest.approx(0.0, abs=1e-6)  # says 1/2, and half of them pay
     assert error(0.0, 50.0) == pytest.approx(0.5)  # always stops
+
+
+class TestStuck:
+    def test_a_gate_that_always_stops_raises_the_alarm(self, caplog):
+        """No gain is worth ten nats, so the target is to stop after every loop."""
+        always = replace(QUICK, margin=10.0, positions=200, steps=600, lr=0.3)
+        report = train_gate(small_model(), [batch(rows=32)], always)
+        (alarm,) = report.alarms
+        assert (alarm.name, alarm.value, alarm.step) == ("halting_stuck", 1.0, 600)
+        assert "halting_stuck" in caplog.text
+        json.dumps(asdict(report))
+
+    @pytest.mark.parametrize(("losses", "stuck"), [("falling", True), ("flat after five", False)])
+    def test_a_gate_that_never_stops_does_too(self, losses, stuck, monkeypatch):
+        falling = torch.arange(16, 0, -1.0).unsqueeze(1)
+        loss = falling if losses == "falling" else falling.clamp_min(12.0)
+        states = torch.eye(16).unsqueeze(1).expand(16, 50, 16).contiguous()
+        path = Trajectory(states, loss.expand(16, 50).contiguous())
+        monkeypatch.setattr(gate, "trajectory", lambda *_, **__: path)
+        model = small_model(dim=16, n_heads=2, qk_rope_head_dim=2)
+        report = train_gate(model, [], GateConfig(steps=300, lr=0.2))
+        assert [alarm.name for alarm in report.alarms] == ["halting_stuck"] * stuck
+        (row,) = [each for each in report.thresholds if each.threshold == 0.99]
+        assert (row.mean_loops == 16) == stuck

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tests.model.test_no_waiting import noted
 
 from open_mythos.train import Trainer, build_model
 from open_mythos.train.step import Stepper
+from tests.model.test_no_waiting import noted
 from tests.train.conftest import CountingLoader, tiny_run
 
 ON_THE_HOST = {

@@ -198,7 +198,7 @@ class LoopWatchdog:
             yield self._explosion(norms)
             if step >= self.start and "correlation" in summary.means:
                 yield self._collapse(summary, norms)
-        if loop_gap is not None and step >= self.start:
+        if loop_gap is not None and not broken and step >= self.start:
             yield self._ignored(loop_gap)
         for layer in summary.load:
             yield from self._experts(layer, summary)

@@ -14,6 +14,7 @@ from helpers import random_ids, small_model
 from open_mythos import LoopTrace
 from open_mythos.errors import ConfigError, EnvironmentError_, InternalError
 from open_mythos.model.trace import load_entropy, token_correlation
+from open_mythos.train.loop_summary import LoopSummary, depth_metrics
 from open_mythos.train.monitoring.loggers import (
     IDENTITY_FILE,
     LOGGERS,
@@ -22,16 +23,7 @@ from open_mythos.train.monitoring.loggers import (
     flat_metrics,
     open_loggers,
 )
-from open_mythos.train.monitoring.metrics import (
-    EVENTS,
-    LoggerGroup,
-    LoopFigures,
-    depth_metrics,
-    event,
-    exit_histogram,
-    loop_metrics,
-    merge_trace,
-)
+from open_mythos.train.monitoring.metrics import EVENTS, LoggerGroup, event
 
 ALARM = {"name": "state_collapse", "what": "all alike", "fix": "wait", "step": 20}
 LINE = {
@@ -251,11 +243,11 @@ def test_correlation_is_measured_only_when_asked_for():
     assert not plain.correlation
     for loop in range(4):
         assert torch.equal(asked.correlation[loop], token_correlation(asked.states[loop]))
-    assert "token_correlation" in loop_metrics(asked)
-    assert "token_correlation" not in loop_metrics(plain)
+    assert "token_correlation" in LoopSummary.of(asked).metrics()
+    assert "token_correlation" not in LoopSummary.of(plain).metrics()
 
 
-def test_figures_of_micro_batches_are_those_of_the_whole_batch():
+def test_summaries_of_micro_batches_are_those_of_the_whole_batch():
     """Although the parts run unequal numbers of loops."""
     model, ids = small_model(), random_ids(4, 7)
     depths = [1, 3, 2, 5]
@@ -264,8 +256,8 @@ def test_figures_of_micro_batches_are_those_of_the_whole_batch():
     for rows in (slice(0, 2), slice(2, 4)):
         part = LoopTrace(keep_correlation=True)
         model(ids[rows], depths[rows], trace=part)
-        merge_trace(merged, part)
-    expected, found = LoopFigures.of(whole), LoopFigures.of(merged)
+        merged.add(part)
+    expected, found = LoopSummary.of(whole), LoopSummary.of(merged)
     assert found.rows == expected.rows == [4, 3, 2, 1, 1]
     for name, means in expected.means.items():
         assert found.means[name] == pytest.approx(means, rel=1e-4, abs=1e-5)
@@ -274,34 +266,30 @@ def test_figures_of_micro_batches_are_those_of_the_whole_batch():
     assert found.metrics(detail=True).keys() == expected.metrics(detail=True).keys()
 
 
-def test_routing_figures():
+def test_routing_summary():
     trace = LoopTrace(
         state_norm={0: torch.ones(2), 1: torch.ones(2)},
         delta_norm={0: torch.ones(2), 1: torch.ones(2)},
         load={(3, 0): torch.tensor([1.0, 3.0]), (3, 1): torch.tensor([4.0, 0.0])},
     )
-    metrics = LoopFigures.of(trace).metrics(detail=True)
+    metrics = LoopSummary.of(trace).metrics(detail=True)
     assert metrics["router_min/layer3"] == [0.25, 0.0]
     assert metrics["router_max/layer3"] == [0.75, 1.0]
     assert metrics["router_share/layer3"] == [[0.25, 0.75], [1.0, 0.0]]
     assert metrics["router_entropy/layer3"] == pytest.approx([0.8113, 0.0], abs=1e-4)
-    assert "router_share/layer3" not in LoopFigures.of(trace).metrics()
-    assert LoopFigures.of(trace).expert_share(3) == [0.625, 0.375]
+    assert "router_share/layer3" not in LoopSummary.of(trace).metrics()
+    assert LoopSummary.of(trace).expert_share(3) == [0.625, 0.375]
     assert load_entropy(torch.zeros(1, 4)).tolist() == [0.0]
     json.dumps(metrics)
 
 
 def test_nothing_measured_is_nothing_logged():
-    assert loop_metrics(LoopTrace()) == {}
+    assert LoopSummary.of(LoopTrace()).metrics() == {}
 
 
 def test_depths_that_ran():
     found = depth_metrics(torch.tensor([1, 3, 3, 5]))
     assert found == {"mean_depth": 3.0, "max_depth": 5, "depth_histogram": [1, 0, 2, 0, 1]}
-
-
-def test_exits_that_ran():
-    assert exit_histogram(torch.tensor([[1, 3], [3, 3]]), 4) == [1, 0, 3, 0]
 
 
 def test_events_have_known_kinds():

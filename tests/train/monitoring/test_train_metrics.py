@@ -10,7 +10,8 @@ import torch
 from open_mythos import LoopTrace
 from open_mythos.errors import EnvironmentError_
 from open_mythos.train import JsonlLogger
-from open_mythos.train.monitoring.metrics import LoggerGroup, loop_metrics, merge_trace
+from open_mythos.train.loop_summary import LoopSummary
+from open_mythos.train.monitoring.metrics import LoggerGroup
 
 
 def read(path):
@@ -92,9 +93,9 @@ def test_merging_weighs_rows_and_adds_loads():
         load={(1, 0): torch.tensor([0.0, 4.0])},
     )
     total = LoopTrace()
-    merge_trace(total, first)
-    merge_trace(total, second)
-    metrics = loop_metrics(total)
+    total.add(first)
+    total.add(second)
+    metrics = LoopSummary.of(total).metrics()
     assert metrics["state_norm"] == [4.0, 5.0]
     assert metrics["delta_norm"] == [2.0, 1.0]
     assert metrics["router_entropy/layer1"] == pytest.approx([1.0, 0.0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from open_mythos import DenseTransformer, MythosConfig, OpenMythos
+from open_mythos import DenseTransformer, Depth, MythosConfig, OpenMythos
 from open_mythos.accounting import account
 from open_mythos.train.loss import next_token_loss
 from open_mythos.train.monitoring.utilisation import PEAKS, Utilisation, device_peak
@@ -23,7 +23,12 @@ def counted(model, **depth) -> int:
     ids = torch.randint(0, 40, (3, T))
     with FlopCounterMode(display=False) as counter:
         next_token_loss(
-            model, ids, ids, step_tokens=3 * T, step_sequences=3, **depth
+            model,
+            ids,
+            ids,
+            step_tokens=3 * T,
+            step_sequences=3,
+            depth=Depth(**depth),
         ).total.backward()
     return counter.get_total_flops()
 

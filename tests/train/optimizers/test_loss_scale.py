@@ -7,7 +7,6 @@ from open_mythos.train import Trainer, build_model
 from open_mythos.train.optimizers.loss_scale import INTERVAL, LossScale
 from tests.train.conftest import CountingLoader, tiny_run
 
-
 CPU = torch.device("cpu")
 
 
