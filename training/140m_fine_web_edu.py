@@ -1,4 +1,4 @@
-"""A reference run of 140 million parameters on FineWeb-Edu, 20 tokens per parameter, for one GPU.
+"""Train 140 M parameters on FineWeb-Edu, 20 tokens per parameter, on one GPU.
 
     python training/140m_fine_web_edu.py --dry-run
     python training/140m_fine_web_edu.py

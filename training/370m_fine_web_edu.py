@@ -1,4 +1,4 @@
-"""A reference run of 370 million parameters on FineWeb-Edu, 20 tokens per parameter, for one node.
+"""Train 370 M parameters on FineWeb-Edu, 20 tokens per parameter, on one node.
 
     python training/370m_fine_web_edu.py --dry-run
     torchrun --nproc_per_node=8 training/370m_fine_web_edu.py

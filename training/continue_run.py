@@ -1,11 +1,12 @@
-"""Go on with a trained model on other text, with a schedule of its own.
+"""Continue training a model on other text, with a new schedule.
 
     python training/continue_run.py --checkpoint runs/140m_fine_web_edu --source my_texts/ \\
         --tokens 200000000 --dry-run
 
-Weights, architecture and tokenizer are those of the checkpoint; moments, data position and step
-begin anew. The learning rate rises again, to less than in a first run, and falls linearly towards
-zero over the last steps. To go on with the same run, call its own recipe with --resume latest.
+Weights, architecture and tokenizer are those of the checkpoint; optimizer state, data position and
+step start fresh. The learning rate warms up to a lower peak than in pre-training and decays
+linearly to zero over the last steps. To resume the same run, use its own recipe with
+--resume latest.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A minute on a laptop: streaming, training, evaluation and checkpoints, without any download.
+"""Try streaming, training, evaluation and checkpoints in a minute, without any download.
 
     python training/debug_cpu.py
     torchrun --nproc_per_node=2 training/debug_cpu.py

@@ -1,11 +1,11 @@
-"""The run of 140 million parameters on token shards that were prepared beforehand.
+"""Train 140 M parameters on prepared token shards.
 
     open-mythos data prepare my_texts/ my_shards --tokenizer bpe:32768
     python training/prepared_shards.py --source my_shards --dry-run
     python training/prepared_shards.py --source my_shards
 
-Text is tokenised once, the windows of an epoch are shuffled one by one, and a validation split is
-there. The tokenizer, and with it the vocabulary, is that of the folder.
+Text is tokenized once, sequences are shuffled individually, and the shards have a validation split.
+Tokenizer and vocabulary are those of the shards.
 """
 
 import sys

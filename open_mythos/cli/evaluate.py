@@ -22,15 +22,14 @@ def evaluate(
     out: str = "",
     quiet: bool = False,
 ) -> int:
-    """Loss and bits per byte at several numbers of loops, or under an exit rule.
+    """Measure loss and bits per byte at several numbers of loops, or under an exit rule.
 
-    With ``--exit`` the rule stands beside the same exits dealt to random positions, its mean depth
-    for everybody, and full depth.
+    With ``--exit`` the rule is compared with the same exits assigned to random positions, with its
+    mean depth at all positions, and with full depth.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
-        data: Folder of prepared token shards; by default the one the run was trained on, or the
-            task that task.json beside the model names.
+        data: Folder of prepared token shards; by default the text that the run is evaluated on.
         depths: Loops to measure at, as a list: [1,2,4,8]; by default powers of two up to four times
             the model's max_loop_iters.
         exit: Rule by which a position stops early: gate, kl, change, acceleration, stable, each

@@ -19,23 +19,23 @@ def generate(
     device: str = "auto",
     quiet: bool = False,
 ) -> int:
-    """Continue PROMPT; tokens appear as they are made.
+    """Continue PROMPT; tokens are printed as they are generated.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
         prompt: The text to continue.
         n_loops: Loops per token, or the most of them; by default the model's max_loop_iters.
-        exit: Rule by which a token stops early: gate, kl, change, acceleration, stable, each with
-            its numbers if wanted, such as gate:0.9 or kl:0.01,1.0; by default none does.
+        exit: Early-exit rule of the tokens: gate, kl, change, acceleration, stable, each with
+            its numbers if wanted, such as gate:0.9 or kl:0.01,1.0; by default none.
         max_new_tokens: Most tokens to add.
         temperature: Divides the logits; 0 is greedy.
         top_k: Draw from the k most likely tokens; 0: from all.
         top_p: Draw from the smallest set with this probability.
         min_p: Drop tokens less likely than this share of the most likely one.
         repetition_penalty: Above 1 makes tokens that have occurred less likely.
-        seed: Of the draws; the same seed gives the same text.
+        seed: Seed of the sampling; the same seed gives the same text.
         stop: Strings that end the text, as a list: '["\\n\\n"]'.
-        quantize: Round the weights of all blocks: int8, or int4, with the size of its groups if
+        quantize: Quantize the weights of all blocks: int8, or int4, with the size of its groups if
             wanted, such as int4:64; the model then computes in bfloat16.
         tokenizer: "byte" or a path; by default the one stored with the model.
         device: "auto", "cpu", "cuda".

@@ -18,7 +18,7 @@ from open_mythos.variants import VARIANTS, variant
 def info(
     model: str, loops: list[int] | None = None, context: int | None = None, json: bool = False
 ) -> int:
-    """Count parameters, FLOPs and cache of a model against depth.
+    """Count parameters, FLOPs and cache of a model by depth.
 
     Args:
         model: A variant (1b), a YAML or JSON file with a model's configuration, or a folder with a
@@ -43,7 +43,7 @@ def info(
 
 
 def default_depths(cfg: MythosConfig, n_layers: int | None) -> list[int]:
-    """1, 2, 4, ... and max_loop_iters; a dense model has one depth."""
+    """Return 1, 2, 4, ... and max_loop_iters; a dense model has one depth."""
     if n_layers is not None:
         return [1]
     powers = [2**k for k in range(cfg.max_loop_iters.bit_length()) if 2**k < cfg.max_loop_iters]
@@ -51,7 +51,7 @@ def default_depths(cfg: MythosConfig, n_layers: int | None) -> list[int]:
 
 
 def described_model(model: str) -> tuple[MythosConfig, int | None]:
-    """Configuration of a variant, a file or a folder, and the layers of a dense one.
+    """Read the configuration of a variant, a file or a folder, and the layers of a dense model.
 
     Raises:
         ConfigError: It is none of these.

@@ -28,7 +28,7 @@ class Batch:
         return self.input_ids.shape[0]
 
     def split(self, n: int) -> list[Batch]:
-        """``n`` micro-batches of equal size, in order.
+        """Split into ``n`` micro-batches of equal size, in order.
 
         Raises:
             ConfigError: The batch does not divide into ``n``.
@@ -51,7 +51,7 @@ class Batch:
         return [Batch(*part) for part in parts]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """Copy the batch to ``device``."""
         documents = self.document_ids
         return Batch(
             self.input_ids.to(device, non_blocking=True),

@@ -64,7 +64,7 @@ class Index:
     splits: dict[str, Split]
 
     def to_json(self) -> str:
-        """The text of ``index.json``."""
+        """Return the text of ``index.json``."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         return json.dumps(content, indent=2) + "\n"
 

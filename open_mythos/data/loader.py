@@ -22,7 +22,7 @@ from open_mythos.errors import ConfigError, DataError
 
 
 class Loader:
-    """An endless, shuffled stream of batches over the windows of a split.
+    """Iterates over shuffled batches of the windows of a split, without end.
 
     Args:
         shards: The tokens.
@@ -59,16 +59,16 @@ class Loader:
 
     @property
     def windows(self) -> int:
-        """N: the sequences of one epoch."""
+        """N, the number of sequences in one epoch."""
         return len(self._windows)
 
     @property
     def epoch(self) -> int:
-        """How often the data has been seen through when the next step begins."""
+        """Epochs completed when the next step begins."""
         return self.step * self.global_batch // self.windows
 
     def next_batch(self, step: int) -> Batch:
-        """The batch of this rank at ``step``; the position of the iteration does not change.
+        """Return the batch of this rank at ``step``, without moving the iteration.
 
         Raises:
             ConfigError: ``step`` is negative.
@@ -87,7 +87,7 @@ class Loader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in: plain numbers and strings, for JSON."""
+        """Return the position and the identity of the data, ready for JSON."""
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -99,7 +99,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the position of ``state``, which another world size may have saved.
+        """Restore the position in ``state``, which any world size may have saved.
 
         Raises:
             DataError: ``state`` is malformed, or of other data, seed or geometry; names each
@@ -116,7 +116,7 @@ class Loader:
         self.step = step
 
     def _order(self, samples: Int64Array) -> Int64Array:
-        """The window of each sample; a batch may lie across epochs."""
+        """Return the window of each sample; a batch may span epochs."""
         epochs, places = np.divmod(samples, self.windows)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
@@ -126,7 +126,7 @@ class Loader:
 
 
 class EpochWindows:
-    """Every window of a split once and in order, for evaluation.
+    """Iterates once, in order, over the windows of a split, for evaluation.
 
     All ranks get the same number of batches of the same shape, so that collective operations
     inside a model match up: rows beyond the last window repeat window 0 with all targets -100 and
@@ -167,7 +167,7 @@ class EpochWindows:
         self._offset = rank * self._local
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return -(-self._count // self._global_batch)
 
     def __iter__(self) -> Iterator[Batch]:

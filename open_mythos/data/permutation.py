@@ -17,7 +17,7 @@ ROUNDS = 6
 
 
 def mix64(x: UInt64Array) -> UInt64Array:
-    """The finaliser of SplitMix64: a bijection of 64-bit words that scatters every bit."""
+    """Apply the finaliser of SplitMix64, a bijection of 64-bit words that mixes every bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -46,7 +46,7 @@ class Permutation:
         ]
 
     def __call__(self, index: Int64Array) -> Int64Array:
-        """The images of ``index``, a 1-D int64 array with values in 0..n-1."""
+        """Map ``index``, a 1-D int64 array with values in 0..n-1."""
         x = self._feistel(index.astype(np.uint64))
         outside = x >= self.n
         while outside.any():

@@ -120,7 +120,7 @@ class _SplitWriter:
             self._stream.close()
 
     def add(self, ids: list[int], text_bytes: int) -> None:
-        """Append one document, and its end."""
+        """Append one document and the end-of-document token."""
         block = np.array([*ids, self._eos_id], np.int64)
         if block.min() < 0 or block.max() >= self._vocab_size:
             raise DataError(
@@ -141,7 +141,7 @@ class _SplitWriter:
             self._finish_shard()
 
     def summary(self) -> Split:
-        """What has been written."""
+        """Describe what has been written."""
         return Split(self.tokens, self.documents, self.text_bytes, tuple(self._shards))
 
     def _name(self, kind: str) -> str:
@@ -195,7 +195,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def held_out_place(content: bytes) -> float:
-    """A number in [0, 1) that depends on the document alone."""
+    """Hash a document to a number in [0, 1)."""
     digest = hashlib.blake2b(content, digest_size=6, person=b"mythos-split").digest()
     return int.from_bytes(digest, "big") / 2**48
 
@@ -235,7 +235,7 @@ def _index(
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Give the finished folder its name; a folder that has it already goes only then."""
+    """Rename the finished folder into place; only then is an existing folder removed."""
     sync_to_disk(partial)
     old = partial.with_suffix(".old")
     if out.exists():

@@ -27,7 +27,7 @@ HASH_BLOCK_BYTES = 1 << 24
 
 
 def hash_blocks(path: Path) -> tuple[str, ...]:
-    """The SHA-256 of each 16 MiB of a file, so that damage can be located."""
+    """Hash each 16 MiB of a file (SHA-256), so that damage can be located."""
     with path.open("rb") as stream:
         blocks = iter(lambda: stream.read(HASH_BLOCK_BYTES), b"")
         return tuple(hashlib.sha256(block).hexdigest() for block in blocks)
@@ -67,7 +67,7 @@ class TokenShards:
             self._check_size(file, dtype)
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return self.info.tokens
 
     @property
@@ -88,7 +88,7 @@ class TokenShards:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def tokens(self, start: int, length: int) -> Int64Array:
-        """Tokens ``start .. start + length - 1`` of the split: (length,) int64.
+        """Read tokens ``start .. start + length - 1`` of the split: (length,) int64.
 
         Raises:
             ConfigError: They are not all in the split.
@@ -112,7 +112,7 @@ class TokenShards:
         return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
     def document_span(self, document: int) -> tuple[int, int]:
-        """The first token of a document and its length, end-of-document token included.
+        """Return the first token of a document and its length, end-of-document token included.
 
         Raises:
             ConfigError: There is no such document.
@@ -141,11 +141,11 @@ class TokenShards:
         return self._token_ends[number] - shard.tokens.items + start, end - start
 
     def document(self, document: int) -> Int64Array:
-        """All tokens of a document, end-of-document token included."""
+        """Read all tokens of a document, end-of-document token included."""
         return self.tokens(*self.document_span(document))
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the folder, which is stored in it.
+        """Load the tokenizer that prepared the folder.
 
         Raises:
             DataError: It is missing, damaged, or another one.
@@ -163,7 +163,7 @@ class TokenShards:
         return tokenizer
 
     def verify(self) -> None:
-        """Hash every file.
+        """Compare the hash of every file with the index.
 
         Raises:
             DataError: A file differs from the index; names it and the first 16 MiB that differ.

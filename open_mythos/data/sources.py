@@ -29,7 +29,7 @@ STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"
 
 
 def find_files(path: Path) -> list[Path]:
-    """``path`` if it is a file; else every file of a known kind below it, in a fixed order.
+    """List ``path`` if it is a file, else every file of a known kind below it, in a fixed order.
 
     Raises:
         ConfigError: A file of an unknown kind.
@@ -64,7 +64,7 @@ def find_files(path: Path) -> list[Path]:
 
 
 def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
-    """Every visible file below ``root``, in the order of the names, folder by folder."""
+    """Walk the visible files below ``root``, sorted by name, folder by folder."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
         for name in sorted(files):
@@ -73,13 +73,13 @@ def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
 
 
 def stdlib_modules() -> tuple[Path, list[Path]]:
-    """The folder of the running Python's standard library, and its modules in a fixed order."""
+    """Return the folder of Python's standard library, and its modules in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     return root, [file for file in _walk(root, STDLIB_SKIPPED) if file.suffix == ".py"]
 
 
 def read_module(file: Path) -> str | None:
-    """The source of a module; None where it cannot be decoded."""
+    """Read the source of a module; None if it cannot be decoded."""
     try:
         with tokenize.open(file) as stream:  # honours the encoding that the module declares
             return stream.read()
@@ -88,7 +88,7 @@ def read_module(file: Path) -> str | None:
 
 
 def decode_text(piece: bytes, file: Path | str, offset: int) -> str:
-    """The text of ``piece``, which begins at byte ``offset`` of ``file``.
+    """Decode ``piece``, which begins at byte ``offset`` of ``file``.
 
     Raises:
         DataError: It is not UTF-8, or holds a zero byte; names the byte.
@@ -112,7 +112,7 @@ def decode_text(piece: bytes, file: Path | str, offset: int) -> str:
 
 
 def document_of_line(line: bytes, where: str, text_field: str) -> str:
-    """The text under ``text_field`` of a line of JSON.
+    """Read the text under ``text_field`` from a line of JSON.
 
     Raises:
         DataError: There is none.
@@ -133,7 +133,7 @@ def document_of_line(line: bytes, where: str, text_field: str) -> str:
 
 
 def text_of(value: Any, where: str) -> str:
-    """``value`` if it is a string that UTF-8 can express (JSON can escape lone surrogates).
+    """Return ``value`` if it is a string that UTF-8 can encode (JSON can escape lone surrogates).
 
     Raises:
         DataError: It is not.
@@ -150,7 +150,7 @@ def text_of(value: Any, where: str) -> str:
 
 
 def import_pyarrow(file: Path | str) -> tuple[Any, Any]:
-    """The modules ``pyarrow`` and ``pyarrow.parquet``.
+    """Import ``pyarrow`` and ``pyarrow.parquet``.
 
     Raises:
         EnvironmentError_: They are not installed.

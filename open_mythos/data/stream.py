@@ -1,14 +1,13 @@
-"""Batches straight from a corpus: read, tokenised and packed while the model trains.
+"""Batches from a corpus that is read, tokenized and packed while the model trains.
 
 The global batch has B rows, and each is a lane of its own (:mod:`open_mythos.data.stream_lanes`).
-Step s takes the next window of every lane, and rank r of w owns lanes r*B/w .. (r+1)*B/w - 1. So
-the batches are the same at every world size, with any number of workers; nothing is read twice
-for the sake of several processes; and a position is four integers a lane.
+Step s takes the next window of every lane, and rank r of w owns lanes r*B/w .. (r+1)*B/w - 1. The
+batches are therefore equal at every world size and with any number of workers, no text is read by
+two processes, and a position is four integers per lane.
 
-What is promised of epochs: each deals every document to exactly one lane, and a lane reads its
-share of one epoch to the end before it begins with that of the next. So no document is read twice
-in an epoch, and none is left out. Lanes do not wait for each other: while the last ones end an
-epoch, others are in the next one already.
+Each epoch assigns every document to exactly one lane, and a lane finishes its share of one epoch
+before it starts on the next: every document is read once per epoch. Lanes are not synchronised at
+the end of an epoch.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ Gather = Callable[[list[Position]], list[list[Position]]]
 
 
 class StreamLoader:
-    """An endless stream of batches from a corpus (a ``BatchLoader``).
+    """Iterates over batches from a corpus without end (a ``BatchLoader``).
 
-    ``next_batch(step)`` may be asked for the step that comes next, any number of times for the last
-    one again, and for no other: a stream has no places to jump to. Setting :attr:`step` or
-    :meth:`skip` goes forward, by reading what lies between; :meth:`load_state_dict` goes anywhere.
+    ``next_batch(step)`` accepts the next step, or the last one again: a stream has no random
+    access. Setting :attr:`step` or calling :meth:`skip` moves forward by reading what lies between;
+    :meth:`load_state_dict` moves anywhere.
 
     Args:
         corpus: The text.
@@ -54,9 +53,9 @@ class StreamLoader:
         world_size: Number of processes; it must divide ``global_batch``.
         mask_documents: Whether batches carry ``document_ids``.
         held_out: Share of the documents to leave for :class:`HeldOutWindows`, in [0, 1).
-        num_workers: Processes that read and tokenise ahead; 0 does it inside ``next_batch``.
-        prefetch: Steps that a worker makes ahead.
-        gather: For processes that ``torch.distributed`` does not join.
+        num_workers: Processes that read and tokenize ahead; 0 reads inside ``next_batch``.
+        prefetch: Steps that a worker prefetches.
+        gather: Replaces the collective of ``torch.distributed``.
 
     Raises:
         ConfigError: A number is out of range, or the batch does not divide among the ranks.
@@ -101,14 +100,12 @@ class StreamLoader:
 
     @property
     def step(self) -> int:
-        """Steps done; the number of the next one."""
+        """Number of the next step."""
         return self._step
 
     @step.setter
     def step(self, value: int) -> None:
-        """A trainer sets it when a step is done, and further on to leave batches out.
-
-        What is left out is read and dropped when the next batch or the position is asked for.
+        """Set the number of the next step; batches that are skipped are read and dropped.
 
         Raises:
             ConfigError: It lies before the step of the last batch.
@@ -123,20 +120,19 @@ class StreamLoader:
 
     @property
     def epoch(self) -> int:
-        """Epochs that every lane of this rank has read to the end."""
+        """Epochs that every lane of this rank has finished."""
         return min(position.epoch for position in self._at_step())
 
     def next_batch(self, step: int) -> Batch:
-        """The batch of this rank at ``step``: (B / world size, T) tokens.
+        """Return the batch of this rank at ``step``: (B / world size, T) tokens.
 
-        Who asks for a step has done those before it: :attr:`step` becomes ``step``.
-        An error leaves the position where it was; the next call begins there again. So does a
-        worker that is gone: others take its place, with a warning.
+        :attr:`step` becomes ``step``. After an error the position is unchanged and the next call
+        retries. A worker that died is replaced, with a warning.
 
         Raises:
             ConfigError: ``step`` is neither the next one nor the last one.
             DataError: A file is missing or damaged; names the row or byte.
-            EnvironmentError_: A file cannot be read, or the new workers are gone too.
+            EnvironmentError_: A file cannot be read, or the new workers died too.
         """
         if self._last is not None and step == self._next - 1 >= self._step:
             return self._last
@@ -153,7 +149,7 @@ class StreamLoader:
         return batch
 
     def skip(self, count: int) -> None:
-        """Go ``count`` steps on: their batches are read and dropped.
+        """Skip ``count`` steps; their batches are read and dropped.
 
         Raises:
             ConfigError: ``count`` is negative.
@@ -171,14 +167,14 @@ class StreamLoader:
         return batch
 
     def close(self) -> None:
-        """End the workers; the next batch starts others."""
+        """Stop the workers; the next batch starts new ones."""
         self._windows = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of all lanes and what it is a position in: plain numbers and strings.
+        """Return the position of all lanes and the identity of the stream, ready for JSON.
 
-        It is that of the steps done, whatever has been made ahead. With several ranks it is a
-        collective operation: all of them call it at the same step.
+        Prefetched batches do not count. With several ranks this is a collective operation: all
+        ranks call it at the same step.
 
         Raises:
             ConfigError: There are several ranks, and nothing joins them.
@@ -191,7 +187,7 @@ class StreamLoader:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the position of ``state``, which another world size may have saved.
+        """Restore the position in ``state``, which any world size may have saved.
 
         Raises:
             DataError: ``state`` is malformed, or of another corpus, tokenizer, seed or geometry;
@@ -234,8 +230,8 @@ class StreamLoader:
             self._windows = self._windows or self._start()
             return next(self._windows)
         except WorkerGoneError as error:
-            # a signal to the whole group ends the workers, but the trainer may need this batch
-            # to stop in order
+            # a signal to the process group ends the workers, but the trainer may need this batch
+            # for an orderly stop
             logger.warning("starting new data workers: %s", error)
             self._windows = self._start()
             return next(self._windows)

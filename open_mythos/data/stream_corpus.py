@@ -1,9 +1,8 @@
 """A corpus: files on this machine, on the Hugging Face hub or wherever fsspec reaches.
 
-Only names and sizes are asked for; no file is opened before it is read, so a corpus of terabytes
-is known in the time of a listing. For the reading, its files are cut into units: a part of a
-Parquet file (whole row groups where there are enough of them), of a JSONL file (whole lines) or of
-a text (whole pieces).
+Opening a corpus lists names and sizes and reads no file, so terabytes open in the time of a
+listing. Files are read in units: a part of a Parquet file (whole row groups if there are enough of
+them), of a JSONL file (whole lines) or of a text (whole pieces).
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ FINEWEB_EDU_FOLDERS = {
 }  # fmt: skip
 """Subset of FineWeb-Edu -> its folder in the dataset's repository."""
 
-# Units of a lane in an epoch, where the files are large enough: several, so that lanes stay even
-# and the order of an epoch is mixed; few, because opening one costs a look at a Parquet footer.
+# Units per lane and epoch, if files are large enough: several, so that lanes get equal amounts and
+# the order is mixed; few, because opening one reads a Parquet footer.
 UNITS_PER_LANE = 8
 MAX_UNIT_BYTES = 1 << 26
 MIN_UNIT_BYTES = 1 << 8
@@ -47,7 +46,7 @@ _HUB_FIX = (
 
 
 class Unit(NamedTuple):
-    """Part ``part`` of ``parts`` equal ones of a file: what a lane reads from end to end."""
+    """Part ``part`` of ``parts`` equal parts of a file."""
 
     file: int
     """Number of the file in its corpus."""
@@ -72,7 +71,7 @@ class Corpus:
     """Files of text; :func:`open_corpus` makes one."""
 
     source: str
-    """What it was opened by."""
+    """The argument of :func:`open_corpus`."""
     protocol: str
     """The fsspec file system: "file", "hf", "memory", "s3", ..."""
     root: str
@@ -93,15 +92,15 @@ class Corpus:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def path(self, file: int) -> str:
-        """The path of a file within its file system."""
+        """Return the path of a file within its file system."""
         return f"{self.root}/{self.files[file].name}"
 
     def suffix(self, file: int) -> str:
-        """Which of the known kinds a file is of: ".parquet"; "stdlib" for Python's modules."""
+        """Return the kind of a file: ".parquet", ...; "stdlib" for Python's modules."""
         return STDLIB if self.source == STDLIB else PurePosixPath(self.files[file].name).suffix
 
     def units(self, lanes: int) -> list[Unit]:
-        """Every file, cut so finely that ``lanes`` readers have several units each."""
+        """Divide all files so finely that ``lanes`` readers have several units each."""
         wanted = -(-self.size // (lanes * UNITS_PER_LANE))
         unit_bytes = min(MAX_UNIT_BYTES, max(MIN_UNIT_BYTES, wanted))
         return [
@@ -112,12 +111,12 @@ class Corpus:
         ]
 
     def unit_size(self, unit: Unit) -> int:
-        """Bytes of a unit, its share of the file's."""
+        """Return the bytes of a unit, its share of the file."""
         size = self.files[unit.file].size
         return size * (unit.part + 1) // unit.parts - size * unit.part // unit.parts
 
     def to_json(self) -> str:
-        """All of it, for other processes."""
+        """Serialise the corpus for other processes."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -135,12 +134,12 @@ class Corpus:
 
 
 def text_pieces(size: int) -> int:
-    """Documents that a text file of ``size`` bytes is cut into, empty ones counted."""
+    """Return how many documents a text file of ``size`` bytes is cut into, empty ones counted."""
     return -(-size // TEXT_PIECE_BYTES)
 
 
 def fineweb_edu(subset: str = "sample-10BT") -> str:
-    """The source of a subset of FineWeb-Edu (arXiv 2406.17557) on the Hugging Face hub.
+    """Return the source of a subset of FineWeb-Edu (arXiv 2406.17557) on the Hugging Face hub.
 
     Raises:
         ConfigError: There is no such subset.
@@ -192,7 +191,7 @@ def _local(source: str, root: Path, paths: Iterable[Path], text_field: str) -> C
 
 
 def _sampled(path: Path) -> str:
-    """A hash of the two ends of a file."""
+    """Hash the two ends of a file."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as stream:
         digest.update(stream.read(_SAMPLED_BYTES))
@@ -238,7 +237,7 @@ def _remote(source: str, text_field: str) -> Corpus:
 
 
 def _at_a_commit(source: str) -> str:
-    """The URL with the commit that its revision now stands for, so that no later push moves it."""
+    """Resolve the revision of a URL to its present commit, so that no later push changes it."""
     owner, name, *folders = [*source.removeprefix(_HUB).split("/"), ""]
     name, _, revision = name.partition("@")
     if not owner or not name:
@@ -283,7 +282,7 @@ def _is_read(name: str) -> bool:
 
 
 def _known_by(info: dict[str, Any]) -> str:
-    """What the store names the content by: the hub a blob, object stores an entity tag."""
+    """Return the store's identifier of the content: a blob of the hub, or an entity tag."""
     known = (info.get(key) for key in ("blob_id", "ETag", "etag"))
     return next((str(each) for each in known if each), "")
 

@@ -1,4 +1,4 @@
-"""The documents that a stream leaves out, as windows to evaluate on."""
+"""Windows of the documents that a stream holds out, for evaluation."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class TooFewHeldOutError(DataError):
 
 
 class HeldOutWindows:
-    """The first windows of the held-out documents, kept in memory; iterated any number of times.
+    """Iterates over the first windows of the held-out documents, which are kept in memory.
 
     A document is held out by the hash of its text, as by :func:`~open_mythos.data.prepare`, so
-    equal documents fall on the same side. They are looked for from the start of the corpus: it is
-    read as far as needed, about ``windows * seq_len / held_out`` tokens of it. The windows depend
-    on the corpus alone, not on the batch or the number of processes of a run.
+    equal documents fall on the same side. The corpus is read from its start as far as needed, about
+    ``windows * seq_len / held_out`` tokens. The windows do not depend on the batch or the number of
+    processes of a run.
 
     Args:
         corpus: The text.
@@ -70,7 +70,7 @@ class HeldOutWindows:
         self.bytes_per_token = text_bytes / max(1, len(ids))
         """Mean bytes of text per token: bits per byte = nats per token / (this * ln 2)."""
         self.windows = (min(len(ids), wanted) - 1) // seq_len
-        """Sequences that there are."""
+        """Number of sequences."""
         if self.windows < 1:
             raise TooFewHeldOutError(
                 "the held-out documents do not fill one window", where=corpus.source,
@@ -81,7 +81,7 @@ class HeldOutWindows:
         self._eos_id = tokenizer.eos_id if mask_documents else None
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return -(-self.windows // self._batch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -95,7 +95,7 @@ class HeldOutWindows:
 
 
 def held_out_documents(corpus: Corpus, share: float) -> Iterator[str]:
-    """The held-out documents of ``corpus`` that are not empty, in the order of its files.
+    """Read the held-out documents of ``corpus`` that are not empty, file by file.
 
     Raises:
         DataError, EnvironmentError_: As of :func:`~open_mythos.data.stream_read.read_unit`.

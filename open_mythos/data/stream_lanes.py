@@ -1,9 +1,9 @@
 """Lanes: the rows of the global batch, each an endless stream of tokens of its own.
 
-Every epoch deals each unit of the corpus to one lane. A lane reads its share to the end, then its
-share of the next epoch; it never asks what other lanes do. So a lane's tokens are a function of
-(corpus, tokenizer, number of lanes, seed) alone, whichever process computes them, and its position
-is four integers.
+Every epoch assigns each unit of the corpus to one lane. A lane reads its share, then its share of
+the next epoch, independently of other lanes. A lane's tokens are therefore a function of (corpus,
+tokenizer, number of lanes, seed), whichever process computes them, and its position is four
+integers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Position(NamedTuple):
     """The place of a token in its lane."""
 
     epoch: int = 0
-    """Shares that the lane has read to the end."""
+    """Epochs that the lane has finished."""
     unit: int = 0
-    """Units of its present share that it has read to the end."""
+    """Units of its present share that it has finished."""
     cursor: int = 0
     """Place of the document in its unit; :class:`~open_mythos.data.stream_read.Document`."""
     offset: int = 0
@@ -40,7 +40,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """What the tokens of every lane follow from."""
+    """Everything that determines the tokens of every lane."""
 
     corpus: Corpus
     lanes: int
@@ -53,23 +53,22 @@ class StreamPlan:
 
     @cached_property
     def units(self) -> list[Unit]:
-        """What is dealt."""
+        """Units that are assigned to lanes."""
         return self.corpus.units(self.lanes)
 
     @cached_property
     def deal(self) -> Deal:
-        """Who reads what."""
+        """Assignment of units to lanes."""
         sizes = [self.corpus.unit_size(unit) for unit in self.units]
         return Deal(sizes, self.lanes, self.seed)
 
 
 class Deal:
-    """Which units each lane reads in each epoch.
+    """Assigns the units of each epoch to lanes.
 
-    The units of an epoch come in a permutation of their own, and each goes to the lane that would
-    be the first to ask for one if every byte were equally many tokens and no lane ever paused
-    between epochs. So lanes stay even over any number of epochs, up to about a unit and to how
-    well bytes foretell tokens.
+    The units of an epoch are permuted, and each goes to the lane with the fewest bytes so far. Over
+    any number of epochs lanes therefore differ by about one unit, and by how much tokens per byte
+    vary.
 
     Args:
         sizes: Bytes of each unit.
@@ -84,7 +83,7 @@ class Deal:
         self._owners: list[Int64Array] = []
 
     def share(self, epoch: int, lane: int) -> list[int]:
-        """Numbers of the units that ``lane`` reads in ``epoch``, in order; perhaps none."""
+        """Return the units that ``lane`` reads in ``epoch``, in order; may be empty."""
         while len(self._orders) <= epoch:
             self._deal_next()
         return self._orders[epoch][self._owners[epoch] == lane].tolist()
@@ -102,7 +101,7 @@ class Deal:
 
 
 class Lane:
-    """Windows of one lane, from a position on.
+    """Reads the windows of one lane, from a position on.
 
     Window k covers tokens k*T .. k*T + T of the lane: neighbours share one token, so every token
     but the first is predicted once. Documents are each ended by the end-of-document token; one
@@ -126,7 +125,7 @@ class Lane:
         self._count = 0  # tokens of all of them that are before us
 
     def window(self) -> tuple[Int64Array, Position]:
-        """The next T + 1 tokens, and the position of the window after it.
+        """Return the next T + 1 tokens, and the position of the following window.
 
         Raises:
             DataError: A file is missing or damaged, or there is no text to read.
@@ -155,7 +154,7 @@ class Lane:
             self._used -= len(self._held.popleft()[1])
 
     def _read(self, start: Position) -> Iterator[tuple[Position, Int64Array]]:
-        """Documents as tokens, with their places; the first is that of ``start``."""
+        """Read documents as tokens with their positions; the first is that of ``start``."""
         plan, epoch, barren = self._plan, start.epoch, 0
         while True:
             for number, unit in enumerate(plan.deal.share(epoch, self._number)):

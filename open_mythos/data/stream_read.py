@@ -1,7 +1,7 @@
-"""The documents of one unit of a corpus, from a place in it on.
+"""Reading the documents of a corpus, with retries.
 
-Reading again what a file system failed to give is done here; what is damaged is a DataError that
-names the file and the row or byte.
+A read that the file system fails is retried; damaged input raises a DataError that names the file
+and the row or byte.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from open_mythos.errors import DataError, EnvironmentError_
 logger = logging.getLogger(__name__)
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Waits before a read that failed is tried again; after the last of them it is an error."""
+"""Delays before a failed read is retried; after the last one it is an error."""
 _BUFFER_BYTES = 1 << 20
 
 
 class Document(NamedTuple):
-    """A text and where it is."""
+    """A text and its place in the unit."""
 
     cursor: int
     """Its place in the unit: rows for Parquet, bytes for JSONL, pieces for a text; ascending."""
@@ -44,7 +44,7 @@ class Document(NamedTuple):
 
 
 class _ReadFailedError(OSError):
-    """The file system could not give what it has: worth another try."""
+    """The file system failed; a retry may succeed."""
 
 
 def read_documents(source: str | Path, text_field: str = "text") -> Iterator[str]:
@@ -72,9 +72,9 @@ def documents_of(corpus: Corpus) -> Iterator[str]:
 
 
 def read_unit(corpus: Corpus, unit: Unit, cursor: int = 0) -> Iterator[Document]:
-    """The documents of ``unit`` whose place is ``cursor`` or later, empty ones included.
+    """Read the documents of ``unit`` whose place is ``cursor`` or later, empty ones included.
 
-    A read that fails is tried again after each of :data:`RETRY_DELAYS_S`, from where it failed.
+    A read that fails is retried after each of :data:`RETRY_DELAYS_S`, from where it failed.
 
     Raises:
         DataError: A file is missing, has changed or is damaged; names the row or byte.
@@ -111,7 +111,7 @@ def _wait(failures: int, where: str, error: OSError) -> None:
 
 
 def _opened(corpus: Corpus, unit: Unit) -> io.BufferedReader:
-    """The unit's file, its length checked."""
+    """Open the unit's file and check its length."""
     import fsspec
 
     path, expected = corpus.path(unit.file), corpus.files[unit.file].size
@@ -139,7 +139,8 @@ def _opened(corpus: Corpus, unit: Unit) -> io.BufferedReader:
 
 
 class _Watched(io.RawIOBase):
-    """A file whose own failures are told apart from what its content makes a reader raise."""
+    """A file whose I/O errors are distinguishable from errors that a reader raises on its
+    content."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -205,7 +206,7 @@ def _parquet(
 
 
 def _row_group_starts(metadata: Any) -> list[int]:
-    """The first row of every row group, and the number of rows."""
+    """Return the first row of every row group, and the number of rows."""
     starts = [0]
     for group in range(metadata.num_row_groups):
         starts.append(starts[-1] + metadata.row_group(group).num_rows)
@@ -213,7 +214,7 @@ def _row_group_starts(metadata: Any) -> list[int]:
 
 
 def _rows_of(unit: Unit, starts: list[int]) -> tuple[int, int]:
-    """The rows of a unit: whole row groups, unless the file has fewer of them than parts."""
+    """Return the rows of a unit: whole row groups, unless the file has fewer than parts."""
     groups, rows = len(starts) - 1, starts[-1]
 
     def edge(part: int) -> int:
@@ -225,7 +226,7 @@ def _rows_of(unit: Unit, starts: list[int]) -> tuple[int, int]:
 
 
 def _jsonl(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> Iterator[Document]:
-    """The lines that begin inside the unit's bytes."""
+    """Read the lines that begin inside the unit's bytes."""
     path, size = corpus.path(unit.file), corpus.files[unit.file].size
     first, end = (size * part // unit.parts for part in (unit.part, unit.part + 1))
     start = _next_line(file, first + cursor)
@@ -237,7 +238,7 @@ def _jsonl(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> 
 
 
 def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> Iterator[Document]:
-    """Pieces of 64 KiB, their edges moved on to the next line."""
+    """Read pieces of 64 KiB, their edges moved to the next line."""
     path, pieces = corpus.path(unit.file), text_pieces(corpus.files[unit.file].size)
     first, end = (pieces * part // unit.parts for part in (unit.part, unit.part + 1))
     start = _next_line(file, (first + cursor) * TEXT_PIECE_BYTES)
@@ -249,7 +250,7 @@ def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> I
 
 
 def _next_line(file: io.BufferedReader, place: int) -> int:
-    """Where the first line begins that begins at byte ``place`` or later; the file stands there."""
+    """Seek to the first line that begins at byte ``place`` or later; return its position."""
     if place == 0:
         return file.seek(0)
     size = file.seek(0, io.SEEK_END)

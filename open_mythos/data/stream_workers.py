@@ -1,8 +1,8 @@
-"""Windows made ahead of time by worker processes.
+"""Windows that worker processes read ahead.
 
-PyTorch's ``DataLoader`` runs them. They are forked from a small server process and not from the
-trainer, whose threads, CUDA context and collectives no fork survives. What a worker hands over is
-arrays and numbers; an error travels as its five parts.
+PyTorch's ``DataLoader`` runs the workers. They are forked from a small server process instead of
+the trainer, whose threads, CUDA context and collectives do not survive a fork. Workers send arrays
+and numbers; an error is sent as its five parts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ERRORS = {kind.__name__: kind for kind in (DataError, EnvironmentError_, Intern
 
 
 class WorkerGoneError(EnvironmentError_):
-    """A worker process ended that nobody told to."""
+    """A worker process died."""
 
 
 class Windows(NamedTuple):
@@ -43,14 +43,14 @@ class Windows(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """An error on its way from a worker."""
+    """An error sent by a worker."""
 
     kind: str
     parts: dict[str, Any]
 
 
 class LaneWindows(IterableDataset):
-    """Step by step the windows of some lanes; in worker i of W those of every W-th lane from i.
+    """Reads the windows of some lanes step by step; worker i of W reads every W-th lane from i.
 
     Args:
         plan: What to read.
@@ -78,7 +78,7 @@ class LaneWindows(IterableDataset):
 
 
 class _InWorker(IterableDataset):
-    """:class:`LaneWindows` that can travel to a worker, and whose errors travel back."""
+    """:class:`LaneWindows` that can be pickled for a worker, and whose errors are sent back."""
 
     def __init__(
         self, plan: StreamPlan, tokenizer: Tokenizer, lanes: range, positions: list[Position]
@@ -94,7 +94,7 @@ class _InWorker(IterableDataset):
             yield from LaneWindows(plan, tokenizer, lanes, positions)
         except MythosError as error:
             yield _Failure(type(error).__name__, _parts(error))
-        except Exception as error:  # a defect of ours: it has to reach the caller all the same
+        except Exception as error:  # a bug in the library still has to reach the caller
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
             parts = {"what": f"a data worker failed: {error!r}", "where": where}
@@ -102,17 +102,17 @@ class _InWorker(IterableDataset):
 
 
 class WorkerPool:
-    """Worker processes over a range of lanes; each makes ``prefetch`` steps ahead.
+    """Worker processes that read a range of lanes, each ``prefetch`` steps ahead.
 
-    What it gives does not depend on their number, nor on which of them is quick.
+    The windows do not depend on the number of workers or their timing.
 
     Args:
         plan: What to read.
-        tokenizer: It is saved and loaded again in each worker.
+        tokenizer: Saved, and loaded in each worker.
         lanes: Which lanes.
         positions: Where each of them begins.
         workers: Number of processes, at most that of the lanes.
-        prefetch: Steps that each worker makes ahead.
+        prefetch: Steps that each worker prefetches.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ class WorkerPool:
         return self
 
     def __next__(self) -> Windows:
-        """The windows of the next step.
+        """Return the windows of the next step.
 
         Raises:
             DataError, EnvironmentError_: What a worker raised.
-            WorkerGoneError: A worker was killed, or ended for want of memory.
+            WorkerGoneError: A worker was killed, or ran out of memory.
         """
         parts = [self._next_item() for _ in range(self._workers)]
         ids = np.empty((len(self._lanes), parts[0].ids.shape[1]), np.int64)
@@ -158,7 +158,7 @@ class WorkerPool:
         except RuntimeError as error:  # what DataLoader says of a worker that is gone
             raise WorkerGoneError(
                 "a data worker ended unexpectedly", where="num_workers", value=str(error),
-                fix="resume; if it ended for want of memory, use fewer workers",
+                fix="resume; if it ran out of memory, use fewer workers",
             ) from error  # fmt: skip
         if isinstance(item, _Failure):
             raise _ERRORS.get(item.kind, InternalError)(item.parts.pop("what"), **item.parts)
@@ -166,7 +166,8 @@ class WorkerPool:
 
 
 def _context() -> Any:
-    """How workers start: from a server that has imported what they need, where there is one."""
+    """Return the start method: forking a server that has imported what workers need, or
+    spawning."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -175,7 +176,7 @@ def _context() -> Any:
 
 
 def _live_with_the_trainer(worker: int) -> None:
-    """End when the trainer does, however it ends, and not before.
+    """Make a worker end when the trainer ends, however it ends, and not before.
 
     DataLoader's own watch looks at the process that forked a worker. Here that is the server,
     which outlives the trainer for as long as it has a worker.

@@ -30,7 +30,7 @@ class ByteTokenizer:
         return list(utf8(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of every text."""
+        """Encode every text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def is_path(name: str | Path) -> bool:
-    """Whether ``name`` means a place on disk, and not a model of the hub."""
+    """Return whether ``name`` is a path on disk and not a model of the hub."""
     if isinstance(name, Path):
         return True
     if not isinstance(name, str) or not name.strip() or "\0" in name:
@@ -29,7 +29,7 @@ def is_path(name: str | Path) -> bool:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The ``tokenizer_config.json`` of a folder; empty without one."""
+    """Read the ``tokenizer_config.json`` of a folder; empty without one."""
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return {}
@@ -41,7 +41,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_local(path: Path) -> tuple[RustTokenizer, str, dict[str, str]]:
-    """The tokenizer at ``path``, its name, and the special tokens that it declares."""
+    """Read the tokenizer at ``path``, its name, and the special tokens that it declares."""
     from tokenizers import Tokenizer as RustTokenizer
 
     path = path.expanduser()
@@ -64,7 +64,8 @@ def read_local(path: Path) -> tuple[RustTokenizer, str, dict[str, str]]:
 
 
 def _declared(config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens of a ``tokenizer_config.json``: strings, or objects with ``content``."""
+    """Return the special tokens of a ``tokenizer_config.json``: strings, or objects with
+    ``content``."""
     found = {}
     for role in SPECIALS:
         token = config.get(f"{role}_token")
@@ -75,12 +76,12 @@ def _declared(config: dict[str, Any]) -> dict[str, str]:
 
 
 def write_json(path: Path, content: dict[str, str]) -> None:
-    """Write ``content``, and the folder around it."""
+    """Write ``content``, creating the folder."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``, and the folder around it."""
+    """Write ``text``, creating the folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -78,7 +78,8 @@ def _auto_tokenizer(model_id: str) -> Any:
 
 
 def _hub_unreachable() -> str:
-    """Why the hub cannot be reached, or "": a probe, since transformers retries for a minute."""
+    """Probe the hub and return why it cannot be reached, or ""; transformers retries for a
+    minute."""
     for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(switch, "0").upper() in {"1", "ON", "YES", "TRUE"}:
             return f"{switch} is set"

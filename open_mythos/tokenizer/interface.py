@@ -43,20 +43,20 @@ class Tokenizer(Protocol):
     def __len__(self) -> int: ...
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, without bos or eos."""
+        """Return the ids of ``text``, without bos or eos."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``[encode(text) for text in texts]``, faster."""
+        """Return ``[encode(text) for text in texts]``, faster."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special and padding ids give nothing."""
+        """Decode ``ids``; special and padding ids are dropped."""
 
     def save(self, directory: str | Path) -> None:
         """Write files that ``load_tokenizer(directory)`` reads back."""
 
 
 def utf8(text: str) -> bytes:
-    """The UTF-8 bytes of ``text``; a :class:`DataError` where there are none."""
+    """Return the UTF-8 bytes of ``text``, or raise a :class:`DataError` if there are none."""
     if not isinstance(text, str):
         raise DataError("a tokenizer encodes strings", where="text", value=text, allowed="str")
     try:
@@ -71,7 +71,7 @@ def utf8(text: str) -> bytes:
 
 
 def id_list(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """``ids`` (a list, an array, a 1-D tensor) as plain integers, each below ``vocab_size``."""
+    """Convert ``ids`` (a list, an array, a 1-D tensor) to integers, each below ``vocab_size``."""
     allowed = f"a flat sequence of integers in 0..{vocab_size - 1}"
     try:
         plain = [index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]

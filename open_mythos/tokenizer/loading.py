@@ -14,7 +14,7 @@ from open_mythos.tokenizer.interface import Tokenizer
 
 
 def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:
-    """The tokenizer called ``"byte"``, the one at a path, or the one of a Hugging Face model.
+    """Load the byte tokenizer (``"byte"``), the one at a path, or that of a Hugging Face model.
 
     A string is a path when it exists, starts with ``/``, ``.`` or ``~``, or ends in ``.json``.
 
@@ -53,7 +53,7 @@ def load_or_train(name: str, documents: Iterable[str]) -> Tokenizer:
 
 
 def get_vocab_size(name_or_path: str | Path = DEFAULT_MODEL_ID) -> int:
-    """The ``vocab_size`` that a model for this tokenizer takes.
+    """Return the ``vocab_size`` of a model for this tokenizer.
 
     Raises:
         DataError, EnvironmentError_: As :func:`load_tokenizer`.

@@ -21,7 +21,7 @@ _PROBE = "The quick brown fox,\n\t  it's 31415926 naïve Straße 東京 العر
 
 
 class RustBacked:
-    """Shared by the tokenizers that run in the ``tokenizers`` library."""
+    """Base of the tokenizers that run in the ``tokenizers`` library."""
 
     def __init__(self, rust: RustTokenizer, name: str, specials: dict[str, str]) -> None:
         self.name = name
@@ -72,7 +72,7 @@ class RustBacked:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of every text, on all cores."""
+        """Encode every text, on all cores."""
         for text in texts:
             utf8(text)
         try:
@@ -102,7 +102,7 @@ class RustBacked:
 
 
 def _distinct_specials(declared: dict[str, str]) -> dict[str, str]:
-    """One token per role: the declared one unless it is missing or taken, else our own."""
+    """Choose one token per role: the declared one unless it is missing or taken, else our own."""
     chosen: dict[str, str] = {}
     for role in ("eos", "bos", "pad"):
         token = declared.get(role)

@@ -6,7 +6,7 @@ from open_mythos.tokenizer.interface import Tokenizer
 
 
 class StreamDecoder:
-    """Decode token by token without ever cutting a character.
+    """Decodes token by token without splitting characters.
 
     A character that is still incomplete is held back until its last token, or until ``flush``;
     all pieces joined equal ``tokenizer.decode`` of all ids.
@@ -20,7 +20,7 @@ class StreamDecoder:
         self._emitted = 0
 
     def push(self, token_id: int) -> str:
-        """The text that ``token_id`` completes, perhaps none."""
+        """Return the text that ``token_id`` completes, which may be empty."""
         self._pending.append(token_id)
         text = self._pending_text()
         # a trailing U+FFFD may be the first bytes of a character that later tokens complete
@@ -31,7 +31,7 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """End the stream: what is still held back, with U+FFFD for an incomplete character."""
+        """Return what is still held back, with U+FFFD for an incomplete character."""
         text = self._pending_text()
         piece = text[self._emitted :]
         self._context, self._pending, self._emitted = [], [], 0

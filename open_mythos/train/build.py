@@ -13,7 +13,7 @@ Model = OpenMythos | DenseTransformer
 
 
 def build_model(config: RunConfig) -> Model:
-    """The model of a run on the CPU, its weights a function of ``config.train.seed``.
+    """Build the model of a run on the CPU; its weights are a function of ``config.train.seed``.
 
     Raises:
         ConfigError: The configuration is invalid.

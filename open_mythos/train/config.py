@@ -36,15 +36,15 @@ class DepthConfig:
     sigma: float = within(0.5, ge=0, le=2)
     """Standard deviation of the logarithm of the rate of "lognormal_poisson"."""
     max_loops: int | None = within(None, ge=1)
-    """No sequence runs more loops than this, those of long steps not counted; None for no limit."""
+    """Most loops of a sequence, not counting those of long steps; None for no limit."""
     curriculum_start: float = within(1.0, ge=1, le=1024)
     """``mean`` at the first step of a curriculum."""
     curriculum_steps: int = within(0, ge=0)
     """Steps over which ``mean`` grows linearly from ``curriculum_start``; 0 for no curriculum."""
     long_share: float = within(0.0, ge=0, le=1)
-    """Share of the steps whose sequences all run further loops, so that the model learns to keep
-    what it has found. With ``train.grad_loops`` these come before the loops that carry gradient:
-    the step begins from a detached state."""
+    """Share of the steps whose sequences all run further loops, so that the model learns to hold
+    its answer. With ``train.grad_loops`` these come before the loops that carry gradient: the step
+    starts from a detached state."""
     long_loops: int = within(32, ge=1)
     """Most of these further loops; their number is log-uniform from 1."""
 
@@ -64,7 +64,7 @@ class DepthConfig:
         return self.long_share * (self.long_loops - 1) / math.log(self.long_loops)
 
     def validate(self) -> None:
-        """Raises ConfigError if a field, or a relation between fields, is out of range."""
+        """Raise a ConfigError if a field, or a relation between fields, is out of range."""
         check_fields("depth", self)
         if self.high < self.low:
             reject("depth", self, "high", f"an integer >= low ({self.low})")
@@ -99,17 +99,17 @@ class OptimConfig:
     ns_steps: int = within(5, ge=1)
     """Muon: Newton-Schulz iterations. AdamW does not read it."""
     ema_decay: float = within(0.0, ge=0, lt=1)
-    """Keep an exponential moving average of the weights that forgets this slowly, in [0, 1), e.g.
-    0.999; evaluations use it. 0 keeps none."""
+    """Decay of an exponential moving average of the weights, which evaluations use, in [0, 1), e.g.
+    0.999; 0 keeps none."""
 
     def validate(self) -> None:
-        """Raises ConfigError if a field is out of range."""
+        """Raise a ConfigError if a field is out of range."""
         check_fields("optim", self)
 
 
 @dataclass
 class DataConfig:
-    """Where the tokens come from."""
+    """Text to train on and to evaluate on."""
 
     path: str = ""
     """Folder of prepared token shards, whose tokenizer the run uses."""
@@ -135,7 +135,7 @@ class DataConfig:
     """Sequences of the validation split that an evaluation reads."""
 
     def validate(self) -> None:
-        """Raises ConfigError if a field is out of range."""
+        """Raise a ConfigError if a field is out of range."""
         check_fields("data", self)
         if self.path and self.source:
             reject("data", self, "source", "empty together with data.path: a run has one text")
@@ -143,23 +143,23 @@ class DataConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the processes of a run share its work. Every kind gives the same losses."""
+    """Parallelism. Every kind gives the same losses."""
 
     kind: str = one_of("auto", PARALLEL_KINDS)
-    """"none": one process; "ddp": every process holds the whole model; "fsdp": each holds a part of
-    weights, gradients and moments, gathered while they are needed (FSDP2); "auto": "none" for one
-    process, "ddp" for several."""
+    """"none": one process; "ddp": every process holds the whole model; "fsdp": each holds a shard
+    of parameters, gradients and optimizer state (FSDP2); "auto": "none" for one process, "ddp" for
+    several."""
     shard: int | None = within(None, ge=1)
     """With "fsdp": processes that share one copy of the model; None for all. Fewer (HSDP) keep a
     copy in each group of neighbours, such as the GPUs of a node."""
     experts: int = within(1, ge=1)
-    """With "fsdp": processes over which the routed experts are divided; tokens travel to them. 1
-    leaves experts to the sharding of everything else."""
+    """With "fsdp": size of the expert-parallel group; tokens are sent to their experts. 1 shards
+    experts like everything else."""
     timeout: float = within(600.0, gt=0)
     """Seconds after which a collective operation that a process misses ends the run."""
 
     def validate(self) -> None:
-        """Raises ConfigError if a field is out of range."""
+        """Raise a ConfigError if a field is out of range."""
         check_fields("parallel", self)
         if self.kind != "fsdp":
             for name, plain in (("shard", None), ("experts", 1)):
@@ -169,14 +169,15 @@ class ParallelConfig:
 
 @dataclass
 class WatchConfig:
-    """What a run is watched by, and what it does when something is wrong."""
+    """Monitoring, and what a run does when something is wrong."""
 
     loggers: list[str] = field(default_factory=list)
     """Beside ``metrics.jsonl``: "tensorboard", "wandb", "trackio"; each is a package of its own."""
     project: str = "open-mythos"
-    """Under which wandb and trackio file the run."""
+    """Project of the run in wandb and trackio."""
     watchdog: bool = True
-    """Name faults of the loops: collapse, explosion, loops that change nothing, uneven experts."""
+    """Raise alarms about the loops: collapse, explosion, loops that change nothing, uneven
+    experts."""
     spike_window: int = within(128, ge=8)
     """Recent losses that a step's loss is compared with."""
     spike_threshold: float = within(6.0, gt=0)
@@ -184,13 +185,14 @@ class WatchConfig:
     spike_patience: int = within(4, ge=1)
     """High losses in a row that are a spike."""
     max_rewinds: int = within(2, ge=0)
-    """How often a run may go back to its last checkpoint, and leave out the batches since, after a
-    spike or after more than ``train.max_skips`` non-finite steps in a row; then it gives up."""
+    """How often a run may roll back to its last checkpoint and skip the batches since, after a
+    spike or more than ``train.max_skips`` non-finite steps in a row; then it stops with an
+    error."""
     peak_flops: float | None = within(None, gt=0)
-    """Peak FLOP/s of one device, for the utilisation; None looks known GPUs up."""
+    """Peak FLOP/s of one device, for the utilisation; None looks up known GPUs."""
 
     def validate(self) -> None:
-        """Raises ConfigError if a field is out of range; loggers are checked when they open."""
+        """Raise a ConfigError if a field is out of range; loggers are checked when they open."""
         check_fields("watch", self)
 
 
@@ -199,7 +201,7 @@ class TrainConfig:
     """The loop around the optimizer: length, batch, precision, what is written and when."""
 
     seed: int = within(0, ge=0)
-    """From this all randomness of the run follows: weights, data order, depths, dropout, h_0."""
+    """Seed of all randomness: weights, data order, depths, dropout, h_0."""
     steps: int = within(1000, ge=1)
     """Optimizer steps of the whole run."""
     seq_len: int = within(256, ge=1)
@@ -207,7 +209,8 @@ class TrainConfig:
     global_batch: int = within(16, ge=1)
     """Sequences per optimizer step."""
     micro_batch: int | None = within(None, ge=1)
-    """Sequences computed at a time; divides ``global_batch``. None for all at once."""
+    """Sequences computed at a time (gradient accumulation); divides ``global_batch``. None for all
+    at once."""
     schedule: str = one_of("cosine", SCHEDULE_NAMES)
     """"cosine": down to ``min_lr_ratio`` over the rest of the run; "wsd": stable, then a decay over
     the last ``decay_steps``; "constant"."""
@@ -222,25 +225,25 @@ class TrainConfig:
     clip: float = within(1.0, gt=0)
     """Largest norm of the gradient over all parameters; larger ones are scaled down to it."""
     max_skips: int = within(20, ge=0)
-    """Non-finite steps in a row that are skipped before training gives up with an error."""
+    """Non-finite steps in a row that are skipped before training stops with an error."""
     dtype: str = one_of("float32", TRAIN_DTYPES)
-    """Of the products: "float32"; "bfloat16" or "float16" by autocast; "auto" is bfloat16 on GPUs
-    that compute in it, float16 on older ones, float32 on a CPU. Weights and moments stay float32;
-    float16 comes with a dynamic loss scale."""
+    """Dtype of the matmuls: "float32"; "bfloat16" or "float16" by autocast; "auto" is bfloat16 on
+    GPUs that support it, float16 on older ones, float32 on a CPU. Weights and optimizer state stay
+    float32; float16 uses dynamic loss scaling."""
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:N"."""
     grad_loops: int | Literal["auto"] | None = None
     """Truncated back-propagation through the last loops of each sequence: how many, "auto" for half
     the mean depth (rounded up), None for all of them, which is better where memory allows."""
     checkpoint_loops: bool = False
-    """Recompute each loop in the backward pass: memory of one state per loop, about a quarter more
-    time."""
+    """Activation checkpointing: store one state per loop and recompute the rest in the backward
+    pass, for about a quarter more time."""
     compile: bool = False
     """Compile each block (not the whole model: one graph then serves every number of loops)."""
     balance_speed: float = within(1e-3, ge=0)
-    """Step of the bias that evens out the experts' load after each step; 0 leaves it still."""
+    """Step size of the bias that balances the experts' load after each step; 0 turns it off."""
     balance_coefficient: float = within(0.0, ge=0)
-    """Weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4); 0 leaves it out."""
+    """Weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4); 0 turns it off."""
     log_every: int = within(10, ge=1)
     """Steps between two lines of metrics."""
     eval_every: int = within(0, ge=0)
@@ -252,7 +255,7 @@ class TrainConfig:
     keep: int = within(2, ge=1)
     """Newest checkpoints that stay."""
     async_save: bool = False
-    """Write checkpoints behind the training: each is a copy of the moment it was asked for."""
+    """Write checkpoints in the background, from a copy of the state."""
     out_dir: str | None = None
     """Folder of metrics and checkpoints; None writes nothing."""
     init_from: str = ""
@@ -260,7 +263,7 @@ class TrainConfig:
     random ones."""
 
     def validate(self) -> None:
-        """Raises ConfigError if a field, or a relation between fields, is out of range."""
+        """Raise a ConfigError if a field, or a relation between fields, is out of range."""
         check_fields("train", self)
         if self.global_batch % (self.micro_batch or 1):
             reject("train", self, "micro_batch", f"a divisor of global_batch ({self.global_batch})")
@@ -293,7 +296,7 @@ class RunConfig:
     model: MythosConfig = field(default_factory=MythosConfig)
     """Shape of the looped model, from which the dense one is derived."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Where the tokens come from."""
+    """Text to train on and to evaluate on."""
     depth: DepthConfig = field(default_factory=DepthConfig)
     """How many loops the sequences run."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -301,13 +304,13 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How several processes share the work."""
+    """Parallelism."""
     watch: WatchConfig = field(default_factory=WatchConfig)
-    """What it is watched by."""
+    """Monitoring."""
 
     @property
     def grad_loops(self) -> int | None:
-        """Loops that carry gradient, as the model takes it; None for all."""
+        """Loops that carry gradient; None for all."""
         if self.train.grad_loops == "auto":
             return math.ceil(self.depth.expected / 2)
         return self.train.grad_loops
@@ -318,7 +321,7 @@ class RunConfig:
         return list(self.train.eval_depths) or [max(1, round(self.depth.expected))]
 
     def validate(self) -> None:
-        """Raises ConfigError if any field, or a relation between fields, is out of range."""
+        """Raise a ConfigError if any field, or a relation between fields, is out of range."""
         check_fields("", self)
         for section in _SECTIONS:
             getattr(self, section).validate()
@@ -341,12 +344,12 @@ class RunConfig:
             reject("train", train, "balance_coefficient", "0 for a model without experts")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, nested, as JSON-ready values."""
+        """Return the fields, nested, as JSON-ready values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of :meth:`to_dict`; missing fields take their defaults.
+        """Invert :meth:`to_dict`; missing fields take their defaults.
 
         Raises:
             ConfigError: A key is unknown (the nearest field is named) or a value is invalid.
