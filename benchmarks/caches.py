@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from benchmarks.clock import device
 from benchmarks.measure import GateError
 from benchmarks.models import Scale, config, random_ids
-from open_mythos.accounting import CacheRow, account, cache_rows
+from experiments.c6_cache.cache_rows import CacheRow, cache_rows
+from open_mythos.accounting import account
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import KVCache
 from open_mythos.model.mythos import OpenMythos

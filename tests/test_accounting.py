@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from open_mythos.accounting import account, cache_rows
+from open_mythos.accounting import account
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache, cache_bytes
@@ -150,23 +150,6 @@ def test_cache_bytes_are_those_held(attn_type, share):
     model(ids(2, 7), n_loops=5, kv_cache=cache)
     held = 2 * 7 * account(cfg).cache_bytes(5, element_size=4)
     assert held == cache.nbytes == cache_bytes(cfg, 5, 7, batch=2, element_size=4)
-
-
-def test_cache_rows_of_the_variants():
-    rows = {row.variant: row for row in cache_rows()}
-    assert list(rows) == list(VARIANTS)
-    assert rows["1b"].over_mha == pytest.approx(14.2, abs=0.05)
-    assert rows["1b"].over_gqa8 == pytest.approx(64 / 9)
-    assert rows["1b"].over_gqa4 == pytest.approx(32 / 9)
-    assert rows["small"].over_gqa8 is None  # 8 does not divide 12 heads
-    for name, row in rows.items():
-        cfg = variant(name)
-        gqa = replace(cfg, attn_type="gqa", n_kv_heads=cfg.n_heads)
-        assert row.mha == gqa.cache_width
-        assert row.bytes_per_token == cache_bytes(cfg, cfg.max_loop_iters, 1)
-        assert row.bytes_per_token_mha == cache_bytes(gqa, cfg.max_loop_iters, 1)
-        shared = replace(cfg, kv_share="last")
-        assert row.bytes_per_token_shared == cache_bytes(shared, cfg.max_loop_iters, 1)
 
 
 @pytest.mark.parametrize(

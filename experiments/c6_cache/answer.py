@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.c6_cache.cache_rows import CacheRow
 from experiments.c6_cache.cells import (
     ATTENTIONS,
     COUNTED,
@@ -15,7 +16,6 @@ from experiments.c6_cache.cells import (
 from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, MUTED, panels
 from experiments.spread import by_arm
-from open_mythos.accounting import CacheRow
 
 
 def summarise(records: Sequence[Record]) -> Summary:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.c6_cache.cache_rows import cache_rows
 from experiments.c6_cache.cells import COUNTED
 from experiments.claim import Cell, Place
-from open_mythos.accounting import cache_rows
 from open_mythos.config import MythosConfig
 from open_mythos.devices import resolve_device
 from open_mythos.model.cache import KVCache, cache_bytes

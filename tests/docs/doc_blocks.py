@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from experiments.c6_cache.cache_rows import cache_rows
 from experiments.demo.report import hop_summary, text_summary
 from experiments.demo.results import DemoResults
 from experiments.listing import lines
 from open_mythos import OpenMythos, RecurrentBlock, config
-from open_mythos.accounting import account, cache_rows
+from open_mythos.accounting import account
 from open_mythos.config import MythosConfig
 from open_mythos.variants import VARIANTS
 

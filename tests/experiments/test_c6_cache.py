@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from experiments import c6_cache as c6
+from experiments.c6_cache.cache_rows import cache_rows
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
-from open_mythos.accounting import cache_rows
 from open_mythos.config import MythosConfig
+from open_mythos.model.cache import cache_bytes
+from open_mythos.variants import VARIANTS, variant
 
 
 def records(recorded, *, gqa=1, mha=1, difference=1e-6, off=0):
@@ -74,3 +78,20 @@ def test_a_shared_slot_is_smaller_and_not_exact(place):
 def test_gpu_settings_are_valid():
     for cell in c6.cells("gpu")[1:]:
         MythosConfig.from_dict(cell.settings["model"])
+
+
+def test_cache_rows_of_the_variants():
+    rows = {row.variant: row for row in cache_rows()}
+    assert list(rows) == list(VARIANTS)
+    assert rows["1b"].over_mha == pytest.approx(14.2, abs=0.05)
+    assert rows["1b"].over_gqa8 == pytest.approx(64 / 9)
+    assert rows["1b"].over_gqa4 == pytest.approx(32 / 9)
+    assert rows["small"].over_gqa8 is None  # 8 does not divide 12 heads
+    for name, row in rows.items():
+        cfg = variant(name)
+        gqa = replace(cfg, attn_type="gqa", n_kv_heads=cfg.n_heads)
+        assert row.mha == gqa.cache_width
+        assert row.bytes_per_token == cache_bytes(cfg, cfg.max_loop_iters, 1)
+        assert row.bytes_per_token_mha == cache_bytes(gqa, cfg.max_loop_iters, 1)
+        shared = replace(cfg, kv_share="last")
+        assert row.bytes_per_token_shared == cache_bytes(shared, cfg.max_loop_iters, 1)
