@@ -23,8 +23,8 @@ from rich.console import Console
 
 from benchmarks import machine
 from experiments.figure import COLOURS, panels
+from experiments.studies.common import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "training" / "debug_cpu.py"
 RESULTS = ROOT / "experiments" / "studies" / "results" / "killed_run.json"
 PICTURE = ROOT / "docs" / "training" / "killed_run.png"
@@ -131,7 +131,7 @@ def draw(found: dict[str, Any]) -> None:
                 label=f"killed {len(found['kills'])} times")  # fmt: skip
         for kill in found["kills"]:
             ax.axvspan(kill["from"], kill["after"], color=COLOURS[3], alpha=0.15, lw=0)
-        ax.set(title="debug_cpu.py (shaded: lost, then computed again)", xlabel="step",
+        ax.set(title="debug_cpu.py (shaded: lost and recomputed)", xlabel="step",
                ylabel="loss, nats per byte")  # fmt: skip
         ax.legend()
 

@@ -1,26 +1,30 @@
-"""Which learning rate is best, by optimizer, width and loops: does one found small serve large?
+"""Does the best learning rate of a small model serve a large one, or one with more loops?
 
 ``python -m experiments.studies.lr_transfer`` trains small looped models on the bytes of Python's
-standard library over a grid of learning rates, and writes a JSON file, a picture and the table of
-docs/optimizers.md. What it has measured it does not measure again: stopped, it goes on.
+standard library over a grid of learning rates, and writes a JSON file, a plot and the tables of
+docs/optimizers.md. An interrupted sweep resumes at the first cell that is not measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from benchmarks import machine
 from experiments.figure import COLOURS, panels
+from experiments.listing import markdown_table
+from experiments.results import plain
+from experiments.studies.common import ROOT, Study, load
 from experiments.text import VOCABULARY, standard_library, validation
 from open_mythos.config import MythosConfig
 from open_mythos.data import Batch, Loader, TokenShards
@@ -36,10 +40,11 @@ from open_mythos.train import (
 )
 from open_mythos.train.optimizers.ema import WeightAverage
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "experiments" / "studies" / "results" / "lr_transfer.json"
-PICTURE = ROOT / "docs" / "optimizers" / "lr_transfer.png"
-WORK = ROOT / "runs" / "lr_transfer"
+STUDY = Study(
+    "lr_transfer",
+    ROOT / "docs" / "optimizers" / "lr_transfer.png",
+    "The best learning rate by optimizer, width and loops (10 minutes on one core).",
+)
 LABELS = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -178,10 +183,14 @@ def sweep(scale: Scale, path: Path, work: Path) -> Iterator[dict[str, Any]]:
     Raises:
         SystemExit: ``path`` holds measurements of another scale.
     """
-    content: dict[str, Any] = {"machine": machine.describe(), "scale": _plain(scale), "cells": {}}
+    content: dict[str, Any] = {
+        "machine": machine.describe(),
+        "scale": plain(asdict(scale)),
+        "cells": {},
+    }
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["scale"] != _plain(scale):
+        if content["scale"] != plain(asdict(scale)):
             raise SystemExit(f"{path} holds other measurements: remove it, or name another --out")
     pending = [cell for cell in cells(scale) if cell.name not in content["cells"]]
     text = standard_library(work) if pending else work
@@ -192,16 +201,6 @@ def sweep(scale: Scale, path: Path, work: Path) -> Iterator[dict[str, Any]]:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
         yield content["cells"][cell.name]
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What :func:`sweep` has written."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _plain(scale: Scale) -> Any:
-    return json.loads(json.dumps(asdict(scale)))
 
 
 def bests(found: dict[str, Any], when: str = "end") -> list[Best]:
@@ -229,11 +228,8 @@ def _lowest(curve: Sequence[tuple[float, float]]) -> tuple[float, float, bool]:
 
 def exponent(points: Sequence[Best]) -> float:
     """a of lr ~ width^a, by least squares of the logarithms."""
-    x = [math.log(best.width) for best in points]
-    y = [math.log(best.lr) for best in points]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return slope / sum((a - mean_x) ** 2 for a in x)
+    x, y = (np.log([getattr(best, name) for best in points]) for name in ("width", "lr"))
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def loss_at(found: dict[str, Any], best: Best, lr: float) -> float | None:
@@ -260,20 +256,19 @@ def markdown(found: dict[str, Any]) -> str:
     The last column is the loss at the learning rate of the grid that is nearest to the best of the
     optimizer's first row, less the best loss: what carrying it over costs.
     """
-    lines = [
-        "| optimizer | width | mean loops | best learning rate | loss there | with that of the "
-        "smallest model |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for optimizer, rows in _by_optimizer(bests(found)).items():
-        for best in rows:
-            carried = loss_at(found, best, rows[0].lr)
-            rate = f"{best.lr:.4f}" + (" (edge of the grid)" if best.at_edge else "")
-            lines.append(
-                f"| {LABELS[optimizer]} | {best.width} | {best.loops} | {rate} | {best.loss:.3f} | "
-                + ("diverged |" if carried is None else f"{carried - best.loss:+.3f} |")
-            )
-    return "\n".join(lines)
+    rows = []
+    for optimizer, found_rows in _by_optimizer(bests(found)).items():
+        for best in found_rows:
+            carried = loss_at(found, best, found_rows[0].lr)
+            rows.append((
+                LABELS[optimizer], str(best.width), str(best.loops),
+                f"{best.lr:.4f}" + (" (edge of the grid)" if best.at_edge else ""),
+                f"{best.loss:.3f}",
+                "diverged" if carried is None else f"{carried - best.loss:+.3f}",
+            ))  # fmt: skip
+    head = ("optimizer", "width", "mean loops", "best learning rate", "loss there",
+            "with that of the smallest model")  # fmt: skip
+    return markdown_table(head, rows).rstrip()
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -310,10 +305,7 @@ def _moves(rows: Sequence[Best]) -> str:
 
 def averaging(found: dict[str, Any]) -> str:
     """What the average of the weights gains, as one line for each moment."""
-    lines = [
-        "| | at the best learning rate | at the highest that did not diverge |",
-        "|---|---:|---:|",
-    ]
+    rows = []
     for when in ("halfway", "end"):
         gains: list[list[float]] = [[], []]
         for best in bests(found, when):
@@ -321,9 +313,9 @@ def averaging(found: dict[str, Any]) -> str:
             picked = min(same, key=lambda cell: cell[when]), same[-1]
             for side, cell in zip(gains, picked, strict=True):
                 side.append(cell[f"{when}_averaged"] - cell[when])
-        means = " | ".join(f"{sum(side) / len(side):+.3f}" for side in gains)
-        lines.append(f"| {when} | {means} |")
-    return "\n".join(lines)
+        rows.append((when, *(f"{mean(side):+.3f}" for side in gains)))
+    head = ("", "at the best learning rate", "at the highest that did not diverge")
+    return markdown_table(head, rows).rstrip()
 
 
 def _by_optimizer(rows: Sequence[Best]) -> dict[str, list[Best]]:
@@ -362,7 +354,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the sweep, save and show what it found."""
-    options = _parse(arguments)
+    options = STUDY.parse(STUDY.parser(), arguments)
     scale = QUICK if options.quick else FULL
     torch.set_num_threads(1)
     console, total = Console(), len(cells(scale))
@@ -375,28 +367,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot(found, options.picture)
     for text in (markdown(found), verdict(found), averaging(found)):
         console.print(text, markup=False, soft_wrap=True)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.studies.lr_transfer",
-        description="The best learning rate by optimizer, width and loops (10 minutes, one core).",
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of the results")
-    parser.add_argument(
-        "--picture",
-        type=Path,
-        help=f"the plot (docs/optimizers/{PICTURE.name}; quick: beside --out)",
-    )
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the prepared text")
-    options = parser.parse_args(arguments)
-    if options.quick and options.out == RESULTS:
-        parser.error("--quick measures nothing: give it an --out of its own")
-    options.picture = options.picture or (
-        options.out.with_suffix(".png") if options.quick else PICTURE
-    )
-    return options
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ accuracy falls with the number of hops rather than with the loops after them.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
@@ -36,7 +35,9 @@ from torch import Tensor
 
 from benchmarks import machine
 from experiments.c1_depth.recipe import ASKED_HOPS, chains, questions, recipe
-from experiments.figure import COLOURS, MUTED, panels
+from experiments.figure import COLOURS, MUTED, log2_ticks, panels
+from experiments.listing import markdown_table
+from experiments.studies.common import ROOT, Study
 from experiments.tasks.accuracy import answered
 from experiments.text import VOCABULARY, standard_library, validation
 from open_mythos import MythosConfig, OpenMythos, from_pretrained
@@ -53,10 +54,11 @@ from open_mythos.train import (
     build_model,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "experiments" / "studies" / "results" / "quantized_quality.json"
-PICTURE = ROOT / "docs" / "quantization" / "error_against_loops.png"
-WORK = ROOT / "runs" / "quantized_quality"
+STUDY = Study(
+    "quantized_quality",
+    ROOT / "docs" / "quantization" / "error_against_loops.png",
+    "What rounded weights cost, against the number of loops (6 minutes on one core).",
+)
 KINDS: dict[str, tuple[str, int | None] | None] = {
     "bfloat16": None,
     "int8": ("int8", None),
@@ -238,34 +240,31 @@ def _distances(states: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]
 
 def markdown(found: dict[str, Any]) -> str:
     """The tables of docs/quantization.md: the error of the state, then what it costs."""
-    text, tables = found["text"], []
+    text, tables = found["text"], list[str]()
     for name, part in _parts(found):
         loops = [t for t in TABLE_LOOPS if t in part["loops"]]
-        heads = " | ".join(f"{t} loop{'s' if t > 1 else ''}" for t in loops)
-        lines = [
-            f"| {name}: error of the state after | {heads} | loop alone, last | a step, last |",
-            "|---|" + "---:|" * (len(loops) + 2),
-        ]
-        for kind, each in part["kinds"].items():
-            errors = [each["state_error"][t - 1] for t in loops]
-            errors += [each["loop_error"][-1], each["step_error"][-1]]
-            lines.append(f"| {kind} | {' | '.join(f'{error:.2%}' for error in errors)} |")
-        tables.append("\n".join(lines))
-        of = "bits per byte" if part is text else f"wrong answers to {HOPS} hops"
-        lines = [
-            f"| {name}: {of} | {heads} | same token, least |", "|---|" + "---:|" * (len(loops) + 1)
+        heads = [f"{t} loop{'s' if t > 1 else ''}" for t in loops]
+        errors = [
+            (kind, *(f"{each['state_error'][t - 1]:.2%}" for t in loops),
+             f"{each['loop_error'][-1]:.2%}", f"{each['step_error'][-1]:.2%}")
+            for kind, each in part["kinds"].items()
         ]  # fmt: skip
+        head = (f"{name}: error of the state after", *heads, "loop alone, last", "a step, last")
+        tables.append(markdown_table(head, errors))
+        of = "bits per byte" if part is text else f"wrong answers to {HOPS} hops"
         form = "{:.4f}" if part is text else "{:.1%}"
-        for kind, each in [("float32", part["float32"]), *part["kinds"].items()]:
-            scores = [form.format(each["score"][t - 1]) for t in loops]
-            same = f"{min(each['agreement']):.1%}" if "agreement" in each else ""
-            lines.append(f"| {kind} | {' | '.join(scores)} | {same} |")
-        tables.append("\n".join(lines))
-    lines = ["| text: bytes | stored | read in a loop |", "|---|---:|---:|"]
-    for kind, each in [("float32", text["float32"]), *text["kinds"].items()]:
-        sizes = [f"{each['bytes'][part] / 1e3:,.0f} kB" for part in ("stored", "per_loop")]
-        lines.append(f"| {kind} | {' | '.join(sizes)} |")
-    return "\n\n".join([*tables, "\n".join(lines)])
+        scores = [
+            (kind, *(form.format(each["score"][t - 1]) for t in loops),
+             f"{min(each['agreement']):.1%}" if "agreement" in each else "")
+            for kind, each in [("float32", part["float32"]), *part["kinds"].items()]
+        ]  # fmt: skip
+        tables.append(markdown_table((f"{name}: {of}", *heads, "same token, least"), scores))
+    sizes = [
+        (kind, *(f"{each['bytes'][part] / 1e3:,.0f} kB" for part in ("stored", "per_loop")))
+        for kind, each in [("float32", text["float32"]), *text["kinds"].items()]
+    ]
+    tables.append(markdown_table(("text: bytes", "stored", "read in a loop"), sizes))
+    return "\n".join(tables).rstrip()
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -308,21 +307,17 @@ def plot(found: dict[str, Any], path: Path) -> None:
             ticks = [2**k for k in range(loops[-1].bit_length())]
             for ax in (state, inner, cost):
                 ax.axvline(part["trained_loops"], color=MUTED, linewidth=1, linestyle=":")
-                ax.set(xlabel="loops (dotted: most in training)", xscale="log")
-                ax.set_xticks(ticks, [str(t) for t in ticks])
+                ax.set(xlabel="loops (dotted: most in training)")
+                log2_ticks(ax, ticks)
                 ax.minorticks_off()
         axes[0].legend(loc="best")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What a run has written."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, round, compare; save and show what came."""
-    options = _parse(arguments)
+    parser = STUDY.parser()
+    parser.add_argument("--checkpoint", default="", help="a looped model of bytes to measure")
+    options = STUDY.parse(parser, arguments)
     scale = QUICK if options.quick else FULL
     torch.set_num_threads(1)
     start = time.process_time()
@@ -336,29 +331,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot(found, options.picture)
     for shown in (markdown(found), verdict(found)):
         Console().print(shown, markup=False, soft_wrap=True)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.studies.quantized_quality",
-        description="What rounded weights cost, against the number of loops.",
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument(
-        "--checkpoint", default="", help="a looped model of bytes; else one is made"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of the results")
-    parser.add_argument(
-        "--picture", type=Path,
-        help=f"the plot (docs/quantization/{PICTURE.name}; beside --out if that is given)",
-    )  # fmt: skip
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the prepared text")
-    options = parser.parse_args(arguments)
-    if options.out == RESULTS and (options.quick or options.checkpoint):
-        parser.error("the recorded result is that of the whole run: give this an --out of its own")
-    own = options.out != RESULTS
-    options.picture = options.picture or (options.out.with_suffix(".png") if own else PICTURE)
-    return options
 
 
 if __name__ == "__main__":

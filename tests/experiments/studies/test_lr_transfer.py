@@ -6,21 +6,12 @@ import math
 import pytest
 
 from experiments.studies import lr_transfer
-from experiments.studies.lr_transfer import (
-    FULL,
-    QUICK,
-    RESULTS,
-    Best,
-    bests,
-    cells,
-    exponent,
-    load,
-    main,
-)
+from experiments.studies.common import ROOT, load
+from experiments.studies.lr_transfer import FULL, QUICK, STUDY, Best, bests, cells, exponent, main
 from open_mythos.data import prepare
 from open_mythos.tokenizer import ByteTokenizer
 
-PAGE = lr_transfer.ROOT / "docs" / "optimizers.md"
+PAGE = ROOT / "docs" / "optimizers.md"
 
 
 @pytest.fixture
@@ -125,12 +116,12 @@ def test_the_verdict_tells_what_moves():
 
 @pytest.mark.parametrize("part", [lr_transfer.markdown, lr_transfer.verdict, lr_transfer.averaging])
 def test_the_page_shows_the_recorded_results(part):
-    assert part(load(RESULTS)) in PAGE.read_text(encoding="utf-8")
+    assert part(load(STUDY.results)) in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_rule_of_the_page_follows_from_the_results():
     """lr ~ width^-0.7, and Muon's rate four times AdamW's."""
-    rows = {(b.optimizer, b.width, b.loops): b for b in bests(load(RESULTS))}
+    rows = {(b.optimizer, b.width, b.loops): b for b in bests(load(STUDY.results))}
     wide = {name: [rows[name, width, 2] for width in FULL.widths] for name in FULL.rates}
     assert sum(map(exponent, wide.values())) / 2 == pytest.approx(-0.7, abs=0.05)
     ratios = [rows["muon", *key].lr / b.lr for (name, *key), b in rows.items() if name == "adamw"]
@@ -139,9 +130,9 @@ def test_the_rule_of_the_page_follows_from_the_results():
 
 
 def test_the_recorded_results_are_those_of_this_sweep():
-    recorded = load(RESULTS)
+    recorded = load(STUDY.results)
     assert recorded["scale"] == json.loads(json.dumps(lr_transfer.asdict(FULL)))
     assert list(recorded["cells"]) == [cell.name for cell in cells(FULL)]
-    assert lr_transfer.PICTURE.exists()
+    assert STUDY.picture.exists()
     assert len(bests(recorded)) == len({(b.optimizer, b.width, b.loops) for b in bests(recorded)})
     assert all(isinstance(best, Best) for best in bests(recorded))

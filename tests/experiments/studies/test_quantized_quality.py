@@ -12,11 +12,12 @@ from benchmarks import quantized
 from benchmarks.measure import GateError
 from benchmarks.models import QUICK
 from experiments.studies import quantized_quality
-from experiments.studies.quantized_quality import FULL, KINDS, PICTURE, RESULTS, load, main
+from experiments.studies.common import ROOT, load
+from experiments.studies.quantized_quality import FULL, KINDS, STUDY, main
 from open_mythos.data import prepare
 from open_mythos.tokenizer import ByteTokenizer
 
-PAGE = quantized_quality.ROOT / "docs" / "quantization.md"
+PAGE = ROOT / "docs" / "quantization.md"
 
 
 def test_quality_runs(tmp_path, monkeypatch, capsys):
@@ -64,18 +65,18 @@ def test_nothing_is_timed_when_results_differ(monkeypatch):
 
 
 def test_the_recorded_results_are_those_of_this_measurement():
-    recorded = load(RESULTS)
+    recorded = load(STUDY.results)
     assert recorded["scale"] == json.loads(json.dumps(asdict(FULL)))
-    assert PICTURE.exists()
+    assert STUDY.picture.exists()
 
 
 @pytest.mark.parametrize("part", [quantized_quality.markdown, quantized_quality.verdict])
 def test_the_page_shows_the_recorded_results(part):
-    assert part(load(RESULTS)) in PAGE.read_text(encoding="utf-8")
+    assert part(load(STUDY.results)) in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_findings_of_the_page_follow_from_the_results():
-    found = load(RESULTS)
+    found = load(STUDY.results)
     for part in (found["text"], found["chains"]):
         kinds = part["kinds"]
         for each in kinds.values():
