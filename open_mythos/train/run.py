@@ -86,8 +86,11 @@ def build_run(
     if train.global_batch % world_size() == 0:  # else the loader raises
         local = train.global_batch // world_size()
         fitting = fitting_micro_batch(train.micro_batch, local)
-        if fitting != train.micro_batch:
-            logger.warning("train.micro_batch is %s: a divisor of %d sequences", fitting, local)
+        if fitting != train.micro_batch and rank() == 0:
+            logger.warning(
+                "train.micro_batch is lowered from %s to %s, a divisor of the %d sequences of each "
+                "process", train.micro_batch, fitting, local,
+            )  # fmt: skip
         train.micro_batch = fitting
     tokenizer = open_tokenizer(config)
     _check_vocabulary(config, tokenizer, fit=fit_vocabulary and not train.init_from)
