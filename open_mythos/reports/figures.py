@@ -61,7 +61,7 @@ _STYLE: dict[Any, Any] = {
     "figure.facecolor": "none", "legend.frameon": False, "legend.labelcolor": "linecolor",
     "legend.handlelength": 1.0, "legend.handletextpad": 0.5, "legend.labelspacing": 0.3,
     "legend.fontsize": 12, "legend.title_fontsize": 13, "legend.borderaxespad": 0.0,
-    "path.simplify_threshold": 1.0,
+    "path.simplify_threshold": 1.0, "figure.dpi": 72,
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ styled = rc_context(_STYLE)
 
 def canvas(width: float = 400, height: float = 215) -> tuple[Figure, Axes]:
     """Return a new figure, one of whose units is one CSS pixel, and its axes."""
-    # the SVG backend has 72 dots to the inch
+    # the figures have 72 dots to the inch
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     return figure, figure.add_subplot()
 

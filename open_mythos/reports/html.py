@@ -41,18 +41,14 @@ def write_html(page: str, path: Path) -> None:
         ) from error  # fmt: skip
 
 
-def heatmap(
-    rows: Sequence[Sequence[float]], full: float, *, row: str = "loop", column: str = "expert"
-) -> Markup:
-    """Return a table whose cells are coloured by their share.
+def heatmap(shares: Sequence[Sequence[float]], full: float) -> Markup:
+    """Return a table of experts by loop, whose cells are coloured by their share.
 
     Args:
-        rows: Shares, a list per loop; all of one length.
+        shares: A list over the experts for each loop.
         full: The share that has the strongest colour.
-        row: What a row is; rows count from 1.
-        column: What a column is; columns count from 0.
     """
-    return render("heatmap.html", rows=rows, full=full, row=row, column=column)
+    return render("heatmap.html", rows=shares, full=full)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], best: object = None) -> Markup:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -41,10 +43,7 @@ def page(trace: PromptTrace) -> str:
         title=f"{prompt}: {trace.n_loops} loops", trace=trace, summary=summary(trace),
         cell_class=_cell_class, paths=_paths(trace), changes=_changes(trace),
         experts=_experts(trace),
-        data={
-            "loops": trace.n_loops,
-            "tokens": [asdict(token) | {"path": None} for token in trace.tokens],
-        },
+        data={"loops": trace.n_loops, "tokens": _without_nan(trace.tokens)},
     )  # fmt: skip
 
 
@@ -68,6 +67,12 @@ def summary(trace: PromptTrace) -> str:
             f"the last loop; the mean is {sum(loops) / len(loops):.1f} loops."
         )
     return " ".join(sentences)
+
+
+def _without_nan(tokens: list[TokenTrace]) -> Any:
+    """Return what the script needs of the tokens; JSON has no NaN, so it becomes null."""
+    text = json.dumps([asdict(token) | {"path": None} for token in tokens])
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def _cell_class(token: TokenTrace, t: int) -> str:

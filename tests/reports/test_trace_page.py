@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, replace
 from html import unescape
@@ -217,6 +218,14 @@ def test_figures(text_trace, hop_trace):
     # one hop per loop is a diagonal
     rings = re.findall(r'data-i="(\d)" data-t="(\d)"[^>]*><i class="expected', hops)
     assert sorted(rings) == [("1", "1"), ("2", "2"), ("3", "3")]
+
+
+def test_states_that_are_not_finite(text_trace):
+    bad = {"change": [math.nan] * LOOPS, "path": [(math.nan, math.nan)] * (LOOPS + 1)}
+    tokens = [replace(token, text="日本$x^{", **bad) for token in text_trace.tokens]
+    text = page(replace(text_trace, tokens=tokens))
+    assert data_of(text)["tokens"][0]["change"] == [None] * LOOPS
+    assert Reader(text).text.count("日本$x^{") >= len(tokens)
 
 
 def test_the_exit_is_marked(text_trace):

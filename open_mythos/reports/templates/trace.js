@@ -24,7 +24,7 @@
     return made;
   };
   const percent = (p) =>
-    p < 0.0005 ? "<0.1 %" : (p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toFixed(1)) + " %";
+    p === null ? "not finite" : p < 0.0005 ? "<0.1 %" : (p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toFixed(1)) + " %";
 
   function describe({ i, t }) {
     const token = data.tokens[i];
