@@ -221,7 +221,8 @@ def _follow(record: RunRecord, lines: list[dict[str, Any]]) -> None:
     before, tokens_before = 0, 0.0
     for line in lines:
         step, keep = line["step"], None
-        if step < before:
+        late = isinstance(line.get("event"), dict) and line["event"].get("kind") == "skipped"
+        if step < before and not late:  # a skipped step is noticed one step late
             # an event belongs to the step after which it happened, which stays
             keep = step if "event" in line else step - 1
             told = any(e.kind in ("rewound", "resumed") and e.step >= step for e in record.events)
@@ -239,7 +240,7 @@ def _follow(record: RunRecord, lines: list[dict[str, Any]]) -> None:
                 for later in [at for at in kept if at > keep]:
                     del kept[later]
             tokens_before = number(record.latest("tokens")) or 0.0
-        before = step
+        before = before if late else step
         _note(record, step, line)
         tokens, rate = number(line.get("tokens")), number(line.get("tokens_per_second"))
         if tokens is not None:

@@ -71,7 +71,9 @@ def whole(tmp_path_factory) -> Path:
         {"step": 30, "event": {"kind": "rewound", "to": 20, "why": "the loss rose"}},
         *(line(step) for step in (30, 40)),
         {"step": 40, "eval/depths": [row | {"loss": row["loss"] + 1} for row in ROWS]},
-        line(60, alarms=[ALARM]), line(80, skipped=1, loss=None, grad_norm=None),
+        line(60, alarms=[ALARM]),
+        {"step": 80, "event": {"kind": "skipped", "loss": None}},
+        line(80, skipped=1, loss=None, grad_norm=None),
         line(100), {"step": 100, "eval/depths": ROWS},
     ]  # fmt: skip
     write_lines(folder, lines)
@@ -145,6 +147,13 @@ def test_steps_that_were_not_run_again_are_dropped(tmp_path):
     rewound = {"step": 50, "event": {"kind": "rewound", "to": 20}}
     run = read_run(write_lines(tmp_path, [*lines, rewound, line(30, loss=1.0)]))
     assert run.curve("loss") == [(10, 9.0), (20, 9.0), (30, 1.0)]
+
+
+def test_a_skip_that_is_noticed_late_drops_nothing(tmp_path):
+    skipped = {"step": 10, "event": {"kind": "skipped"}}
+    run = read_run(write_lines(tmp_path, [line(10), line(20), skipped, line(30)]))
+    assert list(run.steps) == [10, 20, 30]
+    assert [(event.step, event.kind) for event in run.events] == [(10, "skipped")]
 
 
 # what is shown
