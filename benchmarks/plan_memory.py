@@ -1,8 +1,8 @@
 """``python -m benchmarks.plan_memory``: the memory that a plan predicts, against real runs.
 
-Small models train for real, on a CPU, alone and in two processes. The peak of a step is read from
-the allocations that PyTorch's profiler records; weights and moments, which were there before, are
-added. The prediction uses the CPU's kernels and is otherwise that of ``open-mythos plan``.
+Small models train on a CPU, in one process and in two. The peak of a step is read from the
+allocations that PyTorch's profiler records, plus weights and optimizer state, which were allocated
+before. The prediction is that of ``open-mythos plan`` for the code paths of a CPU.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from benchmarks import machine
 from open_mythos.config import MythosConfig
 from open_mythos.data import Batch
 from open_mythos.plan import Job, Layout, memory
-from open_mythos.plan.memory import held_parts
-from open_mythos.plan.trace import trace_step
+from open_mythos.plan.memory import held_bytes
 from open_mythos.train import (
     DepthConfig,
     OptimConfig,
@@ -75,18 +74,11 @@ class Row:
 
     name: str
     held_planned: int
-    """Weights and moments."""
+    """Weights and optimizer state."""
     held: int
     planned: int
     """All, at the peak."""
     measured: int
-    traced: int
-    """All, at the peak of the real model's step on fake tensors."""
-
-    @property
-    def traced_error(self) -> float:
-        """Of the traced peak, relative to what was measured."""
-        return self.traced / self.measured - 1
 
     @property
     def error(self) -> float:
@@ -182,19 +174,7 @@ def distributed_cases() -> list[Case]:
 
 
 def planned(case: Case) -> tuple[int, int]:
-    """Bytes held from step to step, and at the peak, as the plan has them."""
-    job, layout = job_and_layout(case)
-    return sum(held_parts(job, layout).values()), memory(job, layout, cuda=False).total
-
-
-def traced(case: Case) -> int:
-    """Bytes at the peak of the real model's step on fake tensors."""
-    peaks = trace_step(*job_and_layout(case), kernels="cpu").peaks
-    return max(sum(parts.values()) for parts in peaks.values())
-
-
-def job_and_layout(case: Case) -> tuple[Job, Layout]:
-    """The case as the plan takes it."""
+    """Return the bytes held from step to step, and those at the peak, of the plan."""
     processes = 1 if case.kind == "none" else PROCESSES
     share = case.batch // processes
     micro = min(case.micro_batch or share, share)
@@ -206,7 +186,7 @@ def job_and_layout(case: Case) -> tuple[Job, Layout]:
         model_of(case), context=case.tokens, n_loops=case.loops, max_loops=case.loops,
         grad_loops=case.grad_loops, dtype=case.dtype, optimizer=case.optimizer,
     )  # fmt: skip
-    return job, layout
+    return held_bytes(job, layout), memory(job, layout, kernels="cpu").total
 
 
 def measured(case: Case, rank: int = 0, processes: int = 1) -> tuple[int, int] | None:
@@ -264,7 +244,7 @@ class _Loader:
 
 
 def _held(trainer: Trainer) -> int:
-    """Bytes of weights, buffers and moments, each storage once."""
+    """Return the bytes of weights, buffers and optimizer state, each storage once."""
     tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
     for state in trainer.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
@@ -308,7 +288,7 @@ def _row(case: Case, found: Sequence[tuple[int, int] | None]) -> Row:
         raise DisturbedError(f"{case.name}: no step gave back all that it took")
     held, peak = min(seen, key=lambda pair: pair[1])
     held_planned, peak_planned = planned(case)
-    return Row(case.name, held_planned, held, peak_planned, peak, traced(case))
+    return Row(case.name, held_planned, held, peak_planned, peak)
 
 
 def row_of_processes(case: Case) -> Row:
@@ -366,26 +346,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, show, save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_memory", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON file to write")
-    parser.add_argument("--quick", action="store_true", help="three cases, nothing written")
+    parser.add_argument("--quick", action="store_true", help="one case, nothing written")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     alone, together = cases(), distributed_cases()
     if options.quick:
-        alone, together = alone[:3], []
+        alone, together = alone[:1], []
     rows = [row(case) for case in alone]
     rows += [row_of_processes(case) for case in together]
     table = Table(title="peak of a training step, in kB of one process")
-    for heading in ("", "planned", "traced", "measured", "error", "of the trace"):
+    for heading in ("", "planned", "measured", "error", "without weights and state"):
         table.add_column(heading, justify="right" if heading else "left")
     for each in rows:
         table.add_row(
-            each.name, f"{each.planned / 1e3:,.0f}", f"{each.traced / 1e3:,.0f}",
-            f"{each.measured / 1e3:,.0f}", f"{each.error:+.2%}", f"{each.traced_error:+.2%}",
+            each.name, f"{each.planned / 1e3:,.0f}", f"{each.measured / 1e3:,.0f}",
+            f"{each.error:+.2%}", f"{each.step_error:+.2%}",
         )  # fmt: skip
     console = Console(width=None if Console().is_terminal else 110)
     console.print(table)
     worst = {name: max(abs(getattr(each, name)) for each in rows) for name in
-             ("error", "step_error", "traced_error")}  # fmt: skip
+             ("error", "step_error")}  # fmt: skip
     console.print(", ".join(f"worst {name} {value:.2%}" for name, value in worst.items()))
     if not options.quick:
         content = {

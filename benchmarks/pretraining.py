@@ -18,7 +18,6 @@ from open_mythos.accounting import account
 from open_mythos.config import MythosConfig
 from open_mythos.data import Batch
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.plan.hardware import GPUS
 from open_mythos.train import (
     DepthConfig,
     OptimConfig,
@@ -28,6 +27,7 @@ from open_mythos.train import (
     Trainer,
     build_model,
 )  # fmt: skip
+from open_mythos.train.monitoring.utilisation import device_peak
 from open_mythos.variants import variant
 
 GOAL_MFU = 45.0
@@ -154,5 +154,4 @@ def data_sheet_peak() -> float | None:
     """bfloat16 FLOPs per second by the GPU's data sheet; None where it is not known."""
     if device().type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device()).lower()
-    return next((gpu.half for key, gpu in GPUS.items() if key in name), None)
+    return device_peak(torch.cuda.get_device_name(device()), "bfloat16")

@@ -12,7 +12,7 @@ from open_mythos.cli.info import described_model
 from open_mythos.plan import Job, Plan, Wish, make_plan, parse_count
 from open_mythos.plan import gpu as gpu_named
 from open_mythos.plan.hardware import LINK_EFFICIENCY, MFU, NODE, USABLE
-from open_mythos.plan.memory import PARTS
+from open_mythos.plan.tracker import Part
 
 LONGEST_CONTEXT = 8192
 """Tokens of a training sequence at most, unless asked for: long contexts are trained last."""
@@ -132,7 +132,7 @@ def _summary(name: str, plan: Plan, given: bool) -> Table:
     table.add_row("layout", layout.name)
     table.add_row(
         "each GPU", f"{layout.micro_batches} x {layout.micro_batch} sequences, loops "
-        + ("computed again in the backward pass" if layout.checkpoint_loops else "kept whole"),
+        + ("recomputed in the backward pass" if layout.checkpoint_loops else "kept"),
     )  # fmt: skip
     table.add_row("options", layout.options(job))
     return table
@@ -163,13 +163,13 @@ def _memory(plan: Plan) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("planned", justify="right")
     if other is not None:
-        again = plan.layout.checkpoint_loops
-        table.add_column("loops kept" if again else "loops computed again", justify="right")
+        recomputed = plan.layout.checkpoint_loops
+        table.add_column("loops kept" if recomputed else "loops recomputed", justify="right")
     both = [each for each in (here, other) if each is not None]
-    for part in PARTS:
-        row = [each.parts.get(part, 0) for each in both]
+    for part in Part:
+        row = [each.parts.get(part.value, 0) for each in both]
         if any(row):
-            table.add_row(part, *(_bytes(n) if n else "-" for n in row))
+            table.add_row(part.value, *(_bytes(n) if n else "-" for n in row))
     table.add_section()
     table.add_row("all", *(_bytes(each.total) for each in both))
     table.add_row("of the usable", *(f"{each.total / plan.gpu.usable:.0%}" for each in both))
@@ -183,7 +183,7 @@ _MOMENTS = {"backward": "forward, backward", "optimizer": "optimizer step"}
 def _kept(plan: Plan) -> Table | None:
     if not plan.activations:
         return None
-    table = _table("what one loop of one token leaves for the backward pass")
+    table = _table("activations that one loop keeps for each token")
     for name in plan.activations:
         table.add_column(name, justify="right")
     table.add_row(*(_bytes(n) for n in plan.activations.values()))
@@ -211,15 +211,15 @@ def _traffic(plan: Plan) -> Table | None:
 def _training(plan: Plan) -> Table:
     table = _table(
         f"training: {plan.steps:,} steps, {plan.flops:.3g} useful FLOPs",
-        caption="at best all communication hides behind computing, at worst none of it does",
+        caption="best: communication overlaps with computing; worst: none of it does",
     )
     table.add_column("", no_wrap=True)
-    for heading in ("at best", "at worst"):
+    for heading in ("best", "worst"):
         table.add_column(heading, justify="right")
     seconds = plan.step_seconds
     table.add_row("a step", *(_time(s) for s in seconds))
     table.add_row("tokens a second", *(_count(plan.step_tokens / s) for s in seconds))
-    table.add_row("useful share of the peak", *(f"{share:.0%}" for share in plan.utilisation))
+    table.add_row("MFU", *(f"{share:.0%}" for share in plan.utilisation))
     table.add_row("days", *(f"{days:,.1f}" for days in plan.days))
     table.add_row("GPU hours", *(f"{hours:,.0f}" for hours in plan.gpu_hours))
     table.add_row("cost", *(f"${cost:,.0f}" for cost in plan.cost))
@@ -246,11 +246,11 @@ def _inference(plan: Plan) -> Table:
 def _assumptions(plan: Plan) -> str:
     gpu_ = plan.gpu
     return (
-        f"Assumed: products at {plan.mfu:.0%} of {gpu_.rate(plan.job.dtype) / 1e12:,.0f} TFLOP/s "
+        f"Assumed: matmuls at {plan.mfu:.0%} of {gpu_.rate(plan.job.dtype) / 1e12:,.0f} TFLOP/s "
         f"(--mfu), ${plan.price:,.2f} for a GPU hour (--price), nodes of {NODE} GPUs, NVLink "
         f"{gpu_.nvlink / 1e9:,.0f} GB/s and network {gpu_.network / 1e9:,.0f} GB/s each way at "
-        f"{LINK_EFFICIENCY:.0%}, {1 - USABLE:.0%} of the memory kept free, experts equally loaded. "
-        f"Figures of the GPU: {gpu_.source}. GB are 10^9 bytes. docs/plan.md has the formulas."
+        f"{LINK_EFFICIENCY:.0%}, {1 - USABLE:.0%} of the memory kept free, experts evenly loaded. "
+        f"Sources: {gpu_.source}. GB are 10^9 bytes. docs/plan.md has the formulas."
     )
 
 

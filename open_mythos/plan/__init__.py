@@ -1,7 +1,8 @@
-"""Plan before you pay: memory, communication, time and cost of a training, without running it.
+"""Estimate memory, communication, time and cost of a training run before running it.
 
-Nothing here loads torch. :func:`make_plan` lays a :class:`Job` out over GPUs, or raises
-:class:`DoesNotFitError`; :func:`memory` answers for a :class:`Layout` of one's own.
+:func:`make_plan` chooses a layout of a :class:`Job` over GPUs, or raises :class:`DoesNotFitError`;
+:func:`memory` gives the memory of any :class:`Layout`. Memory is that of the real training step on
+fake tensors, so the plan follows the model.
 """
 
 from open_mythos.plan.choose import DoesNotFitError, Wish, layouts

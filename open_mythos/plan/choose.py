@@ -1,4 +1,4 @@
-"""The layout that a plan recommends: of all that fit, the one whose steps are shortest."""
+"""Choose the layout with the shortest steps among those that fit."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from open_mythos.errors import ConfigError
 from open_mythos.plan.communication import communication
 from open_mythos.plan.hardware import GPU, NODE
 from open_mythos.plan.job import Job, Layout
-from open_mythos.plan.memory import Memory, least_bytes, memory
-from open_mythos.plan.parameters import LOOP, ROOT
-from open_mythos.plan.tape import GATHERED
+from open_mythos.plan.memory import Memory, counted_bytes, estimate, likely_bytes, memory
+from open_mythos.plan.tracker import Part
 
 MOST_GPUS, LEAST_CONTEXT = 65_536, 512
-"""How far a refusal looks for a number of GPUs, or a length of sequences, that would do."""
+"""Most GPUs and shortest sequences that an error message suggests."""
 NEARLY = 1.02
-"""Layouts whose steps take at most so many times the shortest: of these the simplest is taken."""
-SHALLOW = 3
-"""Loops of the step that is looked at before one of full depth."""
+"""Of layouts whose steps take at most this many times the shortest, the simplest is taken."""
+DOUBT = 0.9
+"""A layout is not traced if this share of its quick estimate exceeds the memory."""
+TRIED = 3
+"""Layouts traced to answer whether any fits: those with the smallest quick estimates."""
 MOST_TOKENS = 131_072
-"""Largest micro-batch considered; more saves no time worth mentioning."""
+"""Largest micro-batch considered."""
 
 
 class DoesNotFitError(ConfigError):
@@ -30,9 +31,9 @@ class DoesNotFitError(ConfigError):
     Attributes:
         layout: The most frugal layout that was found.
         least: What it needs on each GPU.
-        gpus_needed: The fewest GPUs that would do, in doublings; None if no number does. As many
-            as there are if another layout fits than the one wished for.
-        context_that_fits: The longest sequences that would, in halvings; None if none do.
+        gpus_needed: The fewest GPUs that suffice, by doubling; None if no number does. Equal to the
+            given number if another layout than the requested one fits.
+        context_that_fits: The longest sequences that fit, by halving; None if none do.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class DoesNotFitError(ConfigError):
         self.gpus_needed, self.context_that_fits = gpus_needed, context_that_fits
         worst = max(least.parts, key=lambda name: least.parts[name])
         most = f"{_gb(least.parts[worst])} of it {worst}"
-        if worst == GATHERED:
-            whole = [each for each in job.parameters if each.unit in (ROOT, LOOP)
+        if worst == Part.GATHERED.value:
+            whole = [each for each in job.parameters if not each.regathered
                      and not (each.expert and layout.experts > 1)]  # fmt: skip
             largest = max(whole, key=lambda each: each.n)
             most += f" (the largest {largest.name}, {largest.n / 1e9:.3g} B elements)"
@@ -73,14 +74,14 @@ class DoesNotFitError(ConfigError):
 
 @dataclass(frozen=True)
 class Wish:
-    """What of a layout is given; None leaves it to be chosen.
+    """The parts of a layout that the user fixes; None leaves the choice to the plan.
 
     Attributes:
         kind: "none", "ddp" or "fsdp".
         shard: GPUs that share one copy of the weights.
-        experts: GPUs over which the routed experts are divided.
+        experts: Size of the expert-parallel group.
         micro_batch: Sequences that a GPU computes at a time.
-        checkpoint_loops: Whether loops are computed again in the backward pass.
+        checkpoint_loops: Whether loops are recomputed in the backward pass.
     """
 
     kind: str | None = None
@@ -90,7 +91,7 @@ class Wish:
     checkpoint_loops: bool | None = None
 
     def allows(self, layout: Layout) -> bool:
-        """Whether ``layout`` is as wished."""
+        """Return whether ``layout`` has every fixed part."""
         return all(
             wanted is None or getattr(layout, name) == wanted for name, wanted in vars(self).items()
         )
@@ -99,7 +100,7 @@ class Wish:
 def choose(
     job: Job, gpu: GPU, gpus: int, local_batch: int, mfu: float, wish: Wish | None = None
 ) -> Layout:
-    """The fastest layout that fits; of several nearly as fast, the simplest.
+    """Return the fastest layout that fits; of several nearly as fast, the simplest.
 
     Args:
         job: What is trained.
@@ -107,11 +108,11 @@ def choose(
         gpus: On how many.
         local_batch: Sequences of a step for each of them.
         mfu: Share of the peak rate while computing.
-        wish: What is given.
+        wish: The parts that are fixed.
 
     Raises:
-        DoesNotFitError: None fits; says how many GPUs would do.
-        ConfigError: The wish cannot be had on so many GPUs, or the model is not planned for.
+        DoesNotFitError: None fits.
+        ConfigError: No layout on this number of GPUs has the fixed parts.
     """
     wish = wish or Wish()
     ways = [way for way in layouts(job, gpus) if replace(wish, micro_batch=None).allows(way)]
@@ -143,10 +144,9 @@ def choose(
 
 
 def step_seconds(job: Job, gpu: GPU, layout: Layout, mfu: float) -> tuple[float, float]:
-    """Seconds of a step that are computing, and that are communication.
+    """Return the seconds of a step that are computing, and that are communication.
 
-    What checkpointing computes again takes time like all else. None of the communication is taken
-    to be hidden behind computing.
+    Recomputation takes time too. No communication is assumed to overlap with computing.
     """
     tokens = layout.micro_batch * layout.micro_batches * job.context
     flops = job.training_flops() + (job.recomputed_flops() if layout.checkpoint_loops else 0.0)
@@ -155,46 +155,41 @@ def step_seconds(job: Job, gpu: GPU, layout: Layout, mfu: float) -> tuple[float,
 
 
 def fits(job: Job, gpu: GPU, layout: Layout) -> bool:
-    """Whether a GPU can hold its part."""
-    return _may_fit(job, gpu, layout) and memory(job, layout).total <= gpu.usable
+    """Return whether a GPU can hold its part."""
+    return (
+        _may_fit(job, gpu, layout)
+        and estimate(job, layout).total <= gpu.usable
+        and memory(job, layout).total <= gpu.usable
+    )
 
 
 def _may_fit(job: Job, gpu: GPU, layout: Layout) -> bool:
-    """Whether the bounds leave it open that ``layout`` fits; the quicker ones come first."""
-    if any(least_bytes(job, layout, counted_only=each) > gpu.usable for each in (True, False)):
+    """Return whether the quick estimates leave it open that ``layout`` fits."""
+    if counted_bytes(job, layout) > gpu.usable:
         return False
-    # more loops never need less, so a shallow step that is too large says enough
-    shallow = replace(job, n_loops=1, max_loops=min(SHALLOW, job.max_loops))
-    return memory(shallow, layout).total <= gpu.usable
+    return DOUBT * likely_bytes(job, layout) <= gpu.usable
 
 
 def _fastest(job: Job, gpu: GPU, all_of: list[Layout], mfu: float) -> Layout | None:
-    """Of those that fit, and are nearly as fast as the fastest of them, the simplest."""
-    sizes: dict[Layout, list[Layout]] = {}
-    for each in all_of:
-        sizes.setdefault(_way(each), []).append(each)
-    # a larger micro-batch needs more memory, so the smallest tells about all of a way
-    hopeful = [
-        each
-        for way in sizes.values()
-        if _may_fit(job, gpu, min(way, key=lambda each: each.micro_batch))
-        for each in way
-    ]
+    """Return the simplest of those that fit and are nearly as fast as the fastest of them."""
+    hopeful = [each for each in all_of if counted_bytes(job, each) <= gpu.usable]
     seconds = {each: sum(step_seconds(job, gpu, each, mfu)) for each in hopeful}
-    # of equal times that with the larger micro-batch: its products are larger
+    # of equal times that with the larger micro-batch, whose matmuls are larger
     ordered = sorted(hopeful, key=lambda each: (seconds[each], -each.micro_batch))
-    good: list[Layout] = []
+    fastest: float | None = None
     too_large: dict[Layout, int] = {}
+    near: list[Layout] = []
     for layout in ordered:
-        if good and seconds[layout] > NEARLY * seconds[good[0]]:
-            break
-        if layout.micro_batch >= too_large.get(_way(layout), layout.micro_batch + 1):
-            continue
-        if fits(job, gpu, layout):
-            good.append(layout)
-        else:
-            too_large[_way(layout)] = layout.micro_batch
-    return min(good, key=_complexity, default=None)
+        if fastest is not None:
+            if seconds[layout] > NEARLY * fastest:
+                break
+            near.append(layout)
+        elif layout.micro_batch < too_large.get(_way(layout), layout.micro_batch + 1):
+            if fits(job, gpu, layout):
+                fastest, near = seconds[layout], [layout]
+            else:
+                too_large[_way(layout)] = layout.micro_batch
+    return next((each for each in sorted(near, key=_complexity) if fits(job, gpu, each)), None)
 
 
 def _way(layout: Layout) -> Layout:
@@ -203,41 +198,34 @@ def _way(layout: Layout) -> Layout:
 
 
 def _complexity(layout: Layout) -> tuple[float, ...]:
-    """The simpler, the smaller."""
+    """Sort key: the simpler, the smaller."""
     shape = 0 if layout.kind != "fsdp" else 1 if layout.shard == layout.gpus else 2
     odd = layout.kind == "fsdp" and layout.shard != layout.gpus and layout.shard != NODE
     return (layout.checkpoint_loops, layout.experts > 1, shape + odd, -layout.micro_batch)
 
 
 def _most_frugal(job: Job, all_of: list[Layout]) -> tuple[Layout, Memory]:
-    """The layout that needs least; of equal division of the experts one is looked at."""
-    frugal = job.looped and job.max_loops > 1
-    bounds = {
-        each: least_bytes(job, each, counted_only=True)
-        for each in all_of
-        if each.checkpoint_loops == frugal
-    } or {each: least_bytes(job, each, counted_only=True) for each in all_of}
-    least: dict[tuple[str, int], Layout] = {}
-    for each in sorted(bounds, key=bounds.__getitem__):
-        least.setdefault((each.kind, each.experts), each)
-    best = min(least.values(), key=lambda each: memory(job, each).total)
+    """Return the layout that needs least by the quick bound, and what it needs."""
+    best = _frugal(job, all_of)[0]
     return best, memory(job, best)
 
 
+def _frugal(job: Job, all_of: list[Layout]) -> list[Layout]:
+    """Those that recompute loops, if there are any, by what they need at least."""
+    recompute = [each for each in all_of if each.checkpoint_loops] or all_of
+    return sorted(recompute, key=lambda each: counted_bytes(job, each))
+
+
 def _any_fits(job: Job, gpu: GPU, gpus: int, local_batch: int) -> bool:
-    """Whether ``gpus`` could do it at all: one sequence at a time, loops computed again."""
-    frugal = job.looped and job.max_loops > 1
-    ways = [
-        replace(way, micro_batches=local_batch)
-        for way in layouts(job, gpus)
-        if way.checkpoint_loops == frugal
-    ]
-    ways.sort(key=lambda way: least_bytes(job, way, counted_only=True))
-    return any(fits(job, gpu, way) for way in ways)
+    """Return whether ``gpus`` suffice at one sequence at a time with recomputed loops."""
+    ways = [replace(way, micro_batches=local_batch) for way in layouts(job, gpus)]
+    ways = [way for way in _frugal(job, ways) if counted_bytes(job, way) <= gpu.usable]
+    ways.sort(key=lambda way: likely_bytes(job, way))
+    return any(fits(job, gpu, way) for way in ways[:TRIED])
 
 
 def _gpus_needed(job: Job, gpu: GPU, gpus: int, local_batch: int) -> int | None:
-    """The fewest GPUs, in doublings of ``gpus``, that could do it."""
+    """Return the fewest GPUs, by doubling ``gpus``, that suffice."""
     more = gpus
     while (more := 2 * more) <= MOST_GPUS:
         if _any_fits(job, gpu, more, max(1, round(local_batch * gpus / more))):
@@ -246,7 +234,7 @@ def _gpus_needed(job: Job, gpu: GPU, gpus: int, local_batch: int) -> int | None:
 
 
 def _context_that_fits(job: Job, gpu: GPU, gpus: int, local_batch: int) -> int | None:
-    """The longest sequences, in halvings, that ``gpus`` could train on."""
+    """Return the longest sequences, by halving, that ``gpus`` can train on."""
     shorter = job.context
     while (shorter := shorter // 2) >= LEAST_CONTEXT:
         if _any_fits(
@@ -257,13 +245,13 @@ def _context_that_fits(job: Job, gpu: GPU, gpus: int, local_batch: int) -> int |
 
 
 def layouts(job: Job, gpus: int) -> Iterator[Layout]:
-    """All ways to share ``job`` among ``gpus``, with micro-batches of one sequence."""
+    """Yield all ways to share ``job`` among ``gpus``, with micro-batches of one sequence."""
     for checkpoint in (False, True) if job.looped else (False,):
         if gpus == 1:
             yield Layout(1, "none", checkpoint_loops=checkpoint)
             continue
         yield Layout(gpus, "ddp", checkpoint_loops=checkpoint)
-        # truncated back-propagation and divided experts exclude each other in training
+        # training rejects truncated backpropagation with expert parallelism
         divides = job.looped and job.cfg.n_experts > 0 and job.grad_loops is None
         for experts in _divisors(gcd(gpus, job.cfg.n_experts)) if divides else [1]:
             for shard in _divisors(gpus)[1:]:

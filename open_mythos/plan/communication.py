@@ -1,7 +1,7 @@
-"""What the GPUs of a layout tell each other in an optimizer step: bytes, and the time they take.
+"""Communication volume of a layout in an optimizer step, and the time it takes.
 
 Collective operations are counted as rings: an all-gather or reduce-scatter of S bytes over g GPUs
-brings S (g - 1) / g to each of them, an all-reduce twice that. Where a group spans nodes, each node
+moves S (g - 1) / g to each of them, an all-reduce twice that. Where a group spans nodes, each node
 has to receive S (n - 1) / n over the adapters of its members, while the rest goes over NVLink.
 """
 
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from open_mythos.plan.hardware import GPU, LINK_EFFICIENCY, NODE
 from open_mythos.plan.job import Job, Layout
-from open_mythos.plan.memory import is_muon, local_elements
-from open_mythos.plan.parameters import LOOP, ROOT, Parameter
-from open_mythos.plan.tape import FLOAT32, HALF
+from open_mythos.plan.memory import FLOAT32, HALF, local_elements
+from open_mythos.plan.parameters import Parameter
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Traffic:
 
 
 def communication(job: Job, layout: Layout, gpu: GPU) -> list[Traffic]:
-    """All traffic of an optimizer step of ``job`` in ``layout``; nothing for a single GPU."""
+    """Return all traffic of an optimizer step of ``job`` in ``layout``; none for a single GPU."""
     found = []
     for what, nvlink, network in _traffic(job, layout):
         if nvlink or network:
@@ -93,13 +92,13 @@ def _traffic(job: Job, layout: Layout) -> Iterator[tuple[str, float, float]]:
         groups = Group(layout.gpus // layout.experts, layout.experts)
         yield ("sum gradients of experts (all-reduce)", *_all_reduce(FLOAT32 * experts, groups))
     if job.optimizer == "muon":
-        size = HALF * sum(each.n for each in sharded if is_muon(each) and len(each.shape) == 2)
+        size = HALF * sum(each.n for each in sharded if each.muon and not each.expert)
         yield ("gather Muon's updates (all-gather)", *_all_gather(size, shard))
 
 
 def _gathers(parameter: Parameter) -> int:
-    """How often its unit is gathered for one micro-batch: what is let go comes back."""
-    return 1 if parameter.unit in (ROOT, LOOP) else 2
+    """Return how often its unit is gathered for one micro-batch."""
+    return 2 if parameter.regathered else 1
 
 
 def _padded(parameter: Parameter, layout: Layout) -> int:
@@ -107,17 +106,18 @@ def _padded(parameter: Parameter, layout: Layout) -> int:
 
 
 def _token_bytes(job: Job, layout: Layout) -> float:
-    """Bytes that a GPU sends in a step, to itself included: rows in the residual stream's float32,
-    results in the dtype of the products, and the same for their gradients."""
+    """Return the bytes that a GPU dispatches to experts in a step, itself included, and gets back:
+    rows and results in the dtype of the matmuls, and their gradients.
+    """
     cfg = job.cfg
     rows = layout.micro_batch * layout.micro_batches * job.context * cfg.n_experts_per_tok
-    there, back = FLOAT32 * cfg.dim, (HALF if job.half else FLOAT32) * cfg.dim
+    there_and_back = 2 * (HALF if job.half else FLOAT32) * cfg.dim
     passes = 3 if layout.checkpoint_loops else 2
-    return rows * cfg.recurrent_layers * job.n_loops * passes * (there + back)
+    return rows * cfg.recurrent_layers * job.n_loops * passes * there_and_back
 
 
 def _all_gather(size: float, group: Group) -> tuple[float, float]:
-    """Bytes over NVLink and network for each GPU; a reduce-scatter moves as many."""
+    """Return bytes over NVLink and network for each GPU; a reduce-scatter moves as many."""
     received = size * (group.size - 1) / group.size
     network = size * (group.nodes - 1) / group.nodes / group.in_node
     # a ring that leaves the node does so once for all of its members there
@@ -130,7 +130,7 @@ def _all_reduce(size: float, group: Group) -> tuple[float, float]:
 
 
 def _all_to_all(size: float, group: Group) -> tuple[float, float]:
-    """Of what each GPU sends, every member gets an equal part."""
+    """Every member of the group gets an equal part of what a GPU sends."""
     return (
         size * (group.in_node - 1) / group.size,
         size * (group.size - group.in_node) / group.size,

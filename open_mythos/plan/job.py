@@ -1,4 +1,4 @@
-"""What is to be trained, and how it could be laid out over GPUs: plain data."""
+"""A training job, and its layout over GPUs: plain data."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclass(frozen=True)
 class Job:
-    """A training run, whatever it runs on.
+    """A training run, independent of the hardware.
 
     Attributes:
         cfg: The model.
-        n_layers: Of the dense transformer of so many layers, instead of the looped model.
+        n_layers: Layers of a dense transformer; None for the looped model.
         context: Tokens T of a training sequence.
-        n_loops: Mean loops of a sequence; what computing costs.
-        max_loops: Most loops of a sequence; what memory has to hold.
-        grad_loops: Truncated back-propagation through so many loops; None for all.
-        dtype: Of the products; weights and moments are float32.
+        n_loops: Mean loops of a sequence; they determine the FLOPs.
+        max_loops: Most loops of a sequence; they determine the memory.
+        grad_loops: Truncated backpropagation through this many loops; None for all.
+        dtype: Of the matmuls; weights and optimizer state are float32.
         optimizer: "adamw" or "muon".
-        ema: Whether a running mean of the weights is kept.
+        ema: Whether an exponential moving average of the weights is kept.
     """
 
     cfg: MythosConfig = field(hash=False)
@@ -72,7 +72,7 @@ class Job:
 
     @property
     def half(self) -> bool:
-        """Whether products run in half precision, by autocast."""
+        """Whether matmuls run in half precision, by autocast."""
         return self.dtype != "float32"
 
     @property
@@ -93,12 +93,14 @@ class Job:
         return parameters(self.cfg, self.n_layers)
 
     def training_flops(self) -> float:
-        """Useful FLOPs of a token."""
+        """Return the useful FLOPs of a token."""
         return self.counts.training_flops(self.n_loops, self.grad_loops)
 
     def recomputed_flops(self) -> float:
-        """FLOPs of a token that checkpointing adds: one more forward pass of each loop that
-        carries gradient."""
+        """Return the FLOPs of a token that activation checkpointing adds.
+
+        They are one more forward pass of each loop that carries gradient.
+        """
         loops = min(self.n_loops, self.grad_loops or self.n_loops)
         return self.counts.forward_flops(loops) - self.counts.forward_flops(0)
 
@@ -111,8 +113,8 @@ class Layout:
         gpus: How many there are.
         kind: "none", "ddp" or "fsdp".
         shard: GPUs that share one copy of the weights; 1 unless "fsdp".
-        experts: GPUs over which the routed experts are divided; 1 leaves them to the sharding.
-        checkpoint_loops: Whether loops are computed again in the backward pass.
+        experts: Size of the expert-parallel group; 1 shards experts like other weights.
+        checkpoint_loops: Whether loops are recomputed in the backward pass.
         micro_batch: Sequences that a GPU computes at a time.
         micro_batches: How often it does so in a step.
     """
@@ -132,7 +134,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """In one line."""
+        """A description in one line."""
         kinds = {"none": "one GPU", "ddp": "DDP: every GPU holds the whole model"}
         text = kinds.get(self.kind, "")
         if self.kind == "fsdp":
@@ -141,11 +143,11 @@ class Layout:
                 f"HSDP: {copies} copies, each over {self.shard} GPUs"
             )  # fmt: skip
         if self.experts > 1:
-            text += f"; experts divided over {self.experts} GPUs"
+            text += f"; expert parallelism over {self.experts} GPUs"
         return text
 
     def options(self, job: Job) -> str:
-        """It and what of ``job`` belongs to it, as options of ``open-mythos train``."""
+        """Return the layout, and the settings of ``job``, as options of ``open-mythos train``."""
         given: dict[str, Any] = {"parallel.kind": self.kind}
         if self.kind == "fsdp" and self.shard != self.gpus:
             given["parallel.shard"] = self.shard
@@ -164,5 +166,5 @@ class Layout:
         return " ".join(f"--{name} {value}" for name, value in given.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return asdict(self) | {"global_batch": self.global_batch}

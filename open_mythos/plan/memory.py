@@ -1,36 +1,25 @@
 """Bytes that a GPU holds at the worst moment of a training step, and what they are for.
 
-What stays from step to step is counted from the parameters; what a step adds is found by running it
-in ghost tensors (:mod:`open_mythos.plan.forward`) and keeping the peak. The optimizer's own step is
-looked at apart: there are no activations then, but all gradients.
+They are those of the traced step (:mod:`open_mythos.plan.trace`). Counts of the parameters give
+quick bounds, which rule most layouts out before any is traced.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import lcm
 
-from open_mythos.plan.forward import Batch, Model
+from open_mythos.ops.experts.sizes import DEFERRED_TOKENS
 from open_mythos.plan.job import Job, Layout
-from open_mythos.plan.ops import Ops
-from open_mythos.plan.parameters import LOOP, ROOT, Parameter
-from open_mythos.plan.tape import (
-    ACTIVATIONS,
-    COPIES,
-    FLOAT32,
-    GATHERED,
-    GRADIENTS,
-    HALF,
-    HEAD,
-)
+from open_mythos.plan.parameters import ROOT, Parameter
+from open_mythos.plan.trace import BACKWARD, FORWARD, UPDATE, Bytes, StepTrace, trace_step
+from open_mythos.plan.tracker import Part
 
-WEIGHTS, MOMENTS, AVERAGE, UPDATE = "weights", "moments", "averaged weights", "optimizer's update"
-PARTS = (
-    WEIGHTS, MOMENTS, AVERAGE, GRADIENTS, GATHERED, COPIES, ACTIVATIONS, HEAD, UPDATE,
-)  # fmt: skip
-"""What a GPU's memory is for, in the order in which it is shown."""
-_MUON = re.compile(r"\.(q|kv|out)_(proj|down|up)\.weight$|\.(gate_up|down)(\.weight)?$")
+FLOAT32, HALF = 4, 2
+"""Bytes of an element."""
+TRACED_LOOPS = 3
+"""Loops with gradient of a shallow trace; every further one leaves as much as the last of them."""
 
 
 @dataclass(frozen=True)
@@ -51,193 +40,127 @@ class Memory:
         return sum(self.parts.values())
 
 
-def memory(job: Job, layout: Layout, *, cuda: bool = True) -> Memory:
-    """What ``layout`` needs for ``job``.
+def memory(job: Job, layout: Layout, *, kernels: str = "cuda") -> Memory:
+    """Return what ``layout`` needs for ``job``.
 
     Args:
         job: What is trained.
         layout: How.
-        cuda: CUDA's kernels; False for those of a CPU.
-
-    Raises:
-        ConfigError: The model asks for a backend that is not planned for.
+        kernels: The device whose code paths the step takes: "cuda" or "cpu".
     """
-    held = held_parts(job, layout)
-    grads = GRADIENTS, _gradient_bytes(job, layout)
-    # DDP's buckets stay from step to step
-    resident = dict([grads]) if layout.kind == "ddp" else {}
-    step = step_peak(job, layout, cuda=cuda)
-    backward = _added(held, resident, step)
-    update = _added(held, dict([grads]), {UPDATE: _update_bytes(job, layout, cuda)})
-    moments = {"backward": backward, "optimizer": update}
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    found = moments[moment]
-    return Memory({part: found[part] for part in PARTS if found.get(part)}, moment)
+    return _worst(_traced(job, layout, kernels, deep=_defers(job, layout)))
 
 
-def held_parts(job: Job, layout: Layout) -> dict[str, int]:
-    """Bytes that stay from step to step: weights, moments, averaged weights."""
-    return dict(_held_parts(job, layout.kind, layout.shard, layout.experts))
+def estimate(job: Job, layout: Layout) -> Memory:
+    """Return :func:`memory` from a trace of few loops; it differs where gradients are deferred."""
+    return _worst(_traced(job, layout, "cuda", deep=False))
 
 
-@lru_cache(maxsize=4096)
-def _held_parts(job: Job, kind: str, shard: int, experts: int) -> tuple[tuple[str, int], ...]:
-    layout, every = Layout(shard, kind, shard, experts), job.parameters
-    muon = [each for each in every if job.optimizer == "muon" and is_muon(each)]
-    once = sum(local_elements(each, layout) for each in every if each.trained)
-    parts = {
-        WEIGHTS: FLOAT32 * sum(local_elements(each, layout) for each in every),
-        MOMENTS: FLOAT32 * (2 * once - sum(local_elements(each, layout) for each in muon)),
-    }
-    if job.ema:
-        parts[AVERAGE] = FLOAT32 * once
-    return tuple(parts.items())
+def activations_per_loop(job: Job) -> dict[str, float]:
+    """Bytes that a loop of a token leaves for the backward pass, by activation checkpointing."""
+    found = {}
+    for name, checkpoint in (("kept", False), ("checkpointed", True)):
+        layout = Layout(1, "none", checkpoint_loops=checkpoint)
+        deep_enough = replace(job, n_loops=1, max_loops=max(job.max_loops, 2), grad_loops=None)
+        per_loop = _traced(deep_enough, layout, "cuda", deep=False).per_loop
+        found[name] = sum(per_loop.values()) / job.context
+    return found
+
+
+def held_bytes(job: Job, layout: Layout) -> int:
+    """Count what stays from step to step: weights, optimizer state, averaged weights."""
+    total = 0
+    for each in job.parameters:
+        moments = 1 if job.optimizer == "muon" and each.muon else 2
+        copies = 1 + each.trained * (moments + job.ema)
+        total += FLOAT32 * copies * local_elements(each, layout)
+    return total
 
 
 def local_elements(parameter: Parameter, layout: Layout) -> int:
-    """Elements of a parameter that a GPU stores, the largest and padded part if it is sharded."""
+    """Return the elements of a parameter that the first GPU stores: the largest shard."""
     if layout.experts > 1 and parameter.expert:
         return parameter.n // layout.experts
     return parameter.chunk(layout.shard) if layout.kind == "fsdp" else parameter.n
 
 
-def least_bytes(job: Job, layout: Layout, *, counted_only: bool = False) -> int:
-    """A lower bound of :func:`memory` that takes little time.
+def counted_bytes(job: Job, layout: Layout) -> int:
+    """Return a lower bound of :func:`memory` without activations, counted from the parameters.
 
-    Three moments of the step: the end of the forward pass, when what the loop and the outermost
-    unit have gathered is still there; the end of the loop's backward pass, when its gradients are
-    copied to be summed; the optimizer's step.
-
-    Args:
-        job: What is trained.
-        layout: How.
-        counted_only: Leave out activations, which take a forward pass of ghosts to find.
+    The larger of two moments: the end of the loop's backward pass, when the weights of the loop or
+    their gradients are whole twice, and the optimizer's step.
     """
-    every = job.parameters
-    held = sum(held_parts(job, layout).values())
-    grads = _gradient_bytes(job, layout)
-    resident = grads if layout.kind == "ddp" else 0
-    forward = 0
-    if not counted_only:
-        forward = _forward_bytes(job, layout.experts, layout.micro_batch, layout.checkpoint_loops)
+    here = job.parameters
+    grads = FLOAT32 * sum(local_elements(each, layout) for each in here if each.trained)
     if layout.kind != "fsdp":
-        return held + max(resident + forward, grads)
-    here = [each for each in every if not (layout.experts > 1 and each.expert)]
-    padded = {each.name: layout.shard * each.chunk(layout.shard) for each in here}
-    root = FLOAT32 * sum(padded[each.name] for each in here if each.unit == ROOT)
-    loop = FLOAT32 * sum(padded[each.name] for each in here if each.unit == LOOP)
-    summed = FLOAT32 * sum(
-        padded[each.name] + each.n for each in here if each.unit == LOOP and each.trained
-    )
-    return held + max(root + loop + forward, root + summed, grads)
+        return held_bytes(job, layout) + grads
+    whole = [each for each in here if not (layout.experts > 1 and each.expert)]
+    loop = [each for each in whole if each.unit != ROOT and not each.regathered]
+    root = FLOAT32 * sum(_padded(each, layout) for each in whole if each.unit == ROOT)
+    gathered = FLOAT32 * sum(_padded(each, layout) for each in loop)
+    summed = FLOAT32 * sum(_padded(each, layout) + each.n for each in loop if each.trained)
+    return held_bytes(job, layout) + max(root + max(gathered, summed), grads)
 
 
-@lru_cache(maxsize=4096)
-def _forward_bytes(job: Job, experts: int, micro_batch: int, checkpoint: bool) -> int:
-    """Bytes alive after the forward pass, gathered weights left out."""
-    ops = Ops(autocast=job.half, cuda=True)
-    model = Model(job.cfg, job.n_layers, experts=experts)
-    layout = Layout(1, "none", 1, experts, checkpoint, micro_batch)
-    loss = model.loss(ops, batch_of(job, layout))
-    live = ops.meter.live
-    del loss
-    return live
+def _padded(parameter: Parameter, layout: Layout) -> int:
+    return layout.shard * parameter.chunk(layout.shard)
 
 
-def step_peak(job: Job, layout: Layout, *, cuda: bool = True) -> dict[str, int]:
-    """Bytes that forward and backward passes add at their peak, by what they are for."""
-    sharded = layout.kind == "fsdp"
-    # what only changes the number of copies, or of equal micro-batches, changes nothing here
-    alike = replace(
-        layout, gpus=layout.shard * layout.experts, micro_batches=min(2, layout.micro_batches)
-    )
-    return dict(_step_peak(job, alike, sharded, cuda))
+def likely_bytes(job: Job, layout: Layout) -> float:
+    """Return a quick estimate: :func:`counted_bytes`, or weights and what one GPU would keep.
 
-
-@lru_cache(maxsize=4096)
-def _step_peak(job: Job, layout: Layout, sharded: bool, cuda: bool) -> tuple[tuple[str, int], ...]:
-    ops = Ops(autocast=job.half, cuda=cuda)
-    copied = layout.kind == "ddp" and layout.micro_batches == 1
-    model = Model(
-        job.cfg, job.n_layers,
-        shard=layout.shard if sharded else 0, experts=layout.experts, keeps_grads=not copied,
-    )  # fmt: skip
-    batch = batch_of(job, layout)
-    for _ in range(layout.micro_batches):
-        model.backward(ops, model.loss(ops, batch))
-    return tuple(ops.meter.at_peak.items())
-
-
-def batch_of(job: Job, layout: Layout) -> Batch:
-    """One micro-batch."""
-    return Batch(
-        layout.micro_batch, job.context, job.max_loops, job.last_loops, layout.checkpoint_loops
-    )
-
-
-def activations_per_loop(job: Job) -> dict[str, float]:
-    """Bytes that one loop of one token leaves behind for the backward pass.
-
-    "kept" is all that its operations save, "checkpointed" what is left if they are computed again,
-    "without gradient" what truncated back-propagation keeps of the loops before.
+    Activations are those of one GPU with the whole model, for one and two sequences, extended to
+    the micro-batch.
     """
-    found = {}
-    for name, checkpoint, truncated in (
-        ("kept", False, False), ("checkpointed", True, False), ("without gradient", False, True),
-    ):  # fmt: skip
-        live = []
-        for loops in (2, 3):
-            ops = Ops(autocast=job.half, cuda=True)
-            batch = Batch(1, job.context, loops, 1 if truncated else loops, checkpoint)
-            loss = Model(job.cfg).loss(ops, batch)
-            live.append(ops.meter.now[ACTIVATIONS])
-            del loss
-        found[name] = (live[1] - live[0]) / job.context
-    return found
+    one, two = (
+        _traced(job, Layout(1, "none", 1, 1, layout.checkpoint_loops, n), "cuda", deep=False)
+        for n in (1, 2)
+    )
+    first, second = (each.peaks[FORWARD][Part.ACTIVATIONS.value] for each in (one, two))
+    kept = first + (layout.micro_batch - 1) * (second - first)
+    root = loop = 0
+    if layout.kind == "fsdp":
+        here = [each for each in job.parameters if not (layout.experts > 1 and each.expert)]
+        root = sum(_padded(each, layout) for each in here if not each.regathered)
+    elif layout.kind == "ddp":
+        loop = sum(each.n for each in job.parameters if each.trained)
+    activations = held_bytes(job, layout) + FLOAT32 * (root + loop) + kept
+    return max(counted_bytes(job, layout), activations)
 
 
-def is_muon(parameter: Parameter) -> bool:
-    """Whether "muon" updates it by Muon; ``open_mythos.train.optimizers.optim`` has the table."""
-    return ".lora." not in parameter.name and bool(_MUON.search(parameter.name))
+def _worst(trace: StepTrace) -> Memory:
+    phase = max(trace.peaks, key=lambda name: sum(trace.peaks[name].values()))
+    parts: Bytes = trace.peaks[phase]
+    moment = "optimizer" if phase == UPDATE else BACKWARD
+    return Memory({name: n for name, n in parts.items() if n}, moment)
 
 
-def _gradient_bytes(job: Job, layout: Layout) -> int:
-    """Of all gradients together, as the optimizer finds them."""
-    trained = (each for each in job.parameters if each.trained)
-    return FLOAT32 * sum(local_elements(each, layout) for each in trained)
+def _defers(job: Job, layout: Layout) -> bool:
+    """Whether gradients of experts may be deferred: how much waits is not affine in the loops."""
+    choices = layout.micro_batch * job.context * job.cfg.n_experts_per_tok
+    return layout.experts == 1 and choices <= DEFERRED_TOKENS * job.cfg.n_experts
 
 
-def _update_bytes(job: Job, layout: Layout, cuda: bool) -> int:
-    """What the optimizer allocates for its update, one parameter at a time."""
-    every = job.parameters
-    apart = [each.n // layout.experts for each in every if each.expert and layout.experts > 1]
-    # gradients of experts that several groups hold are summed into new tensors
-    copies = max(apart, default=0) * FLOAT32 if layout.gpus > layout.experts else 0
-    if job.optimizer != "muon":
-        return copies
-    return max([copies, *(_muon_bytes(each, layout, cuda) for each in every if is_muon(each))])
+def _traced(job: Job, layout: Layout, kernels: str, deep: bool) -> StepTrace:
+    """Trace a step, of few loops unless ``deep``, and extend it to the depth of ``job``."""
+    with_gradient = job.last_loops if deep else min(TRACED_LOOPS, job.last_loops)
+    truncated = job.last_loops < job.max_loops
+    loops = job.max_loops if deep else with_gradient + truncated
+    traced = replace(
+        job, n_loops=1, max_loops=loops, grad_loops=with_gradient if truncated else None
+    )
+    found = _step(traced, _alike(layout), kernels)
+    return found.at_depth(job.last_loops - with_gradient)
 
 
-def _muon_bytes(parameter: Parameter, layout: Layout, cuda: bool) -> int:
-    """``Muon._update``: the momentum looked ahead, then matrices in half precision."""
-    local = local_elements(parameter, layout)
-    stack = len(parameter.shape) == 3
-    whole = local if stack else parameter.n  # experts are not gathered
-    maps = 2 if re.search(r"gate_up|kv_proj", parameter.name) else 1
-    rows, columns = parameter.shape[-2:]
-    rows, columns = (rows, columns // maps) if stack else (rows // maps, columns)
-    gram = whole * min(rows, columns) // max(rows, columns)
-    gathered = HALF * (local + whole) if layout.kind == "fsdp" and not stack else 0
-    iterating = HALF * (2 * whole + 2 * gram)
-    ending = HALF * whole + (FLOAT32 if stack else HALF) * local
-    if not cuda:  # a CPU multiplies and adds nothing but equal dtypes
-        ending += FLOAT32 * local
-    return FLOAT32 * local + gathered + max(iterating, ending)
+@lru_cache(maxsize=512)
+def _step(job: Job, layout: Layout, kernels: str) -> StepTrace:
+    return trace_step(job, layout, kernels)
 
 
-def _added(*parts: dict[str, int]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for each in parts:
-        for name, n in each.items():
-            total[name] = total.get(name, 0) + n
-    return total
+def _alike(layout: Layout) -> Layout:
+    """Fewer copies of the model and fewer micro-batches: a GPU needs as much memory for them."""
+    few = min(2, layout.micro_batches)
+    groups = lcm(layout.shard, layout.experts)
+    gpus = groups if layout.gpus == groups else 2 * groups
+    return replace(layout, gpus=1 if layout.kind == "none" else gpus, micro_batches=few)

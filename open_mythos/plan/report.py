@@ -1,4 +1,4 @@
-"""The plan: everything worth knowing about a training before it is paid for."""
+"""The plan of a training run: layout, memory, time and cost."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class Plan:
-    """A training, laid out, with what it needs and what it costs; made by :func:`make_plan`.
+    """A training run with its layout, needs and cost; made by :func:`make_plan`.
 
     Attributes:
         job: What is trained.
         gpu: On what.
         layout: How it is laid out.
         memory: Of each GPU, at the worst moment of a step.
-        other_memory: The same if loops were checkpointed, or were not, and the rest were the same;
-            None for a dense model.
-        activations: Bytes that a loop of a token leaves behind, by how loops are kept.
+        other_memory: The same with the opposite choice of activation checkpointing; None for a
+            dense model.
+        activations: Bytes that a loop of a token keeps for the backward pass, without and with
+            activation checkpointing.
         traffic: Communication of a step.
         compute_seconds: Seconds of a step that are computing.
         traffic_seconds: Seconds of a step that are communication.
@@ -71,7 +72,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> tuple[float, float]:
-        """Seconds of a step: if communication hid behind computing, and if none of it did."""
+        """Seconds of a step: if communication overlaps with computing, and if none of it does."""
         both = self.compute_seconds, self.traffic_seconds
         return max(both), sum(both)
 
@@ -102,21 +103,21 @@ class Plan:
         return best * self.price, worst * self.price
 
     def depths(self) -> list[Accounting]:
-        """Counts at 1, 2, 4, ... loops up to the largest; a dense model has one depth."""
+        """Return counts at 1, 2, 4, ... loops up to the largest; a dense model has one depth."""
         job = self.job
         powers = [2**k for k in range(job.max_loops.bit_length()) if 2**k < job.max_loops]
         loops = [*powers, job.max_loops] if job.looped else [None]
         return [account(job.cfg, n, job.context, n_layers=job.n_layers) for n in loops]
 
     def cache_bytes(self, share_loops: bool = False) -> int:
-        """bfloat16 bytes of the inference cache of one sequence as long as the model allows."""
+        """Return the bytes of the bfloat16 inference cache of a sequence of ``max_seq_len``."""
         counts = self.job.counts
         loops = 1 if share_loops or counts.share_loops else self.job.max_loops
         slots = counts.slots_once + counts.slots_per_loop * loops
         return 2 * counts.cache_width * slots * self.job.cfg.max_seq_len
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values."""
+        """Return everything as JSON-ready values."""
         return {
             "model": self.job.cfg.to_dict(),
             "job": {name: value for name, value in asdict(self.job).items() if name != "cfg"},
@@ -155,21 +156,21 @@ def make_plan(
     price: float | None = None,
     wish: Wish | None = None,
 ) -> Plan:
-    """Lay ``job`` out over ``gpus`` and say what that takes.
+    """Choose a layout of ``job`` over ``gpus`` and estimate what it takes.
 
     Args:
         job: What is trained.
         gpu: On what.
         gpus: On how many.
         tokens: To train on.
-        batch_tokens: Of a step, rounded to as many sequences for every GPU; 0 for 4 Mi, or one
-            sequence for every GPU if that is more.
+        batch_tokens: Tokens of a step, rounded to equally many sequences on every GPU; 0 for 4 Mi,
+            or one sequence per GPU if that is more.
         mfu: Share of the peak rate while computing, in (0, 1].
         price: US dollars of a GPU for an hour; by default that of the table.
-        wish: What of the layout is given.
+        wish: The parts of the layout that are fixed.
 
     Raises:
-        DoesNotFitError: No layout fits; says how many GPUs would do.
+        DoesNotFitError: No layout fits.
         ConfigError: A number is out of range.
     """
     check_count("gpus", gpus)
@@ -197,7 +198,7 @@ def make_plan(
 
 
 def parse_count(text: str | float, where: str) -> float:
-    """30e9 from "30B", "30e9" or 30e9; K, M, B and T are thousands, millions and so on.
+    """Return 30e9 for "30B", "30e9" or 30e9; K, M, B and T are powers of a thousand.
 
     Raises:
         ConfigError: It is not such a number.
@@ -216,7 +217,7 @@ def parse_count(text: str | float, where: str) -> float:
 
 
 def _local_batch(job: Job, gpus: int, batch_tokens: float) -> int:
-    """Sequences of a step for each GPU."""
+    """Return the sequences of a step for each GPU."""
     wanted = (batch_tokens or DEFAULT_BATCH_TOKENS) / job.context / gpus
     if batch_tokens and wanted < 1:
         raise ConfigError(

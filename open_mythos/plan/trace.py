@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.devices import autocast, resolve_dtype
-from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
 from open_mythos.plan.job import Job, Layout
+from open_mythos.plan.parameters import model_on_meta
 from open_mythos.plan.tracker import Part, StepTracker, dry_run
 from open_mythos.train.build import Model
 from open_mythos.train.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
@@ -55,14 +55,6 @@ class StepTrace:
         return StepTrace(self.held, peaks, self.per_loop)
 
 
-def shapes_of(job: Job) -> Model:
-    """The model of ``job`` on the meta device."""
-    with torch.device("meta"):
-        if job.n_layers is not None:
-            return DenseTransformer(job.cfg, job.n_layers)
-        return OpenMythos(job.cfg)
-
-
 def run_config(job: Job, layout: Layout) -> RunConfig:
     """The run that ``job`` in ``layout`` is."""
     return RunConfig(
@@ -84,7 +76,7 @@ def trace_step(job: Job, layout: Layout, kernels: str = "cuda") -> StepTrace:
     It is the step of :class:`open_mythos.train.step.TrainStep`, less what reads values on the host.
     """
     config = run_config(job, layout)
-    model = shapes_of(job)
+    model = model_on_meta(job.cfg, job.n_layers)
     with dry_run(layout.gpus, kernels) as tracker:
         _materialize(model)
         freeze_halting_gate(model)

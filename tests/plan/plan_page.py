@@ -1,7 +1,7 @@
-"""The parts of docs/plan.md that are printed by the code.
+"""The parts of docs/plan.md that the code prints.
 
 The page holds each of them between ``<!-- output: WHAT -->`` and ``<!-- end -->``. The tests
-compare; this script rewrites:
+compare; this script rewrites them:
 
     python tests/plan/plan_page.py
 """
@@ -73,7 +73,7 @@ def _line(chosen: tuple[str, int, str]) -> str:
             start + f"| does not fit: {least.total / 1e9:,.0f} GB, "
             f"{least.parts[most] / 1e9:,.0f} of them {most}; {error.fix} | | | | |"
         )
-    kept = "computed again" if made.layout.checkpoint_loops else "kept"
+    kept = "recomputed" if made.layout.checkpoint_loops else "kept"
     batch = f"{made.layout.micro_batches} x {made.layout.micro_batch}"
     days = _span(*("< 0.1" if d < 0.1 else f"{d:,.1f}" for d in made.days))
     cost = _span(*("< $10" if c < 10 else f"${c:,.0f}" for c in made.cost))
@@ -94,10 +94,10 @@ def check_table() -> str:
     worst = found["worst"]
     lines = [
         f"The worst error of {len(rows)} cases is {worst['error']:.2%}; of what a step adds to "
-        f"weights and moments, {worst['step_error']:.2%} (PyTorch {found['machine']['torch']}, "
-        f"{found['machine']['date']}). The {SHOWN_ERRORS} largest:",
+        f"weights and optimizer state, {worst['step_error']:.2%} (PyTorch "
+        f"{found['machine']['torch']}, {found['machine']['date']}). The {SHOWN_ERRORS} largest:",
         "",
-        "| training step | planned, kB | measured, kB | error | without weights and moments |",
+        "| training step | planned, kB | measured, kB | error | without weights and state |",
         "|---|---:|---:|---:|---:|",
         *(
             f"| {row['name']} | {row['planned'] / 1e3:,.0f} | {row['measured'] / 1e3:,.0f} "
@@ -125,7 +125,7 @@ def block(text: str, what: str) -> str:
 
 
 def remade(text: str) -> str:
-    """The page with every block made anew."""
+    """Return the page with every block regenerated."""
     return _BLOCK.sub(lambda m: m[1] + output(m[2]) + m[3], text)
 
 

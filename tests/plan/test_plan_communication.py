@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from open_mythos.accounting import account
 from open_mythos.plan import Layout, communication, gpu
 from open_mythos.plan.communication import Group, _all_gather, _all_reduce, _all_to_all
 from open_mythos.plan.hardware import GPUS, LINK_EFFICIENCY
-from open_mythos.plan.parameters import parameters
+from open_mythos.plan.parameters import ROOT, parameters
+from open_mythos.plan.trace import trace_step
+from open_mythos.plan.tracker import StepTracker
 
 from .small import SMALL, small_job
 
@@ -62,9 +65,9 @@ def test_fsdp_gathers_the_loop_once_and_blocks_twice() -> None:
     found = by_purpose(small_job(), layout)
     padded = {
         unit: sum(8 * each.chunk(8) for each in parameters(SMALL) if each.unit == unit)
-        for unit in ("model", "recurrent", "prelude.0", "coda.0")
+        for unit in (ROOT, "recurrent", "prelude.0", "coda.0")
     }
-    elements = padded["model"] + padded["recurrent"] + 2 * (padded["prelude.0"] + padded["coda.0"])
+    elements = padded[ROOT] + padded["recurrent"] + 2 * (padded["prelude.0"] + padded["coda.0"])
     assert found["gather weights"] == (3 * 4 * elements * 7 / 8, 0)
     # a hidden width of 85 makes matrices of 170 rows, which eight processes pad to 176
     assert padded["prelude.0"] == n_of("prelude.0") + 6 * SMALL.dim
@@ -80,7 +83,7 @@ def test_traffic_does_not_depend_on_the_number_of_loops_unless_experts_are_divid
     tokens = "tokens to experts and back"
     assert four[tokens][0] == 4 * once[tokens][0]
     rows, width = 32 * SMALL.n_experts_per_tok, SMALL.dim
-    there_and_back = 4 + 2  # float32 rows, bfloat16 results
+    there_and_back = 2 + 2  # bfloat16 rows and results
     assert once[tokens] == (rows * width * there_and_back * 2 * 3 / 4, 0)
     again = by_purpose(small_job(1), Layout(8, "fsdp", 8, 4, checkpoint_loops=True))
     assert again[tokens][0] == 1.5 * once[tokens][0]
@@ -111,3 +114,37 @@ def test_time_is_that_of_the_slower_link(name: str) -> None:
         network = each.network / gpu(name).network / LINK_EFFICIENCY
         assert each.seconds == pytest.approx(max(nvlink, network))
         assert each.seconds > 0
+
+
+@pytest.fixture
+def collectives(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Name of a collective operation -> bytes of its larger side, over all calls of a dry run."""
+    found: dict[str, int] = {}
+    plain = StepTracker._mark_collective
+
+    def count(self, func, args, kwargs):
+        name = func._schema.name.removeprefix("c10d::").strip("_")
+        tensors = [each for each in torch.utils._pytree.tree_leaves((args, kwargs))
+                   if isinstance(each, torch.Tensor)]  # fmt: skip
+        if func.namespace == "c10d" and self.phase is not None:
+            found[name] = found.get(name, 0) + max(each.nbytes for each in tensors)
+        plain(self, func, args, kwargs)
+
+    monkeypatch.setattr(StepTracker, "_mark_collective", count)
+    return found
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_traced_step_communicates_what_is_counted(
+    collectives: dict[str, int], checkpoint: bool
+) -> None:
+    job, layout = small_job(2), Layout(8, "fsdp", 8, 4, checkpoint, micro_batches=2)
+    trace_step(job, layout)
+    counted = by_purpose(job, layout)
+    # of what a ring of eight moves, each process receives seven eighths
+    assert counted["gather weights"][0] == pytest.approx(collectives["allgather_base"] * 7 / 8)
+    assert counted["sum gradients"][0] == pytest.approx(collectives["reduce_scatter_base"] * 7 / 8)
+    # beside rows and results every loop sends the number of rows for each of eight experts
+    sizes = 2 * 2 * (1 + checkpoint) * 8 * 8
+    sent = collectives["alltoall_base"] - sizes
+    assert counted["tokens to experts and back"][0] == pytest.approx(sent * 3 / 4)

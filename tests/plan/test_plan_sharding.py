@@ -9,27 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from open_mythos.model.mythos import OpenMythos
-from open_mythos.plan import Job, Layout
-from open_mythos.plan.memory import WEIGHTS, held_parts, local_elements
-from open_mythos.plan.parameters import parameters
+from open_mythos.plan import Layout
+from open_mythos.plan.memory import local_elements
+from open_mythos.plan.parameters import ROOT, model_on_meta, parameters
 from open_mythos.train import ParallelConfig, RunConfig, parallelize
+from open_mythos.train.optimizers.optim import NOT_TRAINED, rule_of
 from open_mythos.train.parallel import parallelize as parallelize_module
 from open_mythos.variants import VARIANTS, variant
 
 from .small import SMALL
 
-WORLDS = (8, 64, 512, 4096)
-
 
 @contextmanager
 def fake_group(size: int, rank: int) -> Iterator[None]:
-    """This process as one of ``size`` that are not there."""
+    """Make this process one of ``size`` that do not exist."""
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         yield
@@ -39,7 +36,7 @@ def fake_group(size: int, rank: int) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _meshes_for_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models on the meta device are sharded over processes that would have CPUs."""
+    """Shard models on the meta device over processes with CPUs."""
     monkeypatch.setattr(
         parallelize_module,
         "init_device_mesh",
@@ -48,9 +45,8 @@ def _meshes_for_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stored(cfg, layout: Layout, rank: int) -> dict[str, tuple[int, int]]:
-    """Name -> elements and bytes of storage that process ``rank`` has."""
-    with torch.device("meta"):
-        model = OpenMythos(cfg)
+    """Return name -> elements and bytes of storage that process ``rank`` has."""
+    model = model_on_meta(cfg)
     run = RunConfig(
         model=cfg,
         parallel=ParallelConfig(kind="fsdp", shard=layout.shard, experts=layout.experts),
@@ -61,46 +57,54 @@ def stored(cfg, layout: Layout, rank: int) -> dict[str, tuple[int, int]]:
         return {n: (t.numel(), t.untyped_storage().nbytes()) for n, t in local.items()}
 
 
-def check(cfg, layout: Layout) -> None:
+def check(cfg, layout: Layout, ranks: tuple[int, ...] = (0,)) -> None:
     expected = {each.name: each for each in parameters(cfg)}
-    for rank in {0, 1, layout.gpus - 1}:
+    for rank in ranks:
         found = stored(cfg, layout, rank)
         assert found.keys() == expected.keys()
         for name, (elements, n_bytes) in found.items():
-            each = expected[name]
-            assert n_bytes == 4 * local_elements(each, layout), (name, rank)
-            if not (layout.experts > 1 and each.expert):
-                assert elements == each.held(layout.shard, rank % layout.shard), (name, rank)
-        job = Job(cfg, context=1)
-        assert sum(n for _, n in found.values()) == held_parts(job, layout)[WEIGHTS]
+            assert n_bytes == 4 * local_elements(expected[name], layout), (name, rank)
+            if rank == 0:
+                assert elements == local_elements(expected[name], layout), (name, rank)
 
 
 def layouts_of(cfg, gpus: int) -> Iterator[Layout]:
-    """All over all, a copy for each node, and as many experts apart as there can be."""
+    """All over all, a copy for each node, and experts apart in groups of eight and of all."""
     for shard in dict.fromkeys((gpus, 8, 64)):
         for experts in (1, 8, min(gpus, cfg.n_experts)):
             if gpus % shard == 0 and gpus % experts == 0 and cfg.n_experts % experts == 0:
                 yield Layout(gpus, "fsdp", shard, experts)
 
 
-@pytest.mark.parametrize("name", ["1b", "3b"])
-@pytest.mark.parametrize("gpus", [8, 64])
-def test_middle_variants(name: str, gpus: int) -> None:
-    for layout in layouts_of(variant(name), gpus):
-        check(variant(name), layout)
+def test_a_middle_variant() -> None:
+    for layout in layouts_of(variant("1b"), 64):
+        check(variant("1b"), layout, (0, 63))
 
 
-@pytest.mark.parametrize("shard", [3, 5, 16, 48])
+@pytest.mark.parametrize("shard", [3, 16])
 def test_parts_that_do_not_divide_are_padded(shard: int) -> None:
     """Eight experts over 16 processes: half of them store none, and all send one."""
-    check(SMALL, Layout(shard, "fsdp", shard))
+    check(SMALL, Layout(shard, "fsdp", shard), (0, 1, shard - 1))
     each = next(p for p in parameters(SMALL) if p.expert)
     assert shard * each.chunk(shard) >= each.n
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("gpus", WORLDS)
+@pytest.mark.parametrize("gpus", [8, 64, 512, 4096])
 def test_all_variants_on_up_to_4096_processes(name: str, gpus: int) -> None:
     for layout in layouts_of(variant(name), gpus):
-        check(variant(name), layout)
+        check(variant(name), layout, (0, 1, gpus - 1))
+
+
+def test_parameters_know_their_unit_and_their_optimizer() -> None:
+    """Loop and root are gathered once, blocks twice; Muon takes matrices that the rules name."""
+    found = parameters(SMALL)
+    assert {each.unit for each in found} == {ROOT, "recurrent", "prelude.0", "coda.0"}
+    for each in found:
+        assert each.regathered == (each.unit in ("prelude.0", "coda.0"))
+        assert each.name.startswith(each.unit)
+        assert each.trained == (not NOT_TRAINED.search(each.name))
+        by_muon = each.trained and len(each.shape) > 1 and rule_of(each.name).maps > 0
+        assert each.muon == by_muon, each.name
+    assert {each.name.rpartition(".")[2] for each in found if each.expert} == {"gate_up", "down"}

@@ -59,7 +59,7 @@ def parallelize(model: Model, config: RunConfig) -> ParallelModel:
             apply_expert_parallelism(model, _mesh(device, parallel.experts, "expert"))
         elsewhere = set(expert_parameters(model)) if parallel.experts > 1 else None
         mesh = _mesh(device, parallel.shard or world_size(), "shard")
-        for unit, reshard in _units(model):
+        for unit, reshard in sharding_units(model):
             fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, ignored_params=elsewhere)
         fully_shard(call, mesh=mesh, reshard_after_forward=False, ignored_params=elsewhere)
         for module in call.modules():
@@ -175,7 +175,7 @@ def _compile(model: Model) -> None:
         compile_block(block, rows_leave=block in looped)
 
 
-def _units(model: Model) -> Iterable[tuple[nn.Module, bool]]:
+def sharding_units(model: Model) -> Iterable[tuple[nn.Module, bool]]:
     """Modules that are gathered one at a time, and whether they are let go after their forward.
 
     What runs last in the forward pass runs first in the backward pass, so the loop keeps its
