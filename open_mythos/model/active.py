@@ -169,7 +169,10 @@ class RowSchedule:
 
     def in_order(self, finals: list[Tensor]) -> Tensor:
         """Join the final states of the rows, collected as they left, in the order of the batch."""
-        return finals[0] if len(finals) == 1 else torch.cat(finals)[self._inverse]
+        if len(finals) == 1:
+            return finals[0]
+        joined = torch.cat(finals)
+        return joined if len(self.departures) == 1 else joined[self._inverse]
 
 
 def integers(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:

@@ -205,6 +205,8 @@ class RecurrentBlock(nn.Module):
                     finals.append(h_BTD if leave is None else h_BTD[leave])
                     if t + 1 < n_loops:
                         h_BTD, drive_BTD, now = h_BTD[stay], drive_BTD[stay], ctx.at(active)
+        if n_loops > rows.n_loops:
+            finals.append(h_BTD)  # no rows, but the collectives of these loops have a backward pass
         return rows.in_order(finals)
 
     def _until_all_stop(
