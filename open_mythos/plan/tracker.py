@@ -11,6 +11,9 @@ Everything in this package that uses private parts of PyTorch is in this module:
   exist. ``torch.distributed`` has no public one.
 - ``torch._library.custom_ops`` finds the Python body of a custom operation, so that what it
   allocates is counted. On fake tensors PyTorch would only ask for the shapes of its results.
+- :func:`dry_run` replaces what reads values on the host or asks other processes when DDP, FSDP2
+  and DTensor prepare a model; :func:`_call` corrects where fake tensors allocate otherwise than
+  real ones. Each replacement says why.
 """
 
 from __future__ import annotations

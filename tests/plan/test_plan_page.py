@@ -8,6 +8,9 @@ from dataclasses import fields
 import pytest
 
 from benchmarks.plan_memory import Row, cases, distributed_cases
+from open_mythos.cli import plan as command
+from open_mythos.errors import ConfigError
+from open_mythos.plan import Job
 from open_mythos.plan.hardware import GPUS, LINK_EFFICIENCY, MFU, USABLE
 from open_mythos.variants import variant
 
@@ -15,6 +18,9 @@ from .plan_page import PAGE, RESULTS, block, blocks, output, printed
 from .small import check
 
 TEXT = PAGE.read_text(encoding="utf-8")
+ONE_GPU: dict = {
+    "gpus": 1, "checkpoint_loops": False, "micro_batch": 1, "n_loops": 2, "max_loops": 2,
+}  # fmt: skip
 
 
 def test_the_page_quotes_its_outputs() -> None:
@@ -64,8 +70,8 @@ def test_the_recorded_error_is_small() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"gpus": 1, "micro_batch": 1, "mfu": 0.5, "price": 1.25},
-        {"gpus": 8, "kind": "fsdp", "shard": 8, "experts": 2, "micro_batch": 1},
+        ONE_GPU,
+        ONE_GPU | {"gpus": 2, "kind": "ddp", "optimizer": "muon", "ema": True},
     ],
 )  # fmt: skip
 def test_tables_fit_a_terminal_of_100_columns(options: dict) -> None:
@@ -92,19 +98,26 @@ def test_dense_models_have_no_loops(tmp_path) -> None:
 
 
 def test_json_and_tables_agree() -> None:
-    values = json.loads(printed("nano", gpus=1, micro_batch=1, json=True))
-    text = printed("nano", gpus=1, micro_batch=1)
+    values = json.loads(printed("nano", **ONE_GPU, json=True))
+    text = printed("nano", **ONE_GPU)
     assert f"{values['memory']['total'] / 1e6:.3g} MB" in text
     assert values["training"]["tokens"] == 20 * values["counts"]["parameters"]
     assert f"{values['training']['cost'][1]:,.0f}" in text
 
 
-def test_defaults_are_those_of_the_page() -> None:
-    cfg = variant("nano")
-    values = json.loads(printed("nano", gpus=1, gpu="b200", micro_batch=1, json=True))
-    assert values["job"]["context"] == min(cfg.max_seq_len, 8192)
-    assert values["job"]["n_loops"] == values["job"]["max_loops"] == cfg.max_loop_iters
-    assert values["step"]["tokens"] == 1 << 22
+def test_defaults_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+
+    def keep(job: Job, *_: object, **__: object) -> None:
+        jobs.append(job)
+        raise ConfigError("seen", where="here", value=job, allowed="")
+
+    monkeypatch.setattr(command, "make_plan", keep)
+    for name in ("nano", "7b"):
+        cfg = variant(name)
+        printed(name, gpus=8)
+        assert jobs[-1].context == min(cfg.max_seq_len, 8192)
+        assert jobs[-1].n_loops == jobs[-1].max_loops == cfg.max_loop_iters
 
 
 @pytest.mark.parametrize(
