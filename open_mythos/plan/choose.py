@@ -134,7 +134,8 @@ def choose(
     fastest = _fastest(job, gpu, found, mfu)
     if fastest is not None:
         return fastest
-    layout, least = _most_frugal(job, [each for each in found if each.micro_batch == sizes[0]])
+    layout = _frugal(job, [each for each in found if each.micro_batch == sizes[0]])[0]
+    least = memory(job, layout)
     if wish != Wish() and _any_fits(job, gpu, gpus, local_batch):
         raise DoesNotFitError(job, gpu, layout, least, gpus, job.context)
     raise DoesNotFitError(
@@ -202,12 +203,6 @@ def _complexity(layout: Layout) -> tuple[float, ...]:
     shape = 0 if layout.kind != "fsdp" else 1 if layout.shard == layout.gpus else 2
     odd = layout.kind == "fsdp" and layout.shard != layout.gpus and layout.shard != NODE
     return (layout.checkpoint_loops, layout.experts > 1, shape + odd, -layout.micro_batch)
-
-
-def _most_frugal(job: Job, all_of: list[Layout]) -> tuple[Layout, Memory]:
-    """Return the layout that needs least by the quick bound, and what it needs."""
-    best = _frugal(job, all_of)[0]
-    return best, memory(job, best)
 
 
 def _frugal(job: Job, all_of: list[Layout]) -> list[Layout]:

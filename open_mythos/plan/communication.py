@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from open_mythos.plan.hardware import GPU, LINK_EFFICIENCY, NODE
 from open_mythos.plan.job import Job, Layout
-from open_mythos.plan.memory import FLOAT32, HALF, local_elements
-from open_mythos.plan.parameters import Parameter
+from open_mythos.plan.memory import FLOAT32, HALF, local_elements, padded_elements
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,13 @@ def _traffic(job: Job, layout: Layout) -> Iterator[tuple[str, float, float]]:
     apart = layout.experts > 1
     sharded = [each for each in every if not (apart and each.expert)]
     times = layout.micro_batches
-    size = times * FLOAT32 * sum(_gathers(each) * _padded(each, layout) for each in sharded)
+    size = (
+        times
+        * FLOAT32
+        * sum((1 + each.regathered) * padded_elements(each, layout) for each in sharded)
+    )
     yield ("gather weights (all-gather)", *_all_gather(size, shard))
-    size = times * FLOAT32 * sum(_padded(each, layout) for each in sharded if each.trained)
+    size = times * FLOAT32 * sum(padded_elements(each, layout) for each in sharded if each.trained)
     yield ("sum gradients (reduce-scatter)", *_all_gather(size, shard))
     local = sum(local_elements(each, layout) for each in sharded if each.trained)
     yield ("sum gradients of copies (all-reduce)", *_all_reduce(times * FLOAT32 * local, copies))
@@ -94,15 +97,6 @@ def _traffic(job: Job, layout: Layout) -> Iterator[tuple[str, float, float]]:
     if job.optimizer == "muon":
         size = HALF * sum(each.n for each in sharded if each.muon and not each.expert)
         yield ("gather Muon's updates (all-gather)", *_all_gather(size, shard))
-
-
-def _gathers(parameter: Parameter) -> int:
-    """Return how often its unit is gathered for one micro-batch."""
-    return 2 if parameter.regathered else 1
-
-
-def _padded(parameter: Parameter, layout: Layout) -> int:
-    return layout.shard * parameter.chunk(layout.shard)
 
 
 def _token_bytes(job: Job, layout: Layout) -> float:

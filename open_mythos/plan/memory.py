@@ -96,13 +96,14 @@ def counted_bytes(job: Job, layout: Layout) -> int:
         return held_bytes(job, layout) + grads
     whole = [each for each in here if not (layout.experts > 1 and each.expert)]
     loop = [each for each in whole if each.unit != ROOT and not each.regathered]
-    root = FLOAT32 * sum(_padded(each, layout) for each in whole if each.unit == ROOT)
-    gathered = FLOAT32 * sum(_padded(each, layout) for each in loop)
-    summed = FLOAT32 * sum(_padded(each, layout) + each.n for each in loop if each.trained)
+    root = FLOAT32 * sum(padded_elements(each, layout) for each in whole if each.unit == ROOT)
+    gathered = FLOAT32 * sum(padded_elements(each, layout) for each in loop)
+    summed = FLOAT32 * sum(padded_elements(each, layout) + each.n for each in loop if each.trained)
     return held_bytes(job, layout) + max(root + max(gathered, summed), grads)
 
 
-def _padded(parameter: Parameter, layout: Layout) -> int:
+def padded_elements(parameter: Parameter, layout: Layout) -> int:
+    """Return the elements of a gathered parameter, the padding of its shards included."""
     return layout.shard * parameter.chunk(layout.shard)
 
 
@@ -121,7 +122,7 @@ def likely_bytes(job: Job, layout: Layout) -> float:
     root = loop = 0
     if layout.kind == "fsdp":
         here = [each for each in job.parameters if not (layout.experts > 1 and each.expert)]
-        root = sum(_padded(each, layout) for each in here if not each.regathered)
+        root = sum(padded_elements(each, layout) for each in here if not each.regathered)
     elif layout.kind == "ddp":
         loop = sum(each.n for each in job.parameters if each.trained)
     activations = held_bytes(job, layout) + FLOAT32 * (root + loop) + kept
