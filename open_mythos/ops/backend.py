@@ -47,10 +47,10 @@ def pick_backend(
     Raises:
         ConfigError: ``table`` has no such backend.
     """
-    chosen = pick(table, backend, where, what=f"{op} backend", fix=f'set {where} to "auto"')
+    pick(("auto", *table), backend, where, what=f"{op} backend", fix=f'set {where} to "auto"')
     if not torch.compiler.is_compiling():
         _log_once(op, backend)
-    return chosen
+    return table[backend]
 
 
 def triton_serves(op: str, backend: str, tensor: Tensor, problem: str | None) -> bool:

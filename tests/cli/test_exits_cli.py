@@ -166,7 +166,7 @@ class TestGenerate:
     ("argv", "said"),
     [
         (("evaluate", "MODEL", "--exit", "never"), "gate:THRESHOLD"),
-        (("evaluate", "MODEL", "--exit", "kl:0"), "not a threshold"),
+        (("evaluate", "MODEL", "--exit", "kl:0"), "kl is out of range"),
         (("evaluate", "MODEL", "--exit", "kl", "--depths", "[1,2]"), "--depths"),
         (("evaluate", "MODEL", "--n_loops", "3"), "only an exit rule reads this"),
         (("evaluate", "MODEL", "--repeats", "3"), "only an exit rule reads this"),
@@ -175,7 +175,7 @@ class TestGenerate:
         (("evaluate", "MODEL", "--windows", "0"), "--windows"),
         (("train", "gate", "MODEL", "--seq_len", "0", "--out", "OUT"), "--seq_len"),
         (("generate", "MODEL", "x", "--exit", "never", "--tokenizer", "byte"), "gate:THRESHOLD"),
-        (("train", "gate", "MODEL", "--target", "both", "--out", "OUT"), "remaining or marginal"),
+        (("train", "gate", "MODEL", "--target", "both", "--out", "OUT"), "remaining, marginal"),
         (("train", "gate", "MODEL", "--n_loops", "1", "--out", "OUT"), "n_loops"),
         (("train", "gate", "MODEL", "--stps", "1"), "did you mean 'steps'?"),
         (("train", "gate"), "checkpoint"),
