@@ -26,7 +26,6 @@ from open_mythos.data import IGNORE_INDEX, Batch
 from open_mythos.evaluation.early_exit import (
     GivenDepths,
     Variant,
-    every_loop,
     run_exits,
     wall_clock,
 )
@@ -122,8 +121,8 @@ def answered(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
     with frozen(model, torch.float32):
         return torch.stack(
             [
-                model.head(hidden_BTD).argmax(-1) == batch.targets
-                for _, hidden_BTD in every_loop(model, batch.input_ids, n_loops)
+                model.logits(h_BTD).argmax(-1) == batch.targets
+                for _, h_BTD in model.unroll(batch.input_ids, n_loops)
             ]
         )
 

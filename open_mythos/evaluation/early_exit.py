@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -205,19 +205,6 @@ def wall_clock(
                 _hidden(model, batch, n_loops, rule, None)
             seconds.append(_now(batches[0].targets.device) - start)
     return [median(seconds) for seconds in taken]
-
-
-def every_loop(
-    model: OpenMythos, input_ids: Tensor, n_loops: int, document_ids: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """After each loop: the state (B, T, D), and the final hidden state that it stands for.
-
-    Nobody leaves. The caller sets the conditions, and takes from a loop what it needs before it
-    asks for the next, so that no more than one is held.
-    """
-    ctx = model.context(input_ids, document_ids=document_ids)
-    for _, h_BTD in model.unroll(input_ids, n_loops, ctx):
-        yield h_BTD, model.final_hidden(h_BTD, ctx)
 
 
 def token_scores(

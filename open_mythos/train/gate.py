@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_count, pick
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.evaluation.early_exit import every_loop, token_scores
+from open_mythos.evaluation.early_exit import token_scores
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.layers.halting import ACTHalting, exit_loops
 from open_mythos.model.mythos import OpenMythos
@@ -252,7 +252,9 @@ def _follow(model: OpenMythos, batch: TokenBatch, n_loops: int) -> Trajectory:
     """The targets of one batch; the logits of one loop and of a chunk of them exist at a time."""
     asked_BT = batch.targets != IGNORE_INDEX
     states, losses = [], []
-    for h_BTD, hidden_BTD in every_loop(model, batch.input_ids, n_loops, batch.document_ids):
+    ctx = model.context(batch.input_ids, document_ids=batch.document_ids)
+    for _, h_BTD in model.unroll(batch.input_ids, n_loops, ctx):
+        hidden_BTD = model.final_hidden(h_BTD, ctx)
         states.append(h_BTD[asked_BT])
         losses.append(token_scores(hidden_BTD[asked_BT], model.head, batch.targets[asked_BT])[0])
     return Trajectory(torch.stack(states), torch.stack(losses))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from open_mythos.data.batch import IGNORE_INDEX
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation import GivenDepths, evaluate_exits
-from open_mythos.evaluation.early_exit import deal, every_loop, run_exits, token_scores
+from open_mythos.evaluation.early_exit import deal, run_exits, token_scores
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.exit_rules import ExitRule, FixedDepth, exit_rule
 from open_mythos.model.mythos import OpenMythos
@@ -135,9 +135,10 @@ def test_rows_without_a_target_are_left_out(model):
 def test_every_loop_is_a_forward_call_of_that_depth(model):
     ids, documents = BATCHES[2].input_ids, BATCHES[2].document_ids
     with torch.no_grad():
-        for depth, (_, hidden) in enumerate(every_loop(model, ids, 3, documents), start=1):
-            expected = model(ids, depth, document_ids=documents)
-            torch.testing.assert_close(model.head(hidden), expected)
+        ctx = model.context(ids, document_ids=documents)
+        for t, h in model.unroll(ids, 3, ctx):
+            expected = model(ids, t + 1, document_ids=documents)
+            torch.testing.assert_close(model.logits(h, ctx), expected)
 
 
 def test_scores_do_not_depend_on_the_chunk():
