@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from open_mythos.train.checkpoint.find import checkpoints
 from open_mythos.train.checkpoint.saver import Saver
-from open_mythos.train.checkpoint.snapshot import checkpoints
 from open_mythos.train.config import RunConfig
 from open_mythos.train.monitoring.metrics import MetricsLogger, event, finite
 from open_mythos.train.monitoring.monitor import Monitor

@@ -24,7 +24,7 @@ from open_mythos.hub.pretrained import describe, from_pretrained
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, write_config
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.build import Model, build_model
-from open_mythos.train.checkpoint.snapshot import checkpoints
+from open_mythos.train.checkpoint.find import checkpoints
 from open_mythos.train.config import RunConfig, fitting_micro_batch
 from open_mythos.train.monitoring.metrics import MetricsLogger
 from open_mythos.train.parallel.process_group import process_group

@@ -26,12 +26,11 @@ from open_mythos.errors import ConfigError, MythosError
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint import snapshot
+from open_mythos.train.checkpoint.config_changes import refuse_changes
+from open_mythos.train.checkpoint.find import checkpoints, find_checkpoint, read_state
 from open_mythos.train.checkpoint.manifest import as_json
-from open_mythos.train.checkpoint.restore import holds_file, restore
-from open_mythos.train.checkpoint.resume import refuse_changes
+from open_mythos.train.checkpoint.restore import holds_file, load_checkpoint
 from open_mythos.train.checkpoint.saver import Saver
-from open_mythos.train.checkpoint.snapshot import checkpoints
 from open_mythos.train.config import RunConfig
 from open_mythos.train.loop_summary import LoopSummary, depth_metrics
 from open_mythos.train.monitoring.loggers import LoggedRun, open_loggers
@@ -345,7 +344,7 @@ class Trainer:
             source: "latest" (in ``train.out_dir``), a checkpoint, or the folder of another run.
             strict: Reject a damaged newest checkpoint instead of falling back to an older one.
             allow: Fields such as "optim.lr" that may differ from the saved configuration, beside
-                those of :data:`open_mythos.train.checkpoint.resume.MAY_CHANGE`.
+                those of :data:`open_mythos.train.checkpoint.config_changes.MAY_CHANGE`.
 
         Raises:
             DataError: There is no whole checkpoint, or it is of another model or other data.
@@ -357,13 +356,13 @@ class Trainer:
 
     def _restore(self, source: str | Path, strict: bool, allow: Sequence[str] = ()) -> None:
         folder = self._saver().directory if source == "latest" else Path(source)
-        path = first_decides(lambda: snapshot.find_checkpoint(folder, strict))
-        state = snapshot.read_state(path)
+        path = first_decides(lambda: find_checkpoint(folder, strict))
+        state = read_state(path)
         refuse_changes(state["config"], self.config.to_dict(), allow)
         self.loader.load_state_dict(state["data"])
         average = self.stepper.average
         extra = self._extra() if holds_file(path, AVERAGE_FILE) else {}
-        restore(path, self.model, self.optimizer, extra)
+        load_checkpoint(path, self.model, self.optimizer, extra)
         if average is not None and not extra:
             average.restart()
         self.monitor.load_state_dict(state["watch"])

@@ -13,7 +13,7 @@ import torch
 
 from open_mythos.train import Trainer
 from open_mythos.train.checkpoint import saver as saving
-from open_mythos.train.checkpoint import snapshot
+from open_mythos.train.checkpoint import write as writing
 
 
 def _after_resume(change: Callable[[Trainer], None]) -> Callable[[Trainer], Any]:
@@ -64,29 +64,29 @@ def _depths_from_one_stream(trainer: Trainer) -> Iterator[None]:
 def _written_in_place(trainer: Trainer) -> Iterator[None]:
     """Files appear under the final name one by one."""
 
-    def publish_first(folder: Path, snapshot: Any) -> None:
+    def publish_first(folder: Path, *content: Any) -> None:
         final = folder.with_name(folder.name.removeprefix(".unfinished-"))
         shutil.rmtree(final, ignore_errors=True)
         folder.rename(final)
-        fill(final, snapshot)
+        fill(final, *content)
         final.rename(folder)
 
-    fill = snapshot.fill_folder
-    with patch.object(snapshot, "fill_folder", publish_first):
+    fill = writing.fill_folder
+    with patch.object(writing, "fill_folder", publish_first):
         yield
 
 
 @contextmanager
 def _old_ones_go_first(trainer: Trainer) -> Iterator[None]:
     """Room is made before the new checkpoint is there."""
-    plain = saving.write_jointly
+    plain = saving.write_checkpoint
 
     def write(directory: Path, *args: Any) -> Path:
-        for path in snapshot.checkpoints(directory):
+        for path in writing.checkpoints(directory):
             shutil.rmtree(path)
         return plain(directory, *args)
 
-    with patch.object(saving, "write_jointly", write):
+    with patch.object(saving, "write_checkpoint", write):
         yield
 
 

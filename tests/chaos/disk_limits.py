@@ -21,7 +21,7 @@ from open_mythos.errors import MythosError
 from open_mythos.run_folder import CHECKPOINTS_FOLDER
 from open_mythos.train import Trainer
 from open_mythos.train.checkpoint import saver as saving
-from open_mythos.train.checkpoint.snapshot import checkpoints
+from open_mythos.train.checkpoint.find import checkpoints
 
 NOBODY = 65534
 FULL_AT = 4
@@ -155,7 +155,7 @@ def files_may_not_grow(out: str, data: str, behind: bool, helped: bool) -> list[
 def _room_goes(
     facts: Facts, take: Callable[[], None], give: Callable[[], None], helped: bool
 ) -> list[dict[str, Any]]:
-    plain, tries = saving.write_jointly, []
+    plain, tries = saving.write_checkpoint, []
 
     def write(*args: Any) -> Path:
         tries.append(1)
@@ -166,7 +166,7 @@ def _room_goes(
                 give()
             raise
 
-    with patch.object(saving, "write_jointly", write):
+    with patch.object(saving, "write_checkpoint", write):
         first = facts.life(lambda trainer: at_step(trainer, FULL_AT, take))
     first["tries"] = len(tries)
     if helped:

@@ -299,12 +299,12 @@ FAILURES = (
     ),
     Failure(
         "The folder of the run cannot be written when it starts", not_writable("the run"),
-        "mend its owner or permissions, or choose another `train.out_dir`",
+        "fix its owner or permissions, or choose another `train.out_dir`",
     ),
     Failure(
         "The folder of its checkpoints cannot be written when it starts",
         not_writable("its checkpoints"),
-        "mend its owner or permissions, or choose another `train.out_dir`",
+        "fix its owner or permissions, or choose another `train.out_dir`",
     ),
     Failure(
         "A save fails once, as when a disk is full for a moment", full_once,
@@ -312,7 +312,7 @@ FAILURES = (
     ),
     Failure(
         "A save fails twice: the disk is full, broken or has become read-only", full,
-        f"make room, then {_RESUME}; steps since the last checkpoint are computed again",
+        f"make room, then {_RESUME}; steps since the last checkpoint are recomputed",
     ),
     Failure(
         "The disk takes a checkpoint and loses part of it, twice", loses_bytes,
@@ -324,7 +324,7 @@ FAILURES = (
     ),
     Failure(
         "The newest checkpoint is damaged, `--resume latest`", damaged,
-        "nothing: the run goes on from the checkpoint before, and computes the steps since again",
+        "nothing: the run resumes from the previous checkpoint and recomputes the steps since",
     ),
     Failure(
         "The newest checkpoint is damaged, `--resume strict`", damaged_strict,
@@ -336,7 +336,7 @@ FAILURES = (
     ),
     Failure(
         "The folder of the checkpoints cannot be read", not_readable,
-        "mend its permissions; nothing is known to be damaged",
+        "fix its permissions; nothing is known to be damaged",
     ),
     Failure(
         "A run is resumed with other settings", other_settings,
@@ -364,10 +364,10 @@ FAILURES = (
     ),
     Failure(
         "A loss or gradient is not finite", not_finite,
-        "nothing: the step is skipped, not a bit of weights, moments or averages changes",
+        "nothing: the step is skipped; weights, optimizer state and averages do not change",
     ),
     Failure(
-        "That goes on for more than `train.max_skips` steps, and going back did not help",
+        "That goes on for more than `train.max_skips` steps, and rolling back did not help",
         diverged,
         "read the bundle it names; resume with a lower learning rate or other data",
     ),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from open_mythos.train.checkpoint import manifest, snapshot
+from open_mythos.train.checkpoint import manifest, write
 
 
 class Operation(NamedTuple):
@@ -119,7 +119,7 @@ class Interposed:
         opening = self._open(io.open)
         self._patch(io, "open", opening)
         self._patch(builtins, "open", opening)
-        self._patch(snapshot, "save_file", self._save_file(snapshot.save_file))
+        self._patch(write, "save_file", self._save_file(write.save_file))
         self._patch(manifest, "safe_open", self._by_path(manifest.safe_open, "safe_open"))
         return self
 

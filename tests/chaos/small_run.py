@@ -21,6 +21,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.data import EpochWindows, Loader, TokenShards, prepare
 from open_mythos.evaluation import evaluate_depths
+from open_mythos.run_folder import CHECKPOINTS_FOLDER
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train import (
     DataConfig,
@@ -31,7 +32,7 @@ from open_mythos.train import (
     Trainer,
     build_model,
 )
-from open_mythos.train.checkpoint.snapshot import CHECKPOINTS_FOLDER, checkpoints
+from open_mythos.train.checkpoint.find import checkpoints
 from open_mythos.train.optimizers.ema import WeightAverage
 
 STEPS = 12

@@ -13,7 +13,7 @@ from chaos.broken_variants import CONTROLS
 from open_mythos.errors import EnvironmentError_
 from open_mythos.train import find_checkpoint
 from open_mythos.train.checkpoint import saver as saving
-from open_mythos.train.checkpoint import snapshot
+from open_mythos.train.checkpoint import write
 
 BEHIND = {"train": {"async_save": True}}
 SOON = 60.0
@@ -34,7 +34,7 @@ class Gate:
         self.order = []
         if open_at_first:
             self.opened.set()
-        self._plain = snapshot.fill_folder
+        self._plain = write.fill_folder
 
     def __call__(self, folder, snapshot, *args):
         self.now += 1
@@ -47,7 +47,7 @@ class Gate:
         self.now -= 1
 
     def __enter__(self):
-        self._patch = patch.object(snapshot, "fill_folder", self)
+        self._patch = patch.object(write, "fill_folder", self)
         self._patch.__enter__()
         return self
 
@@ -111,7 +111,7 @@ def test_a_failure_surfaces_at_the_next_step(trainer, row):
 
     trainer.loader.next_batch = next_batch
     with (
-        patch.object(snapshot, "fill_folder", full),
+        patch.object(write, "fill_folder", full),
         pytest.raises(EnvironmentError_, match="could not be written") as caught,
     ):
         trainer.fit()

@@ -8,7 +8,7 @@ import pytest
 
 from chaos import small_run
 from open_mythos.errors import ConfigError
-from open_mythos.train.checkpoint.resume import MAY_CHANGE, refuse_changes
+from open_mythos.train.checkpoint.config_changes import MAY_CHANGE, refuse_changes
 
 
 def flat(values, prefix=""):

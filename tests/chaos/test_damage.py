@@ -17,8 +17,9 @@ from chaos import small_run
 from chaos.outcome_table import sizes
 from open_mythos.errors import DataError
 from open_mythos.train import find_checkpoint, verify_checkpoint
-from open_mythos.train.checkpoint import manifest, snapshot
-from open_mythos.train.checkpoint.snapshot import Snapshot, write_snapshot
+from open_mythos.train.checkpoint import find, manifest
+from open_mythos.train.checkpoint.snapshot import Snapshot
+from open_mythos.train.checkpoint.write import write_checkpoint
 
 NEWEST, BEFORE = f"step_{small_run.STEPS:08d}", f"step_{small_run.STEPS - small_run.SAVE_EVERY:08d}"
 
@@ -121,7 +122,7 @@ def test_without_verification_damage_goes_through(saved, caplog, row):
     rng = random.Random(0)
     victim = folder / NEWEST / "model.safetensors"
     content = victim.read_bytes()
-    with patch.object(snapshot, "verify_checkpoint", lambda path: None):
+    with patch.object(find, "verify_checkpoint", lambda path: None):
         for _ in range(5):
             damaged = bytearray(content)
             damaged[rng.randrange(len(content) // 2, len(content))] ^= 1
@@ -162,7 +163,7 @@ def test_a_save_hashes_every_byte_once(tmp_path):
 
     with patch.object(manifest, "hashlib") as library:
         library.sha256 = Counting
-        path = write_snapshot(tmp_path, big_snapshot(48), 1)
+        path = write_checkpoint(tmp_path, big_snapshot(48), 1)
     assert sum(hashed) == sum(each.stat().st_size for each in path.iterdir())
     verify_checkpoint(path)
 
@@ -188,7 +189,7 @@ def test_what_hashing_costs(tmp_path, row):
             library.sha256 = hashlib.sha256 if hashing else NoHash
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
             wall, cpu = time.perf_counter(), time.process_time()
-            path = write_snapshot(tmp_path / "run", snapshot, 1)
+            path = write_checkpoint(tmp_path / "run", snapshot, 1)
             walls.setdefault(hashing, []).append(time.perf_counter() - wall)
             cpus.setdefault(hashing, []).append(time.process_time() - cpu)
         if hashing:

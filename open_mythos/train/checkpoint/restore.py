@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError
 from open_mythos.hub.pretrained import CONFIG_FILE, describe, model_tensors
-from open_mythos.hub.sharded_tensors import holds_parts, is_sharded, read_tensors, stored_shapes
+from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
 from open_mythos.train.build import Model
+from open_mythos.train.checkpoint.find import read_state
 from open_mythos.train.checkpoint.manifest import read_json
-from open_mythos.train.checkpoint.snapshot import load_checkpoint, named_parameters
-from open_mythos.train.optimizers.optim import moments_of
+from open_mythos.train.checkpoint.snapshot import Extra, named_parameters
+from open_mythos.train.optimizers.optim import state_names
 
-_OPTIMIZER = "optimizer/"
+_MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 
-def restore(
-    path: Path,
+def load_checkpoint(
+    path: str | Path,
     model: Model,
     optimizer: torch.optim.Optimizer,
-    extra: Mapping[str, Mapping[str, Tensor]],
-) -> None:
-    """Load the tensors of a verified checkpoint. All processes of a run call it together.
+    extra: Extra | None = None,
+) -> dict[str, Any]:
+    """Load a verified checkpoint into ``model`` and ``optimizer``; return its state.
+
+    All processes of a run call it together.
 
     Args:
         path: Folder of the checkpoint.
@@ -34,62 +39,69 @@ def restore(
         extra: Further safetensors file -> name -> tensor to fill, sharded like the model.
 
     Raises:
-        DataError: A file cannot be read, or belongs to another model. Nothing is changed if names
-            and shapes do not fit.
+        DataError: A file cannot be read, or belongs to another model. Nothing is changed unless
+            names and shapes fit.
     """
-    if is_sharded(path) or holds_parts(model.state_dict()):
-        _restore_parts(path, model, optimizer)
-    else:
-        load_checkpoint(path, model, optimizer)
-    for file, tensors in extra.items():
-        read_tensors(path, {f"{Path(file).stem}/{name}": each for name, each in tensors.items()})
-
-
-def holds_file(path: Path, file: str) -> bool:
-    """Whether the checkpoint has the tensors of ``file``, in one piece or in many."""
-    return any(name.startswith(f"{Path(file).stem}/") for name in stored_shapes(path))
-
-
-def _restore_parts(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
-    stored = read_json(path / CONFIG_FILE)
-    if stored != describe(model):
-        raise DataError(
-            "the checkpoint is of another model", where=str(path), value=stored,
-            allowed=str(describe(model)), fix="build the model from the checkpoint's configuration",
-        )  # fmt: skip
-    weights = {f"model/{name}": tensor for name, tensor in model_tensors(model).items()}
-    moments = _empty_moments(path, optimizer)
-    into = weights | {
-        f"{_OPTIMIZER}{name}/{key}": tensor
-        for name, of_parameter in moments.items()
-        for key, tensor in of_parameter.items()
+    folder = Path(path)
+    shapes = stored_shapes(folder)
+    weights = {f"{_MODEL}{name}": tensor for name, tensor in model_tensors(model).items()}
+    _check_model(folder, model, weights.keys() ^ {n for n in shapes if n.startswith(_MODEL)})
+    held = _room_for_state(folder, optimizer, shapes)
+    further = {
+        f"{Path(file).stem}/{name}": each
+        for file, tensors in (extra or {}).items()
+        for name, each in tensors.items()
     }
-    read_tensors(path, into)
+    into = weights | further
+    for name, of_parameter in held.items():
+        into |= {f"{_OPTIMIZER}{name}/{key}": each for key, each in of_parameter.items()}
+    read_tensors(folder, into)
     names = [name for name, _ in named_parameters(optimizer)]
     optimizer.load_state_dict(
         {
-            "state": {i: moments[name] for i, name in enumerate(names) if name in moments},
+            "state": {i: held[name] for i, name in enumerate(names) if name in held},
             "param_groups": optimizer.state_dict()["param_groups"],
         }
     )
+    return read_state(folder)
 
 
-def _empty_moments(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Parameter -> moment -> room for it, for all moments in the checkpoint."""
-    parameters, kept = dict(named_parameters(optimizer)), moments_of(optimizer)
-    moments: dict[str, dict[str, Tensor]] = {}
-    for stored, shape in stored_shapes(path).items():
+def holds_file(path: Path, file: str) -> bool:
+    """Return whether the checkpoint has the tensors of ``file``, whole or in shards."""
+    return any(name.startswith(f"{Path(file).stem}/") for name in stored_shapes(path))
+
+
+def _check_model(folder: Path, model: Model, odd: set[str]) -> None:
+    """Raise DataError if the checkpoint is of another model, or only one of them has ``odd``."""
+    stored, present = read_json(folder / CONFIG_FILE), describe(model)
+    if isinstance(stored.get("config"), dict):
+        # fields that are newer than the checkpoint have their defaults
+        stored["config"] = MythosConfig.from_dict(stored["config"]).to_dict()
+    if stored != present or odd:
+        raise DataError(
+            "the checkpoint is of another model", where=str(folder),
+            value=stored if stored != present else sorted(odd)[:5], allowed=str(present),
+            fix="build the model from the checkpoint's configuration",
+        )  # fmt: skip
+
+
+def _room_for_state(
+    folder: Path, optimizer: torch.optim.Optimizer, shapes: Mapping[str, torch.Size]
+) -> dict[str, dict[str, Tensor]]:
+    """Return parameter -> key -> empty tensor for all optimizer state in the checkpoint."""
+    parameters, known = dict(named_parameters(optimizer)), state_names(optimizer)
+    held: dict[str, dict[str, Tensor]] = {}
+    for stored, shape in shapes.items():
         if not stored.startswith(_OPTIMIZER):
             continue
         name, _, key = stored.removeprefix(_OPTIMIZER).rpartition("/")
         parameter = parameters.get(name)
-        known = parameter is not None and key in kept[name]
-        if parameter is None or not known or (shape and shape != parameter.shape):
+        if parameter is None or key not in known[name] or (shape and shape != parameter.shape):
             raise DataError(
-                "the checkpoint has moments of another optimizer or model", where=str(path),
-                value=f"{name}/{key} {tuple(shape)}", allowed="those that this run goes on with",
+                "the checkpoint has the state of another optimizer or model", where=str(folder),
+                value=f"{name}/{key} {tuple(shape)}", allowed="that of this run's optimizer",
                 fix="start a new run from the checkpoint's weights",
             )  # fmt: skip
         room = torch.zeros_like(parameter.detach()) if shape else torch.zeros(())
-        moments.setdefault(name, {})[key] = room
-    return moments
+        held.setdefault(name, {})[key] = room
+    return held

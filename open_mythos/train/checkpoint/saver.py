@@ -1,9 +1,8 @@
-"""When a run saves: room and permission looked at first, in the foreground or behind the training,
-once more if it fails.
+"""Saves a run: checks room and permissions first, writes in the foreground or in the background,
+retries once.
 
-A background save takes a copy of everything and writes it in a thread. There is at most one under
-way: the next save, and the end of the run, wait for it. What went wrong in it is raised at the next
-step.
+A background save takes a copy of everything and writes it in a thread. There is at most one in
+flight: the next save, and the end of the run, wait for it. Its error is raised at the next step.
 """
 
 from __future__ import annotations
@@ -23,35 +22,34 @@ from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.files import sync_to_disk
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint.multi_process import agreed, write_jointly
-from open_mythos.train.checkpoint.snapshot import (
-    Extra,
-    Snapshot,
-    checkpoints,
+from open_mythos.train.checkpoint.find import checkpoints
+from open_mythos.train.checkpoint.snapshot import Extra, Snapshot, stored_tensors, take_snapshot
+from open_mythos.train.checkpoint.write import (
+    UNFINISHED,
     make_folder,
     remove_unfinished,
-    stored_tensors,
-    take_snapshot,
+    together,
+    write_checkpoint,
 )
 
 logger = logging.getLogger(__name__)
 
 MOMENTS = 2
-"""Tensors of a parameter's size that an optimizer may come to keep for it: AdamW's two."""
-_PROBE = ".unfinished-probe"
+"""Tensors of a parameter's size that an optimizer may keep for it: the two moments of AdamW."""
+_PROBE = f"{UNFINISHED}probe"
 _MIB = 1 << 20
 
 
 class Saver:
-    """Writes the checkpoints of a run; to be used in ``with``, around the training.
+    """Writes the checkpoints of a run; used in ``with``, around the training.
 
     In a process group every process has one, and calls it when the others do.
 
     Args:
         directory: Their folder.
         keep: Checkpoints that stay.
-        background: Whether saves that nobody waits for are written in a thread. A copy of the
-            checkpoint is then held in host memory while it is written.
+        background: Write in a thread, unless :meth:`save` is told to wait. A copy of the checkpoint
+            is held in host memory meanwhile.
     """
 
     def __init__(self, directory: str | Path, keep: int, background: bool = False) -> None:
@@ -65,18 +63,18 @@ class Saver:
     ) -> None:
         """Find out before the first step whether its checkpoints can be written.
 
-        Room is asked for ``keep`` checkpoints and the one being written, less those that are there
-        already.
+        There must be room for ``keep`` checkpoints and the one being written, less those that are
+        there already.
 
         Raises:
             EnvironmentError_: There is not enough room, or the folder cannot be written.
         """
 
-        def look() -> None:
+        def prepare() -> None:
             if rank() == 0:
                 self._prepare(model, optimizer, extra)
 
-        agreed(self._group, look)
+        together(self._group, self.directory, prepare)
 
     def _prepare(self, model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None) -> None:
         self._try_to_write()
@@ -106,12 +104,12 @@ class Saver:
     ) -> Path:
         """Save this moment; the arguments are those of :func:`take_snapshot`.
 
-        A save that fails is tried once more, after its leftovers are gone.
+        A save that fails is retried once.
 
         Args:
             step: Optimizer steps done.
             model: Its weights.
-            optimizer: Its moments.
+            optimizer: Its state.
             state: JSON-ready.
             extra: Further tensors.
             wait: Return when the checkpoint is on the disk, whatever ``background`` says. Needed
@@ -164,13 +162,13 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> Path:
         try:
-            return write_jointly(self.directory, snapshot, self.keep, self._group)
+            return write_checkpoint(self.directory, snapshot, self.keep, self._group)
         except (EnvironmentError_, DataError) as error:
             logger.warning("saving step %d once more after this:\n%s", snapshot.step, error)
-        return write_jointly(self.directory, snapshot, self.keep, self._group)
+        return write_checkpoint(self.directory, snapshot, self.keep, self._group)
 
     def _try_to_write(self) -> None:
-        """All that a save does with a folder, once, with a few bytes."""
+        """Do what a save does with a folder, once, with a few bytes."""
         first, second = self.directory / _PROBE, self.directory / f"{_PROBE}-renamed"
         try:
             make_folder(self.directory)
@@ -184,7 +182,7 @@ class Saver:
         except OSError as error:
             raise EnvironmentError_(
                 "checkpoints cannot be written", where=str(self.directory), value=str(error),
-                fix="mend the permissions, make room, or choose another train.out_dir",
+                fix="fix the permissions, make room, or choose another train.out_dir",
             ) from error  # fmt: skip
         finally:
             for leftover in (first, second):
@@ -194,7 +192,7 @@ class Saver:
 def checkpoint_bytes(
     model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None = None
 ) -> int:
-    """Bytes of a checkpoint's tensors, moments that are yet to come included.
+    """Return the bytes of a checkpoint's tensors, with optimizer state that does not exist yet.
 
     Args:
         model: Its weights.

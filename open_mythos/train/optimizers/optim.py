@@ -167,8 +167,8 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.
 """Name -> ``build(groups, config)``."""
 
 
-def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, frozenset[str]]:
-    """Parameter -> what the optimizer keeps of it, as checkpoints name it."""
+def state_names(optimizer: torch.optim.Optimizer) -> dict[str, frozenset[str]]:
+    """Return parameter -> keys of its optimizer state, as checkpoints name them."""
     return {
         name: _MUON_KEEPS if "ns_steps" in group else _ADAMW_KEEPS
         for group in optimizer.param_groups

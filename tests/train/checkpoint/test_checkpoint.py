@@ -13,8 +13,11 @@ import torch
 from open_mythos import from_pretrained
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.train import Trainer, build_model, find_checkpoint, verify_checkpoint
-from open_mythos.train.checkpoint import snapshot as module
-from open_mythos.train.checkpoint.resume import MAY_CHANGE, refuse_changes
+from open_mythos.train.checkpoint import write
+from open_mythos.train.checkpoint.config_changes import MAY_CHANGE, refuse_changes
+from open_mythos.train.checkpoint.find import checkpoints
+from open_mythos.train.checkpoint.restore import load_checkpoint
+from open_mythos.train.checkpoint.snapshot import OPTIMIZER_FILE, stored_tensors
 
 FILES = {
     "config.json", "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -47,7 +50,8 @@ def fresh(run, make_loader, **train):
 
 
 def snapshot(trainer):
-    tensors = trainer.model.state_dict() | module._optimizer_tensors(trainer.optimizer)
+    state = stored_tensors(trainer.model, trainer.optimizer)[OPTIMIZER_FILE]
+    tensors = trainer.model.state_dict() | state
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -98,7 +102,7 @@ def test_round_trip_restores_everything(make_run, make_loader, tmp_path):
 def test_keeps_the_newest(make_run, make_loader, tmp_path):
     run = make_run(train={"save_every": 1, "keep": 3, "out_dir": str(tmp_path)})
     Trainer(build_model(run), make_loader(run), run).fit()
-    assert [p.name[-1] for p in module.checkpoints(tmp_path / "checkpoints")] == ["4", "5", "6"]
+    assert [p.name[-1] for p in checkpoints(tmp_path / "checkpoints")] == ["4", "5", "6"]
 
 
 def test_a_save_that_does_not_read_back_costs_nothing(trained, monkeypatch):
@@ -107,7 +111,7 @@ def test_a_save_that_does_not_read_back_costs_nothing(trained, monkeypatch):
     def differs(path, text, pool):
         raise EnvironmentError_("the disk does not give back what was written")
 
-    monkeypatch.setattr(module, "entry_of_text", differs)
+    monkeypatch.setattr(write, "entry_of_text", differs)
     trainer.state.step = 5
     with pytest.raises(EnvironmentError_, match="give back"):
         trainer.save()
@@ -250,10 +254,10 @@ def test_another_model_is_refused(trained, make_run):
     trainer, _, folder = trained
     dense = build_model(make_run(architecture="dense"))
     with pytest.raises(DataError, match="another model"):
-        module.load_checkpoint(folder / "step_00000004", dense, trainer.optimizer)
+        load_checkpoint(folder / "step_00000004", dense, trainer.optimizer)
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_write_text", "publish", "sync_to_disk"])
+@pytest.mark.parametrize("fails", ["save_file", "entry_of_tensors", "_publish", "sync_to_disk"])
 def test_a_failed_save_leaves_the_old_ones_and_no_ruin(trained, monkeypatch, fails):
     trainer, _, folder = trained
 
@@ -262,7 +266,7 @@ def test_a_failed_save_leaves_the_old_ones_and_no_ruin(trained, monkeypatch, fai
 
     trainer.state.step = 5
     with monkeypatch.context() as patch:
-        patch.setattr(module, fails, full)
+        patch.setattr(write, fails, full)
         with pytest.raises(EnvironmentError_, match="No space left"):
             trainer.save()
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000002", "step_00000004"]
@@ -310,6 +314,6 @@ def test_tied_embeddings_survive(make_run, make_loader, tmp_path):
 def test_moments_of_another_optimizer_are_refused(trained, make_run, make_loader):
     _, run, folder = trained
     other = replace(run, optim=replace(run.optim, name="muon"))
-    with pytest.raises(DataError, match="moments of this optimizer"):
+    with pytest.raises(DataError, match="state of another optimizer"):
         fresh(other, make_loader).resume(allow=["optim.name"])
     assert folder.is_dir()
