@@ -1,7 +1,6 @@
 """OpenMythos: Recurrent-Depth Transformers in PyTorch.
 
-Names are loaded when they are first used, so that ``import open_mythos`` and the configuration do
-not wait for torch.
+Public names are imported on first use, so ``import open_mythos`` does not load torch.
 """
 
 from __future__ import annotations

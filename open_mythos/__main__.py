@@ -1,4 +1,4 @@
-"""``python -m open_mythos``: what launchers such as ``torchrun -m`` start."""
+"""Entry point of ``python -m open_mythos`` and of launchers such as ``torchrun -m``."""
 
 import sys
 

@@ -1,11 +1,9 @@
-"""Parameters, FLOPs and cache of a model.
+"""Parameters, FLOPs and cache size of a model.
 
-Parameters are those of the model built on the meta device, which holds shapes only: a trillion
-parameters are counted in a fraction of a second. Tests compare the FLOPs with PyTorch's counter.
-
-What is counted as a FLOP: two for each multiplication of a token with a weight matrix, and of its
-queries with keys and its attention weights with values. Norms, activations, softmax, the diagonal
-decay and the embedding's lookup are left out; they are below a percent at every size here.
+Parameters are counted on a model built on the meta device, which allocates no memory: a trillion
+takes a fraction of a second. FLOPs are two per multiply-add of a token's matmuls with weights and
+of its attention; norms, activations, softmax, the diagonal decay and the embedding lookup (together
+below 1 %) are not counted. Tests compare them with PyTorch's FLOP counter.
 """
 
 from __future__ import annotations
@@ -23,18 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of one token.
-
-    Attributes:
-        weights: With weight matrices.
-        position: With each position it sees, itself included, when keys and values of every head
-            are at hand (training, prefill).
-        decode_position: The same when one token decodes on a cache.
-    """
+    """Multiply-adds of one token."""
 
     weights: int = 0
+    """Of matmuls with weights."""
     position: int = 0
+    """Of attention, per attended position (itself included), in training and prefill."""
     decode_position: int = 0
+    """Of attention, per attended position, in single-token decoding."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -44,52 +38,48 @@ class Cost:
         )
 
     def times(self, n: int) -> Cost:
-        """``n`` of these one after the other."""
+        """Return the cost of ``n`` repetitions."""
         return Cost(n * self.weights, n * self.position, n * self.decode_position)
 
     def flops(self, seen: float) -> float:
-        """FLOPs of a token that sees ``seen`` positions, keys and values at hand."""
+        """Return the FLOPs of a token that attends to ``seen`` positions, in prefill."""
         return 2 * (self.weights + seen * self.position)
 
     def decode_flops(self, seen: float) -> float:
-        """FLOPs of a token that sees ``seen`` cached positions."""
+        """Return the FLOPs of a decoded token that attends to ``seen`` cached positions."""
         return 2 * (self.weights + seen * self.decode_position)
 
 
 @dataclass(frozen=True)
 class Accounting:
-    """What a model holds and what a token costs; made by :func:`account`.
-
-    Attributes:
-        architecture: "looped" or "dense".
-        n_loops: Loops assumed where a method is given none; 1 for a dense model.
-        context: Positions assumed where a method is given none.
-        stored: Part of the model -> parameters.
-        active: Part of the model -> parameters that take part in one token: of the routed experts
-            the chosen ones, of the adapters those of the loops run.
-        once: Cost of everything outside the loop.
-        per_loop: Cost of one loop.
-        cache_width: Elements cached per token and slot.
-        slots_once: Cache slots outside the loop.
-        slots_per_loop: Cache slots of one loop.
-        share_loops: Whether all loops keep one loop's slots (``kv_share="last"``).
-    """
+    """Parameters of a model and cost of a token; computed by :func:`account`."""
 
     architecture: str
+    """"looped" or "dense"."""
     n_loops: int
+    """Default loops of the methods; 1 for a dense model."""
     context: int
+    """Default positions of the methods."""
     stored: dict[str, int]
+    """Part of the model -> parameters."""
     active: dict[str, int]
+    """Part of the model -> parameters used by one token: top-k experts, adapters of loops run."""
     once: Cost
+    """Outside the loop."""
     per_loop: Cost
+    """Of one loop."""
     cache_width: int
+    """Elements per token and slot."""
     slots_once: int
+    """Cache slots outside the loop."""
     slots_per_loop: int
+    """Cache slots of one loop."""
     share_loops: bool
+    """Whether all loops share one loop's slots (``kv_share="last"``)."""
 
     @property
     def parameters(self) -> int:
-        """All parameters, shared ones once."""
+        """Total number of parameters; tied ones count once."""
         return sum(self.stored.values())
 
     @property
@@ -99,15 +89,15 @@ class Accounting:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that take part in one token, embedding and head included."""
+        """Parameters used by one token, embedding and head included."""
         return sum(self.active.values())
 
     def forward_flops(self, n_loops: float | None = None, context: int | None = None) -> float:
-        """FLOPs per token of a whole causal sequence.
+        """Return the FLOPs per token of a forward pass over a causal sequence.
 
         Args:
-            n_loops: Loops, a mean over sequences if need be.
-            context: Length of the sequence; its tokens see (context + 1) / 2 positions on average.
+            n_loops: Loops, possibly a mean over sequences.
+            context: Sequence length; tokens attend to (context + 1) / 2 positions on average.
         """
         seen = self._seen(context)
         return self.once.flops(seen) + self._loops(n_loops) * self.per_loop.flops(seen)
@@ -118,15 +108,14 @@ class Accounting:
         grad_loops: float | None = None,
         context: int | None = None,
     ) -> float:
-        """FLOPs per token of a training step: 6 N with gradient, 2 N without.
+        """Return the FLOPs per token of a training step: 6 N with gradient, 2 N without.
 
-        A backward pass costs twice its forward pass. What checkpointing computes again is not
-        counted, so that dividing by the time gives the utilisation of useful work.
+        Recomputation by activation checkpointing is not counted, as in model FLOPs utilization.
 
         Args:
-            n_loops: Loops, a mean over sequences if need be.
-            grad_loops: Of these, how many carry gradient; all by default.
-            context: Length of the sequence.
+            n_loops: Loops, possibly a mean over sequences.
+            grad_loops: How many of these carry gradient; all by default.
+            context: Sequence length.
         """
         seen, loops = self._seen(context), self._loops(n_loops)
         with_grad = loops if grad_loops is None else min(loops, grad_loops)
@@ -134,23 +123,22 @@ class Accounting:
         return 3 * self.once.flops(seen) + (loops + 2 * with_grad) * per_loop
 
     def decode_flops(self, n_loops: float | None = None, context: int | None = None) -> float:
-        """FLOPs of one new token on a cache of ``context`` positions, the new one included."""
+        """Return the FLOPs of decoding one token with ``context`` positions, itself included."""
         seen = self.context if context is None else context
-        return self.once.decode_flops(seen) + self._loops(n_loops) * self.per_loop.decode_flops(
-            seen
-        )
+        per_loop = self.per_loop.decode_flops(seen)
+        return self.once.decode_flops(seen) + self._loops(n_loops) * per_loop
 
     def cache_elements(self, n_loops: int | None = None) -> int:
-        """Elements the cache holds per token."""
+        """Return the cached elements per token."""
         loops = 1 if self.share_loops else int(self._loops(n_loops))
         return self.cache_width * (self.slots_once + self.slots_per_loop * loops)
 
     def cache_bytes(self, n_loops: int | None = None, element_size: int = 2) -> int:
-        """Bytes the cache holds per token; ``element_size`` 2 is bfloat16."""
+        """Return the cached bytes per token; ``element_size`` 2 is bfloat16."""
         return self.cache_elements(n_loops) * element_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values, the derived totals included."""
+        """Return all fields and derived totals as JSON-ready values."""
         return asdict(self) | {
             "parameters": self.parameters,
             "parameters_without_embedding": self.parameters_without_embedding,
@@ -176,14 +164,13 @@ def account(
     *,
     n_layers: int | None = None,
 ) -> Accounting:
-    """Count what ``model`` holds and costs.
+    """Count the parameters, FLOPs and cache size of ``model``.
 
     Args:
         model: A configuration, or a model built from one.
-        n_loops: Loops; ``max_loop_iters`` by default. A dense model has none.
+        n_loops: Loops; ``max_loop_iters`` by default, ignored for a dense model.
         context: Positions; ``max_seq_len`` by default.
-        n_layers: Count, instead of the looped model, the :class:`DenseTransformer` of so many
-            layers that the configuration gives.
+        n_layers: Count the :class:`DenseTransformer` with this many layers instead.
 
     Raises:
         ConfigError: The configuration is invalid, or a number is not a positive integer.
@@ -201,7 +188,7 @@ def account(
 
 
 def _counted(cfg: MythosConfig, n_layers: int | None, n_loops: int, context: int) -> Accounting:
-    """Count the parameters of the model on the meta device, part by part."""
+    """Count on the meta device, part by part."""
     import torch
 
     from open_mythos.model.dense import DenseTransformer
@@ -211,7 +198,7 @@ def _counted(cfg: MythosConfig, n_layers: int | None, n_loops: int, context: int
         model = OpenMythos(cfg) if n_layers is None else DenseTransformer(cfg, n_layers)
     parts = _LOOPED_PARTS if n_layers is None else _DENSE_PARTS
     stored, active = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
-    weights = {"once": cfg.dim * cfg.vocab_size, "loop": 0}  # the head, which may be tied
+    weights = {"once": cfg.dim * cfg.vocab_size, "loop": 0}  # head, tied or not
     for name, parameter in model.named_parameters():
         first, part = name.split(".")[0], _PART.get(name.split(".")[0], name.split(".")[0])
         used = read = parameter.numel()
@@ -222,7 +209,7 @@ def _counted(cfg: MythosConfig, n_layers: int | None, n_loops: int, context: int
             used = read * min(n_loops, cfg.max_loop_iters)
         stored[part] += parameter.numel()
         active[part] += used
-        # a vector is no matrix, an embedding is looked up, and the halting gate need not run
+        # only matmuls count, and the halting gate is optional
         if parameter.dim() > 1 and first not in ("embedding", "head") and ".halting." not in name:
             in_loop = first == "recurrent" and not name.endswith("injection.B")
             weights["loop" if in_loop else "once"] += read
@@ -247,14 +234,14 @@ def _counted(cfg: MythosConfig, n_layers: int | None, n_loops: int, context: int
 _LOOPED_PARTS = ("embedding", "prelude", "recurrent", "coda", "head")
 _DENSE_PARTS = ("embedding", "blocks", "head")
 _PART = {"prelude_norm": "prelude", "readout": "coda", "final_norm": "head"}
-"""First component of a parameter's name -> part of the model, where they differ."""
+"""First component of a parameter's name -> part of the model, where different."""
 
 
 def _attention_cost(cfg: MythosConfig) -> Cost:
-    """Cost of a token's queries, keys and values in one block, without the projections."""
+    """Return the cost of attention in one block, without the projections."""
     if cfg.attn_type == "gqa":
         position = 2 * cfg.n_heads * cfg.head_dim
         return Cost(0, position, position)
     key = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
-    # absorbing folds the up-projection into query and output, which costs one token's worth of it
+    # absorbed decoding folds the up-projection into query and output: one token's worth of it
     return Cost(0, cfg.n_heads * (key + cfg.v_head_dim), 2 * cfg.n_heads * cfg.cache_width)

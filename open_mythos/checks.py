@@ -39,8 +39,11 @@ def is_scalar(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether ``value`` is a finite int or float (a bool is not)."""
-    return is_scalar(value) and math.isfinite(value)
+    """Return whether ``value`` is an int or float that is finite as a float (a bool is not)."""
+    try:
+        return is_scalar(value) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_count(where: str, value: Any, least: int = 1) -> int:
@@ -51,13 +54,7 @@ def check_count(where: str, value: Any, least: int = 1) -> int:
     """
     count = whole(value)
     if count is None or count < least:
-        raise ConfigError(
-            f"{where} is out of range",
-            where=where,
-            value=value,
-            allowed=f"an integer >= {least}",
-            fix=f"correct the argument {where}",
-        )
+        raise _out_of_range(where, value, f"an integer >= {least}")
     return count
 
 
@@ -68,13 +65,15 @@ def check_number(where: str, value: Any, *, gt: float = -math.inf, le: float = m
         ConfigError: It is not, or no finite number.
     """
     if not is_number(value) or not gt < value <= le:
-        raise ConfigError(
-            f"{where} is out of range",
-            where=where,
-            value=value,
-            allowed=f"finite and > {gt:g}" if le == math.inf else f"{gt:g} < x <= {le:g}",
-            fix=f"correct the argument {where}",
-        )
+        allowed = f"finite and > {gt:g}" if le == math.inf else f"{gt:g} < x <= {le:g}"
+        raise _out_of_range(where, value, allowed)
+
+
+def _out_of_range(where: str, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(
+        f"{where} is out of range", where=where, value=value, allowed=allowed,
+        fix=f"correct the argument {where}",
+    )  # fmt: skip
 
 
 def pick(table: Collection[str], name: Any, where: str, *, what: str = "", fix: str = "") -> Any:
@@ -92,12 +91,9 @@ def pick(table: Collection[str], name: Any, where: str, *, what: str = "", fix: 
     """
     if not isinstance(name, str) or name not in table:
         raise ConfigError(
-            f"unknown {what or where}",
-            where=where,
-            value=name,
-            allowed=", ".join(table),
+            f"unknown {what or where}", where=where, value=name, allowed=", ".join(table),
             fix=fix or nearest(str(name), table),
-        )
+        )  # fmt: skip
     return table[name] if isinstance(table, Mapping) else name
 
 
@@ -111,26 +107,14 @@ def nearest(key: str, known: Iterable[str]) -> str:
 def unknown_key(key: str, known: Collection[str], where: str) -> ConfigError:
     """Return the error for a key that the configuration ``where`` does not have."""
     return ConfigError(
-        "unknown key",
-        where=where,
-        value=key,
-        allowed=f"the {len(known)} fields of {where}",
+        "unknown key", where=where, value=key, allowed=f"the {len(known)} fields of {where}",
         fix=nearest(str(key), known),
-    )
+    )  # fmt: skip
 
 
-def within(
-    default: T,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-) -> T:
-    """Declare a numeric field with bounds: ``lr: float = within(1e-3, gt=0)``."""
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    given = {name: value for name, value in bounds.items() if value is not None}
-    return field(default=default, metadata={"bounds": given})
+def within(default: T, **bounds: float) -> T:
+    """Declare a numeric field with bounds (ge, gt, le, lt): ``lr: float = within(1e-3, gt=0)``."""
+    return field(default=default, metadata={"bounds": bounds})
 
 
 def one_of(default: str, choices: Sequence[str]) -> str:
@@ -144,7 +128,7 @@ def check_fields(section: str, config: Any) -> None:
     Args:
         section: Prefix of the field names in messages; "" for none.
         config: An instance of a dataclass whose fields were declared by :func:`within` and
-            :func:`one_of`, or plainly, which means without bounds.
+            :func:`one_of`, or without bounds.
 
     Raises:
         ConfigError: A value has another type, is not finite, or is out of bounds.
@@ -152,17 +136,12 @@ def check_fields(section: str, config: Any) -> None:
     kinds_of = _kinds(config.__class__)
     for each in fields(config):
         kinds, value = kinds_of[each.name], getattr(config, each.name)
-        if "choices" in each.metadata:
-            choices = each.metadata["choices"]
-            if value not in choices:
+        choices = each.metadata.get("choices") or ((True, False) if kinds == {bool} else ())
+        if choices:
+            if value not in choices or type(value) is not type(choices[0]):
                 reject(section, config, each.name, " or ".join(map(repr, choices)))
-        elif bool in kinds:
-            if not isinstance(value, bool):
-                reject(section, config, each.name, "True or False")
-        elif kinds <= {int, float, type(None)}:
+        elif kinds <= {int, float, type(None)} and not (value is None and type(None) in kinds):
             bounds = each.metadata.get("bounds", {})
-            if value is None and type(None) in kinds:
-                continue
             if not (is_number if float in kinds else is_int)(value) or not _holds(value, bounds):
                 reject(section, config, each.name, _allowed(kinds, bounds))
 
@@ -184,19 +163,20 @@ def _kinds(cls: Any) -> dict[str, frozenset[Any]]:
     }
 
 
+_COMPARE = {
+    "ge": (">=", operator.ge), "gt": (">", operator.gt),
+    "le": ("<=", operator.le), "lt": ("<", operator.lt),
+}  # fmt: skip
+
+
 def _holds(value: float, bounds: dict[str, float]) -> bool:
-    low, above = bounds.get("ge", -math.inf), bounds.get("gt", -math.inf)
-    high, below = bounds.get("le", math.inf), bounds.get("lt", math.inf)
-    return low <= value <= high and (above < value < below)
+    return all(_COMPARE[name][1](value, bound) for name, bound in bounds.items())
 
 
 def _allowed(kinds: frozenset[Any], bounds: dict[str, float]) -> str:
-    """Say in words which values are accepted."""
-    low, above, high, below = (bounds.get(name) for name in ("ge", "gt", "le", "lt"))
-    least = f">= {low}" if low is not None else f"> {above}" if above is not None else ""
-    if high is not None or below is not None:
-        first = f"{low} <= " if low is not None else f"{above} < "
-        text = f"{first}x <= {high}" if high is not None else f"{first}x < {below}"
-    else:
-        text = f"finite and {least}" if float in kinds else f"an integer {least}"
-    return text + (", or None" if type(None) in kinds else "")
+    """Describe the accepted values."""
+    kind = "a finite number" if float in kinds else "an integer"
+    limits = [f"{_COMPARE[name][0]} {bound}" for name, bound in bounds.items()]
+    return " ".join([kind, " and ".join(limits)]).strip() + (
+        ", or None" if type(None) in kinds else ""
+    )

@@ -23,10 +23,9 @@ MOE_BACKENDS = ("auto", "batched", "grouped", "sorted", "reference")
 
 @dataclass
 class MythosConfig:
-    """Every choice that shapes a model.
+    """Architecture of a model.
 
-    The fields may be changed after construction; :meth:`validate` runs when a model is built.
-    The first block of fields and its defaults are the historical ones, the second block is ours.
+    Fields may be changed after construction; :meth:`validate` runs when a model is built.
     """
 
     vocab_size: int = within(32000, ge=2)
@@ -38,10 +37,10 @@ class MythosConfig:
     n_kv_heads: int = within(4, ge=1)
     """Key/value heads G of "gqa"; divides n_heads. "mla" has one latent for all heads."""
     max_seq_len: int = within(4096, ge=1)
-    """Longest context, in tokens; longer inputs are refused."""
+    """Maximum context in tokens; longer inputs are rejected."""
     max_loop_iters: int = within(16, ge=1)
-    """Loops run when the caller names none, and the number of distinct LoRA and loop-index
-    depths: beyond it both stay at their last index."""
+    """Default number of loops, and the number of distinct LoRA and loop-index depths: beyond it
+    both stay at their last index."""
     prelude_layers: int = within(2, ge=0)
     """Blocks run once before the loop."""
     coda_layers: int = within(2, ge=0)
@@ -71,9 +70,9 @@ class MythosConfig:
     rope_theta: float = within(500000.0, gt=1)
     """Base of the rotary frequencies."""
     lora_rank: int = within(16, ge=0)
-    """Rank of the adapter that each loop depth owns; 0 leaves it out."""
+    """Rank of the per-loop LoRA adapter; 0 disables it."""
     max_output_tokens: int = within(4096, ge=1)
-    """Most new tokens one call of generate may ask for."""
+    """Maximum number of new tokens per call of generate."""
     dropout: float = within(0.0, ge=0, lt=1)
     """Dropout probability on every residual branch while training, in [0, 1)."""
 
@@ -82,23 +81,23 @@ class MythosConfig:
     ffn_dim: int = within(0, ge=0)
     """Hidden width of the dense feed-forwards; 0 means 4/3 of dim."""
     injection_rule: str = one_of("zoh", INJECTION_RULES)
-    """Discretisation of the input: "zoh" (exact zero-order hold) or "euler" (Parcae)."""
+    """Discretization of the input: "zoh" (exact zero-order hold) or "euler" (Parcae)."""
     injection_matrix: str = one_of("full", INJECTION_MATRICES)
     """B: "full" is a D x D matrix, "diagonal" one gain per channel; both start at identity."""
     initial_state: str = one_of("zero", INITIAL_STATES)
     """h_0: "zero", "normal" (truncated normal, seeded per sequence), or "prelude" (h_0 = e)."""
     prelude_norm: bool = True
-    """Normalise the prelude's output before it is injected; without it training can explode."""
+    """Normalize the prelude's output before injection; without it training can diverge."""
     readout: bool = True
     """Multiply the final state by a learned matrix C, initialised to identity, before the coda."""
     loop_embedding: bool = False
     """Add a sinusoidal embedding of the loop index to the looped block's input."""
     tie_embeddings: bool = False
-    """Let the output head share the embedding's weight."""
+    """Share the embedding's weight with the output head."""
     norm_eps: float = within(1e-6, gt=0)
     """Added to the mean square inside every RMSNorm."""
     kv_share: str = one_of("none", KV_SHARING)
-    """Cache over loops: "none" keeps a slot per loop, "last" only the last computed loop's."""
+    """KV cache over loops: "none" keeps a slot per loop, "last" one slot, that of the last loop."""
     attn_backend: str = one_of("auto", ATTENTION_BACKENDS)
     """Attention kernel: "auto", "sdpa", "flash" (package flash-attn), "flex" or "reference"."""
     moe_backend: str = one_of("auto", MOE_BACKENDS)
@@ -139,7 +138,7 @@ class MythosConfig:
 
     @property
     def rope_dim(self) -> int:
-        """Rotary width of a key, whatever the attention type."""
+        """Rotary width of a key, for either attention type."""
         return self.qk_rope_head_dim if self.attn_type == "mla" else self.head_dim
 
     @property
@@ -163,7 +162,7 @@ class MythosConfig:
         return 2 * self.n_kv_heads * self.head_dim
 
     def cache_slots(self, n_loops: int) -> int:
-        """Cache slots held for ``n_loops`` loops: one per (layer, loop), prelude and coda once."""
+        """Return the cache slots of ``n_loops`` loops: one per (layer, loop) and outer layer."""
         loops = 1 if self.kv_share == "last" else n_loops
         return self.prelude_layers + self.recurrent_layers * loops + self.coda_layers
 
@@ -171,60 +170,46 @@ class MythosConfig:
         """Check every field and every relation between fields.
 
         Raises:
-            ConfigError: (a ValueError) naming the field, its value, what is allowed and the fix.
+            ConfigError: (a ValueError) naming the field, its value and the allowed values.
         """
         check_fields("MythosConfig", self)
-        self._check_attention()
-        self._check_loop()
-
-    def _check_attention(self) -> None:
-        """Check the fields that belong to one attention type."""
-        if self.attn_type == "gqa":
-            if not self.gqa_head_dim and self.dim % self.n_heads:
-                self._reject("dim", f"a multiple of n_heads ({self.n_heads})")
-            if self.n_heads % self.n_kv_heads:
-                self._reject("n_kv_heads", f"a divisor of n_heads ({self.n_heads})")
-        else:
-            for name in ("gqa_head_dim", "qk_norm", "qk_norm_eps", "qkv_bias"):
-                self._only(name, 'attn_type="gqa"')
+        gqa = self.attn_type == "gqa"
+        if gqa and not self.gqa_head_dim and self.dim % self.n_heads:
+            self._reject("dim", f"a multiple of n_heads ({self.n_heads})")
+        if gqa and self.n_heads % self.n_kv_heads:
+            self._reject("n_kv_heads", f"a divisor of n_heads ({self.n_heads})")
         if self.rope_dim % 2:
-            name = "qk_rope_head_dim" if self.attn_type == "mla" else "head_dim"
+            name = "head_dim" if gqa else "qk_rope_head_dim"
             self._reject(name, "an even number: the rotary embedding rotates pairs of channels")
-        if self.qk_norm == "none":
-            self._only("qk_norm_eps", "a qk_norm")
-
-    def _check_loop(self) -> None:
-        """Check the fields of the looped block."""
-        if self.n_experts:
-            if self.n_experts_per_tok > self.n_experts:
-                self._reject("n_experts_per_tok", f"1 .. n_experts ({self.n_experts})")
-            self._only("ffn_kind", "n_experts=0: experts are SwiGLU")
-        if self.injection != "concat":
-            for name in ("identity_carry", "injection_bias"):
-                self._only(name, 'injection="concat"')
-        if self.injection != "lti":
-            self._only("injection_rule", 'injection="lti"')
-        if self.injection in ("add", "none"):
-            self._only("injection_matrix", 'injection="lti" or "concat"')
+        if 0 < self.n_experts < self.n_experts_per_tok:
+            self._reject("n_experts_per_tok", f"1 .. n_experts ({self.n_experts})")
         if self.loop_embedding and self.dim < 16:
             self._reject("dim", "at least 16 with loop_embedding, which uses dim / 8 channels")
+        concat, lti = self.injection == "concat", self.injection == "lti"
+        self._only(gqa, 'attn_type="gqa"', "gqa_head_dim", "qk_norm", "qk_norm_eps", "qkv_bias")
+        self._only(self.qk_norm != "none", "a qk_norm", "qk_norm_eps")
+        self._only(not self.n_experts, "n_experts=0: experts are SwiGLU", "ffn_kind")
+        self._only(concat, 'injection="concat"', "identity_carry", "injection_bias")
+        self._only(lti, 'injection="lti"', "injection_rule")
+        self._only(concat or lti, 'injection="lti" or "concat"', "injection_matrix")
 
-    def _only(self, name: str, where: str) -> None:
-        """Reject a field that is set although nothing would read it."""
-        default = type(self).__dataclass_fields__[name].default
-        if getattr(self, name) != default:
-            self._reject(name, f"{default!r}, or {where}")
+    def _only(self, used: bool, condition: str, *names: str) -> None:
+        """Reject fields that are set although nothing reads them unless ``condition`` holds."""
+        for name in names:
+            default = type(self).__dataclass_fields__[name].default
+            if not used and getattr(self, name) != default:
+                self._reject(name, f"{default!r}, or {condition}")
 
     def _reject(self, name: str, allowed: str) -> NoReturn:
         reject("MythosConfig", self, name, allowed)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MythosConfig:
-        """The inverse of :meth:`to_dict`; missing fields take their defaults.
+        """Build a configuration from :meth:`to_dict`; missing fields take their defaults.
 
         Raises:
             ConfigError: A key is unknown (the nearest field is named) or a value is invalid.

@@ -13,11 +13,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU; any other name is taken as it is.
+    """Return the device called ``name``; "auto" is CUDA if available, else the CPU.
 
     Raises:
         ConfigError: The name is not a device name.
-        EnvironmentError_: A CUDA device was asked for and there is none.
+        EnvironmentError_: The name is that of a CUDA device and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,16 +29,14 @@ def resolve_device(name: str = "auto") -> torch.device:
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentError_(
-            "a CUDA device was asked for and PyTorch sees none",
-            where="device",
-            value=name,
+            "PyTorch finds no CUDA device", where="device", value=name,
             fix="use --device cpu, or install a CUDA build of PyTorch",
-        )
+        )  # fmt: skip
     return device
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of ``x``, which lies on the host, that the host does not wait for."""
+    """Copy the CPU tensor ``x`` to ``device`` without a host-device sync."""
     if device.type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -50,19 +48,16 @@ def in_dry_run(x: torch.Tensor) -> bool:
 
 
 def kernel_device(x: torch.Tensor) -> str:
-    """Return the device type whose kernels serve ``x``.
-
-    It is that of ``x`` itself, except in a dry run, whose tensors follow the code path of the
-    device that they stand for.
-    """
+    """Return the device type of ``x``; in a dry run, that of the target device."""
     kernels: str = getattr(getattr(x, "fake_mode", None), "kernels", x.device.type)
     return kernels
 
 
 def training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a training run's products on ``device``; "auto" is what its hardware is fast in.
+    """Return the matmul dtype of a training run on ``device``.
 
-    GPUs before compute capability 8 have no bfloat16 units: there it is float16.
+    "auto" is float32 on the CPU, bfloat16 on GPUs of compute capability 8 and above (older ones
+    have no bfloat16 units), float16 on older ones.
     """
     if name != "auto":
         return resolve_dtype(name)
@@ -72,29 +67,29 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """The ``torch.dtype`` named "float32", "bfloat16" or "float16"."""
+    """Return the ``torch.dtype`` named "float32", "bfloat16" or "float16"."""
     return pick(DTYPES, name, "dtype")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Mixed precision at ``dtype``; nothing at all for float32."""
+    """Return an autocast context of ``dtype``; a null context for float32."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
 
 def as_autocast(weight: torch.Tensor) -> torch.Tensor:
-    """``weight`` in the dtype of the enclosing autocast region; itself outside of one."""
+    """Cast ``weight`` to the dtype of the enclosing autocast region, if any."""
     if not torch.is_autocast_enabled(weight.device.type):
         return weight
     return weight.to(torch.get_autocast_dtype(weight.device.type))
 
 
 class HostCopy:
-    """A copy of ``x`` in host memory that does not make the host wait until it is read.
+    """Asynchronous copy of ``x`` in host memory.
 
-    On CUDA the copy is queued behind the work that computes ``x``, and :meth:`read` waits for that
-    copy alone: work that was queued after it goes on meanwhile.
+    On CUDA the copy is enqueued on the current stream, and :meth:`read` synchronizes on the copy
+    alone, not on work enqueued after it.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
@@ -106,7 +101,7 @@ class HostCopy:
             self._copied.record()
 
     def read(self) -> torch.Tensor:
-        """Return the copy, once it has arrived."""
+        """Wait for the copy and return it."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._host

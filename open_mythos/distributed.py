@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 
 def launched() -> bool:
-    """Whether a launcher such as ``torchrun`` started this process as one of a group."""
+    """Return whether a launcher such as ``torchrun`` started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def local_rank() -> int:
-    """Number of this process among those of its machine; 0 without a launcher."""
+    """Return the rank of this process on its node; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -25,18 +25,18 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes; 1 without a process group."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def over_ranks(values: Sequence[float]) -> list[list[float]]:
-    """Gather each of ``values``, which the host holds, from all processes, in the order of ranks.
+    """Gather each of the host values ``values`` from all processes, in rank order.
 
-    They travel as float64 between the hosts, past the GPUs: nothing waits for work queued there.
+    Sent as float64 over the CPU backend, so there is no sync with work queued on a GPU.
     """
     if world_size() == 1:
         return [[value] for value in values]
-    # a group of GPUs alone, which was made by the caller, has no other way
+    # a process group created by the caller may have a CUDA backend only
     device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
     mine = torch.tensor(values, dtype=torch.float64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(world_size())]

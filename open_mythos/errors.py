@@ -1,7 +1,6 @@
-"""The errors that users meet: one format, five parts.
+"""Typed errors with one format: what is wrong, where, the value, what is allowed, and the fix.
 
-what happened, where, the value that caused it, what is allowed, and what to do about it.
-The command line turns each class into its exit code.
+The command line maps each class to its exit code.
 """
 
 from __future__ import annotations
@@ -12,61 +11,49 @@ _ABSENT = object()
 
 
 class MythosError(Exception):
-    """Base of every error the library raises on purpose.
+    """Base of all errors that the library raises deliberately.
 
     Args:
-        what: One sentence: what is wrong.
-        where: The field, argument, file or call it concerns.
+        what: What is wrong, in one sentence.
+        where: The field, argument, file or call.
         value: The offending value, shown with ``repr`` (cut at 200 characters).
-        allowed: What would have been accepted.
-        fix: What the reader can do about it.
+        allowed: What is accepted.
+        fix: What the user can do about it.
     """
 
     exit_code = 1
 
     def __init__(
-        self,
-        what: str,
-        *,
-        where: str = "",
-        value: Any = _ABSENT,
-        allowed: str = "",
-        fix: str = "",
+        self, what: str, *, where: str = "", value: Any = _ABSENT, allowed: str = "", fix: str = ""
     ) -> None:
         self.what, self.where, self.allowed, self.fix = what, where, allowed, fix
         self.value = None if value is _ABSENT else value
-        lines = [what]
-        if where:
-            lines.append(f"  where:   {where}")
-        if value is not _ABSENT:
-            shown = repr(value)
-            lines.append(f"  value:   {shown if len(shown) <= 200 else shown[:197] + '...'}")
-        if allowed:
-            lines.append(f"  allowed: {allowed}")
-        if fix:
-            lines.append(f"  to do:   {fix}")
-        super().__init__("\n".join(lines))
+        shown = "" if value is _ABSENT else repr(value)
+        shown = shown if len(shown) <= 200 else shown[:197] + "..."
+        parts = {"where:": where, "value:": shown, "allowed:": allowed, "to do:": fix}
+        lines = [f"  {name:8} {text}" for name, text in parts.items() if text]
+        super().__init__("\n".join([what, *lines]))
 
 
 class ConfigError(MythosError, ValueError):
-    """A configuration field or a call argument that cannot be honoured."""
+    """An invalid configuration field or argument."""
 
     exit_code = 2
 
 
 class DataError(MythosError, ValueError):
-    """Input data or a file that is missing, damaged or of the wrong kind."""
+    """Input data or a file that is missing, corrupted or of the wrong format."""
 
     exit_code = 3
 
 
 class EnvironmentError_(MythosError, RuntimeError):
-    """Something outside the program: a missing package, no network, no space, no device."""
+    """A failure outside the program: missing package, no network, no disk space, no device."""
 
     exit_code = 4
 
 
 class InternalError(MythosError, RuntimeError):
-    """A broken invariant of the library itself: please report it."""
+    """A violated invariant of the library: please report it."""
 
     exit_code = 5

@@ -1,4 +1,4 @@
-"""Writing files durably."""
+"""Durable file writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync_to_disk(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
+    """Fsync a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Package names that are imported when they are first used (PEP 562)."""
+"""Lazy imports of a package's public names (PEP 562)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 def lazy_names(
     package: str, modules: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """``__getattr__``, ``__dir__`` and ``__all__`` of a package.
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package.
 
     Args:
         package: Its ``__name__``.
-        modules: Module to import -> the names that the package takes from it.
+        modules: Module -> the names that the package re-exports from it.
     """
     home = {name: module for module, names in modules.items() for name in names}
     namespace = vars(sys.modules[package])

@@ -1,4 +1,4 @@
-"""The historical import path: it hands names on and holds no logic."""
+"""The historical import path: re-exports public names."""
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.layers.block import TransformerBlock
@@ -24,33 +24,12 @@ from open_mythos.variants import (
     mythos_50b,
     mythos_100b,
     mythos_500b,
-)
+)  # fmt: skip
 
 __all__ = [
-    "ACTHalting",
-    "Expert",
-    "GQAttention",
-    "LTIInjection",
-    "LoRAAdapter",
-    "MLAttention",
-    "MoEFFN",
-    "MythosConfig",
-    "MythosTokenizer",
-    "OpenMythos",
-    "RMSNorm",
-    "RecurrentBlock",
-    "TransformerBlock",
-    "apply_rope",
-    "get_vocab_size",
-    "load_tokenizer",
-    "loop_index_embedding",
-    "mythos_1b",
-    "mythos_1t",
-    "mythos_3b",
-    "mythos_7b",
-    "mythos_10b",
-    "mythos_50b",
-    "mythos_100b",
-    "mythos_500b",
-    "precompute_rope_freqs",
-]
+    "ACTHalting", "Expert", "GQAttention", "LTIInjection", "LoRAAdapter", "MLAttention",
+    "MoEFFN", "MythosConfig", "MythosTokenizer", "OpenMythos", "RMSNorm", "RecurrentBlock",
+    "TransformerBlock", "apply_rope", "get_vocab_size", "load_tokenizer",
+    "loop_index_embedding", "mythos_1b", "mythos_1t", "mythos_3b", "mythos_7b", "mythos_10b",
+    "mythos_50b", "mythos_100b", "mythos_500b", "precompute_rope_freqs",
+]  # fmt: skip

@@ -1,11 +1,11 @@
-"""The layout of a training run's folder. Everything that reads or writes one takes names from here.
+"""Layout of a training run's folder.
 
     run.yaml          configuration of the run (``RunConfig``)
     metrics.jsonl     one JSON object per logged step, evaluation or event
     tokenizer/        the tokenizer
     checkpoints/      step_00000100/, ...
-    data/             token shards that the run prepared itself
-    report.html       what ``open-mythos report`` writes
+    data/             token shards prepared by the run
+    report.html       output of ``open-mythos report``
 
 This module loads no torch.
 """
@@ -27,7 +27,7 @@ TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
 DATA_FOLDER = "data"
 GATE_FILE = "gate.json"
-"""Beside a model whose gate was trained: the exit rule and what it was trained on."""
+"""Written next to a model whose gate was trained: exit rule and training metadata."""
 _STEP = re.compile(r"step_(\d+)")
 
 

@@ -1,7 +1,7 @@
 """Named configurations, from a laptop to a trillion parameters (this module loads no torch).
 
-A name states the total of parameters; tests pin totals and active counts. The large ones follow
-the published table of the architecture's first reconstruction; the others are ours.
+A name states the total number of parameters; tests pin total and active counts. Those from 1b on
+follow the published table of the architecture's first reconstruction, except 7b.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from typing import Any
 from open_mythos.checks import pick
 from open_mythos.config import MythosConfig
 
-_MILLION_TOKENS = 1_000_000
-_LONG_OUTPUT = 131_072
-
 
 def _mla(heads: int, kv: int, latent: int, query: int, rope: int, nope: int) -> dict[str, Any]:
-    """The attention fields of one variant; nope and value heads are equally wide."""
+    """Return the attention fields; nope and value heads are equally wide."""
     return {
         "n_heads": heads, "n_kv_heads": kv, "kv_lora_rank": latent, "q_lora_rank": query,
         "qk_rope_head_dim": rope, "qk_nope_head_dim": nope, "v_head_dim": nope,
@@ -25,7 +22,7 @@ def _mla(heads: int, kv: int, latent: int, query: int, rope: int, nope: int) -> 
 
 
 def _moe(experts: int, width: int, shared: int, top_k: int) -> dict[str, Any]:
-    """The expert fields of one variant."""
+    """Return the expert fields."""
     return {
         "n_experts": experts, "expert_dim": width, "n_shared_experts": shared,
         "n_experts_per_tok": top_k,
@@ -33,7 +30,7 @@ def _moe(experts: int, width: int, shared: int, top_k: int) -> dict[str, Any]:
 
 
 def _depth(loops: int, outer_layers: int, lora_rank: int) -> dict[str, Any]:
-    """The depth fields of one variant; prelude and coda are equally deep."""
+    """Return the depth fields; prelude and coda are equally deep."""
     return {
         "max_loop_iters": loops, "prelude_layers": outer_layers, "coda_layers": outer_layers,
         "lora_rank": lora_rank,
@@ -41,13 +38,11 @@ def _depth(loops: int, outer_layers: int, lora_rank: int) -> dict[str, Any]:
 
 
 def _long(theta: float) -> dict[str, Any]:
-    return {
-        "max_seq_len": _MILLION_TOKENS, "max_output_tokens": _LONG_OUTPUT, "rope_theta": theta,
-    }  # fmt: skip
+    return {"max_seq_len": 1_000_000, "max_output_tokens": 131_072, "rope_theta": theta}
 
 
 def mythos_nano() -> MythosConfig:
-    """0.7 M parameters, bytes: tests and a first look."""
+    """0.7 M parameters, byte-level: tests and first experiments."""
     return MythosConfig(
         vocab_size=320, dim=128, max_seq_len=512, max_output_tokens=512,
         **_mla(4, 2, 32, 64, 16, 32), **_moe(8, 64, 1, 2), **_depth(4, 1, 4),
@@ -55,7 +50,7 @@ def mythos_nano() -> MythosConfig:
 
 
 def mythos_tiny() -> MythosConfig:
-    """3.2 M parameters, bytes: minutes of training on two cores."""
+    """3.2 M parameters, byte-level: trains in minutes on two cores."""
     return MythosConfig(
         vocab_size=320, dim=256, max_seq_len=1024, max_output_tokens=1024,
         **_mla(4, 2, 64, 128, 32, 64), **_moe(16, 128, 1, 2), **_depth(6, 1, 8),
@@ -63,7 +58,7 @@ def mythos_tiny() -> MythosConfig:
 
 
 def mythos_small() -> MythosConfig:
-    """112 M parameters: one GPU."""
+    """112 M parameters: trains on one GPU."""
     return MythosConfig(
         vocab_size=32000, dim=768, max_seq_len=2048, max_output_tokens=2048,
         **_mla(12, 4, 256, 384, 32, 64), **_moe(32, 512, 1, 4), **_depth(8, 2, 8),
@@ -71,7 +66,7 @@ def mythos_small() -> MythosConfig:
 
 
 def mythos_1b() -> MythosConfig:
-    """1 B parameters, 16 loops, 4k context; embedding and head are tied, or it were 1.14 B."""
+    """1 B parameters (embedding and head tied; 1.14 B untied), 16 loops, 4k context."""
     return MythosConfig(
         dim=2048, tie_embeddings=True, **_mla(16, 4, 256, 512, 32, 64), **_moe(64, 2048, 2, 4),
         **_depth(16, 2, 8),
@@ -134,24 +129,16 @@ def mythos_1t() -> MythosConfig:
 
 
 VARIANTS: dict[str, Callable[[], MythosConfig]] = {
-    "nano": mythos_nano,
-    "tiny": mythos_tiny,
-    "small": mythos_small,
-    "1b": mythos_1b,
-    "3b": mythos_3b,
-    "7b": mythos_7b,
-    "10b": mythos_10b,
-    "50b": mythos_50b,
-    "100b": mythos_100b,
-    "500b": mythos_500b,
-    "1t": mythos_1t,
-}
+    "nano": mythos_nano, "tiny": mythos_tiny, "small": mythos_small, "1b": mythos_1b,
+    "3b": mythos_3b, "7b": mythos_7b, "10b": mythos_10b, "50b": mythos_50b, "100b": mythos_100b,
+    "500b": mythos_500b, "1t": mythos_1t,
+}  # fmt: skip
 
 
 def variant(name: str) -> MythosConfig:
-    """The configuration called ``name`` ("1b", or "mythos_1b").
+    """Return the configuration called ``name`` ("1b" or "mythos_1b").
 
     Raises:
-        ConfigError: There is no such variant; the nearest name is given.
+        ConfigError: There is no such variant; the message suggests the nearest name.
     """
     return pick(VARIANTS, name.removeprefix("mythos_"), "variant")()

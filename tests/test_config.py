@@ -91,7 +91,14 @@ class TestHelpers:
 
     @pytest.mark.parametrize(
         ("value", "expected"),
-        [(1, True), (0.5, True), (True, False), ("1", False), (float("inf"), False)],
+        [
+            (1, True),
+            (0.5, True),
+            (True, False),
+            ("1", False),
+            (float("inf"), False),
+            (10**400, False),
+        ],
     )
     def test_is_number(self, value, expected):
         assert is_number(value) is expected

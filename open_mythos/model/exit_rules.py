@@ -223,9 +223,12 @@ def exit_rule(text: str, model: nn.Module) -> ExitRule:
                 return make(model, *values)
         except ValueError as error:
             if isinstance(error, ConfigError):
-                raise
+                raise ConfigError(
+                    error.what, where=f"exit rule (--exit) {text!r}", value=error.value,
+                    allowed=error.allowed, fix=error.fix.replace("the argument", "in --exit"),
+                ) from error  # fmt: skip
     raise ConfigError(
-        "not an exit rule", where="exit rule", value=text,
+        "not an exit rule", where="exit rule (--exit)", value=text,
         allowed="; ".join(form for _, _, form in EXIT_RULES.values()),
         fix="write the name, a colon, and its numbers separated by commas",
     )  # fmt: skip

@@ -166,7 +166,7 @@ class TestGenerate:
     ("argv", "said"),
     [
         (("evaluate", "MODEL", "--exit", "never"), "gate:THRESHOLD"),
-        (("evaluate", "MODEL", "--exit", "kl:0"), "kl is out of range"),
+        (("evaluate", "MODEL", "--exit", "kl:0"), "correct in --exit kl"),
         (("evaluate", "MODEL", "--exit", "kl", "--depths", "[1,2]"), "--depths"),
         (("evaluate", "MODEL", "--n_loops", "3"), "only an exit rule reads this"),
         (("evaluate", "MODEL", "--repeats", "3"), "only an exit rule reads this"),
