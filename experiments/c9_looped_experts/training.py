@@ -73,8 +73,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         layers = expert_routing(trained.model, trained.batches[:_ROUTED_BATCHES], s["loops"])
         figures["entropy"] = mean(each for layer in layers for each in layer.entropy)
         if s["loops"] > 1:
-            figures["disjoint"] = mean(each for layer in layers for each in layer.disjoint)
-            figures["common"] = mean(
-                layer.overlap[t][t + 1] for layer in layers for t in range(s["loops"] - 1)
-            )
+            consecutive = [(layer, t) for layer in layers for t in range(s["loops"] - 1)]
+            figures["disjoint"] = mean(layer.disjoint[t][t + 1] for layer, t in consecutive)
+            figures["common"] = mean(layer.overlap[t][t + 1] for layer, t in consecutive)
     return figures

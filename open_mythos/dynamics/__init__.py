@@ -1,4 +1,4 @@
-"""How the state of a looped model moves: trajectories, Jacobians, cycles, routing, probes.
+"""Dynamics of the recurrent state: trajectories, Jacobians, cycles, logit lens, probes.
 
 >>> from open_mythos.dynamics import classify, fixed_point, run_trajectory
 >>> path = run_trajectory(model, ids, n_loops=128)      # doctest: +SKIP
@@ -9,8 +9,7 @@ from open_mythos.dynamics.cycles import KINDS, LongRun, classify
 from open_mythos.dynamics.jacobian import StepJacobian
 from open_mythos.dynamics.krylov import Spectrum, leading_eigenvalues, leading_singular_values
 from open_mythos.dynamics.lens import logit_lens, set_probability
-from open_mythos.dynamics.probes import ProbeScore, probe, probe_loops
-from open_mythos.dynamics.routing import RoutingDivergence, routing_divergence
+from open_mythos.dynamics.probes import ProbeScore, probe
 from open_mythos.dynamics.trajectory import (
     ContractionFit,
     FixedPoint,
@@ -25,7 +24,6 @@ __all__ = [
     "FixedPoint",
     "LongRun",
     "ProbeScore",
-    "RoutingDivergence",
     "Spectrum",
     "StepJacobian",
     "Trajectory",
@@ -35,8 +33,6 @@ __all__ = [
     "leading_singular_values",
     "logit_lens",
     "probe",
-    "probe_loops",
-    "routing_divergence",
     "run_trajectory",
     "set_probability",
 ]

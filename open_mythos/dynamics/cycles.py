@@ -1,8 +1,8 @@
-"""What each token does in the long run: rest, go round, move off, or none of these.
+"""Long-run behavior of each token's state: convergence, cycles, divergence, drift.
 
-Looped models do all of it: "orbits" and "sliders" beside fixed points (Huginn, arXiv 2502.05171,
-section 7). Only the tail of a trajectory is looked at. Everything is relative to the root mean
-square norm of the token's states in the tail, its *size*.
+Looped models show "orbits" and "sliders" beside fixed points (Huginn, arXiv 2502.05171, section 7).
+Only the tail of a trajectory is examined. All thresholds are relative to the root mean square norm
+of the token's states in the tail, its *size*.
 """
 
 from __future__ import annotations
@@ -18,47 +18,46 @@ from open_mythos.dynamics.trajectory import Trajectory
 from open_mythos.errors import ConfigError
 
 KINDS = ("converged", "cyclic", "converging", "diverging", "drifting", "wandering")
-"""In the order of the tests: the first that holds decides.
+"""Categories in order of precedence.
 
 - converged: the tail stays within ``tolerance`` of its mean.
-- cyclic: folded by some period p, with at least two periods in the tail, every state stays within
-  ``tolerance`` of the mean of its phase; p is the smallest such period.
-- converging: updates in the second half of the tail are at most half as long as in the first.
+- cyclic: the smallest period p (at most half the tail) at which every state stays within
+  ``tolerance`` of its phase mean.
+- converging: mean update norm in the second half of the tail is at most half that in the first.
 - diverging: the norm at least doubles over the tail, or is not finite.
-- drifting: a straight line in time explains at least 90 % of the tail's variance.
+- drifting: a linear trend explains at least 90 % of the tail's variance.
 - wandering: none of these.
 """
 
 SHRINKS = 0.5
 GROWS = 2.0
 STRAIGHT = 0.9
-"""Pure drift has 1, a cycle near 0, a random walk in many dimensions 0.6 (1 - (1/15) / (1/6))."""
+"""Pure drift is 1, a cycle about 0, a high-dimensional random walk 0.6 = 1 - (1/15) / (1/6)."""
 
 
 @dataclass(frozen=True)
 class LongRun:
-    """The verdict on every token, with the figures it rests on."""
+    """Category of every token and the statistics behind it."""
 
     kind: Tensor
-    """(B, T) int64, an index into :data:`KINDS`."""
+    """(B, T) int64 index into :data:`KINDS`."""
     period: Tensor
-    """(B, T) int64: 1 where converged, p where cyclic, 0 elsewhere."""
+    """(B, T) int64: 1 if converged, p if cyclic, 0 otherwise."""
     spread: Tensor
-    """(B, T) largest distance of a state from the mean of its phase over the size, folded by
-    ``period`` (by 1 where there is none)."""
+    """(B, T) largest distance of a state from its phase mean at ``period`` or 1, over the size."""
     shrinkage: Tensor
-    """(B, T) mean length of the updates in the tail's second half over that in its first."""
+    """(B, T) mean update norm in the second half of the tail over that in the first."""
     growth: Tensor
-    """(B, T) norm of the last state over that of the tail's first."""
+    """(B, T) norm of the tail's last state over that of its first."""
     straightness: Tensor
-    """(B, T) share of the tail's variance that a straight line in time explains."""
+    """(B, T) fraction of the tail's variance explained by a linear trend."""
 
     def names(self) -> list[list[str]]:
-        """(B, T) the verdicts by name."""
+        """Return the category names, (B, T)."""
         return [[KINDS[kind] for kind in row] for row in self.kind.tolist()]
 
     def counts(self) -> dict[str, int]:
-        """Verdict -> number of tokens, every verdict listed."""
+        """Return the number of tokens per category, zeros included."""
         found = Counter(name for row in self.names() for name in row)
         return {name: found[name] for name in KINDS}
 
@@ -70,24 +69,24 @@ def classify(
     tolerance: float = 1e-2,
     max_period: int | None = None,
 ) -> LongRun:
-    """Say of every token what it does in the last ``tail`` states.
+    """Classify each token by its last ``tail`` states.
 
     Args:
-        path: Long enough that the beginning is over.
-        tail: States looked at; half of them by default.
-        tolerance: What counts as the same place, relative to the size.
-        max_period: Longest period tried; half of the tail by default, and at most that.
+        path: A trajectory long enough to exclude the transient.
+        tail: Number of states examined; half of them by default.
+        tolerance: Distance below which states count as equal, relative to the size.
+        max_period: Longest period tried; half the tail by default and at most.
 
     Raises:
-        ConfigError: The tail has fewer than eight states, or is longer than the trajectory.
+        ConfigError: The tail has fewer than eight states, or exceeds the trajectory.
     """
     states_LBTD = path.states_LBTD
     tail = len(states_LBTD) // 2 if tail is None else tail
     if not 8 <= tail <= len(states_LBTD):
         raise ConfigError(
-            "no tail to look at", where="tail", value=tail,
-            allowed=f"8 .. {len(states_LBTD)}, the states of the trajectory",
-            fix="run more loops, or name a shorter tail",
+            "the tail does not fit the trajectory", where="tail", value=tail,
+            allowed=f"8 .. {len(states_LBTD)}, the number of states",
+            fix="run more loops or pass a shorter tail",
         )  # fmt: skip
     longest = min(tail // 2, check_count("max_period", max_period or tail // 2))
     tail_LBTD = states_LBTD[-tail:].double()
@@ -117,7 +116,7 @@ def classify(
 
 
 def _period(tail_LBTD: Tensor, longest: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The smallest period within tolerance (0: none), and the spread folded by it (or by 1)."""
+    """Return the smallest period within tolerance (0: none) and the spread at it (or at 1)."""
     spread_BT = _folded_spread(tail_LBTD, 1)
     period_BT = (spread_BT <= tolerance).long()
     for period in range(2, longest + 1):
@@ -132,14 +131,14 @@ def _period(tail_LBTD: Tensor, longest: int, tolerance: float) -> tuple[Tensor, 
 
 
 def _folded_spread(tail_LBTD: Tensor, period: int) -> Tensor:
-    """(...) largest distance from the mean of the phase, over as many whole periods as fit."""
+    """Return the largest distance from the phase mean, over as many whole periods as fit."""
     whole = len(tail_LBTD) // period * period
     folded = tail_LBTD[-whole:].unflatten(0, (-1, period))
     return (folded - folded.mean(0)).norm(dim=-1).amax((0, 1))
 
 
 def _straightness(tail_LBTD: Tensor) -> Tensor:
-    """(B, T) R^2 of the regression of the state on time."""
+    """Return R^2 (B, T) of the linear regression of the state on time."""
     time_L = torch.linspace(-1, 1, len(tail_LBTD), dtype=torch.float64, device=tail_LBTD.device)
     centred_LBTD = tail_LBTD - tail_LBTD.mean(0)
     slope_BTD = torch.einsum("l,lbtd->btd", time_L, centred_LBTD) / time_L.square().sum()
@@ -148,5 +147,5 @@ def _straightness(tail_LBTD: Tensor) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """0 / 0 is 0."""
+    """Divide, with 0 / 0 = 0."""
     return part / whole.clamp_min(torch.finfo(torch.float64).tiny)

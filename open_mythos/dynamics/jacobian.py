@@ -1,11 +1,11 @@
-"""The Jacobian of a loop, d h_{t+1} / d h_t: whether near states come together or part.
+"""Jacobian of a loop, d h_{t+1} / d h_t: whether nearby states converge or diverge.
 
-The state of one sequence has n = T D numbers, so J is an (n, n) matrix. Attention is causal: the
-state of a token depends on its own and on earlier ones. J is therefore block lower triangular in
-the tokens, and its eigenvalues are those of the T diagonal blocks (D, D), one of each token.
+The state of one sequence has n = T D entries, so J is an (n, n) matrix. Attention is causal: a
+token's state depends on its own and earlier tokens only. J is therefore block lower triangular over
+tokens, and its eigenvalues are those of the T diagonal blocks (D, D).
 
-Experts are chosen by comparing scores. The choice is constant almost everywhere, so J is the
-Jacobian of the chosen experts, their weights included.
+Expert selection is piecewise constant, so J is the Jacobian with the selected experts fixed, their
+weights included.
 """
 
 from __future__ import annotations
@@ -31,23 +31,22 @@ class StepJacobian:
     """J of ``loops`` consecutive loops at one state of one sequence.
 
     With ``loops=p`` at a state of a cycle of period p, the eigenvalues say whether the cycle
-    attracts (all inside the unit circle), as those of one loop do for a fixed point.
+    attracts (all inside the unit circle), as those of one loop do at a fixed point.
 
-    Products J^T u are reverse-mode. Products J v differentiate J^T u, which is linear in u, with
-    respect to u: that works through every attention and expert kernel that has a reverse mode, and
-    forward mode does not. Attention runs on PyTorch's plain ("math") kernel meanwhile, as the fused
-    ones cannot be differentiated twice.
+    J^T u is computed in reverse mode. J v differentiates J^T u, which is linear in u, with respect
+    to u: unlike forward mode, this works through every attention and expert kernel with a backward
+    pass. Attention runs on PyTorch's "math" kernel, as fused kernels have no double backward.
 
     Args:
-        model: In float32; its weights are not changed.
+        model: A float32 model; it is not modified.
         input_ids: (1, T) token ids.
-        h_BTD: (1, T, D) the state h_t.
+        h_BTD: (1, T, D) state h_t.
         t: Index of the first loop.
-        loops: How many loops the map takes.
+        loops: Number of loops in the map.
 
     Raises:
-        ConfigError: More than one sequence, a state of another shape, or weights that are not
-            float32, whose rounding would be larger than small eigenvalues.
+        ConfigError: More than one sequence, a mismatched state, or weights that are not float32,
+            whose rounding error would exceed small eigenvalues.
     """
 
     def __init__(
@@ -82,76 +81,70 @@ class StepJacobian:
             )
 
     def apply(self, v: Tensor) -> Tensor:
-        """J v, of the shape of ``v``: (n,) or (1, T, D)."""
+        """Return J v in the shape of ``v``: (n,) or (1, T, D)."""
         (out,) = torch.autograd.grad(
             self._pullback, self._cotangent, v.reshape(self._h_BTD.shape), retain_graph=True
         )
         return out.reshape(v.shape)
 
     def apply_transposed(self, u: Tensor) -> Tensor:
-        """J^T u, of the shape of ``u``: (n,) or (1, T, D)."""
+        """Return J^T u in the shape of ``u``: (n,) or (1, T, D)."""
         (out,) = torch.autograd.grad(
             self._output, self._input, u.reshape(self._h_BTD.shape), retain_graph=True
         )
         return out.reshape(u.shape)
 
     def matrix(self) -> Tensor:
-        """(n, n) the whole of J; n^2 x 4 bytes and n / 32 passes."""
+        """Compute J (n, n): n^2 x 4 bytes and n / 32 passes."""
         unit = torch.eye(self.size, device=self._h_BTD.device)
         return torch.cat([self._pull(rows).flatten(1) for rows in unit.split(_ROWS)])
 
     def block(self, token: int) -> Tensor:
-        """(D, D) the diagonal block of one token: d h_{t+1}[token] / d h_t[token]."""
+        """Compute the diagonal block (D, D) of a token, d h_{t+1}[token] / d h_t[token]."""
         unit = torch.zeros(self.dim, self.tokens, self.dim, device=self._h_BTD.device)
         unit[:, token] = torch.eye(self.dim, device=unit.device)
         pulled = [self._pull(rows.flatten(1))[:, token] for rows in unit.split(_ROWS)]
         return torch.cat(pulled)
 
     def token_eigenvalues(self, token: int) -> np.ndarray:
-        """(D,) complex128, largest first: the eigenvalues that belong to one token, exactly."""
+        """Compute the (D,) eigenvalues of a token's block, complex128, largest first."""
         return _sorted(np.linalg.eigvals(self.block(token).double().cpu().numpy()))
 
     def eigenvalues(
-        self, count: int | None = None, *, max_products: int = 200, tolerance: float = 1e-4
+        self, count: int | None = None, *, max_matvecs: int = 200, tolerance: float = 1e-4
     ) -> Spectrum:
-        """All n eigenvalues, token by token; or the ``count`` largest from products alone.
+        """Compute all n eigenvalues exactly, or the ``count`` largest matrix-free.
 
-        Args:
-            count: None decomposes every block: n / 32 passes and T problems of order D. A number
-                uses :func:`leading_eigenvalues`; J is not normal, so mind the residuals.
-            max_products: Of that method.
-            tolerance: Of that method.
+        By default every diagonal block is decomposed: n / 32 passes and T problems of order D.
+        ``count``, ``max_matvecs`` and ``tolerance`` are those of :func:`leading_eigenvalues`; J is
+        not normal, so check the residuals.
         """
         if count is None:
             values = np.concatenate([self.token_eigenvalues(i) for i in range(self.tokens)])
             return Spectrum(_sorted(values), np.zeros(self.size), 0)
         return leading_eigenvalues(
-            self.apply, self.size, count, max_products=max_products, tolerance=tolerance,
+            self.apply, self.size, count, max_matvecs=max_matvecs, tolerance=tolerance,
             device=self._h_BTD.device,
         )  # fmt: skip
 
     def singular_values(
-        self, count: int | None = None, *, max_products: int = 200, tolerance: float = 1e-4
+        self, count: int | None = None, *, max_matvecs: int = 200, tolerance: float = 1e-4
     ) -> Spectrum:
-        """All n singular values of the whole matrix; or the ``count`` largest from products alone.
+        """Compute all n singular values, or the ``count`` largest matrix-free.
 
-        The largest is the most by which the map can stretch a small change, in any direction.
-
-        Args:
-            count: None decomposes the whole matrix; a number uses :func:`leading_singular_values`.
-            max_products: Of that method.
-            tolerance: Of that method.
+        The largest is the maximum factor by which the map stretches a small perturbation. See
+        :func:`leading_singular_values` for the arguments.
         """
         if count is None:
             values = np.linalg.svd(self.matrix().double().cpu().numpy(), compute_uv=False)
             return Spectrum(values, np.zeros(self.size), 0)
         return leading_singular_values(
             self.apply, self.apply_transposed, self.size, count,
-            max_products=max_products, tolerance=tolerance, device=self._h_BTD.device,
+            max_matvecs=max_matvecs, tolerance=tolerance, device=self._h_BTD.device,
         )  # fmt: skip
 
     def _map(self, h_BTD: Tensor) -> Tensor:
-        """The state after ``loops`` loops; rows are copies of the sequence."""
+        """Run ``loops`` loops from ``h_BTD``, whose rows are copies of the sequence."""
         loops = self._model.recurrent.unroll(
             self._e_BTD, self._ctx, self._loops, h_BTD=h_BTD, first_loop=self._t
         )
@@ -159,7 +152,7 @@ class StepJacobian:
         return h_BTD
 
     def _pull(self, cotangents: Tensor) -> Tensor:
-        """J^T u for several u at once, (rows, n) -> (rows, T, D): each is a row of a batch."""
+        """Compute J^T u for a batch of u, (rows, n) -> (rows, T, D)."""
         rows = len(cotangents)
         with self._differentiable():
             h_BTD = self._h_BTD.expand(rows, -1, -1).clone().requires_grad_()
@@ -168,15 +161,15 @@ class StepJacobian:
 
     @contextmanager
     def _differentiable(self) -> Iterator[None]:
-        """Evaluation mode, a graph for the state and none for the weights, the plain kernel."""
+        """Differentiate with respect to the state only, in evaluation mode, on the math kernel."""
         model = self._model
-        wanted = [p for p in model.parameters() if p.requires_grad]
+        trainable = [p for p in model.parameters() if p.requires_grad]
         try:
             with frozen(model, torch.float32), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 model.requires_grad_(False)
                 yield
         finally:
-            for parameter in wanted:
+            for parameter in trainable:
                 parameter.requires_grad_(True)
 
 

@@ -1,8 +1,8 @@
 """Leading eigenvalues and singular values of a matrix that is only available as matvecs.
 
-Arnoldi's method builds an orthonormal basis of repeated matvecs and solves a small dense problem in
-it. Source: Saad, Numerical Methods for Large Eigenvalue Problems (2nd ed., 2011), chapter 6. Each
-new vector is orthogonalized twice, so the basis stays orthonormal in float32.
+Source: Arnoldi's method without restarts, Saad, Numerical Methods for Large Eigenvalue Problems
+(2nd ed., 2011), chapter 6. Each new basis vector is orthogonalized twice, so that the basis stays
+orthonormal in float32.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _BREAKDOWN = 1e-6  # a new direction this small relative to its vector is roundi
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Some eigenvalues or singular values, largest first."""
+    """Leading eigenvalues or singular values, largest first."""
 
     values: np.ndarray
     """(k,) complex128 eigenvalues, or (k,) float64 singular values."""
     residuals: np.ndarray
-    """(k,) ||M x - value x|| of the unit vector x that belongs to each value, by the method's own
-    recurrence; 0 where the whole matrix was decomposed. Each value is exact for a matrix that
-    differs from M by this much, which for a matrix far from normal does not bound its error."""
-    products: int
-    """Matvecs that were spent; 0 for a whole matrix."""
+    """(k,) ||M x - value x|| for the unit vector x of each value; 0 where the whole matrix was
+    decomposed. Each value is exact for a matrix this close to M, which does not bound its error
+    when M is far from normal."""
+    matvecs: int
+    """Matvecs computed; 0 for a whole matrix."""
 
     @property
     def radius(self) -> float:
@@ -47,28 +47,24 @@ def leading_eigenvalues(
     size: int,
     count: int = 6,
     *,
-    max_products: int = 200,
+    max_matvecs: int = 200,
     tolerance: float = 1e-4,
-    seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Spectrum:
-    """Find the ``count`` eigenvalues of largest magnitude by Arnoldi's method without restarts.
-
-    A complex pair has two values of one magnitude; an odd ``count`` may show one of them.
+    """Find the ``count`` eigenvalues of largest magnitude.
 
     Args:
         apply: v -> M v.
         size: n, the order of M.
-        count: Number of eigenvalues.
-        max_products: Limit on matvecs; the basis takes as many vectors of memory.
-        tolerance: Stop when every residual is below this fraction of the largest value.
-        seed: Of the starting vector.
+        count: Number of eigenvalues; an odd one may return one value of a complex pair.
+        max_matvecs: Limit on matvecs; each keeps one vector in memory.
+        tolerance: Stop when every residual is below this fraction of the largest magnitude.
         device: Device of the vectors passed to ``apply``.
     """
     count = min(check_count("count", count), size)
-    start = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0))
     basis = [(start / start.norm()).to(device)]
-    limit = max(1, min(max_products, size))
+    limit = max(1, min(max_matvecs, size))
     hessenberg = np.zeros((limit + 1, limit))
     for m in range(1, limit + 1):
         image = apply(basis[-1])
@@ -97,28 +93,20 @@ def leading_singular_values(
     size: int,
     count: int = 6,
     *,
-    max_products: int = 200,
+    max_matvecs: int = 200,
     tolerance: float = 1e-4,
-    seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Spectrum:
-    """Find the ``count`` largest singular values: the roots of the eigenvalues of M^T M.
+    """Find the ``count`` largest singular values, as square roots of the eigenvalues of M^T M.
 
-    Args:
-        apply: v -> M v.
-        apply_transposed: u -> M^T u.
-        size: n, the order of M.
-        count: Number of singular values.
-        max_products: Limit on matvecs with M and M^T together.
-        tolerance: Stop when every residual is below this fraction of the largest value.
-        seed: Of the starting vector.
-        device: Device of the vectors passed to both functions.
+    ``apply_transposed`` maps u to M^T u; see :func:`leading_eigenvalues` for the other arguments.
+    ``max_matvecs`` counts those with M and M^T together.
     """
     squares = leading_eigenvalues(
         lambda v: apply_transposed(apply(v)), size, count,
-        max_products=max_products // 2, tolerance=tolerance, seed=seed, device=device,
+        max_matvecs=max_matvecs // 2, tolerance=tolerance, device=device,
     )  # fmt: skip
     values = np.sqrt(np.maximum(squares.values.real, 0.0))
     # with u = M v / s: M^T u - s v = (M^T M v - s^2 v) / s
     residuals = squares.residuals / np.maximum(values, np.finfo(np.float32).tiny)
-    return Spectrum(values, residuals, 2 * squares.products)
+    return Spectrum(values, residuals, 2 * squares.matvecs)

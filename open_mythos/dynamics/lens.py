@@ -1,7 +1,6 @@
-"""The logit lens: what the model would say if it stopped after each loop.
+"""Logit lens: next-token predictions after each loop, through the model's own coda and head.
 
-The read-out is the model's own, through coda, norm and head (nostalgebraist, 2020, read out of the
-middle of a network that was not made for it; a looped model is made for it).
+Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from open_mythos.model.mythos import OpenMythos
 
 
 def logit_lens(model: OpenMythos, path: Trajectory) -> Iterator[Tensor]:
-    """The log-probabilities (B, T, V), float32, after each loop in turn.
+    """Yield the log-probabilities (B, T, V), float32, after each loop.
 
-    All positions are read out at the same loop. One loop at a time, so that (L, B, T, V) never has
-    to exist.
+    A generator, so that (L, B, T, V) never exists in memory.
     """
     with frozen(model, torch.float32) as device:
         for h_BTD in path.states_LBTD[1:]:
@@ -29,16 +27,13 @@ def logit_lens(model: OpenMythos, path: Trajectory) -> Iterator[Tensor]:
 
 
 def set_probability(model: OpenMythos, path: Trajectory, sets: Tensor) -> Tensor:
-    """The probability of sets of tokens after each loop.
+    """Return the total probability of sets of tokens after each loop, (L, ..., B, T).
 
     Args:
-        model: The model that ran ``path``.
-        path: L loops of (B, T) tokens.
-        sets: Boolean (..., V), broadcastable to (..., B, T, V): one set for every position, or a
-            set for each, such as the open alternatives of a search.
-
-    Returns:
-        (L, ..., B, T).
+        model: The model that computed ``path``.
+        path: Trajectory of L loops over (B, T) tokens.
+        sets: Boolean (..., V), broadcastable to (..., B, T, V): one set for all positions, or one
+            per position, such as the open alternatives of a search.
 
     Raises:
         ConfigError: ``sets`` is not boolean over the vocabulary.

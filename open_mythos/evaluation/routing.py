@@ -1,14 +1,15 @@
-"""Which experts fire at which loop.
+"""Expert routing, loop by loop.
 
-Loops pay where tokens meet different experts at different loops (arXiv 2605.09165); these figures
-say whether they do.
+Looped mixtures outperform a single pass where tokens use different experts at different loops
+(arXiv 2605.09165); these metrics measure whether they do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -23,18 +24,26 @@ from open_mythos.model.trace import LoopTrace
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """The routing of one mixture layer over L loops; ``dataclasses.asdict`` makes it JSON."""
+    """Routing of one mixture layer over L loops, JSON-compatible through ``dataclasses.asdict``."""
 
     layer: int
-    """Number of the block in the model."""
+    """Index of the block in the model."""
     load: list[list[float]]
-    """(L, E) share of the choices that each expert got at each loop; a row sums to 1."""
+    """(L, E) share of the routing choices per expert; each row sums to 1."""
     entropy: list[float]
-    """(L,) entropy of those shares in units of log E: 1 is even, 0 a single expert."""
+    """(L,) entropy of the load over log E: 1 is even, 0 a single expert."""
+    divergence: list[list[float]]
+    """(L, L) Jensen-Shannon divergence between the loads of two loops in bits: 0 equal, 1 disjoint.
+    Tokens that swap experts with one another leave it at 0."""
     overlap: list[list[float]]
-    """(L, L) share of a token's experts that two loops have in common; C / E by chance."""
-    disjoint: list[float]
-    """(L - 1,) share of tokens that meet no expert again from one loop to the next."""
+    """(L, L) fraction of a token's experts shared by two loops; C / E by chance."""
+    disjoint: list[list[float]]
+    """(L, L) fraction of tokens with no expert in common between two loops."""
+    information: float
+    """Mutual information between loop and expert in bits, at most log2 of the smaller count."""
+    chance: float
+    """Expected mutual information of independent choices, from the finite sample alone:
+    (L - 1)(E - 1) / (2 choices ln 2) bits (Miller and Madow, 1955)."""
 
 
 def expert_routing(
@@ -44,21 +53,21 @@ def expert_routing(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> list[LayerRouting]:
-    """The routing of every mixture layer, over all tokens of ``batches``.
+    """Measure the routing of every mixture layer over all tokens of ``batches``.
 
     Args:
         model: A looped model with experts.
-        batches: A few batches; a finite iterable, read once.
-        n_loops: Loops; ``max_loop_iters`` by default.
-        dtype: Of the matrix products (autocast).
+        batches: A finite iterable, read once; a few batches suffice.
+        n_loops: Number of loops; ``max_loop_iters`` by default.
+        dtype: Autocast dtype of the matmuls.
 
     Raises:
-        ConfigError: The model has no experts, or the number of loops is wrong.
-        DataError: There is no batch.
+        ConfigError: The model has no experts, or ``n_loops`` is out of range.
+        DataError: ``batches`` is empty.
     """
     if not isinstance(model, OpenMythos) or not model.cfg.n_experts:
         raise ConfigError(
-            "the model routes nothing", where="model", value=type(model).__name__,
+            "the model has no experts", where="model", value=type(model).__name__,
             allowed="a looped model with n_experts >= 1", fix="evaluate a model with experts",
         )  # fmt: skip
     merged = LoopTrace()
@@ -67,38 +76,67 @@ def expert_routing(
             trace = LoopTrace(keep_routing=True)
             ctx = model.context(batch.input_ids, document_ids=batch.document_ids)
             model.hidden(batch.input_ids, ctx, Depth(n_loops), trace)
-            _merge(merged, trace)
+            for at, experts_BTC in trace.experts.items():
+                experts_NC, load_E = experts_BTC.flatten(0, -2).cpu(), trace.load[at].cpu()
+                first = at not in merged.load
+                merged.active[at[1]] = None  # every token ran every loop
+                merged.load[at] = load_E if first else merged.load[at] + load_E
+                merged.experts[at] = (
+                    experts_NC if first else torch.cat((merged.experts[at], experts_NC))
+                )
     if not merged.load:
         raise DataError(
             "nothing to evaluate on", where="batches", value="no batch",
             allowed="at least one", fix="check that the validation split is not empty",
         )  # fmt: skip
-    return [_layer(merged, layer) for layer in sorted(merged.load_by_layer())]
+    return routing_by_layer(merged)
 
 
-def _merge(merged: LoopTrace, trace: LoopTrace) -> None:
-    """Add the routing of one batch: loads summed, choices (N, C) one after the other."""
-    for at, experts_BTC in trace.experts.items():
-        load_E, experts_NC = trace.load[at].cpu(), experts_BTC.flatten(0, 1).cpu()
-        first = at not in merged.load
-        merged.active[at[1]] = None  # every token ran every loop
-        merged.load[at] = load_E if first else merged.load[at] + load_E
-        merged.experts[at] = experts_NC if first else torch.cat((merged.experts[at], experts_NC))
+def routing_by_layer(trace: LoopTrace) -> list[LayerRouting]:
+    """Measure the routing of every mixture layer that ``trace`` recorded.
+
+    Args:
+        trace: Trace of one call with ``keep_routing``, in which every token ran every loop.
+
+    Raises:
+        ConfigError: The trace holds no routing, or tokens exited before the last loop.
+    """
+    layers = sorted({layer for layer, _ in trace.experts})
+    if not layers or any(active is not None for active in trace.active.values()):
+        raise ConfigError(
+            "no routing to compare", where="trace",
+            value="no routing" if not layers else "tokens that exited early",
+            allowed="a call of a model with experts, trace=LoopTrace(keep_routing=True), "
+            "all rows at one depth",
+            fix="rerun the model with such a trace",
+        )  # fmt: skip
+    return [_layer(trace, layer) for layer in layers]
 
 
-def _layer(merged: LoopTrace, layer: int) -> LayerRouting:
-    load_LE = merged.load_by_loop(layer)
-    chosen = [merged.experts[layer, loop] for loop in range(load_LE.shape[0])]
+def _layer(trace: LoopTrace, layer: int) -> LayerRouting:
+    load_LE = trace.load_by_loop(layer).double().cpu()
+    n_loops, n_experts = load_LE.shape
+    share_LE = load_LE / load_LE.sum(-1, keepdim=True)
+    entropy_L = _bits(share_LE)
+    mean_LL = (entropy_L.unsqueeze(0) + entropy_L.unsqueeze(1)) / 2
+    mixed_LL = _bits((share_LE.unsqueeze(0) + share_LE.unsqueeze(1)) / 2)
+    chosen = [trace.experts[layer, loop].flatten(0, -2) for loop in range(n_loops)]
+    disjoint_LL = torch.zeros(n_loops, n_loops)
+    for i, j in combinations(range(n_loops), 2):
+        same_NCC = chosen[i].unsqueeze(-1) == chosen[j].unsqueeze(-2)
+        disjoint_LL[i, j] = disjoint_LL[j, i] = (~same_NCC.flatten(1).any(-1)).float().mean()
     return LayerRouting(
         layer=layer,
-        load=(load_LE / load_LE.sum(-1, keepdim=True)).tolist(),
-        entropy=merged.routing_entropy(layer).tolist(),
-        overlap=merged.expert_overlap(layer).tolist(),
-        disjoint=[_disjoint(*pair) for pair in pairwise(chosen)],
+        load=share_LE.tolist(),
+        entropy=trace.routing_entropy(layer).tolist(),
+        divergence=(mixed_LL - mean_LL).clamp(0, 1).tolist(),
+        overlap=trace.expert_overlap(layer).tolist(),
+        disjoint=disjoint_LL.tolist(),
+        information=float((_bits(share_LE.mean(0)) - entropy_L.mean()).clamp_min(0)),
+        chance=(n_loops - 1) * (n_experts - 1) / (2 * float(load_LE.sum()) * math.log(2)),
     )
 
 
-def _disjoint(first_NC: Tensor, second_NC: Tensor) -> float:
-    """Share of tokens whose two sets of experts have none in common."""
-    same = first_NC.unsqueeze(-1) == second_NC.unsqueeze(-2)
-    return float((~same.flatten(1).any(-1)).float().mean())
+def _bits(share_E: Tensor) -> Tensor:
+    """Return the entropy of the last axis in bits."""
+    return -torch.special.xlogy(share_E, share_E).sum(-1) / math.log(2)

@@ -1,4 +1,4 @@
-"""Against a linear loop, against PyTorch's own Jacobian, against finite differences."""
+"""Jacobians against a linear loop, ``torch.autograd.functional`` and finite differences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def state(model, loop: int = LOOP) -> torch.Tensor:
 
 
 def exact(model, h_BTD: torch.Tensor, loops: int = 1) -> torch.Tensor:
-    """(n, n) by torch.autograd.functional, one output at a time."""
+    """Compute J (n, n) with torch.autograd.functional."""
     e_BTD = model.embed(IDS).detach()
 
     def run(h: torch.Tensor) -> torch.Tensor:
@@ -41,8 +41,8 @@ def test_the_spectrum_of_a_linear_loop_is_that_of_A(linear_model):
     assert found.values == pytest.approx(expected, abs=1e-6)
     assert found.radius == pytest.approx(linear_model.recurrent.injection.spectral_radius().item())
     assert jacobian.singular_values().values == pytest.approx(expected, abs=1e-6)
-    # from products alone, every value once: the start sees one vector of each eigenspace
-    leading = jacobian.eigenvalues(3, max_products=40)
+    # matrix-free, each value once: the start vector has one component per eigenspace
+    leading = jacobian.eigenvalues(3, max_matvecs=40)
     assert leading.values == pytest.approx(np.sort(decay.numpy())[::-1][:3], abs=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_equal_to_autograd(model):
 
 
 def test_eigenvalues_of_the_blocks_are_those_of_the_whole(model):
-    """Attention is causal, so the matrix is block triangular."""
+    """Attention is causal, so J is block triangular."""
     h_BTD = state(model)
     jacobian = StepJacobian(model, IDS, h_BTD, LOOP)
     whole = jacobian.matrix()
@@ -77,7 +77,7 @@ def test_eigenvalues_of_the_blocks_are_those_of_the_whole(model):
         np.sort(np.abs(expected))[::-1][:10], rel=1e-3
     )
     assert jacobian.token_eigenvalues(0).shape == (jacobian.dim,)
-    leading = jacobian.eigenvalues(2, max_products=jacobian.size)
+    leading = jacobian.eigenvalues(2, max_matvecs=jacobian.size)
     assert leading.radius == pytest.approx(found.radius, rel=1e-2)
 
 
@@ -87,8 +87,7 @@ def test_several_loops_are_one_map(shared_model):
     assert_same(StepJacobian(model, IDS, h_BTD, LOOP, loops=2).matrix(), exact(model, h_BTD, 2))
 
 
-def test_it_predicts_where_a_nearby_state_goes(model):
-    """A finite difference, which knows nothing of autograd."""
+def test_it_matches_a_finite_difference(model):
     h_BTD = state(model)
     v = torch.randn(h_BTD.shape)
     e_BTD = model.embed(IDS)
@@ -108,7 +107,7 @@ def test_every_kernel_can_be_differentiated_twice(attn_backend, moe_backend):
 
 
 def test_the_rate_of_contraction_is_the_spectral_radius(contracting_model):
-    """The last updates before a fixed point shrink by the largest eigenvalue."""
+    """Near a fixed point, updates shrink by the spectral radius."""
     model = contracting_model("gqa")
     rest = fixed_point(model, IDS, tolerance=1e-6)
     last = model.cfg.max_loop_iters
@@ -118,21 +117,17 @@ def test_the_rate_of_contraction_is_the_spectral_radius(contracting_model):
     assert fit.rate.max().item() == pytest.approx(jacobian.eigenvalues().radius, abs=0.05)
 
 
-def test_the_model_is_left_as_it_was(model):
-    frozen_name = next(name for name, _ in model.named_parameters())
-    model.get_parameter(frozen_name).requires_grad_(False)
-    try:
-        jacobian = StepJacobian(model, IDS, state(model), LOOP)
-        jacobian.matrix()
-        wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert wanted == {name for name, _ in model.named_parameters()} - {frozen_name}
-        assert all(p.grad is None for p in model.parameters())
-    finally:
-        model.get_parameter(frozen_name).requires_grad_(True)
+def test_the_model_is_not_modified(attn_type):
+    model = small_model(attn_type)
+    first, *others = (name for name, _ in model.named_parameters())
+    model.get_parameter(first).requires_grad_(False)
+    StepJacobian(model, IDS, state(model), LOOP).matrix()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == others
+    assert all(p.grad is None for p in model.parameters())
 
 
-def test_fused_attention_alone_would_not_do():
-    """Why the plain kernel is asked for: if this begins to pass, it need not be."""
+def test_fused_attention_has_no_double_backward():
+    """The reason for the math kernel; drop it if PyTorch ever supports this."""
     model = small_model("gqa", n_experts=0, n_shared_experts=0).requires_grad_(False)
     h_BTD = state(model).requires_grad_()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -143,7 +138,7 @@ def test_fused_attention_alone_would_not_do():
         torch.autograd.grad(pulled, u, torch.ones_like(h_BTD))
 
 
-def test_what_it_refuses(shared_model):
+def test_invalid_arguments_are_rejected(shared_model):
     model = shared_model("gqa")
     h_BTD = state(model)
     with pytest.raises(ConfigError, match="one sequence"):

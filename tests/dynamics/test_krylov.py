@@ -29,7 +29,7 @@ def test_eigenvalues_of_a_normal_matrix():
         found.values == pytest.approx([-0.95, 0.54 - 0.72j, 0.54 + 0.72j], abs=1e-4)
     )
     assert found.radius == pytest.approx(0.95, abs=1e-5)
-    assert found.products < 60
+    assert found.matvecs < 60
     assert found.residuals.max() <= 1e-4
 
 
@@ -49,13 +49,13 @@ def test_singular_values_of_a_random_matrix():
     matrix = random_matrix(300)
     found = leading_singular_values(lambda v: matrix @ v, lambda u: matrix.T @ u, 300, 4)
     assert found.values == pytest.approx(torch.linalg.svdvals(matrix)[:4].numpy(), rel=1e-3)
-    assert found.products < 300
+    assert found.matvecs < 300
 
 
 def test_a_closed_space_ends_the_search():
     """The start's orbit spans one dimension under the identity, few under a low-rank matrix."""
     found = leading_eigenvalues(lambda v: 0.5 * v, 50, 4)
-    assert (found.values.tolist(), found.products) == ([pytest.approx(0.5)], 1)
+    assert (found.values.tolist(), found.matvecs) == ([pytest.approx(0.5)], 1)
     rank_one = torch.outer(torch.ones(50), torch.ones(50)) / 50
     found = leading_singular_values(lambda v: rank_one @ v, lambda u: rank_one.T @ u, 50, 2)
     assert found.radius == pytest.approx(1, abs=1e-5)
@@ -67,13 +67,13 @@ def test_a_closed_space_ends_the_search():
 def test_too_few_products_are_confessed():
     """The residual says what the values are worth."""
     matrix = random_matrix(200)
-    found = leading_eigenvalues(lambda v: matrix @ v, 200, 2, max_products=8)
-    assert found.products == 8
+    found = leading_eigenvalues(lambda v: matrix @ v, 200, 2, max_matvecs=8)
+    assert found.matvecs == 8
     assert found.residuals.max() > 0.05
     svd = leading_singular_values(
-        lambda v: matrix @ v, lambda u: matrix.T @ u, 200, 2, max_products=8
+        lambda v: matrix @ v, lambda u: matrix.T @ u, 200, 2, max_matvecs=8
     )
-    assert (svd.products, len(svd.values)) == (8, 2)
+    assert (svd.matvecs, len(svd.values)) == (8, 2)
     assert svd.residuals.max() > 0.05
 
 
@@ -82,6 +82,6 @@ def test_residuals_are_those_of_the_matrix():
     basis = torch.linalg.qr(random_matrix(80)).Q
     values = torch.linspace(-1, 1, 80)
     matrix = basis @ torch.diag(values) @ basis.T
-    found = leading_eigenvalues(lambda v: matrix @ v, 80, 4, max_products=30, tolerance=0)
+    found = leading_eigenvalues(lambda v: matrix @ v, 80, 4, max_matvecs=30, tolerance=0)
     for value, residual in zip(found.values.real, found.residuals, strict=True):
         assert (values - value).abs().min() <= residual + 1e-5
