@@ -1,8 +1,8 @@
-"""What an exit rule saves and what it costs: adaptive depth beside fixed depths and a control.
+"""Early exit: quality and computation of an exit rule against fixed depths and a random control.
 
-The rule runs for real: positions that left are not computed. The control deals the rule's own
-exits to random positions, so it computes as many loops; what the rule gains over it is what it
-knows about single positions.
+The rule runs for real: exited positions are not computed. The control permutes the rule's own exit
+depths across positions, so it computes the same number of loops; the difference to the rule is the
+value of choosing the depth per position.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_count
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.errors import ConfigError, DataError
-from open_mythos.evaluation.frozen import frozen
+from open_mythos.errors import ConfigError
+from open_mythos.evaluation.frozen import bits_per_byte, frozen, no_targets
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import ExitRule, Look, Memory
@@ -32,78 +32,79 @@ from open_mythos.seeding import seeded_generator
 
 @dataclass(frozen=True)
 class ExitRow:
-    """One way to choose the depth; ``dataclasses.asdict`` makes it JSON."""
+    """Results of one depth policy, JSON-compatible through ``dataclasses.asdict``."""
 
     name: str
-    """What decides."""
+    """The policy."""
     mean_loops: float
-    """Loops per position."""
+    """Mean loops per position."""
     loss: float
-    """Nats per token, every token weighing the same."""
+    """Nats per token, averaged over tokens."""
     bits_per_byte: float | None
     """loss / bytes per token / ln 2; None when the bytes are not known."""
     accuracy: float
-    """Share of the targets that are the most likely token."""
+    """Fraction of targets that are the most likely token."""
     computed: float
-    """Positions that passed through the looped block, padding included, as a share of full depth.
-    Rows that keep fewer positions than others are padded, so it is a little more than
-    ``mean_loops`` over the loops of full depth."""
+    """Positions computed in the looped block over those at full depth. Includes padding of rows
+    with fewer active positions, so it slightly exceeds ``mean_loops`` / ``n_loops``."""
     seconds: float | None = None
-    """Median wall clock of all batches, prelude and coda included; None when not timed."""
+    """Median wall-clock time of all batches, prelude and coda included; None when not timed."""
 
 
 @dataclass(frozen=True)
 class ExitReport:
-    """Adaptive depth beside what it has to beat."""
+    """An exit rule and its baselines."""
 
     n_loops: int
-    """Most loops."""
+    """Maximum number of loops."""
     tokens: int
-    """Targets."""
+    """Number of targets."""
     histogram: list[int]
-    """Positions that ran 1, 2, ... ``n_loops`` loops under the rule."""
+    """Positions that exited after 1, 2, ... ``n_loops`` loops."""
     adaptive: ExitRow
-    """The rule."""
+    """The exit rule."""
     random: ExitRow
-    """The same exits, dealt to random positions."""
+    """The rule's exit depths, permuted across positions."""
     mean_depth: ExitRow
-    """Every position at the rule's mean loops, rounded up."""
+    """All positions at the rule's mean depth, rounded up."""
     full: ExitRow
-    """Every position at ``n_loops``."""
+    """All positions at ``n_loops``."""
 
     @property
     def rows(self) -> list[ExitRow]:
-        """All four."""
+        """All four policies."""
         return [self.adaptive, self.random, self.mean_depth, self.full]
 
 
 @dataclass(frozen=True)
 class GivenDepths:
-    """An exit rule that was told every position's loops: for controls and replays.
-
-    The call it is used in must be of the shape (B, T) of the depths.
-    """
+    """An exit rule with a given depth for every position (B, T) of the call."""
 
     depths_BT: Tensor
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """See :class:`ExitRule`; remembers the depths of the positions still running."""
+        """Apply the rule; remembers the depths of the active positions."""
         depths_BT = self.depths_BT if memory is None else memory[0]
         return look.t + 1 >= depths_BT, (depths_BT,)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What came of one pass over all batches."""
+    """Results of one pass over all batches."""
 
     losses_N: Tensor
     """(N,) loss of every target."""
     right_N: Tensor
     """(N,) whether the target was the most likely token."""
     exits: list[Tensor]
-    """(B, T) loops that each position ran, one tensor for each batch."""
+    """(B, T) loops of each position, one tensor per batch."""
     computed: int
-    """Positions that passed through the looped block, over all loops, padding included."""
+    """Positions computed in the looped block, summed over loops, padding included."""
+
+    @property
+    def mean_loops(self) -> float:
+        """Mean loops per position."""
+        return float(torch.cat([exits.flatten() for exits in self.exits]).double().mean())
 
 
 def evaluate_exits(
@@ -117,26 +118,26 @@ def evaluate_exits(
     seed: int = 0,
     repeats: int = 0,
 ) -> ExitReport:
-    """Quality and computation under ``rule``, beside two fixed depths and random exits.
+    """Evaluate ``rule`` against two fixed depths and random exits.
 
     Args:
         model: A looped model.
-        batches: Validation batches; a finite iterable, read once and kept. Rows without a target
-            are left out.
-        rule: Decides for every position.
-        n_loops: Most loops; ``max_loop_iters`` by default.
-        bytes_per_token: Bytes of text that a token stands for on average, for bits per byte.
-        dtype: Of the matrix products (autocast); float32 is exact.
-        seed: Of the random exits.
-        repeats: Passes by which each variant is timed, in turns; 0 times nothing.
+        batches: Validation batches; a finite iterable, read once and kept in memory. Rows without
+            targets are skipped.
+        rule: The exit rule.
+        n_loops: Maximum number of loops; ``max_loop_iters`` by default.
+        bytes_per_token: Mean bytes of text per token, for bits per byte.
+        dtype: Autocast dtype of the matmuls.
+        seed: Seed of the random exits.
+        repeats: Number of timed, interleaved passes per policy; 0 disables timing.
 
     Raises:
         ConfigError: The model has no loops, or a number is out of range.
-        DataError: The batches hold nothing to predict.
+        DataError: The batches hold no targets.
     """
     if not isinstance(model, OpenMythos):
         raise ConfigError(
-            "the model has no loops to leave", where="model", value=type(model).__name__,
+            "early exit needs a looped model", where="model", value=type(model).__name__,
             allowed="a looped model", fix="measure a dense model with evaluate_depths",
         )  # fmt: skip
     check_count("repeats", repeats, least=0)
@@ -144,23 +145,20 @@ def evaluate_exits(
     with frozen(model, dtype) as device:
         kept = [part for batch in batches if len(part := _with_targets(batch.to(device)))]
         if not kept:
-            raise DataError(
-                "nothing to evaluate on", where="batches", value="0 tokens to predict",
-                allowed="at least one target", fix="check that the validation split is not empty",
-            )  # fmt: skip
+            raise no_targets()
         adaptive = run_exits(model, kept, depth, [rule] * len(kept))
-        dealt = [GivenDepths(exits) for exits in deal(adaptive.exits, seed)]
-        mean_depth = math.ceil(_mean_loops(adaptive))
+        shuffled = [GivenDepths(exits) for exits in deal(adaptive.exits, seed)]
+        mean_depth = math.ceil(adaptive.mean_loops)
         names = ("exit rule", "random exits", f"{mean_depth} loops", f"{depth} loops")
-        every: list[ExitRule | None] = [None] * len(kept)
+        fixed: list[ExitRule | None] = [None] * len(kept)
         variants: list[Variant] = [
-            (depth, [rule] * len(kept)), (depth, dealt), (mean_depth, every), (depth, every),
+            (depth, [rule] * len(kept)), (depth, shuffled), (mean_depth, fixed), (depth, fixed),
         ]  # fmt: skip
         passes = [adaptive, *(run_exits(model, kept, *variant) for variant in variants[1:])]
         seconds = wall_clock(model, kept, variants, repeats) if repeats else [None] * len(names)
-    everything = depth * sum(batch.targets.numel() for batch in kept)
+    full = depth * sum(batch.targets.numel() for batch in kept)
     rows = [
-        _row(name, done, everything, bytes_per_token, taken)
+        _row(name, done, full, bytes_per_token, taken)
         for name, done, taken in zip(names, passes, seconds, strict=True)
     ]
     loops_N = torch.cat([exits.flatten() for exits in adaptive.exits])
@@ -171,13 +169,13 @@ def evaluate_exits(
 def run_exits(
     model: OpenMythos, batches: Sequence[Batch], n_loops: int, rules: Sequence[ExitRule | None]
 ) -> Pass:
-    """One pass, with a rule for each batch (None: all loops); the caller sets the conditions."""
+    """Run one pass with a rule per batch (None: all loops), inside :func:`frozen`."""
     losses, right, exits, computed = [], [], [], 0
     for batch, rule in zip(batches, rules, strict=True):
         trace = LoopTrace()
         hidden_BTD = _hidden(model, batch, n_loops, rule, trace)
-        asked_BT = batch.targets != IGNORE_INDEX
-        loss_N, right_N = token_scores(hidden_BTD[asked_BT], model.head, batch.targets[asked_BT])
+        target_BT = batch.targets != IGNORE_INDEX
+        loss_N, right_N = token_scores(hidden_BTD[target_BT], model.head, batch.targets[target_BT])
         losses.append(loss_N.cpu())
         right.append(right_N.cpu())
         ran_BT = torch.full_like(batch.targets, n_loops) if trace.exits is None else trace.exits
@@ -187,15 +185,15 @@ def run_exits(
 
 
 Variant = tuple[int, Sequence[ExitRule | None]]
-"""Most loops, and a rule for each batch (None: all loops)."""
+"""Maximum number of loops, and a rule per batch (None: all loops)."""
 
 
 def wall_clock(
     model: OpenMythos, batches: Sequence[Batch], variants: Sequence[Variant], repeats: int
 ) -> list[float]:
-    """Median seconds of each variant over all batches, head not included.
+    """Measure the median seconds of each variant over all batches, excluding the head.
 
-    They are run in turns, so that a slow spell of the machine hits all.
+    Variants are interleaved, so that background load affects all of them.
     """
     taken: list[list[float]] = [[] for _ in variants]
     for _ in range(repeats):
@@ -210,10 +208,10 @@ def wall_clock(
 def token_scores(
     hidden_ND: Tensor, head: nn.Linear, targets_N: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss (N,) in nats of every target, and whether it is the most likely token.
+    """Return the loss (N,) in nats of every target, and whether it is the most likely token.
 
-    The logits of ``chunk`` positions exist at a time, by default of
-    :func:`open_mythos.ops.cross_entropy.chunk_rows`; there is no gradient.
+    Logits are computed without gradient for ``chunk`` positions at a time, by default
+    :func:`open_mythos.ops.cross_entropy.chunk_rows`.
     """
     losses, right = [], []
     if chunk is None:
@@ -228,7 +226,7 @@ def token_scores(
 
 
 def deal(exits: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """The same exits in the same shapes, at random positions; a function of ``seed``."""
+    """Permute the exit depths across all positions; a function of ``seed``."""
     loops_N = torch.cat([each.flatten() for each in exits])
     order_N = torch.randperm(len(loops_N), generator=seeded_generator(seed, "random exits"))
     parts = loops_N[order_N].split([each.numel() for each in exits])
@@ -245,13 +243,13 @@ def _hidden(
 
 
 def _positions(trace: LoopTrace, t: int, batch: Batch) -> int:
-    """Positions that loop ``t`` computed, padding included."""
+    """Count the positions that loop ``t`` computed, padding included."""
     active = trace.active[t]
     return batch.targets.numel() if active is None else active.take(batch.targets).numel()
 
 
 def _with_targets(batch: Batch) -> Batch:
-    """The rows that have something to predict."""
+    """Select the rows with targets."""
     keep_B = (batch.targets != IGNORE_INDEX).any(1)
     if keep_B.all():
         return batch
@@ -270,16 +268,10 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _mean_loops(done: Pass) -> float:
-    return float(torch.cat([exits.flatten() for exits in done.exits]).double().mean())
-
-
 def _row(
-    name: str, done: Pass, everything: int, bytes_per_token: float | None, seconds: float | None
+    name: str, done: Pass, full: int, bytes_per_token: float | None, seconds: float | None
 ) -> ExitRow:
     loss = float(done.losses_N.double().mean())
-    bits = None if bytes_per_token is None else loss / bytes_per_token / math.log(2)
-    return ExitRow(
-        name, _mean_loops(done), loss, bits, float(done.right_N.double().mean()),
-        done.computed / everything, seconds,
-    )  # fmt: skip
+    accuracy = float(done.right_N.double().mean())
+    bits = bits_per_byte(loss, bytes_per_token)
+    return ExitRow(name, done.mean_loops, loss, bits, accuracy, done.computed / full, seconds)

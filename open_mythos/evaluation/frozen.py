@@ -1,19 +1,21 @@
-"""The conditions under which every measurement here is made."""
+"""Shared parts of all evaluations: model state, units, the error of an empty data set."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from open_mythos.devices import autocast
+from open_mythos.errors import DataError
 from open_mythos.model.causal_lm import CausalLM
 
 
 @contextmanager
 def frozen(model: CausalLM, dtype: torch.dtype) -> Iterator[torch.device]:
-    """Evaluation mode, no gradients, products in ``dtype``; yields the model's device."""
+    """Evaluate without gradients, with matmuls in ``dtype``; yields the model's device."""
     device, was_training = model.head.weight.device, model.training
     model.eval()
     try:
@@ -21,3 +23,16 @@ def frozen(model: CausalLM, dtype: torch.dtype) -> Iterator[torch.device]:
             yield device
     finally:
         model.train(was_training)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
+    """Convert nats per token to bits per byte; None when the bytes are not known."""
+    return None if bytes_per_token is None else loss / bytes_per_token / math.log(2)
+
+
+def no_targets() -> DataError:
+    """Return the error of batches without targets."""
+    return DataError(
+        "nothing to evaluate on", where="batches", value="no tokens to predict",
+        allowed="at least one target", fix="check that the validation split is not empty",
+    )  # fmt: skip

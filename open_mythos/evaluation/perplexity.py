@@ -1,4 +1,4 @@
-"""Loss against depth: one pass over the loops, read out wherever a depth was asked for."""
+"""Loss by depth, in one pass over the loops."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from open_mythos.checks import check_count
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.distributed import over_ranks
-from open_mythos.errors import ConfigError, DataError
-from open_mythos.evaluation.frozen import frozen
+from open_mythos.errors import ConfigError
+from open_mythos.evaluation.frozen import bits_per_byte, frozen, no_targets
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.cross_entropy import linear_cross_entropy
@@ -21,20 +21,20 @@ from open_mythos.ops.cross_entropy import linear_cross_entropy
 
 @dataclass(frozen=True)
 class DepthRow:
-    """The loss at one depth; ``dataclasses.asdict`` makes it JSON."""
+    """Loss at one depth, JSON-compatible through ``dataclasses.asdict``."""
 
     depth: int | None
-    """Loops; None for a model that has none."""
+    """Number of loops; None for a model without loops."""
     loss: float
-    """Nats per token, every token weighing the same."""
+    """Nats per token, averaged over tokens."""
     bits_per_byte: float | None
     """loss / bytes per token / ln 2; None when the bytes are not known."""
     tokens: int
-    """Tokens predicted."""
+    """Number of targets."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
+        """Return exp(loss), infinite on overflow."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
@@ -46,50 +46,46 @@ def evaluate_depths(
     bytes_per_token: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[DepthRow]:
-    """The mean loss over ``batches`` at each depth, shallowest first.
+    """Return the mean loss over ``batches`` at each depth, shallowest first.
 
-    The figures are those of ``model(input_ids, n_loops=depth)`` for every depth, but the loops are
-    run once, up to the deepest.
+    Equals the loss of ``model(input_ids, n_loops=depth)``, but the loops run only once, up to the
+    deepest.
 
     Args:
-        model: A looped model, or one without loops, which gives a single row.
-        batches: Validation batches; a finite iterable, read once. In a process group the figures
-            are over the batches of all processes.
-        depths: Loops, in any order; repetitions count once.
-        bytes_per_token: Bytes of text that a token stands for on average, for bits per byte.
-        dtype: Of the matrix products (autocast); float32 is exact.
+        model: A looped model, or one without loops, for which a single row is returned.
+        batches: Validation batches; a finite iterable, read once. In a process group the loss is
+            averaged over the batches of all processes.
+        depths: Numbers of loops, in any order; duplicates are ignored.
+        bytes_per_token: Mean bytes of text per token, for bits per byte.
+        dtype: Autocast dtype of the matmuls.
 
     Raises:
-        ConfigError: No depth was given, or one is not a positive integer.
-        DataError: The batches hold nothing to predict.
+        ConfigError: ``depths`` is empty, or one is not a positive integer.
+        DataError: The batches hold no targets.
     """
     wanted = _wanted(model, depths)
     sums, tokens = [], 0
     with frozen(model, dtype) as device:
         for batch in batches:
-            tokens += int((batch.targets != IGNORE_INDEX).sum())  # where the batch still is
+            tokens += int((batch.targets != IGNORE_INDEX).sum())  # before the copy to the device
             sums.append(loss_sums(model, batch.to(device), wanted))
-    # read at the end: the device would have nothing to do while the host read a loss
+    # read at the end: a host-device sync per batch would leave the device idle
     each_batch = torch.stack(sums).cpu().double() if sums else torch.zeros(1, len(wanted))
     losses = each_batch.sum(0).tolist()
-    # each process may have read windows of its own
+    # the processes may have read different windows
     *totals, predicted = (sum(each) for each in over_ranks([*losses, tokens]))
     if not predicted:
-        raise DataError(
-            "nothing to evaluate on", where="batches", value="0 tokens to predict",
-            allowed="at least one target", fix="check that the validation split is not empty",
-        )  # fmt: skip
+        raise no_targets()
     return [
-        _row(depth, total / predicted, bytes_per_token, int(predicted))
-        for depth, total in zip(wanted, totals, strict=True)
+        DepthRow(depth, loss, bits_per_byte(loss, bytes_per_token), int(predicted))
+        for depth, loss in zip(wanted, (total / predicted for total in totals), strict=True)
     ]
 
 
 def loss_sums(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -> Tensor:
-    """The loss summed over the targets of ``batch``, at each of ``depths``, which ascend; float32.
+    """Sum the loss over the targets of ``batch`` at each of ``depths``, in ascending order.
 
-    Depths are numbers of loops, or a single None for a model without loops. The caller sets the
-    conditions.
+    ``depths`` is ``[None]`` for a model without loops. Call it inside :func:`frozen`.
     """
     return torch.stack([
         linear_cross_entropy(
@@ -107,13 +103,13 @@ def _wanted(model: CausalLM, depths: Sequence[int]) -> list[int] | list[None]:
     if not depths:
         raise ConfigError(
             "no depth to evaluate", where="depths", value=depths,
-            allowed="one or more integers >= 1", fix="name the loops to measure at, e.g. [1, 4, 8]",
+            allowed="one or more integers >= 1", fix="pass the depths to evaluate, e.g. [1, 4, 8]",
         )  # fmt: skip
     return sorted({check_count("depths", depth) for depth in depths})
 
 
 def _final_states(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -> Iterator[Tensor]:
-    """The normalised final hidden state (B, T, D) at each of ``depths``, which ascend."""
+    """Yield the final hidden state (B, T, D) at each of ``depths``, in ascending order."""
     ctx = model.context(batch.input_ids, document_ids=batch.document_ids)
     if not isinstance(model, OpenMythos):
         yield model.hidden(batch.input_ids, ctx)
@@ -122,8 +118,3 @@ def _final_states(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -
     for t, h_BTD in model.unroll(batch.input_ids, deepest, ctx):
         if t + 1 in depths:
             yield model.final_hidden(h_BTD, ctx)
-
-
-def _row(depth: int | None, loss: float, bytes_per_token: float | None, tokens: int) -> DepthRow:
-    bits = None if bytes_per_token is None else loss / bytes_per_token / math.log(2)
-    return DepthRow(depth, loss, bits, tokens)

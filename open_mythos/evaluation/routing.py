@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from open_mythos.data.batch import Batch
-from open_mythos.errors import ConfigError, DataError
-from open_mythos.evaluation.frozen import frozen
+from open_mythos.errors import ConfigError
+from open_mythos.evaluation.frozen import frozen, no_targets
 from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
@@ -85,10 +85,7 @@ def expert_routing(
                     experts_NC if first else torch.cat((merged.experts[at], experts_NC))
                 )
     if not merged.load:
-        raise DataError(
-            "nothing to evaluate on", where="batches", value="no batch",
-            allowed="at least one", fix="check that the validation split is not empty",
-        )  # fmt: skip
+        raise no_targets()
     return routing_by_layer(merged)
 
 

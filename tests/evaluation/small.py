@@ -1,4 +1,4 @@
-"""Small models whose every weight matters, and unequal batches."""
+"""Small noisy models and unequal batches."""
 
 import torch
 
@@ -20,7 +20,7 @@ def config(**changes) -> MythosConfig:
 
 
 def busy(model):
-    """The model with noise on every weight: a fresh one has its branches at zero."""
+    """Add noise to every weight: the residual branches of a fresh model are zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,6 +37,6 @@ def batch(rows: int, tokens: int, seed: int, *, ignored: int = 0, documents: boo
     return Batch(ids[:, :-1], targets, document if documents else None, torch.arange(rows))
 
 
-# unequal batches: a mean of means would be another number
+# unequal batches, so that a mean of means differs
 BATCHES = [batch(3, 20, 0), batch(2, 7, 1, ignored=5), batch(1, 30, 2, documents=True)]
 TOKENS = 60 + 4 + 30

@@ -1,4 +1,4 @@
-"""What the report says of an exit rule is what really ran."""
+"""The exit report against forward calls and counted positions."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from .small import BATCHES, TOKENS, batch, busy, config
 
 DEPTH = 6
 RULE = "change:0.2"
-"""On the busy model its exits are spread over the loops."""
+"""Its exits on the noisy model are spread over the loops."""
 
 
 @pytest.fixture(scope="module")
 def model() -> OpenMythos:
-    torch.manual_seed(0)  # made once, so the seed that every test begins with comes too late
+    torch.manual_seed(0)  # module-scoped, so it precedes the per-test seed
     return busy(OpenMythos(config())).eval()
 
 
 def by_hand(
     model: OpenMythos, n_loops: int, rules: list[ExitRule | None]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Losses and hits of the targets, and the exits, from whole logits."""
+    """Yield losses and hits of the targets, and the exits, from full logits."""
     for each, rule in zip(BATCHES, rules, strict=True):
         trace = LoopTrace()
         with torch.no_grad():
             logits = model(
                 each.input_ids, n_loops, document_ids=each.document_ids, exit_rule=rule, trace=trace
             )
-        asked = each.targets != IGNORE_INDEX
-        losses = F.cross_entropy(logits[asked], each.targets[asked], reduction="none")
-        yield losses, logits[asked].argmax(-1) == each.targets[asked], trace.exits
+        target = each.targets != IGNORE_INDEX
+        losses = F.cross_entropy(logits[target], each.targets[target], reduction="none")
+        yield losses, logits[target].argmax(-1) == each.targets[target], trace.exits
 
 
-def test_figures_are_those_of_forward_calls(model):
+def test_metrics_match_forward_calls(model):
     rule = exit_rule(RULE, model)
     report = evaluate_exits(model, BATCHES, rule, DEPTH, seed=3)
     losses, right, exits = zip(*by_hand(model, DEPTH, [rule] * 3), strict=True)
@@ -71,8 +71,8 @@ def test_figures_are_those_of_forward_calls(model):
     assert len({round(row.loss, 4) for row in report.rows}) == 4
 
 
-def test_what_was_computed_is_counted(model, monkeypatch):
-    """Against the positions that really went through the looped block."""
+def test_computed_positions_are_counted(model, monkeypatch):
+    """Against the positions that actually pass through the looped block."""
     seen = 0
     step = model.recurrent.step
 
@@ -87,7 +87,7 @@ def test_what_was_computed_is_counted(model, monkeypatch):
         assert run_exits(model, BATCHES, DEPTH, rules).computed == seen
 
 
-def test_a_computed_share_lies_between_the_mean_and_the_whole(model):
+def test_computed_is_between_the_mean_and_full_depth(model):
     report = evaluate_exits(model, BATCHES, exit_rule(RULE, model), DEPTH)
     for row in (report.adaptive, report.random):
         assert row.mean_loops / DEPTH <= row.computed < 1
@@ -108,7 +108,7 @@ def test_a_replay_equals_the_rule(model):
     assert torch.equal(first.losses_N, again.losses_N)
 
 
-def test_dealing_keeps_the_histogram_and_moves_the_exits():
+def test_dealing_permutes_the_exits():
     exits = [torch.arange(12).view(3, 4), torch.arange(12, 22).view(2, 5)]
     dealt = deal(exits, 0)
     assert [each.shape for each in dealt] == [each.shape for each in exits]
@@ -119,7 +119,7 @@ def test_dealing_keeps_the_histogram_and_moves_the_exits():
     assert not torch.equal(flat, torch.cat([each.flatten() for each in deal(exits, 1)]))
 
 
-def test_rows_without_a_target_are_left_out(model):
+def test_rows_without_targets_are_skipped(model):
     silent = batch(2, 20, 5, ignored=20)
     mixed = replace(
         BATCHES[0],
@@ -163,7 +163,7 @@ def test_units_and_time(model):
     assert all(row.seconds is None and row.bits_per_byte is None for row in untimed.rows)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_not_modified():
     model = busy(OpenMythos(config(dropout=0.5))).train()
     rule = exit_rule(RULE, model)
     first = evaluate_exits(model, BATCHES, rule, 3)
@@ -171,9 +171,9 @@ def test_the_model_is_left_as_it_was():
     assert first == evaluate_exits(model, iter(BATCHES), rule, 3)
 
 
-def test_mistakes_are_refused(model):
+def test_invalid_arguments_are_rejected(model):
     rule = exit_rule(RULE, model)
-    with pytest.raises(ConfigError, match="no loops to leave"):
+    with pytest.raises(ConfigError, match="needs a looped model"):
         evaluate_exits(DenseTransformer(config()), BATCHES, rule)
     with pytest.raises(DataError, match="nothing to evaluate on"):
         evaluate_exits(model, [batch(1, 4, 0, ignored=4)], rule)

@@ -1,4 +1,4 @@
-"""The depth sweep gives exactly what one forward call per depth gives."""
+"""The depth sweep equals one forward call per depth."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from .small import BATCHES, TOKENS, VOCAB, batch, busy, config
 
 
 def loss_of(model, batches, **depth) -> float:
-    """Mean loss from whole logits of one forward call per batch."""
+    """Compute the mean loss from full logits of one forward call per batch."""
     total, count = 0.0, 0
     for each in batches:
         logits = model(each.input_ids, document_ids=each.document_ids, **depth)
@@ -34,7 +34,7 @@ def loss_of(model, batches, **depth) -> float:
     [{}, {"attn_type": "gqa"}, {"initial_state": "normal"}, {"loop_embedding": True}],
     ids=str,
 )
-def test_every_depth_is_that_of_a_forward_call(changes):
+def test_every_depth_equals_a_forward_call(changes):
     model = busy(OpenMythos(config(**changes))).eval()
     rows = evaluate_depths(model, BATCHES, [6, 1, 3, 3])
     assert [row.depth for row in rows] == [1, 3, 6]
@@ -46,7 +46,7 @@ def test_every_depth_is_that_of_a_forward_call(changes):
     assert len({round(row.loss, 3) for row in rows}) == 3
 
 
-def test_a_dense_model_gives_one_row():
+def test_a_dense_model_has_one_row():
     model = busy(DenseTransformer(config())).eval()
     (row,) = evaluate_depths(model, BATCHES, [1, 2])
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_a_dense_model_gives_one_row():
     assert row.depth is None
 
 
-def test_the_body_runs_once_up_to_the_deepest(monkeypatch):
+def test_loops_run_once_up_to_the_deepest(monkeypatch):
     model, steps = OpenMythos(config()), []
     step = model.recurrent.step
 
@@ -82,7 +82,7 @@ def test_a_uniform_model_has_the_entropy_of_the_vocabulary():
     assert rows[0].bits_per_byte is None
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_not_modified():
     model = busy(OpenMythos(config(dropout=0.5))).train()
     first = evaluate_depths(model, BATCHES, [2])
     assert model.training
@@ -99,12 +99,12 @@ def test_bfloat16_is_close_and_not_equal():
 
 
 @pytest.mark.parametrize("depths", [[], [0], [1, -2], [1.5], [True]])
-def test_bad_depths_are_refused(depths):
+def test_invalid_depths_are_rejected(depths):
     with pytest.raises(ConfigError):
         evaluate_depths(OpenMythos(config()), BATCHES, depths)
 
 
 @pytest.mark.parametrize("batches", [[], [batch(1, 4, 0, ignored=4)]])
-def test_nothing_to_predict_is_refused(batches):
+def test_batches_without_targets_are_rejected(batches):
     with pytest.raises(DataError, match="nothing to evaluate on"):
         evaluate_depths(OpenMythos(config()), batches, [1])
