@@ -1,13 +1,8 @@
-"""Saving and loading of models: safetensors and config.json, strict."""
+"""Save and load models as safetensors and ``config.json``."""
 
 from __future__ import annotations
 
 from open_mythos.lazy import lazy_names
 
-_MODULES = {
-    "open_mythos.hub.pretrained": (
-        "from_pretrained",
-        "save_pretrained",
-    ),
-}  # fmt: skip
+_MODULES = {"open_mythos.hub.pretrained": ("from_pretrained", "save_pretrained")}
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -1,7 +1,7 @@
-"""Saving and loading models: ``config.json`` and ``model.safetensors``, nothing else.
+"""Save and load models as ``config.json`` and ``model.safetensors``.
 
-Loading is strict and executes nothing: the configuration is JSON with known keys only, the weights
-are one safetensors file whose tensors must be exactly those of the model. Pickles are never read.
+Loading is strict and executes nothing: the configuration is JSON with known keys only, and the
+weights are safetensors with exactly the model's tensors. Pickles are never read.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from open_mythos.checks import is_int
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.files import sync_to_disk
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import (
-    CHECKPOINTS_FOLDER,
-    TOKENIZER_FOLDER,
-    find_beside,
-    step_folders,
-)
+from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, find_beside, step_folders
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_FILE = "config.json"
@@ -37,10 +33,8 @@ WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1
 LIBRARY = "open-mythos"
 
-_KEYS = {
-    "looped": {"format", "library", "architecture", "config"},
-    "dense": {"format", "library", "architecture", "config", "n_layers"},
-}
+_COMMON_KEYS = {"format", "library", "architecture", "config"}
+_KEYS = {"looped": _COMMON_KEYS, "dense": {*_COMMON_KEYS, "n_layers"}}
 _IN_SHARDS = "model/"
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_CONFIG_BYTES = 1 << 20
@@ -49,22 +43,22 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into ``directory``, which is made if missing.
+    """Write ``config.json`` and ``model.safetensors`` into ``directory``, created if missing.
 
-    Each file appears whole or not at all: it is written beside its place, forced to the disk, then
-    renamed. The head is left out when it shares the embedding's weight.
+    Writes are atomic: each file is written to a temporary path, fsynced, then renamed. A tied head
+    is left out.
 
     Args:
         model: The model; its weights keep their dtype.
-        directory: Where to; files of the same names are replaced.
+        directory: Target; files of the same names are replaced.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    with _appearing(target / WEIGHTS_FILE) as path:
+    with _atomic(target / WEIGHTS_FILE) as path:
         save_file(model_tensors(model), path, metadata={"format": "pt"})
-        # the library makes files that only their owner can read, whatever the umask is
+        # safetensors creates files that only their owner can read
         path.chmod(target.stat().st_mode & 0o666)
-    with _appearing(target / CONFIG_FILE) as path:
+    with _atomic(target / CONFIG_FILE) as path:
         path.write_text(json.dumps(describe(model), indent=2) + "\n", encoding="utf-8")
     sync_to_disk(target)
 
@@ -72,49 +66,54 @@ def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path)
 def from_pretrained(
     directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> OpenMythos | DenseTransformer:
-    """Load what :func:`save_pretrained` wrote, in evaluation mode.
+    """Load a model written by :func:`save_pretrained` or a checkpoint, in evaluation mode.
 
     Args:
-        directory: A folder with ``config.json`` and ``model.safetensors``, or with the shards that
-            several processes wrote; a training run or its ``checkpoints`` folder, whose newest
-            checkpoint is taken; or, as a string ``"owner/name"`` that is no folder here, a model
-            on the Hugging Face hub.
-        device: Where the weights go.
+        directory: A folder with ``config.json`` and ``model.safetensors`` or the shards of a
+            distributed run; a training run or its ``checkpoints`` folder (newest checkpoint); or
+            ``"owner/name"`` on the Hugging Face hub, unless that is a local folder.
+        device: Device of the weights.
         dtype: Of the parameters; as stored by default. Buffers keep theirs.
 
     Raises:
-        DataError: A file is missing, damaged or hostile, or its tensors are not exactly those of
-            the model (the first few that differ are named).
+        DataError: A file is missing, corrupted or malicious, or its tensors are not exactly those
+            of the model (the first few differences are listed).
         EnvironmentError_: The hub cannot be reached, or has no such model.
     """
     folder = model_directory(directory)
     config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     description = _read_json(config)
-    if not weights.is_file():
-        return _from_shards(folder, description, device, dtype)
-    with _opened(weights) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        model = _skeleton(description, config, len(slices))
-        _check_tensors(model_tensors(model), slices, weights)
-        parameters = {name for name, _ in model.named_parameters()}
-        # copies: a mapped file that shrinks later would kill the process
-        tensors = {
-            name: file.get_tensor(name).to(device, dtype if name in parameters else None, copy=True)
-            for name in slices
-        }
+    if weights.is_file():
+        with _opened(weights) as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            model = _skeleton(description, config, len(slices))
+            _check_tensors(model_tensors(model), slices, weights)
+            dtypes = dict.fromkeys(dict(model.named_parameters()), dtype)
+            # copies: truncating a mapped file would kill the process
+            tensors = {
+                name: file.get_tensor(name).to(device, dtypes.get(name), copy=True)
+                for name in slices
+            }
+    else:
+        model, tensors = _from_shards(folder, description)
+        dtypes = dict.fromkeys(dict(model.named_parameters()), dtype)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(device, dtypes.get(name))
     if model.cfg.tie_embeddings:
         tensors["head.weight"] = tensors["embedding.weight"]
-    return _filled(model, tensors)
+    model.load_state_dict(tensors, assign=True)
+    if model.cfg.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.eval()
 
 
 def _from_shards(
-    folder: Path, description: Mapping[str, Any], device: str | torch.device, dtype: Any
-) -> OpenMythos | DenseTransformer:
-    """The model of a checkpoint that several processes wrote."""
+    folder: Path, description: Mapping[str, Any]
+) -> tuple[OpenMythos | DenseTransformer, dict[str, Tensor]]:
+    """Read the sharded checkpoint of a distributed run."""
     from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
 
-    shapes = stored_shapes(folder)
-    names = {name for name in shapes if name.startswith(_IN_SHARDS)}
+    names = {name for name in stored_shapes(folder) if name.startswith(_IN_SHARDS)}
     model = _skeleton(description, folder / CONFIG_FILE, len(names))
     expected = {f"{_IN_SHARDS}{name}": each for name, each in model_tensors(model).items()}
     for name in sorted(expected.keys() ^ names):
@@ -123,44 +122,24 @@ def _from_shards(
             allowed=f"exactly the {len(expected)} tensors of the model",
             fix="copy the checkpoint again",
         )  # fmt: skip
-    into = {name: torch.empty_like(each, device="cpu") for name, each in expected.items()}
-    read_tensors(folder, into)
-    parameters = {name for name, _ in model.named_parameters()}
-    tensors = {
-        name: tensor.to(device, dtype if name in parameters else None)
-        for key, tensor in into.items()
-        for name in [key.removeprefix(_IN_SHARDS)]
-    }
-    if model.cfg.tie_embeddings:
-        tensors["head.weight"] = tensors["embedding.weight"]
-    return _filled(model, tensors)
-
-
-def _filled(
-    model: OpenMythos | DenseTransformer, tensors: Mapping[str, Tensor]
-) -> OpenMythos | DenseTransformer:
-    model.load_state_dict(tensors, assign=True)
-    if model.cfg.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    return model.eval()
+    tensors = {name: torch.empty_like(each, device="cpu") for name, each in expected.items()}
+    read_tensors(folder, tensors)
+    return model, {name.removeprefix(_IN_SHARDS): each for name, each in tensors.items()}
 
 
 def describe(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
-    """The content of ``config.json``: everything needed to build ``model`` again, untrained."""
-    dense = isinstance(model, DenseTransformer)
-    description: dict[str, Any] = {
+    """Return the content of ``config.json``: what is needed to build ``model``, untrained."""
+    return {
         "format": FORMAT,
         "library": LIBRARY,
-        "architecture": "dense" if dense else "looped",
+        "architecture": "dense" if isinstance(model, DenseTransformer) else "looped",
         "config": model.cfg.to_dict(),
+        **({"n_layers": model.n_layers} if isinstance(model, DenseTransformer) else {}),
     }
-    if isinstance(model, DenseTransformer):
-        description["n_layers"] = model.n_layers
-    return description
 
 
 def stored_tokenizer(directory: str | Path) -> Tokenizer:
-    """Load the tokenizer stored with a model, or with the run that its checkpoint belongs to.
+    """Load the tokenizer stored with a model or with its training run.
 
     Raises:
         DataError: There is no model or no tokenizer.
@@ -188,7 +167,7 @@ def model_directory(directory: str | Path) -> Path:
         raise DataError(
             "no model there", where="from_pretrained", value=str(directory),
             allowed=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, a training run, owner/name",
-            fix="check the path; a name on the hub has the form owner/name",
+            fix="check the path; a model on the hub has the form owner/name",
         )  # fmt: skip
     if _holds_model(folder):
         return folder
@@ -208,25 +187,24 @@ def _holds_model(folder: Path) -> bool:
         return False
     if (folder / WEIGHTS_FILE).is_file():
         return True
-    # what reads shards takes as long to import as half of torch
+    # this import takes about half as long as that of torch
     from open_mythos.hub.sharded_tensors import is_sharded
 
     return is_sharded(folder)
 
 
 def _download(model_id: str) -> Path:
-    """The local copy of a model on the Hugging Face hub."""
+    """Download a model from the Hugging Face hub."""
     try:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except Exception as error:  # the client raises its own, its transport's and OSError
+    except Exception as error:  # many types: the client's, its HTTP library's, OSError
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise EnvironmentError_(
-            f"neither a folder here nor a model that the hub gives: {reason[0]}",
+            f"neither a local folder nor an accessible model on the hub: {reason[0]}",
             where="from_pretrained", value=model_id, allowed="an existing folder or hub model",
-            fix=f"check the name, or on a machine with network: hf download {model_id} "
-            f"--local-dir DIR, then load DIR",
+            fix=f"check the name, or load DIR after: hf download {model_id} --local-dir DIR",
         ) from error  # fmt: skip
     if not _holds_model(folder):
         raise DataError(
@@ -238,7 +216,7 @@ def _download(model_id: str) -> Path:
 
 
 def model_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:
-    """Name -> tensor of everything that is saved: a shared weight once."""
+    """Return name -> tensor of everything that is saved; a tied weight once."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.cfg.tie_embeddings:
         del state["head.weight"]
@@ -249,29 +227,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise _unfit(path, "cannot be read", str(error), "a readable file") from error
-    if len(text) > _MAX_CONFIG_BYTES:
-        raise _unfit(path, "is too large to be one", len(text), f"<= {_MAX_CONFIG_BYTES} bytes")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _unfit(path, "is not JSON", str(error), "a JSON object") from error
+        values = json.loads(text) if len(text) <= _MAX_CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unfit(path, "is not readable JSON", str(error), "a JSON object") from error
     if not isinstance(values, dict):
-        raise _unfit(path, "is not a JSON object", values, "a JSON object")
+        allowed = f"a JSON object of at most {_MAX_CONFIG_BYTES} bytes"
+        raise _unfit(path, "is not a JSON object", values, allowed)
     return values
 
 
 def _skeleton(
     values: Mapping[str, Any], path: Path, n_tensors: int
 ) -> OpenMythos | DenseTransformer:
-    """The model that ``config.json`` describes, without memory for its weights.
+    """Build the model that ``config.json`` describes, on the meta device.
 
     Args:
-        values: The file's content.
+        values: Content of the file.
         path: The file, for messages.
-        n_tensors: Tensors in the weights file; a configuration of more layers than that would cost
-            time without end before its tensors could be found missing.
+        n_tensors: Tensors in the weights file. A configuration with more layers is rejected first:
+            building a malicious one could take forever.
     """
     architecture = values.get("architecture")
     for key, choices in (("format", [FORMAT]), ("library", [LIBRARY]), ("architecture", [*_KEYS])):
@@ -282,13 +256,21 @@ def _skeleton(
     if set(values) != expected:
         differing = sorted(set(values) ^ expected)
         raise _unfit(path, "has missing or unknown keys", differing, ", ".join(sorted(expected)))
-    config = _config(values["config"], path)
+    if not isinstance(values["config"], dict):
+        raise _unfit(path, "holds no fields", values["config"], "an object of fields")
+    try:
+        config = MythosConfig.from_dict(values["config"])
+    except ConfigError as error:
+        raise DataError(
+            error.what, where=f"{path}: {error.where}", value=error.value,
+            allowed=error.allowed, fix=error.fix or _SAVE_AGAIN,
+        ) from error  # fmt: skip
     layers = config.prelude_layers + config.recurrent_layers + config.coda_layers
     if architecture == "dense":
         layers = values["n_layers"]
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 0 < layers <= n_tensors:
+    if not is_int(layers) or not 0 < layers <= n_tensors:
         allowed = f"1 .. {n_tensors}, the tensors in {WEIGHTS_FILE}"
-        raise _unfit(path, "has more layers than the weights can fill", layers, allowed)
+        raise _unfit(path, "has more layers than the weights", layers, allowed)
     try:
         with torch.device("meta"):
             if architecture == "dense":
@@ -299,18 +281,6 @@ def _skeleton(
         raise _unfit(path, "describes no possible model", str(error), allowed) from error
 
 
-def _config(values: Any, path: Path) -> MythosConfig:
-    if not isinstance(values, dict):
-        raise _unfit(path, "holds no configuration", values, "an object of MythosConfig's fields")
-    try:
-        return MythosConfig.from_dict(values)
-    except ConfigError as error:
-        raise DataError(
-            error.what, where=f"{path}: {error.where}", value=error.value,
-            allowed=error.allowed, fix=error.fix or _SAVE_AGAIN,
-        ) from error  # fmt: skip
-
-
 def _unfit(path: Path, what: str, value: Any, allowed: str) -> DataError:
     return DataError(
         f"the configuration {what}", where=str(path), value=value, allowed=allowed, fix=_SAVE_AGAIN
@@ -319,24 +289,24 @@ def _unfit(path: Path, what: str, value: Any, allowed: str) -> DataError:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The safetensors file at ``path``; whatever it finds wrong is a DataError."""
+    """Open a safetensors file, and turn its errors into a DataError."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise DataError(
-            "not a whole safetensors file", where=str(path), value=str(error),
+            "not a complete safetensors file", where=str(path), value=str(error),
             allowed="the file that save_pretrained wrote",
             fix="copy the file again; pickled weights are never read",
         ) from error  # fmt: skip
 
 
 def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], path: Path) -> None:
-    """Refuse anything but exactly the expected names and shapes, in a dtype that models have.
+    """Check names, shapes and dtypes.
 
     Args:
         expected: The model's tensors.
-        found: Name -> slice of the file, of which nothing has been read yet.
+        found: Name -> slice of the file, not yet read.
         path: The file, for messages.
     """
     problems = [f"missing {name}" for name in expected if name not in found]
@@ -351,15 +321,15 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], pat
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
         shown = "; ".join(problems[:5] + more)
         raise DataError(
-            f"the weights are not those of the configuration: {shown}", where=str(path),
+            f"the weights do not match the configuration: {shown}", where=str(path),
             allowed=f"exactly the {len(expected)} tensors of the model",
             fix=f"load weights with the {CONFIG_FILE} they were saved with",
         )  # fmt: skip
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place once it is whole and on the disk."""
+def _atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that is fsynced and renamed to ``path`` at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -1,8 +1,8 @@
-"""Tensors of several processes in safetensors files, each process writing what it holds.
+"""Sharded tensors in safetensors files, each process writing its own shards.
 
-The files are those of ``torch.distributed.checkpoint``: every tensor in pieces, whose places are
-named in the files' headers. So they can be read by any number of processes, and by one. A tensor's
-name begins with that of the file it would be in if one process had written it: "model/...".
+The format is that of ``torch.distributed.checkpoint``: the files' headers hold the offsets, so any
+number of processes can read them. Names start with the file that a single process would write:
+"model/...".
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -33,26 +34,26 @@ PATTERN = "shard-*.safetensors"
 
 
 def is_sharded(folder: str | Path) -> bool:
-    """Whether the tensors in ``folder`` lie in pieces."""
+    """Return whether ``folder`` holds sharded tensors."""
     return any(Path(folder).glob(PATTERN))
 
 
 def write_shards(
     folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> list[Path]:
-    """Write ``tensors`` into ``folder``, all processes together.
+    """Write ``tensors`` into ``folder``; a collective call.
 
     Args:
-        folder: Exists, and is the same for all processes.
-        tensors: The same names in all processes; a DTensor's local part is written, of other
-            tensors one process's copy.
-        group: For the agreement on who writes what; all processes by default.
+        folder: An existing folder, the same for all processes.
+        tensors: The same names in all processes. DTensors are written shard by shard, other
+            tensors by one process.
+        group: For planning; all processes by default.
 
     Returns:
         The files that this process wrote.
 
     Raises:
-        EnvironmentError_: Some process could not write.
+        EnvironmentError_: A process could not write.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
@@ -61,13 +62,13 @@ def write_shards(
     except (CheckpointException, OSError) as error:
         raise EnvironmentError_(
             "the shards could not be written", where=str(folder), value=_reason(error),
-            fix="make room or mend the permissions; all processes must reach the same folder",
+            fix="check disk space and permissions; all processes must share the folder",
         ) from error  # fmt: skip
     return sorted(folder.glob(PATTERN.replace("*", f"{rank() + 1:05d}-*")))
 
 
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Name -> shape of every tensor in the safetensors files of ``folder``, in pieces or whole.
+    """Return name -> shape of every tensor in ``folder``, sharded or not.
 
     Raises:
         DataError: A file cannot be read.
@@ -82,18 +83,15 @@ def stored_shapes(folder: Path) -> dict[str, torch.Size]:
             }
     with _readable(folder):
         metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    found: dict[str, torch.Size] = {}
-    for name, stored in metadata.state_dict_metadata.items():
-        assert isinstance(stored, TensorStorageMetadata)
-        found[name] = stored.size
-    return found
+    stored = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+    return {name: each.size for name, each in stored.items()}
 
 
 def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
-    """Fill ``into`` with the tensors of these names, each process its own part of a DTensor.
+    """Fill ``into`` in place, each process its own shards of DTensors; a collective call.
 
-    Reads whole tensors as well as pieces, whatever the number of processes that wrote them. In a
-    process group it is called by all of them. Nothing is changed unless names and shapes fit.
+    Reads sharded and unsharded files, written by any number of processes. Nothing changes unless
+    names and shapes match.
 
     Raises:
         DataError: A file cannot be read, a name is missing, or a shape differs.
@@ -103,8 +101,8 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
         if shapes.get(name) != tensor.shape:
             stored = tuple(shapes[name]) if name in shapes else "missing"
             raise DataError(
-                f"the stored {name} does not fit", where=str(folder), value=stored,
-                allowed=str(tuple(tensor.shape)), fix="build the model of the checkpoint",
+                f"the stored {name} does not match", where=str(folder), value=stored,
+                allowed=str(tuple(tensor.shape)), fix="use the configuration of the checkpoint",
             )  # fmt: skip
     if is_sharded(folder):
         with _readable(folder), _quiet():
@@ -122,12 +120,12 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
 
 
 def copy_part(target: Tensor, source: Tensor) -> None:
-    """Copy a whole tensor, or one that is sharded alike, into ``target``, whole or sharded."""
+    """Copy a full tensor, or one sharded like ``target``, into ``target``."""
     if not isinstance(target, DTensor):
         target.copy_(source)
         return
     if not isinstance(source, DTensor):
-        # every process has read the whole tensor, so none has to send anything
+        # every process has the full tensor: no communication
         source = distribute_tensor(
             source.to(target.device), target.device_mesh, target.placements, src_data_rank=None
         )
@@ -135,13 +133,13 @@ def copy_part(target: Tensor, source: Tensor) -> None:
 
 
 def holds_parts(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether this process holds only parts of ``tensors``."""
+    """Return whether any of ``tensors`` is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors.values())
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch warns itself of."""
+    """Suppress the warnings of torch about its own calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

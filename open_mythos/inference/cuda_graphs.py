@@ -1,4 +1,4 @@
-"""CUDA graphs of work that is the same on the same memory every time."""
+"""Capture and replay of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import torch
 
 
 class Graphs:
-    """Pieces of work on a CUDA device, each captured once and then replayed.
+    """CUDA graphs by key: the first run is eager, the second is captured, later ones replay.
 
-    A piece runs plainly the first time, on the stream of the captures: libraries allocate their
-    workspaces and kernels are compiled then, neither of which a capture may do. The second time it
-    is captured. It must read and write the same memory whenever it runs, and leave nothing behind
-    but what it writes to memory that it did not allocate.
+    The eager run lets libraries allocate workspaces and kernels compile, which a capture may not.
+    A piece must read and write the same memory in every run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,7 +20,7 @@ class Graphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
     def run(self, key: Hashable, piece: Callable[[], None]) -> None:
-        """Do the work of ``piece``; equal keys mean the same work on the same memory."""
+        """Run ``piece``; equal keys must mean the same work on the same memory."""
         if key not in self._graphs:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):

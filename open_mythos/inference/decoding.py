@@ -1,9 +1,9 @@
-"""Ways to decode, by name: how the steps after the prompt run. The tokens are the same.
+"""Decoding modes by name: how the steps after the prompt run. All yield the same tokens.
 
-- "eager": op by op on a history that grows, the reference; serves every call.
-- "static", "graph", "compile": steps of constant shape, run op by op, as CUDA graphs, or through
-  ``torch.compile``; not with an exit rule, without a cache, or under autocast.
-- a :class:`StaticDecoder`, whose buffers, graphs and compiled code a later call uses again.
+- "eager": the reference, op by op on a growing history; supports every call.
+- "static", "graph", "compile": static-shape steps, run eagerly, as CUDA graphs, or through
+  ``torch.compile``; without exit rules or autocast, and with a cache.
+- a :class:`StaticDecoder`, whose buffers, graphs and compiled code are reused.
 """
 
 from __future__ import annotations
@@ -12,30 +12,25 @@ from collections.abc import Callable
 from functools import partial
 
 from open_mythos.checks import pick
-from open_mythos.inference.static_decoder import (
-    MODES,
-    StaticDecoder,
-    check_no_autocast,
-    reject,
-)
+from open_mythos.inference.static_decoder import MODES, StaticDecoder, check_no_autocast, reject
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.generation import Decoder, GrowingDecoder
 
 DecoderFactory = Callable[[CausalLM, int, int], Decoder]
-"""``make(model, batch, capacity)``."""
+"""``factory(model, batch, capacity)``."""
 
 
 def decoder_factory(
     mode: str | StaticDecoder, depth: Depth | None = None, *, use_cache: bool = True
 ) -> DecoderFactory:
-    """Return what makes the decoder that ``mode`` names.
+    """Return the factory of the decoder for ``mode``.
 
     Raises:
-        ConfigError: ``mode`` is unknown, or serves no exit rule and no call without a cache.
+        ConfigError: ``mode`` is unknown, or does not support the exit rule or ``use_cache=False``.
     """
     if not isinstance(mode, StaticDecoder):
-        pick(("eager", *MODES), mode, "mode", what="way to decode", fix='leave it at "eager"')
+        pick(("eager", *MODES), mode, "mode", what="decoding mode", fix='leave it at "eager"')
     if mode == "eager":
         return partial(GrowingDecoder, use_cache=use_cache)
     if depth is not None and depth.exit_rule is not None:
@@ -44,11 +39,10 @@ def decoder_factory(
         reject("constant shapes need a cache", "use_cache=False", "calls with a cache")
     if isinstance(mode, StaticDecoder):
         return partial(_reused, mode)
-    return partial(_made, mode)
+    return partial(_new, mode)
 
 
-def _made(mode: str, model: CausalLM, batch: int, capacity: int) -> StaticDecoder:
-    """Make a decoder for one call."""
+def _new(mode: str, model: CausalLM, batch: int, capacity: int) -> StaticDecoder:
     check_no_autocast(model.final_norm.weight.device)
     return StaticDecoder(model, batch, capacity, mode=mode)
 
@@ -57,7 +51,7 @@ def _reused(decoder: StaticDecoder, model: CausalLM, batch: int, capacity: int) 
     """Return ``decoder`` if it fits the call."""
     if decoder.model is not model or decoder.batch != batch or decoder.capacity < capacity:
         reject(
-            "the decoder was made for other calls",
+            "the decoder does not fit the call",
             f"{type(model).__name__}, {batch} rows of {capacity} positions",
             f"its own {type(decoder.model).__name__}, {decoder.batch} rows of {decoder.capacity} "
             "positions at most",

@@ -1,16 +1,12 @@
-"""Weight-only quantisation of trained models, for generation and evaluation.
+"""Weight-only quantization of trained models, for generation and evaluation.
 
-A looped model reads the same weights in every loop of every token, so their bytes are its time.
-:func:`quantize` rounds the matrices of all blocks to 8 or 4 bits: linear layers, and the routed
-experts. What is small, sets the dynamics or is read once a token stays as it is:
+Decoding a looped model is bound by weight bandwidth: every loop of every token reads the same
+weights. :func:`quantize` rounds the linear layers and routed experts of all blocks to 8 or 4 bits.
+Unchanged are the parts that are small, set the dynamics or are read once a token (norms, router,
+injection, LoRA, halting, read-out, embedding, head) and ``kv_up`` of latent attention: absorbed
+decoding folds it into query and output, so it would have to be dequantized in every loop.
 
-- norms, the router, the injection (A, dt, B), LoRA, halting, the read-out, embedding and head;
-- ``kv_up`` of latent attention: absorbed decoding folds it into query and output instead of
-  multiplying by it, so it would have to be unpacked at every loop, which moves more bytes than
-  leaving it alone.
-
-A quantised model computes in bfloat16. It cannot be trained, and is not saved: keep the model it
-was made from.
+A quantized model computes in bfloat16. It can be neither trained nor saved.
 """
 
 from __future__ import annotations
@@ -56,27 +52,26 @@ def quantize(
 ) -> Model:
     """Round the weights of all blocks to 8 or 4 bits, in place, and return the model.
 
-    Everything is checked first: a model that is refused is as it was. In place, because two copies
-    may not fit; ``copy.deepcopy`` a model that is still needed. Quantise it where it shall run.
+    Everything is checked before anything is changed. ``copy.deepcopy`` a model that is still
+    needed, and quantize it on the device on which it will run.
 
     Args:
-        model: A looped or a dense model, in any dtype; what stays unrounded becomes bfloat16, but
-            for the router, the injection's A and dt, and the halting gate, which keep their dtype.
-        kind: "int8" (a scale for each output) or "int4" (scale and zero for each group of inputs).
-        group_size: Inputs of a group: 32, 64, 128 or 256; 32 by default. "int4" alone has groups.
-        backend: Of the linear layers. "aten": the kernels of PyTorch's CPU backend, and weights
-            unpacked for many rows (open_mythos.ops.quantized). "torchao": its weight tensors, which
-            on CUDA have kernels of their own or are fused by ``torch.compile``. "auto" is "torchao"
-            on CUDA and "aten" elsewhere, where torchao's int8 unpacks the whole weight at each
-            call. Routed experts do not depend on it.
+        model: A looped or a dense model, in any dtype. Other weights become bfloat16, except for
+            the router, A and dt of the injection and the halting gate, which keep their dtype.
+        kind: "int8" (a scale per output) or "int4" (a scale and a zero point per input group).
+        group_size: Inputs of an "int4" group: 32 (default), 64, 128 or 256.
+        backend: Of linear layers. "aten": PyTorch's CPU kernels; many rows dequantize the weight
+            (:mod:`open_mythos.ops.quantized`). "torchao": its tensor subclasses, with CUDA kernels
+            or fusion by ``torch.compile``. "auto": "torchao" on CUDA, else "aten" (torchao's int8
+            dequantizes the whole weight per call on the CPU). Routed experts do not depend on it.
 
     Returns:
-        ``model`` itself, in evaluation mode, no parameter of it requiring a gradient.
+        ``model`` in evaluation mode, without gradients.
 
     Raises:
-        ConfigError: Unknown kind, group or backend; the model is quantised already, or spread over
-            processes; a weight is not finite, or has fewer inputs than a group (it is named).
-        EnvironmentError_: torchao is needed and missing, or cannot serve this device.
+        ConfigError: Unknown kind, group or backend; the model is quantized or distributed; a
+            weight (named) is not finite or has fewer inputs than a group.
+        EnvironmentError_: torchao is missing, or does not support this device.
     """
     group = _group_of(kind, group_size)
     pick(BACKENDS, backend, "quantize(backend)", what="backend", fix='leave it at "auto"')
@@ -85,7 +80,7 @@ def quantize(
         backend = "torchao" if device.type == "cuda" else "aten"
     targets = _targets(model)
     _check_model(model, targets, group)
-    make = _packed_linear if backend == "aten" else _torchao_linear(device, group)
+    convert = _aten_linear(group) if backend == "aten" else _torchao_linear(device, group)
     count = len(targets)
     while targets:  # each weight is freed as soon as it is packed
         path, module = targets.pop()
@@ -95,40 +90,39 @@ def quantize(
             module.gate_up = module.down = None
         else:
             owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, make(cast(nn.Linear, module), group))
+            setattr(model.get_submodule(owner), name, convert(cast(nn.Linear, module)))
     kept = {id(parameter) for parameter in _kept(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if id(parameter) not in kept and type(parameter.data) is Tensor:
             parameter.data = parameter.data.to(DTYPE)
-    logger.info("quantised %d modules to %s by %s", count, kind, backend)
+    logger.info("quantized %d modules to %s by %s", count, kind, backend)
     return model.eval()
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether any part of ``model`` has been quantised."""
+    """Return whether any part of ``model`` is quantized."""
     return any(isinstance(module, _Quantized) for module in model.modules())
 
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a model's weights; ``dataclasses.asdict`` makes it JSON."""
+    """Bytes of a model's weights."""
 
     stored: int
-    """Held in memory."""
+    """In memory."""
     once: int
-    """Read for one token outside the loop; of the embedding its row."""
+    """Read per token outside the loop; one row of the embedding."""
     per_loop: int
-    """Read for one token in each loop: of routed experts the chosen ones, of LoRA one pair."""
+    """Read per token and loop: the top-k experts and one LoRA pair."""
 
     def per_token(self, n_loops: int) -> int:
-        """Read for one token that runs ``n_loops`` loops. In a batch, all rows share one reading,
-        but choose experts of their own."""
+        """Return the bytes read per token of ``n_loops`` loops; a batch shares all but experts."""
         return self.once + n_loops * self.per_loop
 
 
 def weight_bytes(model: CausalLM) -> WeightBytes:
-    """Count the bytes of ``model`` as it is, quantised or not; a shared weight counts once."""
+    """Count the bytes of ``model``, quantized or not; ``stored`` counts tied weights once."""
     read = {"once": 0.0, "loop": 0.0}
     stored, seen = 0, set[int]()
     for path, module in model.named_modules():
@@ -145,14 +139,14 @@ def weight_bytes(model: CausalLM) -> WeightBytes:
 
 
 def _reading(model: CausalLM, path: str, module: nn.Module) -> tuple[str, float]:
-    """Whether a tensor is read once or in every loop, and which share of it a token reads."""
+    """Return whether a tensor is read "once" or per "loop", and the share that a token reads."""
     cfg = model.cfg
     if isinstance(module, nn.Embedding):
         return "once", 1 / cfg.vocab_size
     if not path.startswith("recurrent.") or path.startswith("recurrent.injection.B"):
         return "once", 1.0
     if path.startswith("recurrent.halting."):
-        return "loop", 0.0  # only exit rules and traces ask it
+        return "loop", 0.0  # evaluated by exit rules and traces only
     if path.startswith("recurrent.lora."):
         return "loop", 1 / cfg.max_loop_iters
     routed = isinstance(module, MoEFFN) or ".ffn.experts." in path
@@ -162,7 +156,7 @@ def _reading(model: CausalLM, path: str, module: nn.Module) -> tuple[str, float]
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor, or of the tensors that one of torchao's consists of."""
+    """Return the bytes of a tensor, or of the components of a torchao tensor."""
     if hasattr(tensor, "__tensor_flatten__") and type(tensor.data) is not Tensor:
         names, _ = tensor.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)
@@ -170,26 +164,25 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _Quantized(nn.Module):
-    """What all quantised modules refuse."""
+    """Base of quantized modules: no gradients, no state dict."""
 
-    def _refuse_gradients(self, x: Tensor) -> None:
+    def _reject_gradients(self, x: Tensor) -> None:
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
             raise ConfigError(
-                "a quantised model has no gradients", where=type(self).__name__.strip("_"),
+                "a quantized model has no gradients", where=type(self).__name__.strip("_"),
                 value="training mode" if self.training else "an input that requires a gradient",
-                allowed="evaluation and generation", fix="train the model before it is quantised",
+                allowed="evaluation and generation", fix="train the model before quantize()",
             )  # fmt: skip
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         raise ConfigError(
-            "a quantised model is not saved", where="state_dict", value=type(self).__name__,
-            allowed="models before quantize()",
-            fix="save the model first; quantising it again at loading takes seconds",
+            "a quantized model cannot be saved", where="state_dict", value=type(self).__name__,
+            allowed="models before quantize()", fix="save the model first, quantize after loading",
         )  # fmt: skip
 
 
 class _Packed(_Quantized):
-    """A packed weight as a module, so that it moves with the model."""
+    """A packed weight in buffers, which move with the model."""
 
     levels: Tensor
     scale: Tensor
@@ -202,12 +195,12 @@ class _Packed(_Quantized):
 
     @property
     def weight(self) -> PackedWeight:
-        """The weight; its scale in bfloat16, whatever the model was cast to."""
+        """The weight, its scale in bfloat16 even if the model was cast."""
         return PackedWeight(self.levels, self.scale.to(DTYPE), *self.size)
 
 
 class _Linear(_Packed):
-    """Takes the place of a linear layer."""
+    """A linear layer with a packed weight."""
 
     def __init__(self, weight: PackedWeight, bias: nn.Parameter | None) -> None:
         super().__init__(weight)
@@ -215,13 +208,13 @@ class _Linear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        self._refuse_gradients(x)
+        self._reject_gradients(x)
         y = packed_linear(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 
 class _TorchaoLinear(_Quantized):
-    """A linear layer whose weight is one of torchao's tensors."""
+    """A linear layer with a torchao weight, ``added`` inputs wider to fill its groups."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, added: int) -> None:
         super().__init__()
@@ -229,13 +222,13 @@ class _TorchaoLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        self._refuse_gradients(x)
+        self._reject_gradients(x)
         x = x.to(DTYPE)
         return F.linear(F.pad(x, (0, self.added)) if self.added else x, self.weight, self.bias)
 
 
 class PackedExperts(_Quantized, Experts):
-    """Experts with packed weights of their own.
+    """Routed experts with packed weights.
 
     Args:
         gate_up: (E, D, 2F) weights.
@@ -256,43 +249,41 @@ class PackedExperts(_Quantized, Experts):
         self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
     ) -> Tensor:
         """Sum over the chosen experts (N, C) of weight (N, C) times expert output, (N, D)."""
-        self._refuse_gradients(x_ND)
+        self._reject_gradients(x_ND)
         return packed_experts(x_ND, gate_up, down, experts_NC, weights_NC)
 
 
-def _packed_linear(linear: nn.Linear, group: int) -> nn.Module:
-    return _Linear(pack(linear.weight.detach(), group), linear.bias)
+def _aten_linear(group: int) -> Callable[[nn.Linear], nn.Module]:
+    return lambda linear: _Linear(pack(linear.weight.detach(), group), linear.bias)
 
 
-def _torchao_linear(device: torch.device, group: int) -> Callable[[nn.Linear, int], nn.Module]:
-    """Return what makes a layer with a torchao weight of a linear one.
+def _torchao_linear(device: torch.device, group: int) -> Callable[[nn.Linear], nn.Module]:
+    """Return a function that converts a linear layer to torchao.
 
     Raises:
-        EnvironmentError_: torchao is missing, or has no int4 for this device.
+        EnvironmentError_: torchao is missing, or has no int4 kernel for this device.
     """
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise EnvironmentError_(
             "torchao is not installed", where="quantize(backend)", value="torchao",
-            allowed='backend="aten", which on CUDA saves memory but no time',
+            allowed='backend="aten", which saves memory but no time on CUDA',
             fix="pip install 'open-mythos[quant]'",
         ) from error  # fmt: skip
     if group and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise EnvironmentError_(
-            "torchao's int4 cannot serve this device", where="quantize(backend)", value=str(device),
-            allowed="CUDA devices of compute capability 8.0 and above", fix='use backend="aten"',
+            "torchao has no int4 kernel for this device", where="quantize(backend)",
+            value=str(device), allowed="CUDA, compute capability >= 8.0", fix='use backend="aten"',
         )  # fmt: skip
-    # settings of the compiler are the caller's: they would change for the whole process
-    options: dict[str, Any] = {"set_inductor_config": False}
-    config = (
-        Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", **options)
-        if group
-        else Int8WeightOnlyConfig(**options)
-    )
+    config = Int8WeightOnlyConfig(set_inductor_config=False)  # a setting of the whole process
+    if group:
+        config = Int4WeightOnlyConfig(
+            group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+        )
 
-    def make(module: nn.Linear, _: int) -> nn.Module:
-        # what does not fill its groups, torchao would leave as it is
+    def convert(module: nn.Linear) -> nn.Module:
+        # torchao skips weights with incomplete groups
         added = -module.in_features % group if group else 0
         weight = F.pad(module.weight.detach().to(DTYPE), (0, added))
         with torch.device("meta"):
@@ -301,11 +292,11 @@ def _torchao_linear(device: torch.device, group: int) -> Callable[[nn.Linear, in
         quantize_(linear, config)
         return _TorchaoLinear(linear.weight, module.bias, added)
 
-    return make
+    return convert
 
 
 def _targets(model: CausalLM) -> list[tuple[str, nn.Module]]:
-    """Return paths and modules that are rounded: linear layers of blocks, and their mixtures."""
+    """Return (path, module) of the linear layers and mixtures of all blocks."""
     exempt = ("attn.kv_up", "ffn.router")
     return [
         (path, module)
@@ -318,7 +309,7 @@ def _targets(model: CausalLM) -> list[tuple[str, nn.Module]]:
 
 
 def _kept(model: CausalLM) -> Iterator[Tensor]:
-    """Parameters that decide or set the dynamics, and are computed with in float32."""
+    """Yield the parameters that keep their dtype: they are used in float32."""
     for module in model.modules():
         if isinstance(module, MoEFFN):
             yield module.router.weight
@@ -329,39 +320,39 @@ def _kept(model: CausalLM) -> Iterator[Tensor]:
 
 
 def _group_of(kind: str, group_size: int | None) -> int:
-    """Return the inputs of a group; 0 for int8, which has none."""
-    pick(KINDS, kind, "quantize(kind)", what="quantisation")
-    if kind == "int4":
-        sizes = {str(size): size for size in GROUPS}
-        size = DEFAULT_GROUP if group_size is None else group_size
-        return pick(sizes, str(size), "quantize(group_size)", what="group size")
-    if group_size is not None:
+    """Return the group size; 0 for int8."""
+    pick(KINDS, kind, "quantize(kind)", what="quantization")
+    if kind == "int8" and group_size is not None:
         raise ConfigError(
-            "int8 has one scale for each output, and no groups", where="quantize(group_size)",
-            value=group_size, allowed="None", fix="leave group_size out, or choose int4",
+            "int8 has no groups", where="quantize(group_size)", value=group_size, allowed="None",
+            fix="leave group_size out, or choose int4",
         )  # fmt: skip
-    return 0
+    if kind == "int8":
+        return 0
+    sizes = {str(size): size for size in GROUPS}
+    size = DEFAULT_GROUP if group_size is None else group_size
+    return pick(sizes, str(size), "quantize(group_size)", what="group size")
 
 
 def _check_model(model: CausalLM, targets: list[tuple[str, nn.Module]], group: int) -> None:
-    """Reject what could only be quantised in part."""
+    """Check every weight before any is changed."""
     if is_quantized(model):
         raise ConfigError(
-            "the model is quantised already", where="quantize", value=type(model).__name__,
-            allowed="a model as it was trained", fix="load the model again and quantise it once",
+            "the model is quantized already", where="quantize", value=type(model).__name__,
+            allowed="a trained model", fix="load the model again and quantize it once",
         )  # fmt: skip
     for path, module in targets:
         if isinstance(module, MoEFFN) and type(module.experts) is not RoutedExperts:
             raise ConfigError(
                 "these experts cannot be packed", where=path, value=type(module.experts).__name__,
-                allowed="RoutedExperts", fix="quantise in a single process",
+                allowed="RoutedExperts", fix="quantize in a single process",
             )  # fmt: skip
         for name, weight in _weights(path, module):
             if type(weight.data) is not Tensor or weight.is_meta:
                 raise ConfigError(
-                    "this weight is not here as a whole", where=name,
+                    "this weight is not a whole tensor on one device", where=name,
                     value="meta" if weight.is_meta else type(weight.data).__name__,
-                    allowed="models on one device", fix="quantise in a single process",
+                    allowed="models on one device", fix="quantize in a single process",
                 )  # fmt: skip
             check_packing(weight.shape[-1], group, name)
             if not weight.isfinite().all():
@@ -372,7 +363,7 @@ def _check_model(model: CausalLM, targets: list[tuple[str, nn.Module]], group: i
 
 
 def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and weight (..., O, I) of what is rounded in a module."""
+    """Yield name and weight (..., O, I) of a module."""
     if isinstance(module, MoEFFN):
         yield from ((f"{path}.{name}", getattr(module, name).mT) for name in ("gate_up", "down"))
     else:

@@ -1,23 +1,20 @@
-"""Decoding with constant shapes: one step, captured or compiled once, run again for every token.
+"""Static-shape decoding: one step, captured or compiled once and replayed for every token.
 
-The reference, :func:`open_mythos.model.generation.generate`, sees one column more at every token,
-so Python has to dispatch every operation of every loop again. Here nothing about a step depends on
-how many tokens there are. Position, column and number of the draw are tensors on the device; the
-cache shows a fixed number of columns, of which a mask hides those not yet in use. The model's own
-code runs (``embed``, ``RecurrentBlock.step``, ``final_hidden``), and the tokens are those of the
-plain form.
+The reference, :func:`open_mythos.model.generation.generate`, attends to one more column per token,
+so Python dispatches every operation of every loop again. Here the shapes do not depend on the
+number of tokens: position, column and draw number are device tensors, and a mask hides the unused
+columns of a fixed-width cache. The model's own methods run (``embed``, ``RecurrentBlock.step``,
+``final_hidden``), and the tokens equal those of the reference.
 
-**Pieces.** *enter* is embedding and prelude, *loop* t one loop, *leave* coda, head and the choice
-of a token; a step is enter, loops 0 .. n - 1, leave. Each piece is a graph of its own, so what is
-replayed follows the depth that is asked for, and a deeper call only adds loops. Every loop has its
-graph, because its cache slots and its adapter lie at their own place in memory: a single graph for
-all of them would have to copy a loop's whole history to where it reads. Compiled code has no such
-places: one code serves all loops, and is told the loop by a tensor.
+**Pieces.** A step is *enter* (embedding and prelude), *loop* 0 .. n - 1, and *leave* (coda, head,
+sampling). Each loop has its own CUDA graph, because its cache slots and adapter have their own
+addresses; the depth decides which graphs are replayed. Compiled code takes the loop index as a
+tensor, so one graph serves all loops.
 
-**Buckets.** A graph always reads the columns it was captured with, so there is one for every bucket
-of 128, 192, 256, 384, 512, ... columns: never more than half as many again as are in use.
+**Buckets.** A graph reads a fixed number of columns: 128, 192, 256, 384, 512, ..., at most half
+more than are in use.
 
-Exit rules stop single positions, which changes shapes: they stay with the plain form.
+Exit rules change shapes, so only the reference supports them.
 """
 
 from __future__ import annotations
@@ -47,53 +44,46 @@ from open_mythos.ops.sampling import SamplingParams
 logger = logging.getLogger(__name__)
 
 MODES = ("static", "graph", "compile")
-"""How a step runs: op by op, as CUDA graphs, or compiled (on CUDA also captured)."""
+"""How a step runs: eagerly, as CUDA graphs, or compiled (and captured on CUDA)."""
 
 
 @runtime_checkable
 class Looped(Protocol):
-    """A model with a loop, whose depth is an argument."""
+    """A model with a recurrent block."""
 
     recurrent: RecurrentBlock
 
 
 class StaticDecoder:
-    """Decoding steps of constant shape for a batch of rows.
+    """Static-shape decoder for a batch of rows.
 
     :meth:`start` reads the prompts and chooses the first token, every :meth:`step` the next one.
-    Cache, buffers and graphs stay on the device as long as the object lives, so that a later
-    :meth:`start` finds them made. The weights may change in place meanwhile; they must not be
-    moved, replaced or converted. The model has to be in evaluation mode.
+    Cache, buffers and graphs are kept for later calls of :meth:`start`. Weights may change in
+    place, but must not be moved, replaced or cast. The model must be in evaluation mode.
 
     Args:
-        model: Any :class:`CausalLM`; rows of a looped one may each have their own depth.
-        batch: Rows.
-        capacity: Positions of a row at most, prompt and new tokens together.
-        mode: "static": op by op, the plain twin of the others. "graph": captured as CUDA graphs.
-            "compile": through ``torch.compile``, and captured where there is CUDA.
-        bucket: Columns that a step reads at least.
+        model: Any :class:`CausalLM`; rows of a looped one may differ in depth.
+        batch: Number of rows.
+        capacity: Maximum positions of a row, prompt and new tokens together.
+        mode: "static" (eager, the reference of the others), "graph" (CUDA graphs) or "compile"
+            (``torch.compile``, and CUDA graphs on CUDA).
+        bucket: Minimum number of columns that a step reads.
 
     Raises:
-        ConfigError: Unknown mode, sizes out of range, or a model that needs other shapes.
-        EnvironmentError_: Graphs were asked for, and the model is not on a CUDA device.
+        ConfigError: Unknown mode, sizes out of range, or an unsupported model.
+        EnvironmentError_: "graph" for a model that is not on a CUDA device.
     """
 
     running_B: Tensor
-    """(B,) boolean: rows that have not ended. Setting one to false in place ends the row."""
+    """(B,) boolean: rows that have not ended. Set one to false in place to end the row."""
 
     def __init__(
-        self,
-        model: CausalLM,
-        batch: int,
-        capacity: int,
-        *,
-        mode: str = "static",
-        bucket: int = 128,
+        self, model: CausalLM, batch: int, capacity: int, *, mode: str = "static", bucket: int = 128
     ) -> None:
         device = model.final_norm.weight.device
         captured = _check_mode(mode, device)
         if (problem := static_problem(model, captured)) is not None:
-            reject(f"{mode} decoding cannot serve this model", problem)
+            reject(f"{mode} decoding does not support this model", problem)
         self.batch = check_count("batch", batch)
         self.capacity = check_count("capacity", capacity)
         self.model, self.mode, self._bucket = model, mode, check_count("bucket", bucket)
@@ -133,21 +123,20 @@ class StaticDecoder:
         depth: Depth,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Forget what was before, read the prompts and choose the first token of every row.
+        """Reset, read the prompts and choose the first token of every row.
 
         Args:
-            input_ids: (B, T) prompts, ragged ones padded on the left.
-            params: How tokens are chosen; ``stop`` is left to the caller, who ends rows through
-                ``running_B``.
-            depth: Loops of a looped model's tokens, for all rows or for each.
+            input_ids: (B, T) prompts, left-padded if ragged.
+            params: Sampling parameters; ``stop`` is left to the caller (see ``running_B``).
+            depth: Loops of a looped model, for all rows or per row.
             attention_mask: (B, T), false on padding.
 
         Returns:
-            (B,) tokens: a buffer that the next step overwrites.
+            (B,) tokens, in a buffer that the next step overwrites.
 
         Raises:
             ConfigError: The prompts do not fit the decoder, an exit rule is given, autocast is
-                on, or the model trains.
+                on, or the model is in training mode.
         """
         self._check_start(input_ids)
         batch, n_prompt = input_ids.shape
@@ -175,12 +164,12 @@ class StaticDecoder:
         return self._token_B1[:, 0]
 
     def step(self) -> Tensor:
-        """The next token of every row, (B,): a buffer that the next step overwrites.
+        """Return the next token (B,) of every row, in a buffer that the next step overwrites.
 
-        Nothing in it waits for the device.
+        There is no host-device sync.
 
         Raises:
-            ConfigError: The capacity is used up, or nothing was started.
+            ConfigError: The capacity is used up, or :meth:`start` was not called.
         """
         if not 0 < self._held < self.capacity - 1:
             reject(
@@ -201,7 +190,7 @@ class StaticDecoder:
         return self._token_B1[:, 0]
 
     def _enter(self, ctx: Context) -> None:
-        """Where the token stands and what it sees; embedding and prelude."""
+        """Update rotary table and mask; run embedding and prelude."""
         rope = self._rope_rows.index_select(1, self._position_B1[:, 0])
         self._rope.copy_(rope.unsqueeze(2))
         self._visible_B11S.index_fill_(3, self._column_1, True)
@@ -214,7 +203,7 @@ class StaticDecoder:
         self._drive_B1D.copy_(recurrent.injection.drive(e_B1D))
 
     def _loop(self, ctx: Context, t: int | Tensor) -> None:
-        """Run loop t, an index or (1,) of one; rows that reached their depth keep their state."""
+        """Run loop ``t``, an index or a (1,) tensor; rows at their depth keep their state."""
         assert self._looped is not None
         h_B1D = self._looped.recurrent.step(self._h_B1D, self._drive_B1D, t, ctx)
         if ctx.active is not None and ctx.active.real is not None:
@@ -222,12 +211,12 @@ class StaticDecoder:
         self._h_B1D.copy_(h_B1D)
 
     def _leave(self, ctx: Context, params: SamplingParams) -> None:
-        """Coda, head, the choice of the next token."""
+        """Run coda and head, and choose the next token."""
         h_B1D = self.model.final_hidden(self._h_B1D, ctx)
         self._choose(self.model.head(h_B1D)[:, 0], params)
 
     def _choose(self, logits_BV: Tensor, params: SamplingParams) -> None:
-        """Choose a token of every row, and go on to its place."""
+        """Choose a token of every row, and advance to its position."""
         end = params.eos_token_id
         token_B = params.choose(logits_BV, self._seen_BS, self._keys_B, self._number_1)
         token_B = token_B.masked_fill(~self.running_B, end or 0)
@@ -246,7 +235,7 @@ class StaticDecoder:
             self._graphs.run((name, *key), partial(piece, *arguments))
 
     def _width(self, columns: int) -> int:
-        """The bucket of so many columns: few and wide ones where each costs a capture."""
+        """Return the bucket width for ``columns``: few and wide ones where each costs a capture."""
         if self._graphs is None:
             width = -(-columns // self._bucket) * self._bucket
         else:
@@ -257,14 +246,14 @@ class StaticDecoder:
         return min(width, self.capacity - 1)
 
     def _context(self, width: int, t: int, ragged: bool) -> Context:
-        """The context of loop ``t`` (and, for t = 0, of prelude and coda) in a bucket."""
+        """Return the context of loop ``t`` (t = 0: of prelude and coda too) in a bucket."""
         key = (width, t, ragged)
         if key not in self._contexts:
             active = Active(real=self._loops[t][1]) if ragged else None
             cache = self._cache.static(t, width, self._column_1)
             mask = self._visible_B11S[..., :width]
             if self.mode == "compile":
-                # one code for all buckets
+                # one compiled graph for all buckets
                 torch._dynamo.maybe_mark_dynamic(mask, 3)
                 for slot in cache.slots():
                     torch._dynamo.maybe_mark_dynamic(slot, 1)
@@ -274,7 +263,7 @@ class StaticDecoder:
         return self._contexts[key]
 
     def _set_loops(self) -> None:
-        """Set index and running rows of every loop, in buffers that stay where they are."""
+        """Set index and running rows of every loop, in buffers of fixed address."""
         device = self._column_1.device
         depth_B1 = torch.tensor(self._depths, device=device).view(-1, 1)
         for t in range(len(self._loops), max(self._depths)):
@@ -293,37 +282,33 @@ class StaticDecoder:
         device = self._column_1.device
         if not input_ids.device == self.model.final_norm.weight.device == device:
             reject(
-                "decoder, model and prompts are on several devices",
+                "decoder, model and prompts are on different devices",
                 [str(x.device) for x in (self._column_1, self.model.final_norm.weight, input_ids)],
                 "one device", where="input_ids",
             )  # fmt: skip
         if self.model.training:
             reject(
-                "a decoder needs a model without dropout", "training mode", "evaluation mode",
+                "static-shape decoding needs evaluation mode", "training mode", "evaluation mode",
                 where="model.training",
             )  # fmt: skip
         check_no_autocast(device)
 
 
 def check_no_autocast(device: torch.device) -> None:
-    """Check that a decoder would compute in the dtype of the model.
-
-    Raises:
-        ConfigError: Autocast is on.
-    """
+    """Raise a ConfigError under autocast, which the buffers do not follow."""
     if torch.is_autocast_enabled(device.type):
         reject(
-            "a decoder does not follow autocast", "autocast is on",
+            "static-shape decoding does not support autocast", "autocast is on",
             "a model converted to its dtype, such as model.to(torch.bfloat16)",
         )  # fmt: skip
 
 
 def static_problem(model: CausalLM, captured: bool) -> str | None:
-    """Why steps of constant shape cannot serve ``model``, or None.
+    """Return why ``model`` does not support static shapes, or None.
 
     Args:
         model: The model.
-        captured: Whether its steps are to be captured, so that no expert may wait for the device.
+        captured: Whether steps are captured, so that experts may not sync with the host.
     """
     for module in model.modules():
         if isinstance(module, GQAttention) and module.cfg.attn_backend == "flash":
@@ -331,36 +316,34 @@ def static_problem(model: CausalLM, captured: bool) -> str | None:
         if captured and isinstance(module, MoEFFN):
             backend = getattr(module.experts, "backend", "auto")
             if backend not in ("auto", "grouped"):
-                return f'moe_backend="{backend}", which asks the host for the load'
+                return f'moe_backend="{backend}", whose load is read on the host'
             for name, stack in module.named_parameters(recurse=False):
-                if not _grouped_waits_for_nothing(stack):
-                    return f"experts whose grouped products ask the host for the load ({name})"
+                if not _grouped_without_sync(stack):
+                    return f"experts whose grouped matmuls read the load on the host ({name})"
     return None
 
 
-def _grouped_waits_for_nothing(stack: Tensor) -> bool:
-    """PyTorch has such a kernel for bfloat16 from compute capability 9.0 on; others are a loop."""
+def _grouped_without_sync(stack: Tensor) -> bool:
+    """Return whether PyTorch has a grouped matmul kernel: bfloat16, capability 9.0 and above."""
     aligned = all(width * stack.element_size() % 16 == 0 for width in stack.shape[1:])
     capable = not stack.is_cuda or torch.cuda.get_device_capability(stack.device) >= (9, 0)
     return aligned and capable and stack.dtype == torch.bfloat16
 
 
 def reject(
-    what: str,
-    value: object,
-    allowed: str = "models that need no other shapes or waits",
+    what: str, value: object, allowed: str = "models of static shape, without host syncs",
     where: str = "mode",
-) -> NoReturn:
-    """Raise the ConfigError of a call that constant shapes cannot serve; mode="eager" can."""
+) -> NoReturn:  # fmt: skip
+    """Raise the ConfigError of a call that needs mode="eager"."""
     raise ConfigError(
         what, where=where, value=value, allowed=allowed,
-        fix='use mode="eager", which serves every call',
+        fix='use mode="eager", which supports every call',
     )  # fmt: skip
 
 
 def _check_mode(mode: str, device: torch.device) -> bool:
-    """Whether steps are to be captured."""
-    pick(MODES, mode, "mode", what="way to run a step", fix='"static" runs everywhere')
+    """Return whether steps are captured."""
+    pick(MODES, mode, "mode", what="decoding mode", fix='"static" runs everywhere')
     if mode == "graph" and device.type != "cuda":
         raise EnvironmentError_(
             "CUDA graphs need a CUDA device", where="mode", value=f"graph, on {device}",
@@ -371,4 +354,4 @@ def _check_mode(mode: str, device: torch.device) -> bool:
 
 @cache
 def _log_once(mode: str) -> None:
-    logger.info("decoding of constant shape: %s", mode)
+    logger.info("static-shape decoding: %s", mode)

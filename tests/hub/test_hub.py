@@ -187,7 +187,7 @@ def in_config(**changes):
         (in_config(vocab_size=10**30), "no possible model"),
         (in_config(max_loop_iters=10**18), "no possible model"),
         (in_config(prelude_layers=10**12), "more layers"),
-        (lambda values: values.update(config=[]), "holds no configuration"),
+        (lambda values: values.update(config=[]), "holds no fields"),
         (lambda values: values.update(format=2), "another format"),
         (lambda values: values.update(library="other"), "another library"),
         (lambda values: values.update(architecture="__import__"), "architecture"),

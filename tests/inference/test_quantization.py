@@ -65,11 +65,11 @@ def test_equals_the_model_with_rounded_weights(name, kind):
     twin = rounded_twin(model, 0 if kind == "int8" else 32)
     expected, whole = twin(ids, **depth), model(ids, **depth)
     low = copy.deepcopy(twin).bfloat16()(ids, **depth)
-    quantised = quantize(model, kind)
-    assert quantised is model
-    assert typical(quantised(ids, **depth), expected) < 1.5 * typical(low, expected)
+    quantized = quantize(model, kind)
+    assert quantized is model
+    assert typical(quantized(ids, **depth), expected) < 1.5 * typical(low, expected)
     # what was rounded matters: int4 is far from the model as it was
-    assert kind == "int8" or typical(quantised(ids, **depth), whole) > 3 * typical(low, expected)
+    assert kind == "int8" or typical(quantized(ids, **depth), whole) > 3 * typical(low, expected)
 
 
 def test_what_is_rounded_and_what_is_not():
@@ -157,7 +157,7 @@ def test_casting_leaves_the_packed_weights_alone():
 
 
 REFUSED = {
-    "unknown kind": (("int2",), {}, "unknown quantisation"),
+    "unknown kind": (("int2",), {}, "unknown quantization"),
     "unknown group": (("int4",), {"group_size": 48}, "unknown group size"),
     "a bool": (("int4",), {"group_size": True}, "unknown group size"),
     "int8 has no groups": (("int8",), {"group_size": 32}, "no groups"),
@@ -167,7 +167,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_changes_nothing(case):
+def test_a_rejected_call_changes_nothing(case):
     arguments, options, said = REFUSED[case]
     model = built()
     before = copy.deepcopy(model.state_dict())
@@ -194,13 +194,13 @@ def test_weights_that_cannot_be_rounded_are_named():
     own.recurrent.blocks[0].ffn.experts = type("MyExperts", (RoutedExperts,), {})()
     with pytest.raises(ConfigError, match="MyExperts"):
         quantize(own, "int8")
-    with torch.device("meta"), pytest.raises(ConfigError, match="not here as a whole"):
+    with torch.device("meta"), pytest.raises(ConfigError, match="not a whole tensor"):
         quantize(OpenMythos(small_config("gqa")), "int8")
 
 
-def test_a_quantised_model_is_refused_where_it_cannot_serve(tmp_path):
+def test_a_quantized_model_is_rejected_where_unsupported(tmp_path):
     model, ids = quantize(built("gqa"), "int8"), random_ids(1, 4)
-    with pytest.raises(ConfigError, match="quantised already"):
+    with pytest.raises(ConfigError, match="quantized already"):
         quantize(model, "int4")
     with pytest.raises(ConfigError, match="no gradients"):
         model.train()(ids)
@@ -210,10 +210,10 @@ def test_a_quantised_model_is_refused_where_it_cannot_serve(tmp_path):
         model(ids)
     with torch.no_grad():
         model(ids)
-    with pytest.raises(ConfigError, match="not saved"):
+    with pytest.raises(ConfigError, match="cannot be saved"):
         save_pretrained(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match="not saved"):
+    with pytest.raises(ConfigError, match="cannot be saved"):
         quantize(dense(), "int8").state_dict()
 
 
@@ -228,9 +228,9 @@ def test_torchao_gives_the_same():
     assert typical(theirs(ids, n_loops=2), expected) < 3 * typical(ours(ids, n_loops=2), expected)
     sizes = [weight_bytes(each) for each in (ours, theirs)]
     assert sizes[0].stored < sizes[1].stored < 1.1 * sizes[0].stored  # its scales are float32
-    with pytest.raises(ConfigError, match="not saved"):
+    with pytest.raises(ConfigError, match="cannot be saved"):
         theirs.state_dict()
-    with pytest.raises(EnvironmentError_, match="cannot serve this device"):
+    with pytest.raises(EnvironmentError_, match="no int4 kernel for this device"):
         quantize(model, "int4", backend="torchao")
     assert not is_quantized(model)
 
@@ -292,7 +292,7 @@ def test_tied_weights_count_once():
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of bytes in a run that names its shards."""
-    base = tmp_path_factory.mktemp("quantised")
+    base = tmp_path_factory.mktemp("quantized")
     (base / "text").mkdir()
     for i in range(4):
         (base / "text" / f"{i}.txt").write_text(f"file {i}: " + "to be or not to be\n" * 40)
@@ -327,7 +327,7 @@ def test_on_the_command_line(run_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("int3", "unknown quantisation"), ("int4:x", "not a group size"), ("int8:32", "no groups")],
+    [("int3", "unknown quantization"), ("int4:x", "not a group size"), ("int8:32", "no groups")],
 )
 def test_mistakes_on_the_command_line(run_folder, capsys, how, said):
     assert main(["generate", str(run_folder), "to", "--quantize", how]) == ConfigError.exit_code

@@ -1,1 +1,1 @@
-"""The parts of a looped model, one concept a file, usable in anybody's own model."""
+"""Layers of a looped model, usable on their own."""

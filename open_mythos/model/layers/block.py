@@ -1,4 +1,4 @@
-"""The transformer block that prelude, loop and coda are made of."""
+"""The transformer block of prelude, loop and coda."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ATTENTION: dict[str, type[GQAttention] | type[MLAttention]] = {
 
 
 Compute = Callable[[Tensor, Context, int | Tensor], tuple[Tensor, Routing | None]]
-"""Maps the input of a block to its output and the routing of its mixture."""
+"""Input of a block -> its output and the routing of its mixture of experts."""
 
 
 class TransformerBlock(nn.Module):
@@ -36,25 +36,26 @@ class TransformerBlock(nn.Module):
     That is pre-norm, the default. ``block_norms`` places RMSNorms on the input of each branch, on
     its output before the residual addition, or on the sum after it.
 
-    Attributes:
-        compiled: Called instead of :meth:`compute` if set: a compiled graph of it.
-
     Args:
-        cfg: The model's configuration.
-        use_moe: Mixture of experts instead of a dense feed-forward.
-        layer: Number of the block in the model; names its cache slots and its routing records.
+        cfg: Configuration of the model.
+        use_moe: Use a mixture of experts as the feed-forward.
+        layer: Index of the block in the model, used by caches and traces.
     """
+
+    compiled: Compute | None
+    """Called instead of :meth:`compute` if set: its compiled version."""
 
     def __init__(self, cfg: MythosConfig, use_moe: bool = False, layer: int = 0) -> None:
         super().__init__()
         self.layer, self.dropout, self.use_moe = layer, cfg.dropout, use_moe
-        self.compiled: Compute | None = None
+        self.compiled = None
         placed = cfg.block_norms.split("+")
 
         def norm(place: str) -> RMSNorm | None:
-            # the residual stream may be float32 in a bfloat16 model, and a norm of it stays so
-            kept = place == "sum"
-            return RMSNorm(cfg.dim, cfg.norm_eps, keep_dtype=kept) if place in placed else None
+            # keep a float32 residual stream in a bfloat16 model
+            if place not in placed:
+                return None
+            return RMSNorm(cfg.dim, cfg.norm_eps, keep_dtype=place == "sum")
 
         self.attn_norm = norm("in")
         attention = pick(ATTENTION, cfg.attn_type, "MythosConfig.attn_type", what="attention")
@@ -67,13 +68,10 @@ class TransformerBlock(nn.Module):
         self.context_of = (cfg.rope_dim, cfg.rope_theta)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        ctx: Context | None = None,
-        loop: int = 0,
+        self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0,
         trace: LoopTrace | None = None,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D), in the dtype of ``x`` or wider."""
+    ) -> Tensor:  # fmt: skip
+        """Apply the block, (B, T, D) -> (B, T, D), in the dtype of ``x`` or wider."""
         if ctx is None:
             ctx = Context.build(x_BTD.shape[1], *self.context_of, x_BTD.device)
         y_BTD, routing = (self.compiled or self.compute)(x_BTD, ctx, loop)
@@ -84,13 +82,13 @@ class TransformerBlock(nn.Module):
     def compute(
         self, x_BTD: Tensor, ctx: Context, loop: int | Tensor, operands: Operands | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """Return the output of the block, and the routing of its mixture.
+        """Return the output (B, T, D) and the routing, without recording it.
 
         Args:
             x_BTD: Input.
-            ctx: Of the call.
-            loop: Index t; dropout takes a tensor too, and nothing else reads it without a cache.
-            operands: Weights of the mixture of experts, made outside of a compiled graph.
+            ctx: Context of the call.
+            loop: Loop index; may be a tensor where there is no cache.
+            operands: Expert weights, prepared outside of a compiled graph.
         """
         attended = self.attn(as_autocast(self._branch_input(self.attn_norm, x_BTD)), ctx, loop)
         if self.attn_out_norm is not None:
@@ -111,7 +109,7 @@ class TransformerBlock(nn.Module):
         return x_BTD, routing
 
     def _branch_input(self, norm: RMSNorm | None, x_BTD: Tensor) -> Tensor:
-        """Normalise the input of a branch; without a norm, cast it to the dtype of the weights."""
+        """Normalize the input of a branch, or cast it to the dtype of the weights."""
         if norm is not None:
             return norm(x_BTD)
         other = self.attn_out_norm or self.attn_sum_norm

@@ -1,9 +1,7 @@
-"""How a mixture computes its routed experts: what :attr:`MoEFFN.experts` may be.
+"""Implementations of :attr:`MoEFFN.experts`, which computes the routed experts.
 
-The mixture owns router, weights and shared expert; its ``experts`` multiply. There are three:
-:class:`RoutedExperts` here, :class:`~open_mythos.train.parallel.expert_parallel.ExpertParallel` for
-experts distributed over processes, and
-:class:`~open_mythos.inference.quantization.PackedExperts` for quantized ones.
+:class:`RoutedExperts` here, :class:`~open_mythos.train.parallel.expert_parallel.ExpertParallel` and
+:class:`~open_mythos.inference.quantization.PackedExperts`.
 """
 
 from __future__ import annotations
@@ -18,34 +16,33 @@ from open_mythos.devices import as_autocast
 from open_mythos.ops.experts.routed import LoopedStack, deferring_pays, routed_experts
 
 Operands = tuple[Any, Any]
-"""Gate and up projections, and down projections, as one loop uses them: tensors,
-:class:`~open_mythos.ops.experts.routed.LoopedStack` or packed weights."""
+"""Gate-up and down projections of one loop: tensors, ``LoopedStack`` or packed weights."""
 
 
 class Mixture(Protocol):
-    """What experts read of the mixture that owns the weights."""
+    """Weights of the mixture that experts read."""
 
     router_bias: Tensor
 
     @property
     def gate_up(self) -> nn.Parameter | None:
-        """(E, D, 2F); None if the experts have weights of their own."""
+        """(E, D, 2F); None if the experts own their weights."""
 
     @property
     def down(self) -> nn.Parameter | None:
-        """(E, F, D); None if the experts have weights of their own."""
+        """(E, F, D); None if the experts own their weights."""
 
 
 class Experts(nn.Module):
-    """Base of all ways to compute routed experts."""
+    """Base of all implementations of routed experts."""
 
     def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
-        """Return the weights as this loop should use them.
+        """Return the weights for one loop.
 
         Args:
             moe: The mixture.
             n_choices: Tokens times experts per token.
-            memo: Kept by the call for all its loops, and shared between all mixtures.
+            memo: Cache of the call, shared by all loops and mixtures.
         """
         raise NotImplementedError
 
@@ -57,10 +54,10 @@ class Experts(nn.Module):
 
 
 class RoutedExperts(Experts):
-    """Experts whose weights are all in this process.
+    """Experts whose weights are all on this process.
 
     Args:
-        backend: Of :func:`~open_mythos.ops.experts.routed.routed_experts`.
+        backend: See :func:`~open_mythos.ops.experts.routed.routed_experts`.
     """
 
     def __init__(self, backend: str = "auto") -> None:
@@ -70,9 +67,8 @@ class RoutedExperts(Experts):
     def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
         """Cast to the autocast dtype and, where that pays, defer the weight gradient.
 
-        Both happen once per call: autocast caches casts for the matmuls that it knows, and grouped
-        matmuls are not among them. The memo holds the weights, so that no other tensor can take
-        their place in it, and the first weights of a call serve all its loops.
+        Done once per call, because autocast caches no casts for grouped matmuls. The memo holds
+        the weights, so their keys stay unique.
         """
         device = moe.router_bias.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -102,6 +98,6 @@ class _CallWeights:
 
     @cached_property
     def deferred(self) -> tuple[LoopedStack, LoopedStack]:
-        """The stacks that compute one weight gradient for all loops."""
+        """Stacks that compute one weight gradient for all loops."""
         gate_up, down = zip(self.weights, self.cast, strict=True)
         return LoopedStack(*gate_up), LoopedStack(*down)

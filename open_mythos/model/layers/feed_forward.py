@@ -1,4 +1,4 @@
-"""Dense feed-forwards, selected by ``ffn_kind``."""
+"""Dense feed-forward layers, selected by ``ffn_kind``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class Expert(nn.Module):
-    """down(act(gate x) * up x) (arXiv 2002.05202): a dense feed-forward or one expert.
+    """Gated feed-forward or expert: down(act(gate x) * up x) (arXiv 2002.05202).
 
     Args:
         dim: Width D of input and output.
@@ -27,13 +27,13 @@ class Expert(nn.Module):
         self.down = nn.Linear(expert_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Map (..., D) to (..., D)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(self.activation(gate) * up)
 
 
 class SquaredReLU(nn.Module):
-    """down(relu(up x)^2) (Primer, arXiv 2109.08668).
+    """Feed-forward down(relu(up x)^2) (Primer, arXiv 2109.08668).
 
     Args:
         dim: Width D of input and output.
@@ -46,7 +46,7 @@ class SquaredReLU(nn.Module):
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Map (..., D) to (..., D)."""
         return self.down(F.relu(self.up(x)).square())
 
 

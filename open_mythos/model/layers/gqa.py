@@ -13,10 +13,9 @@ from open_mythos.ops.rope import apply_rope
 
 
 class GQAttention(nn.Module):
-    """H query heads share G key/value heads (arXiv 2305.13245), with rotary positions.
+    """Grouped-query attention (arXiv 2305.13245) with rotary embedding.
 
-    The cache holds keys (normalised and rotated) and values of a token side by side: 2 G K
-    elements.
+    The cache entry of a token is its normalized and rotated keys and its values, 2 G K elements.
     """
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
@@ -34,7 +33,7 @@ class GQAttention(nn.Module):
             )
 
     def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
-        """(B, T, D) -> (B, T, D); without a context, causal over the T tokens given."""
+        """Attend, (B, T, D) -> (B, T, D); without a context, causally over the T tokens."""
         cfg = self.cfg
         if ctx is None:
             ctx = Context.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
@@ -52,7 +51,7 @@ class GQAttention(nn.Module):
         return self.out_proj(y_BTHK.flatten(2))
 
     def _positioned(self, q_BTHK: Tensor, k_BTGK: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate queries and keys, and normalise them where ``qk_norm`` says."""
+        """Rotate queries and keys, and normalize them according to ``qk_norm``."""
         kind = self.cfg.qk_norm
         if kind == "width":
             q_BTHK = self.q_norm(q_BTHK.flatten(2)).view_as(q_BTHK)

@@ -1,4 +1,4 @@
-"""When to stop looping: the gate and what its probabilities mean."""
+"""Adaptive halting: the gate and the distributions over loops derived from it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class ACTHalting(nn.Module):
-    """A scalar gate per position and loop: lambda_t = sigmoid(w h + b), in float32.
+    """Halting gate per position and loop, lambda_t = sigmoid(w h + b), in float32.
 
-    Usable in any looped model. The gate is trained on a frozen trajectory; whether mixing the
-    loops by its weights during training keeps depth extrapolation is contested.
+    Usable in any looped model. It is trained on frozen trajectories; whether mixing the loops by
+    its weights in training preserves depth extrapolation is contested.
 
     Args:
         dim: Width D of the state.
-        threshold: Cumulative probability at which a position counts as finished.
+        threshold: Cumulative probability at which a position halts.
     """
 
     def __init__(self, dim: int, threshold: float = 0.99) -> None:
@@ -24,28 +24,28 @@ class ACTHalting(nn.Module):
         self.gate = nn.Linear(dim, 1)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        """(..., D) -> (...) probability of halting now, given that the position still runs."""
+        """Return the probability (...) of halting at states (..., D), given no earlier halt."""
         with torch.autocast(h_BTD.device.type, enabled=False):
             logit = F.linear(h_BTD.float(), self.gate.weight.float(), self.gate.bias.float())
         return logit.squeeze(-1).sigmoid()
 
     def exit_loops(self, lambda_L: Tensor, depth: Tensor | None = None) -> Tensor:
-        """Index of the loop after which each position is finished: see :func:`exit_loops`."""
+        """Return the loop index after which each position halts: see :func:`exit_loops`."""
         return exit_loops(lambda_L, self.threshold, depth)
 
 
 def halting_weights(lambda_L: Tensor, depth: Tensor | None = None) -> Tensor:
-    """Probability of halting exactly at each loop (the hazard form).
+    """Return the probability of halting at each loop (hazard form).
 
-    p_t = lambda_t prod_{s<t} (1 - lambda_s); the last loop takes the remainder, so that the weights
-    of every position sum to 1 whatever the probabilities.
+    p_t = lambda_t prod_{s<t} (1 - lambda_s); the last loop takes the remainder, so the weights of
+    every position sum to 1.
 
     Args:
         lambda_L: (L, ...) gate outputs in [0, 1].
-        depth: Loops that each position ran, broadcastable to (...); L everywhere by default.
+        depth: Loops of each position, broadcastable to (...); L by default.
 
     Returns:
-        (L, ...) float32 (float64 stays): non-negative, zero from ``depth`` on.
+        (L, ...), float64 or float32: non-negative, zero from ``depth`` on.
     """
     lam = _with_remainder(lambda_L, depth)
     survive = torch.cat((torch.ones_like(lam[:1]), (1 - lam[:-1]).cumprod(0)))
@@ -55,13 +55,13 @@ def halting_weights(lambda_L: Tensor, depth: Tensor | None = None) -> Tensor:
 def graves_weights(
     lambda_L: Tensor, threshold: float = 0.99, depth: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Adaptive Computation Time as first published (Graves, arXiv 1603.08983, section 2).
+    """Return the mixture weights and ponder cost of Adaptive Computation Time.
 
-    A position halts at the first loop where its probabilities add up to ``threshold``; that loop
-    takes the remainder.
+    Source: Graves, arXiv 1603.08983, section 2. A position halts at the first loop at which its
+    probabilities add up to ``threshold``; that loop takes the remainder.
 
     Returns:
-        The (L, ...) mixture weights and the (...) ponder cost: loops run plus remainder.
+        (L, ...) weights and the (...) ponder cost, loops run plus remainder.
     """
     lam = _with_remainder(lambda_L, depth)
     total = lam.cumsum(0)
@@ -74,7 +74,7 @@ def graves_weights(
 
 
 def exit_loops(lambda_L: Tensor, threshold: float, depth: Tensor | None = None) -> Tensor:
-    """(...) index of the first loop whose cumulative halting probability reaches ``threshold``."""
+    """Return the (...) first loop whose cumulative halting probability reaches ``threshold``."""
     reached = halting_weights(lambda_L, depth).cumsum(0) >= threshold
     first = reached.to(torch.int8).argmax(0)
     return torch.where(reached.any(0), first, _last_loop(lambda_L, depth).expand_as(first))
@@ -86,9 +86,8 @@ def _last_loop(lambda_L: Tensor, depth: Tensor | None) -> Tensor:
 
 
 def _with_remainder(lambda_L: Tensor, depth: Tensor | None) -> Tensor:
-    """The probabilities with 1 at the last loop of every position, and 0 after it."""
+    """Set the probabilities to 1 at the last loop of every position, and to 0 after it."""
     lam = lambda_L if lambda_L.dtype == torch.float64 else lambda_L.float()
     loops = torch.arange(lam.shape[0], device=lam.device).view(-1, *[1] * (lam.dim() - 1))
     last = _last_loop(lam, depth)
-    lam = torch.where(loops == last, torch.ones_like(lam), lam)
-    return torch.where(loops > last, torch.zeros_like(lam), lam)
+    return torch.where(loops == last, 1, torch.where(loops > last, 0, lam))

@@ -9,10 +9,10 @@ from open_mythos.ops.cross_entropy import cap_logits
 
 
 class OutputHead(nn.Linear):
-    """logits = cap(scale * W h), with cap(x) = c tanh(x / c); the identity by default.
+    """Output head cap(scale * W h), with cap(x) = c tanh(x / c) if ``logit_softcap`` is c > 0.
 
     Args:
-        cfg: ``dim``, ``vocab_size``, ``logit_scale`` and ``logit_softcap`` are read.
+        cfg: Configuration of the model.
     """
 
     def __init__(self, cfg: MythosConfig) -> None:
@@ -20,6 +20,6 @@ class OutputHead(nn.Linear):
         self.scale, self.softcap = cfg.logit_scale, cfg.logit_softcap
 
     def forward(self, h: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """Map (..., D) states to (..., V) logits."""
         h = h if self.scale == 1 else h * self.scale
         return cap_logits(super().forward(h), self.softcap)

@@ -1,4 +1,4 @@
-"""How one loop combines the state h and the encoded input e, selected by ``injection``.
+"""Injection of the encoded input e into the state h, selected by ``injection``.
 
 | ``injection`` | x | parameters |
 |---|---|---|
@@ -7,8 +7,7 @@
 | "add" | h + e | |
 | "none" | h | |
 
-Every injection has ``hold(h)``, the part that depends on the state, and ``drive(e)``, the part that
-is the same at every loop and is computed once; x is their sum, in float32.
+x is the float32 sum of ``hold(h)`` and ``drive(e)``; drive is computed once for all loops.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from open_mythos.config import MythosConfig
 MAX_DECAY = 0.99609375
 """Upper bound of A: the largest bfloat16 below 1."""
 MAX_EXPONENT = 16.0
-"""Largest dt * a; exp(-16) = 1.1e-7 is above zero in every dtype, float16 included."""
+"""Upper bound of dt * a; exp(-16) = 1.1e-7 is positive even in float16."""
 MIN_EXPONENT = -math.log(MAX_DECAY)
 INITIAL_DECAY = math.sqrt(1 / 5)
 
 
 class Injection(nn.Module):
-    """Base of all injections: ``injection(h, e)`` is hold(h) + drive(e)."""
+    """Base of all injections: x = hold(h) + drive(e)."""
 
     def hold(self, h_BTD: Tensor) -> Tensor:
         """Return the part of x that depends on the state, float32."""
         raise NotImplementedError
 
     def drive(self, e_BTD: Tensor) -> Tensor:
-        """Return the part of x that is the same at every loop, float32."""
+        """Return the loop-invariant part of x, float32."""
         raise NotImplementedError
 
     def get_A(self) -> Tensor:
@@ -56,17 +55,14 @@ class Injection(nn.Module):
 
 
 class LTIInjection(Injection):
-    """Injects the encoded input into the state through a stable linear system.
+    """Stable linear time-invariant injection, A h + B e.
 
     Source: Parcae, arXiv 2604.12946, section 4 and appendix C. Per channel, a = exp(log_A) > 0 and
     dt = softplus(dt_bias) > 0 give A = exp(-dt a). The input gain is the exact zero-order hold
     (1 - exp(-dt a)) / a, or dt by Euler's rule, times B.
 
-    The product dt a is bounded so that A lies in (0, 0.99609375] for every value of the parameters,
-    infinities included. A, dt and the state update are float32 whatever the dtype of the model:
-    bfloat16 would round any A above 0.998 to 1.
-
-    Usable in any looped model: ``injection(h, e)`` is A h + B e.
+    Bounds on dt a keep A in (0, 0.99609375] for all parameter values, infinities included. A, dt
+    and the state update are float32 in every model: bfloat16 rounds any A above 0.998 to 1.
 
     Args:
         dim: Width D.
@@ -88,8 +84,7 @@ class LTIInjection(Injection):
         a = self.log_A.float().clamp(-30.0, 30.0).exp()
         dt = F.softplus(self.dt_bias.float().clamp(-60.0, 1e4))
         z = (dt * a).clamp(MIN_EXPONENT, MAX_EXPONENT)
-        # (1 - exp(-z)) / z, exact for small z, is the hold's share of dt; where z met its bound,
-        # the a that belongs to it is z / dt
+        # (1 - exp(-z)) / a with a = z / dt, accurate for small z and consistent where z is clamped
         gain = dt if self.rule == "euler" else dt * (-torch.expm1(-z) / z)
         # the clamp absorbs the rounding of exp at the bound
         return torch.exp(-z).clamp(max=MAX_DECAY), gain
@@ -113,7 +108,7 @@ class LTIInjection(Injection):
 
 
 class ConcatInjection(Injection):
-    """x = A h + B e + b: the product of a matrix [A B] with the concatenation [h; e].
+    """Linear map of the concatenation [h; e]: A h + B e + b.
 
     Source: Huginn, arXiv 2502.05171, section 3. Nothing bounds A, so the linear part may expand.
 
@@ -161,17 +156,12 @@ class ConcatInjection(Injection):
         return driven if self.bias is None else driven + self.bias.float()
 
     def hold(self, h_BTD: Tensor) -> Tensor:
-        """Return A h, float32; a matrix multiplies in the dtype of the model."""
+        """Return A h, float32; a full A is applied in the dtype of the model."""
         return h_BTD.float() if self.A is None else _times(h_BTD, self.A).float()
 
 
 class AddInjection(Injection):
-    """x = h + e.
-
-    Args:
-        dim: Width D.
-        with_input: Whether e is added at all; without it x = h.
-    """
+    """Addition, h + e; with ``with_input=False``, h alone."""
 
     def __init__(self, dim: int, with_input: bool = True) -> None:
         super().__init__()
@@ -200,17 +190,11 @@ def _times(x_BTD: Tensor, matrix: Tensor) -> Tensor:
     return x_BTD @ matrix.mT if matrix.dim() == 2 else x_BTD * matrix
 
 
-def _lti(cfg: MythosConfig) -> Injection:
-    return LTIInjection(cfg.dim, cfg.injection_rule, cfg.injection_matrix)
-
-
-def _concat(cfg: MythosConfig) -> Injection:
-    return ConcatInjection(cfg.dim, cfg.injection_matrix, cfg.identity_carry, cfg.injection_bias)
-
-
 INJECTIONS: dict[str, Callable[[MythosConfig], Injection]] = {
-    "lti": _lti,
-    "concat": _concat,
+    "lti": lambda cfg: LTIInjection(cfg.dim, cfg.injection_rule, cfg.injection_matrix),
+    "concat": lambda cfg: ConcatInjection(
+        cfg.dim, cfg.injection_matrix, cfg.identity_carry, cfg.injection_bias
+    ),
     "add": lambda cfg: AddInjection(cfg.dim),
     "none": lambda cfg: AddInjection(cfg.dim, with_input=False),
 }

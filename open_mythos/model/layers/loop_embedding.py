@@ -1,4 +1,4 @@
-"""A sinusoidal embedding of the loop index."""
+"""Sinusoidal embedding of the loop index."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 def loop_index_embedding(
     h_BTD: Tensor, loop_t: int | Tensor, loop_dim: int, theta: float = 10000.0
 ) -> Tensor:
-    """Add the sinusoid of ``loop_t`` to the first ``loop_dim`` channels (Universal Transformer,
-    arXiv 1807.03819: a position signal over depth).
+    """Add the sinusoid of ``loop_t`` to the first ``loop_dim`` channels.
+
+    Source: Universal Transformer, arXiv 1807.03819.
 
     Args:
         h_BTD: State, (..., D).
-        loop_t: Loop index, or (B,) int64 of them, one per row ((1,) for all); the caller caps it at
-            the last trained one.
+        loop_t: Loop index, or an int64 tensor of them, (B,) or (1,); not capped here.
         loop_dim: Channels that receive the signal, even and at most D.
-        theta: Longest wavelength of the sinusoids, over 2 pi.
+        theta: Longest wavelength over 2 pi.
     """
     half = loop_dim // 2
     exponents = torch.arange(half, device=h_BTD.device, dtype=torch.float32) / max(half, 1)

@@ -1,4 +1,4 @@
-"""A small adapter that belongs to one loop depth."""
+"""Low-rank adapters, one per loop."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class LoRAAdapter(nn.Module):
-    """up_t(down_t(x)): the only weights that differ between loops (arXiv 2410.20672).
+    """Per-loop low-rank adapter up_t(down_t(x)) (arXiv 2410.20672).
 
-    ``up`` starts at zero, so that all loops start alike. Past ``max_loops`` the last depth is used.
+    ``up`` is zero-initialized, so that all loops start alike.
 
     Args:
         dim: Width D.
         rank: Rank r.
-        max_loops: Number of depths with weights of their own.
+        max_loops: Number of adapters; later loops use the last one.
     """
 
     def __init__(self, dim: int, rank: int, max_loops: int) -> None:
@@ -24,12 +24,11 @@ class LoRAAdapter(nn.Module):
         self.up = nn.Parameter(torch.zeros(max_loops, rank, dim))
 
     def forward(self, x: Tensor, loop_t: int | Tensor) -> Tensor:
-        """(..., D) -> (..., D) with the weights of loop ``loop_t``.
+        """Apply the adapter of loop ``loop_t``, (..., D) -> (..., D).
 
         Args:
-            x: Input; (B, T, D) where the loop is a tensor.
-            loop_t: The loop of all rows, or (B,) int64, one per row ((1,) for all of them): a
-                number that only the device knows.
+            x: Input; (B, T, D) with a tensor ``loop_t``.
+            loop_t: Loop index, or an int64 tensor of them, (B,) or (1,).
         """
         last = self.max_loops - 1
         depth = loop_t.clamp(max=last) if isinstance(loop_t, Tensor) else min(loop_t, last)

@@ -17,22 +17,20 @@ from open_mythos.ops.attention.visibility import Visibility
 from open_mythos.ops.rope import apply_rope
 
 SCORES_AT_ONCE = 1 << 24
-"""Most scores that absorbed attention writes out at once."""
+"""Maximum number of scores that absorbed attention materializes."""
 EXPANDED_AT_ONCE = 1 << 26
-"""Most elements of keys and values that a call without gradient expands at once."""
+"""Maximum elements of keys and values that a call without gradient expands at once."""
 
 
 class MLAttention(nn.Module):
-    """Keys and values of all heads come from one latent vector per token.
+    """Multi-head latent attention: keys and values come from one latent vector per token.
 
-    The cache holds, per token, the *normalised* latent (R elements) and one rotary key shared by
-    all heads. Two ways to attend give the same result:
+    The cache entry of a token is the normalized latent (R elements) and a rotary key shared by all
+    heads. :meth:`forward` picks the cheaper of two equivalent forms:
 
-    - *expanded*: latents become keys and values of every head; cheaper for many new tokens.
-    - *absorbed*: the up-projections are folded into the query and the output, so that the history
-      stays latent; cheaper for few new tokens on a long history, as in decoding.
-
-    :meth:`forward` takes the one that needs fewer multiplications.
+    - *expanded*: up-project the latents to keys and values of every head; for many new tokens.
+    - *absorbed*: fold the up-projections into query and output, so that the history stays latent;
+      for few new tokens on a long history, as in decoding.
     """
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
@@ -51,7 +49,7 @@ class MLAttention(nn.Module):
         self.scale = key_width**-0.5
 
     def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
-        """(B, T, D) -> (B, T, D); without a context, causal over the T tokens given."""
+        """Attend, (B, T, D) -> (B, T, D); without a context, causally over the T tokens."""
         cfg = self.cfg
         if ctx is None:
             ctx = Context.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
@@ -61,20 +59,20 @@ class MLAttention(nn.Module):
             entry_BSW = ctx.cache.write(self.layer, loop, entry_BSW, ctx.active)
         absorb = self.absorbing_is_cheaper(x_BTD.shape[1], entry_BSW.shape[1])
         if absorb and torch.is_grad_enabled():
-            # autograd would keep the scores of all pairs
+            # autograd would save the scores of all pairs
             absorb = _scores(q_BTHK, entry_BSW) <= SCORES_AT_ONCE
         attend_latent = self._absorbed_in_blocks if absorb else self.expanded
         return self.out_proj(attend_latent(q_BTHK, entry_BSW, ctx).flatten(2))
 
     def query(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        """(B, T, H, nope + rope) queries, the last part rotated."""
+        """Return (B, T, H, nope + rope) queries, the last part rotated."""
         low = self.q_norm(self.q_down(x_BTD)) if self.cfg.q_lora_rank else x_BTD
         q_BTHK = self.q_up(low).unflatten(-1, (self.cfg.n_heads, -1))
         nope, rotary = q_BTHK.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
         return torch.cat((nope, apply_rope(rotary, rope)), dim=-1)
 
     def entry(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        """(B, T, R + rope): what the cache keeps of a token."""
+        """Return the (B, T, R + rope) cache entries."""
         latent, key = self.kv_down(x_BTD).split(
             [self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1
         )
@@ -82,9 +80,9 @@ class MLAttention(nn.Module):
         return torch.cat((self.kv_norm(latent).to(key.dtype), key), dim=-1)
 
     def expanded(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
-        """Attention over keys and values of every head, (B, T, H, V).
+        """Attend over up-projected keys and values, (B, T, H, V).
 
-        Where no gradient is kept, a long history is expanded for some heads after the others.
+        Without gradient, a long history is expanded for a few heads at a time.
         """
         cfg = self.cfg
         heads = cfg.n_heads
@@ -102,7 +100,7 @@ class MLAttention(nn.Module):
         ], dim=2)  # fmt: skip
 
     def _attend_expanded(self, q_BTHK: Tensor, up_BSU: Tensor, key: Tensor, ctx: Context) -> Tensor:
-        """``up_BSU``: keys without position and values of as many heads as there are queries."""
+        """Attend with ``up_BSU``, the position-free keys and the values of the queries' heads."""
         cfg, heads = self.cfg, q_BTHK.shape[2]
         nope, v_BSHV = up_BSU.unflatten(-1, (heads, -1)).split(
             [cfg.qk_nope_head_dim, cfg.v_head_dim], dim=-1
@@ -115,7 +113,7 @@ class MLAttention(nn.Module):
         )  # fmt: skip
 
     def _absorbed_in_blocks(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
-        """:meth:`absorbed`, for as many queries at once as leave their scores small."""
+        """Call :meth:`absorbed` on blocks of queries with at most SCORES_AT_ONCE scores."""
         n_new = q_BTHK.shape[1]
         size = max(1, n_new * SCORES_AT_ONCE // max(1, _scores(q_BTHK, entry_BSW)))
         if size >= n_new:
@@ -128,12 +126,12 @@ class MLAttention(nn.Module):
         ], dim=1)  # fmt: skip
 
     def absorbed(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
-        """The same attention without leaving the latent space, (B, T, H, V)."""
+        """Attend in the latent space, (B, T, H, V)."""
         assert not isinstance(ctx.mask, Visibility), "a window of the call has its mask"
         cfg = self.cfg
         up_HUR = self._up_weight(ctx).unflatten(0, (cfg.n_heads, -1))
         key_up_HNR, value_up_HVR = up_HUR.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
-        # scaling the query is less work than scaling a score for every position
+        # scaling queries is cheaper than scaling scores
         nope, rotary = (q_BTHK * self.scale).split(
             [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1
         )
@@ -145,7 +143,7 @@ class MLAttention(nn.Module):
         return latent_values(mixed_BTHR, value_up_HVR)
 
     def _up_weight(self, ctx: Context) -> Tensor:
-        """Return the (U, R) matrix that ``kv_up`` multiplies by, adapters around it included."""
+        """Return the (U, R) matrix of ``kv_up``, wrappers such as adapters included."""
         if type(self.kv_up) is nn.Linear:
             return self.kv_up.weight
         key = self, torch.is_grad_enabled(), torch.is_autocast_enabled(ctx.positions.device.type)
@@ -156,7 +154,7 @@ class MLAttention(nn.Module):
         return cast(Tensor, ctx.memo[key])
 
     def absorbing_is_cheaper(self, n_new: int, n_all: int) -> bool:
-        """Whether ``n_new`` queries over ``n_all`` positions take fewer products absorbed."""
+        """Return whether ``n_new`` queries over ``n_all`` positions cost less absorbed."""
         cfg = self.cfg
         up = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
         key_width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
@@ -166,5 +164,5 @@ class MLAttention(nn.Module):
 
 
 def _scores(q_BTHK: Tensor, entry_BSW: Tensor) -> int:
-    """Elements of the scores of all queries, heads and positions."""
+    """Return the number of scores of all queries, heads and positions."""
     return q_BTHK.shape[:3].numel() * entry_BSW.shape[1]

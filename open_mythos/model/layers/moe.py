@@ -1,4 +1,4 @@
-"""The mixture of fine-grained experts (DeepSeekMoE, arXiv 2401.06066)."""
+"""Mixture of fine-grained experts (DeepSeekMoE, arXiv 2401.06066)."""
 
 from __future__ import annotations
 
@@ -19,29 +19,26 @@ from open_mythos.ops.experts.routed import expert_load
 
 
 class Routing(NamedTuple):
-    """What the router decided for N tokens."""
+    """Router decisions for N tokens."""
 
     scores_NE: Tensor
-    """Score of every expert, float32."""
+    """Scores of all experts, float32."""
     experts_NC: Tensor
     """Chosen experts, int64."""
 
 
 class MoEFFN(nn.Module):
-    """Routed experts chosen per token, plus shared experts that see every token.
+    """Top-k routed experts per token, plus always-on shared experts.
 
-    Scores are sigmoids in float32. The choice of experts uses score + bias, their weights the score
-    alone, renormalised over the chosen ones if there are several. The bias balances the load
-    without a gradient (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): call :meth:`update_bias`
-    after each optimizer step with the load of all loops, which a :class:`LoopTrace` collects.
-
-    Usable in any model: only ``dim``, ``n_experts``, ``n_experts_per_tok``, ``expert_dim``,
-    ``n_shared_experts`` and ``moe_backend`` of the configuration are read.
+    Scores are float32 sigmoids. Experts are chosen by score + bias and weighted by score alone,
+    renormalized over the chosen ones if top-k > 1. The bias balances the load without a gradient
+    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): call :meth:`update_bias` after each optimizer
+    step with the load of all loops, which a :class:`LoopTrace` collects.
     """
 
     router_bias: Tensor
     experts: Experts
-    """Computes the routed experts; assign another of :mod:`open_mythos.model.layers.experts`."""
+    """Computes the routed experts; may be replaced (:mod:`open_mythos.model.layers.experts`)."""
     gate_up: nn.Parameter | None
     down: nn.Parameter | None
 
@@ -54,19 +51,19 @@ class MoEFFN(nn.Module):
         self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
         self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim, 2 * cfg.expert_dim))
         self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.expert_dim, cfg.dim))
-        # n shared experts side by side are one feed-forward of their summed width
+        # n shared experts equal one feed-forward of their total width
         self.shared = Expert(cfg.dim, cfg.shared_dim) if cfg.n_shared_experts else None
         init_weights(self, cfg.dim)
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (N, E), chosen experts (N, C) and weights (N, C); scores and weights float32."""
+        """Return scores (N, E), chosen experts (N, C) and weights (N, C); floats are float32."""
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = _in_float32(self.router, x_ND)
         scores_NE = logits_NE.sigmoid()
         experts_NC = (scores_NE + self.router_bias).topk(self.top_k, dim=-1, sorted=False).indices
         weights_NC = scores_NE.gather(-1, experts_NC)
         if self.top_k > 1:
-            # a single weight renormalised would be 1, and the router would learn nothing
+            # with top-1 a renormalized weight would be 1: no gradient for the router
             total_N1 = weights_NC.sum(-1, keepdim=True)
             weights_NC = weights_NC / total_N1.clamp_min(torch.finfo(torch.float32).tiny)
         return scores_NE, experts_NC, weights_NC
@@ -81,15 +78,15 @@ class MoEFFN(nn.Module):
         operands: Operands | None = None,
         with_routing: bool = False,
     ) -> Any:
-        """(B, T, D) -> (B, T, D); with ``with_routing``, the routing too.
+        """Apply the mixture, (B, T, D) -> (B, T, D).
 
         Args:
             x_BTD: Tokens.
-            ctx: Of the call.
-            loop: Index t, for ``trace``.
+            ctx: Context of the call.
+            loop: Loop index, for ``trace``.
             trace: Receives routing statistics.
             operands: Expert weights; :meth:`operands` by default.
-            with_routing: Return (y_BTD, :class:`Routing`). Nothing then depends on the loop, so one
+            with_routing: Return (y_BTD, :class:`Routing`), independently of the loop index: one
                 compiled graph serves all loops.
         """
         operands = self.operands(x_BTD, ctx) if operands is None else operands
@@ -99,14 +96,14 @@ class MoEFFN(nn.Module):
         return (y_BTD, routing) if with_routing else y_BTD
 
     def operands(self, x_BTD: Tensor, ctx: Context | None) -> Operands:
-        """Return the experts' weights as a call on ``x_BTD`` should use them."""
+        """Return the expert weights for a call on ``x_BTD``."""
         n_choices = x_BTD.numel() // x_BTD.shape[-1] * self.top_k
         return self.experts.operands(self, n_choices, {} if ctx is None else ctx.memo)
 
     def _compute(self, x_BTD: Tensor, operands: Operands) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         scores_NE, experts_NC, weights_NC = self.route(x_ND)
-        # cast once for experts and shared expert; the router alone reads float32
+        # cast once, for routed and shared experts; only the router reads float32
         x_ND = as_autocast(x_ND)
         y_ND = self.experts(x_ND, experts_NC, weights_NC, *operands)
         if self.shared is not None:
@@ -115,7 +112,7 @@ class MoEFFN(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor, speed: float | Tensor) -> None:
-        """Move the bias by ``speed`` towards the experts below the mean load.
+        """Move the bias by ``speed`` towards experts with less than the mean load.
 
         Args:
             load_E: Tokens per expert since the last update, over all loops (and all ranks).
@@ -126,28 +123,21 @@ class MoEFFN(nn.Module):
 
 
 def record_routing(
-    trace: LoopTrace,
-    layer: int,
-    loop: int,
-    routing: Routing,
-    x_BTD: Tensor,
-    ctx: Context | None,
+    trace: LoopTrace, layer: int, loop: int, routing: Routing, x_BTD: Tensor, ctx: Context | None
 ) -> None:
-    """Record the routing of the tokens ``x_BTD`` in ``trace``; padding is not counted as load."""
+    """Record the routing of the tokens ``x_BTD`` in ``trace``; padding is no load."""
     scores_NE, experts_NC = routing
     valid = None if ctx is None or ctx.valid_BT is None else ctx.valid_BT.reshape(-1)
     shape = x_BTD.shape[:-1]
     trace.record_routing(
-        layer,
-        loop,
-        expert_load(experts_NC, scores_NE.shape[-1], valid),
+        layer, loop, expert_load(experts_NC, scores_NE.shape[-1], valid),
         scores_NE.view(*shape, scores_NE.shape[-1]),
         experts_NC.view(*shape, experts_NC.shape[-1]),
-    )
+    )  # fmt: skip
 
 
 def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
-    """Call ``module``, and whatever is wrapped around it, in float32 whatever its dtype."""
+    """Call ``module``, wrappers included, with weights and input in float32."""
     weights = dict(module.named_parameters())
     if all(weight.dtype == torch.float32 for weight in weights.values()):
         return module(x.float())

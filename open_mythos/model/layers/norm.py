@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalization."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from open_mythos.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv 1910.07467), computed in float32.
+    """RMSNorm, x / rms(x) * weight (arXiv 1910.07467), computed in float32.
 
-    The result has the weight's dtype, so a float32 state meets a bfloat16 model here.
+    Returns the dtype of the weight: a float32 state becomes the input of a bfloat16 layer.
 
     Args:
         dim: Width of the last axis.
@@ -25,6 +25,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of ``x``."""
+        """Normalize the last axis of ``x``."""
         dtype = x.dtype if self.keep_dtype else self.weight.dtype
         return rms_norm(x.float(), self.weight.float(), self.eps).to(dtype)
