@@ -443,7 +443,7 @@ class TestRefusals:
             start(decoder, random_ids(B, capacity))
 
     def test_a_decoder_of_another_model(self, model):
-        with pytest.raises(ConfigError, match="made for other calls"):
+        with pytest.raises(ConfigError, match="does not fit the call"):
             generate(small_model(), random_ids(B, T), 2, mode=decoder_of(model))
 
     @pytest.mark.parametrize(("batch", "capacity"), [(0, 8), (1, 0), (1, 2.5)])
