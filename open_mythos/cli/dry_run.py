@@ -6,8 +6,8 @@ from copy import deepcopy
 from pathlib import Path
 
 from open_mythos.accounting import account
+from open_mythos.data.corpus import open_corpus
 from open_mythos.data.index import read_index
-from open_mythos.data.stream_corpus import open_corpus
 from open_mythos.tokenizer import DEFAULT_MODEL_ID, load_tokenizer
 from open_mythos.tokenizer.files import is_path
 from open_mythos.train.config import DataConfig, RunConfig

@@ -1,28 +1,28 @@
-"""Text to training batches: sources, token shards, streams, packing, exact resume.
+"""From text to training batches: corpora, token shards, streams, packing, exact resume.
 
 >>> from open_mythos.data import Loader, TokenShards, prepare
 >>> from open_mythos.tokenizer import load_tokenizer
 >>> prepare("stdlib", "shards", load_tokenizer("byte"))      # doctest: +SKIP
 >>> loader = Loader(TokenShards("shards"), seq_len=256, global_batch=8)     # doctest: +SKIP
 
-or, without preparing anything:
+or, streaming without preparation:
 
 >>> from open_mythos.data import StreamLoader, fineweb_edu, open_corpus
 >>> corpus = open_corpus(fineweb_edu("sample-10BT"))     # doctest: +SKIP
 >>> loader = StreamLoader(corpus, load_tokenizer(), seq_len=2048, global_batch=8)  # doctest: +SKIP
 """
 
-from open_mythos.data.batch import IGNORE_INDEX, Batch
+from open_mythos.data.batch import IGNORE_INDEX, Batch, document_ids
+from open_mythos.data.corpus import Corpus, fineweb_edu, open_corpus
+from open_mythos.data.documents import read_documents
+from open_mythos.data.held_out import HeldOutWindows, TooFewHeldOutError
 from open_mythos.data.index import Index
 from open_mythos.data.loader import EpochWindows, Loader
-from open_mythos.data.packing import PackedWindows, document_ids
+from open_mythos.data.packing import PackedWindows
 from open_mythos.data.permutation import Permutation
 from open_mythos.data.prepare import prepare
 from open_mythos.data.shards import TokenShards
 from open_mythos.data.stream import StreamLoader
-from open_mythos.data.stream_corpus import Corpus, fineweb_edu, open_corpus
-from open_mythos.data.stream_held_out import HeldOutWindows
-from open_mythos.data.stream_read import read_documents
 
 __all__ = [
     "IGNORE_INDEX",
@@ -36,6 +36,7 @@ __all__ = [
     "Permutation",
     "StreamLoader",
     "TokenShards",
+    "TooFewHeldOutError",
     "document_ids",
     "fineweb_edu",
     "open_corpus",

@@ -1,4 +1,4 @@
-"""One batch of token sequences."""
+"""A batch of token sequences, and the document numbers that masks are built from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ import torch
 from open_mythos.errors import ConfigError
 
 IGNORE_INDEX = -100
+"""Target of a position without a loss."""
+
+
+def document_ids(input_ids_BT: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Number the documents of each row from 0: (B, T) int64.
+
+    The end-of-document token belongs to the document that it ends. Attention between equal numbers
+    stays within documents.
+    """
+    ends_BT = (input_ids_BT == eos_id).long()
+    return ends_BT.cumsum(dim=1) - ends_BT
 
 
 @dataclass(frozen=True)
@@ -18,11 +29,26 @@ class Batch:
     input_ids: torch.Tensor
     """(B, T) int64."""
     targets: torch.Tensor
-    """(B, T) int64: what to predict at each position; -100 where nothing is."""
+    """(B, T) int64: the next token of each position; -100 where no loss is computed."""
     document_ids: torch.Tensor | None
-    """(B, T) int64, counting from 0 in each row; None when attention may cross documents."""
+    """(B, T) int64, from 0 in each row; None if attention may cross documents."""
     sample_index: torch.Tensor
-    """(B,) int64: the number of each sample in the run, by which per-sample randomness is keyed."""
+    """(B,) int64: the number of each sample in the run; keys per-sample randomness."""
+
+    @classmethod
+    def from_windows(
+        cls, ids: torch.Tensor, sample_index: torch.Tensor, eos_id: int | None
+    ) -> Batch:
+        """Split windows into inputs and targets.
+
+        Args:
+            ids: (B, T + 1) int64.
+            sample_index: (B,) int64.
+            eos_id: Numbers the documents; None leaves ``document_ids`` out.
+        """
+        inputs_BT, targets_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        documents = None if eos_id is None else document_ids(inputs_BT, eos_id)
+        return cls(inputs_BT, targets_BT, documents, sample_index)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -36,19 +62,13 @@ class Batch:
         if n < 1 or len(self) % n:
             raise ConfigError(
                 f"a batch of {len(self)} does not split into {n} equal parts",
-                where="Batch.split(n)",
-                value=n,
-                allowed=f"a divisor of {len(self)}",
-            )
+                where="Batch.split(n)", value=n, allowed=f"a divisor of {len(self)}",
+            )  # fmt: skip
         documents = [None] * n if self.document_ids is None else self.document_ids.chunk(n)
-        parts = zip(
-            self.input_ids.chunk(n),
-            self.targets.chunk(n),
-            documents,
-            self.sample_index.chunk(n),
-            strict=True,
+        inputs, targets, index = (
+            field.chunk(n) for field in (self.input_ids, self.targets, self.sample_index)
         )
-        return [Batch(*part) for part in parts]
+        return [Batch(*part) for part in zip(inputs, targets, documents, index, strict=True)]
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to ``device``."""

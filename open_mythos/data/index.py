@@ -1,4 +1,4 @@
-"""``index.json``: what a prepared folder says about itself."""
+"""``index.json``: the description of a prepared folder."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ INDEX_FILE = "index.json"
 FORMAT = "open-mythos-tokens"
 VERSION = 1
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
-# no separators, no leading dot: a name from the index never leaves the folder
+# no separators, no leading dot: a name in the index cannot point outside the folder
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A file of integers and what must be in it."""
+    """A file of integers, with its length and hashes."""
 
     file: str
-    """Its name inside the prepared folder."""
+    """Name inside the prepared folder."""
     items: int
     """Number of integers."""
     sha256: tuple[str, ...]
-    """The hash of each 16 MiB of the file."""
+    """SHA-256 of each 16 MiB of the file."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of whole documents: their tokens, and where each of them starts."""
+    """Consecutive whole documents: their tokens, and the first token of each."""
 
     tokens: ShardFile
     starts: ShardFile
@@ -45,7 +45,7 @@ class Split:
     tokens: int
     documents: int
     text_bytes: int
-    """UTF-8 bytes of the text, for bits per byte; end-of-document tokens count none."""
+    """UTF-8 bytes of the text, for bits per byte; end-of-document tokens count as 0."""
     shards: tuple[Shard, ...]
 
 
@@ -54,12 +54,12 @@ class Index:
     """The content of ``index.json``."""
 
     dtype: str
-    """Of the tokens: "uint16" or "uint32"."""
+    """Type of the stored tokens: "uint16" or "uint32"."""
     tokenizer: str
     """The tokenizer's name."""
     tokenizer_fingerprint: str
     vocab_size: int
-    """Every id is below it."""
+    """Upper bound of the ids."""
     eos_id: int
     splits: dict[str, Split]
 
@@ -76,17 +76,14 @@ def read_index(folder: Path) -> Index:
         DataError: It is missing, damaged, or of another format or version.
     """
     path = folder / INDEX_FILE
+    where = str(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(
-            "not a prepared folder",
-            where=str(path),
-            fix="prepare the text first: `open-mythos data prepare`",
-        ) from error
+        fix = "prepare the text first: `open-mythos data prepare`"
+        raise DataError("not a prepared folder", where=where, fix=fix) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError("the index cannot be read", where=str(path), value=str(error)) from error
-    where = str(path)
+        raise DataError("the index cannot be read", where=where, value=str(error)) from error
     if isinstance(content, dict):
         version = (content.get("format"), content.get("version"))
         if version != (FORMAT, VERSION):
@@ -100,7 +97,7 @@ def read_index(folder: Path) -> Index:
 
 
 def _parsed(kind: Any, value: Any, where: str) -> Any:
-    """Read a JSON value as a dataclass, tuple, dict, string or count; each field is checked."""
+    """Read a JSON value as ``kind``: a dataclass, dict, tuple, string or count."""
     inner, is_record = get_args(kind), is_dataclass(kind)
     if is_record or get_origin(kind) is dict:
         if not isinstance(value, dict):
@@ -112,7 +109,7 @@ def _parsed(kind: Any, value: Any, where: str) -> Any:
         return kind(**fields) if is_record else fields
     if get_origin(kind) is tuple:
         if not isinstance(value, list) or not value:
-            raise _damaged(where, value, "a list that is not empty")
+            raise _damaged(where, value, "a non-empty list")
         return tuple(_parsed(inner[0], item, where) for item in value)
     if kind is int and (type(value) is not int or value < 0):
         raise _damaged(where, value, "an integer >= 0")
@@ -127,11 +124,11 @@ def _check_split(split: Split, where: str) -> None:
             raise _damaged(f"{where}: file", file.file, "a plain file name")
         if not file.items:
             raise _damaged(f"{where}: items", file.items, "an integer >= 1")
-    counted = tuple(
-        sum(getattr(shard, name).items for shard in split.shards) for name in ("tokens", "starts")
-    )
-    if counted != (split.tokens, split.documents):
-        raise _damaged(f"{where}: tokens, documents", (split.tokens, split.documents), f"{counted}")
+    tokens = sum(shard.tokens.items for shard in split.shards)
+    documents = sum(shard.starts.items for shard in split.shards)
+    if (tokens, documents) != (split.tokens, split.documents):
+        found = (split.tokens, split.documents)
+        raise _damaged(f"{where}: tokens, documents", found, f"{(tokens, documents)}")
 
 
 def _damaged(where: str, value: Any, allowed: str) -> DataError:

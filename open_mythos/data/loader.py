@@ -2,12 +2,12 @@
 
 Sample g of a run is window ``order_e(g mod N)`` of N, where e = g div N counts the epochs and
 ``order_e`` is the permutation of that epoch. Step s takes samples s*B .. s*B + B - 1, and rank r of
-w the r-th part of them. So resuming at any step, at any world size, needs no more than the step.
+w the r-th part of them. Resuming at any step and any world size therefore needs only the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,9 @@ class Loader:
     Args:
         shards: The tokens.
         seq_len: T, the length of every sequence.
-        global_batch: Sequences per step over all ranks.
-        seed: The run's seed; it fixes the order.
-        rank: This process.
+        global_batch: B, sequences per step over all ranks.
+        seed: The run's seed; it determines the order.
+        rank: Number of this process.
         world_size: Number of processes; it must divide ``global_batch``.
         mask_documents: Whether batches carry ``document_ids``.
 
@@ -49,12 +49,9 @@ class Loader:
         world_size: int = 1,
         mask_documents: bool = False,
     ) -> None:
-        check_ranks(global_batch, "global_batch", rank, world_size)
+        self._rows = rows_of_rank(global_batch, rank, world_size)
         self._windows = PackedWindows(shards, seq_len, mask_documents)
-        self._fingerprint = shards.fingerprint
         self.global_batch, self.seed = global_batch, seed
-        self._local = global_batch // world_size
-        self._offset = rank * self._local
         self.step = 0
 
     @property
@@ -64,19 +61,18 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """Epochs completed when the next step begins."""
+        """Epochs completed before the next step."""
         return self.step * self.global_batch // self.windows
 
     def next_batch(self, step: int) -> Batch:
-        """Return the batch of this rank at ``step``, without moving the iteration.
+        """Return the batch of this rank at ``step``; the position does not change.
 
         Raises:
             ConfigError: ``step`` is negative.
             DataError: A shard cannot be read; names the file and byte.
         """
-        first = check_count("step", step, 0) * self.global_batch + self._offset
-        samples = np.arange(first, first + self._local, dtype=np.int64)
-        return self._windows.batch(self._order(samples), torch.from_numpy(samples))
+        samples = check_count("step", step, 0) * self.global_batch + self._rows
+        return self._windows.batch(self._order(samples), samples)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -87,32 +83,27 @@ class Loader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and the identity of the data, ready for JSON."""
+        """Return the position and the identity of the data, JSON-ready."""
         return {
             "step": self.step,
             "epoch": self.epoch,
             "seed": self.seed,
-            "dataset": self._fingerprint,
+            "dataset": self._windows.shards.fingerprint,
             "seq_len": self._windows.seq_len,
             "global_batch": self.global_batch,
             "mask_documents": self._windows.mask_documents,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position in ``state``, which any world size may have saved.
+        """Restore the position in ``state``, saved at any world size.
 
         Raises:
             DataError: ``state`` is malformed, or of other data, seed or geometry; names each
                 field. The position is then unchanged.
         """
-        expected = self.state_dict()
-        step = state.get("step") if isinstance(state, dict) else None
-        if type(step) is not int or step < 0:
-            raise DataError(
-                "not a position", where="state['step']", value=step, allowed="an integer >= 0"
-            )
-        expected |= {"step": step, "epoch": step * self.global_batch // self.windows}
-        check_position(state, expected, "the saved position is of other data or another geometry")
+        step = saved_step(state)
+        position = {"step": step, "epoch": step * self.global_batch // self.windows}
+        check_position(state, self.state_dict() | position)
         self.step = step
 
     def _order(self, samples: Int64Array) -> Int64Array:
@@ -128,15 +119,14 @@ class Loader:
 class EpochWindows:
     """Iterates once, in order, over the windows of a split, for evaluation.
 
-    All ranks get the same number of batches of the same shape, so that collective operations
-    inside a model match up: rows beyond the last window repeat window 0 with all targets -100 and
-    ``sample_index`` -1.
+    All ranks get the same number of batches of the same shape, so that collectives inside a model
+    match: rows past the last window repeat window 0 with all targets -100 and ``sample_index`` -1.
 
     Args:
         shards: The tokens.
         seq_len: T, the length of every sequence.
-        global_batch: Sequences per step over all ranks.
-        rank: This process.
+        global_batch: B, sequences per step over all ranks.
+        rank: Number of this process.
         world_size: Number of processes; it must divide ``global_batch``.
         mask_documents: Whether batches carry ``document_ids``.
         max_windows: Stop after this many windows; None for all.
@@ -157,14 +147,11 @@ class EpochWindows:
         mask_documents: bool = False,
         max_windows: int | None = None,
     ) -> None:
-        check_ranks(global_batch, "global_batch", rank, world_size)
+        self._rows, self._global_batch = rows_of_rank(global_batch, rank, world_size), global_batch
         self._windows = PackedWindows(shards, seq_len, mask_documents)
         self._count = len(self._windows)
         if max_windows is not None:
             self._count = min(self._count, check_count("max_windows", max_windows))
-        self._global_batch = global_batch
-        self._local = global_batch // world_size
-        self._offset = rank * self._local
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -172,53 +159,64 @@ class EpochWindows:
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(len(self)):
-            first = step * self._global_batch + self._offset
-            index = np.arange(first, first + self._local, dtype=np.int64)
+            index = step * self._global_batch + self._rows
             filler = index >= self._count
             windows, index[filler] = np.where(filler, 0, index), -1
-            batch = self._windows.batch(windows, torch.from_numpy(index))
+            batch = self._windows.batch(windows, index)
             batch.targets[torch.from_numpy(filler)] = IGNORE_INDEX
             yield batch
 
 
-def check_ranks(batch: int, where: str, rank: int, world_size: int) -> None:
-    """Check that ``batch`` samples divide among ``world_size`` ranks, and that ``rank`` is one.
+def rows_of_rank(global_batch: int, rank: int, world_size: int) -> Int64Array:
+    """Return the rows of the global batch that ``rank`` reads: (B / world_size,).
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: There is no such rank, or the batch does not divide among the ranks.
     """
-    check_count(where, batch)
+    check_count("global_batch", global_batch)
     check_count("world_size", world_size)
     if check_count("rank", rank, 0) >= world_size:
         raise ConfigError("no such rank", where="rank", value=rank, allowed=f"0..{world_size - 1}")
-    if batch % world_size:
+    if global_batch % world_size:
         raise ConfigError(
-            f"{batch} samples do not divide among {world_size} ranks",
-            where=where,
-            value=batch,
-            allowed=f"a multiple of the world size, {world_size}",
-        )
+            f"{global_batch} samples do not divide among {world_size} ranks", where="global_batch",
+            value=global_batch, allowed=f"a multiple of the world size, {world_size}",
+        )  # fmt: skip
+    local = global_batch // world_size
+    return np.arange(rank * local, (rank + 1) * local, dtype=np.int64)
 
 
-def check_position(saved: Mapping[str, Any], present: Mapping[str, Any], what: str) -> None:
-    """Check that a saved position is one in the present data.
-
-    Args:
-        saved: Its fields.
-        present: The fields that it must have.
-        what: What is wrong if it has others.
+def saved_step(state: Any) -> int:
+    """Return the step of a saved position.
 
     Raises:
-        DataError: ``what``; names each field that differs.
+        DataError: There is none.
     """
-    differing = {
-        key: (saved.get(key, "missing"), present.get(key, "unknown"))
-        for key in sorted(present.keys() | saved.keys())
-        if key not in saved or key not in present or saved[key] != present[key]
+    step = state.get("step") if isinstance(state, dict) else None
+    if type(step) is not int or step < 0:
+        raise malformed("step", step, "an integer >= 0")
+    return step
+
+
+def malformed(field: str, value: Any, allowed: str) -> DataError:
+    """Return the error of a field that no saved position has."""
+    return DataError("not a position", where=f"state[{field!r}]", value=value, allowed=allowed)
+
+
+def check_position(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Check that a saved position has exactly the ``expected`` fields.
+
+    Raises:
+        DataError: It does not; names each field that differs.
+    """
+    pairs = {
+        key: (saved.get(key, "missing"), expected.get(key, "unknown"))
+        for key in sorted(saved.keys() | expected.keys())
     }
+    differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     if differing:
         raise DataError(
-            what,
+            "the saved position is of other data or another geometry",
             where="load_state_dict: " + ", ".join(differing),
             value="; ".join(f"{key}: saved {a!r}, now {b!r}" for key, (a, b) in differing.items()),
             allowed="equal fields",

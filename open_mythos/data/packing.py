@@ -1,11 +1,12 @@
 """Fixed-length windows over a stream of tokens.
 
 Window i of length T covers tokens i*T .. i*T + T: its inputs are the first T of them and its
-targets the last T, so neighbours share one token and every token but the first is predicted once.
+targets the last T. Neighbors share one token, so every token but the first is predicted once.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from open_mythos.checks import check_count
@@ -13,16 +14,22 @@ from open_mythos.data.batch import Batch
 from open_mythos.data.permutation import Int64Array
 from open_mythos.data.shards import TokenShards
 from open_mythos.errors import DataError
+from open_mythos.tokenizer import Tokenizer
 
 
-def document_ids(input_ids_BT: torch.Tensor, eos_id: int) -> torch.Tensor:
-    """Number the documents of each row: (B, T) int64, from 0, in order.
+def with_end(ids: list[int], tokenizer: Tokenizer, where: str) -> Int64Array:
+    """Append the end-of-document token to the ids of a document: (length + 1,).
 
-    The end-of-document token belongs to the document that it ends. Attention kept to equal
-    numbers stays inside documents.
+    Raises:
+        DataError: An id is outside the vocabulary.
     """
-    ends_BT = (input_ids_BT == eos_id).long()
-    return ends_BT.cumsum(dim=1) - ends_BT
+    array = np.array([*ids, tokenizer.eos_id], np.int64)
+    if array.min() < 0 or array.max() >= tokenizer.vocab_size:
+        raise DataError(
+            "the tokenizer returned an id outside its vocabulary", where=where,
+            value=(int(array.min()), int(array.max())), allowed=f"0..{tokenizer.vocab_size - 1}",
+        )  # fmt: skip
+    return array
 
 
 class PackedWindows:
@@ -30,7 +37,7 @@ class PackedWindows:
 
     Args:
         shards: The tokens.
-        seq_len: T, the number of inputs of a window.
+        seq_len: T, inputs of a window.
         mask_documents: Whether batches carry ``document_ids``.
 
     Raises:
@@ -43,24 +50,22 @@ class PackedWindows:
         self.seq_len = check_count("seq_len", seq_len)
         if len(self) == 0:
             raise DataError(
-                f"the split {shards.split!r} is shorter than one window",
-                where=str(shards.path),
-                value=len(shards),
-                allowed=f"at least seq_len + 1 = {seq_len + 1} tokens",
+                f"the split {shards.split!r} is shorter than one window", where=str(shards.path),
+                value=len(shards), allowed=f"at least seq_len + 1 = {seq_len + 1} tokens",
                 fix="prepare more text, lower seq_len, or raise val_fraction",
-            )
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return max(0, len(self.shards) - 1) // self.seq_len
 
-    def batch(self, windows_B: Int64Array, sample_index_B: torch.Tensor) -> Batch:
+    def batch(self, windows_B: Int64Array, sample_index_B: Int64Array) -> Batch:
         """Read the windows numbered ``windows_B``.
 
         Raises:
-            DataError: A shard cannot be read or holds an impossible id.
+            DataError: A shard cannot be read or holds an invalid id.
         """
         rows = [self.shards.tokens(int(i) * self.seq_len, self.seq_len + 1) for i in windows_B]
-        ids = torch.stack([torch.from_numpy(row) for row in rows])
-        inputs_BT, targets_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        documents = document_ids(inputs_BT, self.shards.eos_id) if self.mask_documents else None
-        return Batch(inputs_BT, targets_BT, documents, sample_index_B)
+        eos_id = self.shards.eos_id if self.mask_documents else None
+        return Batch.from_windows(
+            torch.from_numpy(np.stack(rows)), torch.from_numpy(sample_index_B), eos_id
+        )

@@ -1,4 +1,4 @@
-"""Shuffling without memory: a keyed bijection of 0..n-1, evaluated index by index."""
+"""Shuffling in constant memory: a keyed bijection of 0..n-1, evaluated per index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDS = 6
 
 
 def mix64(x: UInt64Array) -> UInt64Array:
-    """Apply the finaliser of SplitMix64, a bijection of 64-bit words that mixes every bit."""
+    """Apply the finalizer of SplitMix64, a bijection of 64-bit words that mixes every bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -25,11 +25,11 @@ def mix64(x: UInt64Array) -> UInt64Array:
 
 
 class Permutation:
-    """A pseudo-random permutation of 0..n-1 that depends on ``n``, ``seed`` and ``epoch`` alone.
+    """A pseudo-random permutation of 0..n-1, determined by ``n``, ``seed`` and ``epoch``.
 
-    A Feistel network permutes the smallest even number of bits that holds n; a value that falls
-    outside 0..n-1 goes through it again until it is inside (cycle walking, under four rounds on
-    average), which keeps it a bijection. Nothing is stored.
+    A Feistel network permutes the smallest even number of bits that holds n. Values outside 0..n-1
+    are mapped again until they are inside (cycle walking, under four rounds on average), which
+    preserves the bijection. Nothing is stored.
 
     Args:
         n: Number of elements, at least 1.

@@ -1,9 +1,9 @@
 """Token shards: a prepared folder, read as one flat stream of tokens.
 
-The folder holds ``index.json``, the tokenizer that made it in ``tokenizer/``, and two files of raw
-little-endian integers for every shard: ``train-00000.tokens.bin`` (uint16 or uint32: whole
-documents, each ended by the end-of-document token) and ``train-00000.starts.bin`` (uint64: the
-first token of each document, counted from the start of the shard).
+The folder holds ``index.json``, the tokenizer in ``tokenizer/``, and two files of raw little-endian
+integers for every shard: ``train-00000.tokens.bin`` (uint16 or uint32: whole documents, each ended
+by the end-of-document token) and ``train-00000.starts.bin`` (uint64: the first token of each
+document, counted from the start of the shard).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 START_DTYPE = np.dtype("<u8")
 HASH_BLOCK_BYTES = 1 << 24
+_RESTORE = "prepare the folder again, or restore the file"
 
 
 def hash_blocks(path: Path) -> tuple[str, ...]:
@@ -36,8 +37,8 @@ def hash_blocks(path: Path) -> tuple[str, ...]:
 class TokenShards:
     """One split of a prepared folder.
 
-    Opening checks that every file is there and has its size. Files are read, not mapped into
-    memory: a mapped file that is cut short under a running job kills it without a message.
+    Opening checks that every file exists and has its size. Files are read, not memory-mapped: a
+    mapped file that is truncated under a running job kills it without a message.
 
     Args:
         path: The prepared folder.
@@ -52,19 +53,14 @@ class TokenShards:
         self.index = read_index(self.path)
         if split not in self.index.splits:
             raise DataError(
-                f"the prepared folder has no split {split!r}",
-                where=str(self.path),
-                value=split,
+                f"the prepared folder has no split {split!r}", where=str(self.path), value=split,
                 allowed=", ".join(self.index.splits),
                 fix="prepare it again with more text or another val_fraction",
-            )
+            )  # fmt: skip
         self.info = self.index.splits[split]
         self._dtype = np.dtype(DTYPES[self.index.dtype])
-        shards = self.info.shards
-        self._token_ends = list(accumulate(shard.tokens.items for shard in shards))
-        self._document_ends = list(accumulate(shard.starts.items for shard in shards))
-        for file, dtype in self._files():
-            self._check_size(file, dtype)
+        self._token_ends = list(accumulate(shard.tokens.items for shard in self.info.shards))
+        self._check_sizes()
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -91,58 +87,23 @@ class TokenShards:
         """Read tokens ``start .. start + length - 1`` of the split: (length,) int64.
 
         Raises:
-            ConfigError: They are not all in the split.
+            ConfigError: The range exceeds the split.
             DataError: A file ends early, or holds an id outside the vocabulary.
         """
         if start < 0 or length < 1 or start + length > len(self):
             raise ConfigError(
-                "no such tokens",
-                where="TokenShards.tokens(start, length)",
-                value=(start, length),
+                "no such tokens", where="TokenShards.tokens(start, length)", value=(start, length),
                 allowed=f"1 or more tokens within 0..{len(self) - 1}",
-            )
+            )  # fmt: skip
         pieces = []
         number = bisect_right(self._token_ends, start)
         while length:
-            shard = self.info.shards[number]
-            first = start - (self._token_ends[number] - shard.tokens.items)
-            count = min(length, shard.tokens.items - first)
-            pieces.append(self._read_tokens(shard.tokens, first, count))
+            file = self.info.shards[number].tokens
+            first = start - (self._token_ends[number] - file.items)
+            count = min(length, file.items - first)
+            pieces.append(self._read(file, first, count))
             start, length, number = start + count, length - count, number + 1
         return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
-
-    def document_span(self, document: int) -> tuple[int, int]:
-        """Return the first token of a document and its length, end-of-document token included.
-
-        Raises:
-            ConfigError: There is no such document.
-            DataError: A file ends early or is damaged.
-        """
-        if not 0 <= document < self.info.documents:
-            raise ConfigError(
-                "no such document",
-                where="TokenShards.document_span(document)",
-                value=document,
-                allowed=f"0..{self.info.documents - 1}",
-            )
-        number = bisect_right(self._document_ends, document)
-        shard = self.info.shards[number]
-        place = document - (self._document_ends[number] - shard.starts.items)
-        count = min(2, shard.starts.items - place)
-        starts = [int(i) for i in self._read(shard.starts, START_DTYPE, place, count)]
-        start, end = [*starts, shard.tokens.items][:2]
-        if not 0 <= start < end <= shard.tokens.items:
-            raise DataError(
-                "the document starts are damaged",
-                where=f"{self.path / shard.starts.file}, byte {place * START_DTYPE.itemsize}",
-                value=(start, end),
-                allowed=f"increasing numbers up to {shard.tokens.items}",
-            )
-        return self._token_ends[number] - shard.tokens.items + start, end - start
-
-    def document(self, document: int) -> Int64Array:
-        """Read all tokens of a document, end-of-document token included."""
-        return self.tokens(*self.document_span(document))
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that prepared the folder.
@@ -154,12 +115,10 @@ class TokenShards:
         tokenizer = load_tokenizer(folder)
         if tokenizer.fingerprint != self.index.tokenizer_fingerprint:
             raise DataError(
-                "the stored tokenizer is not the one that made the tokens",
-                where=str(folder),
-                value=tokenizer.fingerprint,
-                allowed=self.index.tokenizer_fingerprint,
+                "the stored tokenizer is not the one that prepared the tokens", where=str(folder),
+                value=tokenizer.fingerprint, allowed=self.index.tokenizer_fingerprint,
                 fix="prepare the folder again",
-            )
+            )  # fmt: skip
         return tokenizer
 
     def verify(self) -> None:
@@ -168,75 +127,60 @@ class TokenShards:
         Raises:
             DataError: A file differs from the index; names it and the first 16 MiB that differ.
         """
-        for file, dtype in self._files():
-            self._check_size(file, dtype)
+        self._check_sizes()
+        for file, _ in self._files():
             path = self.path / file.file
             for block, digest in enumerate(hash_blocks(path)):
                 if digest not in file.sha256[block : block + 1]:
                     raise DataError(
                         "the file has changed since it was prepared",
                         where=f"{path}, within 16 MiB of byte {block * HASH_BLOCK_BYTES}",
-                        value=digest,
-                        allowed=", ".join(file.sha256[block : block + 1]),
-                        fix="prepare the folder again, or restore the file",
-                    )
+                        value=digest, allowed=", ".join(file.sha256[block : block + 1]),
+                        fix=_RESTORE,
+                    )  # fmt: skip
 
     def _files(self) -> list[tuple[ShardFile, np.dtype]]:
+        kinds = [("tokens", self._dtype), ("starts", START_DTYPE)]
         return [
-            pair
-            for shard in self.info.shards
-            for pair in ((shard.tokens, self._dtype), (shard.starts, START_DTYPE))
+            (getattr(shard, kind), dtype) for shard in self.info.shards for kind, dtype in kinds
         ]
 
-    def _check_size(self, file: ShardFile, dtype: np.dtype) -> None:
-        path = self.path / file.file
+    def _check_sizes(self) -> None:
+        for file, dtype in self._files():
+            path, expected = self.path / file.file, file.items * dtype.itemsize
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise _missing(path, error) from error
+            if size != expected:
+                raise DataError(
+                    "the file has another size", where=f"{path}, which ends at byte {size}",
+                    value=size, allowed=f"{expected} bytes", fix=_RESTORE,
+                )  # fmt: skip
+
+    def _read(self, file: ShardFile, first: int, count: int) -> Int64Array:
+        path, width = self.path / file.file, self._dtype.itemsize
         try:
-            size = path.stat().st_size
+            block = np.fromfile(path, self._dtype, count, offset=first * width).astype(np.int64)
         except OSError as error:
             raise _missing(path, error) from error
-        if size != file.items * dtype.itemsize:
+        end = first + len(block)
+        if len(block) < count:
             raise DataError(
-                "the file does not have its size",
-                where=f"{path}, which ends at byte {size}",
-                value=size,
-                allowed=f"{file.items * dtype.itemsize} bytes",
-                fix="prepare the folder again, or restore the file",
-            )
-
-    def _read_tokens(self, file: ShardFile, first: int, count: int) -> Int64Array:
-        block = self._read(file, self._dtype, first, count).astype(np.int64)
+                "the file ends early", where=f"{path}, byte {end * width}", value=end,
+                allowed=f"{file.items} tokens", fix=_RESTORE,
+            )  # fmt: skip
         worst = int(block.argmax())
         if block[worst] >= self.index.vocab_size:
             raise DataError(
                 "a token is outside the vocabulary",
-                where=f"{self.path / file.file}, byte {(first + worst) * self._dtype.itemsize}",
-                value=int(block[worst]),
-                allowed=f"0..{self.index.vocab_size - 1}",
-                fix="prepare the folder again, or restore the file",
-            )
-        return block
-
-    def _read(self, file: ShardFile, dtype: np.dtype, first: int, count: int) -> np.ndarray:
-        path = self.path / file.file
-        try:
-            block = np.fromfile(path, dtype, count, offset=first * dtype.itemsize)
-        except OSError as error:
-            raise _missing(path, error) from error
-        if len(block) < count:
-            raise DataError(
-                "the file ends early",
-                where=f"{path}, byte {(first + len(block)) * dtype.itemsize}",
-                value=first + len(block),
-                allowed=f"{file.items} items",
-                fix="prepare the folder again, or restore the file",
-            )
+                where=f"{path}, byte {(first + worst) * width}", value=int(block[worst]),
+                allowed=f"0..{self.index.vocab_size - 1}", fix=_RESTORE,
+            )  # fmt: skip
         return block
 
 
 def _missing(path: Path, error: OSError) -> DataError:
     return DataError(
-        "the file cannot be read",
-        where=f"{path}, byte 0",
-        value=str(error),
-        fix="restore the file, or prepare the folder again",
+        "the file cannot be read", where=f"{path}, byte 0", value=str(error), fix=_RESTORE
     )

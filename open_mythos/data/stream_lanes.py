@@ -1,4 +1,4 @@
-"""Lanes: the rows of the global batch, each an endless stream of tokens of its own.
+"""Lanes: the rows of the global batch, each an endless stream of tokens.
 
 Every epoch assigns each unit of the corpus to one lane. A lane reads its share, then its share of
 the next epoch, independently of other lanes. A lane's tokens are therefore a function of (corpus,
@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 
+from open_mythos.data.corpus import Corpus, Unit
+from open_mythos.data.documents import is_held_out, read_unit
+from open_mythos.data.packing import with_end
 from open_mythos.data.permutation import Int64Array, Permutation
-from open_mythos.data.prepare import held_out_place
-from open_mythos.data.stream_corpus import Corpus, Unit
-from open_mythos.data.stream_read import read_unit
 from open_mythos.errors import DataError
 from open_mythos.tokenizer import Tokenizer
 
@@ -31,11 +32,20 @@ class Position(NamedTuple):
     epoch: int = 0
     """Epochs that the lane has finished."""
     unit: int = 0
-    """Units of its present share that it has finished."""
+    """Units of its current share that it has finished."""
     cursor: int = 0
-    """Place of the document in its unit; :class:`~open_mythos.data.stream_read.Document`."""
+    """Place of the document in its unit; :class:`~open_mythos.data.documents.Document`."""
     offset: int = 0
     """Tokens of the document before this one."""
+
+
+class Windows(NamedTuple):
+    """One window of each of several lanes."""
+
+    ids: Int64Array
+    """(lanes, T + 1)."""
+    after: list[Position]
+    """Start of each lane's next window."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class StreamPlan:
     """Everything that determines the tokens of every lane."""
 
     corpus: Corpus
+    tokenizer: Tokenizer
     lanes: int
     """B, the sequences of a global batch."""
     seq_len: int
@@ -67,8 +78,8 @@ class Deal:
     """Assigns the units of each epoch to lanes.
 
     The units of an epoch are permuted, and each goes to the lane with the fewest bytes so far. Over
-    any number of epochs lanes therefore differ by about one unit, and by how much tokens per byte
-    vary.
+    any number of epochs, lanes therefore differ by about one unit and by the variation of tokens
+    per byte.
 
     Args:
         sizes: Bytes of each unit.
@@ -89,9 +100,9 @@ class Deal:
         return self._orders[epoch][self._owners[epoch] == lane].tolist()
 
     def _deal_next(self) -> None:
-        count = len(self._sizes)
-        order = Permutation(count, self._seed, len(self._orders))(np.arange(count, dtype=np.int64))
-        owners = np.empty(count, np.int64)
+        units = np.arange(len(self._sizes), dtype=np.int64)
+        order = Permutation(len(units), self._seed, len(self._orders))(units)
+        owners = np.empty_like(order)
         for place, unit in enumerate(order.tolist()):
             load, lane = self._load[0]
             owners[place] = lane
@@ -100,35 +111,41 @@ class Deal:
         self._owners.append(owners)
 
 
+def read_lanes(
+    plan: StreamPlan, lanes: Sequence[int], positions: Sequence[Position]
+) -> Iterator[Windows]:
+    """Read the windows of ``lanes`` step by step, each lane from its position on."""
+    readers = [Lane(plan, *where) for where in zip(lanes, positions, strict=True)]
+    while True:
+        windows = [reader.window() for reader in readers]
+        yield Windows(np.stack([ids for ids, _ in windows]), [after for _, after in windows])
+
+
 class Lane:
     """Reads the windows of one lane, from a position on.
 
-    Window k covers tokens k*T .. k*T + T of the lane: neighbours share one token, so every token
-    but the first is predicted once. Documents are each ended by the end-of-document token; one
-    that does not fit goes on in the next window.
+    Window k covers tokens k*T .. k*T + T of the lane: neighbors share one token, so every token but
+    the first is predicted once. Each document is followed by the end-of-document token, and
+    continues in the next window if it does not fit.
 
     Args:
-        plan: What to read.
-        tokenizer: Its end-of-document token ends each document.
-        number: Which lane.
+        plan: The stream.
+        number: Index of the lane.
         position: The first token of the first window.
     """
 
-    def __init__(
-        self, plan: StreamPlan, tokenizer: Tokenizer, number: int, position: Position
-    ) -> None:
-        self._plan, self._tokenizer, self._number = plan, tokenizer, number
+    def __init__(self, plan: StreamPlan, number: int, position: Position) -> None:
+        self._plan, self._number = plan, number
         self._documents = self._read(position)
-        # documents that are not used up: their place, and their tokens
-        self._held: deque[tuple[Position, Int64Array]] = deque()
-        self._used = 0  # tokens of the first of them that are behind us
-        self._count = 0  # tokens of all of them that are before us
+        self._held: deque[tuple[Position, Int64Array]] = deque()  # documents in use, their tokens
+        self._used = 0  # consumed tokens of the first of them
+        self._count = 0  # remaining tokens of all of them
 
     def window(self) -> tuple[Int64Array, Position]:
         """Return the next T + 1 tokens, and the position of the following window.
 
         Raises:
-            DataError: A file is missing or damaged, or there is no text to read.
+            DataError: A file is missing or damaged, or the corpus has no text.
             EnvironmentError_: A file cannot be read.
         """
         length = self._plan.seq_len
@@ -144,59 +161,43 @@ class Lane:
             wanted, used = wanted - len(pieces[-1]), 0
             if not wanted:
                 break
-        self._drop(length)
-        return np.concatenate(pieces), self._held[0][0]._replace(offset=self._used)
-
-    def _drop(self, count: int) -> None:
-        self._count -= count
-        self._used += count
+        self._count -= length
+        self._used += length
         while self._used >= len(self._held[0][1]):
             self._used -= len(self._held.popleft()[1])
+        return np.concatenate(pieces), self._held[0][0]._replace(offset=self._used)
 
     def _read(self, start: Position) -> Iterator[tuple[Position, Int64Array]]:
         """Read documents as tokens with their positions; the first is that of ``start``."""
-        plan, epoch, barren = self._plan, start.epoch, 0
-        while True:
+        plan, empty_units = self._plan, 0
+        for epoch in count(start.epoch):
             for number, unit in enumerate(plan.deal.share(epoch, self._number)):
-                if (epoch, number) < (start.epoch, start.unit):
+                if (epoch, number) < start[:2]:
                     continue
-                at_start = (epoch, number) == (start.epoch, start.unit)
-                cursor = start.cursor if at_start else 0
-                barren += 1
+                cursor = start.cursor if (epoch, number) == start[:2] else 0
+                empty_units += 1
                 for document in read_unit(plan.corpus, plan.units[unit], cursor):
-                    if not self._is_read(document.text):
+                    if not document.text or is_held_out(document.text, plan.held_out):
                         continue
-                    barren = 0
+                    empty_units = 0
                     place = Position(epoch, number, document.cursor)
-                    if at_start and document.cursor == start.cursor:
+                    if place == start._replace(offset=0):
                         place = start
                     yield place, self._encode(document.text, place)
-                if barren > len(plan.units):
+                if empty_units > len(plan.units):
                     raise DataError(
                         "the corpus holds no text to train on", where=plan.corpus.source,
-                        value=f"{barren} units in a row without a document",
+                        value=f"{empty_units} consecutive units without a document",
                         allowed="documents that are not empty, and not all of them held out",
                     )  # fmt: skip
-            epoch += 1
-
-    def _is_read(self, text: str) -> bool:
-        if not text:
-            return False
-        return not self._plan.held_out or held_out_place(text.encode()) >= self._plan.held_out
 
     def _encode(self, text: str, place: Position) -> Int64Array:
-        # one by one: in a worker process the cores belong to other workers
-        ids = np.array([*self._tokenizer.encode(text), self._tokenizer.eos_id], np.int64)
-        if ids.min() < 0 or ids.max() >= self._tokenizer.vocab_size:
-            raise DataError(
-                "the tokenizer gave an id outside its vocabulary",
-                where=f"lane {self._number}, {place}", value=(int(ids.min()), int(ids.max())),
-                allowed=f"0..{self._tokenizer.vocab_size - 1}",
-            )  # fmt: skip
+        tokenizer, where = self._plan.tokenizer, f"lane {self._number}, {place}"
+        # one text per call: in a worker process the other cores belong to other workers
+        ids = with_end(tokenizer.encode(text), tokenizer, where)
         if place.offset >= len(ids):
             raise DataError(
-                "the position lies behind the end of its document",
-                where=f"lane {self._number}, {place}", value=place.offset,
+                "the position is past the end of its document", where=where, value=place.offset,
                 allowed=f"0..{len(ids) - 1}", fix="resume from another checkpoint",
             )  # fmt: skip
         return ids

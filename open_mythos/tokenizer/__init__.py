@@ -1,14 +1,14 @@
-"""Text to token ids and back: bytes, our own BPE, and tokenizers of the Hugging Face hub.
+"""Text to token ids and back: bytes, a byte-level BPE, and tokenizers of the Hugging Face hub.
 
-All of them share the interface :class:`Tokenizer`, and these rules:
+All of them implement :class:`Tokenizer` and follow these rules:
 
-* text is only text: ``"<|eos|>"`` inside a string is encoded as ordinary characters, so the ids of
-  the special tokens enter a sequence by id alone and ``decode(encode(s)) == s``;
+* special tokens are never read from text: ``"<|eos|>"`` in a string is encoded as ordinary
+  characters, and ``decode(encode(s)) == s``;
 * bos, eos and pad are three different ids below ``len(tokenizer)``;
-* ``vocab_size``, by which models are sized, is ``len(tokenizer)`` rounded up to a multiple of 64.
+* ``vocab_size``, the vocabulary of a model, is ``len(tokenizer)`` rounded up to a multiple of 64.
 
-A character may span several tokens, so decoding token by token breaks it: stream through
-:class:`StreamDecoder`. Neither torch nor transformers is imported until it is needed.
+A character may span several tokens: decode a stream of tokens with :class:`StreamDecoder`. Neither
+torch nor transformers is imported until it is needed.
 """
 
 from open_mythos.tokenizer.bpe import BPETokenizer

@@ -1,11 +1,11 @@
-"""Byte-level byte-pair encoding of our own: learned from texts, or read from files."""
+"""Byte-level byte-pair encoding, trained on texts or read from files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from open_mythos.errors import ConfigError
+from open_mythos.checks import check_count
 from open_mythos.tokenizer.files import read_local
 from open_mythos.tokenizer.interface import SPECIALS, utf8
 from open_mythos.tokenizer.rust_backed import RustBacked
@@ -18,38 +18,29 @@ _WORDS = (
 
 
 class BPETokenizer(RustBacked):
-    """Byte-level byte-pair encoding of our own: every string round-trips exactly."""
+    """Byte-level byte-pair encoding: every string round-trips exactly."""
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """Learn the merges from ``texts``; the same texts give the same tokenizer.
+        """Train on ``texts``; the same texts result in the same tokenizer.
 
         Args:
             texts: Any number of strings.
-            vocab_size: Number of ids wanted, special tokens included. Little text gives fewer.
+            vocab_size: Number of ids including special tokens, at least 256 bytes + 3 special
+                tokens; little text results in fewer.
 
         Raises:
-            ConfigError: ``vocab_size`` leaves no room for 256 bytes and 3 special tokens.
+            ConfigError: ``vocab_size`` is too small.
             DataError: A text is not a string or holds a lone surrogate.
         """
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as RustTokenizer
 
-        smallest = 256 + len(SPECIALS)
-        if not isinstance(vocab_size, int) or vocab_size < smallest:
-            raise ConfigError(
-                "the vocabulary is too small for byte-level BPE",
-                where="vocab_size",
-                value=vocab_size,
-                allowed=f"an integer >= {smallest}",
-            )
+        check_count("vocab_size", vocab_size, 256 + len(SPECIALS))
         rust = RustTokenizer(models.BPE())
-        rust.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+        rust.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
         rust.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""The bytes of UTF-8 as tokens."""
+"""UTF-8 bytes as tokens."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from open_mythos.tokenizer.files import write_json
+from open_mythos.tokenizer.files import write_config
 from open_mythos.tokenizer.interface import id_list, utf8
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, then bos, eos and pad: needs no files and no training."""
+    """The 256 byte values, then bos, eos and pad; needs neither files nor training."""
 
     name = "byte"
     bos_id, eos_id, pad_id = 256, 257, 258
@@ -22,7 +22,7 @@ class ByteTokenizer:
         return 259
 
     def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of ``text``.
+        """Return the UTF-8 bytes of ``text``.
 
         Raises:
             DataError: ``text`` is not a string, or holds a lone surrogate.
@@ -34,7 +34,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; invalid UTF-8 becomes U+FFFD, ids from 256 on give nothing.
+        """Decode ``ids``; invalid UTF-8 becomes U+FFFD, ids from 256 on are dropped.
 
         Raises:
             DataError: An id outside 0..vocab_size - 1.
@@ -42,6 +42,6 @@ class ByteTokenizer:
         return bytes(i for i in id_list(ids, self.vocab_size) if i < 256).decode(errors="replace")
 
     def save(self, directory: str | Path) -> None:
-        """Write ``tokenizer_config.json``, which says that this is the byte tokenizer."""
+        """Write ``tokenizer_config.json``, which names this class."""
         config = {"tokenizer_class": type(self).__name__, "name_or_path": self.name}
-        write_json(Path(directory) / "tokenizer_config.json", config)
+        write_config(Path(directory), config)

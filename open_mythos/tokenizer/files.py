@@ -1,4 +1,4 @@
-"""The files of a tokenizer on disk: which names are paths, reading and writing."""
+"""Tokenizer files: which names are paths, reading and writing."""
 
 from __future__ import annotations
 
@@ -13,24 +13,22 @@ from open_mythos.tokenizer.interface import SPECIALS
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
+CONFIG_FILE = "tokenizer_config.json"
+
 
 def is_path(name: str | Path) -> bool:
-    """Return whether ``name`` is a path on disk and not a model of the hub."""
+    """Return whether ``name`` is a path on disk, not a model on the hub."""
     if isinstance(name, Path):
         return True
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise ConfigError(
-            "not the name of a tokenizer",
-            where="name_or_path",
-            value=name,
-            allowed='"byte", a path, or the name of a model on the Hugging Face hub',
-        )
+        allowed = '"byte", a path, or the name of a model on the Hugging Face hub'
+        raise ConfigError("not a tokenizer", where="name_or_path", value=name, allowed=allowed)
     return name.startswith(("/", ".", "~")) or name.endswith(".json") or os.path.exists(name)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read the ``tokenizer_config.json`` of a folder; empty without one."""
-    path = directory / "tokenizer_config.json"
+    """Read the ``tokenizer_config.json`` of a folder; empty if there is none."""
+    path = directory / CONFIG_FILE
     if not path.is_file():
         return {}
     try:
@@ -48,36 +46,27 @@ def read_local(path: Path) -> tuple[RustTokenizer, str, dict[str, str]]:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise DataError(
-            "no tokenizer there",
-            where=str(file),
-            allowed="a tokenizer.json, or a folder with one",
+            "no tokenizer there", where=str(file), allowed="a tokenizer.json, or a folder with one",
             fix='check the path; "byte" needs no files; convert a SentencePiece model with '
             "transformers' save_pretrained",
-        )
+        )  # fmt: skip
     try:
         rust = RustTokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise DataError("the file is not a tokenizer", where=str(file), value=str(error)) from error
     config = read_config(file.parent)
-    name = config.get("name_or_path")
-    return rust, name if isinstance(name, str) and name else file.parent.name, _declared(config)
-
-
-def _declared(config: dict[str, Any]) -> dict[str, str]:
-    """Return the special tokens of a ``tokenizer_config.json``: strings, or objects with
-    ``content``."""
-    found = {}
+    name, specials = config.get("name_or_path"), {}
     for role in SPECIALS:
         token = config.get(f"{role}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
-            found[role] = content
-    return found
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            specials[role] = token
+    return rust, name if isinstance(name, str) and name else file.parent.name, specials
 
 
-def write_json(path: Path, content: dict[str, str]) -> None:
-    """Write ``content``, creating the folder."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def write_config(directory: Path, config: dict[str, str]) -> None:
+    """Write the ``tokenizer_config.json`` of a folder."""
+    write_text(directory / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,8 +76,6 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise EnvironmentError_(
-            "the tokenizer cannot be saved",
-            where=str(path),
-            value=str(error),
-            fix="free space, or choose a folder that can be written",
-        ) from error
+            "the tokenizer cannot be saved", where=str(path), value=str(error),
+            fix="free space, or choose a writable folder",
+        ) from error  # fmt: skip

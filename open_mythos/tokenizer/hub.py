@@ -1,4 +1,4 @@
-"""The tokenizers of the Hugging Face hub, and what is said where the hub is out of reach."""
+"""Tokenizers of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import urllib.parse
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +25,18 @@ CONNECT_TIMEOUT_S = 3.0
 class MythosTokenizer(RustBacked):
     """The tokenizer of a Hugging Face model, or a local one.
 
-    A hub name goes through ``transformers.AutoTokenizer``, from the local cache when it is there;
-    remote code is never run. A path (a ``tokenizer.json``, or a folder with one) needs neither
-    transformers nor a network. A tokenizer that lacks one of bos, eos and pad, or that uses one id
-    for two of them, gets ``<|bos|>``, ``<|eos|>`` or ``<|pad|>`` added after its own ids; eos keeps
-    a shared id before bos, and bos before pad.
+    A hub name is loaded by ``transformers.AutoTokenizer``, from the local cache if possible; remote
+    code is never run. A path (a ``tokenizer.json``, or a folder with one) needs neither
+    transformers nor a network. If bos, eos or pad is missing or shares an id, ``<|bos|>``,
+    ``<|eos|>`` or ``<|pad|>`` is added after the other ids; eos keeps a shared id before bos, and
+    bos before pad.
 
     Args:
         model_id: A name on the hub, or a path.
 
     Raises:
         DataError: The path does not exist or holds no tokenizer.
-        EnvironmentError_: transformers is missing, or the hub has no such model or is out of reach.
+        EnvironmentError_: transformers is missing, the hub has no such model, or is unreachable.
     """
 
     def __init__(self, model_id: str | Path = DEFAULT_MODEL_ID) -> None:
@@ -48,11 +49,9 @@ def _read_hub(model_id: str) -> tuple[RustTokenizer, str, dict[str, str]]:
     rust = getattr(hf, "backend_tokenizer", None)
     if rust is None:
         raise DataError(
-            "the model's tokenizer does not run in the `tokenizers` library",
-            where="model_id",
-            value=model_id,
-            fix="pass a model with a tokenizer.json, or train a BPETokenizer",
-        )
+            "the model's tokenizer does not run in the `tokenizers` library", where="model_id",
+            value=model_id, fix="pass a model with a tokenizer.json, or train a BPETokenizer",
+        )  # fmt: skip
     tokens = {role: getattr(hf, f"{role}_token", None) for role in SPECIALS}
     return rust, model_id, {role: str(token) for role, token in tokens.items() if token}
 
@@ -62,24 +61,20 @@ def _auto_tokenizer(model_id: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise _unavailable(model_id, "transformers is not installed") from error
-    # Whatever goes wrong inside transformers means one thing here: this tokenizer cannot be had.
+    load = partial(AutoTokenizer.from_pretrained, model_id, trust_remote_code=False)
     try:
-        return AutoTokenizer.from_pretrained(
-            model_id, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        unreachable = _hub_unreachable()
-        if unreachable:
-            raise _unavailable(model_id, f"it is not cached, and {unreachable}") from error
+        return load(local_files_only=True)
+    except Exception as error:  # transformers raises many kinds
+        if reason := _hub_unreachable():
+            raise _unavailable(model_id, f"it is not cached, and {reason}") from error
     try:
-        return AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+        return load()
     except Exception as error:
         raise _unavailable(model_id, str(error).partition("\n")[0]) from error
 
 
 def _hub_unreachable() -> str:
-    """Probe the hub and return why it cannot be reached, or ""; transformers retries for a
-    minute."""
+    """Return why the hub cannot be reached, or ""; transformers would retry for a minute."""
     for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(switch, "0").upper() in {"1", "ON", "YES", "TRUE"}:
             return f"{switch} is set"
@@ -97,9 +92,8 @@ def _hub_unreachable() -> str:
 def _unavailable(model_id: str, reason: str) -> EnvironmentError_:
     return EnvironmentError_(
         f"the tokenizer cannot be loaded: {reason}",
-        where="MythosTokenizer(model_id)",
-        value=model_id,
-        allowed="a public model of the Hugging Face hub, or a local path",
+        where="MythosTokenizer(model_id)", value=model_id,
+        allowed="a public model on the Hugging Face hub, or a local path",
         fix="pip install open-mythos[hf] and connect once to fill the cache; or pass the path of a "
         'tokenizer.json; or use the built-in tokenizer "byte" (ByteTokenizer)',
-    )
+    )  # fmt: skip

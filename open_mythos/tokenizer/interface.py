@@ -1,11 +1,11 @@
-"""What the library asks of a tokenizer, and the checks of text and ids that all of them share."""
+"""The interface of a tokenizer, and checks of text and ids that all tokenizers share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import index
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from open_mythos.errors import DataError
 
@@ -14,11 +14,11 @@ SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>"}
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the library asks of a tokenizer."""
+    """What the library needs of a tokenizer."""
 
     @property
     def name(self) -> str:
-        """What ``load_tokenizer`` was called with, or a description."""
+        """The argument of ``load_tokenizer``, or a description."""
 
     @property
     def bos_id(self) -> int:
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """The id that fills a batch up."""
+        """The id that pads a batch."""
 
     @property
     def vocab_size(self) -> int:
@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits; equal for two tokenizers that give the same ids."""
+        """64 hex digits; equal for tokenizers that produce the same ids."""
 
     def __len__(self) -> int: ...
 
@@ -52,34 +52,39 @@ class Tokenizer(Protocol):
         """Decode ``ids``; special and padding ids are dropped."""
 
     def save(self, directory: str | Path) -> None:
-        """Write files that ``load_tokenizer(directory)`` reads back."""
+        """Write files that ``load_tokenizer(directory)`` reads."""
 
 
-def utf8(text: str) -> bytes:
-    """Return the UTF-8 bytes of ``text``, or raise a :class:`DataError` if there are none."""
+def utf8(text: Any, where: str = "text") -> bytes:
+    """Return the UTF-8 bytes of ``text``.
+
+    Raises:
+        DataError: ``text`` is not a string, or holds a lone surrogate.
+    """
     if not isinstance(text, str):
-        raise DataError("a tokenizer encodes strings", where="text", value=text, allowed="str")
+        raise DataError("the text is not a string", where=where, value=text, allowed="str")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            "the text holds a lone surrogate, which no UTF-8 can express",
-            where=f"text, character {error.start}",
-            value=text[error.start],
+            "the text holds a lone surrogate, which UTF-8 cannot encode",
+            where=f"{where}, character {error.start}", value=text[error.start],
             fix="drop it: text.encode(errors='replace').decode()",
-        ) from error
+        ) from error  # fmt: skip
 
 
 def id_list(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """Convert ``ids`` (a list, an array, a 1-D tensor) to integers, each below ``vocab_size``."""
+    """Convert ``ids`` (a list, an array, a 1-D tensor) to integers below ``vocab_size``.
+
+    Raises:
+        DataError: They are not.
+    """
     allowed = f"a flat sequence of integers in 0..{vocab_size - 1}"
     try:
         plain = [index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
     except TypeError as error:
         raise DataError("not token ids", where="ids", value=ids, allowed=allowed) from error
-    for position, token_id in enumerate(plain):
-        if not 0 <= token_id < vocab_size:
-            raise DataError(
-                "not a token id", where=f"ids[{position}]", value=token_id, allowed=allowed
-            )
+    for place, token in enumerate(plain):
+        if not 0 <= token < vocab_size:
+            raise DataError("not a token id", where=f"ids[{place}]", value=token, allowed=allowed)
     return plain

@@ -1,4 +1,4 @@
-"""A tokenizer by name: the bytes, a path, or a model of the hub."""
+"""Load a tokenizer by name: "byte", a path, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from open_mythos.tokenizer.interface import Tokenizer
 
 
 def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:
-    """Load the byte tokenizer (``"byte"``), the one at a path, or that of a Hugging Face model.
+    """Load the byte tokenizer (``"byte"``), a tokenizer at a path, or one of a Hugging Face model.
 
     A string is a path when it exists, starts with ``/``, ``.`` or ``~``, or ends in ``.json``.
 
@@ -26,8 +26,7 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:
         return ByteTokenizer()
     if is_path(name_or_path):
         path = Path(name_or_path).expanduser()
-        config = read_config(path) if path.is_dir() else {}
-        if config.get("tokenizer_class") == ByteTokenizer.__name__:
+        if path.is_dir() and read_config(path).get("tokenizer_class") == ByteTokenizer.__name__:
             return ByteTokenizer()
     return MythosTokenizer(name_or_path)
 
@@ -36,8 +35,8 @@ def load_or_train(name: str, documents: Iterable[str]) -> Tokenizer:
     """Load the tokenizer called ``name``; "bpe:N" trains a byte-level BPE of N tokens.
 
     Args:
-        name: What :func:`load_tokenizer` takes, or "bpe:N".
-        documents: The text that a BPE is trained on; otherwise not read.
+        name: As for :func:`load_tokenizer`, or "bpe:N".
+        documents: Training text of a BPE; otherwise not read.
 
     Raises:
         ConfigError: N is not a number.
@@ -46,16 +45,11 @@ def load_or_train(name: str, documents: Iterable[str]) -> Tokenizer:
     if kind != "bpe":
         return load_tokenizer(name)
     if not size.isdecimal():
-        raise ConfigError(
-            "not a vocabulary size", where="tokenizer", value=name, allowed="bpe:N, N an integer"
-        )
+        allowed = "bpe:N, N an integer"
+        raise ConfigError("no vocabulary size", where="tokenizer", value=name, allowed=allowed)
     return BPETokenizer.train(documents, int(size))
 
 
 def get_vocab_size(name_or_path: str | Path = DEFAULT_MODEL_ID) -> int:
-    """Return the ``vocab_size`` of a model for this tokenizer.
-
-    Raises:
-        DataError, EnvironmentError_: As :func:`load_tokenizer`.
-    """
+    """Return the ``vocab_size`` of a model for this tokenizer (see :func:`load_tokenizer`)."""
     return load_tokenizer(name_or_path).vocab_size

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_mythos.errors import DataError
-from open_mythos.tokenizer.files import write_json, write_text
+from open_mythos.tokenizer.files import write_config, write_text
 from open_mythos.tokenizer.interface import SPECIALS, id_list, utf8
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
-# What the fingerprint encodes: many scripts, white space, digits, emoji, control characters.
+# Text of the fingerprint: many scripts, white space, digits, emoji, control characters.
 _PROBE = "The quick brown fox,\n\t  it's 31415926 naïve Straße 東京 العربية हिन्दी 👩‍🔬 \x00<|eos|>"
 
 
@@ -41,7 +41,7 @@ class RustBacked:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # a pickled tokenizer forgets that text may not spell special tokens
+        # pickling drops the setting that text is never read as special tokens
         _register(self._rust, list(self._specials.values()))
 
     def __len__(self) -> int:
@@ -54,20 +54,20 @@ class RustBacked:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the vocabulary, the special ids and the encoding of a fixed text.
+        """Hash of the vocabulary, the special ids and the encoding of a fixed text.
 
-        The saved file is not hashed: its layout changes with the version of ``tokenizers``.
+        The layout of the saved file depends on the version of ``tokenizers``, so it is not hashed.
         """
         vocabulary = sorted(self._rust.get_vocab(with_added_tokens=True).items())
         content = [vocabulary, [self.bos_id, self.eos_id, self.pad_id], self.encode(_PROBE)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, without bos or eos.
+        """Return the ids of ``text``, without bos or eos.
 
         Raises:
-            DataError: ``text`` is not a string, holds a lone surrogate, or has a word that the
-                vocabulary lacks.
+            DataError: ``text`` is not a string, holds a lone surrogate, or a word that is not in
+                the vocabulary.
         """
         return self.encode_batch([text])[0]
 
@@ -79,14 +79,14 @@ class RustBacked:
             encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise DataError(
-                "the text has a word that the vocabulary lacks", where=f"tokenizer {self.name}",
+                "the text has a word outside the vocabulary", where=f"tokenizer {self.name}",
                 value=texts[0] if len(texts) == 1 else f"{len(texts)} texts",
                 fix="see the vocabulary in tokenizer.json",
             ) from error  # fmt: skip
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special and padding ids give nothing.
+        """Decode ``ids``; special and padding ids are dropped.
 
         Raises:
             DataError: An id outside 0..vocab_size - 1.
@@ -97,12 +97,12 @@ class RustBacked:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""
         config = {f"{role}_token": token for role, token in self._specials.items()}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "name_or_path": self.name}
-        write_json(Path(directory) / "tokenizer_config.json", config)
+        write_config(Path(directory), config)
         write_text(Path(directory) / "tokenizer.json", self._rust.to_str(pretty=True))
 
 
 def _distinct_specials(declared: dict[str, str]) -> dict[str, str]:
-    """Choose one token per role: the declared one unless it is missing or taken, else our own."""
+    """Choose a token per role: the declared one unless it is missing or taken, else the default."""
     chosen: dict[str, str] = {}
     for role in ("eos", "bos", "pad"):
         token = declared.get(role)
@@ -111,11 +111,11 @@ def _distinct_specials(declared: dict[str, str]) -> dict[str, str]:
 
 
 def _register(rust: RustTokenizer, tokens: list[str]) -> None:
-    """Make ``tokens`` special, adding those that are new, and read them in no text."""
+    """Make ``tokens`` special, adding new ones, and never read them from text."""
     from tokenizers import AddedToken
 
     rust.add_special_tokens([AddedToken(token, special=True) for token in tokens])
     rust.encode_special_tokens = True
-    # a stored truncation or padding would change the length of what is encoded
+    # a stored truncation or padding would change the ids of a text
     rust.no_truncation()
     rust.no_padding()

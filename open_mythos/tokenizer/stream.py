@@ -1,4 +1,4 @@
-"""Text out of a stream of token ids, whole characters at a time."""
+"""Incremental decoding of token ids, whole characters at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # decoders such as SentencePiece's drop a leading space, so decode after the previous text
+        # decoders such as SentencePiece's drop a leading space: decode with the previous tokens
         self._context: list[int] = []
         self._pending: list[int] = []
         self._emitted = 0
@@ -31,7 +31,7 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """Return what is still held back, with U+FFFD for an incomplete character."""
+        """Return the rest, with U+FFFD for an incomplete character; reset the decoder."""
         text = self._pending_text()
         piece = text[self._emitted :]
         self._context, self._pending, self._emitted = [], [], 0

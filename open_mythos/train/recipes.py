@@ -121,7 +121,7 @@ def _reference_run(name: str, model: MythosConfig, *, lr: float, **train: Any) -
 
 def _subsets(*names: str) -> dict[str, str]:
     """Return the sources of subsets of FineWeb-Edu (arXiv 2406.17557)."""
-    from open_mythos.data.stream_corpus import fineweb_edu  # loads torch
+    from open_mythos.data.corpus import fineweb_edu  # loads torch
 
     return {name: fineweb_edu(name) for name in names}
 

@@ -16,11 +16,11 @@ from open_mythos.data import (
     Loader,
     StreamLoader,
     TokenShards,
+    TooFewHeldOutError,
     open_corpus,
     prepare,
 )
 from open_mythos.data.index import INDEX_FILE
-from open_mythos.data.stream_held_out import TooFewHeldOutError
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.hub.pretrained import stored_tokenizer

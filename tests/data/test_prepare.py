@@ -25,7 +25,13 @@ class WideTokenizer(ByteTokenizer):
 
 def texts_of(folder, split: str) -> list[str]:
     shards = TokenShards(folder, split)
-    return [BYTE.decode(shards.document(i)) for i in range(shards.info.documents)]
+    starts, first = [], 0
+    for shard in shards.info.shards:
+        starts += [first + int(i) for i in np.fromfile(folder / shard.starts.file, "<u8")]
+        first += shard.tokens.items
+    documents = np.split(shards.tokens(0, len(shards)), starts[1:])
+    assert all(document[-1] == BYTE.eos_id for document in documents)
+    return [BYTE.decode(document) for document in documents]
 
 
 def test_every_document_is_there_once_and_ended(folder, documents) -> None:
@@ -33,7 +39,6 @@ def test_every_document_is_there_once_and_ended(folder, documents) -> None:
     assert sorted(train + val) == sorted(documents)
     assert [text for text in documents if text in set(train)] == train
     shards = TokenShards(folder)
-    assert all(shards.document(i)[-1] == BYTE.eos_id for i in range(shards.info.documents))
     assert len(shards) == sum(len(text.encode()) + 1 for text in train)
     assert shards.info.text_bytes == sum(len(text.encode()) for text in train)
     assert shards.bytes_per_token == shards.info.text_bytes / len(shards)
@@ -95,7 +100,8 @@ def test_a_prepared_folder_describes_itself(tmp_path, documents) -> None:
     bpe = BPETokenizer.train(documents, 300)
     prepare(documents, tmp_path / "a", bpe, val_fraction=0)
     shards = TokenShards(tmp_path / "a")
-    assert shards.tokenizer().decode(shards.document(5)) == documents[5]
+    end = 1 + shards.tokens(0, len(shards)).tolist().index(bpe.eos_id)
+    assert shards.tokenizer().decode(shards.tokens(0, end)) == documents[0]
     assert shards.index.tokenizer == bpe.name
     BYTE.save(tmp_path / "a" / "tokenizer")
     with pytest.raises(DataError, match="not the one"):

@@ -46,18 +46,6 @@ def test_the_last_token_is_the_last(shards) -> None:
         shards.tokens(len(shards) - 1, 2)
 
 
-def test_document_spans_tile_the_split(shards) -> None:
-    end = 0
-    for document in range(shards.info.documents):
-        start, length = shards.document_span(document)
-        assert start == end
-        end = start + length
-    assert end == len(shards)
-    for document in (-1, shards.info.documents):
-        with pytest.raises(ConfigError, match="no such document"):
-            shards.document_span(document)
-
-
 def test_an_intact_folder_verifies(shards, folder) -> None:
     shards.verify()
     TokenShards(folder, "val").verify()
@@ -96,16 +84,6 @@ def test_an_impossible_id_is_located(copy) -> None:
     assert len(shards.tokens(0, 30)) == 30
     with pytest.raises(DataError, match=rf"{FIRST}, byte 60"):
         shards.tokens(0, 31)
-
-
-@pytest.mark.parametrize("starts", [[5, 5], [1 << 60, 3]])
-def test_damaged_document_starts_are_located(copy, starts: list[int]) -> None:
-    file = copy / "train-00000.starts.bin"
-    content = np.fromfile(file, "<u8")
-    content[2:4] = starts
-    content.tofile(file)
-    with pytest.raises(DataError, match=r"train-00000\.starts\.bin, byte 16"):
-        TokenShards(copy).document_span(2)
 
 
 @pytest.mark.parametrize("number", range(12))

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from open_mythos.data import read_documents
-from open_mythos.data.sources import TEXT_PIECE_BYTES
+from open_mythos.data.corpus import TEXT_PIECE_BYTES
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
 

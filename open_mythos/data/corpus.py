@@ -1,29 +1,30 @@
-"""A corpus: files on this machine, on the Hugging Face hub or wherever fsspec reaches.
+"""A corpus: text files on this machine, on the Hugging Face hub or wherever fsspec reaches.
 
-Opening a corpus lists names and sizes and reads no file, so terabytes open in the time of a
-listing. Files are read in units: a part of a Parquet file (whole row groups if there are enough of
-them), of a JSONL file (whole lines) or of a text (whole pieces).
+Opening a corpus lists names and sizes and reads no document, so terabytes open as fast as they can
+be listed. Files are read in units: a part of a Parquet file (whole row groups if there are enough
+of them), of a JSONL file (whole lines) or of a text (whole pieces).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from open_mythos.data.sources import (
-    KINDS,
-    STDLIB,
-    TEXT_PIECE_BYTES,
-    find_files,
-    stdlib_modules,
-)
+from open_mythos.checks import pick
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
+KINDS = (".jsonl", ".md", ".parquet", ".py", ".txt")
+"""Suffixes of the files that can be read."""
+STDLIB = "stdlib"
+# Tests of the standard library contain broken files on purpose; the others do not belong to it.
+STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_FOLDERS = {
     "sample-10BT": "sample/10BT", "sample-100BT": "sample/100BT", "sample-350BT": "sample/350BT",
@@ -31,6 +32,8 @@ FINEWEB_EDU_FOLDERS = {
 }  # fmt: skip
 """Subset of FineWeb-Edu -> its folder in the dataset's repository."""
 
+# A longer text file is split at the next line end: this bounds memory and lets units split a file.
+TEXT_PIECE_BYTES = 1 << 16
 # Units per lane and epoch, if files are large enough: several, so that lanes get equal amounts and
 # the order is mixed; few, because opening one reads a Parquet footer.
 UNITS_PER_LANE = 8
@@ -49,9 +52,13 @@ class Unit(NamedTuple):
     """Part ``part`` of ``parts`` equal parts of a file."""
 
     file: int
-    """Number of the file in its corpus."""
+    """Index of the file in its corpus."""
     part: int
     parts: int
+
+    def share(self, total: int) -> tuple[int, int]:
+        """Return the unit's range (first, end) of the ``total`` bytes or items of the file."""
+        return total * self.part // self.parts, total * (self.part + 1) // self.parts
 
 
 @dataclass(frozen=True)
@@ -59,23 +66,23 @@ class CorpusFile:
     """A file of a corpus."""
 
     name: str
-    """Its path below the corpus' root, with ``/``."""
+    """Path relative to the corpus' root, with ``/``."""
     size: int
     """Bytes."""
     digest: str
-    """What the hub or the store knows its content by; else a hash of its first and last 4 KiB."""
+    """Content identifier of the hub or store; else a hash of the first and last 4 KiB."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files of text; :func:`open_corpus` makes one."""
+    """Files of text; :func:`open_corpus` builds one."""
 
     source: str
     """The argument of :func:`open_corpus`."""
     protocol: str
     """The fsspec file system: "file", "hf", "memory", "s3", ..."""
     root: str
-    """The folder that all names start from."""
+    """The folder that all names are relative to."""
     files: tuple[CorpusFile, ...]
     text_field: str
     """JSON key or Parquet column of the text."""
@@ -87,7 +94,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits: equal for the same files, wherever they lie."""
+        """64 hex digits: equal for the same files in any location."""
         content = [self.text_field, [(file.name, file.size, file.digest) for file in self.files]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -95,12 +102,12 @@ class Corpus:
         """Return the path of a file within its file system."""
         return f"{self.root}/{self.files[file].name}"
 
-    def suffix(self, file: int) -> str:
-        """Return the kind of a file: ".parquet", ...; "stdlib" for Python's modules."""
-        return STDLIB if self.source == STDLIB else PurePosixPath(self.files[file].name).suffix
+    def kind(self, file: int) -> str:
+        """Return the suffix of a file in lower case; "stdlib" for a module of Python."""
+        return STDLIB if self.source == STDLIB else _suffix(self.files[file].name)
 
     def units(self, lanes: int) -> list[Unit]:
-        """Divide all files so finely that ``lanes`` readers have several units each."""
+        """Divide all files so finely that each of ``lanes`` readers gets several units."""
         wanted = -(-self.size // (lanes * UNITS_PER_LANE))
         unit_bytes = min(MAX_UNIT_BYTES, max(MIN_UNIT_BYTES, wanted))
         return [
@@ -111,30 +118,30 @@ class Corpus:
         ]
 
     def unit_size(self, unit: Unit) -> int:
-        """Return the bytes of a unit, its share of the file."""
-        size = self.files[unit.file].size
-        return size * (unit.part + 1) // unit.parts - size * unit.part // unit.parts
+        """Return the bytes of a unit."""
+        first, end = unit.share(self.files[unit.file].size)
+        return end - first
 
     def to_json(self) -> str:
-        """Serialise the corpus for other processes."""
+        """Serialize the corpus for other processes."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Corpus:
-        """The inverse of :meth:`to_json`."""
+        """Parse the result of :meth:`to_json`."""
         values = json.loads(text)
         files = tuple(CorpusFile(**file) for file in values.pop("files"))
         return cls(files=files, **values)
 
     def _most_parts(self, number: int) -> int:
-        suffix, size = self.suffix(number).lower(), self.files[number].size
-        if suffix == STDLIB:
+        kind, size = self.kind(number), self.files[number].size
+        if kind == STDLIB:
             return 1
-        return size if suffix in (".parquet", ".jsonl") else text_pieces(size)
+        return size if kind in (".parquet", ".jsonl") else text_pieces(size)
 
 
 def text_pieces(size: int) -> int:
-    """Return how many documents a text file of ``size`` bytes is cut into, empty ones counted."""
+    """Return how many documents a text file of ``size`` bytes is split into, with empty ones."""
     return -(-size // TEXT_PIECE_BYTES)
 
 
@@ -144,12 +151,8 @@ def fineweb_edu(subset: str = "sample-10BT") -> str:
     Raises:
         ConfigError: There is no such subset.
     """
-    if subset not in FINEWEB_EDU_FOLDERS:
-        raise ConfigError(
-            "no such subset of FineWeb-Edu", where="subset", value=subset,
-            allowed=", ".join(FINEWEB_EDU_FOLDERS),
-        )  # fmt: skip
-    return f"{_HUB}{FINEWEB_EDU}/{FINEWEB_EDU_FOLDERS[subset]}"
+    folder = pick(FINEWEB_EDU_FOLDERS, subset, "subset", what="subset of FineWeb-Edu")
+    return f"{_HUB}{FINEWEB_EDU}/{folder}"
 
 
 def open_corpus(source: str | Path, text_field: str = "text") -> Corpus:
@@ -158,50 +161,69 @@ def open_corpus(source: str | Path, text_field: str = "text") -> Corpus:
     Args:
         source: ``"stdlib"``; a file; a folder, searched recursively without hidden files and linked
             folders; or the URL of one: ``hf://datasets/OWNER/NAME/FOLDER`` on the Hugging Face hub
-            (``NAME@REVISION`` for another revision than main), ``s3://...``, whatever fsspec knows.
-            A branch of the hub stands for the commit it points to now.
+            (``NAME@REVISION`` for another revision than main), ``s3://...`` or any other that
+            fsspec knows. A branch of the hub is resolved to its current commit.
         text_field: The JSON key or Parquet column that holds the text.
 
     Raises:
         ConfigError: A file of an unknown kind.
-        DataError: Nothing there, or an empty Parquet or JSONL file.
+        DataError: The source does not exist, has no readable file, or an empty Parquet or JSONL
+            file.
         EnvironmentError_: The hub or store cannot be reached, or its package is not installed.
     """
     if source == STDLIB:
-        root, modules = stdlib_modules()
+        root = Path(sysconfig.get_path("stdlib"))
+        modules = (file for file in _walk(root, STDLIB_SKIPPED) if file.suffix == ".py")
         return _local(STDLIB, root, modules, text_field)
     if "://" in str(source):
         return _remote(str(source), text_field)
     path = Path(source).expanduser()
-    files = find_files(path)
-    return _local(str(source), path if path.is_dir() else path.parent, files, text_field)
+    if path.is_file():
+        if _suffix(path.name) not in KINDS:
+            raise ConfigError(
+                "no reader for this kind of file", where=str(path), value=path.suffix,
+                allowed=", ".join(KINDS), fix="decompress or rename it",
+            )  # fmt: skip
+        return _local(str(source), path.parent, [path], text_field)
+    if not path.is_dir():
+        allowed = f'a file, a folder, or "{STDLIB}"'
+        raise DataError("no such source", where="source", value=str(path), allowed=allowed)
+    found = [file for file in _walk(path, set()) if _suffix(file.name) in KINDS]
+    return _local(str(source), path, found, text_field)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _walk(root: Path, skipped: Set[str]) -> Iterator[Path]:
+    """Walk the visible files below ``root``, sorted by name, folder by folder."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield Path(folder, name)
 
 
 def _local(source: str, root: Path, paths: Iterable[Path], text_field: str) -> Corpus:
     files = []
     for path in paths:
         try:
-            size, digest = path.stat().st_size, _sampled(path)
+            with path.open("rb") as stream:
+                size, digest = path.stat().st_size, hashlib.blake2b(digest_size=16)
+                for place in (0, max(0, size - _SAMPLED_BYTES)):
+                    stream.seek(place)
+                    digest.update(stream.read(_SAMPLED_BYTES))
         except OSError as error:
             raise EnvironmentError_(
                 "the file cannot be read", where=str(path), value=str(error)
             ) from error
-        files.append(CorpusFile(path.relative_to(root).as_posix(), size, digest))
+        files.append(CorpusFile(path.relative_to(root).as_posix(), size, digest.hexdigest()))
     return _corpus(source, "file", str(root.absolute()), files, text_field)
 
 
-def _sampled(path: Path) -> str:
-    """Hash the two ends of a file."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as stream:
-        digest.update(stream.read(_SAMPLED_BYTES))
-        stream.seek(max(0, path.stat().st_size - _SAMPLED_BYTES))
-        digest.update(stream.read(_SAMPLED_BYTES))
-    return digest.hexdigest()
-
-
 def _remote(source: str, text_field: str) -> Corpus:
-    url = _at_a_commit(source) if source.startswith(_HUB) else source
+    url = _at_commit(source) if source.startswith(_HUB) else source
     try:
         from fsspec.core import url_to_fs
 
@@ -209,8 +231,8 @@ def _remote(source: str, text_field: str) -> Corpus:
         found: dict[str, dict[str, Any]] = system.find(root, detail=True)
     except ImportError as error:
         raise EnvironmentError_(
-            "the file system's package is not installed", where="source", value=source,
-            fix=f"pip install what fsspec asks for: {error}",
+            "the package of the file system is not installed", where="source", value=source,
+            fix=f"install what fsspec names: {error}",
         ) from error  # fmt: skip
     except ValueError as error:
         raise ConfigError(
@@ -218,32 +240,27 @@ def _remote(source: str, text_field: str) -> Corpus:
         ) from error
     except FileNotFoundError:
         found = {}
-    except Exception as error:  # every file system has errors of its own
+    except Exception as error:  # every file system has its own errors
         raise _unreachable(source, error) from error
     protocol = system.protocol if isinstance(system.protocol, str) else system.protocol[0]
     base = root if root not in found else root.rpartition("/")[0]
     files = [
-        CorpusFile(name, int(info["size"]), _known_by(info))
+        CorpusFile(name, int(info["size"]), _content_id(info))
         for path, info in sorted(found.items())
         for name in [path.removeprefix(base).lstrip("/")]
-        if info.get("type", "file") == "file" and _is_read(name)
+        if info.get("type", "file") == "file" and _suffix(name) in KINDS and not _is_hidden(name)
     ]
-    if not files:
-        raise DataError(
-            "no file that can be read", where="source", value=source,
-            allowed=", ".join(KINDS), fix="check owner, name and folder",
-        )  # fmt: skip
     return _corpus(source, protocol, base, files, text_field)
 
 
-def _at_a_commit(source: str) -> str:
-    """Resolve the revision of a URL to its present commit, so that no later push changes it."""
+def _at_commit(source: str) -> str:
+    """Resolve the revision of a URL to its current commit, so that no later push changes it."""
     owner, name, *folders = [*source.removeprefix(_HUB).split("/"), ""]
     name, _, revision = name.partition("@")
     if not owner or not name:
         raise ConfigError(
-            "not a dataset of the hub", where="source", value=source,
-            allowed=f"{_HUB}OWNER/NAME, with a folder or file behind it if wanted",
+            "not a dataset on the hub", where="source", value=source,
+            allowed=f"{_HUB}OWNER/NAME, optionally followed by a folder or file",
         )  # fmt: skip
     try:
         from huggingface_hub import HfApi
@@ -254,9 +271,8 @@ def _at_a_commit(source: str) -> str:
             fix="pip install open-mythos[data]",
         ) from error  # fmt: skip
     try:
-        commit = HfApi().dataset_info(
-            f"{owner}/{name}", revision=revision or None, timeout=_HUB_TIMEOUT_S
-        ).sha  # fmt: skip
+        repository, branch = f"{owner}/{name}", revision or None
+        commit = HfApi().dataset_info(repository, revision=branch, timeout=_HUB_TIMEOUT_S).sha
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise DataError(
             "the hub has no such dataset or revision", where="source", value=source,
@@ -269,19 +285,15 @@ def _at_a_commit(source: str) -> str:
 
 def _unreachable(source: str, error: Exception) -> EnvironmentError_:
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return EnvironmentError_(
-        f"the corpus cannot be reached: {reason[0]}", where="source", value=source,
-        allowed="a source that answers", fix=_HUB_FIX,
-    )  # fmt: skip
+    what = f"the corpus cannot be reached: {reason[0]}"
+    return EnvironmentError_(what, where="source", value=source, fix=_HUB_FIX)
 
 
-def _is_read(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix.lower() in KINDS and not hidden
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
-def _known_by(info: dict[str, Any]) -> str:
+def _content_id(info: dict[str, Any]) -> str:
     """Return the store's identifier of the content: a blob of the hub, or an entity tag."""
     known = (info.get(key) for key in ("blob_id", "ETag", "etag"))
     return next((str(each) for each in known if each), "")
@@ -290,11 +302,16 @@ def _known_by(info: dict[str, Any]) -> str:
 def _corpus(
     source: str, protocol: str, root: str, files: list[CorpusFile], text_field: str
 ) -> Corpus:
+    if not files:
+        raise DataError(
+            "no file that can be read", where="source", value=source,
+            allowed=", ".join(KINDS), fix="check the name and the folder",
+        )  # fmt: skip
     for file in files:
-        if not file.size and PurePosixPath(file.name).suffix.lower() in (".parquet", ".jsonl"):
+        if not file.size and _suffix(file.name) in (".parquet", ".jsonl"):
             raise DataError(
                 "the file is empty", where=f"{root}/{file.name}, byte 0", value=0,
-                allowed="one document or more", fix="fetch it again, or leave it out",
+                allowed="at least one document", fix="download it again, or leave it out",
             )  # fmt: skip
     full = tuple(file for file in files if file.size)
     if not full:

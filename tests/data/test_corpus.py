@@ -16,10 +16,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from open_mythos.data import Corpus, HeldOutWindows, StreamLoader, fineweb_edu, open_corpus
-from open_mythos.data import stream_read as reading
-from open_mythos.data.stream_corpus import Unit
-from open_mythos.data.stream_read import read_unit
+from open_mythos.data import Corpus, StreamLoader, fineweb_edu, open_corpus
+from open_mythos.data import documents as reading
+from open_mythos.data.corpus import Unit
+from open_mythos.data.documents import read_unit
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.tokenizer import ByteTokenizer
 
@@ -204,13 +204,6 @@ def test_a_missing_or_changed_file_is_named(tmp_path) -> None:
         texts_of(corpus, 1)
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch) -> None:
-    corpus = one_file(tmp_path / "a.parquet", CONTENTS["a.parquet"])
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(EnvironmentError_, match=r"open-mythos\[data\]"):
-        texts_of(corpus, 1)
-
-
 class FakeHub(MemoryFileSystem):
     """The hub's file system with its files in memory; reads fail as often as ``faults`` says."""
 
@@ -342,44 +335,3 @@ def test_the_hub_without_its_client_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(EnvironmentError_, match=r"open-mythos\[data\]"):
         open_corpus(fineweb_edu())
-
-
-def test_held_out_documents_are_those_that_the_stream_leaves_out(tmp_path) -> None:
-    texts = [f"<{i}> words and words" for i in range(300)]
-    corpus = one_file(tmp_path / "a.jsonl", jsonl_bytes(texts))
-    tokenizer = ByteTokenizer()
-    options = {"seq_len": 32, "held_out": 0.2}
-    held_out = HeldOutWindows(corpus, tokenizer, windows=1000, batch=4, **options)
-    loader = StreamLoader(corpus, tokenizer, global_batch=1, **options)
-    read: list[int] = []
-    while loader.epoch < 1:
-        read += next(loader).input_ids[0].tolist()
-    kept = [t for batch in held_out for row in batch.input_ids.tolist() for t in row]
-
-    def documents(tokens: list[int]) -> set[str]:
-        text = tokenizer.decode([10 if t == tokenizer.eos_id else t for t in tokens])
-        return set(text.split("\n")[:-1]) & set(texts)
-
-    # the last window may end inside a held-out document
-    assert len(set(texts) - documents(read) - documents(kept)) <= 1
-    assert not documents(read) & documents(kept)
-    assert 30 <= len(documents(kept)) <= 90
-    assert sum(len(batch) for batch in held_out) == held_out.windows
-    assert len(list(held_out)) == len(held_out) == -(-held_out.windows // 4)
-    tokens = sum(len(text) + 1 for text in documents(kept))
-    assert held_out.bytes_per_token == pytest.approx(1 - len(documents(kept)) / tokens, abs=0.01)
-
-
-def test_held_out_windows_stop_where_enough_are_found(tmp_path) -> None:
-    texts = [f"<{i}> words and words" for i in range(300)]
-    corpus = one_file(tmp_path / "a.jsonl", jsonl_bytes(texts))
-    few = HeldOutWindows(
-        corpus, ByteTokenizer(), seq_len=32, windows=3, held_out=0.2, batch=2, mask_documents=True
-    )
-    sizes = [len(batch) for batch in few]
-    assert sizes == [2, 1]
-    assert all(batch.document_ids is not None for batch in few)
-    with pytest.raises(DataError, match="do not fill one window"):
-        HeldOutWindows(corpus, ByteTokenizer(), seq_len=9999, windows=1, held_out=0.1, batch=1)
-    with pytest.raises(ConfigError, match="held_out"):
-        HeldOutWindows(corpus, ByteTokenizer(), seq_len=8, windows=1, held_out=0.0, batch=1)

@@ -1,0 +1,316 @@
+"""Reading the documents of a corpus.
+
+A failed read is retried. Damaged input raises a DataError that names the file and the row or byte.
+Nothing that is read is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import time
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from open_mythos.data.corpus import (
+    STDLIB,
+    TEXT_PIECE_BYTES,
+    Corpus,
+    Unit,
+    open_corpus,
+    text_pieces,
+)
+from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+from open_mythos.tokenizer.interface import utf8
+
+logger = logging.getLogger(__name__)
+
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Delays before each retry of a failed read; after the last one it is an error."""
+MAX_LINE_BYTES = 1 << 28
+PARQUET_ROWS = 256
+_BUFFER_BYTES = 1 << 20
+_RESTORE = "restore it, or start a new run on the present corpus"
+
+
+class Document(NamedTuple):
+    """A text and its place in the unit."""
+
+    cursor: int
+    """Row of a Parquet unit, byte of a JSONL unit or piece of a text unit; ascending."""
+    text: str
+
+
+class _ReadFailedError(OSError):
+    """The file system failed; a retry may succeed."""
+
+
+def read_documents(source: str | Path, text_field: str = "text") -> Iterator[str]:
+    """Read the documents of ``source``, always in the same order.
+
+    Args:
+        source: As for :func:`~open_mythos.data.open_corpus`: ``"stdlib"``, a file, a folder or a
+            URL. A ``.txt``, ``.md`` or ``.py`` file is one document, or one per 64 KiB, split at
+            line ends; ``.jsonl`` has one per line; ``.parquet`` one per row.
+        text_field: The JSON key or Parquet column that holds the text.
+
+    Raises:
+        ConfigError: A file of an unknown kind.
+        DataError: The source does not exist, or a file is damaged.
+        EnvironmentError_: A file cannot be read, or a package is missing.
+    """
+    yield from documents_of(open_corpus(source, text_field))
+
+
+def documents_of(corpus: Corpus) -> Iterator[str]:
+    """Read the documents of ``corpus``, file by file."""
+    for file in range(len(corpus.files)):
+        for document in read_unit(corpus, Unit(file, 0, 1)):
+            yield document.text
+
+
+def check_share(where: str, share: float) -> None:
+    """Raise a ConfigError unless the held-out ``share`` is in [0, 1)."""
+    if not 0 <= share < 1:
+        raise ConfigError("not a share", where=where, value=share, allowed="[0, 1)")
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Decide by a hash of ``text`` whether it belongs to the held-out ``share`` of documents."""
+    if not share:
+        return False
+    digest = hashlib.blake2b(text.encode(), digest_size=6, person=b"mythos-split").digest()
+    return int.from_bytes(digest, "big") / 2**48 < share
+
+
+def read_unit(corpus: Corpus, unit: Unit, cursor: int = 0) -> Iterator[Document]:
+    """Read the documents of ``unit`` from place ``cursor`` on, empty ones included.
+
+    A failed read is retried after each of :data:`RETRY_DELAYS_S`, from where it failed.
+
+    Raises:
+        DataError: A file is missing, has changed or is damaged; names the row or byte.
+        EnvironmentError_: It cannot be read, after all retries.
+    """
+    path, kind = corpus.path(unit.file), corpus.kind(unit.file)
+    if kind == STDLIB:
+        text = _module(path)
+        yield from [] if text is None or cursor else [Document(0, text)]
+        return
+    failures = 0
+    while True:
+        try:
+            with _opened(corpus, unit) as file:
+                for document in _READERS[kind](file, corpus, unit, cursor):
+                    yield document
+                    cursor, failures = document.cursor + 1, 0
+            return
+        except _ReadFailedError as error:
+            where = f"{path}, after place {cursor} of {unit}"
+            if failures == len(RETRY_DELAYS_S):
+                raise EnvironmentError_(
+                    f"the file cannot be read, tried {failures + 1} times", where=where,
+                    value=str(error), fix="check network and disk, then resume; or copy the corpus "
+                    "to this machine and name its folder as the source",
+                ) from error  # fmt: skip
+            delay = RETRY_DELAYS_S[failures]
+            logger.warning("%s: read failed (%s); retrying in %g s", where, error, delay)
+            time.sleep(delay)
+            failures += 1
+
+
+def _module(path: str) -> str | None:
+    """Read the source of a Python module; None if it cannot be decoded."""
+    try:
+        with tokenize.open(path) as stream:  # honors the encoding that the module declares
+            return stream.read()
+    except (SyntaxError, UnicodeDecodeError, OSError):
+        return None
+
+
+def _opened(corpus: Corpus, unit: Unit) -> io.BufferedReader:
+    """Open the unit's file and check its length."""
+    import fsspec
+
+    path, expected = corpus.path(unit.file), corpus.files[unit.file].size
+    try:
+        raw = _RetryableFile(fsspec.filesystem(corpus.protocol).open(path, "rb"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(
+            "the file is missing", where=f"{path}, byte 0", value=str(error), fix=_RESTORE
+        ) from error
+    except PermissionError as error:
+        raise EnvironmentError_("the file cannot be read", where=path, value=str(error)) from error
+    except Exception as error:  # every file system has its own errors
+        raise _ReadFailedError(f"{type(error).__name__}: {error}") from error
+    file: io.BufferedReader = io.BufferedReader(raw, _BUFFER_BYTES)
+    size = file.seek(0, io.SEEK_END)
+    if size != expected:
+        raise DataError(
+            "the file has changed since the corpus was listed", where=f"{path}, byte {size}",
+            value=size, allowed=f"{expected} bytes", fix=_RESTORE,
+        )  # fmt: skip
+    file.seek(0)
+    return file
+
+
+class _RetryableFile(io.RawIOBase):
+    """A file whose read errors become :class:`_ReadFailedError`, unlike errors of its content."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, into: Any) -> int:
+        try:
+            data = self._file.read(len(into))
+        except Exception as error:  # every file system has its own errors
+            raise _ReadFailedError(f"{type(error).__name__}: {error}") from error
+        into[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _parquet(
+    file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int
+) -> Iterator[Document]:
+    path, column = corpus.path(unit.file), corpus.text_field
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise EnvironmentError_(
+            "reading Parquet needs pyarrow", where=path, fix="pip install open-mythos[data]"
+        ) from error
+    row = 0
+    try:
+        # not pre_buffer: it would hold all of a row group, and every lane has one open
+        table = pq.ParquetFile(
+            file, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+        )
+        if column not in table.schema_arrow.names:
+            raise DataError(
+                f"the file has no column {column!r}", where=path, value=table.schema_arrow.names,
+                fix="name the column with text_field",
+            )  # fmt: skip
+        starts = [0]  # first row of each row group, then the number of rows
+        for group in range(table.metadata.num_row_groups):
+            starts.append(starts[-1] + table.metadata.row_group(group).num_rows)
+        first, end = _rows_of(unit, starts)
+        row = first + cursor
+        for group, start in enumerate(starts[:-1]):
+            if starts[group + 1] <= row or start >= end:
+                continue
+            for batch in table.iter_batches(PARQUET_ROWS, [group], [column], use_threads=False):
+                for cell in batch.column(0)[max(0, row - start) : max(0, end - start)]:
+                    text = cell.as_py()
+                    utf8(text, f"{path}, row {row}")
+                    yield Document(row - first, text)
+                    row += 1
+                start += len(batch)
+    except _ReadFailedError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "the Parquet file is damaged", where=f"{path}, row {row}", value=str(error),
+            fix="download it again, or leave it out",
+        ) from error  # fmt: skip
+
+
+def _rows_of(unit: Unit, starts: list[int]) -> tuple[int, int]:
+    """Return the rows of a unit: whole row groups, unless the file has fewer than parts."""
+    groups = len(starts) - 1
+    if groups < unit.parts:
+        return unit.share(starts[-1])
+    first, end = unit.share(groups)
+    return starts[first], starts[end]
+
+
+def _jsonl(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> Iterator[Document]:
+    """Read the lines that begin inside the unit's bytes."""
+    path = corpus.path(unit.file)
+    first, end = unit.share(corpus.files[unit.file].size)
+    start = _next_line(file, first + cursor)
+    while start < end and (line := file.readline(MAX_LINE_BYTES)):
+        if line.strip():
+            text = _text_of_line(line, f"{path}, byte {start}", corpus.text_field)
+            yield Document(start - first, text)
+        start += len(line)
+
+
+def _text_of_line(line: bytes, where: str, text_field: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError("the line is not JSON", where=where, value=str(error)) from error
+    if not isinstance(record, dict) or text_field not in record:
+        raise DataError(
+            f"the line has no field {text_field!r}", where=where,
+            value=list(record) if isinstance(record, dict) else type(record).__name__,
+            allowed=f"an object with the text under {text_field!r}",
+            fix="name the field with text_field",
+        )  # fmt: skip
+    utf8(record[text_field], where)  # JSON can escape lone surrogates
+    return record[text_field]
+
+
+def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> Iterator[Document]:
+    """Read pieces of 64 KiB, their edges moved to the next line."""
+    path = corpus.path(unit.file)
+    first, end = unit.share(text_pieces(corpus.files[unit.file].size))
+    start = _next_line(file, (first + cursor) * TEXT_PIECE_BYTES)
+    for piece in range(first + cursor, end):
+        stop = _next_line(file, (piece + 1) * TEXT_PIECE_BYTES)
+        file.seek(start)
+        yield Document(piece - first, _decoded(file.read(stop - start), path, start))
+        start = stop
+
+
+def _decoded(piece: bytes, path: str, offset: int) -> str:
+    """Decode ``piece``, which begins at byte ``offset`` of the file."""
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            "the file is not UTF-8 text", where=f"{path}, byte {offset + error.start}",
+            value=piece[error.start : error.end], fix="convert it to UTF-8, or leave it out",
+        ) from error  # fmt: skip
+    if "\0" in text:
+        raise DataError(
+            "the file is binary: it holds a zero byte",
+            where=f"{path}, byte {offset + piece.index(0)}", fix="leave it out",
+        )  # fmt: skip
+    return text
+
+
+def _next_line(file: io.BufferedReader, place: int) -> int:
+    """Seek to the first line that begins at byte ``place`` or later; return its position."""
+    if place == 0:
+        return file.seek(0)
+    size = file.seek(0, io.SEEK_END)
+    start = file.seek(min(place - 1, size))
+    return start + len(file.readline(MAX_LINE_BYTES))
+
+
+_READERS: dict[str, Callable[[io.BufferedReader, Corpus, Unit, int], Iterator[Document]]] = {
+    ".parquet": _parquet, ".jsonl": _jsonl, ".txt": _text, ".md": _text, ".py": _text,
+}  # fmt: skip
