@@ -58,14 +58,18 @@ def check_count(where: str, value: Any, least: int = 1) -> int:
     return count
 
 
-def check_number(where: str, value: Any, *, gt: float = -math.inf, le: float = math.inf) -> None:
-    """Check that ``gt`` < ``value`` <= ``le``.
+def check_number(
+    where: str, value: Any, *, gt: float = -math.inf, ge: float = -math.inf, le: float = math.inf
+) -> None:
+    """Check that ``gt`` < ``value`` and ``ge`` <= ``value`` <= ``le``.
 
     Raises:
         ConfigError: It is not, or no finite number.
     """
-    if not is_number(value) or not gt < value <= le:
-        allowed = f"finite and > {gt:g}" if le == math.inf else f"{gt:g} < x <= {le:g}"
+    if not (is_number(value) and gt < value and ge <= value <= le):
+        allowed = f"{gt:g} < x <= {le:g}"
+        if le == math.inf:
+            allowed = "finite and " + (f">= {ge:g}" if ge > -math.inf else f"> {gt:g}")
         raise _out_of_range(where, value, allowed)
 
 

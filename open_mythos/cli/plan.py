@@ -157,7 +157,7 @@ def _depths(plan: Plan) -> Table:
 def _memory(plan: Plan) -> Table:
     here, other = plan.memory, plan.other_memory
     table = _table(
-        "memory of a GPU at the worst moment of a step",
+        "peak memory of a GPU during a step",
         caption=f"usable: {_bytes(plan.gpu.usable)} of {_bytes(plan.gpu.memory)}",
     )
     table.add_column("", no_wrap=True)
@@ -173,11 +173,11 @@ def _memory(plan: Plan) -> Table:
     table.add_section()
     table.add_row("all", *(_bytes(each.total) for each in both))
     table.add_row("of the usable", *(f"{each.total / plan.gpu.usable:.0%}" for each in both))
-    table.add_row("the worst moment", *(_MOMENTS[each.moment] for each in both))
+    table.add_row("peak phase", *(_PHASES[each.phase] for each in both))
     return table
 
 
-_MOMENTS = {"backward": "forward, backward", "optimizer": "optimizer step"}
+_PHASES = {"backward": "forward, backward", "optimizer": "optimizer step"}
 
 
 def _kept(plan: Plan) -> Table | None:

@@ -1,8 +1,8 @@
-"""Estimate memory, communication, time and cost of a training run before running it.
+"""Estimate memory, communication, time and cost of a training run before starting it.
 
-:func:`make_plan` chooses a layout of a :class:`Job` over GPUs, or raises :class:`DoesNotFitError`;
-:func:`memory` gives the memory of any :class:`Layout`. Memory is that of the real training step on
-fake tensors, so the plan follows the model.
+:func:`make_plan` chooses a layout of a :class:`Job` over GPUs or raises :class:`DoesNotFitError`;
+:func:`memory` returns the memory of any :class:`Layout`. Memory comes from the real training step,
+run on fake tensors.
 """
 
 from open_mythos.plan.choose import DoesNotFitError, Wish, layouts

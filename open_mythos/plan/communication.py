@@ -1,8 +1,8 @@
-"""Communication volume of a layout in an optimizer step, and the time it takes.
+"""Communication volume and time of an optimizer step.
 
-Collective operations are counted as rings: an all-gather or reduce-scatter of S bytes over g GPUs
-moves S (g - 1) / g to each of them, an all-reduce twice that. Where a group spans nodes, each node
-has to receive S (n - 1) / n over the adapters of its members, while the rest goes over NVLink.
+Collectives are modelled as rings: an all-gather or reduce-scatter of S bytes over g GPUs moves
+S (g - 1) / g to each GPU, an all-reduce twice that. If a group spans n nodes, each node receives
+S (n - 1) / n over the network adapters of its members; the rest goes over NVLink.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from open_mythos.plan.memory import FLOAT32, HALF, local_elements, padded_elemen
 
 @dataclass(frozen=True)
 class Group:
-    """GPUs that communicate: ``size`` of them, ``stride`` apart."""
+    """A process group of ``size`` GPUs, ``stride`` ranks apart."""
 
     size: int
     stride: int = 1
 
     @property
     def in_node(self) -> int:
-        """How many of them are in one node."""
+        """Members per node."""
         return min(self.size, max(1, NODE // self.stride))
 
     @property
     def nodes(self) -> float:
-        """Over how many nodes they spread."""
+        """Number of nodes that the group spans."""
         return self.size / self.in_node
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One purpose of communication, over a whole optimizer step.
+    """Communication of one kind during an optimizer step.
 
     Attributes:
-        what: The purpose.
-        nvlink: Bytes that a GPU receives from others of its node.
-        network: Bytes that a GPU receives from other nodes.
-        seconds: Time that takes, both ways at once.
+        what: Purpose and collective.
+        nvlink: Bytes received per GPU from the same node.
+        network: Bytes received per GPU from other nodes.
+        seconds: Time on the slower of the two links.
     """
 
     what: str
@@ -51,42 +51,33 @@ class Traffic:
 
 
 def communication(job: Job, layout: Layout, gpu: GPU) -> list[Traffic]:
-    """Return all traffic of an optimizer step of ``job`` in ``layout``; none for a single GPU."""
+    """Return the traffic of an optimizer step of ``job`` in ``layout``; empty for a single GPU."""
     found = []
     for what, nvlink, network in _traffic(job, layout):
         if nvlink or network:
-            rates = LINK_EFFICIENCY * gpu.nvlink, LINK_EFFICIENCY * gpu.network
-            seconds = max(nvlink / rates[0], network / rates[1])
+            seconds = max(nvlink / gpu.nvlink, network / gpu.network) / LINK_EFFICIENCY
             found.append(Traffic(what, nvlink, network, seconds))
     return found
 
 
 def _traffic(job: Job, layout: Layout) -> Iterator[tuple[str, float, float]]:
-    every = job.parameters
-    trained = [each for each in every if each.trained]
+    trained = [each for each in job.parameters if each.trained]
     if layout.kind == "ddp":
-        everyone = Group(layout.gpus)
         size = FLOAT32 * sum(each.n for each in trained)
-        yield ("sum gradients (all-reduce)", *_all_reduce(size, everyone))
-        return
+        yield ("sum gradients (all-reduce)", *_all_reduce(size, Group(layout.gpus)))
     if layout.kind != "fsdp":
         return
     shard = Group(layout.shard)
     copies = Group(layout.gpus // layout.shard, layout.shard)
-    apart = layout.experts > 1
-    sharded = [each for each in every if not (apart and each.expert)]
-    times = layout.micro_batches
-    size = (
-        times
-        * FLOAT32
-        * sum((1 + each.regathered) * padded_elements(each, layout) for each in sharded)
-    )
-    yield ("gather weights (all-gather)", *_all_gather(size, shard))
-    size = times * FLOAT32 * sum(padded_elements(each, layout) for each in sharded if each.trained)
-    yield ("sum gradients (reduce-scatter)", *_all_gather(size, shard))
+    sharded = [each for each in job.parameters if not (layout.experts > 1 and each.expert)]
+    each_pass = FLOAT32 * layout.micro_batches
+    gathered = sum((1 + each.regathered) * padded_elements(each, layout) for each in sharded)
+    yield ("gather weights (all-gather)", *_all_gather(each_pass * gathered, shard))
+    summed = sum(padded_elements(each, layout) for each in sharded if each.trained)
+    yield ("sum gradients (reduce-scatter)", *_all_gather(each_pass * summed, shard))
     local = sum(local_elements(each, layout) for each in sharded if each.trained)
-    yield ("sum gradients of copies (all-reduce)", *_all_reduce(times * FLOAT32 * local, copies))
-    if apart:
+    yield ("sum gradients of copies (all-reduce)", *_all_reduce(each_pass * local, copies))
+    if layout.experts > 1:
         yield (
             "tokens to experts and back (all-to-all)",
             *_all_to_all(_token_bytes(job, layout), Group(layout.experts)),
@@ -100,21 +91,21 @@ def _traffic(job: Job, layout: Layout) -> Iterator[tuple[str, float, float]]:
 
 
 def _token_bytes(job: Job, layout: Layout) -> float:
-    """Return the bytes that a GPU dispatches to experts in a step, itself included, and gets back:
-    rows and results in the dtype of the matmuls, and their gradients.
+    """Return the bytes that a GPU dispatches to experts per step, its own share included: inputs
+    and outputs in the dtype of the matmuls, and their gradients.
     """
     cfg = job.cfg
     rows = layout.micro_batch * layout.micro_batches * job.context * cfg.n_experts_per_tok
-    there_and_back = 2 * (HALF if job.half else FLOAT32) * cfg.dim
+    there_and_back = 2 * (FLOAT32 if job.dtype == "float32" else HALF) * cfg.dim
     passes = 3 if layout.checkpoint_loops else 2
     return rows * cfg.recurrent_layers * job.n_loops * passes * there_and_back
 
 
 def _all_gather(size: float, group: Group) -> tuple[float, float]:
-    """Return bytes over NVLink and network for each GPU; a reduce-scatter moves as many."""
+    """Return bytes per GPU over NVLink and network; the same for a reduce-scatter."""
     received = size * (group.size - 1) / group.size
     network = size * (group.nodes - 1) / group.nodes / group.in_node
-    # a ring that leaves the node does so once for all of its members there
+    # a ring leaves the node once for all of its members there
     return (0.0 if group.in_node == 1 else received - network), network
 
 
@@ -124,8 +115,5 @@ def _all_reduce(size: float, group: Group) -> tuple[float, float]:
 
 
 def _all_to_all(size: float, group: Group) -> tuple[float, float]:
-    """Every member of the group gets an equal part of what a GPU sends."""
-    return (
-        size * (group.in_node - 1) / group.size,
-        size * (group.size - group.in_node) / group.size,
-    )
+    near, far = group.in_node - 1, group.size - group.in_node
+    return size * near / group.size, size * far / group.size

@@ -1,8 +1,7 @@
-"""Clusters that a plan can be made for: GPUs in nodes of eight, their memory, links and prices.
+"""GPUs that a plan can use: memory, link rates and prices.
 
-Peak rates are those of the table of the training's utilisation metrics,
-:data:`open_mythos.train.monitoring.utilisation.PEAKS`. Capacities and link rates are those of the
-vendor's data sheets, named beside each entry. Prices are assumptions.
+Peak FLOP rates come from :data:`open_mythos.train.monitoring.utilisation.PEAKS`. Memory and link
+rates are from the vendor data sheets named with each entry. Prices are assumptions.
 """
 
 from __future__ import annotations
@@ -13,27 +12,27 @@ from open_mythos.checks import pick
 from open_mythos.train.monitoring.utilisation import device_peak
 
 NODE = 8
-"""GPUs of a node, joined by NVLink; each has a network adapter of its own (DGX and HGX boards)."""
+"""GPUs per node, connected by NVLink, with one network adapter each (DGX and HGX boards)."""
 USABLE = 0.92
-"""Share of the memory that a plan fills; the rest is for the CUDA context, NCCL and fragments."""
+"""Usable share of the memory; the rest covers the CUDA context, NCCL and fragmentation."""
 LINK_EFFICIENCY = 0.8
-"""Share of a link's rate that large collective operations reach."""
+"""Share of the link rate that large collectives reach."""
 MFU = 0.3
-"""Share of the peak rate while computing. Nobody has measured this code on such clusters. Llama 3,
-dense and tuned, reports 0.38 to 0.43 including communication (arXiv 2407.21783, table 4)."""
+"""Assumed share of the peak FLOP rate while computing; not measured. Llama 3, a tuned dense model,
+reports 0.38 to 0.43 including communication (arXiv 2407.21783, table 4)."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One kind of GPU.
+    """A GPU model.
 
     Attributes:
-        name: A name that :func:`device_peak` knows.
+        name: Name as known to :func:`device_peak`.
         memory: Bytes.
-        nvlink: Bytes per second to the other GPUs of the node, in one direction.
-        network: Bytes per second to other nodes, in one direction.
-        price: US dollars per GPU and hour; an assumption, not an offer.
-        source: The vendor's documents.
+        nvlink: Bytes per second to the other GPUs of the node, one direction.
+        network: Bytes per second to other nodes, one direction.
+        price: US dollars per GPU hour; an assumption.
+        source: Vendor documents.
     """
 
     name: str
@@ -45,11 +44,11 @@ class GPU:
 
     @property
     def usable(self) -> float:
-        """Bytes that a plan may fill."""
+        """Usable bytes of memory."""
         return USABLE * self.memory
 
     def rate(self, dtype: str) -> float:
-        """Peak FLOPs per second of dense matmuls in ``dtype``."""
+        """Return the peak FLOP/s of dense matmuls in ``dtype``."""
         peak = device_peak(self.name, dtype)
         assert peak is not None
         return peak
@@ -69,13 +68,8 @@ GPUS = {
         "NVIDIA Blackwell data sheet (HGX B200); DGX B200 data sheet",
     ),
 }  # fmt: skip
-"""Name -> GPU."""
 
 
 def gpu(name: str) -> GPU:
-    """Return the GPU called ``name``.
-
-    Raises:
-        ConfigError: There is no such entry.
-    """
+    """Return the entry ``name`` of :data:`GPUS`, case-insensitively."""
     return pick(GPUS, name.lower(), "gpu", what="GPU")

@@ -1,10 +1,9 @@
-"""A training job, and its layout over GPUs: plain data."""
+"""A training job and its layout over GPUs."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from open_mythos.accounting import Accounting, account
 from open_mythos.checks import check_count, pick
@@ -12,24 +11,21 @@ from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.plan.parameters import Parameter, parameters
 
-DTYPES = ("bfloat16", "float16", "float32")
-OPTIMIZERS = ("adamw", "muon")
-
 
 @dataclass(frozen=True)
 class Job:
     """A training run, independent of the hardware.
 
     Attributes:
-        cfg: The model.
+        cfg: Model configuration.
         n_layers: Layers of a dense transformer; None for the looped model.
-        context: Tokens T of a training sequence.
-        n_loops: Mean loops of a sequence; they determine the FLOPs.
-        max_loops: Most loops of a sequence; they determine the memory.
-        grad_loops: Truncated backpropagation through this many loops; None for all.
-        dtype: Of the matmuls; weights and optimizer state are float32.
+        context: Sequence length T in tokens.
+        n_loops: Mean loops per sequence; determines FLOPs.
+        max_loops: Maximum loops per sequence; determines memory.
+        grad_loops: Loops of truncated backpropagation; None for all.
+        dtype: Dtype of the matmuls; weights and optimizer state are float32.
         optimizer: "adamw" or "muon".
-        ema: Whether an exponential moving average of the weights is kept.
+        ema: Whether to keep an exponential moving average of the weights.
     """
 
     cfg: MythosConfig = field(hash=False)
@@ -44,62 +40,55 @@ class Job:
 
     def __post_init__(self) -> None:
         self.cfg.validate()
-        # a copy: changing the caller's object must not change a job that has been planned for
+        # copy: jobs are cache keys, so later changes to the caller's object must not reach them
         object.__setattr__(self, "cfg", replace(self.cfg))
         check_count("context", self.context)
         check_count("max_loops", self.max_loops)
         if self.context > self.cfg.max_seq_len:
             raise ConfigError(
-                "the sequences are longer than the model's context", where="context",
-                value=self.context, allowed=f"at most max_seq_len ({self.cfg.max_seq_len})",
-                fix="shorten them, or plan for a configuration with a larger max_seq_len",
+                "sequences exceed the model's context", where="context", value=self.context,
+                allowed=f"at most max_seq_len ({self.cfg.max_seq_len})",
+                fix="shorten them, or increase max_seq_len",
             )  # fmt: skip
         if not 1 <= self.n_loops <= self.max_loops:
             raise ConfigError(
-                "the mean number of loops is not between 1 and the largest", where="n_loops",
+                "the mean number of loops is out of range", where="n_loops",
                 value=self.n_loops, allowed=f"1 .. max_loops ({self.max_loops})",
-                fix="raise max_loops: it has to hold the deepest sequence of a step",
+                fix="raise max_loops to the maximum depth of a sequence",
             )  # fmt: skip
         if self.grad_loops is not None:
             check_count("grad_loops", self.grad_loops)
-        for name, allowed in (("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
-            pick(allowed, getattr(self, name), name)
+        pick(("bfloat16", "float16", "float32"), self.dtype, "dtype")
+        pick(("adamw", "muon"), self.optimizer, "optimizer")
 
     @property
     def looped(self) -> bool:
-        """Whether it is the looped model."""
+        """Whether the model is looped."""
         return self.n_layers is None
 
     @property
-    def half(self) -> bool:
-        """Whether matmuls run in half precision, by autocast."""
-        return self.dtype != "float32"
-
-    @property
     def last_loops(self) -> int:
-        """Loops of the deepest sequence that carry gradient."""
+        """Loops with gradient of a sequence of maximum depth."""
         return min(self.max_loops, self.grad_loops or self.max_loops)
 
     @cached_property
     def counts(self) -> Accounting:
-        """Parameters and FLOPs."""
-        return account(
-            self.cfg, self.max_loops if self.looped else None, self.context, n_layers=self.n_layers
-        )
+        """Parameter and FLOP counts."""
+        loops = self.max_loops if self.looped else None
+        return account(self.cfg, loops, self.context, n_layers=self.n_layers)
 
     @cached_property
     def parameters(self) -> list[Parameter]:
-        """Every parameter."""
+        """All parameters of the model."""
         return parameters(self.cfg, self.n_layers)
 
     def training_flops(self) -> float:
-        """Return the useful FLOPs of a token."""
+        """Return the useful FLOPs per token."""
         return self.counts.training_flops(self.n_loops, self.grad_loops)
 
     def recomputed_flops(self) -> float:
-        """Return the FLOPs of a token that activation checkpointing adds.
-
-        They are one more forward pass of each loop that carries gradient.
+        """Return the FLOPs per token that activation checkpointing adds: one more forward pass of
+        each loop with gradient.
         """
         loops = min(self.n_loops, self.grad_loops or self.n_loops)
         return self.counts.forward_flops(loops) - self.counts.forward_flops(0)
@@ -107,16 +96,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Layout:
-    """How GPUs share a job; the fields are those of the ``parallel`` and ``train`` sections.
+    """How GPUs share a job; field names follow the ``parallel`` and ``train`` config sections.
 
     Attributes:
-        gpus: How many there are.
+        gpus: Number of GPUs.
         kind: "none", "ddp" or "fsdp".
         shard: GPUs that share one copy of the weights; 1 unless "fsdp".
         experts: Size of the expert-parallel group; 1 shards experts like other weights.
         checkpoint_loops: Whether loops are recomputed in the backward pass.
-        micro_batch: Sequences that a GPU computes at a time.
-        micro_batches: How often it does so in a step.
+        micro_batch: Sequences per GPU and forward pass.
+        micro_batches: Gradient-accumulation steps per optimizer step.
     """
 
     gpus: int
@@ -129,42 +118,34 @@ class Layout:
 
     @property
     def global_batch(self) -> int:
-        """Sequences of a step."""
+        """Sequences per optimizer step."""
         return self.gpus * self.micro_batch * self.micro_batches
 
     @property
     def name(self) -> str:
-        """A description in one line."""
-        kinds = {"none": "one GPU", "ddp": "DDP: every GPU holds the whole model"}
-        text = kinds.get(self.kind, "")
-        if self.kind == "fsdp":
-            copies = self.gpus // self.shard
-            text = f"FSDP over all {self.gpus} GPUs" if copies == 1 else (
-                f"HSDP: {copies} copies, each over {self.shard} GPUs"
-            )  # fmt: skip
+        """One-line description."""
+        text = {"none": "one GPU", "ddp": "DDP: every GPU holds the whole model"}.get(self.kind)
+        if text is None and self.shard == self.gpus:
+            text = f"FSDP over all {self.gpus} GPUs"
+        elif text is None:
+            text = f"HSDP: {self.gpus // self.shard} copies, each over {self.shard} GPUs"
         if self.experts > 1:
             text += f"; expert parallelism over {self.experts} GPUs"
         return text
 
     def options(self, job: Job) -> str:
-        """Return the layout, and the settings of ``job``, as options of ``open-mythos train``."""
-        given: dict[str, Any] = {"parallel.kind": self.kind}
-        if self.kind == "fsdp" and self.shard != self.gpus:
-            given["parallel.shard"] = self.shard
-        if self.experts > 1:
-            given["parallel.experts"] = self.experts
-        given |= {
-            "train.micro_batch": self.micro_batch, "train.global_batch": self.global_batch,
-            "train.seq_len": job.context, "train.dtype": job.dtype,
-        }  # fmt: skip
-        if job.optimizer != "adamw":
-            given["optim.name"] = job.optimizer
-        if job.grad_loops is not None:
-            given["train.grad_loops"] = job.grad_loops
-        if self.checkpoint_loops:
-            given["train.checkpoint_loops"] = "true"
-        return " ".join(f"--{name} {value}" for name, value in given.items())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values."""
-        return asdict(self) | {"global_batch": self.global_batch}
+        """Return the layout and the settings of ``job`` as options of ``open-mythos train``."""
+        sharded = self.kind == "fsdp" and self.shard != self.gpus
+        options = {
+            "parallel.kind": self.kind,
+            "parallel.shard": self.shard if sharded else None,
+            "parallel.experts": self.experts if self.experts > 1 else None,
+            "train.micro_batch": self.micro_batch,
+            "train.global_batch": self.global_batch,
+            "train.seq_len": job.context,
+            "train.dtype": job.dtype,
+            "optim.name": job.optimizer if job.optimizer != "adamw" else None,
+            "train.grad_loops": job.grad_loops,
+            "train.checkpoint_loops": "true" if self.checkpoint_loops else None,
+        }
+        return " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)

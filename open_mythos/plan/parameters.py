@@ -16,20 +16,20 @@ from open_mythos.train.parallel.expert_parallel import expert_parameters
 from open_mythos.train.parallel.parallelize import sharding_units
 
 ROOT = ""
-"""The outermost sharding unit: what belongs to no other."""
+"""Unit of the parameters that only the outermost FSDP wrapper manages."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter.
+    """A parameter and how training treats it.
 
     Attributes:
-        name: Its name in ``named_parameters()``.
-        shape: Its axes; sharding divides the first.
-        unit: Name of the module that is gathered as a whole, or :data:`ROOT`.
+        name: Name in ``named_parameters()``.
+        shape: Shape; sharding splits the first axis.
+        unit: Name of the FSDP unit that is gathered as a whole, or :data:`ROOT`.
         regathered: Whether the unit is freed after its forward pass and gathered again.
         trained: Whether it has a gradient and optimizer state.
-        expert: Whether it is a stack of routed experts, which expert parallelism divides.
+        expert: Whether it is a stack of routed experts, which expert parallelism splits.
         muon: Whether the optimizer "muon" updates it by Muon.
     """
 
@@ -43,34 +43,31 @@ class Parameter:
 
     @property
     def n(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return prod(self.shape)
 
     def chunk(self, processes: int) -> int:
-        """Elements of the largest shard over ``processes``; FSDP2 pads every shard to it."""
+        """Return the elements of a shard over ``processes``; FSDP2 pads all to the largest."""
         rows = self.shape[0]
         return -(-rows // processes) * (self.n // rows)
 
 
-def model_on_meta(cfg: MythosConfig, n_layers: int | None = None) -> Model:
-    """Build the looped model, or the dense one of ``n_layers``, on the meta device."""
-    with torch.device("meta"):
-        return OpenMythos(cfg) if n_layers is None else DenseTransformer(cfg, n_layers)
+def build(cfg: MythosConfig, n_layers: int | None = None) -> Model:
+    """Build the looped model, or the dense one of ``n_layers``, with a frozen halting gate."""
+    model = OpenMythos(cfg) if n_layers is None else DenseTransformer(cfg, n_layers)
+    freeze_halting_gate(model)
+    return model
 
 
 def parameters(cfg: MythosConfig, n_layers: int | None = None) -> list[Parameter]:
     """Return all parameters, tied ones once."""
-    model = model_on_meta(cfg, n_layers)
-    freeze_halting_gate(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    units = {names[id(unit)]: regathered for unit, regathered in sharding_units(model)}
+    with torch.device("meta"):
+        model = build(cfg, n_layers)
+    names = {module: name for name, module in model.named_modules()}
+    units = {names[unit]: regathered for unit, regathered in sharding_units(model)}
     experts = {id(each) for each in expert_parameters(model)}
-    muon = {
-        name
-        for group in parameter_groups(model, 0.0, "muon")
-        if "side_by_side" in group
-        for name, _ in group["params"]
-    }
+    groups = [group for group in parameter_groups(model, 0.0, "muon") if "side_by_side" in group]
+    muon = {name for group in groups for name, _ in group["params"]}
     found = []
     for name, each in model.named_parameters():
         unit = next((unit for unit in units if name.startswith(f"{unit}.")), ROOT)

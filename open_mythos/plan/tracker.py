@@ -1,19 +1,15 @@
-"""PyTorch's memory tracker for a training step on fake tensors.
+"""Track the memory of a training step on fake tensors.
 
-Everything in this package that uses private parts of PyTorch is in this module:
+This module contains every use of private PyTorch APIs in this package:
 
-- ``torch.distributed._tools.mem_tracker.MemTracker`` counts the bytes of all live storages. It is
-  PyTorch's own tool for the purpose, but not public API; a public memory estimator would replace
-  :class:`StepTracker`.
-- ``torch._subclasses.fake_tensor`` runs the step without data. It is documented for users of
-  ``torch.compile`` and exported nowhere else.
-- ``torch.testing._internal.distributed.fake_pg`` is the process group whose other members do not
-  exist. ``torch.distributed`` has no public one.
-- ``torch._library.custom_ops`` finds the Python body of a custom operation, so that what it
-  allocates is counted. On fake tensors PyTorch would only ask for the shapes of its results.
-- :func:`dry_run` replaces what reads values on the host or asks other processes when DDP, FSDP2
-  and DTensor prepare a model; :func:`_call` corrects where fake tensors allocate otherwise than
-  real ones. Each replacement says why.
+- ``torch.distributed._tools.mem_tracker.MemTracker`` counts the bytes of live storages. PyTorch has
+  no public memory estimator.
+- ``torch._subclasses.fake_tensor`` runs the step without data.
+- ``torch.testing._internal.distributed.fake_pg`` is a process group without peers.
+- ``torch._library.custom_ops`` gives the Python body of a custom op, so that its allocations count.
+  On fake tensors PyTorch would only infer the shapes of its results.
+- :func:`dry_run` patches the parts of DDP, FSDP2 and DTensor that read values on the host or
+  communicate during setup; :func:`_call` corrects ops that allocate differently on fake tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -48,14 +43,14 @@ from open_mythos.train.parallel import parallelize
 
 TOTAL = "Total"
 ENGINE_REFERENCES, STORAGE_REFERENCES = 4, 2
-"""References to a gradient and to its storage while autograd, the only owner, adds to it."""
+"""Reference counts of a gradient and its storage while autograd, its only owner, accumulates."""
 
 
 class Part(_RefType):
-    """What memory is for, in the order in which it is shown."""
+    """Purposes of memory, in display order."""
 
     WEIGHTS = "weights"
-    MOMENTS = "optimizer state"
+    OPTIMIZER = "optimizer state"
     AVERAGE = "averaged weights"
     GRADIENTS = "gradients"
     GATHERED = "gathered weights"
@@ -65,11 +60,7 @@ class Part(_RefType):
 
 
 class DryRun(FakeTensorMode):
-    """Fake tensors on the CPU whose operations take the code path of ``kernels``.
-
-    Args:
-        kernels: "cuda" or "cpu"; :func:`open_mythos.devices.kernel_device` reads it.
-    """
+    """Fake CPU tensors; :func:`open_mythos.devices.kernel_device` reads ``kernels``."""
 
     def __init__(self, kernels: str) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -77,13 +68,13 @@ class DryRun(FakeTensorMode):
 
 
 class StepTracker(MemTracker):
-    """Counts live bytes by :class:`Part`, and keeps the peak of every phase.
+    """Count live bytes by :class:`Part` and record the peak of each phase.
 
     Attributes:
-        part: What new storages are for.
-        phase: Under which name peaks are kept; None keeps none.
-        peaks: Phase -> bytes of each part when their sum was largest.
-        paused: Whether nothing is counted.
+        part: Purpose of new storages.
+        phase: Current phase; None records no peaks.
+        peaks: Phase -> bytes of each part at its peak.
+        paused: Nesting depth of regions that are not counted.
     """
 
     def __init__(self) -> None:
@@ -95,7 +86,7 @@ class StepTracker(MemTracker):
         self.paused = 0
 
     def __enter__(self) -> StepTracker:
-        # the hooks on modules that MemTracker would install here are for its statistics of modules
+        # unlike MemTracker's, without the module hooks for its per-module statistics
         if self._depth == 0:
             self._track_resize()
         TorchDispatchMode.__enter__(self)
@@ -110,7 +101,7 @@ class StepTracker(MemTracker):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # it comes again with the local tensors
+            return NotImplemented  # called again with the local tensors
         if self.paused or func.namespace == "prim":
             return func(*args, **(kwargs or {}))
         body = OPDEFS.get(func._schema.name)
@@ -118,20 +109,24 @@ class StepTracker(MemTracker):
             with self:
                 return body._init_fn(*args, **(kwargs or {}))
         if func is torch.ops._c10d_functional.wait_tensor.default:
-            return args[0]  # on fake tensors it would return a new one
+            return args[0]  # a fake op would return a new tensor
         found = _call(func, args, kwargs or {})
-        part = Part.COPIES if self._copies_a_weight(func, args) else self.part
-        tree_map_only(Tensor, partial(self._track, part), found)
+        cast = func is torch.ops.aten._to_copy.default
+        is_copy = cast and self._part_of(args[0]) in (Part.WEIGHTS, Part.GATHERED)
+        part = Part.COPIES if is_copy else self.part
+        tree_map_only(Tensor, lambda each: self._track(part, each), found)
         self._mark_collective(func, args, kwargs or {})
-        self._keep_peak()
+        total = sum(snapshot[TOTAL] for snapshot in self._curr_mem_snap.values())
+        if self.phase and total > sum(self.peaks.get(self.phase, {}).values()):
+            self.peaks[self.phase] = self.live()
         return found
 
     def mark(self, tensor: Tensor, part: Part) -> None:
-        """Count the storage of ``tensor`` under ``part``."""
+        """Assign the storage of ``tensor`` to ``part``."""
         self._update_and_maybe_create_winfos(tensor, part)
 
     def live(self) -> dict[str, int]:
-        """Bytes alive now, by the names of their parts."""
+        """Return the live bytes by part name."""
         return {
             part.value: n
             for snapshot in self._curr_mem_snap.values()
@@ -140,7 +135,7 @@ class StepTracker(MemTracker):
         }
 
     def mark_gradients(self, call: nn.Module) -> None:
-        """Count the gradients of ``call``'s parameters under :attr:`Part.GRADIENTS`."""
+        """Assign the gradients of ``call``'s parameters to :attr:`Part.GRADIENTS`."""
         hooked: set[int] = set()
 
         def keep(parameter: Tensor) -> None:
@@ -155,15 +150,8 @@ class StepTracker(MemTracker):
 
         hook(call)
         for module in call.modules():
-            if isinstance(module, FSDPModule):  # its parameters are others while they are gathered
+            if isinstance(module, FSDPModule):  # has other parameters while gathered
                 module.register_forward_pre_hook(hook)
-
-    def _keep_peak(self) -> None:
-        if self.phase is None:
-            return
-        total = sum(snapshot[TOTAL] for snapshot in self._curr_mem_snap.values())
-        if total > sum(self.peaks.get(self.phase, {}).values()):
-            self.peaks[self.phase] = self.live()
 
     def _part_of(self, tensor: Any) -> Part | None:
         if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
@@ -171,14 +159,8 @@ class StepTracker(MemTracker):
         info, _ = self._WINFO.get(tensor.untyped_storage(), (None, None))
         return None if info is None else info.reftype
 
-    def _copies_a_weight(self, func: Any, args: Any) -> bool:
-        return func is torch.ops.aten._to_copy.default and self._part_of(args[0]) in (
-            Part.WEIGHTS,
-            Part.GATHERED,
-        )
-
     def _mark_collective(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Tell the buffers of FSDP2 from activations."""
+        """Assign the communication buffers of FSDP2 to gathered weights and gradients."""
         name = func._schema.name
         if name == "c10d::_allgather_base_":
             self.mark(args[0], Part.GATHERED)
@@ -191,14 +173,14 @@ class StepTracker(MemTracker):
 
 @contextmanager
 def dry_run(gpus: int, kernels: str) -> Iterator[StepTracker]:
-    """Make tensors fake, count them, and be the first of ``gpus`` processes.
+    """Run the block on tracked fake tensors as rank 0 of ``gpus`` processes.
 
     Raises:
-        ConfigError: This process belongs to a process group.
+        ConfigError: A process group is already initialized.
     """
     if dist.is_initialized():
         raise ConfigError(
-            "a plan is made in a process of its own", where="torch.distributed",
+            "planning needs a process without a process group", where="torch.distributed",
             value="an initialized process group", allowed="none",
             fix="plan before torch.distributed.init_process_group",
         )  # fmt: skip
@@ -207,9 +189,9 @@ def dry_run(gpus: int, kernels: str) -> Iterator[StepTracker]:
     try:
         with (
             patch.object(parallelize, "init_device_mesh", _real_mesh),
-            patch.object(parallelize, "_sum_gradients", _sum_nothing),
-            patch.object(ddp, "_verify_param_shape_across_processes", _verify_nothing),
-            patch.object(ddp, "_sync_module_states", _verify_nothing),
+            patch.object(parallelize, "_sum_gradients", _skip_all_reduce),
+            patch.object(ddp, "_verify_param_shape_across_processes", _skip),
+            patch.object(ddp, "_sync_module_states", _skip),
             patch.object(_fsdp_param, "_chunk_with_empty", _first_chunk),
             DryRun(kernels),
             StepTracker() as tracker,
@@ -222,7 +204,7 @@ def dry_run(gpus: int, kernels: str) -> Iterator[StepTracker]:
 
 
 class _Pause:
-    """Where DTensor computes the shapes of whole tensors, which are nowhere; entered repeatedly."""
+    """Pause counting while DTensor infers shapes of full tensors, which are never allocated."""
 
     def __init__(self, tracker: StepTracker) -> None:
         self._tracker = tracker
@@ -235,7 +217,7 @@ class _Pause:
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call ``func`` on fake tensors where PyTorch treats them otherwise than real ones."""
+    """Call ``func``; correct ops that allocate differently on fake tensors."""
     if func is torch.ops.aten.add.Tensor and _accumulates(*args[:2]):
         return args[0].add_(args[1])
     if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
@@ -245,13 +227,13 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _accumulates(total: Any, more: Any) -> bool:
-    """Return whether autograd adds a gradient to one that nobody else refers to.
+    """Return whether autograd accumulates into a gradient that only it references.
 
-    It adds real tensors in place, and subclasses such as fake tensors out of place.
+    Autograd accumulates real tensors in place, but tensor subclasses out of place.
     """
     if not isinstance(more, Tensor) or total.shape != more.shape or total.dtype != more.dtype:
         return False
-    frame = sys._getframe(3)  # of what called the tracker, or of PyTorch's wrappers around it
+    frame = sys._getframe(3)  # caller of the tracker, or a PyTorch wrapper around it
     while frame.f_back is not None and frame.f_code.co_name in ("_fn", "inner"):
         frame = frame.f_back
     return (
@@ -262,25 +244,25 @@ def _accumulates(total: Any, more: Any) -> bool:
 
 
 def _real_mesh(*args: Any, **kwargs: Any) -> DeviceMesh:
-    """Make a mesh outside of the fake mode: it reads the numbers of its processes."""
+    """Create the mesh outside of the fake mode: DeviceMesh reads the values of its rank tensor."""
     with unset_fake_temporarily():
         return init_device_mesh(*args, **kwargs)
 
 
 def _first_chunk(tensor: Tensor, num_chunks: int, dim: int) -> list[Tensor]:
-    """The part of the first process; views for thousands of others would take minutes."""
+    """Return the shard of rank 0 only; views for thousands of ranks would take minutes."""
     return [tensor.narrow(dim, 0, -(-tensor.shape[dim] // num_chunks))]
 
 
-def _verify_nothing(*_: Any, **__: Any) -> None:
-    """What DDP tells its other processes about the model when it is made."""
+def _skip(*_: Any, **__: Any) -> None:
+    """Skip DDP's verification and broadcast of parameters at construction."""
 
 
-def _sum_nothing(state: None, bucket: GradBucket) -> Future[Tensor]:
-    """The hook of DDP; work of the fake process group has no result to wait for."""
+def _skip_all_reduce(state: None, bucket: GradBucket) -> Future[Tensor]:
+    """DDP communication hook: the fake process group's work objects have no future."""
     done: Future[Tensor] = Future()
     done.set_result(bucket.buffer())
     return done
 
 
-_sum_nothing.__annotations__ = {"bucket": GradBucket, "return": Future[Tensor]}
+_skip_all_reduce.__annotations__ = {"bucket": GradBucket, "return": Future[Tensor]}

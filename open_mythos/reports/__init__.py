@@ -1,1 +1,1 @@
-"""Pages: the report of a training run, and the trace of one prompt through the loops."""
+"""HTML pages: the report of a training run, and the trace of one prompt through the loops."""

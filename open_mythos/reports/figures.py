@@ -1,7 +1,7 @@
-"""Draw the figures of the pages with matplotlib, as SVG that is part of the HTML.
+"""Draw figures with matplotlib as inline SVG.
 
-matplotlib writes fixed colours, document-wide ids and style sheets. :func:`to_svg` turns the
-colours into CSS variables, so that one file follows light and dark mode, and drops the rest.
+matplotlib writes fixed colors, document-wide ids and style sheets. :func:`to_svg` replaces the
+colors by CSS variables, so that one file follows light and dark mode, and drops the rest.
 """
 
 from __future__ import annotations
@@ -21,17 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-)
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 Point = tuple[float, float]
 
-# placeholders: matplotlib needs hexadecimal colours, the page has CSS variables
+# placeholders: matplotlib needs hexadecimal colors, the page has CSS variables
 _THEME = {
     f"#fe00{i:02x}": f"var(--{name})"
     for i, name in enumerate(("ink", "muted", "line", "accent", "warm", "good"))
@@ -48,7 +42,7 @@ _MARKS = {
 }  # fmt: skip
 _ROUND = [1, 2, 2.5, 5, 10]
 _LARGEST = 1e100
-"""Larger values are drawn as gaps: an axis that holds them shows nothing else."""
+"""Larger values become gaps: they would flatten the rest of the curve."""
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "open-mythos", "font.size": 13, "text.color": INK,
@@ -67,32 +61,31 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; a value that is NaN interrupts it."""
+    """A curve; NaN values are gaps."""
 
     points: Sequence[Point]
     color: str = ACCENT
     name: str = ""
-    """Entry of the legend; empty for none."""
+    """Legend entry, if any."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at a step at which something happened."""
+    """A vertical line that marks an event."""
 
     at: float
     kind: str
-    """Its CSS class beside ``mark``."""
+    """CSS class beside ``mark``."""
     title: str
-    """Shown on hover."""
+    """Tooltip."""
 
 
 styled = rc_context(_STYLE)
-"""Decorator of functions that draw: everything in them has the look of the pages."""
+"""Decorator of drawing functions that applies the style of the pages."""
 
 
 def canvas(width: float = 400, height: float = 215) -> tuple[Figure, Axes]:
-    """Return a new figure, one of whose units is one CSS pixel, and its axes."""
-    # the figures have 72 dots to the inch
+    """Return a new figure of the given size in CSS pixels (72 dots per inch), and its axes."""
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -102,8 +95,8 @@ def to_svg(figure: Figure, label: str, css_class: str = "") -> Markup:
 
     Args:
         figure: From :func:`canvas`.
-        label: What the figure shows, for screen readers.
-        css_class: Class of the element.
+        label: Description for screen readers.
+        css_class: CSS class of the element.
     """
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file)
@@ -123,17 +116,17 @@ def to_svg(figure: Figure, label: str, css_class: str = "") -> Markup:
 
 
 def ramp(i: int, count: int) -> str:
-    """Return colour ``i`` of ``count``: from blue through green to orange."""
+    """Return color ``i`` of ``count``, from blue through green to orange."""
     return f"#fd00{round(215 - 190 * i / max(1, count - 1)):02x}"
 
 
 def tag(artist: Artist, css_class: str, title: str = "") -> None:
-    """Give the SVG group of a matplotlib artist a CSS class and a tooltip."""
+    """Set the CSS class and tooltip of the SVG group of a matplotlib artist."""
     artist.set_gid(f"{css_class}|{title}")
 
 
 def has_values(lines: Sequence[Line], positive: bool = False) -> bool:
-    """Whether there is anything to draw."""
+    """Return whether any value can be drawn."""
     return any(_drawable(y, positive) for line in lines for _, y in line.points)
 
 
@@ -152,14 +145,14 @@ def curves(
     """Draw curves over training steps.
 
     Args:
-        lines: The curves, with something to draw (:func:`has_values`).
-        label: What the figure shows, for screen readers.
-        log: Logarithmic vertical axis; values that are not positive become gaps.
-        zero: Let the vertical axis begin at zero, or below if there are negative values.
+        lines: Curves with drawable values (:func:`has_values`).
+        label: Description for screen readers.
+        log: Logarithmic vertical axis; non-positive values become gaps.
+        zero: Start the vertical axis at zero unless there are negative values.
         marks: Events.
         bound: Value of a dashed horizontal line.
-        x_end: Where the horizontal axis ends if that is after the last point.
-        legend: Title of the legend of the named curves.
+        x_end: Minimum end of the horizontal axis.
+        legend: Title of the legend of named curves.
     """
     figure, ax = canvas()
     if log:
@@ -194,15 +187,15 @@ def depth_curve(
     mean: float | None = None,
     limit: float | None = None,
 ) -> Markup:
-    """Draw the loss against the depth, which is on a logarithmic axis.
+    """Draw the loss against the depth on a logarithmic axis.
 
     Args:
         rows: (depth, loss) of the last evaluation.
-        label: What the figure shows, for screen readers.
-        earlier: The same of the evaluations before it, oldest first.
-        valid: Range of the validated depths, shaded.
+        label: Description for screen readers.
+        earlier: The same for earlier evaluations, oldest first.
+        valid: Range of validated depths, shaded.
         mean: Mean training depth, a dotted line.
-        limit: Highest loss of a validated depth, a dashed line.
+        limit: Maximum loss of a validated depth, a dashed line.
     """
     figure, ax = canvas()
     ax.set_xscale("log", base=2)
@@ -225,7 +218,7 @@ def depth_curve(
 def bars(
     centres: Sequence[float], heights: Sequence[float], label: str, x_label: str, width: float = 1
 ) -> Markup:
-    """Draw a histogram whose bars are ``width`` apart."""
+    """Draw a histogram with bins of ``width``."""
     figure, ax = canvas()
     ax.bar(centres, heights, width=0.92 * width, color=ACCENT, alpha=0.8)
     label_axes(ax, x_label, whole=width == 1, x_ticks=12)
@@ -238,7 +231,7 @@ def _draw(ax: Axes, line: Line, positive: bool) -> None:
     missing = [True, *(math.isnan(y) for y in ys), True]
     alone = [i for i in range(len(ys)) if missing[i] and not missing[i + 1] and missing[i + 2]]
     ax.plot(xs, ys, color=line.color, label=line.name or None)
-    if alone:  # a point without neighbours is no line
+    if alone:  # a line does not show a point without neighbors
         ax.plot([xs[i] for i in alone], [ys[i] for i in alone], "o", color=line.color)
 
 
@@ -247,7 +240,7 @@ def _drawable(y: float, positive: bool) -> bool:
 
 
 def label_axes(ax: Axes, x_label: str, *, whole: bool = True, x_ticks: int = 5) -> None:
-    """Label the axes with a few round numbers."""
+    """Set axis labels and a few round ticks."""
     ax.set_xlabel(x_label)
     if ax.get_xscale() == "linear":
         ax.xaxis.set_major_locator(MaxNLocator(x_ticks, steps=_ROUND, integer=whole))
@@ -277,8 +270,8 @@ def _simplify(element: ElementTree.Element, radii: dict[str, str]) -> None:
     """Drop ids, fonts, clip paths, metadata and background; turn markers into circles.
 
     Args:
-        element: Whose descendants are changed.
-        radii: id -> radius of the markers that have been defined so far.
+        element: Root of the elements to change.
+        radii: id -> radius of the markers defined so far.
     """
     for child in list(element):
         name = child.tag.removeprefix(_SVG)

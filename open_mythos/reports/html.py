@@ -1,4 +1,4 @@
-"""Render the templates of the pages; every value is escaped unless it is :class:`Markup`."""
+"""Render HTML templates; values are escaped unless they are :class:`Markup`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, folder: Path = TEMPLATES, **values: object) -> Markup:
-    """Fill a template.
+    """Render a template.
 
     Args:
-        template: Name of a file in ``folder``, or in :data:`TEMPLATES`.
-        folder: Where another package keeps templates of its own, which may extend ``page.html``.
-        values: What the template may use.
+        template: Name of a file in ``folder`` or :data:`TEMPLATES`.
+        folder: Additional templates, which may extend ``page.html``.
+        values: Template variables.
     """
     return Markup(_environment(folder).get_template(template).render(values))
 
 
 def write_html(page: str, path: Path) -> None:
-    """Write a page, and the folders above it.
+    """Write a page and create its parent folders.
 
     Raises:
         EnvironmentError_: The file cannot be written.
@@ -37,27 +37,27 @@ def write_html(page: str, path: Path) -> None:
     except OSError as error:
         raise EnvironmentError_(
             "the page cannot be written", where=str(path), value=str(error),
-            fix="name another file with --out",
+            fix="choose another file with --out",
         ) from error  # fmt: skip
 
 
 def heatmap(shares: Sequence[Sequence[float]], full: float) -> Markup:
-    """Return a table of experts by loop, whose cells are coloured by their share.
+    """Return a table of experts by loop, colored by load.
 
     Args:
-        shares: A list over the experts for each loop.
-        full: The share that has the strongest colour.
+        shares: Per loop, the share of each expert.
+        full: Share with the strongest color.
     """
     return render("heatmap.html", rows=shares, full=full)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], best: object = None) -> Markup:
-    """Return a table; numbers are right-aligned, and the row that begins with ``best`` is bold."""
+    """Return a table; numbers are right-aligned, the row with ``best`` in its first cell is bold."""
     return render("table.html", head=head, rows=rows, best=best)
 
 
 def missing(text: str) -> Markup:
-    """Return a paragraph that stands in for what is not there."""
+    """Return a paragraph about missing data."""
     return Markup('<p class="missing">{}</p>').format(text)
 
 

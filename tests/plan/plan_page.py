@@ -1,9 +1,6 @@
-"""The parts of docs/plan.md that the code prints.
+"""Generate the blocks of docs/plan.md between ``<!-- output: NAME -->`` and ``<!-- end -->``.
 
-The page holds each of them between ``<!-- output: WHAT -->`` and ``<!-- end -->``. The tests
-compare; this script rewrites them:
-
-    python tests/plan/plan_page.py
+Tests compare them; ``python tests/plan/plan_page.py`` rewrites them.
 """
 
 from __future__ import annotations
@@ -12,6 +9,7 @@ import contextlib
 import io
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from open_mythos.cli.plan import plan
@@ -29,12 +27,12 @@ CHOSEN = (
     ("50b", 512, "h100"), ("50b", 512, "b200"), ("100b", 1024, "b200"), ("500b", 2048, "b200"),
     ("1t", 4096, "b200"),
 )  # fmt: skip
-"""Variants, and GPUs such as one would take for them."""
+"""Variants with a plausible number and type of GPUs."""
 _BLOCK = re.compile(r"(<!-- output: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def printed(model: str, **options: object) -> str:
-    """What the command prints; an error as the command line shows it."""
+    """Return the output of the command, or its error message."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
@@ -45,7 +43,7 @@ def printed(model: str, **options: object) -> str:
 
 
 def command_output(command: str) -> str:
-    """The output of ``open-mythos plan COMMAND`` as a block."""
+    """Return the block of ``open-mythos plan COMMAND``."""
     model, *words = command.split()
     options = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}  # noqa: B905
     given: dict = options | {"gpus": int(options["gpus"])}
@@ -53,7 +51,7 @@ def command_output(command: str) -> str:
 
 
 def variants_table() -> str:
-    """A line for each of :data:`CHOSEN`."""
+    """Return a table with a row per entry of :data:`CHOSEN`."""
     head = "| variant | GPUs | layout | loops | a GPU | days | cost |"
     return "\n".join([head, "|---|---|---|---|---:|---:|---:|", *map(_line, CHOSEN)]) + "\n"
 
@@ -75,23 +73,22 @@ def _line(chosen: tuple[str, int, str]) -> str:
         )
     kept = "recomputed" if made.layout.checkpoint_loops else "kept"
     batch = f"{made.layout.micro_batches} x {made.layout.micro_batch}"
-    days = _span(*("< 0.1" if d < 0.1 else f"{d:,.1f}" for d in made.days))
-    cost = _span(*("< $10" if c < 10 else f"${c:,.0f}" for c in made.cost))
+    days = _span("< 0.1" if d < 0.1 else f"{d:,.1f}" for d in made.days)
+    cost = _span("< $10" if c < 10 else f"${c:,.0f}" for c in made.cost)
     return (
         start + f"| {made.layout.name}; {batch} sequences | {kept} "
         f"| {made.memory.total / 1e9:.1f} GB | {days} | {cost} |"
     )
 
 
-def _span(best: str, worst: str) -> str:
-    return best if best == worst else f"{best} - {worst}"
+def _span(bounds: Iterable[str]) -> str:
+    return " - ".join(dict.fromkeys(bounds))
 
 
 def check_table() -> str:
-    """The largest errors of the recorded benchmark."""
+    """Return the table of the largest recorded errors."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    rows = sorted(found["rows"], key=lambda row: -abs(row["error"]))
-    worst = found["worst"]
+    rows, worst = sorted(found["rows"], key=lambda row: -abs(row["error"])), found["worst"]
     lines = [
         f"The worst error of {len(rows)} cases is {worst['error']:.2%}; of what a step adds to "
         f"weights and optimizer state, {worst['step_error']:.2%} (PyTorch "
@@ -109,18 +106,18 @@ def check_table() -> str:
 
 
 def output(what: str) -> str:
-    """The block called ``what``."""
+    """Return the new content of block ``what``."""
     made = {"variants": variants_table, "check": check_table}
     return made[what]() if what in made else command_output(what)
 
 
 def blocks(text: str) -> list[str]:
-    """The names of the blocks in a page."""
+    """Return the names of the blocks in a page."""
     return [match[2] for match in _BLOCK.finditer(text)]
 
 
 def block(text: str, what: str) -> str:
-    """What a page holds in the block called ``what``."""
+    """Return block ``what`` of a page."""
     return next(m[0] for m in _BLOCK.finditer(text) if m[2] == what)
 
 

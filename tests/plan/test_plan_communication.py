@@ -1,4 +1,4 @@
-"""Bytes that travel in a step, counted by hand."""
+"""Communication volume of a step, against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,6 @@ def by_purpose(job, layout: Layout) -> dict[str, tuple[float, float]]:
     return {each.what.partition(" (")[0]: (each.nvlink, each.network) for each in found}
 
 
-def n_of(*units: str) -> int:
-    return sum(each.n for each in parameters(SMALL) if each.unit in units)
-
-
 @pytest.mark.parametrize(
     ("group", "in_node", "nodes"),
     [
@@ -38,22 +34,19 @@ def test_groups(group: Group, in_node: int, nodes: int) -> None:
     assert (group.in_node, group.nodes) == (in_node, nodes)
 
 
-def test_rings() -> None:
+def test_ring_collectives() -> None:
     assert _all_gather(800, Group(8)) == (700, 0)
     assert _all_reduce(800, Group(8)) == (1400, 0)
     assert _all_gather(800, Group(4, 8)) == (0, 600)
-    # two nodes: each gets the other's half over eight adapters, the rest over NVLink
+    # two nodes: each receives the other's half over eight adapters, the rest over NVLink
     assert _all_gather(1600, Group(16)) == (1400, 100)
     assert _all_to_all(800, Group(8)) == (700, 0)
     assert _all_to_all(1600, Group(16)) == (700, 800)
     assert _all_gather(800, Group(1)) == (0, 0)
 
 
-def test_one_gpu_is_silent() -> None:
+def test_ddp_reduces_all_gradients_once_per_step() -> None:
     assert communication(small_job(), Layout(1, "none"), H100) == []
-
-
-def test_ddp_sums_every_gradient_once_a_step() -> None:
     trained = account(SMALL).parameters - SMALL.dim - 1
     for micro_batches in (1, 4):
         found = by_purpose(small_job(), Layout(8, "ddp", micro_batches=micro_batches))
@@ -69,14 +62,15 @@ def test_fsdp_gathers_the_loop_once_and_blocks_twice() -> None:
     }
     elements = padded[ROOT] + padded["recurrent"] + 2 * (padded["prelude.0"] + padded["coda.0"])
     assert found["gather weights"] == (3 * 4 * elements * 7 / 8, 0)
-    # a hidden width of 85 makes matrices of 170 rows, which eight processes pad to 176
-    assert padded["prelude.0"] == n_of("prelude.0") + 6 * SMALL.dim
-    gate = 8 * (SMALL.dim + 1)  # of one row each: padded, and not trained
+    # a hidden width of 85 gives matrices of 170 rows, which eight processes pad to 176
+    prelude = sum(each.n for each in parameters(SMALL) if each.unit == "prelude.0")
+    assert padded["prelude.0"] == prelude + 6 * SMALL.dim
+    gate = 8 * (SMALL.dim + 1)  # one row each: padded, and not trained
     assert found["sum gradients"] == (3 * 4 * (sum(padded.values()) - gate) * 7 / 8, 0)
 
 
-def test_traffic_does_not_depend_on_the_number_of_loops_unless_experts_are_divided() -> None:
-    """The module that owns the loop is gathered once for all loops; tokens travel at each."""
+def test_traffic_depends_on_the_loops_only_with_expert_parallelism() -> None:
+    """The loop's weights are gathered once for all loops; tokens are dispatched in each."""
     whole, apart = Layout(8, "fsdp", 8), Layout(8, "fsdp", 8, 4)
     assert by_purpose(small_job(1), whole) == by_purpose(small_job(4), whole)
     once, four = (by_purpose(small_job(n), apart) for n in (1, 4))
@@ -85,8 +79,8 @@ def test_traffic_does_not_depend_on_the_number_of_loops_unless_experts_are_divid
     rows, width = 32 * SMALL.n_experts_per_tok, SMALL.dim
     there_and_back = 2 + 2  # bfloat16 rows and results
     assert once[tokens] == (rows * width * there_and_back * 2 * 3 / 4, 0)
-    again = by_purpose(small_job(1), Layout(8, "fsdp", 8, 4, checkpoint_loops=True))
-    assert again[tokens][0] == 1.5 * once[tokens][0]
+    recomputed = by_purpose(small_job(1), Layout(8, "fsdp", 8, 4, checkpoint_loops=True))
+    assert recomputed[tokens][0] == 1.5 * once[tokens][0]
     for name in once.keys() - {tokens}:
         assert four[name] == once[name]
 
@@ -108,17 +102,16 @@ def test_muon_gathers_matrices_but_not_experts() -> None:
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_time_is_that_of_the_slower_link(name: str) -> None:
+def test_the_slower_link_determines_the_time(name: str) -> None:
     for each in communication(small_job(), Layout(64, "fsdp", 64, 8), gpu(name)):
-        nvlink = each.nvlink / gpu(name).nvlink / LINK_EFFICIENCY
-        network = each.network / gpu(name).network / LINK_EFFICIENCY
-        assert each.seconds == pytest.approx(max(nvlink, network))
+        slower = max(each.nvlink / gpu(name).nvlink, each.network / gpu(name).network)
+        assert each.seconds == pytest.approx(slower / LINK_EFFICIENCY)
         assert each.seconds > 0
 
 
 @pytest.fixture
 def collectives(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Name of a collective operation -> bytes of its larger side, over all calls of a dry run."""
+    """Name of a collective -> bytes of its larger side, over all calls of a dry run."""
     found: dict[str, int] = {}
     plain = StepTracker._mark_collective
 
@@ -135,16 +128,13 @@ def collectives(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_a_traced_step_communicates_what_is_counted(
-    collectives: dict[str, int], checkpoint: bool
-) -> None:
+def test_formulas_match_a_traced_step(collectives: dict[str, int], checkpoint: bool) -> None:
     job, layout = small_job(2), Layout(8, "fsdp", 8, 4, checkpoint, micro_batches=2)
     trace_step(job, layout)
     counted = by_purpose(job, layout)
-    # of what a ring of eight moves, each process receives seven eighths
     assert counted["gather weights"][0] == pytest.approx(collectives["allgather_base"] * 7 / 8)
     assert counted["sum gradients"][0] == pytest.approx(collectives["reduce_scatter_base"] * 7 / 8)
-    # beside rows and results every loop sends the number of rows for each of eight experts
+    # every loop also sends the number of rows for each of eight experts
     sizes = 2 * 2 * (1 + checkpoint) * 8 * 8
     sent = collectives["alltoall_base"] - sizes
     assert counted["tokens to experts and back"][0] == pytest.approx(sent * 3 / 4)

@@ -1,6 +1,6 @@
-"""What the plan says a process stores, against FSDP2 and expert parallelism on fake processes.
+"""Planned bytes per process, against FSDP2 and expert parallelism in fake process groups.
 
-Process groups of up to 4,096 exist in this one process, and models only as shapes.
+Groups have up to 4,096 processes; models are on the meta device.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from open_mythos.plan import Layout
 from open_mythos.plan.memory import local_elements
-from open_mythos.plan.parameters import ROOT, model_on_meta, parameters
+from open_mythos.plan.parameters import ROOT, build, parameters
 from open_mythos.train import ParallelConfig, RunConfig, parallelize
 from open_mythos.train.optimizers.optim import NOT_TRAINED, rule_of
 from open_mythos.train.parallel import parallelize as parallelize_module
@@ -26,7 +27,7 @@ from .small import SMALL
 
 @contextmanager
 def fake_group(size: int, rank: int) -> Iterator[None]:
-    """Make this process one of ``size`` that do not exist."""
+    """Make this process rank ``rank`` of a fake group."""
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         yield
@@ -36,7 +37,7 @@ def fake_group(size: int, rank: int) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _meshes_for_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shard models on the meta device over processes with CPUs."""
+    """Shard models on the meta device over CPU meshes."""
     monkeypatch.setattr(
         parallelize_module,
         "init_device_mesh",
@@ -45,8 +46,9 @@ def _meshes_for_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stored(cfg, layout: Layout, rank: int) -> dict[str, tuple[int, int]]:
-    """Return name -> elements and bytes of storage that process ``rank`` has."""
-    model = model_on_meta(cfg)
+    """Return name -> elements and bytes of storage on ``rank``."""
+    with torch.device("meta"):
+        model = build(cfg)
     run = RunConfig(
         model=cfg,
         parallel=ParallelConfig(kind="fsdp", shard=layout.shard, experts=layout.experts),
@@ -69,21 +71,21 @@ def check(cfg, layout: Layout, ranks: tuple[int, ...] = (0,)) -> None:
 
 
 def layouts_of(cfg, gpus: int) -> Iterator[Layout]:
-    """All over all, a copy for each node, and experts apart in groups of eight and of all."""
+    """Yield FSDP and HSDP layouts, with expert-parallel groups of 1, 8 and all experts."""
     for shard in dict.fromkeys((gpus, 8, 64)):
         for experts in (1, 8, min(gpus, cfg.n_experts)):
             if gpus % shard == 0 and gpus % experts == 0 and cfg.n_experts % experts == 0:
                 yield Layout(gpus, "fsdp", shard, experts)
 
 
-def test_a_middle_variant() -> None:
+def test_one_variant() -> None:
     for layout in layouts_of(variant("1b"), 64):
         check(variant("1b"), layout, (0, 63))
 
 
 @pytest.mark.parametrize("shard", [3, 16])
-def test_parts_that_do_not_divide_are_padded(shard: int) -> None:
-    """Eight experts over 16 processes: half of them store none, and all send one."""
+def test_uneven_shards_are_padded(shard: int) -> None:
+    """With eight experts over 16 processes, half of the processes store none, but all send one."""
     check(SMALL, Layout(shard, "fsdp", shard), (0, 1, shard - 1))
     each = next(p for p in parameters(SMALL) if p.expert)
     assert shard * each.chunk(shard) >= each.n
@@ -97,8 +99,8 @@ def test_all_variants_on_up_to_4096_processes(name: str, gpus: int) -> None:
         check(variant(name), layout, (0, 1, gpus - 1))
 
 
-def test_parameters_know_their_unit_and_their_optimizer() -> None:
-    """Loop and root are gathered once, blocks twice; Muon takes matrices that the rules name."""
+def test_units_and_optimizers_of_parameters() -> None:
+    """Loop and root are gathered once, blocks twice; Muon takes matrices named by its rules."""
     found = parameters(SMALL)
     assert {each.unit for each in found} == {ROOT, "recurrent", "prelude.0", "coda.0"}
     for each in found:
