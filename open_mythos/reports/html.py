@@ -52,7 +52,7 @@ def heatmap(shares: Sequence[Sequence[float]], full: float) -> Markup:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], best: object = None) -> Markup:
-    """Return a table; numbers are right-aligned, the row with ``best`` in its first cell is bold."""
+    """Return a table with right-aligned numbers; the row whose first cell is ``best`` is bold."""
     return render("table.html", head=head, rows=rows, best=best)
 
 
