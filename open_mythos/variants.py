@@ -12,7 +12,6 @@ from typing import Any
 from open_mythos.checks import pick
 from open_mythos.config import MythosConfig
 
-
 _ATTENTION = (
     "n_heads", "n_kv_heads", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim",
 )  # fmt: skip
@@ -37,10 +36,11 @@ def _config(
         other: Further fields.
     """
     loops, outer_layers, lora_rank = depth
+    other |= zip(_ATTENTION, attention, strict=True)
+    other |= zip(_EXPERTS, experts, strict=True)
     return MythosConfig(
         dim=dim, v_head_dim=attention[-1], max_loop_iters=loops, prelude_layers=outer_layers,
-        coda_layers=outer_layers, lora_rank=lora_rank, **dict(zip(_ATTENTION, attention, strict=True)),
-        **dict(zip(_EXPERTS, experts, strict=True)), **other,
+        coda_layers=outer_layers, lora_rank=lora_rank, **other,
     )  # fmt: skip
 
 

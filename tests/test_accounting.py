@@ -156,12 +156,12 @@ def test_cache_bytes_are_those_held(attn_type, share):
     "arguments",
     [{"n_loops": 0}, {"n_loops": True}, {"n_loops": 2.5}, {"context": 0}, {"n_layers": 0}],
 )
-def test_bad_numbers_are_refused(arguments):
+def test_bad_numbers_are_rejected(arguments):
     with pytest.raises(ConfigError, match="an integer >= 1"):
         account(BASE, **arguments)
 
 
-def test_bad_configurations_are_refused():
+def test_bad_configurations_are_rejected():
     with pytest.raises(ConfigError, match="dim"):
         account(replace(BASE, dim=0))
 

@@ -132,7 +132,7 @@ class TestConfig:
         assert "n_experts" in error.fix
 
     def test_limits_are_accepted(self):
-        """Control: the values next to the refused ones work."""
+        """Control: values next to the rejected ones work."""
         for fields in (
             {"vocab_size": 2}, {"n_experts_per_tok": 8}, {"act_threshold": 1.0}, {"ffn_dim": 1},
             {"dropout": 0.999}, {"q_lora_rank": 0}, {"qk_rope_head_dim": 2}, {"rope_theta": 2},

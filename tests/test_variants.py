@@ -1,4 +1,4 @@
-"""Every named configuration: what it was promised to be, and how large it really is."""
+"""Named configurations: published sizes and parameter counts."""
 
 from __future__ import annotations
 

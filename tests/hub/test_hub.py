@@ -137,7 +137,7 @@ def test_a_run_loads_its_newest_checkpoint(where, tmp_path):
     assert from_pretrained(tmp_path).head.weight.unique().tolist() == [10]
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- rejected files ------------------------------------------------------------------------------
 
 
 def drop(tensors):
@@ -198,7 +198,7 @@ def in_config(**changes):
         (lambda values: values.update(architecture="dense", n_layers=True), "more layers"),
     ],
 )
-def test_configurations_are_refused(saved, change, named):
+def test_bad_configurations_are_rejected(saved, change, named):
     rewrite(saved / "config.json", change)
     with pytest.raises(DataError, match=named):
         from_pretrained(saved)
@@ -207,7 +207,7 @@ def test_configurations_are_refused(saved, change, named):
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b" " * (2 << 20)]
 )
-def test_a_damaged_config_is_refused(saved, content):
+def test_a_corrupted_config_is_rejected(saved, content):
     (saved / "config.json").write_bytes(content)
     with pytest.raises(DataError):
         from_pretrained(saved)
@@ -246,7 +246,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_weights_are_refused(saved, kind):
+def test_malicious_weights_are_rejected(saved, kind):
     (saved / "model.safetensors").write_bytes(HOSTILE[kind])
     before = sorted(saved.parent.rglob("*"))
     with pytest.raises(DataError):
@@ -254,7 +254,7 @@ def test_hostile_weights_are_refused(saved, kind):
     assert sorted(saved.parent.rglob("*")) == before
 
 
-def test_every_truncation_is_refused(saved):
+def test_every_truncation_is_rejected(saved):
     whole = (saved / "model.safetensors").read_bytes()
     for length in (7, 8, 100, len(whole) // 2, len(whole) - 1):
         (saved / "model.safetensors").write_bytes(whole[:length])

@@ -1,4 +1,4 @@
-"""Quantised models: what is rounded, what is not, that nothing else changes, what is refused."""
+"""Quantized models: which weights are rounded, and which calls raise."""
 
 from __future__ import annotations
 

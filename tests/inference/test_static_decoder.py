@@ -1,4 +1,4 @@
-"""Steps of constant shape: the plain form's tokens, and nothing that a capture could not hold."""
+"""Static-shape decoding yields the tokens of the reference, without host-device syncs."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount"
 
 
 class Refusing(TorchDispatchMode):
-    """Refuses what makes a host wait for its device, or brings it something from host memory."""
+    """Raises on host-device syncs and on copies from host memory."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -165,13 +165,13 @@ def arguments_of(case: tuple) -> tuple[OpenMythos, Tensor, dict[str, Any]]:
 
 class TestTokens:
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_static_is_the_plain_form(self, case):
+    def test_static_equals_the_reference(self, case):
         model, ids, arguments = arguments_of(case)
         plain = generate(model, ids, **arguments, mode="eager")
         assert torch.equal(generate(model, ids, **arguments, mode=decoder_of(model)), plain)
 
     @pytest.mark.parametrize("case", CASES[:4], ids=str)
-    def test_replayed_is_the_plain_form(self, case):
+    def test_replayed_equals_the_reference(self, case):
         """What a graph holds: every piece runs in Python twice in each bucket, then no more."""
         model, ids, arguments = arguments_of(case)
         decoder, tapes = decoder_of(model), Tapes()
@@ -241,7 +241,7 @@ class TestTokens:
 
 class TestWaiting:
     @pytest.mark.parametrize("case", CASES[:4], ids=str)
-    def test_a_step_waits_for_nothing(self, case, monkeypatch):
+    def test_a_step_has_no_host_sync(self, case, monkeypatch):
         model, ids, arguments = arguments_of(case)
         decoder = decoder_of(model)
         params = SamplingParams(NEW, arguments["temperature"], 9, 0.9, 0.01, 1.2, eos_token_id=3)
@@ -256,7 +256,7 @@ class TestWaiting:
          lambda x: bool(x.any()), lambda x: torch.tensor([1])],
         ids=["item", "nonzero", "mask", "list", "bool", "upload"],
     )  # fmt: skip
-    def test_the_test_sees_waiting(self, wait, monkeypatch):
+    def test_a_host_sync_is_detected(self, wait, monkeypatch):
         """Control."""
         with no_waiting(monkeypatch), pytest.raises(AssertionError):
             wait(torch.arange(3))
@@ -411,7 +411,7 @@ def start(decoder: StaticDecoder, ids: Tensor) -> Tensor:
 
 class TestRefusals:
     @pytest.mark.parametrize("mode", ["static", "compile"])
-    def test_what_only_the_plain_form_can_do(self, model, mode):
+    def test_calls_that_need_the_reference(self, model, mode):
         ids = random_ids(1, T)
         with pytest.raises(ConfigError, match="exit_rule"):
             generate(model, ids, 2, depth=Depth(exit_rule=FixedDepth(2)), mode=mode)
@@ -471,8 +471,8 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="takes no mask"):
             StaticDecoder(flash, 1, 8)
 
-    def test_experts_that_wait_are_not_captured(self):
-        """A model on no device in particular: what grouped products need is bfloat16 and width."""
+    def test_experts_with_host_syncs_are_not_captured(self):
+        """Grouped matmuls need bfloat16 and aligned widths; the device does not matter here."""
         for changes, dtype, captured in (
             ({}, torch.bfloat16, True),
             ({}, torch.float32, False),
@@ -486,7 +486,7 @@ class TestRefusals:
 
 
 class TestPlain:
-    def test_nobody_asked_for_more(self, model, monkeypatch):
+    def test_the_default_builds_no_static_decoder(self, model, monkeypatch):
         class Unwanted(StaticDecoder):
             def __init__(self, *_: Any, **__: Any) -> None:
                 raise AssertionError
@@ -529,7 +529,7 @@ class TestCompiled:
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("case", CASES[1:3], ids=str)
-    def test_compiled_is_the_plain_form(self, case, compiled_as):
+    def test_compiled_equals_the_reference(self, case, compiled_as):
         compiled_as()
         self.assert_equal(case)
 

@@ -160,7 +160,7 @@ class TestAbsorption:
         ("n_new", "n_all", "absorb"), [(1, 4096, True), (4096, 4096, False), (64, 4096, True)]
     )
     def test_choice_at_real_widths(self, n_new, n_all, absorb):
-        """Decoding stays latent, prefill and training expand, by the count of products."""
+        """Decoding is absorbed, prefill and training are expanded, by the FLOP count."""
         with torch.device("meta"):
             layer = MLAttention(small_config(
                 n_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,

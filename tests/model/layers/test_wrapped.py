@@ -51,7 +51,7 @@ class Doubled(nn.Module):
 
 
 def wrapped(name: str):
-    """A plain model, one with adapters on ``name``, and one with the adapters merged."""
+    """A model without adapters, one with adapters on ``name``, and one with the adapters merged."""
     torch.manual_seed(0)
     plain = small_model()
     with_adapter = copy.deepcopy(plain)
@@ -109,7 +109,7 @@ def test_a_wrapped_mixture_routes_and_is_recorded():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_that_are_made_on_access(dtype):
+def test_weights_computed_on_access(dtype):
     """A parametrization returns a new tensor at every access; its memory may be used again."""
     model = small_model(recurrent_layers=2).train()
     doubled = copy.deepcopy(model)
