@@ -1,6 +1,6 @@
 """The command line: ``open-mythos COMMAND ...``; ``open-mythos COMMAND --help`` explains each.
 
-Parsing loads no torch, so that help and mistakes come at once.
+Parsing does not import torch, so help and usage errors appear immediately.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from open_mythos.errors import MythosError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process.
 
-    0: done. 2 to 5: a :class:`~open_mythos.errors.MythosError` of that code, explained on standard
-    error. 75: training was interrupted and has saved its state. 130: interrupted.
+    0 on success; 2 to 5 for a :class:`~open_mythos.errors.MythosError`, printed to standard error;
+    75 if training was interrupted and saved its state; 130 if interrupted otherwise.
     """
     from open_mythos.cli.parser import parse
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"open-mythos: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        # the reader of our output has gone (`| head`); leave nothing for the interpreter to flush
+        # stdout was closed (`| head`): leave nothing for the interpreter to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``open-mythos data prepare``: text to token shards."""
+"""``open-mythos data prepare``: tokenize text into shards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def prepare_shards(
     Args:
         source: A text, JSONL or Parquet file, a folder of such, or "stdlib": the source of the
             running Python's standard library.
-        out: The folder to make.
+        out: The folder to create.
         tokenizer: "byte"; "bpe:N" trains a byte-level BPE of N tokens on the source; a path; or a
             Hugging Face model such as openai/gpt-oss-20b.
         val_fraction: Share of the documents kept for validation.
-        shard_tokens: Tokens of a shard.
+        shard_tokens: Tokens per shard.
         text_field: JSON key or Parquet column that holds the text.
-        overwrite: Replace an earlier folder.
-        quiet: No progress.
+        overwrite: Replace a folder that was prepared before.
+        quiet: Show no progress.
     """
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -36,7 +36,7 @@ def prepare_shards(
 
     if not 0 <= val_fraction < 1:
         raise ConfigError(
-            "not a share", where="--val-fraction", value=val_fraction, allowed="[0, 1)"
+            "not a fraction", where="--val-fraction", value=val_fraction, allowed="[0, 1)"
         )
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, transient=True, disable=quiet) as progress:
@@ -47,15 +47,9 @@ def prepare_shards(
             progress.update(task, description=f"{documents:,} documents, {tokens:,} tokens")
 
         index = prepare(
-            source,
-            out,
-            tok,
-            text_field=text_field,
-            val_fraction=val_fraction,
-            shard_tokens=shard_tokens,
-            overwrite=overwrite,
-            progress=show,
-        )
+            source, out, tok, text_field=text_field, val_fraction=val_fraction,
+            shard_tokens=shard_tokens, overwrite=overwrite, progress=show,
+        )  # fmt: skip
     for name, split in index.splits.items():
         print(
             f"{name:5s}  {split.documents:>9,} documents  {split.tokens:>13,} tokens  "

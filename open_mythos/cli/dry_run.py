@@ -1,4 +1,4 @@
-"""What a training run would do, in words: no text is read, no hub asked, nothing built."""
+"""Summary of a training run for ``--dry-run``: reads no text, contacts no hub, builds no model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from open_mythos.train.optimizers.schedule import learning_rate
 from open_mythos.train.text import is_prepared, prepared_folder
 
 KNOWN_VOCABULARIES = {DEFAULT_MODEL_ID: 200_064, "openai-community/gpt2": 50_304}
-"""``vocab_size`` of tokenizers on the hub, so that they need not be downloaded: gpt-oss has 200,019
-ids and GPT-2 50,257, to which a beginning and a padding token are added; rounded up to 64."""
+"""``vocab_size`` of hub tokenizers, to avoid a download: the 200,019 ids of gpt-oss and the 50,257
+of GPT-2 plus BOS and padding tokens, rounded up to a multiple of 64."""
 
 
 def described(config: RunConfig, *, fit_vocabulary: bool = True) -> str:
@@ -84,7 +84,7 @@ def _text(data: DataConfig) -> str:
     if folder := prepared_folder(data):
         return f"{folder}: {_shards(folder)}"
     if not data.source:
-        return "the source of Python's standard library, prepared as bytes when the run starts"
+        return "Python's standard library as bytes, prepared when the run starts"
     files = "files as listed when the run starts"
     if "://" not in data.source:
         corpus = open_corpus(data.source, data.text_field)
@@ -106,7 +106,7 @@ def _shards(folder: str) -> str:
 
 
 def _vocabulary(config: RunConfig) -> tuple[int, str]:
-    """Return the tokenizer's vocabulary, 0 if it cannot be known yet; and a description."""
+    """Return the tokenizer's vocabulary size, 0 if unknown, and a description."""
     if folder := prepared_folder(config.data):
         index = read_index(Path(folder))
         return index.vocab_size, f"{index.tokenizer}, vocabulary {index.vocab_size:,}"

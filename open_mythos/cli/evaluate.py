@@ -1,4 +1,4 @@
-"""``open-mythos evaluate``: loss by depth, or under an exit rule."""
+"""``open-mythos evaluate``: loss by depth, or with an early-exit rule."""
 
 from typing import Any
 
@@ -22,30 +22,30 @@ def evaluate(
     out: str = "",
     quiet: bool = False,
 ) -> int:
-    """Measure loss and bits per byte at several numbers of loops, or under an exit rule.
+    """Measure loss and bits per byte at several depths, or with an early-exit rule.
 
-    With ``--exit`` the rule is compared with the same exits assigned to random positions, with its
-    mean depth at all positions, and with full depth.
+    ``--exit`` compares the rule with the same exits assigned to random positions, with its mean
+    depth at every position, and with full depth.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
-        data: Folder of prepared token shards; by default the text that the run is evaluated on.
-        depths: Loops to measure at, as a list: [1,2,4,8]; by default powers of two up to four times
-            the model's max_loop_iters.
-        exit: Rule by which a position stops early: gate, kl, change, acceleration, stable, each
-            with its numbers if wanted, such as gate:0.9 or kl:0.01,1.0.
-        n_loops: With exit: the most loops; by default the model's max_loop_iters.
-        repeats: With exit: passes by which each depth is timed, in turns; 0 times nothing.
+        data: Folder of prepared token shards; by default the run's validation text.
+        depths: Loop counts, as a list: [1,2,4,8]; by default powers of two up to four times the
+            model's max_loop_iters.
+        exit: Early-exit rule: gate, kl, change, acceleration, stable, with optional parameters
+            such as gate:0.9 or kl:0.01,1.0.
+        n_loops: With exit: maximum loops; by default the model's max_loop_iters.
+        repeats: With exit: interleaved passes that time each depth; 0 for no timing.
         split: "val" or "train".
-        seq_len: Tokens of a sequence.
-        windows: Sequences to read at most.
-        batch: Sequences at a time.
+        seq_len: Tokens per sequence.
+        windows: Maximum number of sequences.
+        batch: Sequences per forward pass.
         dtype: "float32", or "bfloat16" by autocast.
-        quantize: Round the weights of all blocks: int8, or int4, with the size of its groups if
-            wanted, such as int4:64; the model then computes in bfloat16, whatever the dtype.
+        quantize: Quantize the weights of all blocks: int8 or int4, with an optional group size
+            such as int4:64; the model then computes in bfloat16, regardless of dtype.
         device: "auto", "cpu", "cuda".
         out: Also write the rows to this file, as JSON.
-        quiet: No progress bar.
+        quiet: Show no progress bar.
     """
     import json
     from dataclasses import asdict

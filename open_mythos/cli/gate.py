@@ -20,22 +20,22 @@ def train_gate(
     device: str = "auto",
     quiet: bool = False,
 ) -> int:
-    """Train the halting gate of a trained model, and nothing else of it.
+    """Train the halting gate of a trained model; all other weights stay frozen.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
         data: Folder of prepared token shards; by default the text that the run was trained on.
         out: Folder for the model with the trained gate; new or empty.
-        n_loops: Loops that the model is followed through.
+        n_loops: Loops to run per position.
         target: "remaining" continues while any later loop is better, "marginal" while the next one
             is.
-        margin: Nats at which continuing and stopping are equally good; more stops earlier.
-        positions: Most positions to learn from.
+        margin: Gain in nats at which continuing breaks even; a larger margin stops earlier.
+        positions: Maximum number of training positions.
         steps: Optimizer steps.
         lr: Learning rate.
         seed: Seed of the data order.
-        seq_len: Tokens of a sequence.
-        batch: Sequences at a time.
+        seq_len: Tokens per sequence.
+        batch: Sequences per forward pass.
         dtype: "float32", or "bfloat16" by autocast.
         device: "auto", "cpu", "cuda".
         quiet: Print no table.
@@ -72,7 +72,7 @@ def train_gate(
             allowed="a looped model",
         )  # fmt: skip
     source = training_source(checkpoint, data, seq_len=seq_len, batch=batch, seed=seed)
-    with Console(stderr=True, quiet=quiet).status(f"following {source.name} through the loops"):
+    with Console(stderr=True, quiet=quiet).status(f"recording the loops on {source.name}"):
         report = gate.train_gate(model, source.batches, config, dtype=resolve_dtype(dtype))
     save_pretrained(model, folder)
     copy_run_files(checkpoint, folder)

@@ -1,4 +1,4 @@
-"""``open-mythos generate``: continue a text."""
+"""``open-mythos generate``: sample a continuation of a prompt."""
 
 
 def generate(
@@ -19,27 +19,27 @@ def generate(
     device: str = "auto",
     quiet: bool = False,
 ) -> int:
-    """Continue PROMPT; tokens are printed as they are generated.
+    """Continue PROMPT and stream the generated tokens.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
         prompt: The text to continue.
-        n_loops: Loops per token, or the most of them; by default the model's max_loop_iters.
-        exit: Early-exit rule of the tokens: gate, kl, change, acceleration, stable, each with
-            its numbers if wanted, such as gate:0.9 or kl:0.01,1.0; by default none.
-        max_new_tokens: Most tokens to add.
+        n_loops: Loops per token (with exit: at most); by default the model's max_loop_iters.
+        exit: Early-exit rule: gate, kl, change, acceleration, stable, with optional parameters
+            such as gate:0.9 or kl:0.01,1.0; by default none.
+        max_new_tokens: Maximum number of new tokens.
         temperature: Divides the logits; 0 is greedy.
-        top_k: Draw from the k most likely tokens; 0: from all.
-        top_p: Draw from the smallest set with this probability.
-        min_p: Drop tokens less likely than this share of the most likely one.
-        repetition_penalty: Above 1 makes tokens that have occurred less likely.
-        seed: Seed of the sampling; the same seed gives the same text.
-        stop: Strings that end the text, as a list: '["\\n\\n"]'.
-        quantize: Quantize the weights of all blocks: int8, or int4, with the size of its groups if
-            wanted, such as int4:64; the model then computes in bfloat16.
+        top_k: Sample from the k most likely tokens; 0 for all.
+        top_p: Sample from the smallest set of tokens with this total probability.
+        min_p: Drop tokens below this fraction of the highest probability.
+        repetition_penalty: Values above 1 make tokens less likely that have occurred before.
+        seed: Seed of the sampling; equal seeds give equal text.
+        stop: Stop strings, as a list: '["\\n\\n"]'.
+        quantize: Quantize the weights of all blocks: int8 or int4, with an optional group size
+            such as int4:64; the model then computes in bfloat16.
         tokenizer: "byte" or a path; by default the one stored with the model.
         device: "auto", "cpu", "cuda".
-        quiet: Print the new text only, at the end.
+        quiet: Print only the new text, when it is complete.
     """
     import sys
     from functools import partial
@@ -63,7 +63,7 @@ def generate(
     def show(_: int, token_B: torch.Tensor) -> None:
         nonlocal loops, tokens
         if trace is not None and trace.exits is not None:
-            # of the tokens that this one was computed from
+            # exits of the tokens that were the input of this step
             loops, tokens = loops + int(trace.exits.sum()), tokens + trace.exits.numel()
         if not quiet and int(token_B) != tok.eos_id:
             print(stream.push(int(token_B)), end="", flush=True)

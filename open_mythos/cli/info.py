@@ -1,17 +1,18 @@
-"""``open-mythos info``: what a model holds and costs, without building it."""
+"""``open-mythos info``: parameters, FLOPs and cache of a model, without building it."""
 
 from __future__ import annotations
 
-from json import dumps
+from json import JSONDecodeError, dumps, loads
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from open_mythos.accounting import Accounting, account
+from open_mythos.cli.tables import new_table, scaled
 from open_mythos.config import MythosConfig
-from open_mythos.errors import ConfigError, DataError
+from open_mythos.errors import ConfigError
+from open_mythos.run_folder import read_config
 from open_mythos.variants import VARIANTS, variant
 
 
@@ -24,14 +25,12 @@ def info(
         model: A variant (1b), a YAML or JSON file with a model's configuration, or a folder with a
             model, a checkpoint or a run.
         loops: Depths to show, as a list: [1,4,16]; by default powers of two up to max_loop_iters.
-        context: Positions; by default the model's max_seq_len.
+        context: Context length in tokens; by default the model's max_seq_len.
         json: Print JSON instead of tables.
     """
     cfg, n_layers = described_model(model)
-    rows = [
-        account(cfg, n_loops, context, n_layers=n_layers)
-        for n_loops in (loops or default_depths(cfg, n_layers))
-    ]
+    depths = loops or ([1] if n_layers is not None else _powers_of_two(cfg.max_loop_iters))
+    rows = [account(cfg, n_loops, context, n_layers=n_layers) for n_loops in depths]
     if json:
         content = {"model": model, "config": cfg.to_dict(), "depths": [r.to_dict() for r in rows]}
         print(dumps(content))
@@ -42,16 +41,13 @@ def info(
     return 0
 
 
-def default_depths(cfg: MythosConfig, n_layers: int | None) -> list[int]:
-    """Return 1, 2, 4, ... and max_loop_iters; a dense model has one depth."""
-    if n_layers is not None:
-        return [1]
-    powers = [2**k for k in range(cfg.max_loop_iters.bit_length()) if 2**k < cfg.max_loop_iters]
-    return [*powers, cfg.max_loop_iters]
+def _powers_of_two(most: int) -> list[int]:
+    """Return 1, 2, 4, ... below ``most``, and ``most``."""
+    return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
 
 
 def described_model(model: str) -> tuple[MythosConfig, int | None]:
-    """Read the configuration of a variant, a file or a folder, and the layers of a dense model.
+    """Read the configuration of a variant, file or folder, and the layer count of a dense model.
 
     Raises:
         ConfigError: It is none of these.
@@ -66,15 +62,13 @@ def described_model(model: str) -> tuple[MythosConfig, int | None]:
         path = model_directory(path) / CONFIG_FILE
     if not path.is_file():
         raise ConfigError(
-            "neither a variant nor a file nor a folder", where="info", value=model,
+            "not a variant, file or folder", where="model", value=model,
             allowed=", ".join(VARIANTS) + ", a YAML or JSON file, a model or run folder",
         )  # fmt: skip
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError("not YAML or JSON", where=str(path), value=str(error)) from error
-    if not isinstance(content, dict):
-        raise DataError("not a configuration", where=str(path), value=content, allowed="a mapping")
+        content = loads(path.read_bytes())  # YAML would read JSON's 1e-06 as a string
+    except (JSONDecodeError, UnicodeDecodeError):
+        content = read_config(path)
     n_layers = content.get("n_layers")
     for key in ("config", "model"):
         if isinstance(content.get(key), dict):
@@ -83,14 +77,11 @@ def described_model(model: str) -> tuple[MythosConfig, int | None]:
 
 
 def _parts_table(name: str, cfg: MythosConfig, counts: Accounting) -> Table:
-    attention = cfg.attn_type.upper()
-    table = Table(
-        title=f"{name}: {counts.parameters:,} parameters, {counts.architecture}, {attention}, "
-        f"context {counts.context:,}",
-        title_justify="left",
+    table = new_table(
+        f"{name}: {counts.parameters:,} parameters, {counts.architecture}, "
+        f"{cfg.attn_type.upper()}, context {counts.context:,}",
+        ("part", "parameters", "active per token"),
     )
-    for heading in ("part", "parameters", "active per token"):
-        table.add_column(heading, justify="left" if heading == "part" else "right")
     for part, stored in counts.stored.items():
         table.add_row(part, f"{stored:,}", f"{counts.active[part]:,}")
     table.add_section()
@@ -100,33 +91,20 @@ def _parts_table(name: str, cfg: MythosConfig, counts: Accounting) -> Table:
 
 
 def _depth_table(rows: list[Accounting]) -> Table:
-    table = Table(
-        title="against depth (per token; cache in bfloat16)",
-        caption="forward and training: mean over a full context; decode: at its end",
-        title_justify="left",
-        caption_justify="left",
+    table = new_table(
+        "per token, by depth (cache in bfloat16)",
+        ("loops", "forward", "training", "decode", "cache/token", "cache/context"),
+        "forward and training: mean over a full context; decode: at its end",
+        first="right",
     )
-    for heading in ("loops", "forward", "training", "decode", "cache / token", "cache / context"):
-        table.add_column(heading, justify="right")
     for row in rows:
-        per_token = row.cache_bytes()
+        flops = (row.forward_flops(), row.training_flops(), row.decode_flops())
+        cache = row.cache_bytes()
         table.add_row(
-            str(row.n_loops), _si(row.forward_flops(), "FLOP"), _si(row.training_flops(), "FLOP"),
-            _si(row.decode_flops(), "FLOP"), _bytes(per_token), _bytes(per_token * row.context),
+            str(row.n_loops), *(scaled(n, "FLOP") for n in flops),
+            *(scaled(n, "B", base=1024, prefixes=_BINARY) for n in (cache, cache * row.context)),
         )  # fmt: skip
     return table
 
 
-def _si(value: float, unit: str) -> str:
-    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P"), unit)
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, 1024, ("", "Ki", "Mi", "Gi", "Ti"), "B")
-
-
-def _scaled(value: float, base: int, prefixes: tuple[str, ...], unit: str) -> str:
-    power = 0
-    while value >= base and power + 1 < len(prefixes):
-        value, power = value / base, power + 1
-    return f"{value:.3g} {prefixes[power]}{unit}"
+_BINARY = ("", "Ki", "Mi", "Gi", "Ti")

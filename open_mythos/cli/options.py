@@ -1,4 +1,4 @@
-"""Parsers of options (jsonargparse): mistakes are ConfigErrors, dashes mean underscores."""
+"""Option parsers based on jsonargparse: usage errors are ConfigErrors, dashes are underscores."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ Command = Callable[..., int]
 
 
 class Parser(ArgumentParser):
-    """A parser whose mistakes are ConfigErrors that name the nearest option."""
+    """A parser that raises usage errors as ConfigErrors with the nearest option."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise the mistake as a ConfigError."""
-        fix = f"see {self.prog} --help"
+        """Raise a ConfigError."""
+        fix, options = f"see {self.prog} --help", self.option_names()
         for pattern in (
             r"unrecognized arguments: --?([\w.]+)",
             r"Key '?([\w.]+)'? is not expected",
             r"(?:Subkey|Group|Option) '([\w.]+)' (?:is not|does not)",
         ):
-            if match := re.search(pattern, message):
-                fix = nearest(match[1], self.option_names())
+            match = re.search(pattern, message)
+            if match and len(guess := nearest(match[1], options)) < 500:  # not a list of hundreds
+                fix = guess
         raise ConfigError(" ".join(message.split()), where=self.prog, fix=fix) from ex
 
     def option_names(self) -> list[str]:
@@ -35,7 +36,7 @@ class Parser(ArgumentParser):
 
 
 def new_parser(prog: str, description: str) -> Parser:
-    """Make a parser that also reads a YAML file of options."""
+    """Create a parser that also reads a YAML file of options."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="a YAML file with these options")
@@ -43,7 +44,7 @@ def new_parser(prog: str, description: str) -> Parser:
 
 
 def parse_words(parser: Parser, words: list[str], flags: Iterable[str]) -> dict[str, Any]:
-    """Parse a command line; flags may stand alone, and dashes in names mean underscores."""
+    """Parse a command line; flags need no value, and dashes in names are underscores."""
     pairs = zip(words, [*words[1:], ""], strict=False)
     normal = [with_underscores(word, flags, following) for word, following in pairs]
     values = parser.parse_args(normal)
@@ -62,5 +63,5 @@ def with_underscores(word: str, flags: Iterable[str] = (), following: str = "") 
 
 
 def flags_of(command: Command) -> set[str]:
-    """Return the options of a command that are set by naming them."""
+    """Return the boolean options of a command."""
     return {name for name, kind in get_type_hints(command).items() if kind is bool}

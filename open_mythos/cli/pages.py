@@ -1,4 +1,4 @@
-"""``open-mythos trace`` and ``open-mythos report``: HTML pages of a prompt and of a run."""
+"""``open-mythos trace`` and ``open-mythos report``: HTML pages of a prompt or a run."""
 
 
 def trace(
@@ -9,14 +9,14 @@ def trace(
     out: str = "trace.html",
     device: str = "auto",
 ) -> int:
-    """Write a page that shows a model's predictions for PROMPT, loop by loop.
+    """Write an HTML page of a model's predictions for PROMPT after each loop.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
-        prompt: The text, in words of the stored tokenizer.
-        n_loops: Loops; by default the model's max_loop_iters.
-        exit: Exit rule to mark: gate, kl, change, acceleration, stable, each with its numbers if
-            wanted, such as gate:0.9 or kl:0.01,1.0; by default the gate, if trained.
+        prompt: The text; the stored tokenizer must cover it.
+        n_loops: Number of loops; by default the model's max_loop_iters.
+        exit: Early-exit rule to mark: gate, kl, change, acceleration, stable, with optional
+            parameters such as gate:0.9 or kl:0.01,1.0; by default the gate, if trained.
         out: The HTML file to write.
         device: "auto", "cpu", "cuda".
     """
@@ -26,10 +26,10 @@ def trace(
 
 
 def report(run: str, out: str = "") -> int:
-    """Write a page of a run: curves, depths, loops, alarms.
+    """Write an HTML page of a run: curves, depths, loops, alarms.
 
     Args:
-        run: Folder of a run; it may still be running.
+        run: Folder of a finished or active run.
         out: The HTML file to write; by default report.html in the run's folder.
     """
     from open_mythos.reports.run_page import report_run

@@ -1,7 +1,7 @@
-"""From a command line to a function call.
+"""Map a command line to a function call.
 
-A command is a function: its signature and docstring are its options and help. A module of a
-command loads torch only inside the function, so that help and mistakes appear at once.
+Each command is a function whose signature and docstring define its options and help. Its module
+imports torch only inside the function, so help and usage errors appear immediately.
 """
 
 from __future__ import annotations
@@ -18,23 +18,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("open_mythos.cli.train:train", "Train a model."),
     "train gate": ("open_mythos.cli.gate:train_gate", "Train the halting gate of a trained model."),
     "generate": ("open_mythos.cli.generate:generate", "Continue a text with a trained model."),
-    "evaluate": (
-        "open_mythos.cli.evaluate:evaluate",
-        "Measure loss by number of loops, or under an exit rule.",
-    ),
-    "trace": (
-        "open_mythos.cli.pages:trace",
-        "Write a page of a prompt, loop by loop.",
-    ),
-    "plan": ("open_mythos.cli.plan:plan", "Estimate memory, layout, days and cost of a training."),
-    "report": (
-        "open_mythos.cli.pages:report",
-        "Write a page of a run: curves, depths, loops, alarms.",
-    ),
+    "evaluate": ("open_mythos.cli.evaluate:evaluate", "Measure loss by depth, or with exits."),
+    "trace": ("open_mythos.cli.pages:trace", "Write an HTML page of a prompt, loop by loop."),
+    "plan": ("open_mythos.cli.plan:plan", "Estimate memory, layout, time and cost of training."),
+    "report": ("open_mythos.cli.pages:report", "Write an HTML page of a run's metrics."),
     "info": ("open_mythos.cli.info:info", "Count parameters, FLOPs and cache bytes by depth."),
-    "data prepare": ("open_mythos.cli.data:prepare_shards", "Turn text into token shards."),
+    "data prepare": ("open_mythos.cli.data:prepare_shards", "Tokenize text into shards."),
 }
-"""Command -> the function that runs it ("module:function"), and a summary."""
+"""Command -> its function ("module:function") and a summary."""
 
 
 def parse(argv: list[str]) -> tuple[Command, dict[str, Any]]:
@@ -67,7 +58,7 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _about(name: str, words: list[str]) -> tuple[Command, dict[str, Any]]:
-    """Answer what is no command: help, the version, or the first word of a command."""
+    """Handle help, the version, and the first word of a two-word command."""
     if name == "--version":
         return _print_version, {}
     listed = {each: text for each, (_, text) in COMMANDS.items() if f"{each} ".startswith(name)}

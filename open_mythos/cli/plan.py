@@ -1,4 +1,4 @@
-"""``open-mythos plan``: what a training needs and costs, before it is paid for."""
+"""``open-mythos plan``: memory, layout, time and cost of a training run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from open_mythos.cli.info import described_model
+from open_mythos.cli.tables import new_table, scaled
 from open_mythos.plan import Job, Plan, Wish, make_plan, parse_count
 from open_mythos.plan import gpu as gpu_named
 from open_mythos.plan.hardware import LINK_EFFICIENCY, MFU, NODE, USABLE
 from open_mythos.plan.tracker import Part
 
 LONGEST_CONTEXT = 8192
-"""Tokens of a training sequence at most, unless asked for: long contexts are trained last."""
+"""Default upper limit of a training sequence in tokens: long contexts are trained last."""
 TOKENS_PER_PARAMETER = 20
-"""Where no tokens are given (arXiv 2203.15556)."""
+"""Default length of a run (Chinchilla, arXiv 2203.15556)."""
 WIDTH = 100
 
 
@@ -48,28 +49,28 @@ def plan(
     Args:
         model: A variant (3b), a YAML or JSON file with a model's configuration, or a folder with a
             model, a checkpoint or a run.
-        gpus: How many there are, in nodes of eight.
+        gpus: Number of GPUs, in nodes of eight.
         gpu: "h100", "h200" or "b200".
-        tokens: To train on: 30B, 1.5T, 3e10; by default 20 for each parameter.
+        tokens: Training tokens: 30B, 1.5T, 3e10; by default 20 per parameter.
         context: Tokens of a sequence; by default the model's context, at most 8192.
         n_loops: Mean loops of a sequence; by default the model's max_loop_iters.
         max_loops: Most loops of a sequence, which memory has to hold; by default the mean.
-        grad_loops: Truncated back-propagation through so many loops; by default all.
-        dtype: Of the matmuls: "bfloat16", "float16" or "float32".
+        grad_loops: Truncated back-propagation: loops that carry gradient; by default all.
+        dtype: Dtype of the matmuls: "bfloat16", "float16" or "float32".
         optimizer: "adamw" or "muon".
         ema: Keep a running mean of the weights.
-        global_batch_tokens: Of a step: 4M; by default 4 Mi, or a sequence for each GPU.
-        mfu: Share of the peak rate while computing; by default 0.3.
-        price: US dollars of a GPU for an hour; by default that of a table.
-        kind: "none", "ddp" or "fsdp"; by default the plan chooses, as of the next four.
+        global_batch_tokens: Tokens per step: 4M; by default 4 Mi, or one sequence per GPU.
+        mfu: Model FLOPs utilization while computing; by default 0.3.
+        price: US dollars per GPU hour; by default a typical rental price.
+        kind: "none", "ddp" or "fsdp"; like the next four, chosen by the plan if not given.
         shard: GPUs that share one copy of the weights.
         experts: Size of the expert-parallel group.
         micro_batch: Sequences that a GPU computes at a time.
-        checkpoint_loops: Whether loops are recomputed in the backward pass.
+        checkpoint_loops: Recompute loops in the backward pass.
         json: Print JSON instead of tables.
 
     Raises:
-        DoesNotFitError: No layout of the GPUs holds the training.
+        DoesNotFitError: The run fits in no layout of the GPUs.
         ConfigError: An argument is out of range.
         DataError: The model's file is not a configuration.
     """
@@ -81,12 +82,12 @@ def plan(
         optimizer=optimizer, ema=ema,
     )  # fmt: skip
     given = tokens not in ("", 0)
-    wanted = parse_count(tokens, "tokens") if given else float(
-        TOKENS_PER_PARAMETER * job.counts.parameters
-    )  # fmt: skip
+    n_tokens = float(TOKENS_PER_PARAMETER * job.counts.parameters)
+    if given:
+        n_tokens = parse_count(tokens, "tokens")
     batch = parse_count(global_batch_tokens, "global_batch_tokens") if global_batch_tokens else 0
     made = make_plan(
-        job, gpu_named(gpu), gpus, wanted,
+        job, gpu_named(gpu), gpus, n_tokens,
         batch_tokens=batch, mfu=MFU if mfu is None else mfu, price=price,
         wish=Wish(kind or None, shard, experts, micro_batch, checkpoint_loops),
     )  # fmt: skip
@@ -96,10 +97,10 @@ def plan(
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    for part in (_summary(model, made, given), _depths(made), _memory(made), _kept(made),
-                 _traffic(made), _training(made), _inference(made)):  # fmt: skip
-        if part is not None:
-            console.print(part)
+    parts = (_depths, _memory, _activations, _traffic, _training, _inference)
+    for table in (_summary(model, made, given), *(part(made) for part in parts)):
+        if table is not None:
+            console.print(table)
             console.print()
     console.print(_assumptions(made), style="dim", highlight=False)
     return 0
@@ -107,65 +108,53 @@ def plan(
 
 def _summary(name: str, plan: Plan, given: bool) -> Table:
     job, layout, counts = plan.job, plan.layout, plan.job.counts
-    table = _table(f"{name} on {layout.gpus:,} x {plan.gpu.name}", header=False)
-    table.add_column("what", no_wrap=True)
-    table.add_column("figure", overflow="fold")
-    table.add_row(
-        "parameters", f"{_count(counts.parameters)}, {_count(counts.active_parameters)} of them "
-        "active in a token",
-    )  # fmt: skip
+    table = new_table(f"{name} on {layout.gpus:,} x {plan.gpu.name}", ())
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    active = _count(counts.active_parameters)
+    table.add_row("parameters", f"{_count(counts.parameters)}, {active} active per token")
     if job.looped:
-        depth = f"{job.n_loops:g} loops" if job.n_loops == job.max_loops else (
-            f"{job.n_loops:g} loops on average, {job.max_loops} at most"
-        )  # fmt: skip
+        depth = f"{job.n_loops:g} loops"
+        if job.n_loops != job.max_loops:
+            depth += f" on average, {job.max_loops} at most"
         if job.grad_loops is not None:
             depth += f", gradient through the last {job.grad_loops}"
         table.add_row("depth", depth)
-    table.add_row(
-        "tokens", f"{_count(plan.tokens)}" + ("" if given else " (20 for each parameter)")
-    )
-    table.add_row(
-        "step", f"{layout.global_batch:,} sequences of {job.context:,} tokens: "
-        f"{_count(plan.step_tokens)} tokens",
-    )  # fmt: skip
+    table.add_row("tokens", _count(plan.tokens) + ("" if given else " (20 per parameter)"))
+    size, tokens = f"{layout.global_batch:,} sequences of {job.context:,}", _count(plan.step_tokens)
+    table.add_row("step", f"{size} tokens: {tokens} tokens")
     table.add_section()
     table.add_row("layout", layout.name)
-    table.add_row(
-        "each GPU", f"{layout.micro_batches} x {layout.micro_batch} sequences, loops "
-        + ("recomputed in the backward pass" if layout.checkpoint_loops else "kept"),
-    )  # fmt: skip
+    loops = "recomputed in the backward pass" if layout.checkpoint_loops else "kept"
+    each = f"{layout.micro_batches} x {layout.micro_batch} sequences"
+    table.add_row("each GPU", f"{each}, loops {loops}")
     table.add_row("options", layout.options(job))
     return table
 
 
 def _depths(plan: Plan) -> Table:
-    length = f"{plan.job.context:,} tokens"
-    table = _table(
-        "FLOPs of a token by depth",
-        caption=f"forward and training: mean over {length}; decoding: at their end",
-    )
-    for heading in ("loops", "forward", "training", "decoding"):
-        table.add_column(heading, justify="right")
+    table = new_table(
+        "FLOPs per token by depth", ("loops", "forward", "training", "decoding"),
+        f"forward and training: mean over {plan.job.context:,} tokens; decoding: at their end",
+        first="right",
+    )  # fmt: skip
     for each in plan.depths():
-        table.add_row(
-            str(each.n_loops), _flop(each.forward_flops()),
-            _flop(each.training_flops(grad_loops=plan.job.grad_loops)), _flop(each.decode_flops()),
-        )  # fmt: skip
+        training = each.training_flops(grad_loops=plan.job.grad_loops)
+        flops = (each.forward_flops(), training, each.decode_flops())
+        table.add_row(str(each.n_loops), *(scaled(n, "FLOP") for n in flops))
     return table
 
 
 def _memory(plan: Plan) -> Table:
-    here, other = plan.memory, plan.other_memory
-    table = _table(
-        "peak memory of a GPU during a step",
-        caption=f"usable: {_bytes(plan.gpu.usable)} of {_bytes(plan.gpu.memory)}",
-    )
-    table.add_column("", no_wrap=True)
-    table.add_column("planned", justify="right")
-    if other is not None:
-        recomputed = plan.layout.checkpoint_loops
-        table.add_column("loops kept" if recomputed else "loops recomputed", justify="right")
-    both = [each for each in (here, other) if each is not None]
+    columns = {"planned": plan.memory}
+    if plan.other_memory is not None:
+        other = "loops kept" if plan.layout.checkpoint_loops else "loops recomputed"
+        columns[other] = plan.other_memory
+    table = new_table(
+        "peak memory of a GPU during a step", ("", *columns),
+        f"usable: {_bytes(plan.gpu.usable)} of {_bytes(plan.gpu.memory)}",
+    )  # fmt: skip
+    both = columns.values()
     for part in Part:
         row = [each.parts.get(part.value, 0) for each in both]
         if any(row):
@@ -180,45 +169,38 @@ def _memory(plan: Plan) -> Table:
 _PHASES = {"backward": "forward, backward", "optimizer": "optimizer step"}
 
 
-def _kept(plan: Plan) -> Table | None:
+def _activations(plan: Plan) -> Table | None:
     if not plan.activations:
         return None
-    table = _table("activations that one loop keeps for each token")
-    for name in plan.activations:
-        table.add_column(name, justify="right")
-    table.add_row(*(_bytes(n) for n in plan.activations.values()))
+    names = plan.activations
+    table = new_table("activations stored per token and loop", names, first="right")
+    table.add_row(*(_bytes(n) for n in names.values()))
     return table
 
 
 def _traffic(plan: Plan) -> Table | None:
     if not plan.traffic:
         return None
-    table = _table("communication of a GPU in a step (received)")
-    table.add_column("", no_wrap=True)
-    for heading in ("NVLink", "network", "time"):
-        table.add_column(heading, justify="right")
+    table = new_table(
+        "communication of a GPU per step (received)", ("", "NVLink", "network", "time")
+    )
     for each in plan.traffic:
         table.add_row(each.what, _bytes(each.nvlink), _bytes(each.network), _time(each.seconds))
     if len(plan.traffic) > 1:
+        sums = (sum(each.nvlink for each in plan.traffic), sum(x.network for x in plan.traffic))
         table.add_section()
-        table.add_row(
-            "all", _bytes(sum(each.nvlink for each in plan.traffic)),
-            _bytes(sum(each.network for each in plan.traffic)), _time(plan.traffic_seconds),
-        )  # fmt: skip
+        table.add_row("all", *map(_bytes, sums), _time(plan.traffic_seconds))
     return table
 
 
 def _training(plan: Plan) -> Table:
-    table = _table(
-        f"training: {plan.steps:,} steps, {plan.flops:.3g} useful FLOPs",
-        caption="best: communication overlaps with computing; worst: none of it does",
-    )
-    table.add_column("", no_wrap=True)
-    for heading in ("best", "worst"):
-        table.add_column(heading, justify="right")
+    table = new_table(
+        f"training: {plan.steps:,} steps, {plan.flops:.3g} model FLOPs", ("", "best", "worst"),
+        "best: communication overlaps with compute; worst: no overlap",
+    )  # fmt: skip
     seconds = plan.step_seconds
-    table.add_row("a step", *(_time(s) for s in seconds))
-    table.add_row("tokens a second", *(_count(plan.step_tokens / s) for s in seconds))
+    table.add_row("step", *map(_time, seconds))
+    table.add_row("tokens/s", *(_count(plan.step_tokens / s) for s in seconds))
     table.add_row("MFU", *(f"{share:.0%}" for share in plan.utilisation))
     table.add_row("days", *(f"{days:,.1f}" for days in plan.days))
     table.add_row("GPU hours", *(f"{hours:,.0f}" for hours in plan.gpu_hours))
@@ -228,10 +210,10 @@ def _training(plan: Plan) -> Table:
 
 def _inference(plan: Plan) -> Table:
     counts, positions = plan.job.counts, plan.job.cfg.max_seq_len
-    table = _table(f"inference in bfloat16: weights {_bytes(2 * counts.parameters)}")
-    table.add_column("cache", no_wrap=True)
-    for heading in ("a token", f"{positions:,} tokens"):
-        table.add_column(heading, justify="right")
+    table = new_table(
+        f"inference in bfloat16: weights {_bytes(2 * counts.parameters)}",
+        ("cache", "per token", f"{positions:,} tokens"),
+    )
     rows = {"exact": plan.cache_bytes()}
     if plan.job.looped:
         rows = {
@@ -247,38 +229,19 @@ def _assumptions(plan: Plan) -> str:
     gpu_ = plan.gpu
     return (
         f"Assumed: matmuls at {plan.mfu:.0%} of {gpu_.rate(plan.job.dtype) / 1e12:,.0f} TFLOP/s "
-        f"(--mfu), ${plan.price:,.2f} for a GPU hour (--price), nodes of {NODE} GPUs, NVLink "
+        f"(--mfu), ${plan.price:,.2f} per GPU hour (--price), nodes of {NODE} GPUs, NVLink "
         f"{gpu_.nvlink / 1e9:,.0f} GB/s and network {gpu_.network / 1e9:,.0f} GB/s each way at "
         f"{LINK_EFFICIENCY:.0%}, {1 - USABLE:.0%} of the memory kept free, experts evenly loaded. "
         f"Sources: {gpu_.source}. GB are 10^9 bytes. docs/plan.md has the formulas."
     )
 
 
-def _table(title: str, caption: str | None = None, header: bool = True) -> Table:
-    return Table(
-        title=title, title_justify="left", caption=caption, caption_justify="left",
-        show_header=header, title_style="bold", min_width=min(WIDTH, len(title) + 2),
-    )  # fmt: skip
-
-
 def _count(value: float) -> str:
-    """ "2.98 B"."""
-    return _scaled(value, ("", " k", " M", " B", " T")).strip()
-
-
-def _flop(value: float) -> str:
-    return _scaled(value, (" ", " k", " M", " G", " T", " P")) + "FLOP"
+    return scaled(value, "", prefixes=("", "k", "M", "B", "T")).strip()
 
 
 def _bytes(value: float) -> str:
-    return _scaled(value, (" ", " k", " M", " G", " T")) + "B"
-
-
-def _scaled(value: float, units: tuple[str, ...]) -> str:
-    power = 0
-    while value >= 999.5 and power + 1 < len(units):
-        value, power = value / 1000, power + 1
-    return f"{value:.3g}{units[power]}" if value < 999.5 else f"{value:,.0f}{units[power]}"
+    return scaled(value, "B")
 
 
 def _time(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Progress of a training run on standard error: a live line at a terminal, else lines of text."""
+"""Training progress on standard error: a progress bar in a terminal, else lines of text."""
 
 from __future__ import annotations
 
@@ -16,23 +16,20 @@ from open_mythos.train.monitoring.metrics import MetricsLogger
 
 @contextmanager
 def progress(steps: int, quiet: bool, folder: str | None) -> Iterator[list[MetricsLogger]]:
-    """Yield the loggers that show a run; none if ``quiet`` or in any process but the first."""
+    """Yield loggers that show a run's progress; none if ``quiet`` or on ranks above 0."""
     if quiet or rank() > 0:
         yield []
         return
     if sys.stderr.isatty():
-        with _bar() as bar:
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(),
+            TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(), console=Console(stderr=True),
+        ) as bar:  # fmt: skip
             yield [_Line(bar, steps)]
     else:
         yield [_Lines(steps)]
     print(f"run: {folder}", file=sys.stderr)
-
-
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(), console=Console(stderr=True),
-    )  # fmt: skip
 
 
 class _Line:
@@ -51,28 +48,29 @@ class _Line:
 
 
 class _Lines:
-    """Prints a line for each logged step, for files and the logs of clusters."""
+    """Prints one line per logged step, for log files."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Print a line."""
-        words = [f"step {step:,}/{self._steps:,}"]
+        words = []
         if "loss" in metrics:
             words += [
                 f"loss {metrics['loss']:.4f}", f"lr {metrics['lr']:.3g}",
-                f"gradient {metrics['grad_norm']:.3g}",
+                f"grad norm {metrics['grad_norm']:.3g}",
                 f"{metrics['tokens_per_second']:,.0f} tokens/s",
             ]  # fmt: skip
         if measured := _measured(metrics):
             words.append(measured)
-        if len(words) > 1:
-            print("  ".join(words), file=sys.stderr, flush=True)
+        if words:
+            line = "  ".join([f"step {step:,}/{self._steps:,}", *words])
+            print(line, file=sys.stderr, flush=True)
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
-    """Say an evaluation's loss at each depth; "" where there is none."""
+    """Describe an evaluation's loss at each depth; "" without an evaluation."""
     rows = metrics.get("eval/depths", [])
     shown = (
         (f"{row['depth']} loops " if row["depth"] else "") + f"{row['loss']:.4f}" for row in rows

@@ -1,23 +1,57 @@
-"""Tables that ``evaluate`` and ``train gate`` print."""
+"""Tables that the commands print, and their numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
-from open_mythos.evaluation import DepthRow, ExitReport, ExitRow
-from open_mythos.train.gate import GateReport
+if TYPE_CHECKING:
+    from open_mythos.evaluation import DepthRow, ExitReport, ExitRow
+    from open_mythos.train.gate import GateReport
 
 _BAR = 30
-"""Width of the histogram's longest bar."""
+"""Width of the histogram's longest bar, in characters."""
+
+
+def new_table(
+    title: str,
+    headings: Iterable[str],
+    caption: str | None = None,
+    *,
+    first: Literal["left", "right"] = "left",
+) -> Table:
+    """Create a table; columns after the first are right-aligned."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", caption=caption,
+        caption_justify="left", show_header=bool(headings), min_width=min(100, len(title) + 2),
+    )  # fmt: skip
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else first, no_wrap=not i)
+    return table
+
+
+def scaled(
+    value: float,
+    unit: str,
+    *,
+    base: int = 1000,
+    prefixes: tuple[str, ...] = ("", "k", "M", "G", "T", "P"),
+) -> str:
+    """Format a number with three significant digits and a prefix: "1.41 MFLOP"."""
+    power = 0
+    while value >= base - 0.5 and power + 1 < len(prefixes):
+        value, power = value / base, power + 1
+    digits = f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+    return f"{digits} {prefixes[power]}{unit}"
 
 
 def depth_table(rows: list[DepthRow], checkpoint: str, split: str) -> Table:
     """Show the loss at each depth."""
-    table = Table(title=f"{checkpoint}, {split}: {rows[0].tokens:,} tokens", title_justify="left")
-    for heading in ("loops", "loss (nats/token)", "bits per byte", "perplexity"):
-        table.add_column(heading, justify="right")
+    headings = ("loops", "loss (nats/token)", "bits per byte", "perplexity")
+    title = f"{checkpoint}, {split}: {rows[0].tokens:,} tokens"
+    table = new_table(title, headings, first="right")
     for row in rows:
         bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
         depth = "-" if row.depth is None else str(row.depth)
@@ -26,7 +60,7 @@ def depth_table(rows: list[DepthRow], checkpoint: str, split: str) -> Table:
 
 
 def exit_tables(report: ExitReport, title: str, rule: str) -> tuple[Table, Table]:
-    """Show adaptive depth beside fixed and random depths, and where positions exited."""
+    """Compare adaptive depth with fixed and random depths; show where positions exited."""
     columns: dict[str, Callable[[ExitRow], str]] = {
         "loops": lambda row: f"{row.mean_loops:.2f}",
         "computed": lambda row: f"{row.computed:.1%}",
@@ -37,37 +71,32 @@ def exit_tables(report: ExitReport, title: str, rule: str) -> tuple[Table, Table
         columns["bits/byte"] = lambda row: f"{row.bits_per_byte:.4f}"
     if report.full.seconds is not None:
         columns["seconds"] = lambda row: f"{row.seconds:.3f}"
-    depths = Table(title=f"{title}: {report.tokens:,} tokens", title_justify="left")
-    depths.add_column("depth", no_wrap=True)
-    for heading in columns:
-        depths.add_column(heading, justify="right")
+    depths = new_table(f"{title}: {report.tokens:,} tokens", ("depth", *columns))
     for row in report.rows:
         name = rule if row is report.adaptive else row.name
         depths.add_row(name, *(shown(row) for shown in columns.values()))
-    left = Table(title=f"loops run under {rule}", title_justify="left")
-    for heading in ("loops", "positions", "share"):
-        left.add_column(heading, justify="right")
-    left.add_column("")
+    exits = new_table(
+        f"loops per position with {rule}", ("loops", "positions", "share"), first="right"
+    )
+    exits.add_column()
     most, total = max(report.histogram), sum(report.histogram)
     for loops, count in enumerate(report.histogram, start=1):
         bar = "█" * round(_BAR * count / most)
-        left.add_row(str(loops), f"{count:,}", f"{count / total:.1%}", bar)
-    return depths, left
+        exits.add_row(str(loops), f"{count:,}", f"{count / total:.1%}", bar)
+    return depths, exits
 
 
 def gate_table(report: GateReport, name: str) -> Table:
-    """Show what a trained gate gives at several thresholds."""
+    """Show loss and mean depth of a trained gate at several thresholds."""
     losses = report.loss_by_loop
-    table = Table(
-        title=f"gate on {name}: {report.positions:,} positions, target {report.target!r}",
-        caption=f"everybody after one loop {losses[0]:.4f}, after {len(losses)} {losses[-1]:.4f}\n"
-        f"gate's cross-entropy {report.curve[0]:.4f} -> {report.curve[-1]:.4f} nats, "
-        f"calibration error {report.calibration_error:.3f}",
-        title_justify="left",
-        caption_justify="left",
+    table = new_table(
+        f"gate on {name}: {report.positions:,} positions, target {report.target!r}",
+        ("threshold", "mean loops", "loss (nats/token)", "no further gain"),
+        f"loss of all positions after one loop {losses[0]:.4f}, after {len(losses)} "
+        f"{losses[-1]:.4f}\ngate's cross-entropy {report.curve[0]:.4f} -> {report.curve[-1]:.4f} "
+        f"nats, calibration error {report.calibration_error:.3f}",
+        first="right",
     )
-    for heading in ("threshold", "mean loops", "loss (nats/token)", "nothing left to gain"):
-        table.add_column(heading, justify="right")
     for row in report.thresholds:
         table.add_row(
             f"{row.threshold:g}", f"{row.mean_loops:.2f}", f"{row.loss:.4f}", f"{row.finished:.1%}"

@@ -1,4 +1,4 @@
-"""``open-mythos train``: a recipe or a variant, changed by files and options, is trained."""
+"""``open-mythos train``: train a recipe or variant with overrides from files and options."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
 
-from open_mythos.checks import pick
+from open_mythos.checks import check_fields, pick
 from open_mythos.cli.options import Parser, new_parser, parse_words, with_underscores
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.train.config import RunConfig, TrainConfig, fitting_micro_batch
+from open_mythos.train.config import RunConfig, TrainConfig, fitting_micro_batch, no_text
 from open_mythos.train.recipes import RECIPES, Recipe, default_recipe
 from open_mythos.variants import VARIANTS, variant
 
@@ -21,15 +21,15 @@ ALIASES = {
     "source": "data.source", "tokenizer": "data.tokenizer", "text_field": "data.text_field",
     "held_out": "data.held_out", "workers": "data.workers",
 }  # fmt: skip
-"""Short names of fields that recipes are often given."""
+"""Short names of often used fields."""
 _GIVE_DEFAULTS = {
-    "recipe": f"a configuration by name: {', '.join(RECIPES)}",
+    "recipe": f"a predefined configuration: {', '.join(RECIPES)}",
     "variant": f"defaults of --model.*: {', '.join(VARIANTS)}",
-    "checkpoint": "weights to start from: a model, a checkpoint or a run; gives --model.* as well",
-    "subset": "part of the recipe's dataset, such as sample-100BT",
+    "checkpoint": "initial weights and --model.*: a model, a checkpoint or a run",
+    "subset": "subset of the recipe's dataset, such as sample-100BT",
     "tokens": "length of the run in tokens, instead of --train.steps",
 }
-"""Options that decide what the others default to; a file cannot name them."""
+"""Options that set the defaults of others; command line only."""
 
 
 def train(
@@ -39,16 +39,12 @@ def train(
     quiet: bool = False,
     fit_vocabulary: bool = True,
 ) -> int:
-    """Train a model; under ``torchrun`` all processes together.
-
-    Without a text it trains on the source of the running Python's standard library, as bytes.
+    """Train a model; see :func:`open_mythos.train.train_run`.
 
     Args:
-        config: The run; ``--print_config`` shows it whole, as YAML for ``--config``.
-        resume: "latest" continues from the newest valid checkpoint of train.out_dir, "strict"
-            raises if the newest is damaged, "auto" starts a new run if there is none; a path
-            continues from that checkpoint.
-        dry_run: Print what would be done; touch no data.
+        config: The run.
+        resume: "latest", "strict", "auto", a path, or "" for a new run.
+        dry_run: Print a summary instead.
         quiet: Show no progress.
         fit_vocabulary: Set the model's vocabulary to the tokenizer's.
     """
@@ -72,11 +68,11 @@ def train(
 
 
 def parse_train(words: list[str], summary: str) -> dict[str, Any]:
-    """Return the arguments of :func:`train` that a command line means.
+    """Parse a command line into the arguments of :func:`train`.
 
     Raises:
         ConfigError: An option is unknown, or its value is not allowed.
-        DataError: The checkpoint holds no model.
+        DataError: The checkpoint contains no model.
     """
     words = [_full_name(with_underscores(word)) for word in words]
     first, words = _Defaults(add_help=False, allow_abbrev=False).parse_known_args(words)
@@ -88,40 +84,31 @@ def parse_train(words: list[str], summary: str) -> dict[str, Any]:
     values = parse_words(parser, words, ("dry_run", "quiet"))
 
     def is_named(section: str, field: str) -> bool:
-        """Whether a field was given; one that a file merely repeats was not."""
-        own = getattr(getattr(defaults, section), field)
-        option = f"--{section}.{field}"
-        said = any(word == option or word.startswith(f"{option}=") for word in words)
-        return said or values[section][field] != own
+        """Return whether an option sets the field, or a file changes it."""
+        is_changed = values[section][field] != getattr(getattr(defaults, section), field)
+        return is_changed or any(word.split("=")[0] == f"--{section}.{field}" for word in words)
 
+    train_values, data = values["train"], values["data"]
     fit_vocabulary = not is_named("model", "vocab_size")
-    if not is_named("train", "micro_batch"):
-        # the recipe's own fits its global batch; with another one it becomes a divisor again
-        train = values["train"]
-        train["micro_batch"] = fitting_micro_batch(train["micro_batch"], train["global_batch"])
-    if values["data"]["path"] and values["data"]["source"] == defaults.data.source:
-        values["data"]["source"] = ""  # named shards replace the recipe's stream
-    steps_given = is_named("train", "steps")
-    source_given = is_named("data", "source")
-    config = RunConfig.from_dict({each.name: values.pop(each.name) for each in fields(RunConfig)})
-    if not steps_given:
-        config.train.steps = _steps(config.train, tokens)
-        config.validate()
+    if not is_named("train", "micro_batch"):  # the default must divide another global batch, too
+        size = fitting_micro_batch(train_values["micro_batch"], train_values["global_batch"])
+        train_values["micro_batch"] = size
+    if not is_named("train", "steps"):
+        train_values["steps"] = _steps(TrainConfig(**train_values), tokens)
     elif first.tokens is not None:
-        _said_twice("the length of the run", "--tokens, --train.steps")
-    if first.subset is not None and (source_given or config.data.path):
-        _said_twice("the text", "--source, --subset")
+        _given_twice("the length of the run", "--tokens, --train.steps")
+    if first.subset is not None and (is_named("data", "source") or data["path"]):
+        _given_twice("the text", "--source, --subset")
+    if data["path"] and data["source"] == defaults.data.source:
+        data["source"] = ""  # prepared shards replace the recipe's stream
+    config = RunConfig.from_dict({each.name: values.pop(each.name) for each in fields(RunConfig)})
     if recipe.needs_text and not (config.data.source or config.data.path):
-        raise ConfigError(
-            "no text is named", where="--source", value="",
-            allowed='a file, a folder, a URL, "stdlib", or prepared shards',
-            fix="say --source PATH",
-        )  # fmt: skip
+        raise no_text("--source")
     return {"config": config, "fit_vocabulary": fit_vocabulary, **values}
 
 
 class _Defaults(argparse.ArgumentParser):
-    """Reads the options that give others their defaults, before the others are read."""
+    """Parses the options that set the defaults of others, before the others."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -133,7 +120,7 @@ class _Defaults(argparse.ArgumentParser):
 
 
 class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description."""
+    """Help with defaults that keeps the line breaks of the description."""
 
 
 def _parser(summary: str, defaults: RunConfig) -> Parser:
@@ -141,7 +128,8 @@ def _parser(summary: str, defaults: RunConfig) -> Parser:
     short = ", ".join(f"--{name}" for name in ALIASES)
     parser = new_parser(
         "open-mythos train",
-        f"{summary}\n\nOn the command line only:\n{first}\n\nShort for fields of --data: {short}",
+        f"{summary}\n\nCommand line only, not in a --config file:\n{first}\n\n"
+        f"Short for fields of --data: {short}",
     )
     parser.formatter_class = _Formatter
     parser.usage = "open-mythos train [OPTIONS]"
@@ -149,7 +137,7 @@ def _parser(summary: str, defaults: RunConfig) -> Parser:
     parser.set_defaults(defaults.to_dict())
     resume = '"latest", "strict" (raise if the newest is damaged), "auto" (or start), or a path'
     parser.add_argument("--resume", type=str, default="", help=f"continue a run: {resume}")
-    parser.add_argument("--dry_run", type=bool, default=False, help="print the plan; touch no data")
+    parser.add_argument("--dry_run", type=bool, default=False, help="print a summary, do nothing")
     parser.add_argument("--quiet", type=bool, default=False, help="show no progress")
     return parser
 
@@ -161,7 +149,7 @@ def _full_name(word: str) -> str:
 
 
 def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
-    """Return the named recipe with the model, weights and subset that the command line names."""
+    """Return the recipe with the model, initial weights and subset of the command line."""
     named = None if first.recipe is None else pick(RECIPES, first.recipe, "--recipe", what="recipe")
     recipe = named() if named else default_recipe()
     config = recipe.config
@@ -172,16 +160,12 @@ def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
         config.train.init_from = first.checkpoint
     elif recipe.needs_checkpoint and not asks_help:
         raise ConfigError(
-            "no weights are named to start from", where="--checkpoint", value="",
-            allowed="a model, a checkpoint or a run", fix="say --checkpoint FOLDER",
+            "the recipe needs initial weights", where="--checkpoint", value="",
+            allowed="a model, a checkpoint or a run", fix="add --checkpoint FOLDER",
         )  # fmt: skip
     if recipe.subsets:
         name = next(iter(recipe.subsets)) if first.subset is None else first.subset
-        if name not in recipe.subsets:
-            raise ConfigError(
-                "no such subset", where="--subset", value=name, allowed=", ".join(recipe.subsets)
-            )
-        config.data.source = recipe.subsets[name]
+        config.data.source = pick(recipe.subsets, name, "--subset", what="subset")
     elif first.subset is not None:
         raise ConfigError("the recipe has no subsets", where="--subset", value=first.subset)
     return recipe
@@ -196,17 +180,18 @@ def _architecture_of(checkpoint: str) -> tuple[str, MythosConfig]:
         return description["architecture"], MythosConfig.from_dict(description["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            "the checkpoint does not say what model it holds", where=str(path), value=str(error),
-            fix="copy the folder again",
+            "the checkpoint's model configuration cannot be read", where=str(path),
+            value=str(error), fix="copy the folder again",
         ) from error  # fmt: skip
 
 
 def _steps(train: TrainConfig, tokens: int) -> int:
-    """Return the steps of ``tokens`` tokens; those of the configuration for 0."""
+    """Return the steps for ``tokens`` tokens; those of ``train`` for 0."""
+    check_fields("train", train)
     if tokens < 0:
         raise ConfigError("not a length", where="--tokens", value=tokens, allowed="an integer >= 1")
     return -(-tokens // (train.global_batch * train.seq_len)) if tokens else train.steps
 
 
-def _said_twice(what: str, options: str) -> NoReturn:
+def _given_twice(what: str, options: str) -> NoReturn:
     raise ConfigError(f"{what} is given twice", where=options, allowed="one of them")

@@ -1,4 +1,4 @@
-"""From a run's configuration to its untrained model."""
+"""Build the untrained model of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Model = OpenMythos | DenseTransformer
 
 
 def build_model(config: RunConfig) -> Model:
-    """Build the model of a run on the CPU; its weights are a function of ``config.train.seed``.
+    """Build the model of a run on the CPU, initialized from ``config.train.seed``.
 
     Raises:
         ConfigError: The configuration is invalid.

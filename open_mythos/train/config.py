@@ -1,4 +1,4 @@
-"""What defines a training run, as plain data (this module loads no torch)."""
+"""Configuration of a training run as plain dataclasses (this module does not import torch)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,23 @@ PARALLEL_KINDS = ("auto", "none", "ddp", "fsdp")
 
 
 @dataclass
-class DepthConfig:
-    """How many loops each training sequence runs. A dense model does not read it."""
+class _Section:
+    """Base of the sections of :class:`RunConfig`."""
+
+    def validate(self) -> None:
+        """Raise a ConfigError if a field, or a relation between fields, is out of range."""
+        check_fields(type(self).__name__.removesuffix("Config").lower(), self)
+
+
+@dataclass
+class DepthConfig(_Section):
+    """Number of loops per training sequence. Dense models ignore it."""
 
     plan: str = one_of("poisson", DEPTH_PLAN_NAMES)
     """"fixed": always ``mean``; "uniform": ``low`` .. ``high``; "poisson": Poisson(mean), at least
     1; "lognormal_poisson": the heavy tail of Huginn (arXiv 2502.05171), of mean ``mean`` + 1."""
     mean: float = within(8.0, ge=1, le=1024)
-    """Mean depth; the depth itself for "fixed", then a whole number. "uniform" does not read it."""
+    """Mean depth; a whole number for "fixed"; not used by "uniform"."""
     low: int = within(1, ge=1)
     """Smallest depth of "uniform"."""
     high: int = within(8, ge=1)
@@ -36,36 +45,36 @@ class DepthConfig:
     sigma: float = within(0.5, ge=0, le=2)
     """Standard deviation of the logarithm of the rate of "lognormal_poisson"."""
     max_loops: int | None = within(None, ge=1)
-    """Most loops of a sequence, not counting those of long steps; None for no limit."""
+    """Maximum loops of a sequence, without the extra loops of long steps; None for no limit."""
     curriculum_start: float = within(1.0, ge=1, le=1024)
     """``mean`` at the first step of a curriculum."""
     curriculum_steps: int = within(0, ge=0)
     """Steps over which ``mean`` grows linearly from ``curriculum_start``; 0 for no curriculum."""
     long_share: float = within(0.0, ge=0, le=1)
-    """Share of the steps whose sequences all run further loops, so that the model learns to hold
-    its answer. With ``train.grad_loops`` these come before the loops that carry gradient: the step
-    starts from a detached state."""
+    """Fraction of steps whose sequences all run extra loops, so that the model learns to hold its
+    answer. With ``train.grad_loops`` they precede the loops that carry gradient: the step starts
+    from a detached state."""
     long_loops: int = within(32, ge=1)
-    """Most of these further loops; their number is log-uniform from 1."""
+    """Maximum number of these extra loops, which is log-uniform from 1."""
 
     @property
     def expected(self) -> float:
-        """Mean depth when any curriculum has ended, before ``max_loops`` cuts it, and without the
-        further loops of long steps."""
+        """Mean depth after the curriculum, before the ``max_loops`` limit and without the extra
+        loops of long steps."""
         if self.plan == "uniform":
             return (self.low + self.high) / 2
         return self.mean + 1 if self.plan == "lognormal_poisson" else self.mean
 
     @property
     def expected_further(self) -> float:
-        """Mean further loops of a step, long or not."""
+        """Mean extra loops per step, averaged over all steps."""
         if self.long_loops == 1:
             return self.long_share
         return self.long_share * (self.long_loops - 1) / math.log(self.long_loops)
 
     def validate(self) -> None:
         """Raise a ConfigError if a field, or a relation between fields, is out of range."""
-        check_fields("depth", self)
+        super().validate()
         if self.high < self.low:
             reject("depth", self, "high", f"an integer >= low ({self.low})")
         if self.plan == "fixed" and self.mean != int(self.mean):
@@ -75,12 +84,12 @@ class DepthConfig:
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(_Section):
     """AdamW (arXiv 1711.05101), or Muon (arXiv 2502.16982) with AdamW where Muon does not apply."""
 
     name: str = one_of("adamw", OPTIMIZER_NAMES)
-    """"adamw"; "muon": Muon for the matrices of attention, feed-forwards and experts, AdamW for all
-    else; its best rate is about four times AdamW's (docs/optimizers.md)."""
+    """"adamw"; "muon": Muon for the matrices of attention, feed-forwards and experts, AdamW for
+    the rest; its best learning rate is about four times AdamW's (docs/optimizers.md)."""
     lr: float = within(1e-3, gt=0)
     """Learning rate at the end of the warm-up."""
     beta1: float = within(0.9, ge=0, lt=1)
@@ -88,31 +97,26 @@ class OptimConfig:
     beta2: float = within(0.95, ge=0, lt=1)
     """Decay of the second moment, in [0, 1)."""
     eps: float = within(1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = within(0.1, ge=0)
-    """Decoupled weight decay of the matrices; ``train.optimizers.optim`` says of which."""
-
+    """Decoupled weight decay of the matrices; ``train.optimizers.optim`` defines which."""
     momentum: float = within(0.95, ge=0, lt=1)
-    """Muon: decay of the mean of gradients, in [0, 1). AdamW does not read it."""
+    """Muon only: decay of the moving average of gradients, in [0, 1)."""
     nesterov: bool = True
-    """Muon: look ahead by one step of the momentum. AdamW does not read it."""
+    """Muon only: use Nesterov momentum."""
     ns_steps: int = within(5, ge=1)
-    """Muon: Newton-Schulz iterations. AdamW does not read it."""
+    """Muon only: Newton-Schulz iterations."""
     ema_decay: float = within(0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights, which evaluations use, in [0, 1), e.g.
     0.999; 0 keeps none."""
 
-    def validate(self) -> None:
-        """Raise a ConfigError if a field is out of range."""
-        check_fields("optim", self)
-
 
 @dataclass
-class DataConfig:
-    """Text to train on and to evaluate on."""
+class DataConfig(_Section):
+    """Training and validation text."""
 
     path: str = ""
-    """Folder of prepared token shards, whose tokenizer the run uses."""
+    """Folder of prepared token shards; the run uses their tokenizer."""
     source: str = ""
     """Text to stream instead of ``path``: a file or folder, a URL such as hf://datasets/..., or
     "stdlib". A prepared folder named here is used as ``path``."""
@@ -122,95 +126,91 @@ class DataConfig:
     """Tokenizer of a stream: "byte", a path, or a Hugging Face model; empty for openai/gpt-oss-20b,
     or that of ``train.init_from``."""
     held_out: float = within(0.005, ge=0, lt=1)
-    """Share of a stream's documents, in [0, 1), kept for evaluation. Prepared shards have a split
-    of their own; with ``val`` everything is trained on."""
+    """Fraction of a stream's documents, in [0, 1), held out for evaluation. Not used with prepared
+    shards, which have a validation split, or with ``val``."""
     workers: int = within(2, ge=0)
-    """Processes of each rank that read and tokenize a stream."""
+    """Worker processes per rank that read and tokenize a stream."""
     val: str = ""
-    """Separate text to evaluate on: whatever ``path`` or ``source`` takes. Of a prepared folder it
-    is the validation split, or everything if there is none."""
+    """Separate validation text, given like ``path`` or ``source``. Of a prepared folder, the
+    validation split is used, or everything if there is none."""
     document_masks: bool = False
-    """Keep attention inside documents where several share a sequence."""
+    """Restrict attention to the own document where several share a sequence."""
     eval_windows: int = within(64, ge=1)
-    """Sequences of the validation split that an evaluation reads."""
+    """Maximum number of sequences per evaluation."""
 
     def validate(self) -> None:
         """Raise a ConfigError if a field is out of range."""
-        check_fields("data", self)
+        super().validate()
         if self.path and self.source:
-            reject("data", self, "source", "empty together with data.path: a run has one text")
+            reject("data", self, "source", "empty if data.path is set: a run has one text")
 
 
 @dataclass
-class ParallelConfig:
-    """Parallelism. Every kind gives the same losses."""
+class ParallelConfig(_Section):
+    """Parallelism. Losses do not depend on it."""
 
     kind: str = one_of("auto", PARALLEL_KINDS)
     """"none": one process; "ddp": every process holds the whole model; "fsdp": each holds a shard
     of parameters, gradients and optimizer state (FSDP2); "auto": "none" for one process, "ddp" for
     several."""
     shard: int | None = within(None, ge=1)
-    """With "fsdp": processes that share one copy of the model; None for all. Fewer (HSDP) keep a
-    copy in each group of neighbours, such as the GPUs of a node."""
+    """With "fsdp": processes that share one copy of the model; None for all. Fewer (HSDP) keep one
+    copy per group of neighboring ranks, such as the GPUs of a node."""
     experts: int = within(1, ge=1)
-    """With "fsdp": size of the expert-parallel group; tokens are sent to their experts. 1 shards
-    experts like everything else."""
+    """With "fsdp": size of the expert-parallel group, in which tokens are sent to their experts;
+    1 shards experts like other weights."""
     timeout: float = within(600.0, gt=0)
-    """Seconds after which a collective operation that a process misses ends the run."""
+    """Timeout of collective operations in seconds, after which the run ends."""
 
     def validate(self) -> None:
         """Raise a ConfigError if a field is out of range."""
-        check_fields("parallel", self)
+        super().validate()
         if self.kind != "fsdp":
-            for name, plain in (("shard", None), ("experts", 1)):
-                if getattr(self, name) != plain:
-                    reject("parallel", self, name, f'{plain} unless parallel.kind is "fsdp"')
+            for name, default in (("shard", None), ("experts", 1)):
+                if getattr(self, name) != default:
+                    reject("parallel", self, name, f'{default} unless parallel.kind is "fsdp"')
 
 
 @dataclass
-class WatchConfig:
-    """Monitoring, and what a run does when something is wrong."""
+class WatchConfig(_Section):
+    """Monitoring and recovery."""
 
     loggers: list[str] = field(default_factory=list)
-    """Beside ``metrics.jsonl``: "tensorboard", "wandb", "trackio"; each is a package of its own."""
+    """Loggers besides ``metrics.jsonl``: "tensorboard", "wandb", "trackio" (optional packages)."""
     project: str = "open-mythos"
-    """Project of the run in wandb and trackio."""
+    """Project name in wandb and trackio."""
     watchdog: bool = True
-    """Raise alarms about the loops: collapse, explosion, loops that change nothing, uneven
-    experts."""
+    """Raise alarms about the loops: collapse, explosion, loops without effect, expert
+    imbalance."""
     spike_window: int = within(128, ge=8)
-    """Recent losses that a step's loss is compared with."""
+    """Number of recent losses that a step's loss is compared with."""
     spike_threshold: float = within(6.0, gt=0)
-    """Standard deviations above their median from which a loss is high."""
+    """Standard deviations above their median at which a loss counts as high."""
     spike_patience: int = within(4, ge=1)
-    """High losses in a row that are a spike."""
+    """Consecutive high losses that make a spike."""
     max_rewinds: int = within(2, ge=0)
-    """How often a run may roll back to its last checkpoint and skip the batches since, after a
-    spike or more than ``train.max_skips`` non-finite steps in a row; then it stops with an
+    """Maximum number of rollbacks to the last checkpoint, which skip the batches since, after a
+    spike or more than ``train.max_skips`` consecutive non-finite steps; then the run stops with an
     error."""
     peak_flops: float | None = within(None, gt=0)
-    """Peak FLOP/s of one device, for the utilisation; None looks up known GPUs."""
-
-    def validate(self) -> None:
-        """Raise a ConfigError if a field is out of range; loggers are checked when they open."""
-        check_fields("watch", self)
+    """Peak FLOP/s of one device, to compute MFU; None looks up known GPUs."""
 
 
 @dataclass
-class TrainConfig:
-    """The loop around the optimizer: length, batch, precision, what is written and when."""
+class TrainConfig(_Section):
+    """The training loop: length, batch, precision, evaluations and checkpoints."""
 
     seed: int = within(0, ge=0)
     """Seed of all randomness: weights, data order, depths, dropout, h_0."""
     steps: int = within(1000, ge=1)
     """Optimizer steps of the whole run."""
     seq_len: int = within(256, ge=1)
-    """Tokens T of a training sequence."""
+    """Tokens T per training sequence."""
     global_batch: int = within(16, ge=1)
     """Sequences per optimizer step."""
     micro_batch: int | None = within(None, ge=1)
-    """Sequences computed at a time (gradient accumulation); divides ``global_batch``. None for all
-    at once."""
+    """Sequences per forward and backward pass (gradient accumulation); a divisor of
+    ``global_batch``. None for no accumulation."""
     schedule: str = one_of("cosine", SCHEDULE_NAMES)
     """"cosine": down to ``min_lr_ratio`` over the rest of the run; "wsd": stable, then a decay over
     the last ``decay_steps``; "constant"."""
@@ -221,11 +221,11 @@ class TrainConfig:
     decay_shape: str = one_of("linear", DECAY_SHAPES)
     """Shape of that decay: "linear", or "sqrt" (1 - sqrt, arXiv 2405.18392)."""
     min_lr_ratio: float = within(0.1, ge=0, le=1)
-    """Where a decay ends, as a share of the learning rate."""
+    """Final learning rate of a decay, as a fraction of ``optim.lr``."""
     clip: float = within(1.0, gt=0)
-    """Largest norm of the gradient over all parameters; larger ones are scaled down to it."""
+    """Maximum global gradient norm; larger gradients are scaled down to it."""
     max_skips: int = within(20, ge=0)
-    """Non-finite steps in a row that are skipped before training stops with an error."""
+    """Consecutive non-finite steps that are skipped before training stops with an error."""
     dtype: str = one_of("float32", TRAIN_DTYPES)
     """Dtype of the matmuls: "float32"; "bfloat16" or "float16" by autocast; "auto" is bfloat16 on
     GPUs that support it, float16 on older ones, float32 on a CPU. Weights and optimizer state stay
@@ -233,38 +233,38 @@ class TrainConfig:
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:N"."""
     grad_loops: int | Literal["auto"] | None = None
-    """Truncated back-propagation through the last loops of each sequence: how many, "auto" for half
-    the mean depth (rounded up), None for all of them, which is better where memory allows."""
+    """Truncated back-propagation: loops at the end of each sequence that carry gradient; "auto" for
+    half the mean depth (rounded up); None for all, which is better where memory allows."""
     checkpoint_loops: bool = False
     """Activation checkpointing: store one state per loop and recompute the rest in the backward
-    pass, for about a quarter more time."""
+    pass, at about 25 % more time."""
     compile: bool = False
-    """Compile each block (not the whole model: one graph then serves every number of loops)."""
+    """Compile each block (not the model, so that one graph serves any number of loops)."""
     balance_speed: float = within(1e-3, ge=0)
-    """Step size of the bias that balances the experts' load after each step; 0 turns it off."""
+    """Step size of the bias that balances expert load after each step; 0 disables it."""
     balance_coefficient: float = within(0.0, ge=0)
-    """Weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4); 0 turns it off."""
+    """Weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4); 0 disables it."""
     log_every: int = within(10, ge=1)
-    """Steps between two lines of metrics."""
+    """Steps between log lines."""
     eval_every: int = within(0, ge=0)
-    """Steps between two evaluations; 0 for one at the end only."""
+    """Steps between evaluations; 0 for one at the end only."""
     eval_depths: list[int] = field(default_factory=list)
-    """Loops at which an evaluation measures; empty for the mean training depth."""
+    """Loop counts to evaluate at; empty for the mean training depth."""
     save_every: int = within(0, ge=0)
-    """Steps between two checkpoints; 0 for one at the end only."""
+    """Steps between checkpoints; 0 for one at the end only."""
     keep: int = within(2, ge=1)
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     async_save: bool = False
     """Write checkpoints in the background, from a copy of the state."""
     out_dir: str | None = None
-    """Folder of metrics and checkpoints; None writes nothing."""
+    """Folder for metrics and checkpoints; None writes nothing."""
     init_from: str = ""
-    """Weights to start from: a model, a checkpoint or a run (its newest checkpoint); empty for
-    random ones."""
+    """Initial weights: a model, a checkpoint or a run (its newest checkpoint); empty for random
+    initialization."""
 
     def validate(self) -> None:
         """Raise a ConfigError if a field, or a relation between fields, is out of range."""
-        check_fields("train", self)
+        super().validate()
         if self.global_batch % (self.micro_batch or 1):
             reject("train", self, "micro_batch", f"a divisor of global_batch ({self.global_batch})")
         if self.grad_loops not in ("auto", None) and not (
@@ -280,6 +280,14 @@ class TrainConfig:
             reject("train", self, "decay_steps", f"at most steps - warmup_steps ({most})")
 
 
+def no_text(where: str) -> ConfigError:
+    """Return the error of a run without a text."""
+    return ConfigError(
+        "the run needs a text", where=where, value="",
+        allowed='a file, a folder, a URL, "stdlib", or prepared shards', fix="add --source PATH",
+    )  # fmt: skip
+
+
 def fitting_micro_batch(wanted: int | None, batch: int) -> int | None:
     """Return the largest divisor of ``batch`` up to ``wanted``; None stays None."""
     if wanted is None:
@@ -289,16 +297,16 @@ def fitting_micro_batch(wanted: int | None, batch: int) -> int | None:
 
 @dataclass
 class RunConfig:
-    """Everything that defines a run; two runs of equal configuration are equal bit for bit."""
+    """Complete definition of a run; runs with equal configurations are bit-identical."""
 
     architecture: str = one_of("looped", ARCHITECTURES)
-    """"looped", or "dense": the baseline with as many parameters, which has no depth to choose."""
+    """"looped", or "dense": a baseline with as many parameters and no loop."""
     model: MythosConfig = field(default_factory=MythosConfig)
-    """Shape of the looped model, from which the dense one is derived."""
+    """The looped model; a dense one is derived from it."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Text to train on and to evaluate on."""
+    """Training and validation text."""
     depth: DepthConfig = field(default_factory=DepthConfig)
-    """How many loops the sequences run."""
+    """Number of loops per training sequence."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -306,7 +314,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Parallelism."""
     watch: WatchConfig = field(default_factory=WatchConfig)
-    """Monitoring."""
+    """Monitoring and recovery."""
 
     @property
     def grad_loops(self) -> int | None:
@@ -317,7 +325,7 @@ class RunConfig:
 
     @property
     def eval_depths(self) -> list[int]:
-        """Loops at which an evaluation measures."""
+        """Loop counts to evaluate at."""
         return list(self.train.eval_depths) or [max(1, round(self.depth.expected))]
 
     def validate(self) -> None:
@@ -338,7 +346,7 @@ class RunConfig:
                 allowed = f"a divisor of model.n_experts ({self.model.n_experts})"
                 reject("parallel", self.parallel, "experts", allowed)
             if train.grad_loops is not None:
-                # ranks would differ in the loops that carry gradient, and deadlock
+                # ranks would deadlock if they differed in the loops that carry gradient
                 reject("train", train, "grad_loops", "None with parallel.experts above 1")
         if train.balance_coefficient and (dense or not self.model.n_experts):
             reject("train", train, "balance_coefficient", "0 for a model without experts")
@@ -352,7 +360,7 @@ class RunConfig:
         """Invert :meth:`to_dict`; missing fields take their defaults.
 
         Raises:
-            ConfigError: A key is unknown (the nearest field is named) or a value is invalid.
+            ConfigError: A key is unknown or a value is invalid.
         """
         given = dict(_known(values, cls, "RunConfig"))
         for name, section in _SECTIONS.items():

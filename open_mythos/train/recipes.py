@@ -1,4 +1,4 @@
-"""Recipes: configurations by name, for ``open-mythos train --recipe NAME``."""
+"""Predefined configurations for ``open-mythos train --recipe NAME``."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _GPT2 = "openai-community/gpt2"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run, and what a command line may say in fewer words than its configuration."""
+    """A configuration with the defaults of its command-line options."""
 
     config: RunConfig
     tokens: int = 0
-    """Length of the run, from which ``train.steps`` follows; 0 leaves the steps as configured."""
+    """Length of the run in tokens, which sets ``train.steps``; 0 keeps the configured steps."""
     subsets: Mapping[str, str] = field(default_factory=dict)
-    """Name -> source, for ``--subset``; the first is the default."""
+    """Subset -> source, for ``--subset``; the first is the default."""
     needs_text: bool = False
-    """Whether the command line has to name the text."""
+    """Whether ``--source`` or ``--data.path`` is required."""
     needs_checkpoint: bool = False
-    """Whether the command line has to name the weights to start from."""
+    """Whether ``--checkpoint`` is required."""
 
 
 def default_recipe() -> Recipe:
-    """Train the tiny variant; without a text, on Python's standard library."""
+    """Return the defaults without a recipe: the tiny variant."""
     return Recipe(RunConfig(model=variant("tiny"), train=TrainConfig(out_dir="runs/train")))
 
 
 def _debug_cpu() -> Recipe:
-    """A minute on a laptop: streaming, evaluation and checkpoints without any download."""
+    """Train for a minute on a laptop, with streaming, evaluation and checkpoints, offline."""
     run = RunConfig(
         model=variant("nano"),
         data=DataConfig(source="stdlib", tokenizer="byte", workers=1, eval_windows=16),
@@ -56,14 +56,14 @@ def _debug_cpu() -> Recipe:
 
 
 def _140m() -> Recipe:
-    """140 M parameters on 2.8 B tokens of FineWeb-Edu, GPT-2's vocabulary; one GPU."""
+    """Train 140 M parameters on 2.8 B tokens of FineWeb-Edu on one GPU."""
     run = _reference_run("140m_fine_web_edu", variant("small"), lr=6e-4, warmup_steps=500)
     run.data.tokenizer = _GPT2
     return Recipe(run, tokens=2_800_000_000, subsets=_subsets("sample-10BT", "sample-100BT"))
 
 
 def _370m() -> Recipe:
-    """370 M parameters (64 experts, top-4) on 7.4 B tokens of FineWeb-Edu; one node."""
+    """Train 370 M parameters (64 experts, top-4) on 7.4 B tokens of FineWeb-Edu on one node."""
     model = MythosConfig(
         dim=1024, n_heads=16, max_seq_len=2048, max_output_tokens=2048, max_loop_iters=8,
         prelude_layers=3, coda_layers=3, kv_lora_rank=256, q_lora_rank=512, qk_rope_head_dim=32,
@@ -78,7 +78,7 @@ def _370m() -> Recipe:
 
 
 def _3b() -> Recipe:
-    """The 3B variant on 30 B tokens of FineWeb-Edu, tokenizer of gpt-oss-20b."""
+    """Train the 3B variant on 30 B tokens of FineWeb-Edu."""
     run = _reference_run(
         "3b_fine_web_edu", variant("3b"), lr=3e-4, warmup_steps=2000, global_batch=256,
         micro_batch=4, save_every=500,
@@ -90,13 +90,13 @@ def _3b() -> Recipe:
 
 
 def _prepared_shards() -> Recipe:
-    """140 M parameters on prepared token shards, named by --data.path or --source."""
+    """Train 140 M parameters on prepared token shards."""
     run = _reference_run("prepared_shards", variant("small"), lr=6e-4, warmup_steps=500)
     return Recipe(run, tokens=2_800_000_000, needs_text=True)
 
 
 def _continue_run() -> Recipe:
-    """Continue from the weights of --checkpoint on other text, with a new schedule."""
+    """Continue from the weights of a checkpoint on other text, with a new schedule."""
     run = _reference_run(
         "continued", MythosConfig(), lr=1e-4, global_batch=64, micro_batch=8, schedule="wsd",
         warmup_steps=100, decay_steps=500, min_lr_ratio=0.0, eval_every=500, save_every=500,
@@ -105,7 +105,7 @@ def _continue_run() -> Recipe:
 
 
 def _reference_run(name: str, model: MythosConfig, *, lr: float, **train: Any) -> RunConfig:
-    """Return what the runs on GPUs have in common, changed by ``train``."""
+    """Return the common configuration of GPU runs, updated by ``train``."""
     common: dict[str, Any] = {
         "seq_len": 2048, "global_batch": 128, "micro_batch": 16, "dtype": "auto",
         "checkpoint_loops": True, "eval_every": 1000, "save_every": 1000,

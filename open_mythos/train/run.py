@@ -1,4 +1,4 @@
-"""From a run's configuration to its trainer, and the run from beginning to end.
+"""Build and train the run of a configuration.
 
 >>> from open_mythos import mythos_nano
 >>> from open_mythos.train import RunConfig, TrainConfig, train_run
@@ -24,7 +24,7 @@ from open_mythos.hub.pretrained import describe, from_pretrained
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, write_config
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.build import Model, build_model
-from open_mythos.train.checkpoint.find import checkpoints
+from open_mythos.train.checkpoint.find import checkpoints, find_checkpoint
 from open_mythos.train.config import RunConfig, fitting_micro_batch
 from open_mythos.train.monitoring.metrics import MetricsLogger
 from open_mythos.train.parallel.process_group import process_group
@@ -43,21 +43,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready to train, in this process of its group."""
+    """A run that is ready to train, on this rank."""
 
     config: RunConfig
-    """The configuration, completed: vocabulary, micro-batch and text are what is used."""
+    """The configuration with the actual vocabulary, micro-batch and text."""
     tokenizer: Tokenizer
     loader: Loader | StreamLoader
     trainer: Trainer
 
     def describe(self, out: Path) -> None:
-        """Write configuration and tokenizer into the run's folder, for the other commands."""
+        """Write configuration and tokenizer to the run's folder."""
         self.tokenizer.save(out / TOKENIZER_FOLDER)
         write_config(out, self.config.to_dict())
 
     def close(self) -> None:
-        """End the processes that read the text."""
+        """Stop the worker processes of the loader."""
         if isinstance(self.loader, StreamLoader):
             self.loader.close()
 
@@ -71,9 +71,8 @@ def build_run(
 
     Args:
         config: The run; copied.
-        loggers: Receive the metrics, beside ``metrics.jsonl``.
-        fit_vocabulary: Set the model's vocabulary to the tokenizer's, instead of requiring that it
-            holds it.
+        loggers: Additional receivers of metrics, besides ``metrics.jsonl``.
+        fit_vocabulary: Set the model's vocabulary to the tokenizer's.
 
     Raises:
         ConfigError: The configuration is invalid, or the vocabulary is too small.
@@ -88,7 +87,7 @@ def build_run(
         fitting = fitting_micro_batch(train.micro_batch, local)
         if fitting != train.micro_batch and rank() == 0:
             logger.warning(
-                "train.micro_batch is lowered from %s to %s, a divisor of the %d sequences of each "
+                "train.micro_batch is lowered from %s to %s, a divisor of the %d sequences per "
                 "process", train.micro_batch, fitting, local,
             )  # fmt: skip
         train.micro_batch = fitting
@@ -116,27 +115,29 @@ def train_run(
     loggers: Sequence[MetricsLogger] = (),
     fit_vocabulary: bool = False,
 ) -> TrainState:
-    """Train from beginning to end; the folder then holds all that the other commands need.
+    """Train a run and write all that the other commands need to its folder.
 
-    Under ``torchrun`` all processes call it together.
+    Under ``torchrun``, call it in all processes.
 
     Args:
-        config: The run. Without a text it trains on Python's standard library as bytes.
+        config: The run. The default text is Python's standard library as bytes.
         resume: "" starts a new run; "latest" continues from the newest valid checkpoint, "strict"
             raises if the newest is damaged, "auto" starts a new run if there is none; a path
             continues from that checkpoint.
-        loggers: As of :func:`build_run`.
-        fit_vocabulary: As of :func:`build_run`.
+        loggers: See :func:`build_run`.
+        fit_vocabulary: See :func:`build_run`.
 
     Raises:
-        ConfigError: The folder holds a run and ``resume`` is empty; or as of :func:`build_run`.
-        PreemptedError: The run was told to stop, and has saved.
+        ConfigError: The folder contains a run and ``resume`` is empty; see also
+            :func:`build_run`.
+        DataError: There is no checkpoint to resume from; see also :func:`build_run`.
+        PreemptedError: The run was interrupted and has saved its state.
     """
     config = deepcopy(config)
     if config.train.out_dir is None:
         raise ConfigError(
             "the run has no folder", where="train.out_dir", value=None, allowed="a folder",
-            fix="say --train.out_dir runs/NAME",
+            fix="add --train.out_dir runs/NAME",
         )  # fmt: skip
     config.validate()
     out = Path(config.train.out_dir)
@@ -144,8 +145,10 @@ def train_run(
     if has_saved and not resume:
         raise ConfigError(
             "the folder holds a run", where="train.out_dir", value=str(out),
-            fix="continue it by --resume latest, or name another folder",
+            fix="continue it with --resume latest, or choose another folder",
         )  # fmt: skip
+    if not has_saved and resume in ("latest", "strict"):
+        find_checkpoint(out / CHECKPOINTS_FOLDER)  # raises, before any text is prepared
     with process_group(config.parallel, config.train.device):
         with_default_text(config, out)
         run = build_run(config, loggers=loggers, fit_vocabulary=fit_vocabulary)
@@ -161,7 +164,7 @@ def train_run(
 
 
 def initial_model(config: RunConfig) -> Model:
-    """Build the model of a run with random weights, or with those of ``train.init_from``.
+    """Build the model of a run, with the weights of ``train.init_from`` if it is set.
 
     Raises:
         ConfigError: The configuration is not that of the stored model.
@@ -186,12 +189,12 @@ def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, *, fit: bool) -> 
         raise ConfigError(
             "the model's vocabulary is smaller than the tokenizer's", where="model.vocab_size",
             value=config.model.vocab_size, allowed=f">= {tokenizer.vocab_size} ({tokenizer.name})",
-            fix="leave it out, or name the tokenizer that the model was made for",
+            fix="leave it out, or use the tokenizer of the model",
         )  # fmt: skip
 
 
 def _evaluation(source: Source, config: RunConfig) -> Any:
-    """Return what the trainer calls to measure loss and bits per byte at some depths."""
+    """Return the trainer's evaluation function: loss and bits per byte at given depths."""
 
     def evaluate(model: Model, depths: list[int]) -> dict[str, Any]:
         rows = evaluate_depths(

@@ -1,4 +1,4 @@
-"""From a ``DataConfig`` to a tokenizer, training batches and validation batches."""
+"""Build the tokenizer, training batches and validation batches of a ``DataConfig``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from open_mythos.data import (
 )
 from open_mythos.data.index import INDEX_FILE
 from open_mythos.distributed import rank, world_size
-from open_mythos.errors import ConfigError, DataError
+from open_mythos.errors import DataError
 from open_mythos.hub.pretrained import stored_tokenizer
 from open_mythos.run_folder import DATA_FOLDER
 from open_mythos.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from open_mythos.train.config import DataConfig, RunConfig
+from open_mythos.train.config import DataConfig, RunConfig, no_text
 from open_mythos.train.parallel.process_group import first_decides
 
 logger = logging.getLogger(__name__)
@@ -34,30 +34,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """Batches and where they come from."""
+    """Batches (finite for evaluation, endless for training) and their origin."""
 
     name: str
-    """What is read, for titles and reports."""
     batches: Iterable[Batch]
-    """Finite for evaluation, endless for training."""
     bytes_per_token: float
-    """Mean bytes of text per token."""
 
 
 def prepared_folder(data: DataConfig) -> str:
-    """Return the folder of token shards that a run trains on; "" if it streams."""
+    """Return the folder of the run's token shards; "" if the run streams."""
     return data.path or (data.source if is_prepared(data.source) else "")
 
 
 def is_prepared(source: str) -> bool:
-    """Whether ``source`` is a folder that ``open-mythos data prepare`` has written."""
+    """Return whether ``source`` is a folder written by ``open-mythos data prepare``."""
     return bool(source) and (Path(source) / INDEX_FILE).is_file()
 
 
 def with_default_text(config: RunConfig, out: Path) -> None:
-    """Name the text of a run that names none: Python's standard library as bytes.
+    """Set the default text, Python's standard library as bytes, for a run without a text.
 
-    It is prepared into the run's folder by the first process.
+    Rank 0 prepares it in the run's folder ``out``.
     """
     if config.data.path or config.data.source:
         return
@@ -72,10 +69,10 @@ def with_default_text(config: RunConfig, out: Path) -> None:
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer:
-    """Load the tokenizer of the prepared folder, the one named, or that of the initial weights.
+    """Load the tokenizer: of the shards, of ``data.tokenizer``, or of ``train.init_from``.
 
     Raises:
-        DataError: There is none.
+        DataError: The tokenizer is missing or damaged.
         EnvironmentError_: The hub cannot be reached.
     """
     data = config.data
@@ -83,7 +80,7 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
         tokenizer = TokenShards(folder).tokenizer()
         if data.tokenizer not in ("", tokenizer.name):
             logger.warning(
-                "data.tokenizer is not used: the shards have their own, %s", tokenizer.name
+                "data.tokenizer is ignored: the shards have a tokenizer, %s", tokenizer.name
             )
         return tokenizer
     if data.tokenizer or not config.train.init_from:
@@ -94,7 +91,7 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
 def training_batches(
     data: DataConfig, tokenizer: Tokenizer, *, seq_len: int, global_batch: int, seed: int
 ) -> Loader | StreamLoader:
-    """Open the training text for this process of its group.
+    """Open the training text of this rank.
 
     Raises:
         DataError: The text is missing or damaged.
@@ -107,82 +104,67 @@ def training_batches(
     if folder := prepared_folder(data):
         return Loader(TokenShards(folder), mask_documents=data.document_masks, **shape)
     return StreamLoader(
-        listed(data.source, data.text_field), tokenizer, held_out=_share(data),
-        num_workers=data.workers, mask_documents=data.document_masks, **shape,
+        _list_files(data.source, data.text_field), tokenizer,
+        held_out=0.0 if data.val else data.held_out, num_workers=data.workers,
+        mask_documents=data.document_masks, **shape,
     )  # fmt: skip
 
 
 def validation_batches(
     data: DataConfig, tokenizer: Tokenizer, *, seq_len: int, batch: int, split: str = "val"
 ) -> Source | None:
-    """Open the text to evaluate on: ``data.val``, a split of the shards, or held-out documents.
+    """Open the validation text: ``data.val``, a split of the shards, or held-out documents.
 
-    Shards are divided among the processes; of a stream, each process reads all windows.
+    Shards are divided among the ranks; of a stream, each rank reads all windows.
 
     Args:
-        data: Where the text is; ``eval_windows`` limits it.
-        tokenizer: The run's.
-        seq_len: Tokens of a sequence.
-        batch: Sequences that one process computes at a time.
-        split: Of prepared shards without ``data.val``.
+        data: The text; ``eval_windows`` limits the number of sequences.
+        tokenizer: Tokenizer of the run.
+        seq_len: Tokens per sequence.
+        batch: Sequences per rank and forward pass.
+        split: Split of prepared shards, if ``data.val`` is empty.
 
     Returns:
-        None if the run keeps nothing for evaluation.
+        None if there is no validation text.
 
     Raises:
         DataError: ``data.val`` is missing, damaged, too short, or of another tokenizer.
     """
-    folder = prepared_folder(data)
+    sizes = {"seq_len": seq_len, "batch": batch}
     if is_prepared(data.val):
-        return _split(data, data.val, tokenizer, seq_len=seq_len, batch=batch)
+        name = "val" if "val" in TokenShards(data.val).index.splits else "train"
+        return _split(data, data.val, tokenizer, name, **sizes)
     if data.val:
-        return _stream(data, data.val, 1.0, tokenizer, seq_len=seq_len, batch=batch)
-    if folder:
+        return _stream(data, data.val, 1.0, tokenizer, **sizes)
+    if folder := prepared_folder(data):
         if split not in TokenShards(folder).index.splits:
             return None
-        return _split(data, folder, tokenizer, split, seq_len=seq_len, batch=batch)
+        return _split(data, folder, tokenizer, split, **sizes)
     if not data.held_out:
         return None
     try:
-        return _stream(data, data.source, data.held_out, tokenizer, seq_len=seq_len, batch=batch)
+        return _stream(data, data.source, data.held_out, tokenizer, **sizes)
     except TooFewHeldOutError as error:
-        logger.warning("nothing will be evaluated: %s", error)
+        logger.warning("there will be no evaluation: %s", error)
         return None
 
 
-def listed(source: str, text_field: str) -> Corpus:
-    """List a corpus in the first process, so that all see the same files."""
+def _list_files(source: str, text_field: str) -> Corpus:
+    """List the files of a corpus on rank 0, so that all ranks read the same files."""
     if not source:
-        raise ConfigError(
-            "no text is named", where="data.source", value="",
-            allowed='a file, a folder, a URL, "stdlib", or prepared shards',
-            fix="say --source PATH",
-        )  # fmt: skip
+        raise no_text("data.source")
     return Corpus.from_json(first_decides(lambda: open_corpus(source, text_field).to_json()))
 
 
-def _share(data: DataConfig) -> float:
-    return 0.0 if data.val else data.held_out
-
-
 def _split(
-    data: DataConfig,
-    folder: str,
-    tokenizer: Tokenizer,
-    split: str = "",
-    *,
-    seq_len: int,
-    batch: int,
+    data: DataConfig, folder: str, tokenizer: Tokenizer, split: str, *, seq_len: int, batch: int
 ) -> Source:
-    """Open a split of prepared shards; without a name the validation split, if there is one."""
-    if not split:
-        split = "val" if "val" in TokenShards(folder).index.splits else "train"
     shards = TokenShards(folder, split)
     if shards.index.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(
             "the validation text was prepared with another tokenizer", where=folder,
             value=shards.index.tokenizer, allowed=tokenizer.name,
-            fix="prepare it with the tokenizer of the run, or name the text itself",
+            fix="prepare it with the tokenizer of the run, or pass the text unprepared",
         )  # fmt: skip
     windows = EpochWindows(
         shards, seq_len=seq_len, global_batch=world_size() * batch, rank=rank(),
@@ -195,9 +177,9 @@ def _split(
 def _stream(
     data: DataConfig, source: str, share: float, tokenizer: Tokenizer, *, seq_len: int, batch: int
 ) -> Source:
-    """Read the first held-out documents of a corpus; with a share of 1 all documents count."""
+    """Open the first documents of the held-out ``share`` of a corpus."""
     windows = HeldOutWindows(
-        listed(source, data.text_field), tokenizer, seq_len=seq_len, windows=data.eval_windows,
+        _list_files(source, data.text_field), tokenizer, seq_len=seq_len, windows=data.eval_windows,
         held_out=share, batch=batch, mask_documents=data.document_masks,
     )  # fmt: skip
     return Source("val", windows, windows.bytes_per_token)

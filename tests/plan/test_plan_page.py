@@ -71,7 +71,7 @@ def test_the_recorded_error_is_small() -> None:
 def test_tables_fit_a_terminal_of_100_columns(options: dict) -> None:
     text = printed("nano", **options)
     assert max(map(len, text.splitlines())) <= 100
-    for part in ("parameters", "FLOPs of a token by depth", "memory of a GPU", "days", "cost",
+    for part in ("parameters", "FLOPs per token by depth", "peak memory of a GPU", "days", "cost",
                  "cache", "Assumed:"):  # fmt: skip
         assert part in text
     assert ("communication of a GPU" in text) == (options["gpus"] > 1)

@@ -1,1 +1,1 @@
-"""How the processes of a run start, share a model and agree."""
+"""Process groups, parallelism and compilation."""

@@ -1,14 +1,13 @@
-"""Blocks as compiled graphs: one for all loops, and for all blocks that are made alike.
+"""Compile blocks with ``torch.compile``: one graph for all loops and for all identical blocks.
 
-A loop runs the same block again and again, so the block is what is compiled: the whole model would
-be one graph for every number of loops. What changes from loop to loop stays outside of it. The
-number of the loop enters as a tensor, and only where there is dropout; weights in half precision,
-and gradients that wait for all loops, belong to the call and come in as operands; diagnostics are
-recorded afterwards.
+The unit of compilation is the block, because the whole model would need a graph per number of
+loops. Whatever changes from loop to loop stays outside the graph: the loop index is a tensor, used
+only by dropout; half-precision weights and deferred gradients belong to the call and are passed as
+operands; diagnostics are recorded afterwards.
 
-One graph is made for loops with gradient and another for loops without (truncated back-propagation,
-evaluation). Rows that leave the loop early change the size of the batch, which is an unknown of the
-graph; a single row is a case of its own. Calls with a cache run as they are.
+Loops with gradient and loops without (truncated back-propagation, evaluation) have a graph each.
+Rows that exit the loop early change the batch size, which is symbolic; a single row has its own
+graph. Calls with a cache are not compiled.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from open_mythos.model.layers.moe import Routing
 from open_mythos.ops.attention.visibility import Visibility
 
 MOST_GRAPHS = 32
-"""Graphs of all blocks together, beyond which they run as they are: gradients or none, one row or
-more, training or evaluation, a batch that changes. PyTorch's own 8 are soon used up."""
+"""Maximum number of graphs of all blocks, beyond which they run eagerly. PyTorch's default of 8 is
+too low for gradient or none, one row or more, training or evaluation, and changing batch sizes."""
 
 
 def compile_block(block: TransformerBlock, *, rows_leave: bool, backend: str = "inductor") -> None:
-    """Set ``block.compiled``, which is compiled when it is first called.
+    """Set ``block.compiled``, which compiles at its first call.
 
     Args:
         block: Changed in place.
-        rows_leave: Whether the number of rows is symbolic in the graph from the first call on.
-            Where it never changes, a graph specialized to it is a little faster.
-        backend: Of ``torch.compile``.
+        rows_leave: Make the number of rows symbolic from the first call on. A graph specialized to
+            a constant number is slightly faster.
+        backend: Backend of ``torch.compile``.
     """
     limit: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
@@ -57,10 +56,10 @@ def compile_block(block: TransformerBlock, *, rows_leave: bool, backend: str = "
 
 
 def _bare(ctx: Context, rows_leave: bool) -> Context:
-    """What attention and dropout read of ``ctx``, and nothing that changes from loop to loop."""
+    """Return the part of ``ctx`` that attention and dropout read, which is constant over loops."""
 
     def of_rows(x: Any, axis: int = 0) -> Any:
-        """``x``, whose ``axis`` is the batch; others than the loop know its size."""
+        """Mark ``axis``, the batch, of an alias of ``x`` as dynamic; other code knows its size."""
         if x is None or not rows_leave or x.shape[axis] == 1:
             return x
         alias = x.detach()

@@ -1,8 +1,8 @@
-"""Expert parallelism: each process holds some of the routed experts, and tokens travel to them.
+"""Expert parallelism: routed experts are divided among ranks and tokens are sent to them.
 
-The all-to-all of GShard (arXiv 2006.16668, section 3), with rows sorted by expert instead of fixed
-capacities, so that no token is dropped. It happens in every loop: all ranks of a group run the same
-number of loops, a rank without active rows with an empty batch.
+Uses the all-to-all of GShard (arXiv 2006.16668, section 3), with rows sorted by expert instead of
+fixed capacities, so no token is dropped. It runs in every loop, so all ranks of a group run the
+same number of loops, with an empty batch on ranks without active rows.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def apply_expert_parallelism(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Distribute the experts of every mixture over the second axis of ``mesh``.
+    """Turn the expert weights of ``model`` into DTensors, sharded over the second axis of ``mesh``.
 
     Args:
-        model: Its expert weights become DTensors.
-        mesh: (replica, expert) processes; the second axis divides the experts.
+        model: Changed in place.
+        mesh: (replica, expert) ranks.
     """
     for module in model.modules():
         if isinstance(module, MoEFFN):
             for name in STACKS:
                 whole = getattr(module, name)
-                # every process has built the same model: there is nothing to send
+                # every rank has built the same model, so there is nothing to send
                 local = distribute_tensor(
                     whole.detach(), mesh, [Replicate(), Shard(0)], src_data_rank=None
                 )
@@ -53,11 +53,11 @@ def apply_expert_parallelism(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 class ExpertParallel(Experts):
-    """Experts distributed over processes: tokens travel to them, and results back.
+    """Experts distributed over ranks, with an all-to-all of tokens to them and of results back.
 
     Args:
-        mesh: (replica, expert) processes.
-        backend: Of :func:`~open_mythos.ops.experts.routed.routed_experts`.
+        mesh: (replica, expert) ranks.
+        backend: Backend of :func:`~open_mythos.ops.experts.routed.routed_experts`.
     """
 
     def __init__(self, mesh: DeviceMesh, backend: str = "auto") -> None:
@@ -65,7 +65,7 @@ class ExpertParallel(Experts):
         self.backend, self._group, self._size = backend, mesh.get_group(1), mesh.size(1)
 
     def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
-        """Return the weights of this process's experts."""
+        """Return the weights of this rank's experts."""
         return _local_weights(moe.gate_up), _local_weights(moe.down)
 
     @torch.compiler.disable  # a compiled block has one graph break here
@@ -78,18 +78,18 @@ class ExpertParallel(Experts):
         sends = expert_load(experts_NC, n_local * self._size).long()
         arrives = torch.empty_like(sends)
         dist.all_to_all_single(arrives, sends, group=self._group)
-        # the host must know the split sizes: one host-device sync per mixture and loop
+        # the host needs the split sizes: one host-device sync per MoE layer and loop
         to_rank = read_counts(sends.view(self._size, -1).sum(1), n_tokens * n_chosen)
         from_rank = read_counts(arrives.view(self._size, -1).sum(1), n_tokens * n_chosen)
-        # one row more than arrives, so that there always is one and every weight has a gradient
-        rows = _Travel.apply(x_ND[order // n_chosen], to_rank, from_rank, self._group)
+        # append a row of zeros, so that there is at least one and every weight gets a gradient
+        rows = _AllToAll.apply(x_ND[order // n_chosen], to_rank, from_rank, self._group)
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         numbers = torch.arange(n_local, device=x_ND.device).repeat(self._size)
         own = numbers.repeat_interleave(arrives, output_size=sum(from_rank))
         numbers = torch.cat([own, numbers[:1]]).unsqueeze(1)
         ones = weights_NC.new_ones(len(rows), 1)
-        made = routed_experts(rows, gate_up, down, numbers, ones, backend=self.backend)[:-1]
-        back = _Travel.apply(made, from_rank, to_rank, self._group)
+        y = routed_experts(rows, gate_up, down, numbers, ones, backend=self.backend)[:-1]
+        back = _AllToAll.apply(y, from_rank, to_rank, self._group)
         inverse = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)
         )
@@ -97,8 +97,8 @@ class ExpertParallel(Experts):
         return (y_NCD * weights_NC.to(y_NCD.dtype).unsqueeze(-1)).sum(1)
 
 
-class _Travel(torch.autograd.Function):
-    """All-to-all of rows; the gradient travels back."""
+class _AllToAll(torch.autograd.Function):
+    """All-to-all of rows; the backward pass is the inverse all-to-all of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, to: list[int], from_: list[int], group: Any) -> Tensor:
@@ -117,6 +117,6 @@ def _exchange(rows: Tensor, to: list[int], from_: list[int], group: Any) -> Tens
 
 
 def _local_weights(weight: Tensor | None) -> Tensor:
-    """Return this process's experts; their gradient is a partial sum over the groups."""
+    """Return this rank's experts; their gradient is a partial sum over the replicas."""
     assert isinstance(weight, DTensor)
     return as_autocast(weight.to_local(grad_placements=[Partial(), Shard(0)]))

@@ -1,7 +1,7 @@
-"""What is wrapped around the single-device model code, from outside and in a fixed order.
+"""Apply parallelism to the single-device model code, from outside and in a fixed order.
 
-The model knows nothing of it. Activation checkpointing comes first, then compilation, then the
-experts move to their processes, then everything else is replicated (DDP) or sharded (FSDP2).
+Activation checkpointing comes first, then compilation, then expert parallelism, then replication
+(DDP) or sharding (FSDP2) of all other parameters.
 """
 
 from __future__ import annotations
@@ -30,25 +30,27 @@ from open_mythos.train.parallel.expert_parallel import apply_expert_parallelism,
 
 
 def parallelize(model: Model, config: RunConfig) -> ParallelModel:
-    """Prepare ``model`` for the processes that are there.
+    """Prepare ``model`` for the ranks of the process group.
 
-    With "fsdp" every prelude and coda block is a unit of its own, and so is the module that owns
-    the loop: its weights are gathered once for all loops, and stay until the backward pass is done
-    with them. What is left (embedding, norms, read-out, head) is the outermost unit.
+    With "fsdp" each prelude and coda block is a unit, and so is the module that owns the loop: its
+    weights are gathered once for all loops and stay until its backward pass. The remainder
+    (embedding, norms, read-out, head) is the outermost unit.
 
     Args:
-        model: On its device; changed in place, its parameters become DTensors where sharded.
-        config: Of the run, validated.
+        model: The model on its device; changed in place, sharded parameters become DTensors.
+        config: A validated configuration.
 
     Raises:
-        ConfigError: The number of processes does not fit the configuration.
+        ConfigError: The world size does not fit the configuration.
     """
     parallel = config.parallel
     kind = resolve_kind(parallel)
     if config.train.checkpoint_loops and isinstance(model, OpenMythos):
         model.recurrent.checkpoint = True
     if config.train.compile:
-        _compile(model)
+        looped = set(model.recurrent.blocks) if isinstance(model, OpenMythos) else set()
+        for block in transformer_blocks(model):
+            compile_block(block, rows_leave=block in looped)
     call: nn.Module = _Call(model)
     if kind == "ddp":
         call = DistributedDataParallel(call, gradient_as_bucket_view=True)
@@ -64,14 +66,14 @@ def parallelize(model: Model, config: RunConfig) -> ParallelModel:
         fully_shard(call, mesh=mesh, reshard_after_forward=False, ignored_params=elsewhere)
         for module in call.modules():
             if isinstance(module, FSDPModule):
-                # the loss is divided by counts of the whole step, so gradients are added up
+                # the loss is divided by counts of the whole step, so gradients are summed
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
     return ParallelModel(call, model, keep_step=kind == "fsdp" and parallel.experts > 1)
 
 
 class _Call(nn.Module):
-    """Calls a function on the model: what replicates or shards hooks into calls of modules."""
+    """Module that calls a function on the model: DDP and FSDP2 hook into module calls."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -82,12 +84,12 @@ class _Call(nn.Module):
 
 
 class ParallelModel:
-    """A model that all processes of a run share; made by :func:`parallelize`.
+    """A model shared by all ranks of a run; created by :func:`parallelize`.
 
     Args:
-        call: Calls functions on the model, wrapped as the kind asks for.
-        model: Inside it.
-        keep_step: Whether all processes have to run every loop together.
+        call: Calls functions on the model; wrapped by DDP or FSDP2.
+        model: The model inside it.
+        keep_step: Whether all ranks have to run the same number of loops.
     """
 
     def __init__(self, call: nn.Module, model: Model, keep_step: bool) -> None:
@@ -96,24 +98,24 @@ class ParallelModel:
 
     @property
     def outermost(self) -> nn.Module:
-        """The module that was replicated or sharded last, around the model."""
+        """The outermost wrapper, which DDP or FSDP2 was applied to last."""
         return self._call
 
     def train_on(self, function: Callable[..., Any], *, last: bool, **arguments: Any) -> Any:
-        """``function(model, **arguments)`` for one micro-batch, to be back-propagated.
+        """Return ``function(model, **arguments)`` with gradients, for one micro-batch.
 
-        Replicas add up their gradients in the ``last`` micro-batch of a step. Shards do in every
-        one: gradients kept whole would need the memory that sharding saves.
+        DDP all-reduces gradients in the ``last`` micro-batch of a step, FSDP2 in every one, since
+        unsharded gradients would need the memory that sharding saves.
         """
         if isinstance(self._call, DistributedDataParallel):
             self._call.require_backward_grad_sync = last
         return self._call(function, **arguments)
 
     def look_at(self, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(model, *args)`` without gradients, its weights at hand."""
+        """Return ``function(model, *args)`` without gradients, with the loop's weights gathered."""
 
         def call(model: Model) -> Any:
-            # the loop may be entered by its step, where nothing gathers
+            # functions may call the loop's step, which does not trigger the gathering
             loop = [model.recurrent] if isinstance(model, OpenMythos) else []
             units = [unit for unit in loop if isinstance(unit, FSDPModule)]
             for unit in units:
@@ -128,7 +130,7 @@ class ParallelModel:
             return self._call(call)
 
     def finish_gradients(self) -> None:
-        """Sum what is left to be summed: gradients of experts that several groups hold."""
+        """Sum the gradients of experts over replicas; DDP and FSDP2 sum all others."""
         for parameter in expert_parameters(self.model):
             if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
                 parameter.grad = parameter.grad.redistribute(
@@ -137,30 +139,30 @@ class ParallelModel:
 
 
 def resolve_kind(config: ParallelConfig) -> str:
-    """ "none", "ddp" or "fsdp" for the processes that are there.
+    """Return "none", "ddp" or "fsdp" for the current world size.
 
     Raises:
-        ConfigError: They do not divide as the configuration says.
+        ConfigError: The world size does not fit the configuration.
     """
     size = world_size()
     kind = ("none" if size == 1 else "ddp") if config.kind == "auto" else config.kind
     if kind == "none" and size > 1:
         raise ConfigError(
-            "several processes and nothing that joins them", where="parallel.kind", value=kind,
+            "several processes need a kind of parallelism", where="parallel.kind", value=kind,
             allowed='"ddp", "fsdp" or "auto"',
         )  # fmt: skip
     for name in ("shard", "experts"):
         part = getattr(config, name) or size
         if size % part:
             raise ConfigError(
-                "the processes do not divide into groups", where=f"parallel.{name}", value=part,
+                "the world size is not a multiple of it", where=f"parallel.{name}", value=part,
                 allowed=f"a divisor of the number of processes ({size})",
             )  # fmt: skip
     return kind if size > 1 else "none"
 
 
 def transformer_blocks(model: Model) -> list[TransformerBlock]:
-    """All blocks, in the order in which they run."""
+    """Return all blocks in execution order."""
     if isinstance(model, DenseTransformer):
         found = [*model.blocks]
     else:
@@ -168,18 +170,10 @@ def transformer_blocks(model: Model) -> list[TransformerBlock]:
     return [cast(TransformerBlock, block) for block in found]
 
 
-def _compile(model: Model) -> None:
-    """Compile every block; rows leave those that are in the loop."""
-    looped = set(model.recurrent.blocks) if isinstance(model, OpenMythos) else set()
-    for block in transformer_blocks(model):
-        compile_block(block, rows_leave=block in looped)
-
-
 def sharding_units(model: Model) -> Iterable[tuple[nn.Module, bool]]:
-    """Modules that are gathered one at a time, and whether they are let go after their forward.
+    """Return the FSDP2 units and whether each is resharded after its forward pass.
 
-    What runs last in the forward pass runs first in the backward pass, so the loop keeps its
-    weights: only the coda and the head come between.
+    The loop stays gathered, because only the coda and the head run before its backward pass.
     """
     if isinstance(model, DenseTransformer):
         return [(block, True) for block in model.blocks]
@@ -188,8 +182,8 @@ def sharding_units(model: Model) -> Iterable[tuple[nn.Module, bool]]:
 
 
 def _mesh(device: str, inner: int, name: str) -> DeviceMesh:
-    """All processes; a second axis of ``inner`` neighbours where there are several such groups."""
-    # a model that exists as shapes only has no processes of its own kind
+    """Return the mesh of all ranks; its last axis has ``inner`` neighboring ranks."""
+    # a model of shapes only (plan) uses a fake process group on the CPU
     device = "cpu" if device == "meta" else device
     outer = world_size() // inner
     if outer == 1 and name == "shard":
@@ -198,11 +192,11 @@ def _mesh(device: str, inner: int, name: str) -> DeviceMesh:
 
 
 def _sum_gradients(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's communication, without its division by the number of processes."""
+    """DDP communication hook: all-reduce without dividing by the world size."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
 
 
-# DDP compares the annotations themselves, which are strings in this module
+# DDP compares annotations by identity, but they are strings in this module
 _sum_gradients.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}

@@ -1,7 +1,7 @@
-"""The process group of a run: how it starts, and the values its processes exchange.
+"""The process group of a run, and reductions over its ranks.
 
-What a step computes does not depend on the number of processes. Data, depths and randomness follow
-from global sample numbers, every loss is divided by counts of the whole step, gradients are summed.
+Results do not depend on the world size: data, depths and randomness are functions of global sample
+indices, losses are divided by counts of the whole step, gradients are summed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def device_of_process(name: str) -> torch.device:
-    """Return the device that ``name`` means; "auto" and "cuda" give each process its own GPU."""
+    """Return the device of this rank; "auto" and "cuda" assign each rank its own GPU."""
     device = resolve_device(name)
     if device.type == "cuda" and device.index is None and launched():
         return torch.device("cuda", local_rank())
@@ -36,16 +36,14 @@ def device_of_process(name: str) -> torch.device:
 
 @contextmanager
 def process_group(config: ParallelConfig, device: str) -> Iterator[None]:
-    """Join the processes that a launcher started into one group, inside ``with``.
-
-    Does nothing without a launcher, or when a process group exists already.
+    """Initialize the process group within ``with``; does nothing without a launcher or within one.
 
     Args:
-        config: Its timeout ends the run when a process does not answer for so long.
-        device: As in ``train.device``.
+        config: Contains the timeout of collective operations.
+        device: Value of ``train.device``.
 
     Raises:
-        EnvironmentError_: The processes do not find each other.
+        EnvironmentError_: The processes cannot connect.
     """
     if not launched() or dist.is_initialized():
         yield
@@ -60,7 +58,7 @@ def process_group(config: ParallelConfig, device: str) -> Iterator[None]:
         )
     except (RuntimeError, ValueError) as error:  # c10d raises several kinds of the first
         raise EnvironmentError_(
-            "the processes of the run do not find each other", where="torch.distributed",
+            "the processes of the run cannot connect", where="torch.distributed",
             value=str(error).splitlines()[0],
             allowed="as many processes as WORLD_SIZE says, that reach MASTER_ADDR:MASTER_PORT",
             fix="start them all with one torchrun command; see docs/training.md",
@@ -72,7 +70,7 @@ def process_group(config: ParallelConfig, device: str) -> Iterator[None]:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum ``x`` over all processes in float64, in the order of their ranks; no host-device sync."""
+    """Sum ``x`` over ranks in float64, in rank order, without a host-device sync."""
     everyone = [torch.empty_like(x, dtype=torch.float64) for _ in range(world_size())]
     dist.all_gather(everyone, x.double())
     total = everyone[0]
@@ -82,12 +80,12 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def sum_loads(trace: LoopTrace, loops: int, model: CausalLM) -> None:
-    """Sum the expert loads in ``trace`` over all processes, in place.
+    """Sum the expert loads in ``trace`` over ranks, in place.
 
     Args:
-        trace: Of this process; it may have run fewer loops than others.
-        loops: Most loops that any process ran in the step.
-        model: Its mixtures of experts are summed.
+        trace: Trace of this rank, which may have run fewer loops than others.
+        loops: Maximum loops of any rank in the step.
+        model: The traced model.
     """
     mixtures = [module for module in model.modules() if isinstance(module, MoEFFN)]
     if world_size() == 1 or not mixtures:
@@ -100,7 +98,7 @@ def sum_loads(trace: LoopTrace, loops: int, model: CausalLM) -> None:
 
 
 def merge_over_ranks(trace: LoopTrace, depths: Tensor | None) -> tuple[LoopTrace, Tensor | None]:
-    """Gather what all processes recorded in a step: the rows of all traces, all depths (B,)."""
+    """Concatenate the rows of the traces, and the depths (B,), of all ranks."""
     if world_size() == 1:
         return trace, depths
     rows = {name: _on_cpu(getattr(trace, name)) for name in PER_ROW}
@@ -113,19 +111,19 @@ def merge_over_ranks(trace: LoopTrace, depths: Tensor | None) -> tuple[LoopTrace
 
 
 def first_decides(decide: Callable[[], T]) -> T:
-    """Return the first process's ``decide()`` in all of them; its error is raised everywhere."""
+    """Return rank 0's ``decide()`` on all ranks, or raise its error on all ranks."""
     if world_size() == 1:
         return decide()
-    told: list[Any] = [None]
+    results: list[Any] = [None]
     if rank() == 0:
         try:
-            told = [decide()]
+            results = [decide()]
         except MythosError as error:
-            told = [error]
-    dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], MythosError):
-        raise told[0]
-    return told[0]
+            results = [error]
+    dist.broadcast_object_list(results, src=0)
+    if isinstance(results[0], MythosError):
+        raise results[0]
+    return results[0]
 
 
 def _on_cpu(rows: dict[int, Tensor]) -> dict[int, Tensor]:
