@@ -30,17 +30,6 @@ class Cost:
     decode_position: int = 0
     """Of attention, per attended position, in single-token decoding."""
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.weights + other.weights,
-            self.position + other.position,
-            self.decode_position + other.decode_position,
-        )
-
-    def times(self, n: int) -> Cost:
-        """Return the cost of ``n`` repetitions."""
-        return Cost(n * self.weights, n * self.position, n * self.decode_position)
-
     def flops(self, seen: float) -> float:
         """Return the FLOPs of a token that attends to ``seen`` positions, in prefill."""
         return 2 * (self.weights + seen * self.position)
@@ -103,11 +92,9 @@ class Accounting:
         return self.once.flops(seen) + self._loops(n_loops) * self.per_loop.flops(seen)
 
     def training_flops(
-        self,
-        n_loops: float | None = None,
-        grad_loops: float | None = None,
+        self, n_loops: float | None = None, grad_loops: float | None = None,
         context: int | None = None,
-    ) -> float:
+    ) -> float:  # fmt: skip
         """Return the FLOPs per token of a training step: 6 N with gradient, 2 N without.
 
         Recomputation by activation checkpointing is not counted, as in model FLOPs utilization.
@@ -215,20 +202,16 @@ def _counted(cfg: MythosConfig, n_layers: int | None, n_loops: int, context: int
             weights["loop" if in_loop else "once"] += read
     outer = cfg.prelude_layers + cfg.coda_layers if n_layers is None else n_layers
     looped = cfg.recurrent_layers if n_layers is None else 0
-    attention = _attention_cost(cfg)
-    return Accounting(
-        architecture="looped" if n_layers is None else "dense",
-        n_loops=n_loops,
-        context=context,
-        stored=stored,
-        active=active,
-        once=attention.times(outer) + Cost(weights["once"]),
-        per_loop=attention.times(looped) + Cost(weights["loop"]),
-        cache_width=cfg.cache_width,
-        slots_once=outer,
-        slots_per_loop=looped,
-        share_loops=n_layers is None and cfg.kv_share == "last",
+    position, decode_position = _attention_cost(cfg)
+    once, per_loop = (
+        Cost(weights[part], blocks * position, blocks * decode_position)
+        for part, blocks in (("once", outer), ("loop", looped))
     )
+    return Accounting(
+        "looped" if n_layers is None else "dense", n_loops, context, stored, active, once, per_loop,
+        cache_width=cfg.cache_width, slots_once=outer, slots_per_loop=looped,
+        share_loops=n_layers is None and cfg.kv_share == "last",
+    )  # fmt: skip
 
 
 _LOOPED_PARTS = ("embedding", "prelude", "recurrent", "coda", "head")
@@ -237,11 +220,11 @@ _PART = {"prelude_norm": "prelude", "readout": "coda", "final_norm": "head"}
 """First component of a parameter's name -> part of the model, where different."""
 
 
-def _attention_cost(cfg: MythosConfig) -> Cost:
-    """Return the cost of attention in one block, without the projections."""
+def _attention_cost(cfg: MythosConfig) -> tuple[int, int]:
+    """Return ``position`` and ``decode_position`` of :class:`Cost` of one block."""
     if cfg.attn_type == "gqa":
         position = 2 * cfg.n_heads * cfg.head_dim
-        return Cost(0, position, position)
+        return position, position
     key = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
     # absorbed decoding folds the up-projection into query and output: one token's worth of it
-    return Cost(0, cfg.n_heads * (key + cfg.v_head_dim), 2 * cfg.n_heads * cfg.cache_width)
+    return cfg.n_heads * (key + cfg.v_head_dim), 2 * cfg.n_heads * cfg.cache_width

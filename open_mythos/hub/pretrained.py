@@ -154,7 +154,7 @@ def stored_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def model_directory(directory: str | Path) -> Path:
-    """The folder that holds the model which ``directory`` stands for; see :func:`from_pretrained`.
+    """Resolve ``directory`` to the folder of a model, as :func:`from_pretrained` does.
 
     Raises:
         DataError: There is no model.

@@ -168,17 +168,15 @@ class _Quantized(nn.Module):
 
     def _reject_gradients(self, x: Tensor) -> None:
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
-            raise ConfigError(
-                "a quantized model has no gradients", where=type(self).__name__.strip("_"),
-                value="training mode" if self.training else "an input that requires a gradient",
-                allowed="evaluation and generation", fix="train the model before quantize()",
+            raise _error(
+                "a quantized model has no gradients", type(self).__name__.strip("_"),
+                "training mode" if self.training else "an input that requires a gradient",
+                "evaluation and generation", "train the model before quantize()",
             )  # fmt: skip
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
-        raise ConfigError(
-            "a quantized model cannot be saved", where="state_dict", value=type(self).__name__,
-            allowed="models before quantize()", fix="save the model first, quantize after loading",
-        )  # fmt: skip
+        what, fix = "a quantized model cannot be saved", "save the model first"
+        raise _error(what, "state_dict", type(self).__name__, "models before quantize()", fix)
 
 
 class _Packed(_Quantized):
@@ -323,10 +321,8 @@ def _group_of(kind: str, group_size: int | None) -> int:
     """Return the group size; 0 for int8."""
     pick(KINDS, kind, "quantize(kind)", what="quantization")
     if kind == "int8" and group_size is not None:
-        raise ConfigError(
-            "int8 has no groups", where="quantize(group_size)", value=group_size, allowed="None",
-            fix="leave group_size out, or choose int4",
-        )  # fmt: skip
+        fix = "leave group_size out, or choose int4"
+        raise _error("int8 has no groups", "quantize(group_size)", group_size, "None", fix)
     if kind == "int8":
         return 0
     sizes = {str(size): size for size in GROUPS}
@@ -336,30 +332,28 @@ def _group_of(kind: str, group_size: int | None) -> int:
 
 def _check_model(model: CausalLM, targets: list[tuple[str, nn.Module]], group: int) -> None:
     """Check every weight before any is changed."""
+    single = "quantize in a single process"
     if is_quantized(model):
-        raise ConfigError(
-            "the model is quantized already", where="quantize", value=type(model).__name__,
-            allowed="a trained model", fix="load the model again and quantize it once",
-        )  # fmt: skip
+        fix = "load the model again and quantize it once"
+        name = type(model).__name__
+        raise _error("the model is quantized already", "quantize", name, "a trained model", fix)
     for path, module in targets:
         if isinstance(module, MoEFFN) and type(module.experts) is not RoutedExperts:
-            raise ConfigError(
-                "these experts cannot be packed", where=path, value=type(module.experts).__name__,
-                allowed="RoutedExperts", fix="quantize in a single process",
-            )  # fmt: skip
+            kind = type(module.experts).__name__
+            raise _error("these experts cannot be packed", path, kind, "RoutedExperts", single)
         for name, weight in _weights(path, module):
             if type(weight.data) is not Tensor or weight.is_meta:
-                raise ConfigError(
-                    "this weight is not a whole tensor on one device", where=name,
-                    value="meta" if weight.is_meta else type(weight.data).__name__,
-                    allowed="models on one device", fix="quantize in a single process",
-                )  # fmt: skip
+                kind = "meta" if weight.is_meta else type(weight.data).__name__
+                allowed = "models on one device"
+                raise _error("this weight is not a whole tensor", name, kind, allowed, single)
             check_packing(weight.shape[-1], group, name)
             if not weight.isfinite().all():
-                raise ConfigError(
-                    "a weight is not finite", where=name, value="NaN or infinite",
-                    allowed="finite weights", fix="take an earlier checkpoint",
-                )  # fmt: skip
+                value, fix = "NaN or infinite", "use an earlier checkpoint"
+                raise _error("a weight is not finite", name, value, "finite weights", fix)
+
+
+def _error(what: str, where: str, value: Any, allowed: str, fix: str) -> ConfigError:
+    return ConfigError(what, where=where, value=value, allowed=allowed, fix=fix)
 
 
 def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
