@@ -1,1 +1,1 @@
-"""Tensor functions without parameters; each fast path stands beside its plain twin."""
+"""Stateless tensor ops; each fast path has a reference implementation."""

@@ -54,7 +54,7 @@ def pick_backend(
 
 
 def triton_serves(op: str, backend: str, tensor: Tensor, problem: str | None) -> bool:
-    """Whether the Triton kernel of ``op`` serves a call instead of the reference implementation.
+    """Return whether the Triton kernel of ``op``, not its reference, serves a call.
 
     Args:
         op: Name of the op, for messages.
@@ -81,35 +81,35 @@ def triton_serves(op: str, backend: str, tensor: Tensor, problem: str | None) ->
 
 @torch.compiler.assume_constant_result
 def _machine_problem(device: torch.device) -> str | None:
-    """Why no kernel runs on ``device``, or None."""
-    return _asked_once(device)
+    """Return why no kernel can run on ``device``, or None."""
+    return _hardware_problem(device)
 
 
 @torch.compiler.assume_constant_result
 def _kernel_problem(op: str, device: torch.device) -> str | None:
-    """Why "auto" does not pick the kernel of ``op`` on ``device``, or None."""
-    return _asked_once(device) or _checked_once(op, device)
+    """Return why "auto" does not pick the kernel of ``op`` on ``device``, or None."""
+    return _hardware_problem(device) or _small_case_problem(op, device)
 
 
 @cache
-def _checked_once(op: str, device: torch.device) -> str | None:
-    """How the kernel of ``op`` failed its small case on ``device``, or None."""
+def _small_case_problem(op: str, device: torch.device) -> str | None:
+    """Return how the kernel of ``op`` failed its small case on ``device``, or None."""
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             pairs = list(zip(*CHECKS[op](device), strict=True))
         errors = [float((got - expected).norm() / expected.norm()) for got, expected in pairs]
         problem = None if max(errors) <= TOLERANCE else f"off by {max(errors):.1e} (relative)"
-    except Exception as error:  # whatever a compiler or driver raises, the reference still works
+    except Exception as error:  # any compiler or driver error: the reference still works
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
         logger.warning(
-            "the Triton kernel of %s is not used on %s, its reference is: %s", op, device, problem
+            "using the reference of %s on %s instead of the Triton kernel: %s", op, device, problem
         )
     return problem
 
 
 @cache
-def _asked_once(device: torch.device) -> str | None:
+def _hardware_problem(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type != "cuda":

@@ -2,7 +2,7 @@
 
 The gradients are computed chunk by chunk in the forward pass. One buffer holds the logits of a
 chunk in the dtype of the matmul, and is overwritten by their gradient in place, a block of rows at
-a time in float32. ``torch.nn.functional.linear_cross_entropy`` (PyTorch 2.13) works alike, but in
+a time in float32. ``torch.nn.functional.linear_cross_entropy`` (PyTorch 2.13) is similar, but in
 bfloat16 it takes up to twice the memory and three times as long on a CPU, and it breaks the graph
 of ``torch.compile``.
 """
@@ -24,7 +24,7 @@ from open_mythos.devices import kernel_device
 from open_mythos.ops.backend import pick_backend
 
 CHUNK_BYTES = 1 << 28
-"""Bytes of logits that exist at a time on a CPU."""
+"""Most bytes of logits in memory at a time on a CPU."""
 ACCELERATOR_CHUNK_BYTES = 1 << 30
 """The same on other devices. Each chunk reads and writes the gradient of the whole head, which
 costs as much as the matmul itself at a few hundred rows per chunk and little at thousands."""
@@ -54,12 +54,12 @@ def linear_cross_entropy(
         hidden_BTD: Final hidden states (..., D).
         weight_VD: Weight of the output head.
         targets_BT: (...) int64 class of each position.
-        ignore_index: Target of the positions that do not count.
-        reduction: "sum" over positions, or their "mean"; 0 when no position counts.
+        ignore_index: Target of positions to ignore.
+        reduction: "sum" over positions, or their "mean"; 0 when all are ignored.
         scale: Factor on the logits.
-        softcap: Bound c of the scaled logits, c tanh(logits / c), without a fused gradient: the
-            backward pass recomputes each chunk. 0 for none.
-        chunk: Positions whose logits exist at a time; by default :func:`chunk_rows`.
+        softcap: Bound c of the scaled logits, c tanh(logits / c); 0 for none. Not fused: the
+            backward pass recomputes each chunk.
+        chunk: Positions whose logits are in memory at a time; by default :func:`chunk_rows`.
         backend: "chunked", "liger" (Triton kernels of the package liger-kernel, CUDA only), or
             "auto": "liger" for half-precision matmuls on CUDA where it is installed.
 
@@ -83,7 +83,7 @@ def linear_cross_entropy(
         return total if reduction == "sum" else total / _count(targets_N, ignore_index)
     implementation = pick_backend("loss", backend, {"chunked": _chunked, "liger": _liger})
     find = partial(implementation, dtype=dtype, ignore=ignore_index, rows=rows)
-    if not torch.is_grad_enabled():  # a custom function would prepare gradients all the same
+    if not torch.is_grad_enabled():  # the custom function would compute gradients anyway
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     total = _LossWithGradients.apply(hidden_ND, weight_VD, targets_N, find)
     return total if reduction == "sum" else total / _count(targets_N, ignore_index)
@@ -123,13 +123,13 @@ def _recomputed(
 
 
 def chunk_rows(n_rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many positions make a chunk: equal chunks within a number of bytes.
+    """Return the positions per chunk: equal chunks within the byte limit of ``device``.
 
     Args:
-        n_rows: Positions N in all.
-        vocab: Logits V of a position.
-        dtype: Of the logits.
-        device: Where they are; it decides how many bytes.
+        n_rows: Positions N in total.
+        vocab: Logits V per position.
+        dtype: Dtype of the logits.
+        device: Device of the logits.
     """
     limit = CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
     most = max(1, limit // (vocab * dtype.itemsize))
@@ -187,7 +187,7 @@ def _chunked(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, needs: tuple[bool, bool],
     *, dtype: torch.dtype, rows: int, ignore: int,
 ) -> Found:  # fmt: skip
-    """At most ``rows`` rows of logits at a time."""
+    """Compute at most ``rows`` rows of logits at a time."""
     (n_all, dim), vocab = hidden_ND.shape, len(weight_VD)
     counts_N1 = (targets_N != ignore).unsqueeze(-1)
     classes_N1 = torch.where(counts_N1, targets_N.unsqueeze(-1), 0)
@@ -237,15 +237,15 @@ def _add_matmul(sum_VD: Tensor, residual: Tensor, hidden: Tensor, rows: int, mor
         sum_VD.addmm_(residual.mT, hidden, beta=int(more))
         return
     for total, part in zip(sum_VD.split(rows), residual.split(rows, dim=1), strict=True):
-        product = part.mT @ hidden
-        total.add_(product) if more else total.copy_(product)
+        gradient = part.mT @ hidden
+        total.add_(gradient) if more else total.copy_(gradient)
 
 
 def _liger(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, needs: tuple[bool, bool],
     *, dtype: torch.dtype, rows: int, ignore: int,
 ) -> Found:  # fmt: skip
-    """Liger Kernel (arXiv 2410.10989): chunked as well, with a fused softmax."""
+    """Call Liger Kernel (arXiv 2410.10989): also chunked, with a fused softmax."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     operands = [each.detach().to(dtype) for each in (hidden_ND, weight_VD)]

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: packing them, matmuls with them, and routed experts made of them.
+"""Weights packed to 8 or 4 bits: packing, matmuls and routed experts.
 
 Weight-only: activations stay bfloat16. int8 has one scale per output, int4 sixteen evenly spaced
 values between the minimum and the maximum of each group of inputs:
@@ -6,9 +6,9 @@ values between the minimum and the maximum of each group of inputs:
     int8:  w = level * scale                 level in -127 .. 127
     int4:  w = (level - 8) * scale + zero    level in 0 .. 15
 
-A matmul is chosen by shape. The packed kernels of PyTorch's CPU backend read the levels as they
-are; their time grows with the rows, so they serve the few rows of decoding. For many rows the
-weight is unpacked to bfloat16, a piece at a time.
+The kernel is chosen by shape. The packed kernels of PyTorch's CPU backend read the levels directly;
+their time grows with the rows, so they serve the few rows of decoding. For many rows, the weight is
+unpacked to bfloat16 piece by piece.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from open_mythos.errors import ConfigError, InternalError
 from open_mythos.ops.experts.routed import routed_experts
 
 DTYPE = torch.bfloat16
-"""Of activations, scales and results."""
+"""Dtype of activations, scales and results."""
 GROUPS = (32, 64, 128, 256)
-"""Inputs that share a scale in int4: what the packed kernels take."""
+"""Group sizes of int4 that the packed kernels support."""
 PACKED_ROWS = {8: 16, 4: 56}
-"""Bits -> most rows for which the packed kernel is the faster one."""
+"""Bits -> most rows at which the packed kernel is faster than unpacking."""
 PIECE = 1 << 19
 """Elements unpacked at a time: as bfloat16 they stay in a core's second-level cache."""
 
@@ -39,7 +39,7 @@ class PackedWeight:
     """A matrix that maps I inputs to O outputs, or a stack of E such matrices.
 
     It is stored zero-padded: inputs to a multiple of ``group`` (int8: of 16) and, in int4, outputs
-    to a multiple of 16. The kernels would read past the end of other rows.
+    to a multiple of 16. The kernels read past the end of rows of other sizes.
 
     Attributes:
         levels: int8 (..., O, I), or uint8 (..., O, I / 2) in the order of the CPU's int4 kernel.
@@ -67,17 +67,17 @@ class PackedWeight:
         return outputs, 2 * width if self.group else width
 
     def __getitem__(self, index: int | Tensor) -> PackedWeight:
-        """One matrix of a stack, or a stack of those named by ``index`` (...)."""
+        """Index a stack: one matrix, or a stack of the matrices in ``index``."""
         return replace(self, levels=self.levels[index], scale=self.scale[index])
 
     def part(self, first: int, count: int) -> PackedWeight:
-        """Some of the stored outputs; ``first`` is a multiple of 64, so that int4 stays whole."""
+        """Slice ``count`` stored outputs; ``first`` is a multiple of 64, the largest int4 block."""
         some = slice(first, first + count)
         scale = self.scale[..., some, :] if self.group else self.scale[..., some]
         return replace(self, levels=self.levels[..., some, :], scale=scale, outputs=count)
 
     def unpacked(self, dtype: torch.dtype = DTYPE) -> Tensor:
-        """The weights (..., I, O), as ``x @ w`` takes them."""
+        """Return the weights (..., I, O), the right operand of ``x @ w``."""
         if self.group:
             parts = [block.transpose(-3, -2).flatten(-2) for block in self.blocks(dtype)]
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -86,9 +86,9 @@ class PackedWeight:
         return whole[..., : self.inputs, : self.outputs]
 
     def blocks(self, dtype: torch.dtype = DTYPE) -> Iterator[Tensor]:
-        """int4: the weights as they are stored, (..., blocks, I, outputs of a block).
+        """Yield int4 weights in stored order, (..., blocks, I, outputs of a block).
 
-        Whole blocks first, then those outputs that fill none.
+        Whole blocks first, then the remaining outputs.
         """
         block, halves = _order()
         outputs, _ = self.stored
@@ -115,10 +115,10 @@ class PackedWeight:
 
 
 def check_packing(inputs: int, group: int, where: str) -> None:
-    """Check that a matrix of so many inputs can be packed; int8 (``group`` 0) takes every width.
+    """Check that a matrix with ``inputs`` inputs can be packed; int8 (``group`` 0) always can.
 
     Raises:
-        ConfigError: There are no such groups, or fewer inputs than one of them.
+        ConfigError: Unsupported group size, or one larger than ``inputs``.
     """
     if group and (group not in GROUPS or group > inputs):
         raise ConfigError(
@@ -133,11 +133,11 @@ def check_packing(inputs: int, group: int, where: str) -> None:
 def pack(weight: Tensor, group: int = 0) -> PackedWeight:
     """Round ``weight`` (..., O, I) to int8, or to int4 in groups of ``group`` inputs.
 
-    Levels are chosen for the scale and zero rounded to bfloat16, so that storing those in bfloat16
-    adds no error. A stack is packed one matrix at a time.
+    Levels are computed from the scale and zero already rounded to bfloat16, so that storing those
+    in bfloat16 adds no error. A stack is packed one matrix at a time.
 
     Raises:
-        ConfigError: As :func:`check_packing`.
+        ConfigError: See :func:`check_packing`.
     """
     check_packing(weight.shape[-1], group, "pack")
     if weight.dim() > 2:
@@ -175,11 +175,11 @@ def _pack_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _order() -> tuple[int, bool]:
-    """How this processor's kernel orders int4 levels: outputs of a block, and how two share a byte.
+    """Detect this CPU's int4 layout: outputs per block, and whether bytes pair its halves.
 
-    Blocks of 64 or 32 outputs, by the width of its vectors; the low halves of a block's bytes hold
-    its first outputs, the high halves the others, or else neighbours share a byte. PyTorch does not
-    say which; a matrix whose levels are known tells.
+    Blocks have 64 or 32 outputs, depending on the vector width. The low nibbles of a block hold its
+    first outputs and the high nibbles the rest, or else neighbors share a byte. PyTorch does not
+    document which, so this packs a known matrix.
     """
     probe = torch.arange(64 * 32, dtype=torch.int32).mul(7).remainder(13).view(64, 32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 1)
@@ -193,7 +193,7 @@ def _order() -> tuple[int, bool]:
 
 
 def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
-    """Multiply ``x`` (..., I) by a packed matrix: (..., O) in bfloat16."""
+    """Multiply ``x`` (..., I) by a packed matrix; returns (..., O) in bfloat16."""
     rows = x.reshape(-1, x.shape[-1]).to(DTYPE)
     added = weight.stored[1] - weight.inputs
     rows = F.pad(rows, (0, added)) if added else rows.contiguous()
@@ -203,14 +203,14 @@ def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _by_kernel(x: Tensor, weight: PackedWeight) -> Tensor:
-    """Multiply by the packed kernels of the CPU."""
+    """Multiply with the CPU's packed kernels."""
     if not weight.group:
         return torch._weight_int8pack_mm(x, weight.levels, weight.scale)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.levels, weight.group, weight.scale)
 
 
 def _unpacked(x: Tensor, weight: PackedWeight) -> Tensor:
-    """Unpack and multiply: at once on a GPU, piece by piece on a CPU."""
+    """Unpack and multiply: the whole matrix on a GPU, piece by piece on a CPU."""
     if x.is_cuda:
         return x[:, : weight.inputs] @ weight.unpacked()
     outputs, inputs = weight.stored
@@ -223,7 +223,7 @@ def _unpacked(x: Tensor, weight: PackedWeight) -> Tensor:
             pieces = [(x @ block).transpose(0, 1).flatten(1) for block in part.blocks()]
             here.copy_(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
         else:
-            # levels are exact in bfloat16: the scale can wait for the result
+            # levels are exact in bfloat16: the result is scaled instead
             here.copy_(x @ part.levels.to(DTYPE).mT)
     return out if weight.group else out.mul_(weight.scale)
 
@@ -235,11 +235,10 @@ def packed_experts(
     experts_NC: Tensor,
     weights_NC: Tensor,
 ) -> Tensor:
-    """Sum over the C chosen experts of weight times expert output, (N, D) in bfloat16.
+    """Sum the outputs of each token's C chosen experts, times their weights; (N, D) bfloat16.
 
-    A CPU multiplies expert by expert, and asks the routing for the chosen ones. A GPU needs no
-    host-device sync: it unpacks a copy of the expert for every choice, or all experts if that is
-    less.
+    A CPU multiplies expert by expert. A GPU avoids a host-device sync: it unpacks one expert per
+    choice, or all experts if that is less.
 
     Args:
         x_ND: Tokens.
@@ -275,7 +274,7 @@ def _each(
 def _gathered(
     x_ND: Tensor, gate_up: PackedWeight, down: PackedWeight, experts_NC: Tensor, weights_NC: Tensor
 ) -> Tensor:
-    """Unpack the expert of every choice, and multiply in a batch."""
+    """Unpack the expert of every choice and run batched matmuls."""
     n_chosen, flat = experts_NC.shape[1], experts_NC.flatten()
     rows = x_ND.repeat_interleave(n_chosen, 0).unsqueeze(1)
     hidden = _swiglu(rows @ gate_up[flat].unpacked()) * weights_NC.view(-1, 1, 1)

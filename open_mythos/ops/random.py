@@ -16,7 +16,7 @@ _WORD = 0xFFFFFFFF
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer finaliser ("lowbias32" by C. Wellons), in int64 lanes."""
+    """Apply a 32-bit integer finalizer ("lowbias32" by C. Wellons) in int64 lanes."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x ^ (x >> 16)

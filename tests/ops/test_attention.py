@@ -1,4 +1,4 @@
-"""Attention kernels against the plain twin, values and gradients, at odd sizes too."""
+"""Attention backends against the reference implementation: values and gradients, odd sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Absorbed latent attention: every way against the plain twin, values and gradients."""
+"""Absorbed latent attention against the reference implementation: values and gradients."""
 
 from __future__ import annotations
 

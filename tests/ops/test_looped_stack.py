@@ -1,4 +1,4 @@
-"""Weight gradients that wait for all loops: the same numbers, whatever else is switched on."""
+"""Deferred weight gradients equal immediate ones, in every combination of features."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def test_equals_the_reference_over_several_uses(tokens: int) -> None:
         x.grad = gate_up.grad = down.grad = None
         return grads
 
-    plain = loops(gate_up, down, "reference")
+    reference = loops(gate_up, down, "reference")
     deferred = loops(LoopedStack(gate_up), LoopedStack(down), "auto")
-    for got, expected in zip(deferred, plain, strict=True):
+    for got, expected in zip(deferred, reference, strict=True):
         assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
 def experts() -> tuple[torch.Tensor, ...]:
-    """Tokens, choices, weights, and the two stacks, which need gradients."""
+    """Return tokens, choices, weights, and the two stacks, which need gradients."""
     torch.manual_seed(1)
     x, (chosen, weights) = torch.randn(5, 16, requires_grad=True), choices(5, 4, 2)
     gate_up, down = torch.randn(4, 16, 24), torch.randn(4, 12, 16)
     return x, chosen, weights, gate_up.requires_grad_(), down.requires_grad_()
 
 
-def test_a_second_backward_counts_nothing_twice() -> None:
+def test_second_backward_does_not_double_count() -> None:
     x, chosen, weights, *stacks = experts()
     y = routed_experts(x, *map(LoopedStack, stacks), chosen, weights).sum()
     y.backward(retain_graph=True)
@@ -65,8 +65,8 @@ def test_a_second_backward_counts_nothing_twice() -> None:
         torch.testing.assert_close(stack.grad, 2 * first)
 
 
-def test_what_an_unfinished_backward_left_is_not_counted() -> None:
-    """A gradient of the tokens alone never comes to the stacks."""
+def test_uses_of_an_interrupted_backward_are_dropped() -> None:
+    """A gradient of the tokens alone never reaches the stacks."""
     x, chosen, weights, *stacks = experts()
     y = routed_experts(x, *map(LoopedStack, stacks), chosen, weights).sum()
     expected = torch.autograd.grad(y, stacks, retain_graph=True)
@@ -76,7 +76,7 @@ def test_what_an_unfinished_backward_left_is_not_counted() -> None:
         torch.testing.assert_close(stack.grad, once)
 
 
-def test_a_graph_that_is_dropped_takes_its_uses_along() -> None:
+def test_freeing_the_graph_frees_its_uses() -> None:
     x, chosen, weights, *stacks = experts()
     gc.collect()
     before = len(looped_stack._alive)
@@ -91,7 +91,7 @@ def test_a_graph_that_is_dropped_takes_its_uses_along() -> None:
 def test_second_derivatives_are_rejected() -> None:
     x, chosen, weights, *stacks = experts()
     y = routed_experts(x, *map(LoopedStack, stacks), chosen, weights).sum()
-    with pytest.raises(ConfigError, match="not differentiated twice"):
+    with pytest.raises(ConfigError, match="cannot be differentiated twice"):
         torch.autograd.grad(y, x, create_graph=True)
 
 
@@ -146,7 +146,7 @@ def test_gradients_of_a_model(
         assert error <= tolerance, name
 
 
-def test_the_rule() -> None:
+def test_when_deferring_pays() -> None:
     gate_up = torch.empty(64, 16, 32, requires_grad=True)
     down = torch.empty(64, 16, 16, requires_grad=True)
     assert deferring_pays(64 * moe.DEFERRED_TOKENS, gate_up, down)
@@ -158,7 +158,7 @@ def test_the_rule() -> None:
 
 
 def test_checkpointing_around_the_whole_call():
-    """The second forward pass makes stacks of its own; the gradients belong to the first ones."""
+    """The recomputation creates new stacks; the gradients belong to the original ones."""
     model, ids = small_model(), random_ids(2, 9)
     found = []
     for call in (lambda run: run(), lambda run: checkpoint(run, use_reentrant=False)):
@@ -172,8 +172,8 @@ def test_checkpointing_around_the_whole_call():
         torch.testing.assert_close(found[1][name], gradient)
 
 
-@pytest.mark.parametrize("waiting", [0.01, 1, 2, 100])
-def test_what_waits_is_bounded_and_changes_nothing(waiting: float, monkeypatch) -> None:
+@pytest.mark.parametrize("limit", [0.01, 1, 2, 100])
+def test_deferred_memory_is_bounded(limit: float, monkeypatch) -> None:
     model, ids = small_model(), random_ids(2, 9)
     sizes: list[tuple[int, int]] = []
     original = looped_stack.weight_gradient
@@ -193,17 +193,17 @@ def test_what_waits_is_bounded_and_changes_nothing(waiting: float, monkeypatch) 
 
     expected = gradients("reference")
     monkeypatch.setattr(looped_stack, "weight_gradient", noted)
-    monkeypatch.setattr(looped_stack, "WAITING", waiting)
+    monkeypatch.setattr(looped_stack, "DEFERRED_SIZE", limit)
     for one, other in zip(gradients("auto"), expected, strict=True):
         assert_same(one, other)
     one_use = 2 * 9 * (32 + 2 * 2 * 16)  # tokens of a loop, and the rows of their choices
-    assert all(waits <= waiting * stack + one_use for waits, stack in sizes)
-    assert len(sizes) == {0.01: 24, 100: 2}.get(waiting, len(sizes))
+    assert all(saved <= limit * stack + one_use for saved, stack in sizes)
+    assert len(sizes) == {0.01: 24, 100: 2}.get(limit, len(sizes))
 
 
-def test_parts_are_added_up_in_the_dtype_of_the_weights(monkeypatch) -> None:
-    """Bfloat16 products of float32 weights: many small sums, of which bfloat16 would lose most."""
-    monkeypatch.setattr(looped_stack, "WAITING", 0)
+def test_gradients_accumulate_in_the_dtype_of_the_weights(monkeypatch) -> None:
+    """Many small bfloat16 gradients of float32 weights: bfloat16 sums would lose most digits."""
+    monkeypatch.setattr(looped_stack, "DEFERRED_SIZE", 0)
     x, chosen, weights, gate_up, down = experts()
     loops = 64
     distances = []

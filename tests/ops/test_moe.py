@@ -1,4 +1,4 @@
-"""Expert kernels against the plain twin, values and gradients, at odd sizes too."""
+"""Expert backends against the reference implementation: values and gradients, odd sizes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from open_mythos.errors import ConfigError
-from open_mythos.ops.experts.batched import divided
+from open_mythos.ops.experts.batched import batch_shapes
 from open_mythos.ops.experts.grouped import backward, forward
 from open_mythos.ops.experts.routed import (
     LoopedStack,
-    _chosen,
+    _resolve,
     expert_load,
     routed_experts,
 )
@@ -34,7 +34,7 @@ ALIGNED = ("plain", "one token", "all experts", "one expert", "more experts than
 
 
 def inputs(name: str, chosen: str = "random") -> tuple[list[Tensor], Tensor]:
-    """x, gate_up, down, weights (leaves), and the chosen experts."""
+    """Return x, gate_up, down, weights (leaves), and the chosen experts."""
     n, d, f, e, c = SHAPES[name]
     generator = torch.Generator().manual_seed(0)
     shapes = ((n, d), (e, d, 2 * f), (e, f, d), (n, c))
@@ -84,7 +84,7 @@ def test_the_reference_is_the_definition():
 
 @pytest.mark.parametrize("backend", ["reference", "sorted", "grouped", "batched"])
 def test_choice_and_weight_matter(backend):
-    """Control."""
+    """Positive control: other choices or weights change the result."""
     (x, gate_up, down, weights), experts = (inputs("plain")[0], inputs("plain")[1])
     plain = routed_experts(x, gate_up, down, experts, weights, backend=backend).detach()
     for other in (
@@ -129,7 +129,7 @@ def test_inputs_stay_as_they_are():
 @pytest.mark.parametrize("tokens", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_few_tokens_without_gradient(tokens, dtype):
-    """Decoding: one token takes a way of its own."""
+    """One token on a CPU takes a separate path."""
     (x, gate_up, down, weights), experts = inputs("plain")
     leaves = [leaf.detach().to(dtype) for leaf in (x[:tokens], gate_up, down)]
     chosen = experts[:tokens], weights[:tokens].detach()
@@ -142,7 +142,7 @@ def test_few_tokens_without_gradient(tokens, dtype):
 
 @pytest.mark.parametrize(("kind", "waits"), [("grouped", False), ("sorted", True)])
 def test_only_the_grouped_kernel_never_asks_for_a_value(kind, waits):
-    """On tensors without values whatever the host would wait for is an error."""
+    """On meta tensors, any host-device sync raises."""
     with FakeTensorMode():
         x, gate_up, down, weights = (
             torch.empty(shape, dtype=torch.bfloat16)
@@ -162,7 +162,7 @@ def test_only_the_grouped_kernel_never_asks_for_a_value(kind, waits):
 
 @pytest.mark.parametrize("kind", ["batched", "grouped", "sorted"])
 def test_the_operation_is_what_pytorch_expects(kind):
-    """Its fake twin, its gradient and its schema agree with it."""
+    """Check the fake implementation, the gradient and the schema."""
     (x, gate_up, down, weights), experts = inputs("plain")
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     arguments = (x, gate_up, down, weights, experts, None, None, kind, True)
@@ -177,11 +177,11 @@ def test_the_operation_is_what_pytorch_expects(kind):
 
 
 class TestBatches:
-    """Products of several experts, their rows padded to one length."""
+    """Batched matmuls of several experts, with rows padded to one length."""
 
     @staticmethod
     def routed(tokens: int, spread: float, seed: int = 0) -> tuple[list[Tensor], Tensor]:
-        """Leaves, and choices of 3 in 24 experts, the more uneven the higher ``spread``."""
+        """Return leaves and choices of 3 in 24 experts; higher ``spread`` is more uneven."""
         generator = torch.Generator().manual_seed(seed)
         shapes = ((tokens, 16), (24, 16, 24), (24, 12, 16), (tokens, 3))
         leaves = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -219,7 +219,7 @@ class TestBatches:
 
     @pytest.mark.parametrize("broken", [0, 3, 16, 23])
     def test_what_one_expert_cannot_represent_stays_with_it(self, broken):
-        """Padding repeats rows of its batch, and must not spread what is not finite."""
+        """Padding repeats rows of its batch, and must not spread NaN or infinity."""
         leaves, experts = self.routed(200, 0.0)
         met, found = (experts == broken).any(1), []
         assert met.any()
@@ -251,7 +251,7 @@ class TestBatches:
     @pytest.mark.parametrize("backend", ["batched", "sorted"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_autocast_around_the_call_changes_nothing(self, backend, dtype):
-        """Whoever calls has chosen the dtype of the weights."""
+        """Autocast must not override the dtype of the weights."""
         leaves, experts = self.routed(64, 0.0)
         found = []
         for lower in (False, True):
@@ -279,7 +279,7 @@ class TestBatches:
         drawn = torch.multinomial(liked, 4000, replacement=True, generator=generator)
         counts = drawn.bincount(minlength=n_experts).tolist()
         seen = []
-        for first, n, width in divided(counts):
+        for first, n, width in batch_shapes(counts):
             members = counts[first : first + n]
             seen += range(first, first + n)
             assert n <= MOST
@@ -291,12 +291,12 @@ class TestBatches:
         assert {e for e, count in enumerate(counts) if count} <= set(seen)
 
     def test_sizes_are_few_however_tokens_are_routed(self):
-        """What a product of unseen size costs in bfloat16 is why there are batches at all."""
+        """Batching bounds the number of matmul shapes, each of which bfloat16 compiles."""
         sizes, counts = set(), set()
         for seed in range(60):
             _, experts = self.routed(1500, 0.5, seed)
             load = experts.flatten().bincount(minlength=24).tolist()
-            sizes |= {(n, width) for _, n, width in divided(load)}
+            sizes |= {(n, width) for _, n, width in batch_shapes(load)}
             counts |= set(load)
         assert len(sizes) < 50
         assert len(counts) > 300
@@ -309,15 +309,15 @@ class TestBatches:
     def test_serve_many_tokens_in_bfloat16(self):
         gate_up, down = torch.empty(4, 8, 16), torch.empty(4, 8, 8)
         few, many = 4 * BATCHED_TOKENS - 1, 4 * BATCHED_TOKENS
-        assert _chosen("auto", many, gate_up, down) == "grouped"
+        assert _resolve("auto", many, gate_up, down) == "grouped"
         half = gate_up.bfloat16(), down.bfloat16()
-        assert _chosen("auto", few, *half) == "grouped"
-        assert _chosen("auto", many, *half) == "batched"
+        assert _resolve("auto", few, *half) == "grouped"
+        assert _resolve("auto", many, *half) == "batched"
 
     def test_do_not_serve_float16(self):
         leaves, experts = self.routed(8, 0.0)
         x, gate_up, down, weights = (leaf.half() for leaf in leaves)
-        with pytest.raises(ConfigError, match="batched products cannot serve"):
+        with pytest.raises(ConfigError, match="batched matmuls cannot serve"):
             routed_experts(x, gate_up, down, experts, weights, backend="batched")
 
 

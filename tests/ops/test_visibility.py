@@ -1,4 +1,4 @@
-"""Visibility against a loop over pairs, and attention over it against the plain twin."""
+"""Visibility against a loop over pairs; attention with it against the reference."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Attention: over keys and values of heads, and over latents; what a query may see."""
+"""Attention over keys and values, over latents, and masks."""

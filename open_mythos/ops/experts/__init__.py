@@ -1,1 +1,1 @@
-"""Routed experts: one signature, several ways to compute it."""
+"""Routed experts: one signature, several backends."""

@@ -1,7 +1,7 @@
-"""Routed experts as one product after another, over tokens sorted by expert.
+"""Routed experts as matmuls over tokens sorted by expert, so that each expert's rows are adjacent.
 
-Each expert's tokens are rows that lie together. *Grouped* products are one kernel and wait for
-nothing; *sorted* ones are one product for every expert, of any shape and dtype.
+*Grouped* runs one kernel without a host-device sync; *sorted* runs one matmul per expert and serves
+any shape and dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.experts.looped_stack import Rows, kept_rows, leave_use
+from open_mythos.ops.experts.looped_stack import Rows, defer_gradient, saved_rows
 from open_mythos.ops.experts.rows import (
     activated,
     activated_backward,
@@ -31,10 +31,10 @@ def forward(
     kind: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of each token's experts, by weight; carries no gradient.
+    """Compute the weighted sum of each token's experts, without autograd.
 
     Args:
-        x_ND: Tokens, of the dtype of the projections, as are the weights.
+        x_ND: Tokens, in the dtype of the projections, like the weights.
         gate_up_EDF: (E, D, 2F).
         down_EFD: (E, F, D).
         weights_NC: Weight of each choice.
@@ -43,15 +43,15 @@ def forward(
         keep: Whether a backward pass follows.
 
     Returns:
-        (N, D) results; (N C, 2F) results of the first product in the order of the experts, empty
-        unless kept; (N C,) choices in that order; (E,) int32 where each expert's choices end.
+        (N, D) results; (N C, 2F) gate and up projections in expert order, empty unless kept; (N C,)
+        choices in that order; (E,) int32 end of each expert's choices.
     """
     top_k, (order, ends_E) = experts_NC.shape[1], sort_choices(experts_NC, gate_up_EDF.shape[0])
-    multiply = Products(ends_E, len(order), kind)
-    gate_up = multiply.forward(x_ND.index_select(0, order // top_k), gate_up_EDF)
+    matmuls = ExpertMatmuls(ends_E, len(order), kind)
+    gate_up = matmuls.multiply(x_ND.index_select(0, order // top_k), gate_up_EDF)
     hidden = activated(gate_up, weights_NC.reshape(-1, 1).index_select(0, order))
     gate_up = gate_up if keep else gate_up.new_empty(0)
-    return to_tokens(multiply.forward(hidden, down_EFD), order, top_k), gate_up, order, ends_E
+    return to_tokens(matmuls.multiply(hidden, down_EFD), order, top_k), gate_up, order, ends_E
 
 
 def backward(
@@ -67,50 +67,42 @@ def backward(
     kind: str,
     of_stacks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of :func:`forward`.
+    """Compute the gradients of :func:`forward`, from its arguments and results.
 
     Args:
         grad_ND: Gradient of its first result.
-        x_ND: As there, and so on.
-        gate_up_EDF: As there.
-        down_EFD: As there.
-        weights_NC: As there.
-        gate_up: What it kept.
-        order: What it returned.
-        ends_E: What it returned.
-        tokens: Of the two :class:`LoopedStack` that compute the stacks' gradients later, or none.
-        kind: As there.
+        tokens: Tokens of the two :class:`LoopedStack` that defer the stacks' gradients, or none.
         of_stacks: Whether the stacks need gradients.
 
     Returns:
         Gradients of tokens (N, D), weights (N, C), gate_up_EDF and down_EFD; the last two are empty
-        where they wait or are not needed.
+        where they are deferred or not needed.
     """
-    top_k, multiply = weights_NC.shape[1], Products(ends_E, len(order), kind)
+    top_k, matmuls = weights_NC.shape[1], ExpertMatmuls(ends_E, len(order), kind)
     token, w = order // top_k, weights_NC.reshape(-1, 1).index_select(0, order)
     grad = grad_ND.index_select(0, token)
-    d_hidden = multiply.backward(grad, down_EFD)
+    d_hidden = matmuls.multiply(grad, down_EFD.mT)
     hidden, d_gate_up, d_w = activated_backward(d_hidden, gate_up, w)
     d_down, d_gate_up_stack = x_ND.new_empty(0), x_ND.new_empty(0)
     if tokens:
-        leave_use(tokens[1], Rows(hidden), kept_rows(grad_ND, token), ends_E)
+        defer_gradient(tokens[1], Rows(hidden), saved_rows(grad_ND, token), ends_E)
     elif of_stacks:
-        d_down = multiply.weights(hidden, grad)
+        d_down = matmuls.weight_gradient(hidden, grad)
     del d_hidden, hidden, grad
     if tokens:
-        leave_use(tokens[0], kept_rows(x_ND, token), Rows(d_gate_up), ends_E)
+        defer_gradient(tokens[0], saved_rows(x_ND, token), Rows(d_gate_up), ends_E)
     elif of_stacks:
-        d_gate_up_stack = multiply.weights(x_ND.index_select(0, token), d_gate_up)
-    d_x_ND = to_tokens(multiply.backward(d_gate_up, gate_up_EDF), order, top_k)
+        d_gate_up_stack = matmuls.weight_gradient(x_ND.index_select(0, token), d_gate_up)
+    d_x_ND = to_tokens(matmuls.multiply(d_gate_up, gate_up_EDF.mT), order, top_k)
     d_weights_NC = torch.empty_like(d_w).index_copy_(0, order, d_w).view_as(weights_NC)
     return d_x_ND, d_weights_NC, d_gate_up_stack, d_down
 
 
-class Products:
-    """Products of rows, sorted by expert, with a stack of one matrix for each.
+class ExpertMatmuls:
+    """Matmuls of rows sorted by expert with a stack of one matrix per expert.
 
     Args:
-        ends_E: (E,) int32 where each expert's rows end.
+        ends_E: (E,) int32 end of each expert's rows.
         n_rows: Rows of all experts.
         kind: "grouped" or "sorted".
     """
@@ -120,8 +112,8 @@ class Products:
         ends = [] if self._grouped else read_ends(ends_E, n_rows)
         self._rows = [slice(*each) for each in zip([0, *ends], ends, strict=False)]
 
-    def forward(self, x: Tensor, stack_EKM: Tensor) -> Tensor:
-        """Rows (N C, K) times their experts' matrices, (N C, M)."""
+    def multiply(self, x: Tensor, stack_EKM: Tensor) -> Tensor:
+        """Multiply rows (N C, K) by their experts' matrices; returns (N C, M)."""
         if self._grouped:
             return F.grouped_mm(x, stack_EKM, offs=self._ends_E)
         y = x.new_empty(x.shape[0], stack_EKM.shape[2])
@@ -130,12 +122,8 @@ class Products:
                 torch.mm(x[rows], stack_EKM[expert], out=y[rows])
         return y
 
-    def backward(self, grad: Tensor, stack_EKM: Tensor) -> Tensor:
-        """Rows (N C, M) times their experts' matrices transposed, (N C, K)."""
-        return self.forward(grad, stack_EKM.mT)
-
-    def weights(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The sum over each expert's rows of x^T grad, (E, K, M)."""
+    def weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Compute x^T grad over each expert's rows, (E, K, M)."""
         if self._grouped:
             return F.grouped_mm(x.t(), grad, offs=self._ends_E)
         out = x.new_empty(len(self._rows), x.shape[1], grad.shape[1])
@@ -147,7 +135,7 @@ class Products:
 def one_token(
     x_1D: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, weights_1C: Tensor, experts_1C: Tensor
 ) -> Tensor:
-    """:func:`forward` of a single token on a CPU: nothing to sort, and no backward pass."""
+    """Run :func:`forward` for one token on a CPU: no sorting, no backward pass."""
     hidden = [
         (F.silu(gate).mul_(up).mul_(weight)) @ down_EFD[expert]
         for expert, weight in zip(experts_1C[0].tolist(), weights_1C[0].unbind(), strict=True)

@@ -1,12 +1,12 @@
-"""Weight gradients that wait for the last use of the weights, and are computed once.
+"""Deferred weight gradients of a stack of experts: computed once, after its last use in a loop.
 
-Every use of a stack of experts in a loop would otherwise write a gradient as large as the whole
-stack. With few tokens per expert and loop that costs more than the products themselves; their
-inputs and output gradients are small, so they wait, and one product per expert over the tokens of
-all loops does the work. Exact but for the order of summation.
+Otherwise every use in the loop would write a gradient as large as the whole stack, which with few
+tokens per expert and loop costs more than the matmuls themselves. The inputs and output gradients
+are small: they are saved, and one matmul per expert over the tokens of all loops computes the
+gradient. Exact up to the order of summation.
 
-What waits stays within bounds, however many loops there are: once it is :data:`WAITING` times as
-large as the stack, products are long enough, and its part of the gradient is computed.
+Memory is bounded for any number of loops: once the saved rows hold :data:`DEFERRED_SIZE` times as
+many elements as the stack, their part of the gradient is computed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import Tensor
 
 from open_mythos.devices import kernel_device
 from open_mythos.ops.experts.rows import read_ends
-from open_mythos.ops.experts.sizes import WAITING, padded
+from open_mythos.ops.experts.sizes import DEFERRED_SIZE, padded
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in the order of the experts: a tensor, or ``which`` rows of a shorter one."""
+    """Rows in expert order: a tensor, or rows ``which`` of a shorter one."""
 
     of: Tensor
     which: Tensor | None = None
 
     def gathered(self) -> Tensor:
-        """The rows as one tensor."""
+        """Return the rows as one tensor."""
         return self.of if self.which is None else self.of.index_select(0, self.which)
 
     def write(self, start: int, stop: int, out: Tensor) -> None:
@@ -47,12 +47,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Use:
-    """What one use of a stack leaves to its gradient.
+    """Operands of the weight gradient of one use of a stack.
 
     Attributes:
-        x: Operand of the product.
-        grad: Gradient of its result.
-        ends_E: Where the rows of each expert end.
+        x: (N C, K) operand of the matmul.
+        grad: (N C, M) gradient of its result.
+        ends_E: End of each expert's rows.
     """
 
     x: Rows
@@ -61,12 +61,12 @@ class Use:
 
     @property
     def n_rows(self) -> int:
-        """Rows of all experts."""
+        """Number of rows of all experts."""
         return len(self.x.of if self.x.which is None else self.x.which)
 
     @property
     def size(self) -> int:
-        """Elements that wait."""
+        """Number of saved elements."""
         return self.x.of.numel() + self.grad.of.numel()
 
 
@@ -74,15 +74,15 @@ class LoopedStack:
     """A stack of expert weights whose gradient is computed once for all its uses in a loop.
 
     Attributes:
-        weight: The weights, without gradient: products read them.
-        token: A scalar through which autograd knows of the uses. It is a result of the weights and
-            an operand of every use, so its backward runs after theirs. Its value names the list of
-            the uses: a tensor, unlike a list, goes through a compiled graph, and is not part of it.
+        weight: The weights, detached; matmuls read them.
+        token: A scalar that links the uses in autograd. It is computed from the weights and is an
+            operand of every use, so its backward runs after theirs. Its value identifies the list
+            of uses: a tensor, unlike a list, passes through a compiled graph.
 
     Args:
         weight_EKM: (E, K, M) weights that require a gradient.
-        computed: The same in the dtype of products, if that is another. The gradient is added up in
-            that of ``weight_EKM``; on a CPU it is never whole in the lower one.
+        computed: The same in the matmul dtype, if that differs. The gradient is accumulated in the
+            dtype of ``weight_EKM``; on a CPU, the whole gradient never exists in the lower one.
     """
 
     def __init__(self, weight_EKM: Tensor, computed: Tensor | None = None) -> None:
@@ -90,44 +90,42 @@ class LoopedStack:
         self.weight = (weight_EKM if computed is None else computed).detach()
 
 
-@torch.compiler.disable  # what a graph makes once would be the same number in every call
+@torch.compiler.disable  # a graph would bake the number in as a constant
 def _new_token(weight_EKM: Tensor) -> Tensor:
-    token: Tensor = _GradientOfAllUses.apply(
-        weight_EKM, _Uses(weight_EKM.numel(), weight_EKM.dtype)
-    )
+    token: Tensor = _DeferredGradient.apply(weight_EKM, _Uses(weight_EKM.numel(), weight_EKM.dtype))
     return token
 
 
 class _Uses:
-    """What has been left, by all uses of a stack in the backward pass under way."""
+    """Uses of a stack in the current backward pass, and the gradient accumulated so far."""
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
-        self.number, self._most, self._dtype = next(_numbers), WAITING * size, dtype
+        self.number, self._limit, self._dtype = next(_numbers), DEFERRED_SIZE * size, dtype
         self._task = -1
         self._total: Tensor | None = None
-        self._left: list[Use] = []
+        self._saved: list[Use] = []
         _alive[self.number] = self
 
-    def leave(self, use: Use) -> None:
-        """Add one use of the backward pass under way."""
+    def add(self, use: Use) -> None:
+        """Save one use in the current backward pass."""
         task = torch._C._current_graph_task_id()
-        if task != self._task:  # one that did not come to its end may have left some of its own
-            self._task, self._total, self._left = task, None, []
-        self._left.append(use)
-        if sum(each.size for each in self._left) >= self._most:
-            self._add_up()
+        if task != self._task:  # drop what an interrupted backward pass saved
+            self._task, self._total, self._saved = task, None, []
+        self._saved.append(use)
+        if sum(each.size for each in self._saved) >= self._limit:
+            self._accumulate()
 
     def take(self) -> Tensor | None:
-        """The gradient of all uses that the backward pass under way has left."""
+        """Return the gradient of all uses in the current backward pass, and reset."""
         if torch._C._current_graph_task_id() != self._task:
             return None
-        if self._left:
-            self._add_up()
+        if self._saved:
+            self._accumulate()
         total, self._task, self._total = self._total, -1, None
         return total
 
-    def _add_up(self) -> None:
-        uses, self._left = self._left, []
+    def _accumulate(self) -> None:
+        uses, self._saved = self._saved, []
         gradient = weight_gradient(uses, self._dtype)
         if self._total is None:
             self._total = gradient.to(self._dtype)
@@ -137,10 +135,10 @@ class _Uses:
 
 _numbers = count()
 _alive: WeakValueDictionary[int, _Uses] = WeakValueDictionary()
-"""Number -> uses, as long as the graph that will take them exists."""
+"""Number -> uses, for the lifetime of the autograd graph that takes them."""
 
 
-class _GradientOfAllUses(torch.autograd.Function):
+class _DeferredGradient(torch.autograd.Function):
     """The token of a stack; its backward runs after those of all uses."""
 
     @staticmethod
@@ -153,24 +151,23 @@ class _GradientOfAllUses(torch.autograd.Function):
         return ctx.uses.take(), None
 
 
-def leave_use(token: Tensor, x: Rows, grad: Rows, ends_E: Tensor) -> None:
-    """Leave one use's part of the gradient to the stack of ``token``.
+def defer_gradient(token: Tensor, x: Rows, grad: Rows, ends_E: Tensor) -> None:
+    """Defer x^T grad of each expert to the backward of ``token``, of a :class:`LoopedStack`.
 
     Args:
-        token: Of the stack.
-        x: (N C, K) operand of the product, rows in the order of the experts.
+        token: Token of the stack.
+        x: (N C, K) operand of the matmul, rows in expert order.
         grad: (N C, M) gradient of its result.
-        ends_E: Where the rows of each expert end.
+        ends_E: End of each expert's rows; copied, because it is an operand of the caller.
     """
-    # a copy of the ends too, which are an operand
-    _alive[int(token)].leave(Use(x, grad, ends_E.clone()))
+    _alive[int(token)].add(Use(x, grad, ends_E.clone()))
 
 
-def kept_rows(x_ND: Tensor, which: Tensor) -> Rows:
-    """``which`` rows of ``x_ND``, to be left.
+def saved_rows(x_ND: Tensor, which: Tensor) -> Rows:
+    """Copy rows ``which`` of ``x_ND`` for :func:`defer_gradient`.
 
-    A CPU gathers them when it adds up, one expert after the other: a token waits once, not once for
-    every expert that it chose. It waits as a copy, because a compiler may write over ``x_ND``.
+    A CPU copies ``x_ND`` (which a compiler may overwrite) and gathers expert by expert later: each
+    token is saved once, not once per chosen expert.
     """
     if kernel_device(x_ND) == "cpu":
         return Rows(x_ND.clone(), which)
@@ -178,22 +175,22 @@ def kept_rows(x_ND: Tensor, which: Tensor) -> Rows:
 
 
 def weight_gradient(uses: list[Use], dtype: torch.dtype) -> Tensor:
-    """(E, K, M): for each expert, the sum over its tokens in all uses of x^T grad.
+    """Sum x^T grad over each expert's rows in all uses; returns (E, K, M).
 
-    In ``dtype`` on a CPU, expert by expert; a GPU's kernels return that of the uses.
+    In ``dtype`` on a CPU, expert by expert; in the dtype of the uses on a GPU.
     """
     if kernel_device(uses[0].ends_E) == "cuda":
         return _on_gpu(uses)
     ends = [[0, *read_ends(use.ends_E, use.n_rows)] for use in uses]
     rows_E = [sum(each[i + 1] - each[i] for each in ends) for i in range(len(ends[0]) - 1)]
-    # the rows of one expert stay in the caches, in two buffers that all experts share; in bfloat16
-    # they are of a few lengths, because a product of a new one is compiled first
+    # the rows of one expert stay in cache, in two buffers that all experts share; in bfloat16 they
+    # are padded to few lengths, because each new matmul shape is compiled first
     half = uses[0].x.of.dtype == torch.bfloat16
     padded_E = [padded(rows) for rows in rows_E] if half else rows_E
     widths = uses[0].x.of.shape[1], uses[0].grad.of.shape[1]
     x, grad = (uses[0].x.of.new_empty(max(padded_E), width) for width in widths)
     total = x.new_empty(len(rows_E), *widths, dtype=dtype)
-    product = None if dtype == x.dtype else x.new_empty(widths)
+    buffer = None if dtype == x.dtype else x.new_empty(widths)
     for expert, rows in enumerate(padded_E):
         done = 0
         for use, starts in zip(uses, ends, strict=True):
@@ -202,15 +199,15 @@ def weight_gradient(uses: list[Use], dtype: torch.dtype) -> Tensor:
             use.x.write(start, stop, x[begin:done])
             use.grad.write(start, stop, grad[begin:done])
         x[done:rows], grad[done:rows] = 0, 0
-        if product is None:
+        if buffer is None:
             torch.mm(x[:rows].t(), grad[:rows], out=total[expert])
         else:
-            total[expert] = torch.mm(x[:rows].t(), grad[:rows], out=product)
+            total[expert] = torch.mm(x[:rows].t(), grad[:rows], out=buffer)
     return total
 
 
 def _on_gpu(uses: list[Use]) -> Tensor:
-    """The same by one kernel, that nothing on the host waits for."""
+    """Run one kernel without a host-device sync."""
     xs, grads = [use.x.gathered() for use in uses], [use.grad.gathered() for use in uses]
     all_ends = [use.ends_E for use in uses]
     if kernel_serves(xs, grads):

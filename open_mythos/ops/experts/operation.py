@@ -1,8 +1,7 @@
-"""Routed experts as one operation of PyTorch, with its gradient.
+"""Routed experts as one custom op with its gradient, for autograd and ``torch.compile``.
 
-To autograd and to ``torch.compile`` all kinds of product are the same operation. All that is kept
-between forward and backward is the result of the first product; the rest is cheaper to compute
-again than to keep.
+Only the gate and up projections are saved for the backward pass; the rest is cheaper to recompute
+than to store.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def forward(
     kind: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`open_mythos.ops.experts.grouped.forward` by any of :data:`KINDS`."""
+    """Run :func:`open_mythos.ops.experts.grouped.forward` by any of :data:`KINDS`."""
     call = x_ND, gate_up_EDF, down_EFD, weights_NC, experts_NC
     if kind == "batched":
         return batched.forward(*call, keep)
@@ -47,9 +46,9 @@ def experts_op(
     kind: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`forward` as an operation of PyTorch, with a gradient.
+    """Run :func:`forward` as a differentiable custom op.
 
-    The tokens are those of two :class:`LoopedStack`: the gradients of the stacks then wait.
+    With the tokens of two :class:`LoopedStack`, the gradients of the stacks are deferred.
     """
     return forward(x_ND, gate_up_EDF, down_EFD, weights_NC, experts_NC, kind, keep)
 
@@ -87,24 +86,22 @@ def experts_backward_op(
     kind: str,
     of_stacks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`open_mythos.ops.experts.grouped.backward` as an operation, by any of :data:`KINDS`.
+    """Run :func:`open_mythos.ops.experts.grouped.backward` by any of :data:`KINDS`, as a custom op.
 
-    The last result is the gradient of the tokens.
-
-    What it leaves to the last loop is a side effect, so nothing that a compiler may write over must
-    be left: only tensors made in here.
+    Its last result is the gradient of the tokens. Deferring gradients is a side effect: a compiler
+    may overwrite the operands, so only tensors allocated in here may be saved.
     """
     tokens = [each for each in (gate_up_token, down_token) if each is not None]
     call = (
         grad_ND.contiguous(), x_ND, gate_up_EDF, down_EFD, weights_NC, gate_up, order, ends_E,
         tokens,
     )  # fmt: skip
-    found = (
+    grads = (
         batched.backward(*call, of_stacks)
         if kind == "batched"
         else grouped.backward(*call, kind, of_stacks)
     )
-    return *found, torch.zeros((), dtype=torch.float64, device="cpu")
+    return *grads, torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 @experts_backward_op.register_fake
@@ -132,16 +129,16 @@ def _(
 
 
 def _is_known(token: Tensor | None) -> bool:
-    """Return whether the number in ``token`` can be read: not while a compiler traces."""
+    """Return whether the value of ``token`` can be read: not while a compiler traces."""
     return type(token) is Tensor or getattr(token, "constant", None) is not None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.kind, _ = inputs
     _, gate_up, order, ends_E = output
-    # checkpointing around the whole call makes other stacks the second time: theirs are not meant
-    marks = tensors[5:]
-    ctx.numbers = [float(each) for each in marks] if _is_known(marks[0]) else None
+    # activation checkpointing creates new stacks when it recomputes: keep the original numbers
+    tokens = tensors[5:]
+    ctx.numbers = [float(each) for each in tokens] if _is_known(tokens[0]) else None
     ctx.save_for_backward(*tensors, gate_up, order, ends_E)
     ctx.set_materialize_grads(False)
 
@@ -150,22 +147,24 @@ def _gradients(ctx: Any, grad_ND: Tensor | None, *_: Any) -> tuple[Tensor | None
     if grad_ND is None:
         return (None,) * 9
     x, gate_up_EDF, down, weights, experts, *tokens, gate_up, order, ends = ctx.saved_tensors
-    waits = tokens[0] is not None
+    deferred = tokens[0] is not None
     if ctx.numbers is not None:
         tokens = [torch.tensor(number, dtype=torch.float64) for number in ctx.numbers]
     if torch.is_grad_enabled():
-        return _twice(ctx, grad_ND, x, gate_up_EDF, down, weights, experts, waits)
+        return _differentiable_gradients(
+            ctx, grad_ND, x, gate_up_EDF, down, weights, experts, deferred
+        )
     wanted = ctx.needs_input_grad
     d_x, d_weights, d_gate_up, d_down, done = experts_backward_op(
         grad_ND, x, gate_up_EDF, down, weights, gate_up, order, ends, *tokens, ctx.kind,
-        waits or wanted[1] or wanted[2],
+        deferred or wanted[1] or wanted[2],
     )  # fmt: skip
-    if waits:
+    if deferred:
         return d_x, None, None, d_weights, None, done, done.clone(), None, None
     return d_x, d_gate_up, d_down, d_weights, None, None, None, None, None
 
 
-def _twice(
+def _differentiable_gradients(
     ctx: Any,
     grad_ND: Tensor,
     x: Tensor,
@@ -173,18 +172,18 @@ def _twice(
     down: Tensor,
     weights: Tensor,
     experts: Tensor,
-    waits: bool,
+    deferred: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated again: those of the plain twin."""
-    if waits:
+    """Return gradients that can be differentiated twice: those of the reference implementation."""
+    if deferred:
         raise ConfigError(
-            "experts whose gradients wait for all loops are not differentiated twice",
+            "experts with deferred gradients cannot be differentiated twice",
             where="moe_backend", value="a backward pass with create_graph=True",
-            allowed="experts without gradient, or the plain twin",
+            allowed="experts without gradient, or the reference implementation",
             fix='set moe_backend to "reference"',
         )  # fmt: skip
     with torch.enable_grad():
-        # views: the weights are themselves a function of the tokens, on a way that is not ours
+        # views: the routing weights depend on the tokens too, outside of this op
         x, gate_up, down, weights = (each.view_as(each) for each in (x, gate_up, down, weights))
         y_ND = reference(x, gate_up, down, experts, weights)
         inputs = (x, gate_up, down, weights)
@@ -200,7 +199,7 @@ experts_op.register_autograd(_gradients, setup_context=_setup)
 def reference(
     x_ND: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, experts_NC: Tensor, weights_NC: Tensor
 ) -> Tensor:
-    """The plain twin: one expert after the other, on the tokens that chose it."""
+    """Reference implementation: expert by expert, on the tokens that chose it."""
     out_ND = torch.zeros_like(x_ND)
     projections = zip(gate_up_EDF.unbind(), down_EFD.unbind(), strict=True)
     for expert, (gate_up_DF, down_FD) in enumerate(projections):

@@ -1,10 +1,8 @@
-"""Routed experts: every token visits its chosen experts, the results are added by weight.
+"""Routed experts: the weighted sum of each token's chosen experts.
 
-One signature, four ways to compute it. Each expert is a SwiGLU, ``down(silu(gate x) * up x)``, its
-gate and up projections stored side by side so that they are one product.
-
-In a loop the same experts serve many calls. Their weight gradients can wait for the last of them
-(:class:`LoopedStack`) and become one product over the tokens of all loops.
+Each expert is a SwiGLU, ``down(silu(gate x) * up x)``, with the gate and up projections stored side
+by side as one matmul. In a loop, a :class:`LoopedStack` defers the weight gradients of the experts
+to one matmul over the tokens of all loops.
 """
 
 from __future__ import annotations
@@ -35,14 +33,14 @@ BACKENDS = (*KINDS, "reference")
 def deferring_pays(
     n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor, backend: str = "auto"
 ) -> bool:
-    """Whether a loop should use :class:`LoopedStack` for ``n_choices`` rows: a rule by shape."""
+    """Return whether a loop should use :class:`LoopedStack` for ``n_choices`` rows."""
     return (
         n_choices <= DEFERRED_TOKENS * gate_up_EDF.shape[0]
         and torch.is_grad_enabled()
         and gate_up_EDF.requires_grad
         and down_EFD.requires_grad
         and backend != "reference"
-        # the joint gradient is a grouped product on CUDA, whatever the forward pass is
+        # on CUDA the deferred gradient needs a grouped matmul, whatever the forward pass uses
         and (
             kernel_device(gate_up_EDF) != "cuda" or _grouped_problem(gate_up_EDF, down_EFD) is None
         )
@@ -58,7 +56,7 @@ def routed_experts(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Sum over the C chosen experts of weight times expert output.
+    """Sum the outputs of each token's C chosen experts, times their weights.
 
     Args:
         x_ND: Tokens.
@@ -66,9 +64,8 @@ def routed_experts(
         down_EFD: (E, F, D) down projections; both or neither may be a :class:`LoopedStack`.
         experts_NC: Chosen experts, int64, distinct within a token.
         weights_NC: Their weights.
-        backend: "auto" is "batched" for many tokens on a CPU in bfloat16, else "grouped" for shapes
-            that grouped products take, and "sorted" elsewhere; or one of these by name, or
-            "reference".
+        backend: "batched", "grouped", "sorted", "reference", or "auto": batched for many tokens on
+            a CPU in bfloat16, else grouped where the shapes allow it, else sorted.
 
     Returns:
         (N, D), in the dtype of the projections.
@@ -79,7 +76,7 @@ def routed_experts(
     stacks = gate_up_EDF, down_EFD
     gate_up, down = (each.weight if isinstance(each, LoopedStack) else each for each in stacks)
     tokens = [each.token if isinstance(each, LoopedStack) else None for each in stacks]
-    backend = _chosen(backend, experts_NC.numel(), gate_up, down)
+    backend = _resolve(backend, experts_NC.numel(), gate_up, down)
     x_ND, weights_NC = x_ND.to(gate_up.dtype), weights_NC.to(gate_up.dtype)
     if backend == "reference":
         return reference(x_ND, gate_up, down, experts_NC, weights_NC)
@@ -90,13 +87,13 @@ def routed_experts(
     if keep or torch.compiler.is_compiling():
         return experts_op(x_ND, gate_up, down, weights_NC, experts_NC, *tokens, backend, keep)[0]
     if len(x_ND) == 1 and x_ND.device.type == "cpu":
-        # decoding: two thirds of the time of sorting and grouping first
+        # decoding: takes two thirds of the time of sorting and grouping
         return one_token(x_ND, gate_up, down, weights_NC, experts_NC)
     return forward(x_ND, gate_up, down, weights_NC, experts_NC, backend, keep)[0]
 
 
-def _chosen(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor) -> str:
-    """The kernel that serves a call."""
+def _resolve(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor) -> str:
+    """Resolve "auto" and check that the backend can serve these weights."""
     problem = _grouped_problem(gate_up_EDF, down_EFD)
     if backend == "auto":
         backend = "grouped" if problem is None else "sorted"
@@ -108,16 +105,16 @@ def _chosen(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor)
             backend = "batched"
     if backend == "grouped" and problem is not None:
         raise ConfigError(
-            "grouped products cannot serve these experts", where="moe_backend", value=problem,
+            "grouped matmuls cannot serve these experts", where="moe_backend", value=problem,
             allowed="rows of dim and of expert_dim in multiples of 16 bytes, at most 32-bit floats",
             fix='set moe_backend to "auto"',
         )  # fmt: skip
     if backend == "batched" and (
         gate_up_EDF.device.type != "cpu" or gate_up_EDF.dtype == torch.float16
     ):
-        # padding repeats a row, which another expert may take beyond the range of 16-bit floats
+        # padding repeats a row, and another expert may overflow float16 on it
         raise ConfigError(
-            "batched products cannot serve these experts", where="moe_backend",
+            "batched matmuls cannot serve these experts", where="moe_backend",
             value=f"{gate_up_EDF.dtype} weights on {gate_up_EDF.device.type}",
             allowed="weights on a CPU, of any dtype but float16", fix='set moe_backend to "auto"',
         )  # fmt: skip
@@ -125,7 +122,7 @@ def _chosen(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor)
 
 
 def _grouped_problem(gate_up_EDF: Tensor, down_EFD: Tensor) -> str | None:
-    """Why the grouped kernel would refuse these weights, or None."""
+    """Return why the grouped kernel cannot take these weights, or None."""
     if not hasattr(F, "grouped_mm"):
         return "this PyTorch has no grouped_mm"
     if gate_up_EDF.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,4 +1,4 @@
-"""What lies around the products of routed experts: counts, activation, adding up."""
+"""Operations around the matmuls of routed experts: sorting, counting, activation, summation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from open_mythos.devices import in_dry_run, kernel_device
 
 
 def expert_load(experts_NC: Tensor, n_experts: int, valid_N: Tensor | None = None) -> Tensor:
-    """(E,) float32 count of the tokens that chose each expert; padding is not counted.
+    """Count the tokens that chose each expert, without padding; returns (E,) float32.
 
-    ``bincount`` would wait for the GPU to learn its output size; a scatter does not.
+    Uses a scatter: ``bincount`` needs a host-device sync for its output size.
     """
     ones = torch.ones(experts_NC.shape, device=experts_NC.device)
     if valid_N is not None:
@@ -22,7 +22,7 @@ def expert_load(experts_NC: Tensor, n_experts: int, valid_N: Tensor | None = Non
 
 
 def sort_choices(experts_NC: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """(N C,) choices in the order of the experts, and (E,) int32 where each expert's end."""
+    """Return (N C,) choices in expert order, and (E,) int32 the end of each expert's choices."""
     ends_E = expert_load(experts_NC, n_experts).cumsum(0).to(torch.int32)
     return experts_NC.flatten().argsort(stable=True), ends_E
 
@@ -40,7 +40,7 @@ def read_counts(counts: Tensor, total: int) -> list[int]:
 
 
 def read_ends(ends_E: Tensor, total: int) -> list[int]:
-    """Return where each expert's rows end, of ``total`` rows in all; see :func:`read_counts`."""
+    """Return the end of each expert's rows, of ``total`` rows in all; see :func:`read_counts`."""
     if in_dry_run(ends_E):
         return [total * (i + 1) // len(ends_E) for i in range(len(ends_E))]
     values: list[int] = ends_E.tolist()
@@ -48,7 +48,7 @@ def read_ends(ends_E: Tensor, total: int) -> list[int]:
 
 
 def activated(gate_up: Tensor, w: Tensor) -> Tensor:
-    """silu(gate) * up * w."""
+    """Compute silu(gate) * up * w."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up).mul_(w)
 
@@ -56,9 +56,9 @@ def activated(gate_up: Tensor, w: Tensor) -> Tensor:
 def activated_backward(
     d_hidden: Tensor, gate_up: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result of :func:`activated` again, and the gradients of its operands.
+    """Recompute the result of :func:`activated`, and its operands' gradients.
 
-    ``d_hidden`` is used up.
+    Overwrites ``d_hidden``.
     """
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate_up, silu = torch.empty_like(gate_up), F.silu(gate)
@@ -73,10 +73,9 @@ def activated_backward(
 
 
 def to_tokens(y: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """(N C, D) rows in the order of the experts -> (N, D), the sum of each token's rows.
+    """Sum each token's rows: (N C, D) in expert order to (N, D).
 
-    Rows are gathered, not scattered: no atomic additions make a result depend on the order of
-    threads, and none are waited for.
+    Gathers instead of scattering, so that no atomic additions make results depend on thread order.
     """
     inverse = torch.empty_like(order).scatter_(
         0, order, torch.arange(len(order), device=order.device)

@@ -1,26 +1,25 @@
-"""Which sizes get which treatment, and how long what is padded becomes. Nothing here loads torch:
-who plans for memory reads the same numbers."""
+"""Size thresholds and padding of routed experts; the memory planner reads them without torch."""
 
 from __future__ import annotations
 
 DEFERRED_TOKENS = 256
-"""Tokens per expert and use up to which it pays to let the gradients of all uses wait."""
-WAITING = 4
-"""Elements that may wait for a stack, in units of its own."""
+"""Most tokens per expert and use at which deferring gradients pays."""
+DEFERRED_SIZE = 4
+"""Most saved elements of deferred gradients, relative to the stack."""
 BATCHED_TOKENS = 2
-"""Tokens per expert from which, on a CPU in bfloat16, a product for several experts pays."""
+"""Fewest tokens per expert at which batched matmuls pay, on a CPU in bfloat16."""
 ROWS = 2048
 """Most padded rows of a batch of several experts."""
 PADDING = 1.5
-"""Most rows of a batch, over those that its experts would have each in a batch of its own."""
+"""Most rows of a batch, relative to the padded rows of its experts in separate batches."""
 MOST = 64
-"""Most experts of a batch; a power of two, as every batch has few sizes."""
+"""Most experts of a batch; a power of two, so that batches have few sizes."""
 
 
 def padded(count: int) -> int:
-    """``count`` or somewhat more, of few values: products of as many rows have few shapes.
+    """Round ``count`` up to one of few sizes, so that matmuls have few shapes.
 
-    Multiples of 32, and above 256 of an eighth of themselves or less.
+    Multiples of 32; above 256, steps of at most an eighth.
     """
     step = max(32, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step

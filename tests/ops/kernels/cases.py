@@ -1,4 +1,4 @@
-"""What kernels are compared on: small sizes in the interpreter, real ones on a GPU."""
+"""Kernel test cases: small sizes in the interpreter, real ones on a GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-"""Largest error of a result in each dtype; the interpreter cuts bfloat16 instead of rounding."""
+"""Largest error by dtype; the interpreter truncates bfloat16 instead of rounding."""
 
 
 def error(got: Tensor, expected: Tensor) -> float:
-    """Norm of the difference in units of the norm; infinite where it is not finite."""
+    """Return the relative norm of the difference; infinity if it is not finite."""
     difference = (got.double() - expected.double()).norm()
     scaled = difference / expected.double().norm().clamp_min(1e-12)
     return scaled.item() if scaled.isfinite() else float("inf")
@@ -23,7 +23,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 def expert_rows(
     counts: list[list[int]], k: int, m: int, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Rows, gradients and ends of loops in which expert e got ``counts[loop][e]`` rows."""
+    """Return rows, gradients and ends of loops where expert e got ``counts[loop][e]`` rows."""
     ends = [torch.tensor(loop, device=device).cumsum(0).to(torch.int32) for loop in counts]
     xs = [torch.randn(sum(loop), k, device=device).to(dtype) for loop in counts]
     grads = [torch.randn(sum(loop), m, device=device).to(dtype) for loop in counts]

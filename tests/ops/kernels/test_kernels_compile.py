@@ -28,7 +28,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torc
 
 
 class Launch:
-    """Stands in for a kernel: compiles it for the arguments of its first launch."""
+    """Replaces a kernel: compiles it for the arguments of its first launch."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.compiled = kernel, None
@@ -66,7 +66,7 @@ class Launch:
 def launched(
     monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, function: Any, *arguments: Any
 ) -> CompiledKernel:
-    """The kernel ``name`` as ``function(*arguments)`` launches it."""
+    """Compile kernel ``name`` as ``function(*arguments)`` launches it."""
     launch = Launch(getattr(module, name))
     monkeypatch.setattr(module, name, launch)
     function(*arguments)
@@ -74,7 +74,7 @@ def launched(
 
 
 def resources(compiled: CompiledKernel, folder: Path) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack."""
+    """Return registers per thread and bytes of its stack."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     run = [TOOLS / "cuobjdump", "--dump-resource-usage", cubin]
@@ -84,7 +84,7 @@ def resources(compiled: CompiledKernel, folder: Path) -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def _afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled here and now, not taken from a cache of earlier runs."""
+    """Disable the cache of compiled kernels."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 

@@ -1,4 +1,4 @@
-"""The weight gradient over all loops, from rows that lie where the loops left them."""
+"""Weight gradient over all loops, from rows read in place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_loops_that_keep_different_numbers_of_rows() -> None:
 
 
 def test_slices_of_larger_tensors() -> None:
-    """Rows of a wider tensor are copied; rows that begin anywhere in memory are read in place."""
+    """Rows of a wider tensor are copied; unaligned rows are read in place."""
     xs, grads, ends = expert_rows([[0, 2, 2], [2, 1, 2]], 12, 9, torch.bfloat16)
     wide = [torch.cat((x, x), 1)[:, 5:17] for x in xs]
     shifted = [torch.cat((grad.new_zeros(1), grad.flatten()))[1:].view_as(grad) for grad in grads]
