@@ -1,8 +1,8 @@
-"""``python -m benchmarks.plan_memory``: the memory that a plan predicts, against real runs.
+"""``python -m benchmarks.plan_memory``: planned memory against measured training steps.
 
-Small models train on a CPU, in one process and in two. The peak of a step is read from the
-allocations that PyTorch's profiler records, plus weights and optimizer state, which were allocated
-before. The prediction is that of ``open-mythos plan`` for the code paths of a CPU.
+Small models train on a CPU, in one process and in two. The peak of a step comes from allocations
+recorded by PyTorch's profiler, plus weights and optimizer state, which were allocated before. The
+prediction is that of ``open-mythos plan`` for CPU code paths.
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ from open_mythos.train.optimizers.muon import local
 OUT = Path(__file__).resolve().parent / "results" / "plan_memory.json"
 PROCESSES = 2
 SLACK = 2048
-"""Bytes that a step may leave behind, beside its batch, which the trainer keeps; if there are more,
-the profiler missed a thread."""
+"""Bytes that a step may leave allocated besides its batch; more means the profiler missed some."""
 ATTEMPTS = 8
-"""Steps of several processes that are looked at."""
+"""Measured steps with several processes."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training to be predicted and measured."""
+    """A training run to predict and measure."""
 
     name: str
     dim: int = 64
@@ -70,29 +69,29 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What was predicted and measured, in bytes of one process."""
+    """Predicted and measured bytes of one process."""
 
     name: str
     held_planned: int
     """Weights and optimizer state."""
     held: int
     planned: int
-    """All, at the peak."""
+    """Total at the peak."""
     measured: int
 
     @property
     def error(self) -> float:
-        """Of the peak, relative to what was measured."""
+        """Relative error of the predicted peak."""
         return self.planned / self.measured - 1
 
     @property
     def step_error(self) -> float:
-        """The same without what stays from step to step."""
+        """Relative error without the bytes held between steps."""
         return (self.planned - self.held_planned) / (self.measured - self.held) - 1
 
 
 def model_of(case: Case) -> MythosConfig:
-    """A model whose every part is small and switched on."""
+    """Return a small model with all features enabled."""
     dim = case.dim
     fields: dict[str, Any] = {
         "vocab_size": 320, "dim": dim, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 1024,
@@ -105,7 +104,7 @@ def model_of(case: Case) -> MythosConfig:
 
 
 def cases() -> list[Case]:
-    """Alone: attention, feed-forward, precision, how loops are kept, loops, batches, widths."""
+    """Return single-process cases: attention, FFN, dtype, checkpointing, loops, batches, widths."""
     found = [
         Case(
             f"{attention}, {feed}, {dtype}, {mode}",
@@ -133,7 +132,7 @@ def cases() -> list[Case]:
         Case("dim 128", dim=128, batch=2, loops=3, dtype="bfloat16", checkpoint=True),
         Case("dim 256", dim=256, batch=2, loops=2, dtype="bfloat16"),
         Case("many tokens for each expert", model=(("n_experts", 2),), batch=8, loops=2),
-        Case("rows no grouped product takes", model=(("expert_dim", 21),), loops=2),
+        Case("row sizes without grouped matmul", model=(("expert_dim", 21),), loops=2),
         Case("32 experts", dim=128, model=(("n_experts", 32),), batch=1, tokens=32, loops=2),
         Case("vocabulary of 4096", model=(("vocab_size", 4096),), batch=8, tokens=256, loops=1),
         Case("tied, 4096", model=(("vocab_size", 4096), ("tie_embeddings", True)), loops=1),
@@ -157,7 +156,7 @@ def cases() -> list[Case]:
 
 
 def distributed_cases() -> list[Case]:
-    """In two processes."""
+    """Return cases with two processes."""
     half = {"dtype": "bfloat16", "tokens": 32, "loops": 3}
     return [
         Case("DDP", kind="ddp", tokens=32, loops=3),
@@ -174,7 +173,7 @@ def distributed_cases() -> list[Case]:
 
 
 def planned(case: Case) -> tuple[int, int]:
-    """Return the bytes held from step to step, and those at the peak, of the plan."""
+    """Return the planned bytes held between steps and at the peak."""
     processes = 1 if case.kind == "none" else PROCESSES
     share = case.batch // processes
     micro = min(case.micro_batch or share, share)
@@ -190,9 +189,9 @@ def planned(case: Case) -> tuple[int, int]:
 
 
 def measured(case: Case, rank: int = 0, processes: int = 1) -> tuple[int, int] | None:
-    """The same of a real training step: what was there before it, and its peak.
+    """Return the measured bytes held between steps and at the peak.
 
-    None if the profiler never saw a step give back all that it took: another thread did.
+    None if no step freed all it allocated, because the profiler missed another thread.
     """
     run = RunConfig(
         model=model_of(case),
@@ -209,11 +208,11 @@ def measured(case: Case, rank: int = 0, processes: int = 1) -> tuple[int, int] |
     for step in range(2):
         trainer.train_step(step)
     held = _held(trainer)
-    # DDP's buckets were allocated before: they are as large as all gradients
+    # DDP's buckets, as large as all gradients, were allocated before
     buckets = 0
     if case.kind == "ddp":
         buckets = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
-    # all processes take as many steps, whatever they see: they wait for each other
+    # every process runs the same number of steps: collectives have to match
     steps = range(2, 3 if processes == 1 else 2 + ATTEMPTS)
     found = [_peak(lambda step=step: trainer.train_step(step)) for step in steps]
     allowed = SLACK + 24 * case.batch * case.tokens
@@ -244,7 +243,7 @@ class _Loader:
 
 
 def _held(trainer: Trainer) -> int:
-    """Return the bytes of weights, buffers and optimizer state, each storage once."""
+    """Return the bytes of weights, buffers and optimizer state, counting each storage once."""
     tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
     for state in trainer.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
@@ -254,7 +253,7 @@ def _held(trainer: Trainer) -> int:
 
 
 def _peak(call: Callable[[], object]) -> tuple[int, int]:
-    """Most bytes that ``call`` had allocated at a time beyond those before it, and those left."""
+    """Return the peak of bytes allocated by ``call``, and the bytes it left allocated."""
     with profile(
         acc_events=True, activities=[ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
@@ -269,30 +268,30 @@ def _peak(call: Callable[[], object]) -> tuple[int, int]:
 
 
 TRIES = 4
-"""Measurements of a case of several processes: their threads may hold memory at a wrong moment."""
+"""Attempts per case with several processes: background threads may disturb a measurement."""
 
 
 class DisturbedError(RuntimeError):
-    """No step gave back all that it took."""
+    """No step freed all it allocated."""
 
 
 def row(case: Case) -> Row:
-    """A case that runs alone."""
+    """Measure a single-process case."""
     return _row(case, [measured(case)])
 
 
 def _row(case: Case, found: Sequence[tuple[int, int] | None]) -> Row:
-    """Of several processes the one that was disturbed least."""
+    """Return the row of the least disturbed process."""
     seen = [pair for pair in found if pair is not None]
     if not seen:
-        raise DisturbedError(f"{case.name}: no step gave back all that it took")
+        raise DisturbedError(f"{case.name}: no step freed all it allocated")
     held, peak = min(seen, key=lambda pair: pair[1])
     held_planned, peak_planned = planned(case)
     return Row(case.name, held_planned, held, peak_planned, peak)
 
 
 def row_of_processes(case: Case) -> Row:
-    """A case that runs in two processes of its own, again if other threads disturbed it."""
+    """Measure a case in two processes; retry if background threads disturbed it."""
     for tries_left in reversed(range(TRIES)):
         try:
             (found,) = distributed_rows([case])
@@ -304,7 +303,7 @@ def row_of_processes(case: Case) -> Row:
 
 
 def distributed_rows(all_of: Sequence[Case]) -> Iterator[Row]:
-    """Cases that run in two processes."""
+    """Measure cases in two processes."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
@@ -325,7 +324,7 @@ def distributed_rows(all_of: Sequence[Case]) -> Iterator[Row]:
 
 
 def _work(rank: int, folder: str, all_of: Sequence[Case], queue: Any) -> None:
-    """One of the processes: measure all cases, or say what went wrong."""
+    """Measure all cases in one process, or report the error."""
     torch.set_num_threads(1)
     found = []
     try:
@@ -343,10 +342,10 @@ def _work(rank: int, folder: str, all_of: Sequence[Case], queue: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, show, save."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_memory", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON file to write")
-    parser.add_argument("--quick", action="store_true", help="one case, nothing written")
+    parser.add_argument("--quick", action="store_true", help="run one case and write nothing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     alone, together = cases(), distributed_cases()

@@ -1,4 +1,4 @@
-"""The sections of a run's report about the loop: depth, states, spectrum, routing."""
+"""Sections of a run's report about the loop: depth, states, spectrum, routing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLLAPSE = 0.85
 
 
 class Panel(NamedTuple):
-    """One figure or table."""
+    """A figure or table."""
 
     title: str
     about: str
@@ -25,11 +25,11 @@ class Panel(NamedTuple):
 
 
 def sections(run: RunRecord) -> list[tuple[str, list[Panel]]]:
-    """Return the title and the panels of each section; a single sentence for a dense model."""
+    """Return the title and panels of each section; one sentence for a dense model."""
     if not run.looped:
         rows = measured(run)
         at = f" Its validation loss is {rows[0]['loss']:.4f} nats per token." if rows else ""
-        return [("Depth", [Panel("", "", missing(f"A dense model has no loops.{at}"))])]
+        return [("Depth", [_empty(f"A dense model has no loops.{at}")])]
     return [
         ("Depth", [_loss_against_depth(run), *_last_evaluation(run), _depths_that_ran(run)]),
         ("States in the loop", _states(run)),
@@ -39,9 +39,8 @@ def sections(run: RunRecord) -> list[tuple[str, list[Panel]]]:
 
 
 def measured(run: RunRecord) -> list[dict[str, Any]]:
-    """Return rows of depth, loss and, if known, bits per byte.
-
-    They are those of the record of validated depths, or of the last evaluation if it has as many.
+    """Return rows of depth, loss and, if known, bits per byte: those of the last evaluation, or of
+    the record of validated depths if it has more.
     """
     rows = _finite(run.evaluations[max(run.evaluations)]) if run.evaluations else []
     record = _finite((run.depths or {}).get("rows", []))
@@ -68,7 +67,7 @@ def counted(loops: float) -> str:
 
 
 def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Select the rows with a finite loss and, if they have a depth, one of at least 1."""
+    """Select rows with a finite loss and a depth of at least 1 or None."""
     return [
         row
         for row in rows
@@ -83,11 +82,10 @@ def _loss_against_depth(run: RunRecord) -> Panel:
     evaluations = [_points(rows) for _, rows in sorted(run.evaluations.items())]
     last = _points(record.get("rows", [])) or (evaluations[-1] if evaluations else [])
     if not last:
-        text = (
-            "No evaluation yet: train.eval_every is 0 or the run has not ended. "
-            "Without validation data there is none."
-        )
-        return Panel(title, "", missing(text))
+        return _empty(
+            "No evaluation yet: train.eval_every is 0, the run has not ended, or there is no "
+            "validation data.", title,
+        )  # fmt: skip
     valid, limit = run.valid_range, run.loss_limit
     about = ["Validation loss, nats per token, with the same weights."]
     if valid is not None:
@@ -97,7 +95,7 @@ def _loss_against_depth(run: RunRecord) -> Panel:
     if run.mean_depth is not None:
         about.append(f"Dotted: mean training depth, {run.mean_depth:g}.")
     if record.get("holds_at_twice_the_mean") is False:
-        about.append("At twice the mean depth the loss is out of bounds.")
+        about.append("At twice the mean depth the loss exceeds the limit.")
     earlier = [points for points in evaluations[:-1] if points]
     if earlier:
         about.append("Faint: earlier evaluations.")
@@ -140,9 +138,9 @@ def _depths_that_ran(run: RunRecord) -> Panel:
             total = [n + (counts[i] if i < len(counts) else 0) for i, n in enumerate(total)]
     title = "Training depths"
     if not sum(total):
-        return Panel(title, "", missing("No depth was logged."))
+        return _empty("No depths were logged.", title)
     mean = sum(loops * n for loops, n in enumerate(total, start=1)) / sum(total)
-    about = f"Sequences of the logged steps by their number of loops; {mean:.2f} on average."
+    about = f"Sequences of the logged steps by number of loops; {mean:.2f} on average."
     return Panel(title, about, bars(range(1, len(total) + 1), total, title, "loops"))
 
 
@@ -156,12 +154,12 @@ def _states(run: RunRecord) -> list[Panel]:
         _by_loop("Norm of the state", "Mean over tokens, after each loop.", norms, zero=True),
         _by_loop(
             "Change by each loop",
-            "Norm of the step over norm of the state. Falling by loop: the states converge.",
+            "Norm of the update over norm of the state. Falling over loops: the states converge.",
             relative, log=True,
         ),
         _by_loop(
             "Similarity of the tokens",
-            "Mean cosine between the states of two tokens; above the dashed line they collapse.",
+            "Mean cosine similarity between token states; above the dashed line they collapse.",
             alike, bound=_COLLAPSE,
         ),
     ]  # fmt: skip
@@ -171,7 +169,7 @@ def _states(run: RunRecord) -> list[Panel]:
         about = "(Loss with 1 loop - loss with the mean number of loops) / the latter, in training."
         panels.append(Panel(title, about, curves([gap], title, bound=0.0)))
     shown = [panel for panel in panels if panel is not None]
-    return shown or [Panel("", "", missing("No state was logged."))]
+    return shown or [_empty("No states were logged.")]
 
 
 def _spectrum(run: RunRecord) -> list[Panel]:
@@ -179,20 +177,19 @@ def _spectrum(run: RunRecord) -> list[Panel]:
     rho = Line(run.curve("rho"))
     if has_values([rho]):
         title = "Spectral radius"
-        about = f"rho(A), the slowest channel; it cannot pass {MAX_DECAY} (dashed)."
+        about = f"rho(A), the slowest channel; bounded by {MAX_DECAY} (dashed)."
         panels.append(Panel(title, about, curves([rho], title, bound=MAX_DECAY)))
     title, checkpoint = "Decays", run.checkpoint
     if checkpoint is None or checkpoint.problem:
-        text = "They are read from a checkpoint, and there is none whose weights can be read."
-        return [*panels, Panel(title, "", missing(text))]
+        return [*panels, _empty("There is no checkpoint whose weights can be read.", title)]
     decays = checkpoint.decays
     if not decays:
-        return panels or [Panel("", "", missing("This model's injection has no matrix A."))]
+        return panels or [_empty("This model's injection has no matrix A.")]
     counts = [0] * _BINS
     for decay in decays:
         counts[min(_BINS - 1, int(decay * _BINS))] += 1
     about = (
-        f"Channels by the factor that A applies to them in one loop, at step {checkpoint.step:,}: "
+        f"Channels by their decay factor in A per loop, at step {checkpoint.step:,}: "
         f"{decays[0]:.3f} to {decays[-1]:.3f}, median {decays[len(decays) // 2]:.3f}."
     )
     centres = [(i + 0.5) / _BINS for i in range(_BINS)]
@@ -207,16 +204,20 @@ def _routing(run: RunRecord) -> list[Panel]:
         title = f"Layer {layer}: experts by loop"
         if _is_matrix(shares):
             even = 1 / len(shares[0])
-            about = f"Percent of each loop's choices, last logged; uniform is {even:.1%}."
+            about = f"Percent of each loop's routing choices, last logged; uniform is {even:.1%}."
             panels.append(Panel(title, about, heatmap(shares, 2 * even)))
         else:
-            text = "Shares are logged with evaluations and checkpoints; there was none yet."
-            panels.append(Panel(title, "", missing(text)))
-        about = "Entropy of the load over log E: 1 is uniform, 0 a single expert."
+            text = "Expert load is logged with evaluations and checkpoints; there were none yet."
+            panels.append(_empty(text, title))
+        about = "Entropy of the expert load over log E: 1 is uniform, 0 a single expert."
         entropy = run.by_loop(f"router_entropy/layer{layer}")
         panels.append(_by_loop(f"Layer {layer}: balance", about, entropy, zero=True, bound=1.0))
     shown = [panel for panel in panels if panel is not None]
-    return shown or [Panel("", "", missing("No routing was logged."))]
+    return shown or [_empty("No routing was logged.")]
+
+
+def _empty(text: str, title: str = "") -> Panel:
+    return Panel(title, "", missing(text))
 
 
 def _is_matrix(shares: Any) -> bool:
@@ -229,7 +230,7 @@ def _is_matrix(shares: Any) -> bool:
 
 
 def _by_loop(title: str, about: str, series: dict[int, Series], **options: Any) -> Panel | None:
-    """Return a panel with a curve for a few loops: none that rarely ran, but first and last."""
+    """Return a panel with curves of at most seven loops, without rarely used ones."""
     most = max(map(len, series.values()), default=0)
     loops = [loop for loop, points in series.items() if 5 * len(points) >= most]
     count = min(len(loops), _MOST_LINES)

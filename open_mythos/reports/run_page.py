@@ -1,4 +1,4 @@
-"""The report of a training run: one HTML file without scripts and without network access."""
+"""The report of a training run: one HTML file without scripts or network access."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ _EVENTS = {
     "resumed": "resumed from a checkpoint",
     "skipped": "step skipped",
     "rewound": "rolled back to an earlier checkpoint",
-    "preempted": "told to stop",
+    "preempted": "preempted",
     "stopped": "stopped itself",
     "alarm": "alarm",
 }
 
 
 class Section(NamedTuple):
-    """A heading with panels below it."""
+    """A heading with panels."""
 
     title: str
     panels: list[loops.Panel]
     events: list[tuple[str, str]] = []  # noqa: RUF012
-    """Kind and name of the events that the curves mark."""
+    """Kind and name of the marked events."""
     details: Markup = Markup()
-    """What stands below the panels, folded."""
+    """Collapsed content below the panels."""
 
 
 def report_run(run: str, out: str = "") -> int:
     """Write the report of a run.
 
     Args:
-        run: Its folder; training may still be in progress.
-        out: The HTML file to write; by default report.html in the run's folder.
+        run: Folder of the run, which may still be training.
+        out: HTML file to write; by default report.html in the run's folder.
 
     Raises:
-        DataError: The folder holds nothing of a run.
+        DataError: The folder has neither metrics nor a checkpoint.
         EnvironmentError_: The page cannot be written.
     """
     record = read_run(run)
@@ -67,7 +67,7 @@ def page(run: RunRecord) -> str:
 
 
 def _status(run: RunRecord) -> tuple[str, str]:
-    """Return how far the run came, and the CSS class of that."""
+    """Return the progress of the run and its CSS class."""
     wanted, last = run.setting("train", "steps"), run.last_step
     end = run.events[-1].kind if run.events else ""
     if wanted is not None and last >= wanted:
@@ -92,7 +92,7 @@ def _lead(run: RunRecord) -> str:
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:
-    """Return the numbers that a reader looks for first, each with its meaning."""
+    """Return the key numbers with their descriptions."""
     tiles: list[tuple[str, str]] = []
     if losses := [loss for _, loss in run.values("loss")[-5:]]:
         what = "training loss" + (", mean of the last 5 lines" if len(losses) == 5 else "")
@@ -116,7 +116,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _notes(run: RunRecord) -> list[Markup]:
-    """Name what cannot be read or is not there."""
+    """Return notes on missing or unreadable parts."""
     notes = []
     if run.config is None:
         notes.append("There is no run.yaml, so the configuration is unknown.")
@@ -127,7 +127,7 @@ def _notes(run: RunRecord) -> list[Markup]:
         notes.append(f"The newest checkpoint ({name}) is damaged: {problem}.")
     if run.broken_lines:
         what = "1 line is" if run.broken_lines == 1 else f"{run.broken_lines} lines are"
-        notes.append(f"{what} not JSON and left out, as after a kill in the middle of a write.")
+        notes.append(f"{what} not valid JSON and ignored, as after a kill during a write.")
     if not run.steps:
         notes.append("Nothing has been logged yet: there are no curves.")
     return [missing(note) for note in notes]
@@ -142,7 +142,7 @@ def _learning(run: RunRecord) -> Section:
         "loss": ("Loss", "Training loss, nats per token.", {}),
         "grad_norm": ("Gradient norm", "Before clipping.", {"log": True}),
         "lr": ("Learning rate", "", {"zero": True}),
-        "tokens_per_second": ("Throughput", "Tokens per second between two lines.", {"zero": True}),
+        "tokens_per_second": ("Throughput", "Tokens per second between log lines.", {"zero": True}),
         "mfu": ("Model FLOP utilisation", "Share of the devices' peak.", {"zero": True}),
     }
     end = number(run.setting("train", "steps"))
@@ -187,7 +187,7 @@ def _time(seconds: float) -> str:
 
 
 def _short(value: float) -> str:
-    """Write a number in few characters: 1.2 M, 34 k, 0.003."""
+    """Format a number with an SI prefix: 1.2 M, 34 k."""
     for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= unit:
             return f"{value / unit:.3g}{name}"

@@ -1,9 +1,10 @@
-"""Read what a training run has written to its folder so far; nothing has to be complete."""
+"""Read the folder of a training run, which may be incomplete."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,16 +24,16 @@ from open_mythos.run_folder import (
     METRICS_FILE,
     read_config,
     step_folders,
-)
+)  # fmt: skip
 from open_mythos.train.config import DepthConfig
 from open_mythos.train.monitoring.validated import STATE_KEY, depth_record
 
 Series = list[tuple[int, float]]
-"""(step, value); NaN where the value was logged but is not finite."""
+"""(step, value); NaN for logged values that are not finite."""
 
 
 class Event(NamedTuple):
-    """Something that happened to the run beside its steps."""
+    """An event of the run."""
 
     step: int
     kind: str
@@ -41,7 +42,7 @@ class Event(NamedTuple):
 
 
 class Alarm(NamedTuple):
-    """An alarm that the watchdog raised."""
+    """An alarm of the watchdog."""
 
     step: int
     name: str
@@ -55,46 +56,45 @@ class Checkpoint(NamedTuple):
     step: int
     path: Path
     state: dict[str, Any]
-    """Content of its ``state.json``; empty if that cannot be read."""
+    """Content of ``state.json``; empty if unreadable."""
     decays: list[float]
-    """The diagonal of A, ascending; empty without A, or if the weights cannot be read."""
+    """Diagonal of A, ascending; empty without A or if the weights are unreadable."""
     problem: str
-    """Why a part of it is missing; empty if none is."""
+    """Why a part is missing, if one is."""
 
 
 @dataclass
 class RunRecord:
-    """A run as far as its folder tells."""
+    """The content of a run's folder."""
 
     folder: Path
     config: dict[str, Any] | None
-    """Nested fields; None if neither run.yaml nor a checkpoint has them."""
+    """Nested config fields; None if neither run.yaml nor a checkpoint has them."""
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Logged step -> its metrics, in order."""
+    """Logged step -> metrics, in order."""
     evaluations: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     """Step -> rows of depth and loss."""
     events: list[Event] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
     broken_lines: int = 0
-    """Lines of the metrics that are not JSON, such as one that a killed run wrote by half."""
+    """Metrics lines that are not JSON, such as one cut off by a kill."""
     seconds: float = 0.0
-    """Time of the logged steps, repeated ones included."""
+    """Time of the logged steps, including repeated ones."""
 
     @property
     def looped(self) -> bool:
-        """Whether the model has loops; assumed where nothing tells."""
+        """Whether the model is looped; True if unknown."""
         return (self.config or {}).get("architecture", "looped") == "looped"
 
     @property
     def last_step(self) -> int:
-        """Steps done, as far as metrics and checkpoint tell."""
-        logged = max(self.steps, default=0)
-        return max(logged, self.checkpoint.step if self.checkpoint else 0)
+        """Last step in the metrics or the checkpoint."""
+        return max([*self.steps, self.checkpoint.step if self.checkpoint else 0])
 
     @property
     def depths(self) -> dict[str, Any] | None:
-        """The record of validated depths: the stored one, or made from the last evaluation."""
+        """Record of validated depths: stored, logged, or computed from the last evaluation."""
         stored = self.checkpoint.state.get(STATE_KEY) if self.checkpoint else None
         for found in (stored, self.latest("eval/validated")):
             if isinstance(found, dict) and isinstance(found.get("rows"), list):
@@ -107,11 +107,11 @@ class RunRecord:
 
     @property
     def mean_depth(self) -> float | None:
-        """Mean training depth; None if unknown, and for a dense model."""
+        """Mean training depth; None if unknown or for a dense model."""
         section = (self.config or {}).get("depth")
         if not self.looped or not isinstance(section, Mapping):
             return None
-        # fields of an older or a newer release do not matter here
+        # ignore fields of other releases
         known = {each.name for each in fields(DepthConfig)}
         try:
             return DepthConfig(**{k: v for k, v in section.items() if k in known}).expected
@@ -120,23 +120,23 @@ class RunRecord:
 
     @property
     def valid_range(self) -> tuple[int, int] | None:
-        """The validated depths."""
+        """Range of validated depths."""
         low, high = (number((self.depths or {}).get(name)) for name in ("low", "high"))
         return None if low is None or high is None else (int(low), int(high))
 
     @property
     def loss_limit(self) -> float | None:
-        """The highest loss of a validated depth."""
+        """Maximum loss of a validated depth."""
         best, more = (number((self.depths or {}).get(k)) for k in ("best_loss", "tolerance"))
         return None if best is None or more is None else best + more
 
     def setting(self, section: str, name: str) -> Any:
-        """Return a field of the configuration; None if unknown."""
+        """Return a config field; None if unknown."""
         part = (self.config or {}).get(section)
         return part.get(name) if isinstance(part, Mapping) else None
 
     def curve(self, name: str) -> Series:
-        """Return a metric over the steps at which it was logged."""
+        """Return a metric over the steps that logged it."""
         return [(at, _or_nan(line[name])) for at, line in self.steps.items() if name in line]
 
     def values(self, name: str) -> Series:
@@ -144,7 +144,7 @@ class RunRecord:
         return [(step, value) for step, value in self.curve(name) if not math.isnan(value)]
 
     def by_loop(self, name: str) -> dict[int, Series]:
-        """Return loop (from 1) -> values of a metric that has an entry per loop."""
+        """Return loop (from 1) -> values of a metric with one entry per loop."""
         found: dict[int, Series] = {}
         for step, line in self.steps.items():
             values = line.get(name)
@@ -157,13 +157,13 @@ class RunRecord:
         return next((line[name] for line in reversed(self.steps.values()) if name in line), None)
 
     def layers(self, name: str) -> list[int]:
-        """Return the layers for which "name/layerN" was logged."""
-        prefix = f"{name}/layer"
-        keys = {key for line in self.steps.values() for key in line if key.startswith(prefix)}
-        return sorted(int(key[len(prefix) :]) for key in keys if key[len(prefix) :].isdigit())
+        """Return the layers N for which "name/layerN" was logged."""
+        keys = {key for line in self.steps.values() for key in line}
+        found = (re.fullmatch(rf"{re.escape(name)}/layer([0-9]+)", key) for key in keys)
+        return sorted(int(match[1]) for match in found if match)
 
     def counts(self) -> Accounting | None:
-        """Count parameters and FLOPs; None if the configuration does not give them."""
+        """Count parameters and FLOPs; None if the configuration is unknown."""
         model = (self.config or {}).get("model")
         layers = None
         try:
@@ -182,10 +182,10 @@ def read_run(folder: str | Path) -> RunRecord:
     """Read the folder of a run.
 
     Args:
-        folder: It holds run.yaml, metrics.jsonl and checkpoints, or some of them.
+        folder: Folder with some of run.yaml, metrics.jsonl and checkpoints.
 
     Raises:
-        DataError: It does not exist, or holds nothing of a run.
+        DataError: There are neither metrics nor a checkpoint.
     """
     path = Path(folder)
     lines, broken = _lines(path / METRICS_FILE)
@@ -198,7 +198,7 @@ def read_run(folder: str | Path) -> RunRecord:
         raise DataError(
             "no run to report on", where="report", value=str(folder),
             allowed=f"the folder of a run: {METRICS_FILE}, {CHECKPOINTS_FOLDER}, {CONFIG_FILE}",
-            fix="name the folder that train.out_dir named",
+            fix="pass the run's train.out_dir",
         )  # fmt: skip
     known = config if isinstance(config, dict) else None
     record = RunRecord(path, known, checkpoint=checkpoint, broken_lines=broken)
@@ -217,16 +217,16 @@ def _or_nan(value: Any) -> float:
 
 
 def _follow(record: RunRecord, lines: list[dict[str, Any]]) -> None:
-    """Replay the lines in order; where the run rolled back, later measurements are dropped."""
+    """Replay the lines in order; on a rollback, drop later measurements."""
     before, tokens_before = 0, 0.0
     for line in lines:
         step, keep = line["step"], None
         late = isinstance(line.get("event"), dict) and line["event"].get("kind") == "skipped"
         if step < before and not late:  # a skipped step is noticed one step late
-            # an event belongs to the step after which it happened, which stays
+            # an event belongs to the step before it, which is kept
             keep = step if "event" in line else step - 1
-            told = any(e.kind in ("rewound", "resumed") and e.step >= step for e in record.events)
-            if not told and "event" not in line:
+            known = any(e.kind in ("rewound", "resumed") and e.step >= step for e in record.events)
+            if not known and "event" not in line:
                 record.events.append(Event(step, "resumed", f"continued before step {step}"))
         if isinstance(line.get("event"), dict):
             facts = dict(line["event"])
@@ -250,7 +250,7 @@ def _follow(record: RunRecord, lines: list[dict[str, Any]]) -> None:
 
 
 def _note(record: RunRecord, step: int, line: dict[str, Any]) -> None:
-    """Add the alarms, the evaluation and the metrics of one line."""
+    """Add the alarms, evaluation and metrics of one line."""
     alarms, rows = line.get("alarms"), line.get("eval/depths")
     for alarm in alarms if isinstance(alarms, list) else []:
         if isinstance(alarm, dict):
@@ -268,7 +268,7 @@ def _note(record: RunRecord, step: int, line: dict[str, Any]) -> None:
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the lines that are JSON objects with a step, and how many are not."""
+    """Return the lines that are JSON objects with a step, and the number of other lines."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -276,7 +276,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     found, broken = [], 0
     for line in text.splitlines():
         try:
-            # an integer too long for a float would stop the arithmetic
+            # integers beyond the float range would break the arithmetic
             values = json.loads(line, parse_int=lambda x: int(x) if len(x) < 20 else float(x))
             values["step"] = int(values["step"])
             found.append(values)
@@ -286,7 +286,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read the checkpoint with the highest step; damaged parts are left out and named."""
+    """Read the newest checkpoint; report damaged parts in ``problem``."""
     found = step_folders(folder / CHECKPOINTS_FOLDER)
     if not found:
         return None
@@ -301,7 +301,7 @@ def _newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def _decays(path: Path) -> list[float]:
-    """Read the diagonal of A without the rest of the model."""
+    """Read only the diagonal of A."""
     shapes = stored_shapes(path)
     names = [f"model/recurrent.injection.{name}" for name in ("log_A", "dt_bias")]
     if not set(names) <= shapes.keys():

@@ -1,4 +1,4 @@
-"""The page of one prompt's trace: one HTML file that needs no other file and no network."""
+"""The page of one prompt's trace: one HTML file without network access."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from open_mythos.reports.trace_record import PromptTrace, TokenTrace, trace_of
 def trace_prompt(
     checkpoint: str, prompt: str, n_loops: int | None, exit: str, out: str, device: str
 ) -> int:
-    """Trace a prompt and write its page; the arguments are those of :func:`trace_of`."""
+    """Trace a prompt and write its page; see :func:`trace_of` for the arguments."""
     trace = trace_of(checkpoint, prompt, n_loops=n_loops, exit=exit, device=device)
     write_page(trace, Path(out))
     return 0
@@ -48,7 +48,7 @@ def page(trace: PromptTrace) -> str:
 
 
 def summary(trace: PromptTrace) -> str:
-    """Describe in a few sentences what the loops did."""
+    """Summarize the trace in a few sentences."""
     known = [token for token in trace.tokens if token.right]
     settled = sum(token.settled for token in trace.tokens) / len(trace.tokens)
     sentences = []
@@ -70,13 +70,13 @@ def summary(trace: PromptTrace) -> str:
 
 
 def _without_nan(tokens: list[TokenTrace]) -> Any:
-    """Return what the script needs of the tokens; JSON has no NaN, so it becomes null."""
+    """Return the tokens as JSON-ready values without paths; NaN becomes None."""
     text = json.dumps([asdict(token) | {"path": None} for token in tokens])
     return json.loads(text, parse_constant=lambda _: None)
 
 
 def _cell_class(token: TokenTrace, t: int) -> str:
-    """Return the CSS classes of what is predicted after loop ``t`` (from 1)."""
+    """Return the CSS classes of the prediction after loop ``t`` (from 1)."""
     classes, predictions = ["c"], token.predictions
     if t == 1 or predictions[t - 2][0].token != predictions[t - 1][0].token:
         classes.append("new")
@@ -89,7 +89,7 @@ def _cell_class(token: TokenTrace, t: int) -> str:
 
 @styled
 def _paths(trace: PromptTrace) -> Markup:
-    """Draw the path of every token's state in the plane of the two principal components."""
+    """Draw every token's states in the plane of the two principal components."""
     figure, ax = canvas(440, 320)
     figure.set_layout_engine("none")
     ax.set_position((0.03, 0.08, 0.84, 0.89))
@@ -108,23 +108,23 @@ def _paths(trace: PromptTrace) -> Markup:
     for token in trace.tokens:
         text, place = token.text, token.path[-1]
         x, y = ax.transData.transform(place)
-        room = (x, x + 8 * len(text), y)
-        free = all(room[0] > b or a > room[1] or abs(y - c) > 14 for a, b, c in taken)
-        taken += [room] if free else []
+        end = x + 8 * len(text)
+        free = all(x > b or a > end or abs(y - c) > 14 for a, b, c in taken)
+        taken += [(x, end, y)] if free else []
         name = ax.annotate(
             text, place, (7, 0), textcoords="offset points", va="center", color=INK,
             parse_math=False,
         )  # fmt: skip
         tag(name, "name" if free else "name crowded")
     with warnings.catch_warnings():
-        # the browser has its own fonts: matplotlib need not have every character
+        # the browser renders the text; matplotlib's font may lack characters
         warnings.filterwarnings("ignore", "Glyph")
         return to_svg(figure, "Paths of the states in two dimensions", "paths")
 
 
 @styled
 def _changes(trace: PromptTrace) -> Markup:
-    """Draw the relative change of every token's state at each loop, on a logarithmic scale."""
+    """Draw the relative change of every token's state per loop on a logarithmic axis."""
     figure, ax = canvas(440, 320)
     ax.set_yscale("log")
     for i, token in enumerate(trace.tokens):
@@ -137,7 +137,7 @@ def _changes(trace: PromptTrace) -> Markup:
 
 
 def _experts(trace: PromptTrace) -> list[Markup]:
-    """Return for each mixture layer how often each expert was chosen at each loop."""
+    """Return a table of expert shares by loop for each MoE layer."""
     tables = []
     for layer in range(len(trace.tokens[0].experts[0]) if trace.tokens[0].experts else 0):
         shares = []

@@ -1,4 +1,4 @@
-"""Run one prompt through the loops of a model and keep what happens as plain data."""
+"""Run one prompt through the loops of a model and record the results as plain data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from open_mythos.run_folder import GATE_FILE, find_beside
 from open_mythos.tokenizer import Tokenizer
 
 SHOWN = 5
-"""Predictions kept of every token and loop."""
+"""Predictions kept per token and loop."""
 _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 _RUN = re.compile(r"([␣⏎⇥])\1{3,}")
 
@@ -31,18 +31,16 @@ class Prediction(NamedTuple):
     """One candidate for the next token."""
 
     token: int
-    """Its id."""
     text: str
     probability: float
 
 
 class Goal(NamedTuple):
-    """What should be predicted after a token."""
+    """The expected next token."""
 
     token: int
-    """Its id."""
     hops: int | None = None
-    """Steps of reasoning that it takes, if the task counts them."""
+    """Reasoning steps, if the task counts them."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class TokenTrace:
     """One token through L loops."""
 
     text: str
-    """The token itself; in all texts, white space is made :func:`visible`."""
+    """Text with :func:`visible` white space, as in all texts."""
     predictions: list[list[Prediction]]
     """Per loop, best first."""
     change: list[float]
@@ -58,27 +56,27 @@ class TokenTrace:
     path: list[tuple[float, float]]
     """h_0 .. h_L in the plane of the two principal components."""
     experts: list[list[list[int]]]
-    """Per loop and mixture layer, the experts chosen, ascending; empty where there are none."""
+    """Per loop and MoE layer, the chosen experts, ascending; empty without experts."""
     exit: int | None
-    """Loops after which the exit rule stops; None without a rule."""
+    """Loops until the exit rule exits; None without a rule."""
     goal: str | None
-    """What should be predicted; None if unknown."""
+    """Expected next token; None if unknown."""
     goal_probability: list[float]
-    """Per loop, the probability of the goal; empty without one."""
+    """Per loop, the probability of the goal; empty without a goal."""
     right: list[bool]
-    """Per loop, whether the goal is the most likely; empty without one."""
+    """Per loop, whether the goal is the top prediction; empty without a goal."""
     hops: int | None
-    """Steps of reasoning that the goal takes; None if the task does not count them."""
+    """Reasoning steps to the goal; None if the task does not count them."""
 
     @property
     def settled(self) -> int:
-        """The first loop after which the most likely token no longer changes, counted from 1."""
+        """Loop (from 1) after which the top prediction no longer changes."""
         best = [each[0].token for each in self.predictions]
         return 1 + max((t for t in range(1, len(best)) if best[t] != best[t - 1]), default=0)
 
     @property
     def right_from(self) -> int | None:
-        """The loop from which on the goal is the most likely token; None if not to the end."""
+        """Loop from which the goal stays the top prediction; None if it is not at the end."""
         if not self.right or not self.right[-1]:
             return None
         return 1 + max((t + 1 for t, right in enumerate(self.right) if not right), default=0)
@@ -86,21 +84,21 @@ class TokenTrace:
 
 @dataclass(frozen=True)
 class PromptTrace:
-    """A prompt through L loops; ``dataclasses.asdict`` makes it JSON."""
+    """A prompt through L loops; ``dataclasses.asdict`` returns JSON-ready values."""
 
     checkpoint: str
     prompt: str
     model: str
-    """What the model is, in a line."""
+    """One-line description of the model."""
     goal_name: str
-    """What should be predicted after a token, such as "the prompt's own next token"."""
+    """Description of the goals, such as "the prompt's own next token"."""
     n_loops: int
     trained_loops: int
     """``max_loop_iters`` of the model."""
     exit_rule: str
-    """As it was written; empty without one."""
+    """The rule's specification; empty without a rule."""
     explained: tuple[float, float]
-    """Shares of the states' variance along the two principal components."""
+    """Explained variance of the two principal components, as shares."""
     n_experts: int
     tokens: list[TokenTrace]
 
@@ -118,14 +116,14 @@ def trace_of(
     """Follow ``prompt`` through the loops of the model in ``checkpoint``.
 
     Args:
-        checkpoint: Folder of a model, of a checkpoint or of a run.
-        prompt: The text.
-        n_loops: Loops; by default the model's max_loop_iters.
-        exit: Exit rule whose exits are marked; by default the gate, if one was trained.
-        device: "auto", "cpu", "cuda".
-        goals: Maps the ids of the prompt to what should be predicted after each; by default the
-            prompt's own next token.
-        goal_name: What the goals are.
+        checkpoint: Folder of a model, a checkpoint or a run.
+        prompt: Text.
+        n_loops: Number of loops; by default the model's max_loop_iters.
+        exit: Exit rule to mark; by default the gate, if one was trained.
+        device: "auto", "cpu" or "cuda".
+        goals: Function from the T prompt ids to T expected next tokens; by default the prompt's own
+            next tokens.
+        goal_name: Description of the goals.
 
     Raises:
         ConfigError: The model has no loops, or the exit rule or a number is not valid.
@@ -158,11 +156,7 @@ def _tokens(
     model: OpenMythos, ids: list[int], goals: list[Goal | None], n_loops: int,
     rule: ExitRule | None, name: Callable[[int], str],
 ) -> tuple[list[TokenTrace], tuple[float, float]]:  # fmt: skip
-    """Run the prompt to its full depth, and once more under the exit rule.
-
-    Returns:
-        The traces, and the shares of the variance along the two principal components.
-    """
+    """Run the prompt at full depth and again with the exit rule; return traces and variances."""
     ids_BT = torch.tensor([ids], device=model.head.weight.device)
     routing, stopped = LoopTrace(keep_routing=True), LoopTrace()
     path = run_trajectory(model, ids_BT, n_loops, trace=routing)
@@ -170,7 +164,9 @@ def _tokens(
         model(ids_BT, n_loops=n_loops, exit_rule=rule, trace=stopped)
     goal_T = torch.tensor([goal.token if goal else 0 for goal in goals], device=ids_BT.device)
     best_L, goal_LT = [], []
-    for log_p_BTV in logit_lens(model, path):  # one loop at a time: L T V numbers may be too many
+    for log_p_BTV in logit_lens(
+        model, path
+    ):  # one loop at a time, to avoid a tensor of L T V elements
         p_TV = log_p_BTV[0].exp()
         best = p_TV.topk(min(SHOWN, p_TV.shape[-1]))
         best_L.append((best.indices.tolist(), best.values.tolist()))
@@ -213,7 +209,7 @@ def _principal_plane(path: Trajectory) -> tuple[Tensor, tuple[float, float]]:
     centred_ND = (states_ND - states_ND.mean(0)).double().cpu()
     _, scale, axes = torch.linalg.svd(centred_ND, full_matrices=False)
     share = scale.square() / scale.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    # an axis has no sign of its own: the largest component points up, on every machine
+    # fix the sign of each axis: its largest component is positive
     peak = axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True))
     plane_N2 = centred_ND @ (axes[:2] * torch.where(peak < 0, -1.0, 1.0)).mT
     plane = plane_N2.view(*path.states_LBTD.shape[:1], -1, 2)
@@ -221,13 +217,13 @@ def _principal_plane(path: Trajectory) -> tuple[Tensor, tuple[float, float]]:
 
 
 def visible(text: str) -> str:
-    """Replace white space and control characters by signs; long runs are counted."""
+    """Replace white space and control characters by symbols; abbreviate long runs."""
     signs = (_SIGNS.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
     return _RUN.sub(lambda run: f"{run[1]}×{len(run[0])}", "".join(signs))  # noqa: RUF001
 
 
 def _named(token: int, tokenizer: Tokenizer) -> str:
-    """Return the visible text of one token; its number where it has no text of its own."""
+    """Return the visible text of a token, or its id if it is not text."""
     text = tokenizer.decode([token]) if token < tokenizer.vocab_size else ""
     return f"<{token}>" if not text or "�" in text else visible(text)
 

@@ -1,4 +1,4 @@
-"""One small trained run that both pages are made from."""
+"""A small trained run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from open_mythos.variants import variant
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run of four steps, with its evaluation and its checkpoint."""
+    """Return the folder of a run of four steps with an evaluation and a checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text").mkdir()
     for i in range(6):

@@ -1,4 +1,4 @@
-"""Read a page as a browser would, without one."""
+"""Parse a page without a browser."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def assert_self_contained(text: str, scripts: int) -> Reader:
     assert all(labels)
     ids = [value for name, value in read.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    # every placeholder of a colour became a variable of the style sheet
+    # no color placeholder is left
     assert "#fe00" not in text
     assert "#fd00" not in text
     return read

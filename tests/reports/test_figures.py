@@ -1,4 +1,4 @@
-"""Figures: gaps stay gaps, long curves keep their extremes, extreme data are drawn."""
+"""Figures: gaps, simplification of long curves, extreme data, escaping."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAN = math.nan
 
 
 def strokes(svg: str) -> list[str]:
-    """The curves of a figure: paths in the colour of a curve."""
+    """Return the path data of the curves of a figure."""
     return re.findall(r'<path d="([^"]*)" style="[^"]*stroke: var\(--accent\)', svg)
 
 

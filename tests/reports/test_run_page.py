@@ -1,4 +1,4 @@
-"""The report says what a run's folder says, however little that is; nothing in it becomes code."""
+"""Reports match the run's folder, handle missing parts and escape all content."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = [
 
 
 def line(step: int, **changes) -> dict:
-    """What a trainer logs at one step of two loops and four experts."""
+    """Return the metrics of a step with two loops and four experts."""
     return {
         "step": step, "loss": 4.0 - step / 100, "lr": 0.001, "grad_norm": 1.5, "skipped": 0,
         "tokens": 64 * step, "tokens_per_second": 640.0, "rho": 0.45, "mean_depth": 1.5,
@@ -63,7 +63,7 @@ def write_checkpoint(folder: Path, step: int, model, state: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run with everything, which went back once and raised an alarm."""
+    """A complete run with a rollback and an alarm."""
     folder = tmp_path_factory.mktemp("runs") / "whole run"
     config = write_config(folder)
     lines = [line(step) for step in (10, 20, 30)]
@@ -92,10 +92,10 @@ def read(html) -> Reader:
     return Reader(html)
 
 
-# what is read
+# reading
 
 
-def test_what_the_folder_says(whole):
+def test_the_record_matches_the_folder(whole):
     run = read_run(whole)
     assert list(run.steps) == [10, 20, 30, 40, 60, 80, 100]
     assert run.values("loss") == [(s, 4.0 - s / 100) for s in (10, 20, 30, 40, 60, 100)]
@@ -112,51 +112,45 @@ def test_what_the_folder_says(whole):
     assert run.layers("router_share") == [1]
 
 
-def test_decays_are_those_of_the_model(whole):
-    run = read_run(whole)
-    expected = small_model().recurrent.injection.coefficients()[0]
+def test_decays_parameters_and_time(whole):
+    run, model = read_run(whole), small_model()
+    expected = model.recurrent.injection.coefficients()[0]
     assert run.checkpoint is not None
     assert run.checkpoint.decays == pytest.approx(sorted(expected.tolist()))
-
-
-def test_parameters_are_those_of_the_model(whole):
-    counts = read_run(whole).counts()
+    counts = run.counts()
     assert counts is not None
-    assert counts.parameters == sum(p.numel() for p in small_model().parameters())
+    assert counts.parameters == sum(p.numel() for p in model.parameters())
+    # 64 tokens per step at 640 per second: 100 steps, and steps 21 to 30 twice
+    assert run.seconds == pytest.approx(11.0)
 
 
-def test_time_is_that_of_the_steps_run_again_included(whole):
-    """64 tokens a step at 640 a second: 100 steps, and step 21 to 30 twice."""
-    assert read_run(whole).seconds == pytest.approx(11.0)
-
-
-def test_a_resumed_run_without_a_word_about_it(tmp_path):
+def test_resumes_with_and_without_an_event(tmp_path):
     folder = write_lines(tmp_path / "run", [line(s) for s in (10, 20, 30, 20, 30, 40)])
     run = read_run(folder)
     assert list(run.steps) == [10, 20, 30, 40]
     assert [(event.step, event.kind) for event in run.events] == [(20, "resumed")]
-    told = [line(10), line(20), {"step": 10, "event": {"kind": "resumed"}}, line(20)]
-    run = read_run(write_lines(tmp_path / "told", told))
+    logged = [line(10), line(20), {"step": 10, "event": {"kind": "resumed"}}, line(20)]
+    run = read_run(write_lines(tmp_path / "logged", logged))
     assert list(run.steps) == [10, 20]
     assert [(event.step, event.kind) for event in run.events] == [(10, "resumed")]
 
 
-def test_steps_that_were_not_run_again_are_dropped(tmp_path):
-    """The run went back from 50 and has come to 30."""
+def test_rolled_back_steps_are_dropped(tmp_path):
+    """The run rolled back from step 50 to 20 and is at step 30."""
     lines = [line(s, loss=9.0) for s in (10, 20, 30, 40, 50)]
     rewound = {"step": 50, "event": {"kind": "rewound", "to": 20}}
     run = read_run(write_lines(tmp_path, [*lines, rewound, line(30, loss=1.0)]))
     assert run.curve("loss") == [(10, 9.0), (20, 9.0), (30, 1.0)]
 
 
-def test_a_skip_that_is_noticed_late_drops_nothing(tmp_path):
+def test_a_late_skip_event_drops_nothing(tmp_path):
     skipped = {"step": 10, "event": {"kind": "skipped"}}
     run = read_run(write_lines(tmp_path, [line(10), line(20), skipped, line(30)]))
     assert list(run.steps) == [10, 20, 30]
     assert [(event.step, event.kind) for event in run.events] == [(10, "skipped")]
 
 
-# what is shown
+# the page
 
 
 def test_the_page_holds_every_part(read):
@@ -180,7 +174,7 @@ def test_the_page_is_self_contained(html):
     assert_self_contained(html, scripts=0)
 
 
-def test_fields_that_differ_from_the_default_stand_out(html):
+def test_changed_fields_are_bold(html):
     assert '<th>steps</th><td class="set">100<' in html
     assert "<th>schedule</th><td>cosine<" in html
 
@@ -192,7 +186,7 @@ def test_every_event_is_marked_in_every_curve(html):
     assert "<title>step 60: alarm state_collapse</title>" in learning
 
 
-def test_nothing_a_run_holds_becomes_code(tmp_path):
+def test_content_is_escaped(tmp_path):
     folder = write_lines(
         tmp_path / "run",
         [line(10, alarms=[ALARM | {"name": HOSTILE, "what": HOSTILE, "fix": HOSTILE}]),
@@ -207,43 +201,43 @@ def test_nothing_a_run_holds_becomes_code(tmp_path):
     assert HOSTILE.split("\u2028")[0] in read.text
 
 
-# what is missing
+# missing parts
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "text"),
     [
         ([], "Nothing has been logged yet"),
         ([line(10)], "No evaluation yet"),
-        ([line(10), '{"step": 20, "lo'], "1 line is not JSON"),
-        ([{"step": 10, "loss": 2.0}], "No state was logged"),
+        ([line(10), '{"step": 20, "lo'], "1 line is not valid JSON"),
+        ([{"step": 10, "loss": 2.0}], "No states were logged"),
         ([{"step": 10, "loss": None, "state_norm": [None, None]}], "No step has been logged"),
-        ([line(10) | {"router_share/layer1": None}], "there was none yet"),
+        ([line(10) | {"router_share/layer1": None}], "there were none yet"),
     ],
 )
-def test_partial_runs_say_what_is_missing(tmp_path, lines, said):
+def test_partial_runs_name_missing_parts(tmp_path, lines, text):
     folder = write_lines(tmp_path / "run", lines)
     if not lines:
         write_checkpoint(folder, 7, small_model(), {})
     read = Reader(page(read_run(folder)))
-    assert said in read.text
+    assert text in read.text
     assert "There is no run.yaml" in read.text
 
 
 @pytest.mark.parametrize(
-    ("end", "last", "said"),
+    ("end", "last", "text"),
     [
         ("", 40, "at step 40 of 100: still running, or killed"),
-        ("preempted", 40, "told to stop after step 40"),
+        ("preempted", 40, "preempted after step 40"),
         ("stopped", 40, "stopped itself after step 40"),
         ("preempted", 100, "finished"),
     ],
 )
-def test_status_of_a_run(tmp_path, end, last, said):
+def test_status_of_a_run(tmp_path, end, last, text):
     write_config(tmp_path)
     events = [{"step": 40, "event": {"kind": end}}] if end else []
     run = write_lines(tmp_path, [{"step": 40, "lr": None}, *events, {"step": last, "lr": None}])
-    assert said in Reader(page(read_run(run))).text
+    assert text in Reader(page(read_run(run))).text
 
 
 def test_a_dense_run(tmp_path):
@@ -274,27 +268,27 @@ GARBAGE = ["x", -1, [1, None], [[]], {"a": [1]}, 1e300, 10**400, [["x"], [1, 2]]
 
 
 @pytest.mark.parametrize("value", GARBAGE, ids=lambda value: repr(value)[:12])
-def test_metrics_of_another_form_do_not_stop_the_report(tmp_path, value):
+def test_malformed_metrics_do_not_fail(tmp_path, value):
     names = [*line(10), "alarms", "event", "eval/depths", "eval/validated", "mfu", "loop_gap"]
     lines = [line(10), *({"step": 20 + i, name: value} for i, name in enumerate(names))]
     lines += [{"step": 90, **dict.fromkeys(names[1:], value)}]
     Reader(page(read_run(write_lines(tmp_path, lines))))
 
 
-def test_lines_that_are_no_metrics_are_counted(tmp_path):
+def test_malformed_lines_are_counted(tmp_path):
     odd = ["null", "[1]", '{"loss": 1}', '{"step": "x"}', "\x00", "{" * 5000, '{"step": 1e999}']
     run = read_run(write_lines(tmp_path, [line(10), *odd, line(20)]))
     assert (run.broken_lines, list(run.steps)) == (len(odd), [10, 20])
 
 
-def test_no_run_is_an_error(tmp_path):
+def test_a_folder_without_a_run_is_rejected(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match="no run to report on"):
             report_run(str(folder))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_page_is_written_where_asked(tmp_path, capsys):
+def test_the_page_is_written_to_out(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     write_lines(tmp_path / "run", [{"step": 1}])
     out = tmp_path / "deep" / "page.html"
@@ -306,7 +300,7 @@ def test_the_page_is_written_where_asked(tmp_path, capsys):
 
 
 def test_a_real_run(trained_run):
-    """The report reads what the trainer writes."""
+    """The report reads the trainer's files."""
     run = read_run(trained_run)
     assert list(run.steps) == [1, 2, 3, 4]
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "rho", "mean_depth"):
@@ -319,4 +313,4 @@ def test_a_real_run(trained_run):
     read = assert_self_contained(page(run), scripts=0)
     assert "finished, 4 steps" in read.text
     assert "is damaged" not in read.text
-    assert "not JSON" not in read.text
+    assert "not valid JSON" not in read.text

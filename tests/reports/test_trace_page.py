@@ -1,4 +1,4 @@
-"""The page says what the model says, and nothing that a prompt holds becomes code."""
+"""Traces match the model; the page escapes all content."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def text_trace(text_folder: Path) -> PromptTrace:
 
 @pytest.fixture(scope="module")
 def hop_trace(text_folder: Path) -> PromptTrace:
-    """A prompt whose answers take one hop more at each token."""
+    """A prompt whose goals take one more hop at each token."""
 
     def goals(ids: list[int]) -> list[Goal | None]:
         return [None, *(Goal(token, hops) for hops, token in enumerate(ids[1:], start=1))]
@@ -70,15 +70,15 @@ def model_in(folder: Path) -> OpenMythos:
 
 
 def data_of(text: str) -> dict:
-    """What the page hands to its script."""
+    """Return the data of the page's script."""
     (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
     return json.loads(found)
 
 
-# what is collected
+# collecting
 
 
-def test_predictions_are_those_of_the_model(text_folder, text_trace):
+def test_predictions_match_the_model(text_folder, text_trace):
     model, ids = model_in(text_folder), torch.tensor([ByteTokenizer().encode(TEXT)])
     assert len(text_trace.tokens) == ids.shape[1]
     for depth in (1, LOOPS):
@@ -97,7 +97,7 @@ def test_predictions_are_those_of_the_model(text_folder, text_trace):
     assert text_trace.tokens[-1].goal is None
 
 
-def test_what_happens_in_the_loop(text_folder, text_trace):
+def test_changes_and_experts_match_the_model(text_folder, text_trace):
     model, ids = model_in(text_folder), torch.tensor([ByteTokenizer().encode(TEXT)])
     trace = LoopTrace(keep_states=True, keep_routing=True)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_what_happens_in_the_loop(text_folder, text_trace):
             assert layers == [sorted(each) for each in chosen]
 
 
-def test_exits_are_those_of_the_rule(text_folder, text_trace):
+def test_exits_match_the_rule(text_folder, text_trace):
     model, ids = model_in(text_folder), torch.tensor([ByteTokenizer().encode(TEXT)])
     trace = LoopTrace()
     model(ids, n_loops=LOOPS, exit_rule=StateChange(0.5), trace=trace)
@@ -137,7 +137,7 @@ def test_the_plane_holds_the_most_variance(text_folder, text_trace):
     )
 
 
-def token_that_says(*words: int, goal: int) -> TokenTrace:
+def token_predicting(*words: int, goal: int) -> TokenTrace:
     return TokenTrace(
         text="x", predictions=[[Prediction(word, str(word), 0.5)] for word in words],
         change=[0.1] * len(words), path=[(0.0, 0.0)] * (len(words) + 1), experts=[], exit=None,
@@ -153,8 +153,8 @@ def token_that_says(*words: int, goal: int) -> TokenTrace:
         ((1, 1, 1), 1, None), ((7,), 1, 1),
     ],
 )  # fmt: skip
-def test_from_which_loop_on(words, settled, right_from):
-    token = token_that_says(*words, goal=7)
+def test_settled_and_right_from(words, settled, right_from):
+    token = token_predicting(*words, goal=7)
     assert (token.settled, token.right_from) == (settled, right_from)
 
 
@@ -195,7 +195,7 @@ def test_the_table_is_there_without_a_script(trace):
     assert summary(trace) in Reader(without).text
 
 
-def test_the_script_gets_what_was_collected(trace):
+def test_the_script_data_match_the_trace(trace):
     data = data_of(page(trace))
     assert (data["loops"], len(data["tokens"])) == (trace.n_loops, len(trace.tokens))
     for found, token in zip(data["tokens"], trace.tokens, strict=True):
@@ -239,8 +239,8 @@ def test_the_exit_is_marked(text_trace):
     )
 
 
-def test_nothing_of_a_prompt_becomes_code(text_trace):
-    """Everywhere a text can stand: prompt, checkpoint, tokens, predictions."""
+def test_content_is_escaped(text_trace):
+    """In prompt, checkpoint, tokens and predictions."""
     plain = Reader(page(text_trace))
     bad = [Prediction(1, HOSTILE, 0.5)]
     token = replace(text_trace.tokens[0], text=HOSTILE, goal=HOSTILE, predictions=[bad] * LOOPS)
@@ -254,18 +254,17 @@ def test_nothing_of_a_prompt_becomes_code(text_trace):
     assert {name for name, _ in read.attributes} == {name for name, _ in plain.attributes}
     assert HOSTILE.split("\u2028")[0] in read.text
     assert data_of(text)["tokens"][0]["text"] == HOSTILE
-    # the template's own sign is no sign in a text
     assert "$style" in page(replace(text_trace, prompt="$style ${title}"))
 
 
-def test_signs_for_what_is_not_seen():
+def test_symbols_for_invisible_characters():
     assert visible("a b\n\t") == "a␣b⏎⇥"
     assert visible(" " * 3) == "␣␣␣"
     assert visible("x" + " " * 12 + "y") == "x␣×12y"  # noqa: RUF001
     assert visible("\x00é<") == "\\u0000é<"
 
 
-# from the command's arguments to the file
+# the command
 
 
 def test_the_file_is_written(text_folder, tmp_path, capsys):
