@@ -28,28 +28,25 @@ from benchmarks.models import FULL, GPU, QUICK, Scale
 from open_mythos.errors import MythosError
 
 BUDGET = {"cpu": float("inf"), "cuda": 480.0}
-"""Seconds that all suites may take together."""
+"""Time limit of all suites together, in seconds."""
 
 
 @dataclass
 class Outcome:
-    """What came of one suite."""
+    """Result of one suite."""
 
     rows: list[Any] = field(default_factory=list)
     stopped: str = ""
-    """Why it ended early; "" if it did not."""
+    """Reason for an early end, or ""."""
     failed: bool = False
-    """Whether it ended by an error, and not for want of time."""
+    """Whether an error ended it, rather than the deadline."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suites, show and save what they measure; a missed goal is a row that says so.
-
-    Every suite is saved when it ends, so that what fails later loses nothing.
+    """Run the suites; print and save the results of each as it ends.
 
     Returns:
-        The exit code: 1 if a suite failed, because a fast form disagreed with its plain twin or
-        for another reason.
+        Exit code 1 if a suite failed, by its gate or an error; a missed goal is no failure.
     """
     options = _parse(arguments)
     try:
@@ -65,14 +62,14 @@ def _run(options: argparse.Namespace, chosen: torch.device, budget: float) -> in
     begin = time.monotonic()
     console = Console(width=None if Console().is_terminal else 150)
     if chosen.type == "cpu" and not (options.only or options.quick or options.budget):
-        return _apart(options, console)
+        return _run_in_processes(options, console)
     scale = QUICK if options.quick else GPU if chosen.type == "cuda" else FULL
     description = machine.describe()
     console.print(", ".join(f"{key} {value}" for key, value in description.items() if value))
     if (warning := machine.warning(description)) is not None:
         console.print(f"[bold]{warning}[/bold]")
     if options.quick:
-        console.print("quick: a check that everything runs; the figures mean nothing")
+        console.print("quick: a smoke test; the numbers are meaningless")
     out = options.out
     if out is None and not options.quick:
         out = store.RESULTS / machine.slug(description)
@@ -81,18 +78,18 @@ def _run(options: argparse.Namespace, chosen: torch.device, budget: float) -> in
         allowed = {options.only: float("inf")}
     contents, failed = {}, False
     for suite, end in _deadlines(allowed, begin, budget).items():
-        around, start = machine.Neighbours(), time.monotonic()
+        load, start = machine.OtherLoad(), time.monotonic()
         outcome = _measure(suite, scale, end, console)
         failed |= outcome.failed
         content = {
             "suite": suite, "title": suites.suite(suite).title(scale), "machine": description,
-            "seconds": round(time.monotonic() - start, 1), "others": around.share(),
+            "seconds": round(time.monotonic() - start, 1), "others": load.share(),
             "complete": not outcome.stopped, "stopped": outcome.stopped,
             "scale": asdict(scale), "limits": _limits() if outcome.rows else None,
             "rows": [store.as_json(row) for row in outcome.rows],
         }  # fmt: skip
         _show(suite, content, console)
-        # nothing measured must not take the place of what was measured before
+        # keep earlier results if nothing was measured
         if out is not None and outcome.rows and not outcome.failed:
             store.save(out, suite, content)
             if suite == "cache":
@@ -104,12 +101,8 @@ def _run(options: argparse.Namespace, chosen: torch.device, budget: float) -> in
     return int(failed)
 
 
-def _apart(options: argparse.Namespace, console: Console) -> int:
-    """Every suite in a process of its own.
-
-    In one process suites that came after others were slower than alone, and a figure must not
-    depend on what was measured before it.
-    """
+def _run_in_processes(options: argparse.Namespace, console: Console) -> int:
+    """Run every suite in its own process: in a shared one, later suites were slower."""
     out = options.out or store.RESULTS / machine.slug(machine.describe())
     failed = False
     for suite in suites.of_device("cpu"):
@@ -120,7 +113,7 @@ def _apart(options: argparse.Namespace, console: Console) -> int:
 
 
 def _deadlines(allowed: Mapping[str, float], begin: float, budget: float) -> dict[str, float]:
-    """When each suite must have ended: what one leaves over, those after it have."""
+    """Return the deadline of each suite; unused time goes to later suites."""
     total, passed, found = sum(allowed.values()), 0.0, {}
     for suite, seconds in allowed.items():
         passed += seconds
@@ -130,7 +123,7 @@ def _deadlines(allowed: Mapping[str, float], begin: float, budget: float) -> dic
 
 
 def _measure(suite: str, scale: Scale, end: float, console: Console) -> Outcome:
-    """The rows of a suite until it ends, fails, or its time is over."""
+    """Collect the rows of a suite until it ends, fails or reaches its deadline."""
     found = Outcome()
     try:
         with deadline(end):
@@ -148,12 +141,12 @@ def _measure(suite: str, scale: Scale, end: float, console: Console) -> Outcome:
     except Exception as error:
         console.print(traceback.format_exc(), markup=False, soft_wrap=True)
         found.stopped, found.failed = f"failed: {type(error).__name__}", True
-    release()  # or the next suite finds the device full
+    release()  # free device memory for the next suite
     return found
 
 
 def _limits() -> list[dict[str, Any]]:
-    """What the machine allows, in one thread and in all; measured at most once in a run."""
+    """Return the measured peaks, on one thread and on all; cached."""
     found = []
     for n in sorted({1, torch.get_num_threads()} if device().type == "cpu" else {1}):
         with threads(n) if device().type == "cpu" else contextlib.nullcontext():
@@ -162,7 +155,7 @@ def _limits() -> list[dict[str, Any]]:
 
 
 def _show(suite: str, content: Mapping[str, Any], console: Console) -> None:
-    """A suite's figures as a table."""
+    """Print a suite's results as a table."""
     rows = content["rows"]
     if rows and suite == "cache":
         columns, lines = report.cache_lines(rows)
@@ -179,11 +172,11 @@ def _show(suite: str, content: Mapping[str, Any], console: Console) -> None:
 
 
 def _summary(contents: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """The goals, row by row, and how many were missed."""
+    """Print the goals and how many were missed."""
     goals = report.goals(contents)
     if goals:
         table = Table(title="goals, row by row")
-        for name in ("", "goal", "measured", "", "why not more"):
+        for name in ("", "goal", "measured", "", "explanation"):
             table.add_column(name)
         for goal in goals:
             table.add_row(goal.name, goal.goal, goal.measured, goal.verdict, goal.reason)
@@ -200,18 +193,18 @@ def _summary(contents: Mapping[str, Mapping[str, Any]], console: Console) -> Non
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Fast paths against their plain twins, behind a correctness gate.",
+        description="Benchmark fast against plain implementations, behind a correctness gate.",
     )
-    parser.add_argument("--only", choices=suites.names(), help="one suite instead of all")
+    parser.add_argument("--only", choices=suites.names(), help="run one suite")
     parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test at tiny sizes")
     parser.add_argument(
-        "--budget", type=_seconds, help="seconds for all suites (cuda: 480; cpu: no limit)"
+        "--budget", type=_seconds, help="time limit of all suites in seconds (cuda: 480; cpu: none)"
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the JSON files (benchmarks/results/MACHINE; none if --quick)",
+        help="folder of the JSON results (default: benchmarks/results/MACHINE, none with --quick)",
     )
     return parser.parse_args(arguments)
 

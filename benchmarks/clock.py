@@ -1,7 +1,4 @@
-"""The device that is measured: which one it is, its clock, its memory, the time there is.
-
-All that differs between a CPU and a GPU is here; the suites ask :func:`device`.
-"""
+"""Device under test: selection, timing, memory, deadlines and profiling on a CPU or GPU."""
 
 from __future__ import annotations
 
@@ -31,21 +28,21 @@ _device: ContextVar[torch.device] = ContextVar("device", default=CPU)
 
 
 class OutOfTime(BaseException):
-    """The time of a suite is over. No ``except Exception`` on the way may stop it."""
+    """Raised at a suite's deadline; not an Exception, so that no handler swallows it."""
 
 
 def device() -> torch.device:
-    """The device that is measured."""
+    """Return the device under test."""
     return _device.get()
 
 
 @contextlib.contextmanager
 def on(name: str) -> Iterator[torch.device]:
-    """Measure on the device called ``name``.
+    """Select the device under test.
 
     Raises:
-        ConfigError: It is not the name of a device.
-        EnvironmentError_: There is no such device here.
+        ConfigError: ``name`` is not a device.
+        EnvironmentError_: The device is not available.
     """
     chosen = resolve_device(name)
     token = _device.set(chosen)
@@ -59,8 +56,8 @@ def on(name: str) -> Iterator[torch.device]:
 def threads(n: int) -> Iterator[None]:
     """Compute with ``n`` threads inside.
 
-    Small operations in many threads measure how fast threads are woken up (about 90 microseconds
-    with OMP_WAIT_POLICY=PASSIVE), not the work: they are timed in one thread, all forms alike.
+    Small ops on many threads measure thread wake-up (about 90 us with OMP_WAIT_POLICY=PASSIVE), not
+    the work, so every implementation of them is timed on one thread.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(n)
@@ -71,20 +68,20 @@ def threads(n: int) -> Iterator[None]:
 
 
 def synchronize() -> None:
-    """Wait for the device."""
+    """Synchronize the host with the device."""
     if device().type == "cuda":
         torch.cuda.synchronize()
 
 
 def release() -> None:
-    """Give back the memory of what is no longer used."""
+    """Free unused memory."""
     gc.collect()
     if device().type == "cuda":
         torch.cuda.empty_cache()
 
 
 def clocked(call: Callable[[], object], repeats: int = 1) -> tuple[float, float]:
-    """Seconds on the device's clock, and of this process's CPU, per call."""
+    """Return wall-clock seconds on the device and CPU seconds of this process, per call."""
     cpu_start = time.process_time()
     if device().type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -106,8 +103,7 @@ def clocked(call: Callable[[], object], repeats: int = 1) -> tuple[float, float]
 def deadline(moment: float) -> Iterator[None]:
     """Raise :class:`OutOfTime` inside as soon as ``time.monotonic()`` reaches ``moment``.
 
-    An alarm of the system does it, so a row that takes long is left in its middle. Only the main
-    thread can have one.
+    Uses SIGALRM, which interrupts a long row; main thread only.
     """
     left = moment - time.monotonic()
     if left <= 0:
@@ -129,10 +125,10 @@ def deadline(moment: float) -> Iterator[None]:
 
 
 def where_time_goes(call: Callable[[], object]) -> dict[str, float]:
-    """Shares of the time of one call, by PyTorch's profiler.
+    """Profile one call and return the share of time by kind of kernel.
 
-    "products" are matrix products, "attention" fused attention kernels, "other" all the rest; on a
-    GPU "idle" is the share of the call's time in which no kernel ran: it waited for the host.
+    "products" are matmuls, "attention" fused attention kernels, "other" the rest; on a GPU "idle"
+    is the share of wall time in which no kernel ran.
     """
     cuda = device().type == "cuda"
     call()
@@ -153,7 +149,7 @@ def where_time_goes(call: Callable[[], object]) -> dict[str, float]:
             taken = event.self_cpu_time_total
         kind = next((kind for kind, known in _KERNELS.items() if known.search(event.key)), "other")
         found[kind] += taken
-    total = sum(found.values()) or 1.0  # nothing of PyTorch was called
+    total = sum(found.values()) or 1.0  # no PyTorch op was called
     if not cuda:
         return {kind: taken / total for kind, taken in found.items()}
     shares = {kind: taken / wall for kind, taken in found.items()}
@@ -161,15 +157,14 @@ def where_time_goes(call: Callable[[], object]) -> dict[str, float]:
 
 
 def shares_text(shares: dict[str, float]) -> str:
-    """The shares in words."""
+    """Format the shares."""
     return ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes that ``call`` held at a time beyond those before it.
+    """Return the peak memory of ``call``, in bytes above the level before it.
 
-    On a CPU they are added up from the allocations that PyTorch's profiler records: the same for
-    the same call, whatever else happens on the machine.
+    On a CPU it is the running sum of allocations in PyTorch's profiler, hence deterministic.
     """
     if device().type == "cuda":
         synchronize()
@@ -190,5 +185,5 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def wait_policy() -> str:
-    """What idle threads do: OMP_WAIT_POLICY, or that nobody chose."""
+    """Return OMP_WAIT_POLICY, or a description of the default."""
     return os.environ.get("OMP_WAIT_POLICY") or "default (threads spin a while)"

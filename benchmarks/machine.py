@@ -1,4 +1,4 @@
-"""What the figures were taken on: hardware, versions, other work; no names and no paths."""
+"""Record of the machine under test: hardware, versions, load; no host names or paths."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ import torch
 from benchmarks.clock import device, wait_policy
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 QUIET = 0.25
-"""Load average per core up to which the machine counts as quiet before a run."""
-FOREIGN = 0.05
-"""Share of all cores that others may take during a run that counts as undisturbed."""
+"""Load average per core above which a warning is printed before a run."""
 
 
 def describe() -> dict[str, Any]:
-    """Processor, accelerator, cores, threads, load, versions and commit, JSON-ready."""
+    """Return processor, accelerator, cores, threads, load, versions and commit, JSON-ready."""
     return {
         "processor": _processor(),
         "accelerator": accelerator(),
@@ -43,12 +39,12 @@ def describe() -> dict[str, Any]:
 
 
 def accelerator() -> str | None:
-    """Name of the GPU that is measured; None on a CPU."""
+    """Return the name of the GPU under test; None on a CPU."""
     return torch.cuda.get_device_name(device()) if device().type == "cuda" else None
 
 
 def slug(description: dict[str, Any]) -> str:
-    """The folder of this machine's results: processor, accelerator and threads, no host's name.
+    """Return the results folder of this machine: processor, accelerator and threads.
 
     >>> slug({"processor": "Some(R) Chip CPU @ 2.60GHz", "accelerator": None, "threads": 2})
     'some-chip-2-threads'
@@ -62,27 +58,27 @@ def slug(description: dict[str, Any]) -> str:
 
 
 def warning(description: dict[str, Any]) -> str | None:
-    """What to say before a run on a machine that is busy with something else."""
+    """Return a warning if the machine is busy before the run, else None."""
     load, cores = description["load_before"], description["cores"]
     if load <= QUIET * cores:
         return None
     text = (
-        f"the machine is not quiet: load average {load} on {cores} cores. Ratios are taken side by "
-        "side and still mean something; times are too long"
+        f"the machine is busy: load average {load} on {cores} cores. Ratios, measured interleaved, "
+        "are still meaningful; absolute times are too long"
     )
     if description["threads"] > 1 and not os.environ.get("OMP_WAIT_POLICY"):
         text += " (many times too long where threads spin: set OMP_WAIT_POLICY=PASSIVE)"
     return text
 
 
-class Neighbours:
-    """How much of the cores others took between the making of this object and :meth:`share`."""
+class OtherLoad:
+    """CPU use of other processes between construction and :meth:`share`."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def share(self) -> float | None:
-        """Share of all cores; None where the system does not tell."""
+        """Return the share of all cores; None where /proc/stat is missing."""
         wall, busy, own = (
             None if now is None or before is None else now - before
             for now, before in zip(self._now(), self._start, strict=True)
@@ -93,13 +89,13 @@ class Neighbours:
 
     @staticmethod
     def _now() -> tuple[float, float | None, float]:
-        """Seconds: of the clock, of all busy cores, of this process and its children."""
+        """Return seconds of wall time, of all busy cores, and of this process and its children."""
         times = os.times()
         return time.monotonic(), _busy_seconds(), sum(times[:4])
 
 
 def _busy_seconds() -> float | None:
-    """Seconds in which cores have worked since the start, stolen ones included."""
+    """Return busy seconds of all cores since boot, including steal time; None if unknown."""
     try:
         line = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0]
     except OSError:
@@ -109,7 +105,7 @@ def _busy_seconds() -> float | None:
 
 
 def _processor() -> str:
-    """The processor's name; the architecture where the system does not tell."""
+    """Return the processor's name, or its architecture where the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -119,11 +115,8 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit, marked where files differ from it; "unknown" outside a repository.
-
-    Results are not code: those that earlier suites of the same run have saved mark nothing.
-    """
-    found = []
+    """Return the commit, with "-dirty" if code differs; "unknown" outside a repository."""
+    outputs = []
     for command in (
         ["git", "describe", "--always", "--abbrev=12"],
         ["git", "status", "--porcelain", "--untracked-files=no", "--", ".",
@@ -133,5 +126,5 @@ def _commit() -> str:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
-        found.append(done.stdout.strip())
-    return found[0] + ("-dirty" if found[1] else "")
+        outputs.append(done.stdout.strip())
+    return outputs[0] + ("-dirty" if outputs[1] else "")

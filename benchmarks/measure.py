@@ -1,4 +1,4 @@
-"""Timing several ways side by side, and the gate that they must pass first."""
+"""Interleaved timing of implementations, behind a correctness gate."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BFLOAT16_SLACK = 1.5
 
 
 class GateError(AssertionError):
-    """Fast and plain disagree: there is nothing to time."""
+    """Raised when the fast and the plain implementation disagree."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; ``dataclasses.asdict`` makes it JSON."""
+    """Comparison of a fast with a plain implementation."""
 
     name: str
     dtype: str
@@ -31,64 +31,64 @@ class Row:
     """Time of one call."""
     plain_seconds: float
     ratio: float
-    """Plain over fast: median against median."""
+    """Median plain time over median fast time."""
     cpu_ratio: float
-    """The same in CPU seconds of this process, which neighbours on the machine disturb less."""
+    """The same in CPU seconds of this process, which are less sensitive to other load."""
     goal: float | None
-    """The ratio aimed at; None where plain and fast share nearly all work."""
+    """Target ratio; None where plain and fast share nearly all work."""
     error: float
-    """Relative distance of the fast results from plain float32 ones."""
+    """Relative error of the fast results against plain float32."""
     plain_error: float
-    """The same for the plain results; 0 in float32, where they are the reference."""
+    """The same of the plain results; 0 in float32, where they are the reference."""
     threads: int = 1
     dense_seconds: float | None = None
-    """Time of a dense model of as many FLOPs, measured in turns with the others."""
+    """Time of a dense model of equal FLOPs, interleaved with the others."""
     rest_seconds: float | None = None
-    """Time of what no fast form can save, measured in turns with the others."""
+    """Time of the parts that both implementations share, interleaved with the others."""
     rest: str = ""
-    """What ``rest_seconds`` is the time of."""
+    """Description of those parts."""
     floor: Floor | None = None
-    """The least time this machine allows, by formula."""
+    """Roofline bound."""
     why: str = ""
-    """For a goal that was missed: where the time of the fast form goes."""
+    """Profile of the fast implementation, for a missed goal."""
     numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
-        """ "met", "MISSED" or "no goal"."""
+        """Return "met", "MISSED" or "no goal"."""
         if self.goal is None:
             return "no goal"
         return "met" if self.ratio >= self.goal else "MISSED"
 
     @property
     def share(self) -> float | None:
-        """Share of the machine's limit that the fast form reaches."""
+        """Fraction of the roofline that the fast implementation reaches."""
         return None if self.floor is None else self.floor.seconds / self.fast_seconds
 
     @property
     def reason(self) -> str:
-        """Why the ratio is not larger, in measured figures."""
+        """Explain why the ratio is not larger, from measurements."""
         found = []
         if self.rest_seconds is not None:
             most = self.plain_seconds / self.rest_seconds
             found.append(
                 f"{self.rest} take {time_text(self.rest_seconds)}, "
-                f"{self.rest_seconds / self.fast_seconds:.0%} of the fast form's time and "
-                f"{self.rest_seconds / self.plain_seconds:.0%} of the plain one's: "
-                f"at most {most:.1f}x if the rest were free"
+                f"{self.rest_seconds / self.fast_seconds:.0%} of the fast time and "
+                f"{self.rest_seconds / self.plain_seconds:.0%} of the plain time: "
+                f"at most {most:.1f}x if all else were free"
             )
         if self.floor is not None and self.share is not None:
             plain = self.floor.seconds / self.plain_seconds
             found.append(
-                f"of the machine's limit ({self.floor.bound}) the fast form reaches "
-                f"{self.share:.0%}, the plain one {plain:.0%}"
+                f"of the roofline ({self.floor.bound}) fast reaches "
+                f"{self.share:.0%}, plain {plain:.0%}"
             )
         return "; ".join([*found, self.why] if self.why else found)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure that is not a ratio to the plain form."""
+    """Measurement that is not a ratio to the plain implementation."""
 
     name: str
     dtype: str
@@ -98,17 +98,17 @@ class Finding:
     at_most: bool = False
     """Whether the goal is an upper limit."""
     why: str = ""
-    """What the figure consists of, in measured figures."""
+    """Breakdown of the value."""
     threads: int = 1
     error: float | None = None
-    """What the gate found."""
+    """Error found by the gate."""
     seconds: float | None = None
     floor: Floor | None = None
     numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
-        """ "met", "MISSED" or "no goal"."""
+        """Return "met", "MISSED" or "no goal"."""
         if self.goal is None:
             return "no goal"
         met = self.value <= self.goal if self.at_most else self.value >= self.goal
@@ -116,23 +116,23 @@ class Finding:
 
     @property
     def share(self) -> float | None:
-        """Share of the machine's limit that is reached."""
+        """Fraction of the roofline that is reached."""
         if self.floor is None or not self.seconds:
             return None
         return self.floor.seconds / self.seconds
 
     @property
     def reason(self) -> str:
-        """Why the figure is what it is, in measured figures."""
+        """Explain the value, from measurements."""
         found = [self.why] if self.why else []
         if self.floor is not None and self.share is not None:
-            found.append(f"{self.share:.0%} of the machine's limit ({self.floor.bound})")
+            found.append(f"{self.share:.0%} of the roofline ({self.floor.bound})")
         return "; ".join(found)
 
 
 @dataclass(frozen=True)
 class Absent:
-    """A figure that could not be taken, and why."""
+    """Measurement that could not be taken, and why."""
 
     name: str
     dtype: str
@@ -145,7 +145,7 @@ Measured = Row | Finding | Absent
 
 @dataclass(frozen=True)
 class Times:
-    """Median seconds of one form."""
+    """Median seconds of one implementation."""
 
     wall: float
     cpu: float
@@ -158,19 +158,19 @@ def alternate(
     repeats: int | Mapping[str, int] = 1,
     untimed: int = 0,
 ) -> dict[str, Times]:
-    """Time all forms in turns: what disturbs the machine then disturbs all of them.
+    """Time all implementations interleaved, so that noise affects all of them alike.
 
     Args:
         forms: Name -> call.
-        turns: How often each has its turn; medians are over these.
-        repeats: Calls of a turn, one number or one for each name.
-        untimed: Calls before those of a turn: the forms that had theirs in between have displaced
-            from caches, and among compiled kernels, what a form alone would find.
+        turns: Rounds over all implementations; medians are over these.
+        repeats: Timed calls per round, one number or one per name.
+        untimed: Warm-up calls per round, for caches and compiled kernels that the other
+            implementations have evicted.
     """
     wall: dict[str, list[float]] = {name: [] for name in forms}
     cpu: dict[str, list[float]] = {name: [] for name in forms}
     if device().type == "cuda":
-        for call in forms.values():  # kernels are loaded and chosen at their first call
+        for call in forms.values():  # the first call loads and selects kernels
             call()
         synchronize()
     for _ in range(turns):
@@ -186,7 +186,7 @@ def alternate(
 
 
 def distances(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """||actual - expected|| / ||expected|| of every tensor that is not zero."""
+    """Return ||actual - expected|| / ||expected|| of every tensor that is not zero."""
     pairs = ((a.float(), b.float()) for a, b in zip(actual, expected, strict=True))
     return [float((a - b).norm() / b.norm()) for a, b in pairs if b.any()]
 
@@ -199,14 +199,14 @@ def gate(
     reference: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> tuple[float, float]:
-    """Distances of fast and plain from ``reference``, the plain float32 results.
+    """Return the errors of fast and plain against ``reference``, the plain float32 results.
 
-    In float32 the worst tensor counts. In bfloat16 the plain form is wrong too: its median tensor
-    sets the scale, and the fast form's may be 1.5 times as far off. (Not the worst: rounding turns
-    a token's choice between two experts of nearly equal score, in either form, here and there.)
+    In float32 the worst tensor counts. In bfloat16 plain has errors too: the median tensor of fast
+    may be 1.5 times as far off as that of plain. (The worst is unsuitable: rounding sometimes flips
+    a token's choice between two experts of nearly equal score.)
 
     Raises:
-        GateError: The fast form is further off.
+        GateError: The fast implementation is further off.
     """
     if dtype == torch.float32:
         error, plain_error = max(distances(fast, reference)), 0.0
@@ -217,7 +217,9 @@ def gate(
         )
         allowed = BFLOAT16_SLACK * plain_error
     if not error <= allowed:
-        raise GateError(f"{name}: the fast form is off by {error:.2e}, allowed {allowed:.2e}")
+        raise GateError(
+            f"{name}: the fast implementation is off by {error:.2e}, allowed {allowed:.2e}"
+        )
     return error, plain_error
 
 
@@ -237,22 +239,23 @@ def compare(
     work: Work | None = None,
     numbers: Mapping[str, float] | None = None,
 ) -> Row:
-    """Time the forms in turns and set the fast one beside the others and the machine's limit.
+    """Time fast against plain, a dense model, the shared parts and the roofline.
 
     Args:
-        name: Of the row.
-        dtype: Of the products.
-        fast: One call of the fast form.
-        plain: One call of the plain form.
-        alternations: Turns of each form.
-        goal: The ratio aimed at, or None.
-        errors: What :func:`gate` returned.
-        repeats: Calls of a turn; one number, or one for each of "fast", "plain", "dense", "rest".
-        untimed: Calls before those of a turn.
-        dense: One call of a dense model of as many FLOPs.
-        rest: What no fast form can save, in words, and one call of it alone.
-        work: What one call has to compute and to read at least.
-        numbers: More figures for the record.
+        name: Name of the row.
+        dtype: Dtype of the matmuls.
+        fast: Call of the fast implementation.
+        plain: Call of the plain implementation.
+        alternations: Rounds of the interleaved timing.
+        goal: Target ratio, or None.
+        errors: Result of :func:`gate`.
+        repeats: Timed calls per round, one number or one for each of "fast", "plain", "dense",
+            "rest".
+        untimed: Warm-up calls per round.
+        dense: Call of a dense model of equal FLOPs.
+        rest: Description and call of the parts that both implementations share.
+        work: Lower bounds on the work of a call.
+        numbers: More numbers for the record.
     """
     forms = {"fast": fast, "plain": plain}
     if dense is not None:
@@ -280,32 +283,32 @@ def compare(
     )
     if row.verdict != "MISSED":
         return row
-    return replace(row, why=f"time of the fast form: {shares_text(where_time_goes(fast))}")
+    return replace(row, why=f"time of fast: {shares_text(where_time_goes(fast))}")
 
 
 def floor(work: Work | None, dtype: torch.dtype) -> Floor | None:
-    """The least time of ``work`` on the measured device, with the threads in use now."""
+    """Return the roofline bound of ``work`` on the device under test."""
     return None if work is None else roofline.floor(work, dtype, device())
 
 
 def attempt(name: str, dtype: torch.dtype, take: Callable[[], Measured]) -> Measured:
-    """What ``take`` measures; a device that is too small for it gives a row that says so."""
+    """Run ``take``; out of memory returns an :class:`Absent` row."""
     try:
         return take()
     except torch.OutOfMemoryError as error:
         reason = f"out of memory: {str(error).splitlines()[0]}"
-    # frames of the failed call hold its tensors until the error is gone
+    # the traceback's frames hold tensors until the error is released
     release()
     return Absent(name, dtype_name(dtype), reason)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for ``torch.float32``."""
+    """Return "float32" for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def time_text(seconds: float) -> str:
-    """With three figures and its unit."""
+    """Format with three digits and a unit."""
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.report``: tables and plots of docs/speed.md, made from the results.
+"""``python -m benchmarks.report``: generate the tables and plots of docs/speed.md.
 
-The page holds the text between ``<!-- measured: speed -->`` and ``<!-- end -->``; everything there
-follows from ``benchmarks/results/<machine>/*.json``. A test compares.
+The text between ``<!-- measured: speed -->`` and ``<!-- end -->`` is generated from
+``benchmarks/results/<machine>/*.json``; a test checks that it is up to date.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ ORDER = (
     "compiled", "start", "pretraining", "serving", "kernels", "cache",
 )  # fmt: skip
 DISTURBED = 0.05
-"""Share of all cores taken by others from which a table says so."""
+"""Share of all cores used by other processes above which a table carries a note."""
 _BLOCK = re.compile(r"(<!-- measured: speed -->\n).*?(<!-- end -->)", re.DOTALL)
 Columns = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal and what was measured."""
+    """One goal and its measurement."""
 
     name: str
     goal: str
     measured: str
     verdict: str
     reason: str
-    """For a goal that was missed."""
+    """Explanation of a missed goal."""
 
 
 def goals(contents: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
-    """Every row that has a goal, suite by suite."""
+    """Return every row with a goal, suite by suite."""
     found = []
     for suite in in_order(contents):
         for row in contents[suite]["rows"]:
@@ -61,12 +61,12 @@ def goals(contents: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
 
 
 def in_order(contents: Iterable[str]) -> list[str]:
-    """Suites in the order in which they are shown."""
+    """Sort suites for display."""
     return sorted(contents, key=lambda s: ORDER.index(s) if s in ORDER else len(ORDER))
 
 
 def figure(row: Mapping[str, Any]) -> str:
-    """What a row says, as text."""
+    """Format a row's result."""
     if "ratio" in row and "value" not in row:
         return f"{row['ratio']:.2f}x"
     if "value" in row:
@@ -75,7 +75,7 @@ def figure(row: Mapping[str, Any]) -> str:
 
 
 def goal_text(row: Mapping[str, Any]) -> str:
-    """What a row was to reach; "-" if nothing."""
+    """Format a row's goal; "-" without one."""
     if row.get("goal") is None:
         return "-"
     if "value" not in row:
@@ -85,7 +85,7 @@ def goal_text(row: Mapping[str, Any]) -> str:
 
 
 def with_unit(value: float, unit: str) -> str:
-    """A number of three or four figures with its unit."""
+    """Format a number with up to four digits and its unit."""
     number = f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.4g}"
     if abs(value) >= 1e4:
         number = f"{value:,.0f}"
@@ -93,10 +93,10 @@ def with_unit(value: float, unit: str) -> str:
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[Columns, list[list[str]]]:
-    """Columns (name, whether of numbers) and cells of a suite's table."""
+    """Return columns (name, whether numeric) and cells of a suite's table."""
     columns: Columns = [
-        ("", False), ("dtype", False), ("time", True), ("figure", True), ("goal", True),
-        ("", False), ("of the limit", True), ("plain", True), ("dense, equal FLOPs", True),
+        ("", False), ("dtype", False), ("time", True), ("result", True), ("goal", True),
+        ("", False), ("of roofline", True), ("plain", True), ("dense, equal FLOPs", True),
         ("error", True),
     ]  # fmt: skip
     cells = [
@@ -117,9 +117,9 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[Columns, list[list[str]]]:
 
 
 def cache_lines(rows: Sequence[Mapping[str, Any]]) -> tuple[Columns, list[list[str]]]:
-    """The same for the suite of the cache, whose rows are bytes."""
+    """Return columns and cells of the cache suite, whose rows are bytes."""
     columns: Columns = [("", False), *((name, True) for name in
-                        ("bytes held", "by the formula", "MHA", "times less"))]  # fmt: skip
+                        ("bytes held", "formula", "MHA", "reduction"))]  # fmt: skip
     return columns, [
         [row["name"], *(f"{row[name]:,}" for name in ("held", "formula", "mha")),
          f"{row['mha'] / row['held']:.1f}x"]
@@ -138,27 +138,27 @@ def _limit(row: Mapping[str, Any]) -> str:
 
 
 def _dense(row: Mapping[str, Any]) -> str:
-    """Time of the dense model over that of the fast form."""
+    """Format the time of the dense model over that of the fast implementation."""
     if row.get("dense_seconds") is None:
         return "-"
     return f"{row['dense_seconds'] / row['fast_seconds']:.2f}x"
 
 
 def notes(content: Mapping[str, Any]) -> list[str]:
-    """What a reader of a suite's figures must know."""
+    """Return notes on how far a suite's results can be trusted."""
     found = []
     if content.get("stopped"):
         found.append(f"{content['suite']}: {content['stopped']}")
     others = content.get("others")
     if others is not None and others > DISTURBED:
         found.append(
-            f"Others took {others:.0%} of all cores meanwhile: ratios hold better than times."
+            f"Other processes used {others:.0%} of all cores: ratios are more reliable than times."
         )
     return found
 
 
 def markdown(columns: Columns, cells: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Format a Markdown table."""
     head = [name for name, _ in columns]
     rule = ["---:" if numeric else "---" for _, numeric in columns]
     safe = ([cell.replace("|", r"\|") for cell in line] for line in cells)
@@ -166,7 +166,7 @@ def markdown(columns: Columns, cells: Iterable[Sequence[str]]) -> str:
 
 
 def section(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> str:
-    """All that is known of one machine: goals, plots, tables."""
+    """Format goals, plots and tables of one machine."""
     newest = max((content["machine"] for content in contents.values()), key=lambda m: m["date"])
     parts = [f"### {_title(newest)}\n", _source(folder, contents)]
     found = goals(contents)
@@ -175,7 +175,7 @@ def section(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> str:
         parts.append(
             f"**Goals, row by row:** {len(found) - missed} met, {missed} missed.\n\n"
             + markdown(
-                [(name, False) for name in ("", "goal", "measured", "", "why not more")],
+                [(name, False) for name in ("", "goal", "measured", "", "explanation")],
                 [(g.name, g.goal, g.measured, g.verdict, g.reason or "-") for g in found],
             )
         )
@@ -200,7 +200,7 @@ def _title(description: Mapping[str, Any]) -> str:
 
 
 def _source(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> str:
-    """When, by which commit and on what: suites of one run share a line."""
+    """Format commit, date and versions, grouped by run."""
     runs: dict[str, list[str]] = {}
     for suite in in_order(contents):
         m = contents[suite]["machine"]
@@ -208,18 +208,18 @@ def _source(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> str:
         if "wait_policy" in m:
             run += f", idle threads: {m['wait_policy']}"
         runs.setdefault(run, []).append(suite)
-    told = "; ".join(f"{', '.join(each)}: {run}" for run, each in runs.items())
-    return f"`benchmarks/results/{folder.name}/`. {told}.\n"
+    sources = "; ".join(f"{', '.join(each)}: {run}" for run, each in runs.items())
+    return f"`benchmarks/results/{folder.name}/`. {sources}.\n"
 
 
 def measured(root: Path = store.RESULTS) -> str:
-    """Everything between the markers of the page."""
+    """Return the text between the markers of the page."""
     folders = store.machines(root)
     return "\n".join(section(folder, store.load(folder)) for folder in folders)
 
 
 def remade(text: str, root: Path = store.RESULTS) -> str:
-    """The page's text with its block as the results have it."""
+    """Return the page's text with its generated block updated."""
     return _BLOCK.sub(lambda m: f"{m[1]}{measured(root)}{m[2]}", text)
 
 

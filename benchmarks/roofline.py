@@ -1,9 +1,8 @@
-"""What this machine allows: measured peaks, and the least time that follows from them.
+"""Roofline model: the least time of a computation, from measured peaks of this machine.
 
-The floor of a computation is the larger of two times: its FLOPs at the measured peak of a large
-matrix product, and the bytes it has to read at the measured bandwidth. Caches make bandwidth
-depend on how much is read again and again, so it is measured for several sizes, and a computation
-gets that of its own size.
+The floor is the larger of two times: FLOPs at the measured peak of a large matmul, and bytes at the
+measured bandwidth. Because of caches, bandwidth depends on the size of the working set, so it is
+measured at several sizes and the size of the computation selects one.
 """
 
 from __future__ import annotations
@@ -22,26 +21,25 @@ from open_mythos.config import MythosConfig
 TRIES = 5
 MEBIBYTE = 1 << 20
 SIZES = {"cpu": (1, 4, 16, 64, 256), "cuda": (16, 1024)}
-"""MiB read at a time; a GPU's second-level cache lies between its two."""
+"""Working sets in MiB; a GPU's L2 cache is between its two sizes."""
 PRODUCT = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the square matrices that are multiplied."""
-ELEMENT = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+"""Size of the square matmul that measures peak FLOPs."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation needs at the very least."""
+    """Lower bounds on the cost of a computation."""
 
     flops: float
     bytes: float
     """Bytes read (and, for gradients, written)."""
     reused: float
-    """Bytes that are read again and again: their number decides which cache may hold them."""
+    """Working set in bytes, which decides the cache that may hold it."""
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time of some work on this machine."""
+    """Least time of some work on this machine."""
 
     seconds: float
     bound: str
@@ -49,13 +47,13 @@ class Floor:
     flops: float
     bytes: float
     peak: float
-    """FLOPs per second of a large product."""
+    """FLOPs per second of a large matmul."""
     bandwidth: float
     """Bytes per second."""
 
 
 def floor(work: Work, dtype: torch.dtype, device: torch.device) -> Floor:
-    """The least time of ``work`` in the number of threads in use now."""
+    """Return the least time of ``work`` with the current number of threads."""
     n = torch.get_num_threads()
     top = peak(dtype, device, n)
     rate = bandwidth(work.reused, device, n)
@@ -72,14 +70,14 @@ def floor(work: Work, dtype: torch.dtype, device: torch.device) -> Floor:
 
 @cache
 def peak(dtype: torch.dtype, device: torch.device, threads: int) -> float:
-    """FLOPs per second of the best of a few large square products."""
+    """Measure FLOPs per second: the best of a few large square matmuls."""
     n = PRODUCT[device.type]
     left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / _best(lambda: left @ right)
 
 
 def bandwidth(reused: float, device: torch.device, threads: int) -> float:
-    """Bytes per second of reading ``reused`` bytes again and again."""
+    """Return bytes per second when repeatedly reading ``reused`` bytes."""
     rates = read_rates(device, threads)
     fitting = [rate for size, rate in rates.items() if size * MEBIBYTE >= reused]
     return fitting[0] if fitting else rates[max(rates)]
@@ -87,7 +85,7 @@ def bandwidth(reused: float, device: torch.device, threads: int) -> float:
 
 @cache
 def read_rates(device: torch.device, threads: int) -> dict[int, float]:
-    """MiB -> bytes per second of reading so many, by a sum or by a product with a vector."""
+    """Measure MiB -> bytes per second, the better of a sum and a matrix-vector product."""
     found = {}
     for size in SIZES[device.type]:
         x = torch.ones(size * MEBIBYTE // 4, device=device)
@@ -99,20 +97,20 @@ def read_rates(device: torch.device, threads: int) -> dict[int, float]:
 
 @cache
 def copy_rate(device: torch.device, threads: int) -> float:
-    """Bytes per second, read and written, of copying the largest size."""
+    """Measure bytes per second, read plus written, of copying the largest size."""
     x = torch.ones(max(SIZES[device.type]) * MEBIBYTE // 4, device=device)
     y = torch.empty_like(x)
     return 2 * x.nbytes / _best(lambda: y.copy_(x))
 
 
 def _best(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls: limits are what is possible, not what is usual."""
+    """Return seconds of the fastest of a few calls."""
     call()
     return min(clocked(call)[0] for _ in range(TRIES))
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """All limits in the threads in use now, JSON-ready."""
+    """Return all peaks with the current number of threads, JSON-ready."""
     n = torch.get_num_threads()
     return {
         "threads": n,
@@ -125,7 +123,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def training_work(cfg: MythosConfig, n_loops: int, batch: int, tokens: int) -> Work:
-    """A forward and a backward pass: every weight is read in both, every gradient written once."""
+    """Return the work of forward and backward: weights read in both, gradients written once."""
     count = account(cfg, n_loops)
     flops = count.training_flops(context=tokens) * batch * tokens
     weights = 4 * count.parameters
@@ -133,14 +131,14 @@ def training_work(cfg: MythosConfig, n_loops: int, batch: int, tokens: int) -> W
 
 
 def forward_work(cfg: MythosConfig, n_loops: int, batch: int, tokens: int, size: int) -> Work:
-    """A forward pass over whole sequences: every weight of ``size`` bytes is read once."""
+    """Return the work of a forward pass: each weight, of ``size`` bytes, is read once."""
     count = account(cfg, n_loops)
     flops = count.forward_flops(context=tokens) * batch * tokens
     return Work(flops, size * count.parameters, size * count.parameters)
 
 
 def decode_work(cfg: MythosConfig, n_loops: int, batch: int, context: int, size: int) -> Work:
-    """A token for each of ``batch`` rows: looped weights and the cache are read at every loop."""
+    """Return the work of one token per row: looped weights and the cache are read per loop."""
     count = account(cfg, n_loops)
     once, per_loop = decode_weights(cfg, batch)
     cached = batch * context * count.cache_bytes(element_size=size)
@@ -153,9 +151,9 @@ def decode_work(cfg: MythosConfig, n_loops: int, batch: int, context: int, size:
 
 
 def decode_weights(cfg: MythosConfig, rows: int) -> tuple[float, float]:
-    """Weights that decoding ``rows`` tokens reads outside the loop, and in every loop.
+    """Return the weights that decoding ``rows`` tokens reads outside the loop, and per loop.
 
-    Of the experts those count that some row is expected to choose, if all are equally likely.
+    Counts the expected number of distinct experts chosen, if all are equally likely.
     """
     stored = account(cfg, 1).stored
     once: float = stored["prelude"] + stored["coda"] + cfg.vocab_size * cfg.dim + cfg.dim

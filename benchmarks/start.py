@@ -1,4 +1,4 @@
-"""Starting: the command line and the import, each in a fresh process."""
+"""Startup time of the command line and the import, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS = {
     "python alone": (("-c", ""), None, ""),
     "import torch": (("-c", "import torch"), None, ""),
 }
-"""What is started -> (arguments of Python, seconds allowed, how its output begins)."""
+"""Row -> (Python arguments, limit in seconds, prefix of the output)."""
 
 
 def title(scale: Scale) -> str:
@@ -29,13 +29,13 @@ def title(scale: Scale) -> str:
 
 
 def rows(scale: Scale) -> Iterator[Measured]:
-    """Median seconds of each command.
+    """Yield the median seconds of each command.
 
     Raises:
-        GateError: A command fails, prints something else, or an import of the package loads torch.
+        GateError: A command fails, prints something else, or importing the package loads torch.
     """
     for name, (arguments, goal, begins) in COMMANDS.items():
-        _run(name, arguments, begins)  # compiled and in the disk's cache from now on
+        _run(name, arguments, begins)  # warm the bytecode and disk caches
         taken = [_run(name, arguments, begins) for _ in range(scale.turns)]
         yield Finding(
             name, "-", statistics.median(taken), "s", goal=goal if scale is FULL else None,

@@ -1,4 +1,4 @@
-"""Where results are kept: ``benchmarks/results/<machine>/<suite>.json``."""
+"""Read and write results: ``benchmarks/results/<machine>/<suite>.json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DERIVED = ("verdict", "share", "reason")
 
 
 def as_json(row: Any) -> dict[str, Any]:
-    """A row's fields and what follows from them, with the class that it is of."""
+    """Return a row's class name, fields and derived properties."""
     assert is_dataclass(row)
     assert not isinstance(row, type)
     derived = {name: getattr(row, name) for name in _DERIVED if hasattr(row, name)}
@@ -21,7 +21,7 @@ def as_json(row: Any) -> dict[str, Any]:
 
 
 def save(folder: Path, suite: str, content: Mapping[str, Any]) -> Path:
-    """Write a suite's file whole, or leave the old one."""
+    """Write a suite's file atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{suite}.json"
     part = path.with_suffix(".part")
@@ -31,12 +31,12 @@ def save(folder: Path, suite: str, content: Mapping[str, Any]) -> Path:
 
 
 def machines(results: Path = RESULTS) -> list[Path]:
-    """The folders of all machines that have results."""
+    """Return the folders of all machines with results."""
     return sorted({path.parent for path in results.glob("*/*.json")})
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """Suite -> content of its file."""
+    """Return suite -> content of its file."""
     return {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(folder.glob("*.json"))

@@ -75,9 +75,9 @@ def test_goals_are_shown_row_by_row_with_the_reason_of_a_miss():
         (">= 2x", "1.50x", "MISSED"), (">= 2x", "3.00x", "met"), ("<= 5 %", "7 %", "MISSED"),
     ]  # fmt: skip
     assert goals[0].reason == (
-        "other parts take 750 ms, 75% of the fast form's time and 50% of the plain one's: at most "
-        "2.0x if the rest were free; of the machine's limit (memory) the fast form reaches 50%, "
-        "the plain one 33%"
+        "other parts take 750 ms, 75% of the fast time and 50% of the plain time: at most "
+        "2.0x if all else were free; of the roofline (memory) fast reaches 50%, "
+        "plain 33%"
     )
     assert goals[1].reason == ""
     assert goals[2].reason == "noise"
@@ -87,7 +87,7 @@ def test_the_section_of_a_machine(tmp_path):
     text = report.section(tmp_path / "chip-2-threads", made_up())
     assert text.startswith("### chip, 2 threads\n")
     assert "1 met, 2 missed" in text
-    assert "Others took 30% of all cores" in text
+    assert "Other processes used 30% of all cores" in text
     assert "out of memory: no room" in text
     assert "| mla, 4 experts | float32 | 1 s | 1.50x | >= 2x | MISSED | 50 % (memory) |" in text
     # tables are tables: as many cells in every line
