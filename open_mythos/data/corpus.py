@@ -12,7 +12,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -121,17 +121,6 @@ class Corpus:
         """Return the bytes of a unit."""
         first, end = unit.share(self.files[unit.file].size)
         return end - first
-
-    def to_json(self) -> str:
-        """Serialize the corpus for other processes."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Corpus:
-        """Parse the result of :meth:`to_json`."""
-        values = json.loads(text)
-        files = tuple(CorpusFile(**file) for file in values.pop("files"))
-        return cls(files=files, **values)
 
     def _most_parts(self, number: int) -> int:
         kind, size = self.kind(number), self.files[number].size
@@ -248,7 +237,7 @@ def _remote(source: str, text_field: str) -> Corpus:
         CorpusFile(name, int(info["size"]), _content_id(info))
         for path, info in sorted(found.items())
         for name in [path.removeprefix(base).lstrip("/")]
-        if info.get("type", "file") == "file" and _suffix(name) in KINDS and not _is_hidden(name)
+        if info.get("type", "file") == "file" and _suffix(name) in KINDS and "/." not in f"/{name}"
     ]
     return _corpus(source, protocol, base, files, text_field)
 
@@ -287,10 +276,6 @@ def _unreachable(source: str, error: Exception) -> EnvironmentError_:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     what = f"the corpus cannot be reached: {reason[0]}"
     return EnvironmentError_(what, where="source", value=source, fix=_HUB_FIX)
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _content_id(info: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from open_mythos.data.corpus import (
     text_pieces,
 )
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
-from open_mythos.tokenizer.interface import utf8
+from open_mythos.tokenizer.interface import checked_text
 
 logger = logging.getLogger(__name__)
 
@@ -222,8 +222,7 @@ def _parquet(
                 continue
             for batch in table.iter_batches(PARQUET_ROWS, [group], [column], use_threads=False):
                 for cell in batch.column(0)[max(0, row - start) : max(0, end - start)]:
-                    text = cell.as_py()
-                    utf8(text, f"{path}, row {row}")
+                    text = checked_text(cell.as_py(), f"{path}, row {row}")
                     yield Document(row - first, text)
                     row += 1
                 start += len(batch)
@@ -269,8 +268,7 @@ def _text_of_line(line: bytes, where: str, text_field: str) -> str:
             allowed=f"an object with the text under {text_field!r}",
             fix="name the field with text_field",
         )  # fmt: skip
-    utf8(record[text_field], where)  # JSON can escape lone surrogates
-    return record[text_field]
+    return checked_text(record[text_field], where)  # JSON can escape lone surrogates
 
 
 def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> Iterator[Document]:

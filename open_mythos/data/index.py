@@ -65,8 +65,7 @@ class Index:
 
     def to_json(self) -> str:
         """Return the text of ``index.json``."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps(content, indent=2) + "\n"
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n"
 
 
 def read_index(folder: Path) -> Index:

@@ -104,7 +104,7 @@ class _SplitWriter:
         self._stream: BinaryIO | None = None
         self._starts: list[int] = []
         self._shard_length = 0
-        self._shards: list[Shard] = []
+        self.shards: list[Shard] = []
         self.tokens = self.documents = self.text_bytes = 0
 
     def __enter__(self) -> _SplitWriter:
@@ -131,12 +131,8 @@ class _SplitWriter:
         if self._shard_length >= self._shard_tokens:
             self._finish_shard()
 
-    def summary(self) -> Split:
-        """Return the split's entry of the index."""
-        return Split(self.tokens, self.documents, self.text_bytes, tuple(self._shards))
-
     def _path(self, kind: str) -> Path:
-        return self._folder / f"{self._split}-{len(self._shards):05d}.{kind}.bin"
+        return self._folder / f"{self._split}-{len(self.shards):05d}.{kind}.bin"
 
     def _finish_shard(self) -> None:
         if self._stream is None:
@@ -148,7 +144,7 @@ class _SplitWriter:
         for path in paths.values():
             sync_to_disk(path)
         files = {k: ShardFile(paths[k].name, n, hash_blocks(paths[k])) for k, n in items.items()}
-        self._shards.append(Shard(**files))
+        self.shards.append(Shard(**files))
         self._stream, self._starts, self._shard_length = None, [], 0
 
 
@@ -191,7 +187,7 @@ def _index(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         splits={
-            name: writer.summary()
+            name: Split(writer.tokens, writer.documents, writer.text_bytes, tuple(writer.shards))
             for name, writer in (("train", train), ("val", val))
             if writer.documents
         },

@@ -209,8 +209,7 @@ class StreamLoader:
             self._windows = self._windows or self._start()
             return next(self._windows)
         except WorkerDiedError as error:
-            # a signal to the process group ends the workers, but the trainer may need this batch
-            # for an orderly stop
+            # a signal to the process group ends the workers; an orderly stop may need this batch
             logger.warning("restarting the data workers: %s", error)
             self._windows = self._start()
             return next(self._windows)

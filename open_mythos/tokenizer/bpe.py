@@ -1,13 +1,11 @@
-"""Byte-level byte-pair encoding, trained on texts or read from files."""
+"""Byte-level byte-pair encoding, trained on texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
 from open_mythos.checks import check_count
-from open_mythos.tokenizer.files import read_local
-from open_mythos.tokenizer.interface import SPECIALS, utf8
+from open_mythos.tokenizer.interface import SPECIALS, checked_text
 from open_mythos.tokenizer.rust_backed import RustBacked
 
 # Contractions, words, numbers of at most three digits, punctuation, white space.
@@ -48,20 +46,5 @@ class BPETokenizer(RustBacked):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        rust.train_from_iterator(_checked(texts), trainer)
+        rust.train_from_iterator(map(checked_text, texts), trainer)
         return cls(rust, f"bpe-{rust.get_vocab_size()}", SPECIALS)
-
-    @classmethod
-    def load(cls, path: str | Path) -> BPETokenizer:
-        """Read a folder that ``save`` wrote, or a ``tokenizer.json``.
-
-        Raises:
-            DataError: No such file, or not a tokenizer.
-        """
-        return cls(*read_local(Path(path)))
-
-
-def _checked(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        utf8(text)
-        yield text

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from open_mythos.tokenizer.files import write_config
-from open_mythos.tokenizer.interface import id_list, utf8
+from open_mythos.tokenizer.interface import checked_text, id_list
 
 
 class ByteTokenizer:
@@ -27,7 +27,7 @@ class ByteTokenizer:
         Raises:
             DataError: ``text`` is not a string, or holds a lone surrogate.
         """
-        return list(utf8(text))
+        return list(checked_text(text).encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode every text."""

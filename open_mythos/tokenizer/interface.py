@@ -55,30 +55,23 @@ class Tokenizer(Protocol):
         """Write files that ``load_tokenizer(directory)`` reads."""
 
 
-def utf8(text: Any, where: str = "text") -> bytes:
-    """Return the UTF-8 bytes of ``text``.
-
-    Raises:
-        DataError: ``text`` is not a string, or holds a lone surrogate.
-    """
+def checked_text(text: Any, where: str = "text") -> str:
+    """Return ``text``; raise a DataError unless it is a string without lone surrogates."""
     if not isinstance(text, str):
         raise DataError("the text is not a string", where=where, value=text, allowed="str")
     try:
-        return text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             "the text holds a lone surrogate, which UTF-8 cannot encode",
             where=f"{where}, character {error.start}", value=text[error.start],
             fix="drop it: text.encode(errors='replace').decode()",
         ) from error  # fmt: skip
+    return text
 
 
 def id_list(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """Convert ``ids`` (a list, an array, a 1-D tensor) to integers below ``vocab_size``.
-
-    Raises:
-        DataError: They are not.
-    """
+    """Convert ``ids`` (a list, an array, a 1-D tensor) to integers; check that they are ids."""
     allowed = f"a flat sequence of integers in 0..{vocab_size - 1}"
     try:
         plain = [index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_mythos.errors import DataError
 from open_mythos.tokenizer.files import write_config, write_text
-from open_mythos.tokenizer.interface import SPECIALS, id_list, utf8
+from open_mythos.tokenizer.interface import SPECIALS, checked_text, id_list
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -31,10 +31,10 @@ class RustBacked:
         vocabulary = rust.get_vocab(with_added_tokens=True)
         # ids may have gaps, so the length of a vocabulary does not bound them
         self._length = max(len(vocabulary), max(vocabulary.values()) + 1)
-        self.bos_id = vocabulary[self._specials["bos"]]
-        self.eos_id = vocabulary[self._specials["eos"]]
-        self.pad_id = vocabulary[self._specials["pad"]]
-        if len({self.bos_id, self.eos_id, self.pad_id}) < len(SPECIALS):
+        ids = self.bos_id, self.eos_id, self.pad_id = [
+            vocabulary[self._specials[role]] for role in ("bos", "eos", "pad")
+        ]
+        if len(set(ids)) < len(ids):
             raise DataError(
                 "bos, eos and pad must differ", where=f"tokenizer {name}", value=self._specials
             )
@@ -73,10 +73,9 @@ class RustBacked:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode every text, on all cores."""
-        for text in texts:
-            utf8(text)
+        checked = [checked_text(text) for text in texts]
         try:
-            encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+            encoded = self._rust.encode_batch_fast(checked, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise DataError(
                 "the text has a word outside the vocabulary", where=f"tokenizer {self.name}",

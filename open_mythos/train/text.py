@@ -153,7 +153,7 @@ def _list_files(source: str, text_field: str) -> Corpus:
     """List the files of a corpus on rank 0, so that all ranks read the same files."""
     if not source:
         raise no_text("data.source")
-    return Corpus.from_json(first_decides(lambda: open_corpus(source, text_field).to_json()))
+    return first_decides(lambda: open_corpus(source, text_field))
 
 
 def _split(

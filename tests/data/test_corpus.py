@@ -119,7 +119,7 @@ def test_the_standard_library_streams() -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "memory"])
-def test_the_same_files_are_the_same_corpus_wherever_they_lie(tmp_path, kind: str) -> None:
+def test_the_same_files_are_the_same_corpus_in_any_location(tmp_path, kind: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.jsonl").write_bytes(CONTENTS["c.jsonl"])
     (tmp_path / ".hidden.jsonl").write_bytes(b"never read")
@@ -134,8 +134,6 @@ def test_the_same_files_are_the_same_corpus_wherever_they_lie(tmp_path, kind: st
     corpus = open_corpus(str(source))
     assert [file.name for file in corpus.files] == ["a.jsonl" if kind == "file" else "sub/a.jsonl"]
     assert texts_of(corpus, 3) == TEXTS
-    assert Corpus.from_json(corpus.to_json()) == corpus
-    assert corpus.fingerprint == Corpus.from_json(corpus.to_json()).fingerprint
     assert corpus.fingerprint != open_corpus(str(source), "body").fingerprint
 
 
@@ -145,7 +143,7 @@ def test_changed_content_is_another_corpus(tmp_path) -> None:
     assert one_file(tmp_path / "a.jsonl", jsonl_bytes(TEXTS[::-1])).fingerprint != before
 
 
-def test_sources_that_are_none(tmp_path) -> None:
+def test_invalid_sources(tmp_path) -> None:
     with pytest.raises(DataError, match="no such source"):
         open_corpus(tmp_path / "missing")
     with pytest.raises(DataError, match="no file that can be read"):
@@ -276,7 +274,7 @@ def test_a_folder_of_the_hub_is_read_at_a_commit(hub) -> None:
     assert texts_of(single, 2) == TEXTS
 
 
-def test_a_read_that_fails_is_tried_again(hub, caplog) -> None:
+def test_a_failed_read_is_retried(hub, caplog) -> None:
     corpus = open_corpus("hf://datasets/o/n/sample/10BT")
     FakeHub.faults = 3
     assert texts_of(corpus, 1) == TEXTS * 2
@@ -287,7 +285,7 @@ def test_a_read_that_fails_is_tried_again(hub, caplog) -> None:
     assert "000.parquet" in caught.value.where
 
 
-def test_reading_goes_on_where_it_failed(hub, monkeypatch) -> None:
+def test_reading_resumes_where_it_failed(hub, monkeypatch) -> None:
     """Faults between documents: none is given twice, none is left out."""
     monkeypatch.setattr(reading, "_BUFFER_BYTES", 64)
     corpus = open_corpus("hf://datasets/o/n/sample/10BT")

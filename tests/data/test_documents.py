@@ -138,7 +138,7 @@ def test_an_unreadable_file_is_an_environment_error(tmp_path) -> None:
         list(read_documents(tmp_path))
 
 
-def test_sources_that_are_none(tmp_path) -> None:
+def test_invalid_sources(tmp_path) -> None:
     with pytest.raises(DataError, match="no such source"):
         list(read_documents(tmp_path / "missing"))
     with pytest.raises(DataError, match="no file that can be read"):

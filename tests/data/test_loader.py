@@ -114,7 +114,7 @@ def test_the_state_says_which_epoch_comes_next(shards) -> None:
         ("mask_documents", {"mask_documents": True}),
     ],
 )
-def test_another_geometry_is_refused_by_name(shards, field: str, options: dict) -> None:
+def test_another_geometry_is_rejected_by_name(shards, field: str, options: dict) -> None:
     saved = Loader(shards, seq_len=64, global_batch=4)
     saved.step = 5
     other = Loader(shards, **({"seq_len": 64, "global_batch": 4} | options))
@@ -124,7 +124,7 @@ def test_another_geometry_is_refused_by_name(shards, field: str, options: dict) 
     assert other.step == 0
 
 
-def test_changed_data_are_refused(shards, documents, tmp_path) -> None:
+def test_changed_data_are_rejected(shards, documents, tmp_path) -> None:
     prepare([*documents, "one more"], tmp_path / "a", ByteTokenizer(), val_fraction=0)
     state = Loader(shards, seq_len=64, global_batch=4).state_dict()
     other = Loader(TokenShards(tmp_path / "a"), seq_len=64, global_batch=4)
@@ -136,7 +136,7 @@ def test_changed_data_are_refused(shards, documents, tmp_path) -> None:
     "change",
     [{"step": -1}, {"step": 1.0}, {"step": True}, {"step": None}, {"epoch": 3}, {"extra": 1}],
 )
-def test_a_malformed_state_is_refused(shards, change: dict) -> None:
+def test_a_malformed_state_is_rejected(shards, change: dict) -> None:
     loader = Loader(shards, seq_len=64, global_batch=4)
     with pytest.raises(DataError, match=next(iter(change))):
         loader.load_state_dict(loader.state_dict() | change)
@@ -144,7 +144,7 @@ def test_a_malformed_state_is_refused(shards, change: dict) -> None:
 
 
 @pytest.mark.parametrize("state", [{}, None, [], {"step": 0}])
-def test_a_state_with_missing_fields_is_refused(shards, state: object) -> None:
+def test_a_state_with_missing_fields_is_rejected(shards, state: object) -> None:
     with pytest.raises(DataError):
         Loader(shards, seq_len=64, global_batch=4).load_state_dict(state)
 
@@ -161,12 +161,12 @@ def test_a_state_with_missing_fields_is_refused(shards, state: object) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", [Loader, EpochWindows])
-def test_impossible_geometries_are_refused(shards, kind: type, field: str, options: dict) -> None:
+def test_impossible_geometries_are_rejected(shards, kind: type, field: str, options: dict) -> None:
     with pytest.raises(ConfigError, match=field):
         kind(shards, **({"seq_len": 64, "global_batch": 4} | options))
 
 
-def test_a_negative_step_is_refused(shards) -> None:
+def test_a_negative_step_is_rejected(shards) -> None:
     with pytest.raises(ConfigError, match="step"):
         Loader(shards, seq_len=64, global_batch=4).next_batch(-1)
 

@@ -46,12 +46,12 @@ def test_each_row_counts_its_documents_from_zero(shards) -> None:
 
 
 @pytest.mark.parametrize("seq_len", [0, -1, 2.0, True, "8"])
-def test_a_sequence_length_that_is_none_is_refused(shards, seq_len: object) -> None:
+def test_a_sequence_length_that_is_none_is_rejected(shards, seq_len: object) -> None:
     with pytest.raises(ConfigError, match="seq_len"):
         PackedWindows(shards, seq_len, False)
 
 
-def test_a_split_shorter_than_a_window_is_refused(tmp_path) -> None:
+def test_a_split_shorter_than_a_window_is_rejected(tmp_path) -> None:
     prepare(["abc"], tmp_path / "a", ByteTokenizer(), val_fraction=0)
     shards = TokenShards(tmp_path / "a")
     assert len(PackedWindows(shards, 3, False)) == 1

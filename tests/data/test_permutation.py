@@ -63,6 +63,6 @@ def test_neighbours_are_parted() -> None:
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True])
-def test_a_permutation_of_nothing_is_refused(n: object) -> None:
+def test_a_permutation_of_nothing_is_rejected(n: object) -> None:
     with pytest.raises(ConfigError, match="n\n"):
         Permutation(n, 0, 0)

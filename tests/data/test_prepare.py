@@ -89,7 +89,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path) -> None:
     assert TokenShards(tmp_path / "a").tokens(0, 2).tolist() == [65536 + 97, 65536 + 98]
 
 
-def test_an_id_outside_the_vocabulary_is_refused(tmp_path) -> None:
+def test_an_id_outside_the_vocabulary_is_rejected(tmp_path) -> None:
     tokenizer = WideTokenizer()
     tokenizer.shift = 1 << 17
     with pytest.raises(DataError, match="outside its vocabulary"):
@@ -194,6 +194,6 @@ def test_an_empty_validation_split_warns_and_is_left_out(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("bad", [{"val_fraction": 1}, {"val_fraction": -0.1}, {"shard_tokens": 0}])
-def test_bad_arguments_are_refused_before_anything_is_read(tmp_path, bad: dict) -> None:
+def test_bad_arguments_are_rejected_before_anything_is_read(tmp_path, bad: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         prepare(failing_source(), tmp_path / "a", BYTE, **bad)

@@ -35,7 +35,7 @@ def test_any_range_equals_the_files_in_a_row(shards, data) -> None:
 
 
 @pytest.mark.parametrize(("start", "length"), [(-1, 1), (0, 0), (0, 1 << 40), (1 << 40, 1)])
-def test_tokens_outside_the_split_are_refused(shards, start: int, length: int) -> None:
+def test_tokens_outside_the_split_are_rejected(shards, start: int, length: int) -> None:
     with pytest.raises(ConfigError, match="no such tokens"):
         shards.tokens(start, length)
 
@@ -121,7 +121,7 @@ def test_the_fingerprint_follows_the_tokens(folder, shards, documents, tmp_path)
     assert TokenShards(folder, "val").fingerprint != shards.fingerprint
 
 
-def test_what_is_no_prepared_folder(tmp_path) -> None:
+def test_a_folder_without_an_index(tmp_path) -> None:
     with pytest.raises(DataError, match="not a prepared folder"):
         TokenShards(tmp_path)
 

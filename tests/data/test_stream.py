@@ -247,7 +247,7 @@ def test_resuming_with_any_number_of_workers_is_exact(mixed, examples) -> None:
     check()
 
 
-def test_the_last_batch_may_be_asked_for_again_and_no_other(mixed) -> None:
+def test_only_the_last_batch_can_be_requested_again(mixed) -> None:
     loader = StreamLoader(mixed, TOKENIZER, seq_len=16, global_batch=2)
     first = loader.next_batch(0)
     assert equal(joined([first]), joined([loader.next_batch(0)]))
@@ -283,7 +283,7 @@ def test_the_state_is_that_of_the_steps_done(mixed) -> None:
         loader.step = 2
 
 
-def test_a_trainer_leaves_batches_out_by_setting_the_step(mixed) -> None:
+def test_setting_the_step_skips_batches(mixed) -> None:
     """As after a rollback: an old position is loaded, and the steps since are skipped."""
     options = {"seq_len": 16, "global_batch": 2}
     loader, other = (StreamLoader(mixed, TOKENIZER, **options) for _ in range(2))
@@ -329,7 +329,7 @@ def test_seeds_and_epochs_give_other_orders(mixed) -> None:
         ("held_out", {"held_out": 0.5}),
     ],
 )
-def test_another_geometry_is_refused_by_name(mixed, field: str, change: dict) -> None:
+def test_another_geometry_is_rejected_by_name(mixed, field: str, change: dict) -> None:
     saved = StreamLoader(mixed, TOKENIZER, seq_len=64, global_batch=4)
     saved.step += 2
     other = StreamLoader(mixed, TOKENIZER, **({"seq_len": 64, "global_batch": 4} | change))
@@ -338,7 +338,7 @@ def test_another_geometry_is_refused_by_name(mixed, field: str, change: dict) ->
     assert other.step == 0
 
 
-def test_another_corpus_or_tokenizer_is_refused_by_name(mixed, tmp_path) -> None:
+def test_another_corpus_or_tokenizer_is_rejected_by_name(mixed, tmp_path) -> None:
     make_corpus(tmp_path, "mixed")
     state = StreamLoader(mixed, TOKENIZER, seq_len=64, global_batch=4).state_dict()
     same = StreamLoader(open_corpus(tmp_path), TOKENIZER, seq_len=64, global_batch=4)
@@ -363,7 +363,7 @@ def test_another_corpus_or_tokenizer_is_refused_by_name(mixed, tmp_path) -> None
         {"lanes": [[0, 0, 0, 0.0]] * 4},
     ],
 )  # fmt: skip
-def test_a_malformed_state_is_refused(mixed, change: dict) -> None:
+def test_a_malformed_state_is_rejected(mixed, change: dict) -> None:
     loader = StreamLoader(mixed, TOKENIZER, seq_len=64, global_batch=4)
     loader.step += 1
     with pytest.raises(DataError, match=next(iter(change))):
@@ -372,12 +372,12 @@ def test_a_malformed_state_is_refused(mixed, change: dict) -> None:
 
 
 @pytest.mark.parametrize("state", [{}, None, [], {"step": 0}])
-def test_a_state_with_missing_fields_is_refused(mixed, state: object) -> None:
+def test_a_state_with_missing_fields_is_rejected(mixed, state: object) -> None:
     with pytest.raises(DataError):
         StreamLoader(mixed, TOKENIZER, seq_len=64, global_batch=4).load_state_dict(state)
 
 
-def test_a_position_behind_its_document_is_refused(mixed) -> None:
+def test_a_position_past_its_document_is_rejected(mixed) -> None:
     loader = StreamLoader(mixed, TOKENIZER, seq_len=64, global_batch=4)
     loader.step += 1
     state = loader.state_dict()
@@ -401,12 +401,12 @@ def test_a_position_behind_its_document_is_refused(mixed) -> None:
         ("held_out", {"held_out": -0.1}),
     ],
 )
-def test_impossible_settings_are_refused(mixed, field: str, options: dict) -> None:
+def test_impossible_settings_are_rejected(mixed, field: str, options: dict) -> None:
     with pytest.raises(ConfigError, match=field):
         StreamLoader(mixed, TOKENIZER, **({"seq_len": 64, "global_batch": 4} | options))
 
 
-def test_several_ranks_need_somebody_to_gather(mixed) -> None:
+def test_several_ranks_need_a_process_group(mixed) -> None:
     loader = StreamLoader(mixed, TOKENIZER, seq_len=64, global_batch=4, world_size=2)
     with pytest.raises(ConfigError, match="not in the process group"):
         loader.state_dict()

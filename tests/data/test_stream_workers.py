@@ -1,4 +1,4 @@
-"""Worker processes: what they give, how they fail, and that none is left behind."""
+"""Worker processes: equal windows, failures, and no process left behind."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 import pytest
 
 from open_mythos.errors import ConfigError
-from open_mythos.tokenizer import BPETokenizer
+from open_mythos.tokenizer import BPETokenizer, load_tokenizer
 from tokenizer.samples import BPE, CORPUS
 
 
@@ -24,7 +24,7 @@ def test_a_saved_bpe_loads_as_bpe_and_in_transformers(tmp_path) -> None:
     from transformers import AutoTokenizer
 
     BPE.save(tmp_path)
-    assert BPETokenizer.load(tmp_path).fingerprint == BPE.fingerprint
+    assert load_tokenizer(tmp_path).fingerprint == BPE.fingerprint
     hf = AutoTokenizer.from_pretrained(tmp_path)
     assert (hf.eos_token_id, hf.pad_token_id) == (BPE.eos_id, BPE.pad_id)
     assert hf.encode("the cat") == BPE.encode("the cat")

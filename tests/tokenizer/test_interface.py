@@ -1,4 +1,4 @@
-"""What every tokenizer of ours promises: round trips, special ids, and what it refuses."""
+"""The interface of every tokenizer: round trips, special ids, rejected input."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_ids_may_be_arrays_or_tensors(tokenizer: Tokenizer) -> None:
 
 @both
 @pytest.mark.parametrize("ids", [[-1], [1 << 40], [1.5], ["a"], [[1]], torch.zeros(1, 2), 3])
-def test_what_is_no_id_is_refused(tokenizer: Tokenizer, ids: object) -> None:
+def test_invalid_ids_are_rejected(tokenizer: Tokenizer, ids: object) -> None:
     with pytest.raises(DataError, match="token id"):
         tokenizer.decode(ids)
     with pytest.raises(DataError, match="token id"):
@@ -65,7 +65,7 @@ def test_what_is_no_id_is_refused(tokenizer: Tokenizer, ids: object) -> None:
 
 @both
 @pytest.mark.parametrize("text", ["ok \ud800", None, b"bytes", 7])
-def test_what_is_no_text_is_refused(tokenizer: Tokenizer, text: object) -> None:
+def test_invalid_text_is_rejected(tokenizer: Tokenizer, text: object) -> None:
     with pytest.raises(DataError, match=r"surrogate|not a string"):
         tokenizer.encode(text)
     with pytest.raises(DataError, match=r"surrogate|not a string"):

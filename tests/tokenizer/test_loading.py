@@ -32,7 +32,7 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(path: str) -> N
 
 
 @pytest.mark.parametrize("name", ["", "  ", None, 3, "a\0b"])
-def test_what_is_no_name_is_refused(name: object) -> None:
+def test_invalid_names_are_rejected(name: object) -> None:
     with pytest.raises(ConfigError, match="name_or_path"):
         load_tokenizer(name)
 

@@ -60,7 +60,7 @@ def test_stored_truncation_and_padding_do_not_apply(tmp_path) -> None:
     assert tokenizer.encode("") == []
 
 
-def test_bos_eos_and_pad_that_cannot_differ_are_refused(tmp_path) -> None:
+def test_bos_eos_and_pad_that_cannot_differ_are_rejected(tmp_path) -> None:
     foreign("<|bos|>").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|bos|>"}')
     with pytest.raises(DataError, match="differ"):
