@@ -1,7 +1,6 @@
-"""Claims of the field as experiments: ``python -m experiments run CLAIM``.
+"""Published claims as experiments: ``python -m experiments run CLAIM``.
 
-A claim is a folder here and a line in ``table.py``. The folder is a module that offers what
-:class:`experiments.claim.Experiment` lists: the words, the cells, how one cell is run,
-and how the verdict follows from all of them. Running, resuming, recording and reporting are common
-to all claims.
+Each claim is a package here, registered in ``table.py``, that exports the interface of
+:class:`experiments.claim.Experiment`: its description, its cells, how to run one cell, and how to
+derive the verdict. Running, resuming, recording and reporting are shared.
 """

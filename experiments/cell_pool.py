@@ -1,4 +1,4 @@
-"""Runs the cells of a claim, several at a time, each recorded at once when it is finished."""
+"""Run the cells of a claim in parallel and record each result as soon as it finishes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from open_mythos.train import PreemptedError
 
 
 class CellsFailedError(MythosError):
-    """Some cells raised an error; they are not recorded."""
+    """Some cells raised an error and were not recorded."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell and all that a worker process needs to run it."""
+    """A cell and what a worker process needs to run it."""
 
     claim: str
     scale: str
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A record, or the reason why there is none."""
+    """The record of a cell, or the traceback of its failure."""
 
     cell: Cell
     record: Record | None
@@ -64,22 +64,21 @@ def run_cells(
     workers: int = 0,
     quiet: bool = False,
 ) -> list[Record]:
-    """Run what is not finished yet, and return the records of all cells.
+    """Run the unfinished cells and return the records of all of them.
 
     Args:
-        claim: Its id.
+        claim: Id of the claim.
         scale: "cpu", "gpu" or "quick".
-        cells: What to run, the longest first for an even load.
-        results: Where finished cells are found and put.
-        work: Folder of prepared text and of the checkpoints of unfinished cells.
-        workers: Cells at a time, each in a process with its share of the cores. 0: one per core,
-            and a single one where a GPU is the hardware.
-        quiet: No progress.
+        cells: Cells to run, longest first to balance the load.
+        results: Store of finished cells.
+        work: Folder for prepared text and for checkpoints of unfinished cells.
+        workers: Worker processes, which share the cores. 0: one per core, or one on a GPU.
+        quiet: Hide the progress bar.
 
     Raises:
-        ConfigError: A finished cell has other settings.
+        ConfigError: A finished cell was recorded with different settings.
         CellsFailedError: Some cells raised an error; the others are recorded.
-        EnvironmentError_: A worker process died; what was finished by then is recorded.
+        EnvironmentError_: A worker process died; cells that had finished are recorded.
     """
     default = 1 if scale == "gpu" else machine.cores()
     pending = [cell for cell in cells if results.find(cell) is None]
@@ -96,8 +95,8 @@ def run_cells(
         for job, outcome in outcomes:
             if outcome.record is None:
                 failures.append(outcome)
-                said = f"failed: {outcome.cell.name}\n{outcome.error}"
-                progress.console.print(said, markup=False, style="red")
+                message = f"failed: {outcome.cell.name}\n{outcome.error}"
+                progress.console.print(message, markup=False, style="red")
             else:
                 results.write(replace(outcome.record, commit=commit))
                 shutil.rmtree(job.place.own, ignore_errors=True)
@@ -107,13 +106,13 @@ def run_cells(
         raise CellsFailedError(
             f"{len(failures)} of {len(cells)} cells failed", where=names,
             value=failures[0].error.strip().rpartition("\n")[2],
-            fix="mend the cause and run the same command: finished cells are kept",
+            fix="fix the cause and rerun the same command: finished cells are kept",
         )  # fmt: skip
     return results.of(cells)
 
 
 def _outcomes(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Outcome]]:
-    """Outcomes in the order in which they come."""
+    """Yield outcomes in completion order."""
     if workers == 1:
         yield from ((job, attempt(job)) for job in jobs)
         return
@@ -128,7 +127,7 @@ def _outcomes(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Outcome
     except BrokenProcessPool as error:
         raise EnvironmentError_(
             "a worker process died", where="experiments run", value=str(error),
-            fix="run the same command: finished cells are kept. If memory ran out, fewer --workers",
+            fix="rerun the command: finished cells are kept. If memory ran out, lower --workers",
         ) from error  # fmt: skip
     except BaseException:
         for child in set(multiprocessing.active_children()) - others:
@@ -139,7 +138,7 @@ def _outcomes(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Outcome
 
 
 def _depend_on_the_parent() -> None:
-    """In a worker: the parent alone hears Ctrl-C, and no worker outlives it."""
+    """Ignore Ctrl-C in a worker, and exit when the parent process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
@@ -152,7 +151,7 @@ def _depend_on_the_parent() -> None:
 
 
 def attempt(job: Job) -> Outcome:
-    """Run one cell in this process, with its share of the threads."""
+    """Run one cell in this process with the job's number of threads."""
     threads, clock = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(job.threads)
     try:

@@ -1,4 +1,4 @@
-"""The parts of a claim: its words, the cells to run, the records of what came, the verdict."""
+"""Types shared by all claims: description, cells, records, summary, verdict."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ HOLDS_IN_PART = "holds in part"
 DOES_NOT_HOLD = "does not hold here"
 UNCLEAR = "unclear"
 QUICK = "quick"
-"""The scale of a smoke test; never recorded."""
+"""Scale of a smoke test; never recorded."""
 
 
 def verdict(holds: bool, in_part: bool = False, *, unclear: str = "") -> str:
-    """Return the verdict: unclear before everything else, then holds, then in part.
+    """Return the verdict for the full and the partial pass mark.
 
-    Args:
-        holds: The whole pass mark is met.
-        in_part: The weaker mark is met.
-        unclear: What would settle the claim, if these results cannot; "" if they can.
+    ``unclear`` takes precedence: it says what would settle the claim if these results cannot.
     """
     if unclear:
         return f"{UNCLEAR}: {unclear}"
@@ -32,33 +29,31 @@ def verdict(holds: bool, in_part: bool = False, *, unclear: str = "") -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim in words; all of it is written down before the run, in ``claim.yaml``."""
+    """The description of a claim, written in ``claim.yaml`` before the run."""
 
     id: str
-    """Short name on the command line: "c2"."""
     title: str
     statement: str
-    """The claim in one sentence."""
     source: str
-    """Who claims it, with arXiv numbers."""
+    """Authors or paper, with arXiv numbers."""
     literature: str
-    """What published experiments found."""
+    """Published findings."""
     expected: str
-    """What we expect, and why."""
+    """Expected result and reasons."""
     method: str
-    """Task, arms, measurements, and what all arms share."""
+    """Task, arms, metrics and shared settings."""
     pass_mark: str
-    """When the claim holds, holds in part, or does not; ``summarise`` applies it."""
+    """Criterion for each verdict; ``summarise`` applies it."""
     limits: str
-    """What an experiment of this size can show."""
+    """What an experiment of this size cannot show."""
     hardware: dict[str, str]
-    """Scale ("cpu", "gpu") -> the hardware it is sized for."""
+    """Scale ("cpu", "gpu") -> hardware it is sized for."""
     minutes: dict[str, float] = field(default_factory=dict)
-    """Scale -> wall-clock minutes on that hardware; absent if never timed."""
+    """Scale -> wall-clock minutes on that hardware, if timed."""
 
     @classmethod
     def read(cls, module: str, constants: Mapping[str, Any]) -> Claim:
-        """Read ``claim.yaml`` beside the file of ``module``; ``{NAME}`` inserts a constant."""
+        """Read ``claim.yaml`` next to ``module``; ``{NAME}`` inserts a constant."""
         text = Path(module).with_name("claim.yaml").read_text(encoding="utf-8")
         values: dict[str, Any] = yaml.safe_load(text)
         for key, value in values.items():
@@ -67,45 +62,45 @@ class Claim:
 
     @property
     def scales(self) -> tuple[str, ...]:
-        """Scales that can be run and recorded."""
+        """Return the scales that can be recorded."""
         return tuple(self.hardware)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: an arm of the experiment with one seed."""
+    """One run: an arm with one seed."""
 
     arm: str
-    """What is compared; may hold a learning rate or another coordinate: "dense-lr0.001"."""
+    """Compared variant, such as "dense-lr0.001"."""
     seed: int
-    """Seed of weights, data order and depths; arms are compared at equal seeds."""
+    """Seed of weights, data order and depths."""
     settings: dict[str, Any]
-    """Everything else the run depends on, JSON-ready; a record is valid for these alone."""
+    """All other inputs, JSON-ready; a record is valid only for equal settings."""
 
     @property
     def name(self) -> str:
-        """Unique within a scale; the name of the record's file."""
+        """Return the name of the record file, unique within a scale."""
         return f"{self.arm}-seed{self.seed}"
 
 
 def sweep(arms: Mapping[str, dict[str, Any]], seeds: Iterable[int] = range(3)) -> list[Cell]:
-    """Cross arms, given as name -> settings, with seeds: all seeds of an arm together."""
+    """Return a cell for every arm (name -> settings) and seed, grouped by arm."""
     return [Cell(arm, seed, settings) for arm, settings in arms.items() for seed in seeds]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a cell may write."""
+    """Folders a cell may write to."""
 
     shared: Path
-    """Kept between cells and claims: prepared text."""
+    """Prepared text, shared by all cells."""
     own: Path
-    """Of this cell alone, kept until it is finished: checkpoints."""
+    """Checkpoints of this cell, deleted when it finishes."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished cell."""
+    """The result of a finished cell."""
 
     claim: str
     scale: str
@@ -113,51 +108,45 @@ class Record:
     seed: int
     settings: dict[str, Any]
     figures: dict[str, Any]
-    """Measurements; None where a number was not finite."""
+    """Metrics; None for a non-finite number."""
     seconds: float
-    """Wall clock of the cell."""
+    """Wall-clock time of the cell."""
     machine: str
     versions: str
     """Versions of Python and PyTorch."""
     commit: str
-    """Commit of the source; "" outside of a repository."""
+    """Commit of the source; "" outside a repository."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What all cells of a scale say together."""
+    """Aggregated results of all cells of a scale."""
 
     verdict: str
-    """As :func:`verdict` returns it."""
     sentence: str
-    """The finding in one sentence, with its numbers."""
+    """The finding in a few sentences with numbers."""
     key: str
-    """The numbers that decided, short enough for a table cell."""
+    """The deciding metrics, short enough for a table cell."""
     head: Sequence[str]
-    """Headings of the table."""
     rows: Sequence[Sequence[str]]
-    """Rows of the table, with the spread over seeds."""
+    """Table rows, with the spread over seeds."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What the plot shows."""
+    """Input of ``plot``."""
 
 
 class Experiment(Protocol):
-    """What the package of a claim exports."""
+    """Interface of the package of a claim."""
 
     CLAIM: Claim
 
     def cells(self, scale: str) -> list[Cell]:
-        """Return all runs of a scale; "quick" gives one or two of a few seconds."""
+        """Return all cells of a scale; "quick" has one or two that take seconds."""
 
     def run_cell(self, cell: Cell, place: Place) -> dict[str, Any]:
-        """Run one cell: JSON-ready figures, a function of the cell alone.
-
-        Devices, dtypes and sizes come from ``cell.settings``. An interrupted cell may resume from
-        ``place.own``.
-        """
+        """Run one cell and return JSON-ready metrics that depend on the cell alone."""
 
     def summarise(self, records: Sequence[Record]) -> Summary:
-        """Apply the pass mark to all records of a scale."""
+        """Apply the pass mark to the records of a scale."""
 
     def plot(self, summary: Summary, path: Path) -> None:
-        """Draw ``summary.data`` into ``path``."""
+        """Plot ``summary.data`` to ``path``."""

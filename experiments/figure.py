@@ -1,4 +1,4 @@
-"""What the plots of all claims share."""
+"""Shared plotting helpers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MUTED = "#94a3b8"
 def panels(
     path: Path, columns: int, rows: int = 1, size: tuple[float, float] = (6, 4), dpi: int = 110
 ) -> Iterator[list[Any]]:
-    """Yield axes to draw in, row by row; write the picture to ``path`` at the end."""
+    """Yield axes in row-major order; save the figure to ``path`` on exit."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,7 +31,7 @@ def panels(
         try:
             yield list(axes.flat) if columns * rows > 1 else [axes]
             path.parent.mkdir(parents=True, exist_ok=True)
-            # no date and no version: the same figures give the same file
+            # no date and no version: equal data produce an equal file
             figure.savefig(path, dpi=dpi, metadata={"Software": None})
         finally:
             plt.close(figure)
@@ -47,23 +47,13 @@ def lines(
     label: str = "{}",
     small: bool = False,
 ) -> None:
-    """Draw a line of each of ``curves``, given as name -> y, and their legend.
-
-    Args:
-        ax: Axes.
-        x: Common to all lines.
-        curves: The lines; ``label`` formats their names.
-        style: Of matplotlib.
-        colours: One for each line.
-        label: Format of a name.
-        small: Small print in the legend.
-    """
+    """Plot ``curves`` (name -> y) over a common ``x``, with a legend that formats names."""
     for (name, y), colour in zip(curves.items(), colours, strict=False):
         ax.plot(x, y, style, color=colour, ms=4, label=label.format(name))
     ax.legend(fontsize=8 if small else None)
 
 
 def log2_ticks(ax: Any, ticks: Sequence[int]) -> None:
-    """Make the x axis logarithmic, with these ticks alone."""
+    """Use a base-2 logarithmic x axis with exactly these ticks."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [str(n) for n in ticks])

@@ -1,4 +1,4 @@
-"""Claims and verdicts in a terminal, and what of them is known from recorded results."""
+"""Claims and their verdicts from recorded results, as terminal and Markdown tables."""
 
 from __future__ import annotations
 
@@ -10,101 +10,81 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from experiments.claim import (
-    DOES_NOT_HOLD,
-    HOLDS,
-    HOLDS_IN_PART,
-    Claim,
-    Record,
-    Summary,
-)
+from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, Claim, Record, Summary
 from experiments.results import Results
 from experiments.table import CLAIMS, PENDING, committed_results, experiment
+
+_COLORS = {HOLDS: "green", HOLDS_IN_PART: "cyan", DOES_NOT_HOLD: "red"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One claim, as the list shows it."""
+    """One row of the list of claims."""
 
     claim: str
-    """Id."""
     title: str
-    """A few words."""
     source: str
-    """Who claims it."""
     verdicts: dict[str, str]
     """Scale -> verdict of its recorded results."""
     keys: dict[str, str]
-    """Scale -> figures that decided."""
+    """Scale -> metrics that decided the verdict."""
     missing: str
-    """Why there is no answer, or no other one; "" where nothing is missing."""
+    """Why a result is missing; "" if none is."""
 
 
 def recorded(claim: str, scale: str) -> tuple[list[Record], Summary] | None:
-    """The committed records of a whole scale with what they say; None if cells are missing."""
-    asked = experiment(claim)
-    cells = asked.cells(scale)
+    """Return the recorded results of a scale and their summary; None if cells are missing."""
+    module = experiment(claim)
+    cells = module.cells(scale)
     records = Results(committed_results(claim, scale)).of(cells)
-    return (records, asked.summarise(records)) if len(records) == len(cells) else None
+    return (records, module.summarise(records)) if len(records) == len(cells) else None
 
 
 def lines() -> list[Line]:
-    """All claims, answered or not, in the order of their numbers."""
-    found = [_line(claim, experiment(claim).CLAIM) for claim in CLAIMS]
+    """Return a row for every claim, sorted by number; claims without a number come last."""
+    found = [_line(experiment(claim).CLAIM) for claim in CLAIMS]
     for claim, (title, needs) in PENDING.items():
-        found.append(Line(claim, title, "", {}, {}, f"not answered yet: needs {needs}"))
-    return sorted(found, key=lambda line: _number(line.claim))
+        found.append(Line(claim, title, "", {}, {}, f"no experiment yet: needs {needs}"))
+
+    def number(line: Line) -> tuple[int, str]:
+        match = re.match(r"c(\d+)", line.claim)
+        return int(match[1]) if match else sys.maxsize, line.claim
+
+    return sorted(found, key=number)
 
 
-def _number(claim: str) -> tuple[int, str]:
-    """c2 before c10, c1 before c1b, and what has no number at the end."""
-    match = re.match(r"c(\d+)", claim)
-    return (int(match[1]) if match else sys.maxsize, claim)
-
-
-def _line(claim: str, words: Claim) -> Line:
-    known = {scale: recorded(claim, scale) for scale in words.scales}
-    missing = [
-        f"{scale}: not run, needs {words.hardware[scale]}{_minutes(words, scale)}"
-        for scale, found in known.items()
-        if found is None
-    ]
-    said = {scale: found[1] for scale, found in known.items() if found is not None}
+def _line(claim: Claim) -> Line:
+    summaries, missing = dict[str, Summary](), list[str]()
+    for scale, hardware in claim.hardware.items():
+        if known := recorded(claim.id, scale):
+            summaries[scale] = known[1]
+            continue
+        minutes = claim.minutes.get(scale)
+        duration = f" for about {minutes:g} minutes" if minutes else ""
+        missing.append(f"{scale}: not run, needs {hardware}{duration}")
     return Line(
-        claim, words.title, words.source, {scale: s.verdict for scale, s in said.items()},
-        {scale: s.key for scale, s in said.items()}, "; ".join(missing),
+        claim.id, claim.title, claim.source, {scale: s.verdict for scale, s in summaries.items()},
+        {scale: s.key for scale, s in summaries.items()}, "; ".join(missing),
     )  # fmt: skip
-
-
-def _minutes(words: Claim, scale: str) -> str:
-    minutes = words.minutes.get(scale)
-    return f" for about {minutes:g} minutes" if minutes else ""
 
 
 def print_claims() -> None:
     """Print the table of all claims."""
-    Console().print(claims_table())
-
-
-def claims_table() -> Table:
-    """Claim, source, verdict and figures of every claim."""
-    table = Table(title="claims of the field", title_justify="left", show_lines=True)
-    for heading in ("claim", "source", "verdict", "key figures"):
+    table = Table(title="claims", title_justify="left", show_lines=True)
+    for heading in ("claim", "source", "verdict", "key metrics"):
         table.add_column(heading)
     for line in lines():
-        verdicts = [
-            f"[bold {_colour(said)}]{said}[/] ({scale})" for scale, said in line.verdicts.items()
-        ]
+        verdicts = [f"{_colored(verdict)} ({scale})" for scale, verdict in line.verdicts.items()]
         missing = [f"[dim]{line.missing}[/]"] if line.missing else []
         table.add_row(
             f"[bold]{line.claim}[/] {line.title}", line.source,
             "\n".join([*verdicts, *missing]), "\n".join(line.keys.values()),
         )  # fmt: skip
-    return table
+    Console().print(table)
 
 
 def show(claim: Claim, summary: Summary, console: Console) -> None:
-    """Print the figures and the verdict of one run."""
+    """Print the metrics and the verdict of one run."""
     table = Table(title=f"{claim.id}: {claim.title}", title_justify="left")
     for i, heading in enumerate(summary.head):
         table.add_column(heading, justify="right" if i else "left")
@@ -112,16 +92,16 @@ def show(claim: Claim, summary: Summary, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(f"pass mark: {claim.pass_mark}", highlight=False, markup=False)
-    console.print(f"[bold {_colour(summary.verdict)}]{summary.verdict}[/]", highlight=False)
+    console.print(_colored(summary.verdict), highlight=False)
     console.print(summary.sentence, highlight=False, markup=False)
 
 
-def _colour(verdict: str) -> str:
-    return {HOLDS: "green", HOLDS_IN_PART: "cyan", DOES_NOT_HOLD: "red"}.get(verdict, "yellow")
+def _colored(verdict: str) -> str:
+    return f"[bold {_COLORS.get(verdict, 'yellow')}]{verdict}[/]"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, all but its first column right-aligned."""
+    """Format a Markdown table whose columns, except the first, are right-aligned."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     cells = ([cell.replace("|", r"\|") for cell in row] for row in (head, rule, *rows))
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)

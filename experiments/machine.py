@@ -1,4 +1,4 @@
-"""What a record was taken on: hardware, versions, commit; no names and no paths."""
+"""Describe the hardware, software versions and commit of a record, without names or paths."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 
 def cores() -> int:
-    """Cores of this machine."""
+    """Return the number of CPU cores."""
     return os.cpu_count() or 1
 
 
 def hardware(threads: int, workers: int) -> str:
-    """The processor, the accelerator if there is one, and how they were shared."""
+    """Describe the processor, the accelerator if any, and how workers share them."""
     device = torch.cuda.get_device_name() + ", " if torch.cuda.is_available() else ""
     return (
         f"{device}{platform.machine()}, {cores()} cores, {workers} at a time, "
@@ -25,12 +25,12 @@ def hardware(threads: int, workers: int) -> str:
 
 
 def versions() -> str:
-    """Of Python and PyTorch."""
+    """Return the versions of Python and PyTorch."""
     return f"Python {platform.python_version()}, PyTorch {torch.__version__}"
 
 
 def commit() -> str:
-    """The commit of the source, marked where files differ from it; "" outside a repository."""
+    """Return the commit, marked -dirty if files differ from it; "" outside a repository."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return ""

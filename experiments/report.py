@@ -1,14 +1,10 @@
-"""``docs/claims.md``, made from the recorded results and from nothing else.
-
-python -m experiments report
-"""
+"""Generate ``docs/claims.md`` from the recorded results: ``python -m experiments report``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.claim import Claim, Record, Summary
+from experiments.claim import Claim
 from experiments.listing import lines, markdown_table, recorded
 from experiments.table import CLAIMS, PACKAGE, experiment
 from open_mythos.errors import ConfigError
@@ -16,65 +12,58 @@ from open_mythos.errors import ConfigError
 PAGE = "claims.md"
 PLOTS = "claims"
 
-_HEAD = """# Claims of the field, answered
+_HEAD = """# Published claims, tested
 
-What is said about looped transformers, run here, negatives included. This page is made from the
-recorded results of every seed (`python -m experiments report`; a test compares). The
-pass mark of a claim was written down before the run, and code applies it. Another machine gives
-other last digits, and may give another verdict where a result is close:
-`python -m experiments run CLAIM` tells.
+Published claims about looped transformers, tested here; negative results included. This page is
+generated from the recorded results of every seed (`python -m experiments report`; a test checks
+that it is current). Each pass mark was written before the run and is applied by code. On another
+machine the last digits differ, and so may a verdict that is close to its pass mark:
+`python -m experiments run CLAIM` reproduces a claim.
 """
 
 
 def checkout() -> Path:
-    """The root of the source checkout that this package is run from.
+    """Return the root of the source checkout.
 
     Raises:
-        ConfigError: The package is installed elsewhere.
+        ConfigError: This package does not run from a source checkout.
     """
     root = PACKAGE.parent
     if not (root / "pyproject.toml").is_file() or not (root / "docs").is_dir():
         raise ConfigError(
-            "results are recorded in a source checkout only", where="--record", value=str(root),
+            "recording needs a source checkout", where="--record", value=str(root),
             allowed="a folder with pyproject.toml and docs",
-            fix="leave --record out; results go to runs/experiments or to --out",
+            fix="drop --record; results go to runs/experiments or to --out",
         )  # fmt: skip
     return root
 
 
 def plot_name(claim: str, scale: str) -> str:
-    """File of a claim's picture in ``docs/claims``."""
+    """Return the file name of a claim's plot in ``docs/claims``."""
     return f"{claim}.png" if scale == "cpu" else f"{claim}-{scale}.png"
 
 
-def renew(claim: str = "", scale: str = "cpu") -> None:
-    """Write the page, and the picture of ``claim`` if one is named."""
+def update(claim: str = "", scale: str = "cpu") -> None:
+    """Write the page, and the plot of ``claim`` if one is given."""
     docs = checkout() / "docs"
-    known = recorded(claim, scale) if claim else None
-    if known is not None:
-        (docs / PLOTS).mkdir(exist_ok=True)
+    if claim and (known := recorded(claim, scale)):
         experiment(claim).plot(known[1], docs / PLOTS / plot_name(claim, scale))
     (docs / PAGE).write_text(page(), encoding="utf-8")
 
 
 def page() -> str:
-    """The whole page."""
+    """Render the whole page."""
     rows = [
         (
             f"{line.claim} {line.title}", line.source,
-            "; ".join([*_bold(line.verdicts), *filter(None, [line.missing])]),
+            "; ".join([*(f"**{verdict}** ({scale})" for scale, verdict in line.verdicts.items()),
+                       *filter(None, [line.missing])]),
             "; ".join(line.keys.values()),
         )
         for line in lines()
     ]  # fmt: skip
-    overview = markdown_table(("claim", "source", "verdict", "figures"), rows)
-    overview = overview.replace("---:", "---")
-    parts = [f"{_HEAD}\n{overview}", *map(_section, CLAIMS)]
-    return "\n".join(parts)
-
-
-def _bold(verdicts: dict[str, str]) -> list[str]:
-    return [f"**{verdict}** ({scale})" for scale, verdict in verdicts.items()]
+    overview = markdown_table(("claim", "source", "verdict", "metrics"), rows)
+    return "\n".join([f"{_HEAD}\n{overview.replace('---:', '---')}", *map(_section, CLAIMS)])
 
 
 def _section(claim: str) -> str:
@@ -88,9 +77,9 @@ def _section(claim: str) -> str:
         f"- **Expected here:** {words.expected}\n"
         f"- **Method:** {words.method}\n"
         f"- **Pass mark:** {words.pass_mark}\n"
-        f"- **What this size can show:** {words.limits}\n\n"
+        f"- **Limits:** {words.limits}\n\n"
         + "\n".join(answers or ["**Not run yet.**\n"])
-    )
+    )  # fmt: skip
 
 
 def _answer(words: Claim, scale: str) -> str:
@@ -98,20 +87,14 @@ def _answer(words: Claim, scale: str) -> str:
     if known is None:
         return ""
     records, summary = known
-    command = f"python -m experiments run {words.id}" + (
-        "" if scale == "cpu" else f" --scale {scale}"
-    )
+    option = "" if scale == "cpu" else f" --scale {scale}"
+    minutes = sum(record.seconds for record in records) / 60
+    seeds = len({record.seed for record in records})
+    machines = "; ".join(sorted({f"{record.machine}; {record.versions}" for record in records}))
     return (
         f"**{summary.verdict[0].upper()}{summary.verdict[1:]}** ({scale}). {summary.sentence}\n\n"
         f"{markdown_table(summary.head, summary.rows)}\n"
         f"![{words.title}]({PLOTS}/{plot_name(words.id, scale)})\n\n"
-        f"`{command}`: {_provenance(records, summary)}\n"
+        f"`python -m experiments run {words.id}{option}`: {len(records)} cells, {seeds} seeds, "
+        f"{minutes:.1f} minutes in total; {machines}.\n"
     )
-
-
-def _provenance(records: Sequence[Record], summary: Summary) -> str:
-    """Cells, time, hardware and versions."""
-    minutes = sum(record.seconds for record in records) / 60
-    seeds = len({record.seed for record in records})
-    taken_on = "; ".join(sorted({f"{record.machine}; {record.versions}" for record in records}))
-    return f"{len(records)} cells, {seeds} seeds, {minutes:.1f} minutes of cells; {taken_on}."

@@ -1,4 +1,4 @@
-"""Finished cells as JSON files, one each, in the folder of a claim and scale."""
+"""Store finished cells as JSON files, one per cell."""
 
 from __future__ import annotations
 
@@ -17,21 +17,17 @@ from open_mythos.train import RunConfig
 
 
 class Results:
-    """The records of one claim at one scale.
-
-    Args:
-        folder: Where they are; it is made when something is written.
-    """
+    """The records of one claim at one scale, in ``folder`` (created on the first write)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def find(self, cell: Cell) -> Record | None:
-        """The record of ``cell``; None if it is not finished.
+        """Return the record of ``cell``, or None if it is not finished.
 
         Raises:
-            ConfigError: It was finished with other settings.
-            DataError: Its file is damaged.
+            ConfigError: The cell was recorded with different settings.
+            DataError: The file is corrupt.
         """
         path = self._path(cell.name)
         if not path.exists():
@@ -43,19 +39,19 @@ class Results:
                 key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
             )
             raise ConfigError(
-                "a finished cell has other settings", where=str(path),
-                value=", ".join(differing) or "settings", allowed="equal settings",
-                fix="--fresh runs all cells anew; --out names another folder",
+                "a finished cell was recorded with different settings", where=str(path),
+                value=", ".join(differing) or "settings", allowed="the current settings",
+                fix="pass --fresh to rerun all cells, or --out to use another folder",
             )  # fmt: skip
         return record
 
     def of(self, cells: Iterable[Cell]) -> list[Record]:
-        """The records of those of ``cells`` that are finished."""
+        """Return the records of the finished cells among ``cells``."""
         found = (self.find(cell) for cell in cells)
         return [record for record in found if record is not None]
 
     def write(self, record: Record) -> Path:
-        """Store a record; its file appears whole or not at all."""
+        """Write a record atomically and return its path."""
         path = self._path(f"{record.arm}-seed{record.seed}")
         text = json.dumps(plain(asdict(record)), indent=1, allow_nan=False) + "\n"
         partial = path.with_suffix(".partial")
@@ -66,13 +62,13 @@ class Results:
             os.replace(partial, path)
         except OSError as error:
             raise EnvironmentError_(
-                "a result cannot be written", where=str(path), value=str(error),
-                fix="name a folder that can be written with --out",
+                "cannot write a result", where=str(path), value=str(error),
+                fix="pass a writable folder as --out",
             ) from error  # fmt: skip
         return path
 
     def clear(self) -> None:
-        """Delete every record of the folder, and nothing else."""
+        """Delete the records in the folder and leave other files alone."""
         for path in self.folder.glob("*-seed*.json"):
             path.unlink()
 
@@ -81,7 +77,7 @@ class Results:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON gives it back: tuples become lists, numbers that are not finite None."""
+    """Convert ``value`` to JSON types: tuples become lists, non-finite floats None."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -90,7 +86,7 @@ def plain(value: Any) -> Any:
 
 
 def _complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """With every field of the run: one that a record is older than had its default."""
+    """Fill in run fields added since the record was written with their defaults."""
     if "run" not in settings:
         return settings
     return settings | {"run": plain(RunConfig.from_dict(settings["run"]).to_dict())}
@@ -101,6 +97,6 @@ def _read(path: Path) -> Record:
         return Record(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            "not the record of a cell", where=str(path), value=str(error),
-            fix="delete the file and run the claim again",
+            "not a cell record", where=str(path), value=str(error),
+            fix="delete the file and rerun the claim",
         ) from error  # fmt: skip

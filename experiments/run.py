@@ -28,28 +28,19 @@ def run_claim(
     fresh: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Run the unfinished cells of ``claim``, then print its verdict.
-
-    Args:
-        claim: Id of the claim.
-        scale: "cpu" or "gpu".
-        quick: Run a cell or two in seconds, to see that everything works; says nothing.
-        record: Put the results into the source checkout and renew the documents there.
-        workers: Cells at a time; 0 for one per core.
-        out: Folder of the results; by default runs/experiments/CLAIM/SCALE.
-        fresh: Forget finished cells.
-        quiet: No progress and no tables.
+    """Run the unfinished cells of ``claim`` and print its verdict; options as in ``run --help``.
 
     Raises:
-        ConfigError: There is no such claim or scale, or options contradict each other.
+        ConfigError: Unknown claim or scale, or conflicting options.
         CellsFailedError: Some cells raised an error.
-        EnvironmentError_: A worker process died, or something cannot be written.
+        EnvironmentError_: A worker process died, or a result cannot be written.
     """
     console = Console()
     asked = experiment(claim)
     _check(asked.CLAIM.scales, scale, quick=quick, record=record, out=out)
     scale = QUICK if quick else scale
-    results = Results(_folder(claim, scale, record, out))
+    folder = Path(out) if out else RUNS / claim / scale
+    results = Results(committed_results(claim, scale) if record else folder)
     work = Path(out) / "work" if out else RUNS / "work"
     if fresh or quick:
         results.clear()
@@ -61,36 +52,30 @@ def run_claim(
     )
     if quick:
         names = ", ".join(each.arm for each in records)
-        console.print(f"{claim} runs ({names}); a quick run says nothing about the claim")
+        console.print(f"{claim} runs ({names}); a quick run gives no verdict")
         return
     summary = asked.summarise(records)
     if not quiet:
         listing.show(asked.CLAIM, summary, console)
         console.print(f"{len(records)} cells: {results.folder}", highlight=False)
     if record:
-        report.renew(claim, scale)
+        report.update(claim, scale)
     else:
         asked.plot(summary, results.folder / f"{claim}.png")
-
-
-def _folder(claim: str, scale: str, record: bool, out: str) -> Path:
-    if record:
-        return committed_results(claim, scale)
-    return Path(out) if out else RUNS / claim / scale
 
 
 def _check(scales: tuple[str, ...], scale: str, *, quick: bool, record: bool, out: str) -> None:
     if scale not in scales:
         raise ConfigError(
             "the claim has no such scale", where="--scale", value=scale,
-            allowed=" or ".join(scales), fix="choose one of these",
+            allowed=" or ".join(scales), fix="choose a listed scale",
         )  # fmt: skip
     if not record:
         return
     if quick or out:
         raise ConfigError(
-            "--record keeps whole runs, in its own folder", where="--record",
+            "--record conflicts with --quick and --out", where="--record",
             value="--quick" if quick else f"--out {out}", allowed="neither --quick nor --out",
-            fix="leave it out",
+            fix="drop the conflicting option",
         )  # fmt: skip
     report.checkout()

@@ -1,4 +1,4 @@
-"""Figures over seeds, as numbers and as words."""
+"""Statistics of metrics over seeds, and their formatting."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from statistics import mean, stdev
 
 from experiments.claim import Record
 
-Figure = str | Callable[[Record], float]
-"""The key of a figure, or a function of its record."""
+Metric = str | Callable[[Record], float]
+"""Key of a metric in ``Record.figures``, or a function of the record."""
 
 
 def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Group records by arm, in the order in which the arms come; each group is sorted by seed."""
+    """Group records by arm, keeping their order; sort each group by seed."""
     arms: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         arms[record.arm].append(record)
     return {arm: sorted(found, key=lambda record: record.seed) for arm, found in arms.items()}
 
 
-def each(records: Iterable[Record], figure: Figure) -> list[float]:
-    """Return a figure of every record."""
-    if isinstance(figure, str):
-        return [record.figures[figure] for record in records]
-    return [figure(record) for record in records]
+def each(records: Iterable[Record], metric: Metric) -> list[float]:
+    """Return the value of a metric for each record."""
+    if isinstance(metric, str):
+        return [record.figures[metric] for record in records]
+    return [metric(record) for record in records]
 
 
-def over_seeds(records: Iterable[Record], figure: Figure) -> tuple[float, float]:
-    """Return mean and sample standard deviation of a figure."""
-    return mean_std(each(records, figure))
+def over_seeds(records: Iterable[Record], metric: Metric) -> tuple[float, float]:
+    """Return mean and sample standard deviation of a metric."""
+    return mean_std(each(records, metric))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -38,7 +38,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def minus(ours: Iterable[float], theirs: Iterable[float]) -> tuple[float, float]:
-    """Return mean and deviation of the differences, taken seed by seed."""
+    """Return mean and deviation of the per-seed differences."""
     return mean_std([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
@@ -52,13 +52,13 @@ def shown(value: tuple[float, float], digits: int = 4) -> str:
     return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
 
 
-def share(records: Sequence[Record], figure: Figure) -> str:
-    """Format a share in percent, with its deviation in points if there are several seeds."""
-    middle, spread = over_seeds(records, figure)
+def share(records: Sequence[Record], metric: Metric) -> str:
+    """Format a share in percent, with its deviation over seeds in percentage points."""
+    middle, spread = over_seeds(records, metric)
     return f"{middle:.1%}" + (f" ± {100 * spread:.1f}" if len(records) > 1 else "")
 
 
 def span(values: Sequence[float], form: str, between: str = " to ") -> str:
-    """Format the smallest and the largest value; one of them if they print alike."""
+    """Format the smallest and the largest value; a single value if both print alike."""
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f"{low}{between}{high}"

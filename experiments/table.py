@@ -1,4 +1,4 @@
-"""The claims, in order: the one place that names them all."""
+"""Registry of all claims."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLAIMS = {
     "c9": "c9_looped_experts",
     "systematic": "systematic",
 }
-"""Id -> folder of this package."""
+"""Id -> subpackage."""
 
 PENDING = {
     "c7": ("Depth-wise batching serves 2-3x as many tokens", "the serving engine"),
@@ -33,31 +33,31 @@ PENDING = {
         "a graph-reachability task and probes of the state",
     ),
 }
-"""Id -> (title, what it needs) of claims that are not answered yet."""
+"""Id -> (title, requirement) of claims that have no experiment yet."""
 
 PACKAGE = Path(__file__).parent
 
 
 def experiment(claim: str) -> Experiment:
-    """The module of a claim.
+    """Import the module of a claim.
 
     Raises:
-        ConfigError: There is no such claim, or it is not answered yet.
+        ConfigError: The claim is unknown or has no experiment yet.
     """
     if claim in PENDING:
         title, needs = PENDING[claim]
         raise ConfigError(
-            f"{claim} ({title}) is not answered yet", where="experiments run", value=claim,
+            f"{claim} ({title}) has no experiment yet", where="experiments run", value=claim,
             allowed=", ".join(CLAIMS), fix=f"it needs {needs}",
         )  # fmt: skip
     if claim not in CLAIMS:
         raise ConfigError(
-            "no such claim", where="experiments run", value=claim,
-            allowed=", ".join(CLAIMS), fix="see python -m experiments list",
+            "unknown claim", where="experiments run", value=claim,
+            allowed=", ".join(CLAIMS), fix="run `python -m experiments list` to see all claims",
         )  # fmt: skip
     return cast(Experiment, importlib.import_module(f"experiments.{CLAIMS[claim]}"))
 
 
 def committed_results(claim: str, scale: str) -> Path:
-    """The folder of the recorded results that come with the package."""
+    """Return the folder of the results recorded in the repository."""
     return PACKAGE / CLAIMS[claim] / "results" / scale

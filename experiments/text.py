@@ -1,4 +1,4 @@
-"""Language models on text that every machine has: Python's own standard library, as bytes."""
+"""Byte-level language models trained on the source of Python's standard library."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _TRAIN_AT: dict[str, dict[str, Any]] = {
 
 
 def standard_library(shared: Path) -> Path:
-    """The prepared text in ``shared``, made at the first call on a machine."""
+    """Return the folder of the prepared text in ``shared``; prepare it on first use."""
     folder = shared / f"stdlib-{platform.python_version()}"
     if not folder.exists():
         mine = shared / f".stdlib-{secrets.token_hex(4)}"
         prepare("stdlib", mine, ByteTokenizer(), val_fraction=_VAL_FRACTION)
         try:
             mine.rename(folder)
-        except OSError:  # another worker was first
+        except OSError:  # another worker prepared it first
             shutil.rmtree(mine)
     return folder
 
 
 def validation(folder: Path, *, seq_len: int, windows: int, batch: int = 32) -> list[Batch]:
-    """The first windows of unseen files."""
+    """Return batches of the first ``windows`` windows of the validation split."""
     shards = TokenShards(folder, "val")
     return list(
         EpochWindows(shards, seq_len=seq_len, global_batch=min(batch, windows), max_windows=windows)
@@ -56,7 +56,7 @@ def validation(folder: Path, *, seq_len: int, windows: int, batch: int = 32) -> 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, its text and what it cost."""
+    """A trained model with its run, validation batches and loss curve."""
 
     model: Model
     run: RunConfig
@@ -64,12 +64,12 @@ class Trained:
     curve: list[tuple[int, float]]
 
     def losses(self, depths: list[int]) -> list[float]:
-        """Validation loss at each depth, nats per byte; a dense model has one."""
+        """Return the validation loss (nats per byte) at each depth; a dense model has one."""
         dtype = resolve_dtype(self.run.train.dtype)
         return [row.loss for row in evaluate_depths(self.model, self.batches, depths, dtype=dtype)]
 
     def costs(self) -> dict[str, Any]:
-        """Parameters without embedding and head, tokens, and training FLOPs at the mean depth."""
+        """Return non-embedding parameters, tokens, training FLOPs at the mean depth, and curve."""
         counts = account(self.model, context=self.run.train.seq_len)
         tokens = self.run.train.steps * self.run.train.global_batch * self.run.train.seq_len
         return {
@@ -81,16 +81,11 @@ class Trained:
 
 
 def train(cell: Cell, place: Place, change: Callable[[Model], Any] = lambda model: None) -> Trained:
-    """Train the language model that ``cell.settings`` describe.
+    """Train the language model described by ``cell.settings``.
 
-    The settings hold "run", the sections of a :class:`RunConfig`; "val_windows"; "save_every",
-    steps between two checkpoints, from which an interrupted training resumes (0: none); and, for a
-    dense model of a given depth, "n_layers".
-
-    Args:
-        cell: What to train; the seed is the cell's.
-        place: Where text and checkpoints are.
-        change: Modifies the untrained model in place.
+    Settings: "run" (sections of a :class:`RunConfig`), "val_windows", "save_every" (steps between
+    checkpoints to resume from; 0: none) and, for a dense model, optionally "n_layers".
+    ``change`` modifies the untrained model in place.
     """
     run = run_of(cell)
     run.train.save_every = cell.settings["save_every"]
@@ -115,10 +110,10 @@ def loader(run: RunConfig) -> Loader:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of byte-level models by scale: what the claims on text have in common."""
+    """Sizes of the byte-level models by scale."""
 
     train: dict[str, Any]
-    """``RunConfig.train`` at the scale "cpu", beside what all share."""
+    """Fields of ``RunConfig.train`` at scale "cpu"."""
     widths: dict[str, tuple[int, int]]
     """Scale -> (width, heads)."""
     val_windows: int
@@ -129,15 +124,7 @@ class Sizes:
     def settings(
         self, scale: str, *, model: dict[str, Any], depth: dict[str, Any], lr: float, **run: Any
     ) -> dict[str, Any]:
-        """Return the settings of :func:`train`.
-
-        Args:
-            scale: "cpu", "gpu" or "quick".
-            model: Fields of the model beside the common ones.
-            depth: The section "depth" of the run.
-            lr: Learning rate.
-            run: More fields of the run; those of "train" are merged.
-        """
+        """Return the settings of :func:`train`; "model" and "train" are merged with defaults."""
         train = _TRAIN | self.train | _TRAIN_AT[scale]
         if scale == "gpu":
             train["seq_len"] = self.gpu_seq_len

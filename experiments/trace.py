@@ -1,4 +1,4 @@
-"""``python -m experiments trace``: a chain through the loops, beside the entities it reaches."""
+"""``python -m experiments trace``: trace a chain through the loops of a model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from open_mythos.reports.trace_record import Goal, PromptTrace, trace_of
 def trace_chain(
     folder: Path, prompt: str, *, n_loops: int | None = None, exit: str = ""
 ) -> PromptTrace:
-    """Trace ``prompt``, such as "e3 r1 r4", through the model of chains in ``folder``.
+    """Trace ``prompt``, such as "e3 r1 r4", through the chain model in ``folder``.
 
     Args:
         folder: Model folder of the demo: weights, tokenizer and task.json.
-        prompt: An entity and relations; more chains may follow.
-        n_loops: Loops; None for the model's max_loop_iters.
-        exit: Exit rule whose exits are marked; "" for the gate, if one was trained.
+        prompt: An entity followed by relations; more chains may follow.
+        n_loops: Number of loops; None for the model's max_loop_iters.
+        exit: Early-exit rule to mark; "" for the gate, if one was trained.
 
     Raises:
-        ConfigError: The exit rule or the number of loops is not valid.
-        DataError: The folder holds no model of chains, or ``prompt`` is not a chain.
+        ConfigError: Invalid exit rule or number of loops.
+        DataError: The folder holds no chain model, or ``prompt`` is not a chain.
     """
     task = load_task(folder)
 
@@ -36,5 +36,5 @@ def trace_chain(
 
 
 def write_trace(folder: Path, prompt: str, *, n_loops: int | None, exit: str, out: Path) -> None:
-    """Write the page of :func:`trace_chain` to ``out``."""
+    """Write the HTML page of :func:`trace_chain` to ``out``."""
     write_page(trace_chain(folder, prompt, n_loops=n_loops, exit=exit), out)

@@ -1,4 +1,4 @@
-"""What the cells of all claims share when they train: the run, the model, the logged metrics."""
+"""Shared training helpers: run, model, logged metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from open_mythos.train.build import Model
 
 
 def run_of(cell: Cell) -> RunConfig:
-    """Read the run of ``cell.settings["run"]``, seeded by the cell."""
+    """Build the RunConfig from ``cell.settings["run"]`` with the cell's seed."""
     run = RunConfig.from_dict(cell.settings["run"])
     run.train.seed = cell.seed
     return run
@@ -26,7 +26,7 @@ def run_of(cell: Cell) -> RunConfig:
 
 @contextmanager
 def seeded(seed: int, stream: str = "init") -> Iterator[None]:
-    """Seed torch's default CPU generator inside the block, and restore its state after."""
+    """Seed torch's default CPU generator inside the block and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, stream))
         yield
@@ -36,9 +36,9 @@ def build(run: RunConfig, *, n_layers: int | None = None, unrolled: int | None =
     """Build the untrained model of a run.
 
     Args:
-        run: The run.
-        n_layers: Build a dense model of this many layers instead.
-        unrolled: Build a dense model with a layer for every block that so many loops execute.
+        run: Configuration of the run.
+        n_layers: Build a dense model with this many layers instead.
+        unrolled: Build a dense model as deep as this many loops instead.
     """
     if n_layers is None and unrolled is None:
         return build_model(run)
@@ -49,13 +49,13 @@ def build(run: RunConfig, *, n_layers: int | None = None, unrolled: int | None =
 
 
 class Curves:
-    """A logger for the trainer that keeps some of the metrics as (step, value) points."""
+    """A trainer logger that keeps selected metrics as (step, value) points."""
 
     def __init__(self, *names: str) -> None:
         self.points: dict[str, list[tuple[int, Any]]] = {name: [] for name in names}
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep the metrics whose names were given."""
+        """Append the selected metrics."""
         for name, points in self.points.items():
             if name in metrics:
                 points.append((step, metrics[name]))
@@ -69,20 +69,14 @@ def fit(
     evaluate: Any = None,
     checkpoints: Path | None = None,
 ) -> dict[str, list[tuple[int, Any]]]:
-    """Train ``model`` in place and return the curves of "loss" and of the metrics ``names``.
+    """Train ``model`` in place and return the curves of "loss" and the metrics ``names``.
 
-    Args:
-        model: Untrained.
-        loader: Batches for the trainer.
-        run: The run.
-        names: More metrics to keep.
-        evaluate: Evaluation for the trainer.
-        checkpoints: Resume from the newest whole checkpoint of this folder, if there is one.
+    Resume from the newest complete checkpoint in ``checkpoints``, if there is one.
     """
     curves = Curves("loss", *names)
     trainer = Trainer(model, loader, run, evaluate=evaluate, loggers=[curves])
     if checkpoints is not None:
-        with suppress(DataError):  # a run that was killed early has no whole checkpoint
+        with suppress(DataError):  # killed before its first checkpoint
             trainer.resume(find_checkpoint(checkpoints))
     trainer.fit()
     return curves.points

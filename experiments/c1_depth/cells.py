@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.c1_depth.recipe import (
-    ASKED_HOPS,
-    CHOSEN_LOOPS,
-    PAIRS_AFTER,
-    TRAINED_HOPS,
-    recipe,
-)
+from experiments.c1_depth.recipe import ASKED_HOPS, CHOSEN_LOOPS, PAIRS_AFTER, TRAINED_HOPS, recipe
 from experiments.claim import QUICK, Cell, Claim, sweep
 
 SOLVED, SHALLOW, DENSE_AT_MOST, PART, DECAY_POINTS = 0.95, 0.60, 0.25, 0.50, 2

@@ -8,12 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from experiments.c2_stability.cells import (
-    ARMS,
-    CONSTRAINED,
-    RATIO,
-    UNCONSTRAINED,
-)
+from experiments.c2_stability.cells import ARMS, CONSTRAINED, RATIO, UNCONSTRAINED
 from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, panels
 from experiments.spread import mean_std

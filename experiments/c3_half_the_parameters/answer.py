@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from experiments.c3_half_the_parameters.cells import (
-    HALF,
-    LOOPED,
-    PART,
-    UNROLLED,
-    WHOLE,
-)
+from experiments.c3_half_the_parameters.cells import HALF, LOOPED, PART, UNROLLED, WHOLE
 from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, panels
 from experiments.spread import each, minus, over_seeds, shown

@@ -1,4 +1,4 @@
-"""C4: whether harder tokens get more loops, at equal quality and for less computation."""
+"""C4: does adaptive halting give harder tokens more loops at equal quality and less compute?"""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ _RUN = {CHAINS: run_chains, ACT: run_act, TEXT: run_text}
 
 
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
-    """Run one cell: chains, ACT or text."""
+    """Run a cell of chains, ACT or text."""
     return _RUN[cell.arm](cell, place)

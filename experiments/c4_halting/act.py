@@ -1,8 +1,7 @@
-"""The negative control: depth learnt end to end, as Adaptive Computation Time has it.
+"""Negative control: depth learned end to end by Adaptive Computation Time.
 
-The states of all loops are mixed by the gate's weights, the mixture is read out, and the loss
-carries a cost for every loop (Graves, arXiv 1603.08983). So the trajectory is trained to be mixed,
-not to arrive.
+The output is a mixture of the states of all loops, weighted by the gate, and the loss has a ponder
+cost per loop (Graves, arXiv 1603.08983). Training optimizes the mixture, not the final state.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from open_mythos.train import RunConfig, build_model, build_optimizer, learning_
 
 
 def train_act(run: RunConfig, ponder: float, bias: float) -> OpenMythos:
-    """The model of ``run`` trained by the mixture over ``max_loop_iters`` loops.
+    """Train the model of ``run`` on the mixture over ``max_loop_iters`` loops.
 
     Args:
-        run: Model, data, optimizer and seed; its depth plan is not used.
-        ponder: Nats that a loop costs.
-        bias: Of the untrained gate; a low one begins with all loops.
+        run: Model, data, optimizer and seed; its depth plan is unused.
+        ponder: Cost of a loop in nats.
+        bias: Initial bias of the gate; a low one starts with all loops.
     """
     model = build_model(run)
     assert isinstance(model, OpenMythos)
@@ -54,7 +53,7 @@ def train_act(run: RunConfig, ponder: float, bias: float) -> OpenMythos:
 
 
 def mixture(model: OpenMythos, batch: Batch, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The final hidden state (B, T, D) of the mixed state, the ponder cost and the loops (B, T)."""
+    """Return the final hidden state (B, T, D) of the mixture, ponder cost and loops (B, T)."""
     ctx = model.context(batch.input_ids)
     states_LBTD = torch.stack([h_BTD for _, h_BTD in model.unroll(batch.input_ids, depth, ctx)])
     halting = model.recurrent.halting
@@ -66,22 +65,22 @@ def mixture(model: OpenMythos, batch: Batch, depth: int) -> tuple[Tensor, Tensor
 
 
 def measure_act(model: OpenMythos, test: Batch, depths: list[int]) -> list[dict[str, Any]]:
-    """Accuracy and loops (B, T) of the mixture, with each number of loops allowed.
+    """Measure accuracy and loops (B, T) of the mixture for each maximum number of loops.
 
-    "accuracy" is that of the mixture while nobody leaves, as in training. "left" is that of states
-    that are really left after as many loops.
+    "accuracy" is that of the mixture without early exit, as in training; "left" that of exiting
+    each position after the loops it used.
     """
     found = []
     asked_BT = test.targets != IGNORE_INDEX
     with frozen(model, torch.float32):
         for depth in depths:
             hidden_BTD, _, loops_BT = mixture(model, test, depth)
-            said_BT = model.head(hidden_BTD).argmax(-1)
+            predicted_BT = model.head(hidden_BTD).argmax(-1)
             left = run_exits(model, [test], depth, [GivenDepths(loops_BT)])
             found.append(
                 {
                     "allowed": depth,
-                    "accuracy": float((said_BT == test.targets)[asked_BT].float().mean()),
+                    "accuracy": float((predicted_BT == test.targets)[asked_BT].float().mean()),
                     "left": float(left.right_N.float().mean()),
                     "loops": float(loops_BT.float().mean()),
                     "exits": loops_BT,

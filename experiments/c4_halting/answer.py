@@ -1,199 +1,168 @@
-"""From what every rule kept and saved to the verdict."""
+"""Derive the verdict from the accuracy and the loops of every exit rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from experiments.c4_halting.cells import (
-    ACT,
-    ALL_HOPS,
-    CHAINS,
-    CHEAPER,
-    LOSE,
-    MARGINAL,
-    ORDERED,
-    REMAINING,
-    TEXT,
-)
+from experiments.c4_halting import cells as c4
 from experiments.claim import Record, Summary, verdict
-from experiments.spread import by_arm, mean_std, shown
-
-GATES = (REMAINING, MARGINAL, ALL_HOPS)
+from experiments.spread import by_arm, columns, mean_std, shown
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a rule on chains, over all seeds."""
+    """One setting of a rule on chains; numbers are means over seeds."""
 
     rule: str
     spec: str
-    points: list[dict[str, Any]]
-    """What came, a seed each."""
-    static: list[list[float]]
-    """Accuracy with 1, 2, ... loops for everybody, of the same seeds."""
-
-    def over(self, figure: Callable[[dict[str, Any]], float]) -> float:
-        """Mean over seeds."""
-        return mean(figure(point) for point in self.points)
-
-    @property
-    def loops(self) -> float:
-        """Mean loops of a position."""
-        return self.over(lambda point: point["loops"])
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the questions answered."""
-        return self.over(lambda point: point["accuracy"])
-
-    @property
-    def spearman(self) -> float:
-        """Of loops against hops."""
-        return self.over(lambda point: point["spearman"])
-
-    @property
-    def lost(self) -> float:
-        """Accuracy lost against full depth."""
-        return mean(static[-1] for static in self.static) - self.accuracy
-
-    @property
-    def static_loops(self) -> float:
-        """Loops that everybody needs for the same accuracy."""
-        pairs = zip(self.points, self.static, strict=True)
-        return mean(fewest_loops(static, point["accuracy"]) for point, static in pairs)
+    points: Sequence[dict[str, Any]]
+    """Measurements, one per seed."""
+    loops: float
+    accuracy: float
+    random: float
+    """Accuracy of the same exits at random positions."""
+    spearman: float
+    """Rank correlation of loops with hops."""
+    lost: float
+    """Accuracy lost against full depth."""
+    static_loops: float
+    """Loops that static depth needs for the same accuracy."""
 
     @property
     def ratio(self) -> float:
-        """Loops as a share of those of static depth."""
+        """Return the loops as a share of those of static depth."""
         return self.loops / self.static_loops
 
     @property
-    def beats_random(self) -> bool:
-        """Whether it answers more than its own exits at random, in every seed."""
-        return all(point["accuracy"] > point["random"]["accuracy"] for point in self.points)
-
-    @property
     def cheaper(self) -> bool:
-        """Whether it meets the pass mark."""
-        return self.lost <= LOSE and self.ratio <= CHEAPER and self.beats_random
+        """Return whether the setting meets the pass mark and beats random exits for every seed."""
+        beats_random = all(p["accuracy"] > p["random"]["accuracy"] for p in self.points)
+        return self.lost <= c4.LOSE and self.ratio <= c4.CHEAPER and beats_random
 
 
 def fewest_loops(static: Sequence[float], accuracy: float) -> int:
-    """Loops for everybody that reach ``accuracy``, or the best there is if nothing does."""
+    """Return the fewest static loops that reach ``accuracy``, or the best accuracy there is."""
     wanted = min(accuracy, max(static))
     return next(loops for loops, each in enumerate(static, start=1) if each >= wanted)
 
 
 def summarise(records: Sequence[Record]) -> Summary:
-    """What each rule keeps at which depth, and the verdict."""
+    """Compare every rule with static depth and random exits."""
     arms = by_arm(records)
-    chains = arms[CHAINS]
+    chains, act, text = arms[c4.CHAINS], arms[c4.ACT], arms[c4.TEXT]
     settings = _settings(chains)
     chosen = [_chosen(settings, rule) for rule in dict.fromkeys(each.rule for each in settings)]
-    learned = max((each for each in settings if each.rule in GATES), key=lambda s: s.spearman)
-    ordered = learned.spearman >= ORDERED
-    cheap = min(chosen, key=lambda each: (not each.cheaper, each.lost > LOSE, each.ratio))
+    gates = (c4.REMAINING, c4.MARGINAL, c4.ALL_HOPS)
+    learned = max((each for each in settings if each.rule in gates), key=lambda s: s.spearman)
+    ordered = learned.spearman >= c4.ORDERED
+    cheap = min(chosen, key=lambda each: (not each.cheaper, each.lost > c4.LOSE, each.ratio))
     return Summary(
         verdict(ordered and cheap.cheaper, ordered or cheap.cheaper),
         f"Loops follow hops with rho {learned.spearman:.2f} under the best gate ({learned.rule}, "
-        f"{learned.spec}) and {max(each.spearman for each in settings):.2f} under the best rule of "
-        f"all. {cheap.rule.capitalize()} ({cheap.spec}) answers {cheap.accuracy:.1%} with "
+        f"{learned.spec}) and {max(each.spearman for each in settings):.2f} under the best rule "
+        f"overall. {cheap.rule.capitalize()} ({cheap.spec}) answers {cheap.accuracy:.1%} with "
         f"{cheap.loops:.1f} loops, {cheap.lost:+.1%} lost; static depth needs "
-        f"{cheap.static_loops:.1f} for as much ({cheap.ratio:.0%}), and the same exits at random "
-        f"answer {cheap.over(lambda p: p['random']['accuracy']):.1%}. {_beyond(chains)} "
-        f"{_frozen(chains)} {_act(arms[ACT])} {_text(arms[TEXT])}",
+        f"{cheap.static_loops:.1f} loops for the same accuracy ({cheap.ratio:.0%}), and the same "
+        f"exits at random positions answer {cheap.random:.1%}. {_calibration(chains)} "
+        f"{_oracle_sentence(chains)} {_act_sentence(act)} {_text_sentence(text)}",
         f"rho {learned.spearman:.2f} (gate); {cheap.ratio:.0%} of static loops at "
         f"{100 * cheap.lost:.1f} points lost",
-        ("depth decided by", "setting", "loops", "answered", "random exits", "static loops",
+        ("exit rule", "setting", "loops", "answered", "random exits", "static loops",
          "share of static", "rho", "computed", "time"),
-        [*(_row(each, chains) for each in chosen), *_references(chains, arms[ACT])],
-        _drawn(settings, chosen, chains, arms[TEXT]),
+        [*(_row(each, chains) for each in chosen), *_references(chains, act)],
+        _plotted(settings, chosen, chains, text),
     )  # fmt: skip
 
 
 def _settings(chains: Sequence[Record]) -> list[Setting]:
     static = [record.figures["static"] for record in chains]
-    per_seed = zip(*(record.figures["points"] for record in chains), strict=True)
-    return [Setting(each[0]["rule"], each[0]["spec"], list(each), static) for each in per_seed]
+    full = mean(each[-1] for each in static)
+    found = []
+    for points in zip(*(record.figures["points"] for record in chains), strict=True):
+        accuracy = mean(point["accuracy"] for point in points)
+        found.append(
+            Setting(
+                points[0]["rule"], points[0]["spec"], points,
+                loops=mean(point["loops"] for point in points),
+                accuracy=accuracy,
+                random=mean(point["random"]["accuracy"] for point in points),
+                spearman=mean(point["spearman"] for point in points),
+                lost=full - accuracy,
+                static_loops=mean(
+                    fewest_loops(of_seed, point["accuracy"])
+                    for point, of_seed in zip(points, static, strict=True)
+                ),
+            )
+        )  # fmt: skip
+    return found
 
 
 def _chosen(settings: Sequence[Setting], rule: str) -> Setting:
-    """The shallowest setting that loses little; the most accurate where none does."""
+    """Choose the shallowest setting that loses little, or else the most accurate one."""
     own = [each for each in settings if each.rule == rule]
-    good = [each for each in own if each.lost <= LOSE]
+    good = [each for each in own if each.lost <= c4.LOSE]
     if good:
         return min(good, key=lambda each: each.loops)
     return max(own, key=lambda each: each.accuracy)
 
 
-def _beyond(chains: Sequence[Record]) -> str:
-    """How the gate that saw short chains does on long ones."""
+def _calibration(chains: Sequence[Record]) -> str:
+    gates = [record.figures["gates"][c4.REMAINING] for record in chains]
     known, unseen = (
-        mean(record.figures["gates"][REMAINING]["calibration"][part] for record in chains)
-        for part in ("trained", "unseen")
+        mean(gate["calibration"][part] for gate in gates) for part in ("trained", "unseen")
     )
-    shift = mean(record.figures["gates"][REMAINING]["position_shift"] for record in chains)
     return (
         f"The gate trained on short chains has a calibration error of {known:.2f} on them and "
-        f"{unseen:.2f} on longer ones; in the second of two chains in a row it leaves {shift:.1f} "
-        "loops later at equal hops, where following the position would make it about six."
+        f"{unseen:.2f} on longer ones; in the second of two consecutive chains it exits "
+        f"{mean(gate['position_shift'] for gate in gates):.1f} loops later at equal hops; if it "
+        "followed the position, this would be about six."
     )
 
 
-def _frozen(chains: Sequence[Record]) -> str:
-    """What the oracle says about leaving at once."""
-    first, last = (_oracle(chains, at) for at in (0, -1))
+def _oracle_sentence(chains: Sequence[Record]) -> str:
+    first, *_, last = _means(chains, "oracle")
     return (
-        f"Leaving as soon as the own answer is right for good, by an oracle, answers "
-        f"{first['accuracy']:.0%}, {last['delay']:.0f} loops later {last['accuracy']:.1%}: those "
-        "behind read a state as it was left."
+        f"Exiting as soon as the position's own answer is final, by an oracle, answers "
+        f"{first['accuracy']:.0%}, {last['delay']:.0f} loops later {last['accuracy']:.1%}: later "
+        "positions attend to the state at its exit."
     )
 
 
-def _oracle(chains: Sequence[Record], at: int) -> dict[str, float]:
-    rows = [record.figures["oracle"][at] for record in chains]
-    return {key: mean(row[key] for row in rows) for key in ("delay", "loops", "accuracy")}
-
-
-def _act(act: Sequence[Record]) -> str:
-    few, many = (_allowed(act, at) for at in (0, -1))
+def _act_sentence(act: Sequence[Record]) -> str:
+    few, *_, many = _means(act, "allowed")
     return (
         f"Trained end to end by ACT mixing: {few['accuracy']:.1%} with {few['allowed']:.0f} loops "
-        f"allowed, {many['accuracy']:.1%} with {many['allowed']:.0f}, of which it takes "
-        f"{many['loops']:.1f} (rho {many['spearman']:.2f}) while nobody leaves; "
-        f"{many['left']:.1%} if they are really left."
+        f"allowed, {many['accuracy']:.1%} with {many['allowed']:.0f}, of which it uses "
+        f"{many['loops']:.1f} (rho {many['spearman']:.2f}) without early exit; "
+        f"{many['left']:.1%} with early exit."
     )
 
 
-def _allowed(act: Sequence[Record], at: int) -> dict[str, float]:
-    """Means over seeds of what the mixture did with one number of loops allowed."""
-    found = [record.figures["allowed"][at] for record in act]
-    return {key: mean(each[key] for each in found) for key in found[0]}
+def _means(records: Sequence[Record], key: str) -> list[dict[str, float]]:
+    """Average rows of metrics over seeds."""
+    rows = zip(*(record.figures[key] for record in records), strict=True)
+    return [{name: mean(each[name] for each in row) for name in row[0]} for row in rows]
 
 
-def _text(text: Sequence[Record]) -> str:
-    static = _mean_static(text)
+def _text_sentence(text: Sequence[Record]) -> str:
+    static = columns(record.figures["static"] for record in text)
     gains = [
-        mean(point["random"]["loss"] - point["loss"] for point in each)
-        for each in _text_points(text)
+        mean(point["random"]["loss"] - point["loss"] for point in points)
+        for points in _text_points(text)
     ]
     return (
         f"On text the best static depth is {1 + static.index(min(static))} loops "
-        f"({min(static):.4f} nats per byte; one loop {static[0]:.4f}), and no rule is better than "
-        f"its own exits at random by more than {max(gains):.4f}."
+        f"({min(static):.4f} nats per byte; one loop {static[0]:.4f}), and no rule beats its own "
+        f"exits at random positions by more than {max(gains):.4f}."
     )
 
 
 def _text_points(text: Sequence[Record]) -> list[tuple[dict[str, Any], ...]]:
-    """Every setting, a point for each seed."""
+    """Return the measurements of every setting, one per seed."""
     return list(zip(*(record.figures["points"] for record in text), strict=True))
-
-
-def _mean_static(records: Sequence[Record]) -> list[float]:
-    return [mean(each) for each in zip(*(r.figures["static"] for r in records), strict=True)]
 
 
 def _row(setting: Setting, chains: Sequence[Record]) -> tuple[str, ...]:
@@ -202,58 +171,54 @@ def _row(setting: Setting, chains: Sequence[Record]) -> tuple[str, ...]:
     return (
         setting.rule, setting.spec, f"{setting.loops:.1f}",
         shown(mean_std([point["accuracy"] for point in setting.points]), 3),
-        f"{setting.over(lambda p: p['random']['accuracy']):.3f}", f"{setting.static_loops:.1f}",
+        f"{setting.random:.3f}", f"{setting.static_loops:.1f}",
         f"{setting.ratio:.0%}", f"{setting.spearman:.2f}",
-        f"{setting.over(lambda p: p['computed']):.0%}", f"{mean(times):.0%}" if times else "-",
+        f"{mean(point['computed'] for point in setting.points):.0%}",
+        f"{mean(times):.0%}" if times else "-",
     )  # fmt: skip
 
 
 def _references(chains: Sequence[Record], act: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Full depth, the oracle, and the model trained by ACT, in the columns of the table."""
+    """Return the table rows of full depth, the oracle and ACT."""
     static = [record.figures["static"] for record in chains]
-    full = shown(mean_std([each[-1] for each in static]), 3)
-    deepest = len(static[0])
-    rows = [
-        ("static depth", f"{deepest} loops", f"{deepest}.0", full, *["-"] * 4, "100%", "100%")
+    full, deepest = shown(mean_std([each[-1] for each in static]), 3), len(static[0])
+    return [
+        ("static depth", f"{deepest} loops", f"{deepest}.0", full, *["-"] * 4, "100%", "100%"),
+        *(
+            ("oracle", f"{row['delay']:.0f} loops later", f"{row['loops']:.1f}",
+             f"{row['accuracy']:.3f}", *["-"] * 6)
+            for row in _means(chains, "oracle")
+        ),
+        *(
+            ("ACT mixing", f"{row['allowed']:.0f} allowed", f"{row['loops']:.1f}",
+             f"{row['accuracy']:.3f}", *["-"] * 3, f"{row['spearman']:.2f}", "-", "-")
+            for row in _means(act, "allowed")
+        ),
     ]  # fmt: skip
-    for at in range(len(chains[0].figures["oracle"])):
-        told = _oracle(chains, at)
-        after = f"{told['delay']:.0f} loops later"
-        accuracy = f"{told['accuracy']:.3f}"
-        rows.append(("oracle", after, f"{told['loops']:.1f}", accuracy, *["-"] * 6))
-    for at in range(len(act[0].figures["allowed"])):
-        mixed = _allowed(act, at)
-        rows.append(
-            ("ACT mixing", f"{mixed['allowed']:.0f} allowed", f"{mixed['loops']:.1f}",
-             f"{mixed['accuracy']:.3f}", *["-"] * 3, f"{mixed['spearman']:.2f}", "-", "-")
-        )  # fmt: skip
-    return rows
 
 
-def _drawn(
+def _plotted(
     settings: Sequence[Setting], chosen: Sequence[Setting], chains: Sequence[Record],
     text: Sequence[Record],
 ) -> dict[str, Any]:  # fmt: skip
-    """Means over seeds, for the picture."""
+    """Return the means over seeds that the plot shows."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    random, prose = list[tuple[float, float]](), dict[str, list[tuple[float, float]]]()
+    text_curves: dict[str, list[tuple[float, float]]] = {}
     for each in settings:
         curves.setdefault(each.rule, []).append((each.loops, each.accuracy))
-        random.append((each.loops, each.over(lambda p: p["random"]["accuracy"])))
     for points in _text_points(text):
         at = (mean(p["loops"] for p in points), mean(p["loss"] for p in points))
-        prose.setdefault(points[0]["rule"], []).append(at)
-    oracle = [_oracle(chains, at) for at in range(len(chains[0].figures["oracle"]))]
+        text_curves.setdefault(points[0]["rule"], []).append(at)
     return {
         "rules": curves,
-        "random": random,
-        "static": _mean_static(chains),
-        "oracle": [(each["loops"], each["accuracy"]) for each in oracle],
+        "random": [(each.loops, each.random) for each in settings],
+        "static": columns(record.figures["static"] for record in chains),
+        "oracle": [(each["loops"], each["accuracy"]) for each in _means(chains, "oracle")],
         "by_hop": {
-            f"{each.rule} ({each.spec})": [
-                mean(loops) for loops in zip(*(p["loops_by_hop"] for p in each.points), strict=True)
-            ]
+            f"{each.rule} ({each.spec})": columns(p["loops_by_hop"] for p in each.points)
             for each in chosen
         },
-        "text": {"static": _mean_static(text), "rules": prose},
-    }
+        "text": {
+            "static": columns(record.figures["static"] for record in text), "rules": text_curves
+        },
+    }  # fmt: skip

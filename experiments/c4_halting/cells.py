@@ -1,4 +1,4 @@
-"""The numbers of the claim, and what is run."""
+"""Thresholds and cells of the claim."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ _TEXT: dict[str, Any] = {
     },
 }  # fmt: skip
 SEEDS = (10, 11, 12)
-"""The settings above were chosen on other seeds."""
+"""Disjoint from the seeds on which the settings above were chosen."""
 
 
 def cells(scale: str) -> list[Cell]:
-    """The chains with all seeds, then what costs more than it decides with fewer."""
+    """Return chains for all seeds, and the costlier ACT and text for fewer."""
     if scale == QUICK:
         return [_quick_chains()]
     chains = {"run": recipe().to_dict()}

@@ -1,4 +1,4 @@
-"""Chains of relations: how many loops a question needs is known, it has that many hops."""
+"""Chains of relations, where the number of loops a question needs is known: its hops."""
 
 from __future__ import annotations
 
@@ -13,22 +13,11 @@ from torch import Tensor
 
 from experiments.c1_depth.recipe import TASK, TRAINED_HOPS, chains
 from experiments.c4_halting.act import measure_act, train_act
-from experiments.c4_halting.points import (
-    figures,
-    hop_numbers,
-    measure,
-    ordering,
-    shallowest,
-)
+from experiments.c4_halting.points import figures, hop_numbers, measure, ordering, shallowest
 from experiments.claim import Cell, Place
 from experiments.training import run_of
 from open_mythos.data import IGNORE_INDEX, Batch
-from open_mythos.evaluation.early_exit import (
-    GivenDepths,
-    Variant,
-    run_exits,
-    wall_clock,
-)
+from open_mythos.evaluation.early_exit import GivenDepths, Variant, run_exits, wall_clock
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.exit_rules import ExitRule, exit_rule
 from open_mythos.model.mythos import OpenMythos
@@ -36,11 +25,11 @@ from open_mythos.train import GateConfig, Trainer, build_model, train_gate
 from open_mythos.train.gate import calibration_error, trajectory
 
 _FRESH = 1 << 20
-"""First step of chains that no training has drawn."""
+"""First step of chains not drawn in training."""
 
 
 def run_chains(cell: Cell, place: Place) -> dict[str, Any]:
-    """Train one model, and let every rule decide for it."""
+    """Train a model and measure every exit rule on it."""
     s, run = cell.settings, run_of(cell)
     trainer = Trainer(build_model(run), chains(run), run)
     trainer.fit()
@@ -49,7 +38,7 @@ def run_chains(cell: Cell, place: Place) -> dict[str, Any]:
 
 
 def run_act(cell: Cell, place: Place) -> dict[str, Any]:
-    """Train one model by the mixture of its loops, and ask it with more of them."""
+    """Train a model by ACT and evaluate it with more loops."""
     s = cell.settings
     model = train_act(run_of(cell), s["ponder"], s["bias"])
     test = questions(s["hops"], s["rows"], s["drawn"])
@@ -60,9 +49,9 @@ def run_act(cell: Cell, place: Place) -> dict[str, Any]:
 
 
 def questions(hops: int, rows: int, drawn: int) -> Batch:
-    """Of ``drawn`` chains those ``rows`` with the most held-out prefixes, which are what is asked.
+    """Draw chains and keep the ``rows`` with the most held-out prefixes, the labeled ones.
 
-    Held-out prefixes are chosen by a hash, whatever they ask, so nothing is easier about these.
+    Prefixes are held out by hash, so the selection does not favor easier questions.
     """
     batch = TASK.batch(0, global_batch=drawn, hops=hops, held_out=True)
     count_B = (batch.targets != IGNORE_INDEX).sum(1)
@@ -74,7 +63,7 @@ def questions(hops: int, rows: int, drawn: int) -> Batch:
 
 
 def measure_rules(model: OpenMythos, s: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Every gate in turn, then the rules that need no training."""
+    """Measure every gate after training it, then the rules without training."""
     test = questions(s["hops"], s["rows"], s["drawn"])
     static = static_depths(model, test, s["loops"])
     points, gates = list[dict[str, Any]](), dict[str, Any]()
@@ -85,12 +74,12 @@ def measure_rules(model: OpenMythos, s: dict[str, Any], seed: int) -> dict[str, 
         points.extend(found)
         point = shallowest(found, static[-1] - s["lose"])
         if point is not None:
-            # a copy: the next gate is trained in place of this one
+            # a copy: training the next gate overwrites this one
             best[name] = deepcopy(exit_rule(point["spec"], model))
 
     for name, about in s["gates"].items():
         config = GateConfig(target=about["target"], seed=seed, **s["gate"])
-        report = train_gate(model, _learnt(about["hops"], s["gate_rows"]), config)
+        report = train_gate(model, _gate_batches(about["hops"], s["gate_rows"]), config)
         gates[name] = {
             "cross_entropy": [report.curve[0], report.curve[-1]],
             "calibration": _calibration(model, config, s),
@@ -109,7 +98,7 @@ def measure_rules(model: OpenMythos, s: dict[str, Any], seed: int) -> dict[str, 
 def _seconds(
     model: OpenMythos, test: Batch, n_loops: int, rules: dict[str, ExitRule], repeats: int
 ) -> dict[str, float]:
-    """Wall clock of full depth, and of each rule at its shallowest point that loses little."""
+    """Time full depth, and each rule at its shallowest setting that loses little."""
     variants: list[Variant] = [(n_loops, [None]), *((n_loops, [rule]) for rule in rules.values())]
     with frozen(model, torch.float32):
         taken = wall_clock(model, [test], variants, repeats)
@@ -117,7 +106,7 @@ def _seconds(
 
 
 def answered(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
-    """(L, B, T): whether the most likely token is the target, after every loop, nobody leaving."""
+    """Return (L, B, T): whether the top token after each loop is the target, without exits."""
     with frozen(model, torch.float32):
         return torch.stack(
             [
@@ -128,7 +117,7 @@ def answered(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
 
 
 def static_depths(model: OpenMythos, test: Batch, n_loops: int) -> list[float]:
-    """Accuracy with 1 .. ``n_loops`` loops for every position."""
+    """Return the accuracy with 1 .. ``n_loops`` loops for every position."""
     right_LBT = answered(model, test, n_loops)
     return right_LBT[:, test.targets != IGNORE_INDEX].float().mean(1).tolist()
 
@@ -136,17 +125,17 @@ def static_depths(model: OpenMythos, test: Batch, n_loops: int) -> list[float]:
 def oracle(
     model: OpenMythos, test: Batch, n_loops: int, delays: list[int]
 ) -> list[dict[str, float]]:
-    """Positions that leave some loops after their answer is right for good, by the answers.
+    """Exit each position ``delays`` loops after its answer stays right, given the answers.
 
-    No rule can know this. It shows how long a state has to go on after its own answer has settled,
-    because the positions behind it read it as it was left.
+    No rule can know this. It shows how long a state must be updated after its own answer has
+    settled, because later positions attend to it.
     """
     ids = test.input_ids.numpy()
     answers_BT = torch.from_numpy(TASK.answers(ids[:, 0], ids[:, 1:] - TASK.entities))
     everything = replace(test, targets=torch.cat((test.targets[:, :1], answers_BT), 1))
     settled_LBT = answered(model, everything, n_loops).flip(0).cummin(0).values
     first_BT = n_loops + 1 - settled_LBT.sum(0).clamp_min(1)
-    first_BT[:, 0] = first_BT[:, 1]  # the entity asks for nothing; it stays for the first relation
+    first_BT[:, 0] = first_BT[:, 1]  # the entity has no answer; it exits with the first relation
     found = []
     with frozen(model, torch.float32):
         for delay in delays:
@@ -156,13 +145,13 @@ def oracle(
     return found
 
 
-def _learnt(hops: int, rows: int) -> Iterator[Batch]:
-    """Chains that a gate learns from, without end."""
+def _gate_batches(hops: int, rows: int) -> Iterator[Batch]:
+    """Yield training chains of the gate endlessly."""
     return (TASK.batch(step, global_batch=rows, hops=hops) for step in count(_FRESH))
 
 
 def _calibration(model: OpenMythos, config: GateConfig, s: dict[str, Any]) -> dict[str, float]:
-    """The gate's calibration error on hop counts the model was trained on, and on more."""
+    """Return the gate's calibration error on trained and on larger hop counts."""
     batch = TASK.batch(2 * _FRESH, global_batch=s["rows"], hops=s["hops"])
     hops_BT = hop_numbers(batch)
     errors = {}
@@ -177,10 +166,9 @@ def _calibration(model: OpenMythos, config: GateConfig, s: dict[str, Any]) -> di
 
 
 def _position_shift(model: OpenMythos, s: dict[str, Any]) -> float:
-    """Loops by which the second of two chains in a row leaves later than the first, at equal hops.
+    """Return how many loops later the second of two chains in a row exits, at equal hops.
 
-    In one chain the hops of a prefix are its position. Were the gate to follow the position, this
-    would be some six loops.
+    In a single chain hops equal the position; a gate that followed it would exit six loops later.
     """
     pairs = TASK.batch(3 * _FRESH, global_batch=s["rows"], hops=TRAINED_HOPS, chains=2)
     rule = exit_rule(f"gate:{s['thresholds'][0].partition(':')[2]}", model)

@@ -1,4 +1,4 @@
-"""Quality against mean loops, loops against hops, and the same on text."""
+"""Plot quality against mean loops, loops against hops, and loss against loops on text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from experiments.figure import COLOURS, MUTED, panels
 
 
 def plot(summary: Summary, path: Path) -> None:
-    """Three panels, means over seeds."""
+    """Plot ``summary.data`` to ``path``."""
     data = summary.data
     with panels(path, 3) as (quality, depth, text):
         _curve(quality, list(enumerate(data["static"], start=1)), "static depth", "black", "-")
         for (rule, points), colour in zip(data["rules"].items(), COLOURS, strict=False):
             _curve(quality, points, rule, colour, "o-")
         _curve(quality, data["random"], "the same exits at random", MUTED, "x")
-        _curve(quality, data["oracle"], "oracle, some loops later", MUTED, "D--")
+        _curve(quality, data["oracle"], "oracle, delayed", MUTED, "D--")
         quality.set(title="Chains of 1 to 10 hops", xlabel="mean loops", ylabel="answered")
         quality.legend(fontsize=8)
         for (rule, loops), colour in zip(data["by_hop"].items(), COLOURS, strict=False):

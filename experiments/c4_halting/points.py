@@ -1,4 +1,4 @@
-"""Rules run for real: what they keep of the quality, how deep they go, in which order."""
+"""Measure exit rules: quality, depth, and order of exits."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def measure(
     *,
     chains: bool,
 ) -> list[dict[str, Any]]:
-    """Every setting of a rule, each beside the same exits at random positions.
+    """Measure every setting of a rule and the same exits at random positions.
 
     Args:
-        model: Trained.
-        batches: What it is asked.
-        n_loops: Most loops.
-        name: Of the rule.
-        specs: Its settings, as :func:`open_mythos.model.exit_rules.exit_rule` reads them.
-        seed: Of the random exits.
+        model: Trained model.
+        batches: Evaluation batches.
+        n_loops: Maximum loops.
+        name: Name of the rule.
+        specs: Specs for :func:`open_mythos.model.exit_rules.exit_rule`.
+        seed: Seed of the random exits.
         chains: Whether the one batch holds single chains, whose positions are hops.
     """
     found = []
@@ -51,24 +51,24 @@ def measure(
 
 
 def shallowest(points: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | None:
-    """The point of fewest loops whose accuracy is at least ``least``; None where none is."""
+    """Return the point with the fewest loops among those of accuracy ``least`` or more."""
     good = [point for point in points if point["accuracy"] >= least]
     return min(good, key=lambda point: float(point["loops"])) if good else None
 
 
 def hop_numbers(batch: Batch) -> Tensor:
-    """(B, T) hops that each position asks for, in a single chain: its position."""
+    """Return the hops (B, T) of each position of single chains: the position itself."""
     return torch.arange(batch.targets.shape[1]).expand_as(batch.targets)
 
 
 def ordering(exits_BT: Tensor, batch: Batch) -> float:
-    """Spearman's rho of loops against hops, over all questions, labelled or not."""
+    """Return Spearman's rho of loops against hops over all questions, labeled or not."""
     asked_BT = hop_numbers(batch) > 0
     return spearman(exits_BT[asked_BT].numpy(), hop_numbers(batch)[asked_BT].numpy())
 
 
 def figures(done: Pass) -> dict[str, Any]:
-    """Mean loops of all positions, loss and accuracy of the targets."""
+    """Return mean loops of all positions, and loss and accuracy of the targets."""
     loops = torch.cat([exits.flatten() for exits in done.exits])
     return {
         "loops": float(loops.float().mean()),

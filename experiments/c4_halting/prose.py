@@ -1,4 +1,4 @@
-"""Text: nobody knows how many loops a byte needs, and the loss says whether they paid."""
+"""Text, where the loops a byte needs are unknown and only the loss can be measured."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from open_mythos.train import GateConfig, train_gate
 
 
 def run_text(cell: Cell, place: Place) -> dict[str, Any]:
-    """Train a language model on bytes, and let every rule decide for it."""
+    """Train a byte-level language model and measure every exit rule on it."""
     s = cell.settings
     trained = train(cell, place)
     model, run = trained.model, trained.run
     assert isinstance(model, OpenMythos)
     unseen = loader(run)
-    unseen.step = run.train.steps  # text that the model has not been trained on yet
+    unseen.step = run.train.steps  # windows not used in training
     points = []
     for name, target in s["gates"].items():
         train_gate(model, unseen, GateConfig(target=target, seed=cell.seed, **s["gate"]))

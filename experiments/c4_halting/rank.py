@@ -9,10 +9,7 @@ Numbers = npt.ArrayLike
 
 
 def spearman(x: Numbers, y: Numbers) -> float:
-    """Spearman's rho: the correlation of the ranks, ties sharing their mean rank.
-
-    0 where one side is constant: it then orders nothing.
-    """
+    """Return Spearman's rho with mean ranks for ties, and 0 if one side is constant."""
     a, b = _ranks(x), _ranks(y)
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))

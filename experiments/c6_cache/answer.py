@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.c6_cache.cache_rows import CacheRow
-from experiments.c6_cache.cells import (
-    ATTENTIONS,
-    COUNTED,
-    EXACT,
-    PRODUCTION,
-    SMALLER,
-)
+from experiments.c6_cache.cells import ATTENTIONS, COUNTED, EXACT, PRODUCTION, SMALLER
 from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, MUTED, panels
 from experiments.spread import by_arm

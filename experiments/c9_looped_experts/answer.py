@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.c9_looped_experts.cells import (
-    DISJOINT,
-    EXPERTS,
-    LOOPS,
-    TIED,
-    UNBALANCED,
-    arm,
-)
+from experiments.c9_looped_experts.cells import DISJOINT, EXPERTS, LOOPS, TIED, UNBALANCED, arm
 from experiments.claim import Record, Summary, verdict
 from experiments.figure import COLOURS, MUTED, panels
 from experiments.spread import by_arm, each, mean_std, minus, over_seeds, shown

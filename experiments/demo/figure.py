@@ -87,9 +87,7 @@ def _dynamics(ax: Any, r: DemoResults) -> None:
     ax.plot(loops, r.state_change, color=DENSE, label="change made by the loop")
     ax.set_yscale("log")
     ax.set(
-        title=f"State over loops, rho(A) = {r.rho:.3f}",
-        xlabel="loop",
-        ylabel="mean norm per token",
+        title=f"State over loops, rho(A) = {r.rho:.3f}", xlabel="loop", ylabel="mean norm per token"
     )
     ax.legend()
 

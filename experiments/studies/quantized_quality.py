@@ -45,14 +45,7 @@ from open_mythos.data import Loader, TokenShards
 from open_mythos.evaluation import evaluate_depths
 from open_mythos.inference.quantization import quantize, weight_bytes
 from open_mythos.model.context import Context
-from open_mythos.train import (
-    DepthConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    Trainer,
-    build_model,
-)
+from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig, Trainer, build_model
 
 STUDY = Study(
     "quantized_quality",

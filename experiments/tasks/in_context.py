@@ -49,14 +49,7 @@ class InContextHop:
         """Number of tokens: N + 1 + N^2."""
         return self.entities + 1 + self.entities**2
 
-    def batch(
-        self,
-        step: int,
-        *,
-        global_batch: int,
-        hops: int,
-        test: bool = False,
-    ) -> Batch:
+    def batch(self, step: int, *, global_batch: int, hops: int, test: bool = False) -> Batch:
         """Draw the rows of ``step``: (B, M + hops) tokens; a pure function of the arguments.
 
         Args:

@@ -24,7 +24,7 @@ claims = pytest.mark.parametrize("claim", CLAIMS)
 
 
 def test_the_page_is_current() -> None:
-    """Otherwise: python -m experiments.report"""
+    """Otherwise: python -m experiments report"""
     assert (DOCS / report.PAGE).read_text(encoding="utf-8") == report.page()
 
 

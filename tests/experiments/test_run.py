@@ -34,7 +34,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"claim": "c99"}, "no such claim"),
+        ({"claim": "c99"}, "unknown claim"),
         ({"claim": "c7"}, "needs the serving engine"),
         ({"claim": "toy", "scale": "gpu"}, "no such scale"),
         ({"claim": "toy", "record": True, "quick": True}, "--quick"),
@@ -70,7 +70,7 @@ def test_results_and_verdict(toy, tmp_path, capsys):
     assert toy.ran == [0, 1, 2, 0, 1, 2]
 
 
-def test_fresh_runs_everything_anew(toy):
+def test_fresh_reruns_everything(toy):
     run_claim("toy", workers=1, quiet=True)
     toy.factor = 5
     with pytest.raises(ConfigError):
@@ -80,7 +80,7 @@ def test_fresh_runs_everything_anew(toy):
     assert record["figures"]["doubled"] == 10
 
 
-def test_fresh_forgets_checkpoints(toy):
+def test_fresh_discards_checkpoints(toy):
     def fail(cell):
         raise ValueError
 
@@ -94,7 +94,7 @@ def test_fresh_forgets_checkpoints(toy):
 def test_quick_gives_no_verdict(toy, capsys):
     run_claim("toy", quick=True)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "says nothing" in printed
+    assert "no verdict" in printed
     assert "They did." not in printed
     run_claim("toy", quick=True)
     assert toy.ran == [0, 1, 2, 0, 1, 2]
@@ -128,7 +128,7 @@ def test_the_list_has_every_claim(toy, checkout, capsys):
     printed = capsys.readouterr().out
     for claim in [*table.CLAIMS, *table.PENDING]:
         assert f"{claim} " in printed
-    assert "not answered" in printed
+    assert "no experiment yet" in printed
     assert toy.ran == []
 
 
