@@ -1,4 +1,4 @@
-"""What the studies share: where their files are, their options, reading what they wrote."""
+"""Files and command-line options shared by the studies."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Study:
     """The files and options of one study."""
 
     name: str
-    """Name of its module and of its results."""
+    """Name of the module and of the results file."""
     picture: Path
-    """The recorded plot, a page of the documentation shows it."""
+    """Recorded plot, shown in the documentation."""
     description: str
     """One line for ``--help``."""
 
     @property
     def results(self) -> Path:
-        """The recorded results."""
+        """Return the path of the recorded results."""
         return ROOT / "experiments" / "studies" / "results" / f"{self.name}.json"
 
-    def parser(self) -> argparse.ArgumentParser:
-        """Build the parser of the options that all studies have."""
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """Parse ``arguments``; a quick run must not overwrite the recorded results."""
         parser = argparse.ArgumentParser(
             prog=f"python -m experiments.studies.{self.name}", description=self.description
         )
@@ -43,19 +43,10 @@ class Study:
         parser.add_argument(
             "--work", type=Path, default=ROOT / "runs" / self.name, help="folder of prepared text"
         )
-        return parser
-
-    def parse(
-        self, parser: argparse.ArgumentParser, arguments: Sequence[str] | None
-    ) -> argparse.Namespace:
-        """Read ``arguments``; only a whole run of the study may replace its recorded results.
-
-        An option ``checkpoint`` of ``parser`` makes a run partial, as ``--quick`` does.
-        """
         options = parser.parse_args(arguments)
         own = options.out != self.results
-        if not own and (options.quick or getattr(options, "checkpoint", "")):
-            parser.error("this would replace the recorded results: name another --out")
+        if options.quick and not own:
+            parser.error("--quick would overwrite the recorded results: pass another --out")
         options.picture = options.picture or (
             options.out.with_suffix(".png") if own else self.picture
         )
@@ -63,6 +54,6 @@ class Study:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read the results that a study wrote."""
+    """Read the results of a study."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content

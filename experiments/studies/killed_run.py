@@ -1,8 +1,8 @@
-"""A recipe that is killed again and again, beside the same recipe left alone.
+"""Compare a repeatedly killed training run with an uninterrupted one.
 
-``python -m experiments.studies.killed_run`` runs ``training/debug_cpu.py`` twice on the standard
-library's source. One of the two is killed by SIGKILL at times drawn beforehand and restarted with
-``--resume auto`` each time. It writes a JSON file and a plot, and fails if the curves differ.
+``python -m experiments.studies.killed_run`` runs ``training/debug_cpu.py`` twice. One run is ended
+by SIGKILL at random times fixed by a seed and restarted with ``--resume auto`` each time. Writes a
+JSON file and a plot, and fails if the curves differ.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ COMPARED = ("loss", "lr", "grad_norm", "depth_histogram", "tokens")
 
 
 def main() -> int:
-    """Run, compare, write."""
+    """Run both trainings, compare them and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--processes", type=int, default=1, help="of each run, by torchrun")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes per run, started by torchrun"
+    )
     processes = parser.parse_args().processes
     with tempfile.TemporaryDirectory() as folder:
         whole, hurt = Path(folder) / "whole", Path(folder) / "killed"
@@ -59,13 +61,13 @@ def main() -> int:
     draw(found)
     console = Console()
     for kill in kills:
-        console.print(f"killed after step {kill['after']}, went on from step {kill['from']}")
-    console.print(f"{len(curve)} steps, {len(differing)} of them differ in {', '.join(COMPARED)}")
+        console.print(f"killed after step {kill['after']}, resumed from step {kill['from']}")
+    console.print(f"{len(curve)} steps, {len(differing)} differ in {', '.join(COMPARED)}")
     return 1 if differing else 0
 
 
 def start(out: Path, processes: int) -> subprocess.Popen[bytes]:
-    """The recipe, in a process group of its own."""
+    """Start the recipe in its own process group."""
     command = [sys.executable, str(RECIPE)]
     if processes > 1:
         command = [
@@ -78,19 +80,18 @@ def start(out: Path, processes: int) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the end of a run, which must be a good one."""
+    """Wait for a run to end and require exit code 0."""
     if process.wait() != 0:
         raise SystemExit(f"{RECIPE.name} ended with {process.returncode}")
 
 
 def kill_and_resume(out: Path, steps: int, processes: int) -> list[dict[str, int]]:
-    """End the run at steps drawn beforehand, the last time not at all."""
+    """Kill and restart the run at seeded random steps, then let it finish."""
     draws = random.Random(0)
-    moments = sorted(draws.sample(range(3, steps - 3), KILLS))
     kills = []
-    for moment in moments:
+    for step in sorted(draws.sample(range(3, steps - 3), KILLS)):
         process = start(out, processes)
-        while process.poll() is None and max(lines(out), default=0) < moment:
+        while process.poll() is None and max(lines(out), default=0) < step:
             time.sleep(0.01)
         time.sleep(draws.random() * 0.2)
         if process.poll() is None:
@@ -102,31 +103,31 @@ def kill_and_resume(out: Path, steps: int, processes: int) -> list[dict[str, int
 
 
 def lines(out: Path) -> dict[int, dict[str, Any]]:
-    """Step -> its metrics; of two lines of a step the later one counts."""
+    """Return step -> metrics; a later line of the same step wins."""
     path = out / "metrics.jsonl"
     found: dict[int, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except ValueError:
-            continue  # half a line, of a killed run
+            continue  # a truncated line of a killed run
         if "loss" in line:
             found[line["step"]] = line
     return found
 
 
 def newest(out: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
+    """Return the step of the newest checkpoint, or 0."""
     folders = (out / "checkpoints").glob("step_*")
     return max((int(path.name.removeprefix("step_")) for path in folders), default=0)
 
 
 def draw(found: dict[str, Any]) -> None:
-    """Both curves, and where the run was killed."""
+    """Plot both curves and the recomputed steps."""
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     with panels(PICTURE, 1) as (ax,):
         ax.plot(*zip(*found["whole"].items(), strict=True), color=COLOURS[1], lw=4, alpha=0.5,
-                label="left alone")  # fmt: skip
+                label="uninterrupted")  # fmt: skip
         ax.plot(*zip(*found["killed"].items(), strict=True), color=COLOURS[0], lw=1.2,
                 label=f"killed {len(found['kills'])} times")  # fmt: skip
         for kill in found["kills"]:

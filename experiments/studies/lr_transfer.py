@@ -1,8 +1,8 @@
-"""Does the best learning rate of a small model serve a large one, or one with more loops?
+"""Does the best learning rate transfer from small models to wide ones or to more loops?
 
 ``python -m experiments.studies.lr_transfer`` trains small looped models on the bytes of Python's
-standard library over a grid of learning rates, and writes a JSON file, a plot and the tables of
-docs/optimizers.md. An interrupted sweep resumes at the first cell that is not measured.
+standard library over a grid of learning rates. Writes a JSON file, a plot and the tables of
+docs/optimizers.md. An interrupted sweep resumes at the first unfinished cell.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ LABELS = {"adamw": "AdamW", "muon": "Muon"}
 
 @dataclass(frozen=True)
 class Scale:
-    """All that a measurement depends on, beside its cell."""
+    """Grid and sizes of the sweep."""
 
     widths: tuple[int, ...]
-    """Compared at ``loops[0]``."""
+    """Widths compared at ``loops[0]``."""
     loops: tuple[int, ...]
     """Mean loops, compared at ``depth_width``."""
     depth_width: int
@@ -63,7 +63,7 @@ class Scale:
     batch: int
     seq_len: int
     windows: int
-    """Sequences of the validation split."""
+    """Validation sequences."""
     ema_decay: float
     seed: int
 
@@ -84,7 +84,7 @@ QUICK = Scale(
 
 @dataclass(frozen=True)
 class Cell:
-    """One training."""
+    """One training run."""
 
     optimizer: str
     width: int
@@ -93,28 +93,27 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Unique."""
+        """Return the unique name of the cell."""
         return f"{self.optimizer}-{self.width}-{self.loops}-{self.lr:g}"
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best learning rate of one optimizer, width and number of loops."""
+    """The best learning rate for one optimizer, width and number of loops."""
 
     optimizer: str
     width: int
     loops: int
     lr: float
-    """At the lowest point of the parabola through the best of the grid and its neighbours, loss
-    against the logarithm of the learning rate."""
+    """Minimum of the parabola, in log(lr), through the best grid point and its neighbors."""
     loss: float
-    """Of the best of the grid."""
+    """Loss at the best grid point."""
     at_edge: bool
-    """The best of the grid is its first or last: the best of all may lie beyond."""
+    """Whether the best grid point is the first or last one, so the optimum may be outside."""
 
 
 def cells(scale: Scale) -> list[Cell]:
-    """All trainings of a scale, small ones first."""
+    """Return all cells of a scale, small models first."""
     shapes = [(width, scale.loops[0]) for width in scale.widths]
     shapes += [(scale.depth_width, loops) for loops in scale.loops[1:]]
     return [
@@ -126,7 +125,7 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def run_config(cell: Cell, scale: Scale) -> RunConfig:
-    """Heads of 16, four experts as wide as the model: every kind of matrix is there."""
+    """Configure a run with every kind of weight matrix: heads of 16, four experts."""
     width = cell.width
     model = MythosConfig(
         vocab_size=VOCABULARY, dim=width, n_heads=width // 16, n_kv_heads=max(1, width // 32),
@@ -146,9 +145,9 @@ def run_config(cell: Cell, scale: Scale) -> RunConfig:
 
 
 def measure(cell: Cell, scale: Scale, text: Path) -> dict[str, Any]:
-    """Validation losses at the mean depth, halfway and at the end; None where they are not finite.
+    """Measure validation losses at the mean depth, halfway and at the end; None if not finite.
 
-    Those "averaged" are of the average of the weights, by :class:`WeightAverage`.
+    Losses named "averaged" use the :class:`WeightAverage` of the weights.
     """
     run, start = run_config(cell, scale), time.process_time()
     loader = Loader(
@@ -178,10 +177,10 @@ def _loss(trainer: Trainer, batches: Sequence[Batch], loops: int) -> float | Non
 
 
 def sweep(scale: Scale, path: Path, work: Path) -> Iterator[dict[str, Any]]:
-    """Measure what ``path`` does not hold yet; it is written after every cell.
+    """Measure the cells missing in ``path``, and write it after each one.
 
     Raises:
-        SystemExit: ``path`` holds measurements of another scale.
+        SystemExit: ``path`` holds results of another scale.
     """
     content: dict[str, Any] = {
         "machine": machine.describe(),
@@ -191,7 +190,9 @@ def sweep(scale: Scale, path: Path, work: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["scale"] != plain(asdict(scale)):
-            raise SystemExit(f"{path} holds other measurements: remove it, or name another --out")
+            raise SystemExit(
+                f"{path} holds results of another scale: delete it or pass another --out"
+            )
     pending = [cell for cell in cells(scale) if cell.name not in content["cells"]]
     text = standard_library(work) if pending else work
     for cell in pending:
@@ -204,7 +205,7 @@ def sweep(scale: Scale, path: Path, work: Path) -> Iterator[dict[str, Any]]:
 
 
 def bests(found: dict[str, Any], when: str = "end") -> list[Best]:
-    """The best learning rate of every optimizer, width and number of loops."""
+    """Return the best learning rate for every optimizer, width and number of loops."""
     curves: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
     for cell in found["cells"].values():
         loss = math.inf if cell[when] is None else cell[when]
@@ -214,7 +215,7 @@ def bests(found: dict[str, Any], when: str = "end") -> list[Best]:
 
 
 def _lowest(curve: Sequence[tuple[float, float]]) -> tuple[float, float, bool]:
-    """Learning rate at the parabola's lowest point, loss and place of the grid's best."""
+    """Return the learning rate at the parabola's minimum, and the best loss and its place."""
     i = min(range(len(curve)), key=lambda j: curve[j][1])
     lr, loss = curve[i]
     if i in (0, len(curve) - 1):
@@ -227,20 +228,20 @@ def _lowest(curve: Sequence[tuple[float, float]]) -> tuple[float, float, bool]:
 
 
 def exponent(points: Sequence[Best]) -> float:
-    """a of lr ~ width^a, by least squares of the logarithms."""
+    """Fit a in lr ~ width^a by least squares of the logarithms."""
     x, y = (np.log([getattr(best, name) for best in points]) for name in ("width", "lr"))
     return float(np.polyfit(x, y, 1)[0])
 
 
 def loss_at(found: dict[str, Any], best: Best, lr: float) -> float | None:
-    """Loss at the learning rate of the grid nearest to ``lr``; None where that diverged."""
+    """Return the loss at the grid point nearest to ``lr``; None if it diverged."""
     nearest = min(_like(found, best), key=lambda cell: abs(math.log(cell["lr"] / lr)))
     loss: float | None = nearest["end"]
     return loss
 
 
 def _like(found: dict[str, Any], best: Best) -> list[dict[str, Any]]:
-    """The cells among which ``best`` is the best, by rising learning rate."""
+    """Return the cells of the same shape as ``best``, sorted by learning rate."""
     key = best.optimizer, best.width, best.loops
     same = [
         cell
@@ -251,10 +252,10 @@ def _like(found: dict[str, Any], best: Best) -> list[dict[str, Any]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The table of docs/optimizers.md.
+    """Format the table of docs/optimizers.md.
 
-    The last column is the loss at the learning rate of the grid that is nearest to the best of the
-    optimizer's first row, less the best loss: what carrying it over costs.
+    The last column is the cost of transfer: the loss at the grid point nearest to the best rate of
+    the optimizer's smallest model, minus the best loss.
     """
     rows = []
     for optimizer, found_rows in _by_optimizer(bests(found)).items():
@@ -272,7 +273,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """What the table says: a line for each optimizer, and one for the two side by side."""
+    """Summarize the table: one line per optimizer and one that compares them."""
     groups, lines = _by_optimizer(bests(found)), []
     for optimizer, rows in groups.items():
         wide = [best for best in rows if best.loops == rows[0].loops]
@@ -304,7 +305,7 @@ def _moves(rows: Sequence[Best]) -> str:
 
 
 def averaging(found: dict[str, Any]) -> str:
-    """What the average of the weights gains, as one line for each moment."""
+    """Format what weight averaging gains, halfway and at the end."""
     rows = []
     for when in ("halfway", "end"):
         gains: list[list[float]] = [[], []]
@@ -319,7 +320,7 @@ def averaging(found: dict[str, Any]) -> str:
 
 
 def _by_optimizer(rows: Sequence[Best]) -> dict[str, list[Best]]:
-    """In the order: widths at the fewest loops, then more loops."""
+    """Group by optimizer, sorted by loops, then width."""
     found: dict[str, list[Best]] = {}
     for best in sorted(rows, key=lambda best: (best.loops, best.width)):
         found.setdefault(best.optimizer, []).append(best)
@@ -327,10 +328,7 @@ def _by_optimizer(rows: Sequence[Best]) -> dict[str, list[Best]]:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Loss against learning rate, a panel for each optimizer, a curve for each size.
-
-    Upright lines stand at the best learning rates.
-    """
+    """Plot loss against learning rate per optimizer and size; vertical lines mark the best."""
     groups = _by_optimizer(bests(found))
     with panels(path, len(groups)) as axes:
         for ax, (optimizer, rows) in zip(axes, groups.items(), strict=True):
@@ -353,8 +351,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the sweep, save and show what it found."""
-    options = STUDY.parse(STUDY.parser(), arguments)
+    """Run the sweep; save and print the results."""
+    options = STUDY.parse(arguments)
     scale = QUICK if options.quick else FULL
     torch.set_num_threads(1)
     console, total = Console(), len(cells(scale))

@@ -1,22 +1,21 @@
-"""Does the error of rounded weights grow with the loops, and what does it cost?
+"""Does weight-quantization error grow with the number of loops, and what does it cost?
 
 ``python -m experiments.studies.quantized_quality`` trains two small looped models (six minutes on
-one core), rounds them in several ways and compares each with the same model in float32, over 1 to
-32 loops. One reads the bytes of Python's standard library and has settled after a few loops; the
-other follows chains of ten relations, one in a loop, so that its state has to move on and nothing
-may get lost. It writes a JSON file, a picture and the tables of docs/quantization.md.
+one core), quantizes them in several ways and compares each with its float32 original over 1 to 32
+loops. One models the bytes of Python's standard library and converges within a few loops; the other
+follows chains of ten relations, one per loop, so its state must keep changing without loss. Writes
+a JSON file, a plot and the tables of docs/quantization.md.
 
-What was expected, written down before the first run: every loop adds an error of its own, of the
-size that one rounded step makes. The linear part of a loop shrinks what came before by rho(A) < 1;
-the residual branches have no such bound, but a model trained at random depths settles, so errors
-should be forgotten like everything else about the past. The relative error of the state should
-therefore rise over the first few loops, to a small multiple of one step's, and stay there up to 32
-loops, eight times the mean trained depth. int8 should be lost in the rounding of bfloat16; int4
-should cost about a hundredth of a bit per byte, less in smaller groups.
+Expected before the first run: every loop adds the error of one quantized step. The linear part of a
+loop shrinks earlier errors by rho(A) < 1; the residual branches have no such bound, but a model
+trained at random depths converges, so earlier errors should decay. The relative error of the state
+should rise over the first loops to a small multiple of the error of one step and stay there up to
+32 loops, eight times the mean trained depth. int8 should be within the rounding of bfloat16; int4
+should cost about 0.01 bits per byte, less with smaller groups.
 
-And before the first run of the chains: the same while the chain is followed, since the state of one
-hop is the same whatever came before; where int4 breaks a hop, the answer is lost for good, so
-accuracy falls with the number of hops rather than with the loops after them.
+Expected before the first run on chains: the same while the chain is followed, since the state of a
+hop does not depend on how it was reached; an int4 error in a hop loses the answer, so accuracy
+falls with the number of hops, not with the loops after them.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from experiments.listing import markdown_table
 from experiments.studies.common import ROOT, Study
 from experiments.tasks.accuracy import answered
 from experiments.text import VOCABULARY, standard_library, validation
-from open_mythos import MythosConfig, OpenMythos, from_pretrained
+from open_mythos import MythosConfig, OpenMythos
 from open_mythos.data import Loader, TokenShards
 from open_mythos.evaluation import evaluate_depths
 from open_mythos.inference.quantization import quantize, weight_bytes
@@ -50,7 +49,7 @@ from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig, 
 STUDY = Study(
     "quantized_quality",
     ROOT / "docs" / "quantization" / "error_against_loops.png",
-    "What rounded weights cost, against the number of loops (6 minutes on one core).",
+    "Cost of quantized weights against the number of loops (6 minutes on one core).",
 )
 KINDS: dict[str, tuple[str, int | None] | None] = {
     "bfloat16": None,
@@ -60,13 +59,14 @@ KINDS: dict[str, tuple[str, int | None] | None] = {
     "int4, groups of 128": ("int4", 128),
 }
 TABLE_LOOPS = (1, 4, 8, 16, 32)
+PARTS = ("text", "chains")
 HOPS = ASKED_HOPS
-"""Of the chains that are asked: twice as many as any that were trained."""
+"""Length of the evaluated chains, twice the longest in training."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """All that the measurement depends on."""
+    """Sizes of the measurement."""
 
     width: int
     steps: int
@@ -74,13 +74,13 @@ class Scale:
     seq_len: int
     mean_loops: int
     most_loops: int
-    """The deepest measured."""
+    """Largest depth measured."""
     windows: int
-    """Sequences of the validation split whose loss is measured."""
+    """Validation sequences for the loss."""
     state_rows: int
-    """Sequences whose states are compared."""
+    """Sequences for the state errors."""
     programs: int
-    """Of which a tenth is asked: chains."""
+    """Chains drawn; the held-out tenth is evaluated."""
     seed: int
 
 
@@ -90,19 +90,19 @@ QUICK = Scale(128, 3, 2, 16, 2, 3, 2, 1, 128, seed=0)
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained model and what it is asked."""
+    """A trained model with its evaluation."""
 
     model: OpenMythos
     ids: Tensor
-    """Whose states are compared."""
+    """Inputs for the state errors."""
     score: Callable[[OpenMythos, list[int]], list[float]]
-    """Figure of merit at each depth."""
+    """Metric at each depth; lower is better."""
     trained_loops: int
-    """The most loops of the training."""
+    """Maximum loops in training."""
 
 
 def text_config(scale: Scale) -> RunConfig:
-    """Latent attention, experts and LoRA; all widths serve groups of 128."""
+    """Configure MLA, experts and LoRA with widths divisible by groups of 128."""
     width = scale.width
     model = MythosConfig(
         vocab_size=VOCABULARY, dim=width, n_heads=4, max_seq_len=scale.seq_len,
@@ -124,18 +124,14 @@ def text_config(scale: Scale) -> RunConfig:
     )  # fmt: skip
 
 
-def reader(scale: Scale, work: Path, checkpoint: str = "") -> Subject:
-    """A model of bytes; its score is bits per byte."""
+def text_subject(scale: Scale, work: Path) -> Subject:
+    """Train a byte-level language model, scored in bits per byte."""
     text, run = standard_library(work), text_config(scale)
-    if checkpoint:
-        model = _read(checkpoint)
-    else:
-        loader = Loader(
-            TokenShards(text), seq_len=scale.seq_len, global_batch=scale.batch, seed=scale.seed
-        )
-        model = _trained(Trainer(build_model(run), loader, run))
-    length = min(scale.seq_len, model.cfg.max_seq_len)
-    batches = validation(text, seq_len=length, windows=scale.windows)
+    loader = Loader(
+        TokenShards(text), seq_len=scale.seq_len, global_batch=scale.batch, seed=scale.seed
+    )
+    model = _trained(Trainer(build_model(run), loader, run))
+    batches = validation(text, seq_len=scale.seq_len, windows=scale.windows)
     ids = torch.cat([batch.input_ids for batch in batches])[: scale.state_rows]
 
     def score(model: OpenMythos, depths: list[int]) -> list[float]:
@@ -145,10 +141,10 @@ def reader(scale: Scale, work: Path, checkpoint: str = "") -> Subject:
     return Subject(model, ids, score, 2 * scale.mean_loops)
 
 
-def follower(scale: Scale, quick: bool) -> Subject:
-    """A model of chains of relations; its score is the share of wrong answers."""
+def chain_subject(scale: Scale, quick: bool) -> Subject:
+    """Train a model on chains of relations, scored by the share of wrong answers."""
     run = recipe(scale.seed)
-    if quick:  # its own quick form is too narrow for the groups
+    if quick:  # the quick recipe is too narrow for the groups
         run.train.steps, run.train.warmup_steps, run.train.global_batch = 3, 1, 8
     model = _trained(Trainer(build_model(run), chains(run), run))
     ids, answers = questions(HOPS, scale.programs)
@@ -165,18 +161,11 @@ def _trained(trainer: Trainer) -> OpenMythos:
     return trainer.model.eval()
 
 
-def _read(checkpoint: str) -> OpenMythos:
-    model = from_pretrained(checkpoint)
-    if not isinstance(model, OpenMythos) or model.cfg.vocab_size < VOCABULARY:
-        raise SystemExit(f"{checkpoint}: a looped model of bytes is needed")
-    return model
-
-
 def measure(subject: Subject, most_loops: int) -> dict[str, Any]:
-    """For every kind of rounding: score, state errors and agreement against loops.
+    """Measure score, state errors and token agreement against loops for every quantization.
 
-    "state_error" is that of the whole model, "loop_error" that of a loop that was given the exact
-    input, "step_error" that of each step alone, taken from the exact state.
+    "state_error" is that of the whole model, "loop_error" that of the loop given the exact input,
+    "step_error" that of a single step from the exact state.
     """
     exact = copy.deepcopy(subject.model).float().eval()
     depths = [*range(1, most_loops + 1)]
@@ -219,12 +208,12 @@ def measure(subject: Subject, most_loops: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _states(model: OpenMythos, e_BTD: Tensor, ctx: Context, loops: int) -> list[Tensor]:
-    """h_1 .. h_L."""
+    """Return h_1 .. h_L."""
     return [h_BTD for _, h_BTD in model.recurrent.unroll(e_BTD, ctx, loops)]
 
 
 def _distances(states: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """||a - b|| / ||b|| of a position after each loop, the median over positions."""
+    """Return the median over positions of ||a - b|| / ||b|| after each loop."""
     return [
         float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
         for a, b in zip(states, exact, strict=True)
@@ -232,9 +221,10 @@ def _distances(states: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The tables of docs/quantization.md: the error of the state, then what it costs."""
+    """Format the tables of docs/quantization.md: state error, then its cost."""
     text, tables = found["text"], list[str]()
-    for name, part in _parts(found):
+    for name in PARTS:
+        part = found[name]
         loops = [t for t in TABLE_LOOPS if t in part["loops"]]
         heads = [f"{t} loop{'s' if t > 1 else ''}" for t in loops]
         errors = [
@@ -261,9 +251,10 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """Whether the error stays bounded, in measured figures: a line for each kind."""
+    """Summarize whether the error stays bounded, one line per quantization."""
     lines = []
-    for name, part in _parts(found):
+    for name in PARTS:
+        part = found[name]
         last = part["loops"][-1]
         for kind, each in part["kinds"].items():
             error, loop, step = (each[f"{of}_error"] for of in ("state", "loop", "step"))
@@ -276,15 +267,11 @@ def verdict(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parts(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, found[name]) for name in ("text", "chains") if name in found]
-
-
 def plot(found: dict[str, Any], path: Path) -> None:
-    """For each model: error of the state, of its parts, and what it costs, against loops."""
-    parts = _parts(found)
-    with panels(path, 3, rows=len(parts)) as axes:
-        for i, (name, part) in enumerate(parts):
+    """Plot the errors of the state, the loop and a step, and their cost, against loops."""
+    with panels(path, 3, rows=len(PARTS)) as axes:
+        for i, name in enumerate(PARTS):
+            part = found[name]
             loops, whole = part["loops"], part["float32"]["score"]
             state, inner, cost = axes[3 * i : 3 * i + 3]
             for (kind, each), colour in zip(part["kinds"].items(), (MUTED, *COLOURS), strict=False):
@@ -307,17 +294,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, round, compare; save and show what came."""
-    parser = STUDY.parser()
-    parser.add_argument("--checkpoint", default="", help="a looped model of bytes to measure")
-    options = STUDY.parse(parser, arguments)
+    """Train, quantize and compare; save and print the results."""
+    options = STUDY.parse(arguments)
     scale = QUICK if options.quick else FULL
     torch.set_num_threads(1)
     start = time.process_time()
     found: dict[str, Any] = {"machine": machine.describe(), "scale": asdict(scale)}
-    found["text"] = measure(reader(scale, options.work, options.checkpoint), scale.most_loops)
-    if not options.checkpoint:
-        found["chains"] = measure(follower(scale, options.quick), scale.most_loops)
+    found["text"] = measure(text_subject(scale, options.work), scale.most_loops)
+    found["chains"] = measure(chain_subject(scale, options.quick), scale.most_loops)
     found["cpu_seconds"] = round(time.process_time() - start, 1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

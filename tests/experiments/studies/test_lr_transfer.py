@@ -1,4 +1,4 @@
-"""The sweep runs at a tiny size, goes on where it stopped, and the page shows what it found."""
+"""The sweep runs at a tiny size, resumes after an interruption, and matches the documentation."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def small_text(tmp_path, monkeypatch):
     monkeypatch.setattr(lr_transfer, "standard_library", lambda work: folder)
 
 
-def test_it_runs_and_goes_on_where_it_stopped(tmp_path, small_text, monkeypatch, capsys):
+def test_an_interrupted_sweep_resumes(tmp_path, small_text, monkeypatch, capsys):
     out, measured = tmp_path / "found.json", []
     measure = lr_transfer.measure
 
@@ -53,14 +53,14 @@ def test_it_runs_and_goes_on_where_it_stopped(tmp_path, small_text, monkeypatch,
     assert lr_transfer.markdown(found) in capsys.readouterr().out
 
 
-def test_other_measurements_are_not_mixed_in(tmp_path):
+def test_results_of_another_scale_are_rejected(tmp_path):
     out = tmp_path / "found.json"
     out.write_text(json.dumps({"scale": {"widths": [1]}, "cells": {}}))
-    with pytest.raises(SystemExit, match="other measurements"):
+    with pytest.raises(SystemExit, match="results of another scale"):
         list(lr_transfer.sweep(QUICK, out, tmp_path))
 
 
-def test_a_check_must_not_pass_for_a_result():
+def test_quick_must_not_overwrite_the_recorded_results():
     with pytest.raises(SystemExit):
         main(["--quick"])
 
@@ -83,7 +83,7 @@ def test_the_lowest_point_of_a_parabola_is_found():
     assert not any(best.at_edge for best in bests(found))
 
 
-def test_edges_and_divergence_are_told():
+def test_edges_and_divergence_are_reported():
     rising = bests(made_up(lambda width, lr: lr))[0]
     assert (rising.lr, rising.at_edge) == (0.001, True)
     diverged = bests(made_up(lambda width, lr: None if lr > 0.002 else -lr))[0]
@@ -92,13 +92,13 @@ def test_edges_and_divergence_are_told():
     assert "diverged" in lr_transfer.markdown(found)
 
 
-def test_the_table_says_what_carrying_over_costs():
+def test_the_table_shows_the_cost_of_transfer():
     found = made_up(lambda width, lr: 2 + abs(math.log2(lr * width / 0.128)))
     *_, last = lr_transfer.markdown(found).splitlines()
     assert last == "| AdamW | 128 | 2 | 0.0010 (edge of the grid) | 2.000 | +2.000 |"
 
 
-def test_the_verdict_tells_what_moves():
+def test_the_verdict_says_what_changes():
     found = {}
     for optimizer, factor in (("adamw", 1), ("muon", 4)):
         for width, loops in ((32, 2), (128, 2), (64, 2), (64, 8)):

@@ -1,4 +1,4 @@
-"""Both measurements of rounded weights run at a tiny size; the page shows what was recorded."""
+"""Both measurements of quantized weights run at a tiny size; the page shows what was recorded."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_quality_runs(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in out.read_text()
 
 
-def test_a_check_must_not_pass_for_a_result():
+def test_quick_must_not_overwrite_the_recorded_results():
     with pytest.raises(SystemExit):
         main(["--quick"])
 
 
-def test_nothing_is_timed_when_results_differ(monkeypatch):
+def test_timing_requires_equal_results(monkeypatch):
     def never(*_, **__):
         raise AssertionError("timed")
 
