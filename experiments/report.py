@@ -47,6 +47,7 @@ def update(claim: str = "", scale: str = "cpu") -> None:
     """Write the page, and the plot of ``claim`` if one is given."""
     docs = checkout() / "docs"
     if claim and (known := recorded(claim, scale)):
+        (docs / PLOTS).mkdir(exist_ok=True)
         experiment(claim).plot(known[1], docs / PLOTS / plot_name(claim, scale))
     (docs / PAGE).write_text(page(), encoding="utf-8")
 

@@ -1,14 +1,13 @@
-"""A model that answers longer chains than it was shown, by looping more; two minutes on one core.
+"""Recipe of a model that answers longer chains than in training by looping more (two minutes).
 
-What it takes; arms of this claim take away all but the last:
+Ingredients (arms of this claim remove each but the last):
 
-- Depths drawn from 5 .. 10 loops and chains of 5 hops: never fewer loops than hops, or a loop
-  learns to do several hops and the answer no longer moves on by itself.
-- Two chains to a row once single ones are learnt. The second stands at positions, and among other
-  tokens, that no chain of this length has alone; without it attention fails beyond the trained
-  length, whatever the depth.
-- A share of steps that begin from the state after many loops, so that an answer, once found, stays.
-- A small rotary base: angles that turn quickly keep neighbours apart at unseen positions.
+- 5 to 10 loops for chains of 5 hops: with fewer loops than hops, a loop learns several hops at
+  once and extra loops no longer extend the chain.
+- Two chains per row once single ones are learned. The second one has positions and preceding
+  tokens that a single chain never has; without it attention fails beyond the trained length.
+- A share of steps that start from the state after many loops, so that an answer is kept.
+- A small rotary base, so that neighboring positions stay distinct beyond the trained length.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ TASK = PermHop(entities=16, relations=8)
 TRAINED_HOPS = 5
 ASKED_HOPS = 10
 CHOSEN_LOOPS = 24
-"""Fixed before any run: the depth at which chains of twice the trained length are asked."""
+"""Depth for chains of twice the trained length, fixed before any run."""
 STEPS = 320
 PAIRS_AFTER = 0.6
 """Share of the steps after which rows hold two chains."""
 
 
 def recipe(seed: int = 0, *, quick: bool = False) -> RunConfig:
-    """The run, a function of its seed; ``quick`` makes it tiny, to see that it works."""
+    """Return the run configuration; ``quick`` makes it tiny for smoke tests."""
     dim, batch, steps = (32, 8, 5) if quick else (128, 256, STEPS)
     model = MythosConfig(
         vocab_size=TASK.vocab_size, dim=dim, n_heads=4, n_kv_heads=4, attn_type="gqa",
@@ -54,7 +53,7 @@ def recipe(seed: int = 0, *, quick: bool = False) -> RunConfig:
 
 
 def chains(run: RunConfig) -> PermHopLoader:
-    """The training data of a run: chains of five hops, singly and then in pairs."""
+    """Return the training data: chains of five hops, single and later in pairs."""
     return PermHopLoader(
         TASK,
         global_batch=run.train.global_batch,
@@ -64,10 +63,7 @@ def chains(run: RunConfig) -> PermHopLoader:
 
 
 def questions(hops: int, programs: int = 4096) -> tuple[Tensor, Tensor]:
-    """Chains (B, hops + 1) that training never labelled, and their answers (B,).
-
-    About a tenth of the ``programs`` drawn are such chains.
-    """
+    """Return held-out chains (B, hops + 1), about a tenth of ``programs``, and answers (B,)."""
     batch = TASK.batch(0, global_batch=programs, hops=hops, held_out=True)
     asked_B = batch.targets[:, -1] >= 0
     return batch.input_ids[asked_B], batch.targets[asked_B, -1]
@@ -76,8 +72,5 @@ def questions(hops: int, programs: int = 4096) -> tuple[Tensor, Tensor]:
 def accuracy_grid(
     model: Model, hops: Sequence[int], loops: Sequence[int], programs: int = 4096
 ) -> list[list[float]]:
-    """(hops, loops): share of the :func:`questions` answered; ``loops`` rise.
-
-    A dense model has one column.
-    """
+    """Return accuracy on :func:`questions` (hops, rising loops); one column for dense models."""
     return [answered(model, *questions(each, programs), loops) for each in hops]

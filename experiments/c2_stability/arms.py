@@ -1,8 +1,7 @@
-"""The ways of feeding the input back, as configurations of one small model.
+"""Injection variants of one small model.
 
-All but one are a field of the configuration. The predecessor of this library normed the sum of
-state and input, and added what the block makes of it, the block's own input included, to
-A h + B e.
+All but one are configuration fields. The predecessor of this library applied the block, including
+its residual, to the normalized sum of state and input, and added the result to A h + B e.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ RULES: dict[str, dict[str, Any]] = {
     "stable": {},
     PREDECESSOR: {},
 }
-"""Rule -> fields of the configuration."""
+"""Rule -> configuration fields."""
 
 
 class _InputKept(LTIInjection):
-    """Hands e on, because the predecessor's loop needs it twice."""
+    """Pass e through, because the predecessor's loop uses it twice."""
 
     def drive(self, e_BTD: Tensor) -> Tensor:
         """Return e."""
@@ -41,7 +40,7 @@ class _InputKept(LTIInjection):
 
 
 class PredecessorLoop(RecurrentBlock):
-    """h <- A h + B e + Block(norm(h + e)), with one block."""
+    """Compute h <- A h + B e + Block(norm(h + e)) with one block."""
 
     def __init__(self, cfg: MythosConfig, first_layer: int) -> None:
         super().__init__(cfg, first_layer)
@@ -67,13 +66,7 @@ class PredecessorLoop(RecurrentBlock):
 
 
 def build_arm(rule: str, model: dict[str, Any], seed: int) -> OpenMythos:
-    """Build the model of an arm: one prelude, one looped and one coda block.
-
-    Args:
-        rule: A key of :data:`RULES`.
-        model: Fields of the configuration that all arms share.
-        seed: Seed of the weights.
-    """
+    """Build a model with injection ``rule`` (a key of RULES) and configuration ``model``."""
     cfg = MythosConfig.from_dict(model | RULES[rule])
     with seeded(seed):
         lm = OpenMythos(cfg)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.c4_halting.answer import summarise
+from experiments.c4_halting.answer import plot, summarise
 from experiments.c4_halting.cells import ACT, CHAINS, CLAIM, TEXT, cells
 from experiments.c4_halting.chains import run_act, run_chains
-from experiments.c4_halting.picture import plot
 from experiments.c4_halting.prose import run_text
 from experiments.claim import Cell, Place
 

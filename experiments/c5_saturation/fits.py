@@ -1,12 +1,11 @@
-"""Three forms of a loss that falls with loops, fitted by least squares.
+"""Least-squares fits of three forms of a loss that falls with loops.
 
     exponential   L_inf + Z exp(-z T)
-    floor_power   L_inf + Z T^-z       a power law with a floor
-    power                 Z T^-z       one without
+    floor_power   L_inf + Z T^-z
+    power                 Z T^-z
 
-For a fixed rate z each is linear in the rest; so a grid over z, with the regression solved at every
-point, finds the best fit without starting values. Z is never negative: loops do not harm in these
-forms.
+For a fixed z each form is linear in the other parameters, so a grid search over z with a linear
+regression at every point finds the best fit without starting values. Z is never negative.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _RATES = np.geomspace(1e-4, 10.0, 3000)
-"""(R,) what is tried for z."""
+"""(R,) grid of z."""
 
 
 def _exponential(loops: Array, rate: float) -> Array:
@@ -36,7 +35,7 @@ FORMS: dict[str, tuple[Callable[[Array, float], Array], bool]] = {
     "floor_power": (_power, True),
     "power": (_power, False),
 }
-"""Name -> the decay with T, and whether a floor is added."""
+"""Name -> (decay with T, whether a floor is added)."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,20 @@ class Fit:
     form: str
     """A key of :data:`FORMS`."""
     floor: float
-    """L_inf; 0 for a form without."""
+    """L_inf; 0 for a form without a floor."""
     scale: float
     """Z."""
     rate: float
     """z."""
 
     def predict(self, loops: Sequence[int]) -> Array:
-        """Loss at each number of loops."""
+        """Return the predicted loss at each number of loops."""
         decay, _ = FORMS[self.form]
         return self.floor + self.scale * decay(np.asarray(loops, float), self.rate)
 
 
 def fit(form: str, loops: Sequence[int], losses: Sequence[float]) -> Fit:
-    """The least-squares fit of ``form`` to ``losses``."""
+    """Fit ``form`` to ``losses`` by least squares."""
     decay, has_floor = FORMS[form]
     t, y = np.asarray(loops, float), np.asarray(losses, float)
     x_RT = np.stack([decay(t, rate) for rate in _RATES])

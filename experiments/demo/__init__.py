@@ -1,1 +1,1 @@
-"""``make demo``: a looped model beside a dense one, on text that every machine has."""
+"""``make demo``: compare looped and dense models on chains and on text."""

@@ -1,4 +1,4 @@
-"""The demo's picture: learning, depth, stability, experts."""
+"""Plot the demo's results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOOPED, DENSE, MUTED = "#2563eb", "#d97706", "#94a3b8"
 
 
 def draw(results: DemoResults, path: Path) -> None:
-    """Draw the picture to ``path``; its suffix decides the format."""
+    """Draw the six panels to ``path``; its suffix decides the format."""
     shown = (_chains, _lengths, _depth, _learning, _dynamics, _experts)
     with panels(path, 3, rows=2, size=(5, 4), dpi=130) as axes:
         for panel, ax in zip(shown, axes, strict=True):
@@ -39,7 +39,7 @@ def _lengths(ax: Any, r: DemoResults) -> None:
     ax.axvspan(r.hops[0], r.trained_hops, color=LOOPED, alpha=0.07, lw=0)
     ax.plot(r.hops, many, "o-", color=LOOPED, label=f"looped, {r.chosen_loops} loops")
     ax.plot(r.hops, few, "o:", color=LOOPED, label=f"looped, {r.trained_hops} loops")
-    ax.plot(r.hops, r.hop_dense, "o--", color=DENSE, label="dense, as many parameters")
+    ax.plot(r.hops, r.hop_dense, "o--", color=DENSE, label="dense, equal parameters")
     ax.axhline(1 / r.entities, color=MUTED, lw=0.8, ls=":", label="guessing")
     ax.set(
         title="Longer chains, same weights", xlabel="hops (shaded: seen in training)",
@@ -56,13 +56,8 @@ def _loop_axis(ax: Any, loops: list[int], note: str = "") -> None:
 
 def _depth(ax: Any, r: DemoResults) -> None:
     ax.axvspan(1, r.max_depth, color=LOOPED, alpha=0.07, lw=0)
-    ax.plot(
-        r.depths,
-        r.looped_bits,
-        "o-",
-        color=LOOPED,
-        label=f"looped, {_millions(r.looped.parameters)}",
-    )
+    looped = f"looped, {_millions(r.looped.parameters)}"
+    ax.plot(r.depths, r.looped_bits, "o-", color=LOOPED, label=looped)
     ax.axhline(r.dense_bits, color=DENSE, ls="--", label=f"dense, {_millions(r.dense.parameters)}")
     ax.axvline(r.mean_depth, color=MUTED, lw=0.8, ls=":")
     _loop_axis(ax, r.depths, " (shaded: seen in training)")
@@ -97,10 +92,10 @@ def _experts(ax: Any, r: DemoResults) -> None:
     loops, experts = len(r.expert_load), len(r.expert_load[0])
     ax.set_xticks(range(experts))
     ax.set_yticks(range(loops), [str(t + 1) for t in range(loops)])
-    ax.set(title="Which experts fire at which loop", xlabel="expert", ylabel="loop")
+    ax.set(title="Expert load by loop", xlabel="expert", ylabel="loop")
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
-    ax.figure.colorbar(image, ax=ax, label="share of choices", shrink=0.9)
+    ax.figure.colorbar(image, ax=ax, label="share of routed choices", shrink=0.9)
 
 
 def _millions(count: int) -> str:

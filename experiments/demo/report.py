@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that needs no other."""
+"""Write the demo's report, a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from open_mythos.reports.html import heatmap, render, table, write_html
 
 
 def write_report(results: DemoResults, picture: Path, path: Path) -> None:
-    """Write the page, with the picture inside it."""
+    """Write the page with the plot embedded."""
     r = results
     overlaps = [row[t + 1] for t, row in enumerate(r.expert_overlap[:-1])]
     samples = {f"looped, {depth} loops": text for depth, text in r.samples.items()}
     page = render(
         "report.html", Path(__file__).parent,
-        title="OpenMythos demo: depth as a choice", r=r, hop_summary=hop_summary(r),
+        title="OpenMythos demo: adjustable depth", r=r, hop_summary=hop_summary(r),
         summary=text_summary(r), picture=base64.b64encode(picture.read_bytes()).decode(),
         depths=table(
             ("loops", "bits per byte", "against dense", ""),
@@ -26,7 +26,7 @@ def write_report(results: DemoResults, picture: Path, path: Path) -> None:
             r.best_depth,
         ),
         models=table(
-            ("task", "model", "parameters", "active per token", "train MFLOP / token", "seconds"),
+            ("task", "model", "parameters", "active per token", "train MFLOPs / token", "seconds"),
             [(task, c.label, c.parameters, c.active_parameters, f"{c.training_flops / 1e6:.1f}",
               round(c.seconds))
              for task, c in (("chains", r.hop_looped_run), ("chains", r.hop_dense_run),
@@ -40,7 +40,7 @@ def write_report(results: DemoResults, picture: Path, path: Path) -> None:
 
 
 def hop_summary(r: DemoResults) -> str:
-    """Say what depth did for the chains."""
+    """Summarize the results on chains."""
     i, deepest = r.hops.index(r.asked_hops), r.hop_loops[-1]
     few, many, most = (
         r.hop_accuracy_at(loops)[i] for loops in (r.trained_hops, r.chosen_loops, deepest)
@@ -48,15 +48,15 @@ def hop_summary(r: DemoResults) -> str:
     return (
         f"Chains of {r.asked_hops} relations, trained on {r.trained_hops} at most: the looped "
         f"model answers {few:.0%} with {r.trained_hops} loops, {many:.0%} with {r.chosen_loops} "
-        f"and {most:.0%} with {deepest}, from the same weights. Left to stop by itself it answers "
-        f"{r.exit_accuracy[i]:.0%} with {r.exit_loops[i]:.1f} loops on average, and runs "
+        f"and {most:.0%} with {deepest}, from the same weights. With early exit it answers "
+        f"{r.exit_accuracy[i]:.0%} with {r.exit_loops[i]:.1f} loops on average, and uses "
         f"{r.exit_loops[0]:.1f} on chains of {r.hops[0]}. The dense model of as many parameters "
         f"answers {r.hop_dense[i]:.0%}; guessing gives {1 / r.entities:.0%}."
     )
 
 
 def text_summary(r: DemoResults) -> str:
-    """Say what depth did for the text."""
+    """Summarize the results on text."""
     at = dict(zip(r.depths, r.looped_bits, strict=True))
     best, deepest = r.best_depth, r.depths[-1]
     gain = (at[1] - at[best]) / at[1]
@@ -65,11 +65,10 @@ def text_summary(r: DemoResults) -> str:
     direction = "fewer" if versus < 0 else "more"
     return (
         f"Source text: the looped model needs {at[1]:.3f} bits per byte with one loop and "
-        f"{at[best]:.3f} with "
-        f"{best}, {gain:.1%} fewer, from the same weights; {abs(versus):.1%} {direction} than "
-        f"the dense model's {r.dense_bits:.3f}. At {deepest} loops, {deepest // r.mean_depth} "
-        f"times the mean depth of its training, it needs {at[deepest]:.3f} ({drift:+.3f} from its "
-        f"best). rho(A) is {r.rho:.3f}."
+        f"{at[best]:.3f} with {best}, {gain:.1%} fewer, from the same weights; that is "
+        f"{abs(versus):.1%} {direction} than the dense model's {r.dense_bits:.3f}. At {deepest} "
+        f"loops, {deepest // r.mean_depth} times the mean depth in training, it needs "
+        f"{at[deepest]:.3f} ({drift:+.3f} from its best). rho(A) is {r.rho:.3f}."
     )
 
 

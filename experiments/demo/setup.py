@@ -1,7 +1,7 @@
-"""What the demo trains on text, and at which depths it asks; dense models beside looped ones.
+"""Configuration of the demo's text models and of all evaluations.
 
-Both see the same samples in the same order and have as many parameters. What is trained on chains
-of relations is the recipe of the claim about depth (``experiments.c1_depth``).
+Looped and dense models have equal parameter counts and see the same samples in the same order. The
+chain models use the recipe of ``experiments.c1_depth``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from open_mythos.train.config import DataConfig, DepthConfig, OptimConfig, RunCo
 VOCABULARY = 1024
 TRAINED_DEPTH = 4
 EVAL_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
-"""Loops measured: to eight times the mean trained depth."""
+"""Loops evaluated on text, up to eight times the mean trained depth."""
 PROMPT = "def read_lines(path):\n    "
 SAMPLE_DEPTHS = (1, TRAINED_DEPTH, 4 * TRAINED_DEPTH)
 SAMPLE_TOKENS = 60
 TEST_HOPS = (2, 3, 4, 5, 6, 8, 10, 12, 15)
 HOP_LOOPS = (1, 2, 5, 8, 10, 12, 16, 24, 64, 128)
 EXIT_RULE = "kl:0.0001,0.1"
-"""Lets the model choose its depth on chains by itself, without knowing how long they are."""
+"""Early-exit rule for chains; it does not know their length."""
 
 
 def text_config(folder: Path, seed: int, quick: bool) -> RunConfig:
-    """Language modelling; ``folder`` holds the prepared shards in ``data``, and gets the rest."""
+    """Configure the language model; ``folder`` holds the shards in ``data`` and the outputs."""
     model = MythosConfig(
         vocab_size=VOCABULARY, dim=128, n_heads=4, n_kv_heads=4, max_seq_len=512,
         max_loop_iters=TRAINED_DEPTH, prelude_layers=1, coda_layers=1, max_output_tokens=512,
@@ -48,7 +48,7 @@ def text_config(folder: Path, seed: int, quick: bool) -> RunConfig:
 
 
 def dense_counterpart(config: RunConfig) -> RunConfig:
-    """The same run with a dense transformer of as many parameters."""
+    """Return the same run for a dense transformer with an equal parameter count."""
     dense = deepcopy(config)
     dense.architecture, dense.train.grad_loops = "dense", None
     if dense.train.out_dir is not None:

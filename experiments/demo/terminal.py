@@ -1,4 +1,4 @@
-"""The demo's results in a terminal."""
+"""Print the demo's results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SHADES = " ░▒▓█"
 
 
 def show(r: DemoResults, console: Console) -> None:
-    """Print everything the demo found."""
+    """Print all results."""
     console.print(_hop_table(r))
     console.print(f"{hop_summary(r)}\n", highlight=False)
     console.print(_text_table(r))
-    console.print("which experts fire at which loop (a column an expert; darker is more)")
+    console.print("expert load per loop (columns: experts; darker: larger share)")
     top = max(max(row) for row in r.expert_load)
     for t, row in enumerate(r.expert_load):
         cells = "".join(2 * _shade(share / top) for share in row)
         console.print(f"  loop {t + 1}  {cells}", highlight=False)
-    console.print(f"\n[bold]what it writes with {r.mean_depth} loops[/]", highlight=False)
+    console.print(f"\n[bold]sample with {r.mean_depth} loops[/]", highlight=False)
     console.print(r.prompt + r.samples[r.mean_depth], highlight=False, markup=False)
     console.print(f"\n{text_summary(r)}\n", highlight=False)
 
@@ -33,15 +33,13 @@ def _shade(share: float) -> str:
 
 def _hop_table(r: DemoResults) -> Table:
     table = Table(
-        title=f"\nhops: share of unseen chains answered, % (trained on at most {r.trained_hops})",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+        title=f"\nchains: % of unseen chains answered, by loops (trained on {r.trained_hops} hops)",
+        title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+    )  # fmt: skip
     table.add_column("hops", no_wrap=True)
     for loops in r.hop_loops:
         table.add_column(str(loops), justify="right", no_wrap=True)
-    for heading in ("own", "loops", "dense"):
+    for heading in ("exit", "loops", "dense"):
         table.add_column(heading, justify="right", no_wrap=True)
     for i, hops in enumerate(r.hops):
         style = "bold" if hops == r.asked_hops else ""

@@ -1,4 +1,4 @@
-"""The demo's trainings, two at a time: small models leave the second core of one training idle."""
+"""Train the demo's models two at a time, since one small model cannot use two cores."""
 
 from __future__ import annotations
 
@@ -31,13 +31,11 @@ class Job:
     """One model to train."""
 
     label: str
-    """In the results."""
     config: RunConfig
-    """The run."""
     folder: Path
-    """Receives the trained model."""
+    """Output folder of the model."""
     is_chains: bool
-    """Chains of relations, or text."""
+    """Whether to train on chains instead of text."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,15 @@ class Trained:
     model: Model
     curve: Curve
     rows: list[dict[str, Any]]
-    """What the evaluation on text measured; empty for chains."""
+    """Evaluation on text by depth; empty for chains."""
     tokens: int
-    """Targets learnt from."""
+    """Training targets."""
     max_depth: int
-    """Most loops any sequence ran."""
+    """Maximum loops in training."""
 
 
 def train_all(jobs: Sequence[Job], quiet: bool) -> list[Trained]:
-    """Train every job in a process of its own, as many at a time as there are cores, at most 2."""
+    """Train every job in its own process, two at a time if there are two cores."""
     at_once = min(2, cores())
     threads = max(1, cores() // at_once)
     # spawn: a forked child of a process that has used threads may hang
@@ -74,7 +72,7 @@ def train_all(jobs: Sequence[Job], quiet: bool) -> list[Trained]:
 
 
 class _Listener:
-    """A logger that keeps the curve and tells the parent how far the training is."""
+    """A logger that keeps the curve and reports progress to the parent process."""
 
     def __init__(self, number: int, news: Any) -> None:
         self.steps: list[int] = []
@@ -83,7 +81,7 @@ class _Listener:
         self._number, self._news = number, news
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep the losses and the evaluation."""
+        """Record the loss and the evaluation."""
         self.rows = metrics.get("eval/depths", self.rows)
         if "loss" in metrics:
             self.steps.append(step)
@@ -94,7 +92,7 @@ class _Listener:
 def _train(
     job: Job, number: int, news: Any, threads: int
 ) -> tuple[Curve, list[dict[str, Any]], int, int]:
-    """In a worker process: train, save, and return what the parent needs beside the model."""
+    """Train and save in a worker; return curve, evaluation rows, tokens and maximum depth."""
     torch.set_num_threads(threads)
     clock, listener, config = time.perf_counter(), _Listener(number, news), job.config
     run = None if job.is_chains else build_run(config, loggers=[listener])
@@ -122,7 +120,7 @@ def _train(
 
 @contextmanager
 def _watched(jobs: Sequence[Job], news: Any, quiet: bool) -> Iterator[Any]:
-    """Progress bars of all jobs, fed from the queue that is yielded."""
+    """Show a progress bar per job, updated from the yielded queue."""
     with Progress(
         TextColumn("  {task.description}"), BarColumn(),
         TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[loss]}"),

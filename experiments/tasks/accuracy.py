@@ -1,4 +1,4 @@
-"""Accuracy of a model on questions, at many depths in one pass."""
+"""Accuracy of a model at many depths in one pass."""
 
 from __future__ import annotations
 
@@ -15,16 +15,10 @@ from open_mythos.train.build import Model
 def answered(
     model: Model, ids_BT: Tensor, answers_B: Tensor, loops: Sequence[int], rows: int = 4096
 ) -> list[float]:
-    """Return the share of rows whose most likely last token is the answer, for each depth.
+    """Return the share of ``ids_BT`` whose top next token is the answer, for each depth.
 
-    The loops run once, up to the largest depth. A dense model has one share, whatever ``loops``.
-
-    Args:
-        model: A looped or a dense model.
-        ids_BT: Questions.
-        answers_B: The token that should follow each.
-        loops: Depths, rising.
-        rows: Questions computed at a time.
+    The loops (rising) run once, up to the largest. A dense model has a single share. ``rows`` is
+    the batch size.
     """
     right = [0.0] * (len(loops) if isinstance(model, OpenMythos) else 1)
     with frozen(model, torch.float32) as device:
@@ -35,7 +29,7 @@ def answered(
 
 
 def _right(model: Model, ids_BT: Tensor, answers_B: Tensor, loops: Sequence[int]) -> list[float]:
-    """Right answers at each depth."""
+    """Count right answers at each depth."""
     if not isinstance(model, OpenMythos):
         return [_count(model(ids_BT), answers_B)]
     return [

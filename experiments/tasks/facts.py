@@ -1,15 +1,14 @@
-"""COMPOSED FACTS: facts that are composed in training, and facts that never are.
+"""COMPOSED FACTS: some facts are composed in training, others never are.
 
-The graph is that of PERM-HOP: N entities, R relations, a fact r(e) for each pair. A share of the
-facts, chosen by a hash, is *lone*: shown as ``<e> <r>`` and in no longer chain. All others are also
-shown composed, ``<e> <r1> ... <rk>``, but for the chains that PERM-HOP holds out. So there are two
-things to ask that training never showed:
+The graph is that of PERM-HOP: N entities, R relations, a fact r(e) for each pair. A random share of
+the facts is *lone*: shown only as ``<e> <r>``. All others are also shown in chains
+``<e> <r1> ... <rk>``, except for the chains that PERM-HOP holds out. Training never shows:
 
-- "known": held-out chains of facts that occur in other chains (generalisation in distribution);
-- "lone": chains of lone facts alone (systematic generalisation: each fact is known, none was ever
-  composed). "lone-first" and "lone-last" have a single lone fact, at one end of the chain.
+- "known": held-out chains of facts that occur in other chains (in-distribution generalization);
+- "lone": chains of lone facts only (systematic generalization). "lone-first" and "lone-last" have
+  a single lone fact, at one end of the chain.
 
-The split into facts seen composed and facts that are not is that of arXiv 2405.15071.
+The split follows arXiv 2405.15071.
 """
 
 from __future__ import annotations
@@ -33,15 +32,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class ComposedFacts:
-    """The task.
-
-    Args:
-        graph: Entities, relations, tables, and which chains are held out.
-        lone_share: Share of the facts that are never composed in training.
-
-    Raises:
-        ConfigError: ``lone_share`` is not a share.
-    """
+    """The task: a graph with its held-out chains, and the share of lone facts."""
 
     graph: PermHop = field(default_factory=lambda: PermHop(entities=64, relations=8))
     lone_share: float = 0.2
@@ -54,16 +45,16 @@ class ComposedFacts:
 
     @cached_property
     def lone(self) -> BoolArray:
-        """``lone[r, e]``: whether the fact r(e) is never composed in training; (R, N)."""
+        """Return whether the fact r(e) is lone, (R, N)."""
         shape = self.graph.relations, self.graph.entities
         generator = seeded_generator(self.graph.seed, "facts/lone")
         return (torch.rand(shape, generator=generator) < self.lone_share).numpy()
 
     def batch(self, step: int, *, global_batch: int, hops: int) -> Batch:
-        """Training chains of ``step``: (B, hops + 1) tokens, drawn as PERM-HOP draws them.
+        """Draw the training chains (B, hops + 1) of ``step``.
 
-        Every first relation is labelled; a later one if no fact up to it is lone and the chain up
-        to it is not held out.
+        The first relation is labeled; a later one only if no fact up to it is lone and the chain
+        up to it is not held out.
         """
         drawn = self.graph.batch(step, global_batch=global_batch, hops=hops)
         tokens = drawn.input_ids.numpy()
@@ -77,11 +68,7 @@ class ComposedFacts:
         )  # fmt: skip
 
     def questions(self, kind: str, hops: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every chain of a kind (Q, hops + 1), and its answer (Q,).
-
-        Raises:
-            ConfigError: No such kind.
-        """
+        """Return every chain of a kind (Q, hops + 1) and the answers (Q,)."""
         if kind not in KINDS:
             raise ConfigError(
                 "no such kind of chain", where="kind", value=kind, allowed=", ".join(KINDS)
@@ -95,7 +82,7 @@ class ComposedFacts:
         return torch.from_numpy(tokens), torch.from_numpy(answers_B)
 
     def kinds(self, entity_B: Int64Array, relations_BK: Int64Array) -> dict[str, BoolArray]:
-        """Kind -> whether the prefix that ends at each relation is of it, (B, K)."""
+        """Return kind -> whether the prefix ending at each relation is of that kind, (B, K)."""
         reached_BK = self.graph.answers(entity_B, relations_BK)
         from_BK = np.c_[entity_B, reached_BK[:, :-1]]
         lone_BK = self.lone[relations_BK, from_BK]

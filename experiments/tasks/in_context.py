@@ -1,13 +1,13 @@
-"""IN-CONTEXT HOPS: a permutation told in the prompt, new in every row, and chains through it.
+"""IN-CONTEXT HOPS: a permutation given in the prompt, new in every row, and chains through it.
 
-A row states M facts "a goes to b", one token each, in random order: a cyclic permutation of M of
-the N entities. Then it names one of the M and asks on: ``<e> <next> ... <next>``. The label at the
-i-th of these k tokens is the entity i facts further. Weights cannot know the facts; they have to be
-read, and with what was read one has to read again.
+A row states M facts "a -> b", one token each, in random order: a cyclic permutation of M of the N
+entities. Then follow an entity and hops, ``<e> <next> ... <next>``; the label at the i-th of these
+k tokens is the entity i facts later. The facts cannot be stored in weights: each hop is a lookup
+in the prompt that depends on the previous one.
 
-Why cyclic: a chain through short cycles comes back to what it has already answered. Why M of N: if
-all entities were in every row, the facts taken together would say nothing, and attention that is
-still uniform would have nothing to learn from.
+The permutation is cyclic because short cycles would revisit earlier answers. Only M of N entities
+appear because otherwise the set of facts would be the same in every row and uniform attention
+would have no signal to learn from.
 """
 
 from __future__ import annotations
@@ -25,16 +25,7 @@ from open_mythos.seeding import derive_seed
 
 @dataclass(frozen=True)
 class InContextHop:
-    """The task; tokens are the N entities, "next", and the N^2 facts that can be stated.
-
-    Args:
-        entities: N.
-        stated: M, entities of a row, and its facts.
-        seed: Fixes the rows that are drawn.
-
-    Raises:
-        ConfigError: A number is out of range.
-    """
+    """The task with N entities and M stated facts; tokens: N entities, "next", N^2 facts."""
 
     entities: int = 16
     stated: int = 8
@@ -46,23 +37,13 @@ class InContextHop:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens: N + 1 + N^2."""
+        """Return the number of tokens, N + 1 + N^2."""
         return self.entities + 1 + self.entities**2
 
     def batch(self, step: int, *, global_batch: int, hops: int, test: bool = False) -> Batch:
-        """Draw the rows of ``step``: (B, M + hops) tokens; a pure function of the arguments.
+        """Draw the rows (B, M + hops) of ``step``, a pure function of the arguments.
 
-        Args:
-            step: Every step has rows of its own.
-            global_batch: B, the rows; each depends on its place in the batch alone.
-            hops: k, facts to follow.
-            test: From another stream than training rows.
-
-        Returns:
-            Targets are -100 at the facts.
-
-        Raises:
-            ConfigError: A number is out of range.
+        Targets are -100 at the facts. ``test`` rows come from another random stream.
         """
         check_count("step", step, 0)
         check_count("hops", hops)
@@ -85,7 +66,7 @@ class InContextHop:
         )
 
     def _words(self, step: int, rows_B: Int64Array, test: bool) -> UInt64Array:
-        """(B, N + M) hashes of (seed, step, row, place)."""
+        """Return hashes (B, N + M) of (seed, step, row, position)."""
         stream = "in-context/test" if test else "in-context/train"
         key = np.uint64(derive_seed(self.seed, stream, step))
         row_B1 = mix64(rows_B.astype(np.uint64) ^ key)[:, None]

@@ -19,13 +19,7 @@ class Task(Protocol):
 
 
 class TaskLoader:
-    """Draw fresh rows of a task at every step (a ``BatchLoader`` of the trainer).
-
-    Args:
-        task: The task.
-        global_batch: Rows of a batch.
-        hops: Hops that a row asks for.
-    """
+    """Draw fresh rows of a task at every step (a ``BatchLoader`` of the trainer)."""
 
     def __init__(self, task: Task, *, global_batch: int, hops: int) -> None:
         self.step = 0
@@ -40,11 +34,7 @@ class TaskLoader:
         return {"step": self.step, "task": asdict(self._task), "hops": self._hops}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a position.
-
-        Raises:
-            DataError: It is the position of another task or of other settings.
-        """
+        """Restore a position; raise DataError if the task or its settings differ."""
         own = self.state_dict()
         if {**state, "step": 0} != {**own, "step": 0}:
             raise DataError(

@@ -1,12 +1,11 @@
 """PERM-HOP(N, R): follow a chain of relations, one hop per relation.
 
 N entities and R relations, each relation a fixed random permutation of the entities. A program is
-the tokens ``<e> <r1> ... <rk>``; at every relation the label is the entity reached so far,
-r_i(... r_1(e)). Permutations matter: with any other map the last relations alone say much about
-the answer.
+``<e> <r1> ... <rk>``; the label at each relation is the entity reached so far, r_i(... r_1(e)).
+With non-permutations the last relations alone would be informative about the answer.
 
-A tenth of all prefixes of two hops or more, chosen by a hash, is never a training label: those are
-the queries that a test asks.
+A tenth of all prefixes of two or more hops, chosen by a hash, is never labeled in training; tests
+query those.
 """
 
 from __future__ import annotations
@@ -29,16 +28,7 @@ HELD_OUT_ONE_IN = 10
 
 @dataclass(frozen=True)
 class PermHop:
-    """The task; entities are tokens 0..N-1 and relations tokens N..N+R-1.
-
-    Args:
-        entities: N.
-        relations: R.
-        seed: Fixes the permutations, the held-out prefixes and the programs that are drawn.
-
-    Raises:
-        ConfigError: A number is out of range.
-    """
+    """The task; entities are tokens 0..N-1 and relations tokens N..N+R-1."""
 
     entities: int = 16
     relations: int = 8
@@ -50,12 +40,12 @@ class PermHop:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens: N + R."""
+        """Return the number of tokens, N + R."""
         return self.entities + self.relations
 
     @cached_property
     def tables(self) -> Int64Array:
-        """``tables[r, e]``: the entity that relation r makes of entity e; (R, N) int64."""
+        """Return the entity that relation r maps entity e to, (R, N) int64."""
         generator = seeded_generator(self.seed, "permhop/tables")
         tables = [torch.randperm(self.entities, generator=generator) for _ in range(self.relations)]
         return torch.stack(tables).numpy()
@@ -70,23 +60,18 @@ class PermHop:
         final_only: bool = False,
         chains: int = 1,
     ) -> Batch:
-        """Draw the programs of ``step``: (B, hops + 1) tokens; a pure function of the arguments.
+        """Draw the programs (B, hops + 1) of ``step``, a pure function of the arguments.
 
         Args:
-            step: Steps of training and of testing draw from different streams.
-            global_batch: B, the rows; each depends on its place in the batch alone.
-            hops: k, the relations of every program.
-            held_out: Label only the held-out prefixes (testing), instead of only the others.
+            step: Training step.
+            global_batch: B, rows; each depends only on its place in the batch.
+            hops: k, relations per program.
+            held_out: Draw from the test stream and label only the held-out prefixes.
             final_only: Label the last relation only.
-            chains: Programs that stand one after the other in each row, which then has
-                ``chains * (hops + 1)`` tokens: the later ones at positions, and with something
-                before them, that a single program of this length never has.
+            chains: Consecutive programs per row, which then has ``chains * (hops + 1)`` tokens.
 
         Returns:
-            Targets are -100 at the entity and at every position without a label.
-
-        Raises:
-            ConfigError: A number is out of range.
+            A batch whose targets are -100 at positions without a label.
         """
         check_count("step", step, 0)
         check_count("hops", hops)
@@ -111,7 +96,7 @@ class PermHop:
         return Batch(tokens, targets, None, torch.arange(first, first + global_batch))
 
     def answers(self, entity_B: Int64Array, relations_BK: Int64Array) -> Int64Array:
-        """The entity reached after each hop: (B, K) int64."""
+        """Return the entity reached after each hop, (B, K) int64."""
         reached, path = entity_B, []
         for relation_B in relations_BK.T:
             reached = self.tables[relation_B, reached]
@@ -119,7 +104,7 @@ class PermHop:
         return np.stack(path, axis=1)
 
     def is_held_out(self, entity_B: Int64Array, relations_BK: Int64Array) -> np.ndarray:
-        """Whether the prefix that ends at each relation is held out: (B, K) bool."""
+        """Return whether the prefix ending at each relation is held out, (B, K) bool."""
         key = np.uint64(derive_seed(self.seed, "permhop/held-out"))
         hash_B = mix64(entity_B.astype(np.uint64) ^ key)
         chosen = []
@@ -133,7 +118,7 @@ class PermHop:
     def _draw(
         self, step: int, places_B: Int64Array, hops: int, held_out: bool
     ) -> tuple[Int64Array, Int64Array]:
-        """Entities (B,) and relations (B, K); each number hashes (seed, step, place, position)."""
+        """Draw entities (B,) and relations (B, K) by hashing (seed, step, place, position)."""
         stream = "permhop/test" if held_out else "permhop/train"
         key = np.uint64(derive_seed(self.seed, stream, step))
         row_B1 = mix64(places_B.astype(np.uint64) ^ key)[:, None]
@@ -144,15 +129,9 @@ class PermHop:
 
 
 class PermHopLoader(TaskLoader):
-    """Draw fresh programs at every step, single ones first and then pairs.
+    """Draw fresh programs at every step, and pairs of programs from step ``pair_from`` on.
 
-    Args:
-        task: The task.
-        global_batch: Rows of a batch.
-        hops: Relations of every program.
-        pair_from: First step whose rows hold two programs, one after the other; None for single
-            programs throughout. Single programs come first because they are learnt faster.
-        final_only: Label the last relation of a program only.
+    Single programs come first because they are learned faster.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""A PERM-HOP task kept beside a model that was trained on it.
+"""Save and load a PERM-HOP task next to a model trained on it.
 
 ``task.json`` describes the task; ``tokenizer/`` names its tokens e0 e1 .. and r0 r1 .., so that the
-commands of the library read and print chains as text.
+library's commands read and print chains as text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load_task(folder: Path) -> PermHop:
     """Read the task that :func:`save_task` wrote to ``folder``.
 
     Raises:
-        DataError: There is no such file, or it does not describe a PERM-HOP task.
+        DataError: The file is missing or does not describe a PERM-HOP task.
     """
     path = folder / TASK_FILE
     try:
@@ -47,21 +47,21 @@ def load_task(folder: Path) -> PermHop:
         raise DataError(
             "no description of a PERM-HOP task", where=str(path), value=str(error),
             allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}',
-            fix="name a model folder that the demo wrote: runs/demo/chains/looped",
+            fix="pass a model folder written by the demo, such as runs/demo/chains/looped",
         ) from error  # fmt: skip
 
 
 def reached(task: PermHop, ids: list[int]) -> list[tuple[int, int] | None]:
-    """Hops since the last entity and the entity reached, at each token; None at an entity.
+    """Return (hops since the last entity, entity reached) at each relation, None at an entity.
 
     Raises:
-        DataError: ``ids`` do not begin with an entity.
+        DataError: ``ids`` do not start with an entity.
     """
     if not ids or ids[0] >= task.entities:
         raise DataError(
-            "a chain begins with an entity", where="prompt", value=ids[:1],
+            "a chain must start with an entity", where="prompt", value=ids[:1],
             allowed=f"e0 .. e{task.entities - 1}, then relations r0 .. r{task.relations - 1}",
-            fix="write it as: e3 r1 r4",
+            fix="write it like e3 r1 r4",
         )  # fmt: skip
     found: list[tuple[int, int] | None] = []
     hops, entity = 0, 0

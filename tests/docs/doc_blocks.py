@@ -112,17 +112,17 @@ def source(thing: Callable[..., object]) -> Callable[[], str]:
 
 
 def demo_summary() -> str:
-    """What the recorded run of the demo found."""
+    """Summarize the recorded demo run."""
     r = DemoResults.load(ROOT / "docs" / "demo" / "results.json")
     return (
         f"{hop_summary(r)}\n\n{text_summary(r)}\n\n"
         f"Both from one recorded run of `make demo` (seed {r.seed}; {r.versions}; {r.machine}; "
-        "[figures](docs/demo/results.json)); yours will differ a little.\n"
+        "[numbers](docs/demo/results.json)); yours will differ a little.\n"
     )
 
 
 def claims_table() -> str:
-    """Every claim, its verdicts and the figures that decided."""
+    """List every claim with its verdicts and the deciding metrics."""
     rows = (
         (
             f"[{line.claim}](docs/claims.md) {line.title}",
@@ -131,7 +131,7 @@ def claims_table() -> str:
         )
         for line in lines()
     )
-    return table(("claim", "verdict at CPU scale", "figures"), rows)
+    return table(("claim", "verdict at CPU scale", "metrics"), rows)
 
 
 MADE: dict[str, Callable[[], str]] = {

@@ -7,9 +7,7 @@ import torch
 from helpers import randomise
 
 from experiments import c1_depth as c1
-from experiments.c1_depth.answer import asked
-from experiments.c1_depth.cells import ARMS, DENSE_RIVALS, LEARNABLE, LOOPED
-from experiments.c1_depth.measure import without_injection
+from experiments.c1_depth import ARMS, DENSE_RIVALS, LEARNABLE, LOOPED, asked, without_injection
 from experiments.c1_depth.recipe import TASK, accuracy_grid, chains, questions, recipe
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
 from experiments.tasks import PermHopLoader

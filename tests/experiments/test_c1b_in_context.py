@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments import c1b_in_context as c1b
-from experiments.c1b_in_context.cells import ASKED_HOPS, LOOPED, TASK
-from experiments.c1b_in_context.measure import questions
+from experiments.c1b_in_context import ASKED_HOPS, LOOPED, TASK, questions
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos.train import RunConfig
 

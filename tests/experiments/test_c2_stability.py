@@ -9,10 +9,8 @@ import torch
 from helpers import assert_same, randomise
 
 from experiments import c2_stability as c2
-from experiments.c2_stability.answer import largest_stable
+from experiments.c2_stability import LEARNING_RATES, Watch, largest_stable
 from experiments.c2_stability.arms import RULES, build_arm
-from experiments.c2_stability.cells import LEARNING_RATES
-from experiments.c2_stability.training import Watch
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos import LTIInjection, MythosConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments import c3_half_the_parameters as c3
-from experiments.c3_half_the_parameters.cells import HALF, LOOPED, UNROLLED, WHOLE
+from experiments.c3_half_the_parameters import HALF, LOOPED, UNROLLED, WHOLE
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos.train import RunConfig
 

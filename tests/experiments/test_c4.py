@@ -13,8 +13,7 @@ from experiments.c4_halting import chains
 from experiments.c4_halting.act import measure_act, mixture, train_act
 from experiments.c4_halting.answer import fewest_loops
 from experiments.c4_halting.cells import ACT, CHAINS, TEXT
-from experiments.c4_halting.points import ordering, shallowest
-from experiments.c4_halting.rank import spearman
+from experiments.c4_halting.points import ordering, shallowest, spearman
 from experiments.claim import (
     DOES_NOT_HOLD,
     HOLDS,

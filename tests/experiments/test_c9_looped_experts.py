@@ -7,7 +7,7 @@ import torch
 from helpers import random_ids, small_model
 
 from experiments import c9_looped_experts as c9
-from experiments.c9_looped_experts.training import TiedExperts, tie_experts
+from experiments.c9_looped_experts import TiedExperts, tie_experts
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
 from open_mythos import LoopTrace, MythosConfig, account
 from open_mythos.train import RunConfig

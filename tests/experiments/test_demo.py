@@ -18,10 +18,10 @@ from experiments.demo.terminal import show
 RECORDED = Path(__file__).parents[2] / "docs" / "demo" / "results.json"
 
 
-def test_a_folder_of_the_users_is_never_replaced(tmp_path, capsys):
+def test_other_folders_are_never_replaced(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert main(["demo", "--out", str(tmp_path), "--quick"]) == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "not from the demo" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -11,8 +11,7 @@ from experiments.claim import (
     HOLDS_IN_PART,
     UNCLEAR,
 )
-from experiments.systematic.cells import ARMS, BETWEEN, LOOPED
-from experiments.systematic.measure import STAGES
+from experiments.systematic import ARMS, BETWEEN, LOOPED, STAGES
 from experiments.tasks.facts import KINDS
 from experiments.training import build
 from open_mythos.model.dense import parameter_count

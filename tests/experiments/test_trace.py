@@ -48,7 +48,7 @@ def test_where_chains_lead():
         None, (1, TASK.tables[0, 1]), None, (1, first), (2, TASK.tables[1, first])
     ]  # fmt: skip
     for ids in ([], [6, 7]):
-        with pytest.raises(DataError, match="begins with an entity"):
+        with pytest.raises(DataError, match="must start with an entity"):
             reached(TASK, ids)
 
 
