@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     experts, chosen = scale.experts[0]
     return (
         f"decoding batches on {scale.contexts[0]} positions, dim {scale.dim}, {scale.n_loops} "
@@ -76,7 +76,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
 def _of(
     scale: Scale, dtype: torch.dtype, times: dict[str, Times], error: float
 ) -> Iterator[Finding]:
-    """Tokens per second of one dtype, and how many times those of a single row."""
+    """Report tokens per second of one dtype, and relative to a single row."""
     cfg = config(scale, "mla", scale.experts[0])
     first = scale.batches[0] / times[f"{dtype_name(dtype)} {scale.batches[0]}"].wall
     for batch in scale.batches:
@@ -90,7 +90,7 @@ def _of(
 
 
 def _gate(scale: Scale, model: OpenMythos, dtype: torch.dtype) -> float:
-    """The last row of the largest batch has the logits that it has alone.
+    """Check that the last row of the largest batch has the same logits as alone.
 
     In bfloat16 kernels add up in another order for another number of rows: three digits are left.
     """

@@ -1,4 +1,4 @@
-"""The cache: bytes held against the formula, and against multi-head attention."""
+"""Cache memory against the formula and multi-head attention."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class HeldRow:
 
     @property
     def ratio(self) -> float:
-        """How many times less than multi-head attention."""
+        """Return the reduction relative to multi-head attention."""
         return self.mha / self.held
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     return f"cache of one row, {scale.tokens} tokens, {scale.n_loops} loops, float32"
 
 

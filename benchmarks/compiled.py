@@ -24,7 +24,7 @@ EXPERTS = (16, 2)
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     dim, loops, batch, tokens = _sizes(scale)
     return (
         f"training step with compiled blocks (forward, backward), dim {dim}, {EXPERTS[0]} experts "
@@ -107,5 +107,5 @@ def _sizes(scale: Scale) -> tuple[int, int, int, int]:
 
 
 def _break_even(first: float, fast: float, plain: float) -> str:
-    """After how many steps compiling has paid for itself."""
+    """Return the number of steps after which compilation pays off."""
     return f"{first / (plain - fast):,.0f} steps" if plain > fast else "no number of steps"

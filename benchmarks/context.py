@@ -30,13 +30,13 @@ from open_mythos.model.mythos import OpenMythos
 GOAL_LINEAR = 10.0
 """Percent by which a step may be off the straight line through all of them."""
 GOAL_BANDWIDTH = 50.0
-"""Percent of the machine's limit at which the slope of that line reads the cache."""
+"""Percent of the roofline at which the slope of that line reads the cache."""
 REPEATS, UNTIMED = 3, 1
 GATE_TOKENS = 7
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     experts, chosen = scale.experts[0]
     return (
         f"decoding one row at several contexts, dim {scale.dim}, {scale.n_loops} loops, "

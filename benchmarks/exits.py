@@ -1,4 +1,4 @@
-"""Leaving early: what exits save of the time of the full depth."""
+"""Early exit: time saved relative to full depth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REST = "the loops of the deepest row, alone in its batch,"
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     return (
         f"exits of mean depth {MEAN} against the full depth of {DEPTH}, dim {scale.dim}, "
         f"MLA; decoding: a token for each of {2 * scale.decode_batch} rows in one thread"
@@ -33,7 +33,7 @@ def title(scale: Scale) -> str:
 
 
 def rows(scale: Scale) -> Iterator[Measured]:
-    """Decoding and prefill, for exits that agree, differ a little, and differ much."""
+    """Measure decoding and prefill with equal, similar and very different exits."""
     for experts in ((0, 0), scale.experts[0]):
         model = build(scale, "mla", experts).eval()
         kind = f"{experts[0]} experts" if experts[0] else "dense"
@@ -91,7 +91,7 @@ def _compare(
     name: str,
     cache: KVCache | None,
 ) -> Row:
-    """Adaptive against full depth; the gate holds adaptive against each token computed alone."""
+    """Compare adaptive with full depth; the gate checks each token against itself alone."""
     held = 0 if cache is None else cache.length
 
     def call(**depth: object) -> Callable[[], Tensor]:

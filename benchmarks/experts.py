@@ -1,4 +1,4 @@
-"""The layer of experts alone, forward and backward, as every loop runs it."""
+"""The expert layer alone, forward and backward, as every loop runs it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REST = "routing, without any expert"
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     return (
         f"layer of experts, forward and backward, dim {scale.dim}, expert dim {scale.dim // 2}, "
         f"{scale.layer_tokens} tokens"
@@ -91,7 +91,7 @@ def _row(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) 
 
 
 def _choices(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) -> Row:
-    """The same layer against the loop that most code for experts begins with."""
+    """Compare the layer with a naive loop over choices and experts."""
     layer = noisy(lambda: MoEFFN(replace(config(scale, "mla", experts), n_shared_experts=0)))
     small = _tokens(scale.dim, GATE_TOKENS)
     reference = _gradients(_variant(layer, "reference"), small)[:SHARED]
@@ -128,12 +128,12 @@ def _step(
 
 
 def _variant(layer: MoEFFN, backend: str) -> MoEFFN:
-    """The same layer, its very weights, computed by another backend."""
+    """Return the layer with shared weights and another backend."""
     return _with(layer, RoutedExperts(backend))
 
 
 def _with(layer: MoEFFN, experts: Experts) -> MoEFFN:
-    """The same layer, its very weights, with other experts."""
+    """Return the layer with shared weights and other experts."""
     twin = sharing(layer)
     twin.experts = experts
     return twin
@@ -145,7 +145,7 @@ def _tokens(dim: int, n: int, seed: int = 1) -> Tensor:
 
 
 def _gradients(layer: nn.Module, x_ND: Tensor) -> list[Tensor]:
-    """The result, and the gradients of the input and of every weight."""
+    """Return the result and the gradients of the input and of every weight."""
     layer.zero_grad(set_to_none=True)
     x_ND = x_ND.detach().requires_grad_()
     y_ND = layer(x_ND)
@@ -157,6 +157,6 @@ def _gradients(layer: nn.Module, x_ND: Tensor) -> list[Tensor]:
 
 
 def _routing(layer: MoEFFN, x_ND: Tensor) -> None:
-    """Scores and choices, forward and backward."""
+    """Run the router alone, forward and backward."""
     _, _, weights_NC = layer.route(x_ND.detach().requires_grad_())
     weights_NC.backward(torch.ones_like(weights_NC))

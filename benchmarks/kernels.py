@@ -1,4 +1,4 @@
-"""Single operations against their plain twins, through the one signature that both have."""
+"""Single ops against their reference implementations."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from open_mythos.ops.cross_entropy import linear_cross_entropy, linear_cross_ent
 HEADS = 8
 VOCABULARY = 32_000
 EQUAL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Largest relative distance from the plain form in float32. (That the plain form is as far off in
-bfloat16 is not asked: single plain operations compute in float32 inside.)"""
+"""Largest relative error against the float32 reference."""
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     return f"operations against their plain twins, {HEADS} heads, width {scale.dim}"
 
 
@@ -58,7 +57,7 @@ def _causal(scale: Scale, name: str, dtype: torch.dtype) -> Row:
     shape = (scale.batch, scale.tokens, HEADS, width)
     tensors = _randoms((shape, shape, shape), dtype)
     scores = scale.batch * scale.tokens * (scale.tokens + 1) / 2 * HEADS
-    # two products forward, five backward (one of them computed again)
+    # two matmuls forward, five backward (one of them recomputed)
     work = Work(7 * 2 * scores * width, 7 * tensors[0].nbytes, 7 * tensors[0].nbytes)
 
     def call(dtype: torch.dtype, backend: str) -> list[Tensor]:
@@ -103,7 +102,7 @@ def _row(
 
 
 def _randoms(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-    """Normal tensors of these shapes, exactly representable in ``dtype``."""
+    """Return normal tensors of these shapes, exactly representable in bfloat16."""
     generator = torch.Generator(device()).manual_seed(0)
     return [
         torch.randn(shape, generator=generator, device=device()).bfloat16().to(dtype)
@@ -114,7 +113,7 @@ def _randoms(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tens
 def _with_gradients(
     form: Callable[..., Tensor], tensors: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    """The result and the gradients of all tensors."""
+    """Return the result and the gradients of all tensors."""
     leaves: list[Any] = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
     out = form(*leaves)
     out.backward(torch.ones((), device=out.device) if out.dim() == 0 else leaves[0].detach())

@@ -32,7 +32,7 @@ GATE_LOOPS = 3
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     return f"loops of a model of dim {scale.loops_dim}, {BATCH} x {TOKENS} tokens, one thread"
 
 
@@ -76,7 +76,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
 
 
 def _gate(model: OpenMythos, kept: OpenMythos, ids: Tensor) -> tuple[float, float]:
-    """Plain, and checkpointed, gradients: equal to those that are timed."""
+    """Check that plain and checkpointed gradients equal the timed ones."""
     reference = gradients(plain_twin(model), ids, GATE_LOOPS, torch.float32)
     return max(
         gate(
@@ -102,7 +102,7 @@ def _forward(model: OpenMythos, ids: Tensor, n: int) -> Tensor:
 
 
 def deviations(seconds: Mapping[int, float]) -> dict[str, float]:
-    """For each pair of neighbouring numbers of loops, the time of a loop between them.
+    """For each pair of adjacent loop counts, report the time of a loop between them.
 
     Relative to the mean over all from the first to the last; 0.05 is 5 % more.
     """
@@ -128,7 +128,7 @@ def _constancy(name: str, seconds: Mapping[int, float], goal: float | None) -> F
 
 
 def _memory(scale: Scale, kept: OpenMythos, ids: Tensor, name: str, why: str = "") -> Finding:
-    """Bytes by which one more loop raises the peak of a checkpointed step, in states."""
+    """Measure how much one more loop raises the peak of a checkpointed step, in states."""
     n, more = scale.loops[-2:]
     peaks = []
     for loops in (n, more):
@@ -146,7 +146,7 @@ def _memory(scale: Scale, kept: OpenMythos, ids: Tensor, name: str, why: str = "
 
 
 def _memories(scale: Scale, small: Scale, kept: OpenMythos, ids: Tensor) -> Iterator[Finding]:
-    """With a dense block, and with experts, whose weight gradients may wait for the last loop."""
+    """Measure a dense block, and experts with and without deferred weight gradients."""
     dense = build(small, "mla", (0, 0))
     dense.recurrent.checkpoint = True
     yield _memory(scale, dense, ids, "dense block")
@@ -170,7 +170,7 @@ def count(n: int) -> str:
 
 
 def _plain(scale: Scale, model: OpenMythos, ids: Tensor, errors: tuple[float, float]) -> Row:
-    """The middle number of loops beside the plain form."""
+    """Compare the middle number of loops with the plain implementation."""
     n, plain = scale.loops[len(scale.loops) // 2], plain_twin(model)
     return compare(
         f"training, {n} loops, against the plain form", torch.float32,

@@ -1,4 +1,4 @@
-"""The models that are timed, in their sizes."""
+"""Models under test and their sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """Sizes of a run."""
 
     dim: int
     n_loops: int
@@ -42,16 +42,16 @@ class Scale:
     """Lengths of prompts."""
     chunk: int = 512
     histories: tuple[int, ...] = ()
-    """Positions in the cache when the time of a step is set against them."""
+    """Positions in the cache for timing a step against context."""
     batches: tuple[int, ...] = ()
     large: str = "nano"
-    """The variant that is trained and served as a whole."""
+    """Variant for pretraining and serving."""
     large_tokens: int = 64
     large_batch: int = 2
     served: tuple[int, ...] = ()
     """Batches that the large model decodes."""
     turns: int = 5
-    """Turns where one call is short."""
+    """Rounds where one call is short."""
 
 
 FULL = Scale(
@@ -76,12 +76,12 @@ GPU = Scale(
 
 
 def build(scale: Scale, attn_type: str, experts: tuple[int, int]) -> OpenMythos:
-    """A model with noise on every weight: fresh ones have branches of zero, which hide errors."""
+    """Build a model with noise on every weight: zero-initialized branches would hide errors."""
     return noisy(lambda: OpenMythos(config(scale, attn_type, experts)))
 
 
 def dense_like(cfg: MythosConfig, n_loops: int) -> DenseTransformer:
-    """A dense model of the unrolled depth, each block as wide as what a token uses of the loop's.
+    """Build a dense model of the unrolled depth, each block as wide as one token's share.
 
     It takes as many FLOPs, and stores a block for every loop.
     """
@@ -89,7 +89,7 @@ def dense_like(cfg: MythosConfig, n_loops: int) -> DenseTransformer:
 
 
 def noisy(make: Callable[[], Module]) -> Module:
-    """What ``make`` makes, on the measured device, with noise on every weight; always the same."""
+    """Build a module on the device under test, with deterministic noise on every weight."""
     torch.manual_seed(0)
     with device():
         model = make()
@@ -100,13 +100,13 @@ def noisy(make: Callable[[], Module]) -> Module:
 
 
 def sharing(model: Module) -> Module:
-    """A copy of the modules that has the very parameters and buffers of ``model``."""
+    """Copy the modules of ``model``, sharing its parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def config(scale: Scale, attn_type: str, experts: tuple[int, int]) -> MythosConfig:
-    """8 heads of dim / 8; latents and experts half as wide as dim."""
+    """Return a configuration with 8 heads of dim / 8; latents and experts of dim / 2."""
     dim = scale.dim
     return MythosConfig(
         vocab_size=1024, dim=dim, n_heads=8, n_kv_heads=2, max_seq_len=1 << 16,
@@ -118,7 +118,7 @@ def config(scale: Scale, attn_type: str, experts: tuple[int, int]) -> MythosConf
 
 
 def looped_dense(scale: Scale) -> MythosConfig:
-    """The large model's width and blocks with dense feed-forwards: 370 M parameters at 1536."""
+    """Return the large model's configuration with dense blocks: 370 M parameters at 1536."""
     if scale.large == "1b":
         return MythosConfig(
             vocab_size=32_000, dim=1536, n_heads=12, n_kv_heads=12, attn_type="gqa",
@@ -129,13 +129,13 @@ def looped_dense(scale: Scale) -> MythosConfig:
 
 
 def random_ids(batch: int, tokens: int, vocabulary: int = 1024, seed: int = 1) -> Tensor:
-    """(batch, tokens) ids, the same on every device."""
+    """Return (batch, tokens) ids, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (batch, tokens), generator=generator).to(device())
 
 
 def new_each_time(make: Callable[[int], Tensor]) -> Callable[[], Tensor]:
-    """The next of ``make(1)``, ``make(2)``, ... at every call.
+    """Return a function that returns ``make(1)``, ``make(2)``, ... in turn.
 
     No step of a training sees the batch of the one before, and no router its choices: a form that
     is fast only where all sizes stay must not look fast.

@@ -1,11 +1,10 @@
-"""The plain form of a model: what one would write first, made of the library's own parts.
+"""Plain implementation of a model: straightforward code from the library's own parts.
 
 - experts: a Python loop, one after the other, over the tokens that chose each
 - latent attention: every step expands the whole history into keys and values of every head
-- cache: concatenated anew at every token
+- cache: concatenated at every token
 
-:func:`common_parts` is the model without what the two forms do differently. Its time is what no
-fast form can save.
+:func:`common_parts` is the model without the parts that differ: a lower bound on the fast time.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from open_mythos.model.mythos import OpenMythos
 
 
 class ExpandingMLA(MLAttention):
-    """Latent attention that never leaves its history latent."""
+    """Latent attention that expands its history at every step."""
 
     def absorbing_is_cheaper(self, n_new: int, n_all: int) -> bool:
         return False
 
 
 class ConcatenatingCache(KVCache):
-    """A cache whose slots are made anew at every write; whole batches only."""
+    """Cache that concatenates a new slot at every write; whole batches only."""
 
     def write(
         self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
@@ -48,7 +47,7 @@ class ConcatenatingCache(KVCache):
 
 
 def plain_twin(model: OpenMythos) -> OpenMythos:
-    """A copy of ``model`` with the same weights that computes everything the plain way."""
+    """Return a copy of ``model`` that uses the plain implementations."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if isinstance(module, MoEFFN):
@@ -59,7 +58,7 @@ def plain_twin(model: OpenMythos) -> OpenMythos:
 
 
 class ChoiceByChoice(Experts):
-    """Experts as most code for them begins: for every choice and every expert, the tokens of both.
+    """Naive experts: a loop over choices and experts, on the tokens of each pair.
 
     Experts are weights of their own, not one stack; here they share the memory of ``layer``'s.
     """
@@ -79,7 +78,7 @@ class ChoiceByChoice(Experts):
     def forward(
         self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
     ) -> Tensor:
-        """Results of all choices, added up token by token."""
+        """Sum the results of all choices of each token."""
         out_ND = torch.zeros_like(x_ND)
         for chosen_N, weight_N in zip(experts_NC.T, weights_NC.T, strict=True):
             for expert, (gate_up_DF, down_FD) in enumerate(zip(gate_up, down, strict=True)):
@@ -92,7 +91,7 @@ class ChoiceByChoice(Experts):
 
 
 class NoExperts(Experts):
-    """Leaves the routed experts out."""
+    """Skip the routed experts."""
 
     def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
         return None, None
@@ -104,7 +103,7 @@ class NoExperts(Experts):
 
 
 class NoHistory(MLAttention):
-    """Latent attention that makes its query and its entry, and looks at nothing."""
+    """Latent attention that projects query and entry, and skips the attention itself."""
 
     def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
         assert ctx is not None
@@ -114,7 +113,7 @@ class NoHistory(MLAttention):
 
 
 def common_parts(model: OpenMythos, *, attention: bool) -> OpenMythos:
-    """``model``, its weights shared, without routed experts; without attention too if told so."""
+    """Return ``model``, sharing weights, without routed experts and optionally attention."""
     rest = sharing(model)
     for module in rest.modules():
         if isinstance(module, MoEFFN):

@@ -24,7 +24,7 @@ TURNS = 2
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     experts, chosen = scale.experts[0]
     return (
         f"prefill of one prompt, dim {scale.dim}, {LOOPS} loops, {experts} experts top-{chosen}, "
@@ -33,7 +33,7 @@ def title(scale: Scale) -> str:
 
 
 def rows(scale: Scale) -> Iterator[Measured]:
-    """For every length: whole against the plain form, and in chunks against whole."""
+    """Compare, for every length, one call with plain, and chunks with one call."""
     for dtype in (torch.float32, torch.bfloat16):
         fast = build(scale, "mla", scale.experts[0]).to(dtype).eval()
         reference = plain_twin(build(scale, "mla", scale.experts[0])).eval()
@@ -51,7 +51,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
 def _gate(
     scale: Scale, fast: OpenMythos, reference: OpenMythos, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """One call and chunks give the logits of the plain float32 form in one call."""
+    """Check the logits of one call and of chunks against plain float32."""
     ids = random_ids(1, GATE_TOKENS)
     expected = list(_prefill(reference, ids)[0])
     plain = list(_prefill(plain_twin(fast), ids)[0])
@@ -107,7 +107,7 @@ def _chunks(
     name: str,
     errors: tuple[float, float],
 ) -> Finding:
-    """Time in chunks over time in one call."""
+    """Report time in chunks over time in one call."""
     ids = random_ids(1, tokens)
     row = compare(
         name,

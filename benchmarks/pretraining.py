@@ -31,7 +31,7 @@ from open_mythos.train.monitoring.utilisation import device_peak
 from open_mythos.variants import variant
 
 GOAL_MFU = 45.0
-"""Percent of the peak rate, counting the loops that ran and nothing computed twice."""
+"""Percent of peak FLOPs, counting executed loops without recompute."""
 GOAL_TOKENS = 18_000.0
 """Tokens per second of the mixture of 1 B parameters in 16 loops."""
 WARM, STEPS = 2, 3
@@ -39,7 +39,7 @@ GATE_LOOPS = 2
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     return (
         f"training steps with the optimizer, bfloat16, {scale.large_batch} x "
         f"{scale.large_tokens} tokens"
@@ -47,7 +47,7 @@ def title(scale: Scale) -> str:
 
 
 def rows(scale: Scale) -> Iterator[Measured]:
-    """The looped dense model and the mixture, plainly and with compiled blocks."""
+    """Measure the looped dense model and the mixture, eager and compiled."""
     goal = scale is GPU
     dense, mixture = looped_dense(scale), variant(scale.large)
     for name, cfg, checkpoint in (
@@ -106,7 +106,7 @@ def _row(
 
 
 def _gate(cfg: MythosConfig) -> float:
-    """Gradients of few tokens and loops against the plain form's."""
+    """Check gradients of few tokens and loops against the plain implementation."""
     fast = noisy(lambda: OpenMythos(cfg))
     plain, ids = plain_twin(fast), random_ids(*GATE_SHAPE, vocabulary=cfg.vocab_size)
     results = [gradients(form, ids, GATE_LOOPS, torch.bfloat16) for form in (fast, plain)]
@@ -139,7 +139,7 @@ class _Loader:
         self._batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, index)
 
     def next_batch(self, step: int) -> Batch:
-        """The batch."""
+        """Return the batch."""
         return self._batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class _Loader:
 
 
 def data_sheet_peak() -> float | None:
-    """bfloat16 FLOPs per second by the GPU's data sheet; None where it is not known."""
+    """Return the data sheet's bfloat16 FLOPs per second; None if unknown."""
     if device().type != "cuda":
         return None
     return device_peak(torch.cuda.get_device_name(device()), "bfloat16")

@@ -34,14 +34,14 @@ KINDS = {"int8": 0, "int4": DEFAULT_GROUP}
 EXPERTS = (8, 2)
 BATCHES = (1, 2, 4, 8)
 GOALS = {("int8", batch): 1.0 for batch in (1, 2, 4)}
-"""From there on bfloat16 is the faster one."""
+"""Rows from which bfloat16 is faster."""
 CONTEXT = 128
 REPEATS = 2
 """Tokens of a turn."""
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     return (
         f"rounded weights against bfloat16, dim {_wide(scale).dim}, {scale.n_loops} loops, MLA, "
         f"{EXPERTS[0]} experts top-{EXPERTS[1]}, one thread"
@@ -74,7 +74,7 @@ Ways = tuple[OpenMythos, OpenMythos, OpenMythos, OpenMythos]
 
 @torch.no_grad()
 def rounded_twin(model: Model, group: int) -> Model:
-    """A copy of ``model`` with the weights that quantising leaves, as ordinary tensors."""
+    """Copy ``model`` with dequantized weights as ordinary tensors."""
     twin = copy.deepcopy(model)
     for block in twin.modules():
         if not isinstance(block, TransformerBlock):

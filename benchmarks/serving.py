@@ -27,7 +27,7 @@ GATE_POSITIONS, GATE_BATCH, GATE_LOOPS, GATE_PROMPT, GATE_TOKENS = 33, 7, 2, 7, 
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     cfg = variant(scale.large)
     return (
         f"decoding mythos_{scale.large}, {cfg.max_loop_iters} loops, {scale.contexts[0]} "
@@ -36,7 +36,7 @@ def title(scale: Scale) -> str:
 
 
 def rows(scale: Scale) -> Iterator[Measured]:
-    """For every batch: the model called token by token, and the decoder of constant shapes."""
+    """Measure, for every batch, the model called token by token and the static decoder."""
     cfg = variant(scale.large)
     model = noisy(lambda: OpenMythos(cfg)).to(torch.bfloat16).eval()
     error = _gate(model)
@@ -58,7 +58,7 @@ def _plain(model: OpenMythos, batch: int, context: int, loops: int) -> Callable[
 
 
 def _constant(model: OpenMythos, batch: int, context: int, loops: int) -> Callable[[], object]:
-    """The same by the decoder of constant shapes: it reads all columns, filled or not."""
+    """Return the same with the static decoder, which reads all columns, filled or not."""
     return _started(model, batch, context, loops).step
 
 

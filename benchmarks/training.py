@@ -1,4 +1,4 @@
-"""Training: forward and backward of one step. The optimizer, equal for both, is left out."""
+"""Training: forward and backward of one step. Excludes the optimizer, which both share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOALS = {
     (torch.bfloat16, (16, 2)): 1.3, (torch.bfloat16, (64, 4)): 2.0, (torch.bfloat16, (256, 8)): 3.0,
 }  # fmt: skip
 EQUAL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Largest relative distance aimed at between the gradients of both forms."""
+"""Target for the relative distance between the gradients of fast and plain."""
 GATE_SHAPE = (2, 67)
 """Rows and tokens of the gate: small, and odd on purpose."""
 UNTIMED = {torch.float32: 0, torch.bfloat16: 2}
@@ -44,7 +44,7 @@ REST = "all parts but the routed experts"
 
 
 def title(scale: Scale) -> str:
-    """What the rows have in common."""
+    """Return a heading for the rows."""
     return (
         f"training step (forward, backward), dim {scale.dim}, {scale.n_loops} loops, "
         f"{scale.batch} x {scale.tokens} tokens"
@@ -116,14 +116,14 @@ def _row(
 def _step(
     scale: Scale, model: OpenMythos | DenseTransformer, dtype: torch.dtype
 ) -> Callable[[], object]:
-    """A training step on other tokens at every call."""
+    """Return a training step that takes new tokens at every call."""
     ids = new_each_time(lambda seed: random_ids(scale.batch, scale.tokens, seed=seed))
     n_loops = scale.n_loops if isinstance(model, OpenMythos) else None
     return lambda: gradients(model, ids(), n_loops, dtype)
 
 
 def _new_tokens(scale: Scale, experts: tuple[int, int]) -> Iterator[Finding]:
-    """What it costs each form that a router never chooses twice alike."""
+    """Measure the cost of new routing at every step."""
     dtype, fast = torch.bfloat16, build(scale, "mla", experts)
     ids = random_ids(scale.batch, scale.tokens)
     calls: dict[str, Callable[[], object]] = {}
@@ -141,7 +141,7 @@ def _new_tokens(scale: Scale, experts: tuple[int, int]) -> Iterator[Finding]:
 
 
 def _equality(scale: Scale, dtype: torch.dtype, found: list[tuple[float, float]]) -> Finding:
-    """How far apart the gradients of the two forms are, at worst over all models."""
+    """Report the largest distance between fast and plain gradients over all models."""
     worst, plain_error = max(found)
     return Finding(
         "gradients of the fast form against those of the plain one, relative distance",
@@ -157,7 +157,7 @@ def _equality(scale: Scale, dtype: torch.dtype, found: list[tuple[float, float]]
 def gradients(
     model: OpenMythos | DenseTransformer, ids_BT: Tensor, n_loops: int | None, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The loss, the final hidden state and the gradient of every weight that has one."""
+    """Return the loss, the final hidden state and the weight gradients."""
     model.zero_grad(set_to_none=True)
     with autocast(ids_BT.device, dtype):
         hidden_BTD = model.hidden(ids_BT, model.context(ids_BT), Depth(n_loops))

@@ -60,7 +60,7 @@ def latent_decode(
 
 
 def kernel_serves(q_BHW: Tensor, slots_LBSW: Tensor, rank: int) -> bool:
-    """Whether "auto" picks the kernel: on a GPU, with Triton, for entries that it can read."""
+    """Return whether "auto" picks the Triton kernel for these entries."""
     return triton_serves("latent_decode", "auto", slots_LBSW, _problem(q_BHW, slots_LBSW, rank))
 
 
@@ -113,11 +113,11 @@ def _small_case(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     q_BHW = torch.randn(2, 5, 40, generator=generator).to(device)
     loops_B, lengths_B = (torch.tensor(each).to(device) for each in ((2, 0), (75, 33)))
     with torch.no_grad():
-        got, plain = (
+        got, expected = (
             latent_decode(q_BHW, slots_LBSW, loops_B, lengths_B, 32, backend=name)
             for name in ("triton", "reference")
         )
-    return [got], [plain]
+    return [got], [expected]
 
 
 CHECKS["latent_decode"] = _small_case
