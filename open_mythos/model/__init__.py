@@ -1,4 +1,4 @@
-"""The Recurrent-Depth Transformer: read `mythos.py` first, then `recurrent.py`."""
+"""The Recurrent-Depth Transformer; start with `mythos.py`, then `recurrent.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows and positions of a batch a loop still computes."""
+"""Bookkeeping of the active rows and positions of a batch."""
 
 from __future__ import annotations
 
@@ -14,37 +14,35 @@ from open_mythos.devices import to_device
 
 @dataclass(frozen=True)
 class Active:
-    """Some rows and positions of a (B, T) batch, in the order in which they are computed.
+    """A selection of rows and positions of a (B, T) batch, packed into (R, W) entries.
 
-    Tensors of R rows and W positions hold them. A row with fewer than W positions is padded with
-    entries that are computed and discarded.
+    Rows with fewer than W positions are padded with entries that are computed and discarded.
     """
 
     rows: Tensor | None = None
-    """(R,) int64 rows of the batch; None for all of them."""
+    """(R,) int64 row indices; None for all rows."""
     columns: Tensor | None = None
-    """(R, W) int64 positions of each row, counted from the first new token; None for all."""
+    """(R, W) int64 positions per row, relative to the first new token; None for all."""
     real: Tensor | None = None
-    """(R, W) or (R, 1) boolean, false on entries to discard; None when all count."""
+    """(R, W) or (R, 1) boolean, false on entries to discard; None if there are none."""
     n_new: int = 0
-    """New positions T of the whole call, given together with ``columns``."""
+    """New positions T of the whole call; set together with ``columns``."""
 
     @classmethod
     def everything(cls, batch: int, n_new: int, device: torch.device) -> Active:
-        """Return all positions of all rows, by index."""
+        """Select all positions of all rows, by index."""
         columns = torch.arange(n_new, device=device).expand(batch, n_new)
         real = torch.ones(batch, n_new, dtype=torch.bool, device=device)
         return cls(torch.arange(batch, device=device), columns, real, n_new)
 
     def take(self, x: Tensor) -> Tensor:
-        """Pick the entries out of ``x`` (B, T, ...): (R, W, ...)."""
+        """Gather the entries of ``x``, (B, T, ...) -> (R, W, ...)."""
         return x if self.rows is None else x[self._index()]
 
     def put(self, x: Tensor, new: Tensor | int) -> None:
         """Write ``new`` (R, W, ...) to the entries of ``x`` (B, T, ...), in place.
 
-        What is to be discarded writes back the old value: boolean indexing would force a
-        host-device sync.
+        Discarded entries write the old value back: boolean indexing would force a host-device sync.
         """
         at = self._index()
         if self.real is not None:
@@ -54,20 +52,14 @@ class Active:
         x[at] = new
 
     def where(self, condition: Tensor) -> Active:
-        """Return the same entries, those discarded where the (R, W) condition is false."""
+        """Discard the entries where the (R, W) condition is false."""
         return replace(self, real=condition if self.real is None else self.real & condition)
 
     def narrow(self, stay_RW: Tensor) -> Active | None:
-        """Select the entries that go on, packed to the left: an index into this selection.
+        """Select the entries that stay active, packed to the left, as an index into this selection.
 
-        Rows without any are dropped. The new shapes follow from values, which costs the one
-        host-device sync of a loop.
-
-        Args:
-            stay_RW: True on the entries that go on.
-
-        Returns:
-            None when every entry goes on; no rows when none does.
+        Rows without active entries are dropped. The new shapes depend on values: this is the one
+        host-device sync per loop. Returns None if every entry stays, no rows if none does.
         """
         ran_RW = torch.ones_like(stay_RW) if self.real is None else self.real
         stay_RW = stay_RW & ran_RW
@@ -78,12 +70,12 @@ class Active:
         if not gone:
             return None
         rows = (count_R == 0).to(torch.int8).argsort(stable=True)[:n_rows]
-        # those that stay, in their order, then as many of the others as fill the row
+        # active entries first, in order; then padding
         columns = (~stay_RW[rows]).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
         return Active(rows, columns, stay_RW[rows].gather(1, columns), stay_RW.shape[1])
 
     def within(self, outer: Active) -> Active:
-        """Translate an index into the selection ``outer`` to one into its batch."""
+        """Translate an index into the selection ``outer`` to an index into the batch."""
         assert self.rows is not None
         assert outer.rows is not None
         columns = None
@@ -99,26 +91,25 @@ class Active:
 
 
 class Departure(NamedTuple):
-    """Rows that have reached their depth."""
+    """Change of the active rows after a loop."""
 
     leave: Tensor | None
-    """Indices among the rows that ran; None when all of them leave."""
+    """Indices of finished rows among the active ones; None if all are finished."""
     stay: Tensor
-    """Indices among the rows that ran."""
+    """Indices of the other active rows."""
     active: Active
-    """What runs from now on, of the whole batch."""
+    """The remaining rows, by their index in the batch."""
 
 
 class RowSchedule:
-    """When each row of a batch leaves the loop, and from which loop on it carries gradient.
+    """Per-row depths and gradient windows, without any host-device sync.
 
-    All of it is worked out before the first loop: the device is told once, and the host never waits
-    for it.
+    All indices are computed before the first loop and copied to the device at once.
 
     Args:
         depths: Loops of each row.
-        grad_loops: Last loops of each row that carry gradient; None for all of them.
-        device: Where the rows are computed.
+        grad_loops: Number of final loops of each row that carry gradient; None for all.
+        device: Device of the states.
     """
 
     def __init__(self, depths: list[int], grad_loops: int | None, device: torch.device) -> None:
@@ -126,7 +117,7 @@ class RowSchedule:
         stops = sorted(set(depths))
         none = torch.empty(0, dtype=torch.long, device=device)
         self.departures = {stops[-1]: Departure(None, none, Active(none))}
-        """Loops run -> the rows that leave then."""
+        """Number of loops -> the rows that finish after them."""
         if len(stops) == 1:
             return
         rows, order, lists = list(range(len(depths))), [], list[list[int]]()
@@ -149,18 +140,17 @@ class RowSchedule:
         return max(self._depths)
 
     def truncate(self, h_BTD: Tensor, t: int, active: Active | None) -> tuple[Tensor, bool]:
-        """Detach the state of rows whose gradient begins at loop ``t``.
+        """Detach the rows whose gradient window starts at loop ``t``.
 
-        Returns:
-            The state, and whether any row carries gradient through this loop.
+        Returns the state, and whether any row carries gradient through this loop.
         """
         k = self._grad_loops
         if k is None or not torch.is_grad_enabled():
             return h_BTD, torch.is_grad_enabled()
         running = [depth for depth in self._depths if depth > t]
-        begins = [t > 0 and depth == t + k for depth in running]
-        if any(begins):
-            if all(begins):
+        starts = [t > 0 and depth == t + k for depth in running]
+        if any(starts):
+            if all(starts):
                 h_BTD = h_BTD.detach()
             else:
                 depth_R = self._depth_B if active is None else self._depth_B[active.rows]
@@ -168,7 +158,7 @@ class RowSchedule:
         return h_BTD, any(depth <= t + k for depth in running)
 
     def in_order(self, finals: list[Tensor]) -> Tensor:
-        """Join the final states of the rows, collected as they left, in the order of the batch."""
+        """Join the final states, collected in order of depth, in the order of the batch."""
         if len(finals) == 1:
             return finals[0]
         joined = torch.cat(finals)
@@ -176,6 +166,6 @@ class RowSchedule:
 
 
 def integers(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """Copy lists of integers to ``device``, all at once and without a host-device sync."""
+    """Copy lists of integers to ``device`` in one transfer, without a host-device sync."""
     flat = torch.tensor([each for some in lists for each in some], dtype=torch.long)
     return list(to_device(flat, device).split([len(some) for some in lists]))

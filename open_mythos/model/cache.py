@@ -1,19 +1,17 @@
-"""The attention cache of a looped model: one slot for every (layer, loop).
+"""KV cache of a looped model: one slot per (layer, loop).
 
-A slot is one tensor (B, capacity, W): whatever an attention layer needs to remember of a token,
-side by side (keys and values for GQA; latent and rotary key for MLA). Capacity doubles when it
-runs out.
+A slot is a tensor (B, capacity, W) of concatenated per-token entries: keys and values for GQA;
+latent and rotary key for MLA. Capacity doubles on overflow.
 
-**Tokens of different depth.** A token computed for s loops is seen, by deeper loops of others, with
-the key and value of its last computed loop. The cache keeps that rule by copying: a slot that a
-token did not reach holds what the slot of the loop before holds. Nothing in a row ever depends on
-how deep its neighbours in the batch went.
+**Tokens of different depth.** Deeper loops attend to a token that exited after s loops through the
+entry of its last computed loop. The cache implements this by copying: a slot that a token did not
+reach holds the entry of the previous loop. A row never depends on the depth of other rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,10 +26,10 @@ _KEY = "open_mythos"
 
 @dataclass(frozen=True)
 class Columns:
-    """What is known of the cached positions (columns) of every row.
+    """Padding and documents of the cached positions (columns).
 
-    ``valid_BS`` is false on padding, ``document_BS`` numbers the packed documents; None means that
-    every token is real, or that all belong to one document.
+    ``valid_BS`` is false on padding, ``document_BS`` numbers packed documents; None means no
+    padding, or a single document.
     """
 
     length: int
@@ -39,17 +37,17 @@ class Columns:
     document_BS: Tensor | None = None
 
     def extend(self, n_new: int, valid_BT: Tensor | None, document_BT: Tensor | None) -> Columns:
-        """These columns followed by ``n_new`` more.
+        """Append ``n_new`` columns.
 
         Raises:
-            ConfigError: The documents of the earlier or of the new columns are not known.
+            ConfigError: Only the earlier or only the new columns have documents.
         """
         if self.length and (self.document_BS is None) != (document_BT is None):
             raise ConfigError(
                 "packed documents at some cached calls only", where="document_ids",
                 value="missing" if document_BT is None else "given",
                 allowed="at every call on one cache, or at none",
-                fix="repeat the number of the document that the new tokens continue",
+                fix="pass the document id that the new tokens continue",
             )  # fmt: skip
         return Columns(
             self.length + n_new,
@@ -59,37 +57,35 @@ class Columns:
 
 
 def _append(old_BS: Tensor | None, new_BT: Tensor | None, length: int, n_new: int) -> Tensor | None:
-    """The two side by side; where one is missing, its columns are real tokens (ones)."""
+    """Concatenate; a missing part is filled with ones (real tokens)."""
     if old_BS is None and new_BT is None:
         return None
-    if old_BS is None and new_BT is not None:
-        old_BS = new_BT.new_ones(new_BT.shape[0], length)
-    if new_BT is None and old_BS is not None:
-        new_BT = old_BS.new_ones(old_BS.shape[0], n_new)
-    assert old_BS is not None
-    assert new_BT is not None
+    if old_BS is None:
+        assert new_BT is not None
+        old_BS = new_BT.new_ones(len(new_BT), length)
+    new_BT = old_BS.new_ones(len(old_BS), n_new) if new_BT is None else new_BT
     return torch.cat((old_BS, new_BT), dim=1)
 
 
 class Cache(Protocol):
-    """What attention layers need of a cache."""
+    """The interface that attention layers use."""
 
     def write(
         self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
     ) -> Tensor:
-        """Store the new entries of a layer and a loop, and return all (B, S, W) that it may see."""
+        """Store the new entries of a layer and loop; return all its entries (B, S, W)."""
 
 
 class KVCache:
-    """Keys and values (or latents) of the tokens seen so far.
+    """Keys and values (or latents) of all previous tokens.
 
-    Hand the same object to every call of the model; ``start_pos`` is then ``cache.length``. No
-    gradient flows through a cache: a cached forward runs without autograd.
+    Pass the same object to every call of the model, with ``start_pos=cache.length``. Cached calls
+    run without autograd.
 
     Args:
-        capacity: Positions to allocate at first; it doubles when they run out.
-        share_loops: Keep one slot per layer for all loops, which then holds the last computed
-            loop's entries (``kv_share="last"``): L times smaller, and not exact.
+        capacity: Positions to allocate initially; doubled on overflow.
+        share_loops: Keep one slot per layer for all loops, with the entries of the last computed
+            loop (``kv_share="last"``): L times smaller, but approximate.
     """
 
     def __init__(self, capacity: int = 0, share_loops: bool = False) -> None:
@@ -98,14 +94,14 @@ class KVCache:
         self._share_loops = share_loops
         self._slots: dict[tuple[int, int], Tensor] = {}
         self._readout: KVCache | None = None
-        self._was_read = False  # in the call so far
-        self._written: dict[int, int] = {}  # layer -> deepest loop of the call so far
+        self._was_read = False  # by the current call
+        self._written: dict[int, int] = {}  # layer -> last loop of the current call
 
     @classmethod
     def of(
         cls, kv_cache: KVCache | MutableMapping[str, object] | None, config: MythosConfig
     ) -> KVCache | None:
-        """The cache behind what a caller passed: None, a cache, or a plain dict that keeps one."""
+        """Return the cache of a ``kv_cache`` argument: None, a cache, or a dict that holds one."""
         if kv_cache is None:
             return None
         share_loops = config.kv_share == "last"
@@ -118,33 +114,33 @@ class KVCache:
             return cache
         raise ConfigError(
             "not a cache of this model", where="kv_cache", value=type(kv_cache).__name__,
-            allowed=f"None, KVCache(share_loops={share_loops}) as the model's kv_share says, or an "
-            "empty dict handed back at every step",
-            fix="start with kv_cache={} and pass the same object on",
+            allowed=f"None, KVCache(share_loops={share_loops}) (from the model's kv_share), or an "
+            "initially empty dict",
+            fix="start with kv_cache={} and pass the same object to every call",
         )  # fmt: skip
 
     @property
     def length(self) -> int:
-        """Positions held."""
+        """Number of cached positions."""
         return self.columns.length
 
     @property
     def readout(self) -> KVCache:
-        """What the coda's layers remember when the state is read out after every loop.
+        """Coda cache of predictions after every loop.
 
-        The coda's own slots hold finished states. A position that is read out at loop t must see
-        the others at loop t, so these have a slot for every loop.
+        The coda's own slots hold final states. A prediction at loop t must attend to other
+        positions at loop t, so this cache has a slot per loop.
 
         Raises:
-            ConfigError: Earlier positions were computed without being read out.
+            ConfigError: Earlier calls made no predictions.
         """
         if self._readout is None:
             self._readout = KVCache(self._capacity, self._share_loops)
         if self._readout.length != self.length:
             raise ConfigError(
-                "earlier positions were not read out at every loop", where="exit_rule",
-                value=f"{self._readout.length} of {self.length} positions read out",
-                allowed="a rule that reads predictions at every call on one cache, or at none",
+                "earlier calls on this cache made no predictions per loop", where="exit_rule",
+                value=f"{self._readout.length} of {self.length} positions predicted",
+                allowed="an exit rule that uses predictions at every call on one cache, or at none",
                 fix="use the same exit rule from the first call on",
             )  # fmt: skip
         self._was_read = True
@@ -158,11 +154,11 @@ class KVCache:
 
     @property
     def n_slots(self) -> int:
-        """Slots allocated: ``config.cache_slots(deepest loop count seen)``."""
+        """Number of slots allocated: ``config.cache_slots(max loops so far)``."""
         return len(self._slots)
 
     def admit(self, batch: int) -> None:
-        """Make sure that the cache can take ``batch`` rows; an empty one takes any number.
+        """Start a call of ``batch`` rows; an empty cache accepts any number.
 
         Raises:
             ConfigError: It holds another number of rows.
@@ -177,31 +173,30 @@ class KVCache:
         if self.length:
             raise ConfigError(
                 "the cache belongs to another batch", where="kv_cache", value=f"{batch} rows",
-                allowed=f"{rows.pop()} rows", fix="use a cache of its own for every batch",
+                allowed=f"{rows.pop()} rows", fix="use a new cache for every batch",
             )  # fmt: skip
         self._slots.clear()
         self._readout = None
 
     def clear(self) -> None:
-        """Forget everything. The slots keep their memory and are zero, as new ones are."""
+        """Remove all positions; keep the memory, zeroed."""
         self.columns, self._readout = Columns(0), None
         for slot in self._slots.values():
             slot.zero_()
 
     def truncate(self, length: int) -> None:
-        """Forget all positions from ``length`` on."""
+        """Remove all positions from ``length`` on."""
         if not isinstance(length, int) or not 0 <= length <= self.length:
             raise ConfigError(
                 "cannot truncate a cache to more than it holds", where="KVCache.truncate",
                 value=length, allowed=f"0 .. {self.length}",
-                fix="name a position that the cache holds",
+                fix="pass a position within the cache",
             )  # fmt: skip
         valid, document = self.columns.valid_BS, self.columns.document_BS
-        self.columns = replace(
-            self.columns,
-            length=length,
-            valid_BS=None if valid is None else valid[:, :length],
-            document_BS=None if document is None else document[:, :length],
+        self.columns = Columns(
+            length,
+            None if valid is None else valid[:, :length],
+            None if document is None else document[:, :length],
         )
         if self._readout is not None:
             self._readout.truncate(min(length, self._readout.length))
@@ -209,26 +204,26 @@ class KVCache:
     def write(
         self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
     ) -> Tensor:
-        """Store the entries of the new positions and return those of all positions.
+        """Store the entries of the new positions; return the entries of all positions.
 
         Args:
-            layer: Number of the layer in the model.
-            loop: Loop index t; a layer writes its loops in turn.
-            entry_BTW: New entries, of the ``active`` positions alone when these are given.
-            active: Rows and positions still being computed; None for all of them.
+            layer: Index of the layer in the model.
+            loop: Loop index t; consecutive within a call.
+            entry_BTW: New entries of the ``active`` positions.
+            active: Rows and positions being computed; None for all.
 
         Returns:
-            (B, S, W), S = length + T: a view of the slot, or a copy of the active rows.
+            (B, S, W) with S = length + T: a view of the slot, or a copy of the active rows.
 
         Raises:
-            ConfigError: Loops were skipped, or rows are at different loops.
+            ConfigError: A loop was skipped, or ``loop`` is a tensor.
         """
         if isinstance(loop, Tensor) or loop > self._written.get(layer, -1) + 1:
             raise ConfigError(
                 "loops of a layer were skipped", where="KVCache.write",
                 value=f"loop {loop} after {self._written.get(layer, -1) + 1} loops",
-                allowed="one loop after the other, the same for all rows",
-                fix="an exit rule calls look.predict() after every loop, or never",
+                allowed="consecutive loops, the same for all rows",
+                fix="call look.predict() after every loop, or never",
             )  # fmt: skip
         self._written[layer] = loop
         n_new = entry_BTW.shape[1] if active is None else active.n_new or entry_BTW.shape[1]
@@ -241,13 +236,13 @@ class KVCache:
             # exited tokens keep the entry of their last computed loop
             slot[:, start:end] = self._slots[layer, loop - 1][:, start:end]
         active.put(slot[:, start:end], entry_BTW)
-        return slot[:, :end].index_select(0, active.rows)  # half the time of plain indexing
+        return slot[:, :end].index_select(0, active.rows)  # twice as fast as indexing
 
     def static(self, loop: int, n_columns: int, column_1: Tensor) -> StaticCache:
-        """Return loop ``loop`` of this cache for decoding steps of constant shape.
+        """Return the slots of ``loop`` for decoding steps of constant shape.
 
-        The slots must exist, with room for ``n_columns``, and stay where they are in memory as long
-        as the result is used: an earlier call of as many loops made them.
+        They must have been allocated, with at least ``n_columns``, by an earlier call of as many
+        loops, and must not be reallocated while the result is in use.
         """
         own = 0 if self._share_loops else loop
         slots = {layer: slot[:, :n_columns] for (layer, t), slot in self._slots.items() if t == own}
@@ -255,35 +250,34 @@ class KVCache:
         return StaticCache(slots, last if own else slots, column_1)
 
     def commit(self, columns: Columns) -> None:
-        """Count the positions written since the last commit as held; deeper slots see their last
-        computed loop.
+        """Keep the current call's positions; copy their last entries to deeper slots.
 
-        A call that fails before it gets here leaves the cache as it was.
+        A call that fails before the commit leaves the cache unchanged.
         """
         start, end = self.length, columns.length
         for layer, loop in sorted(self._slots, key=lambda key: key[1]):
             if not self._share_loops and loop > self._written.get(layer, loop):
                 last = self._slots[layer, loop - 1]
-                self._with_room((layer, loop), end)[:, start:end] = last[:, start:end]
+                self._grown((layer, loop), end)[:, start:end] = last[:, start:end]
         if self._readout is not None and self._was_read:
             self._readout.commit(columns)
         self.columns = columns
 
     def _slot(self, layer: int, loop: int, entry_BTW: Tensor, end: int) -> Tensor:
-        """The slot of (layer, loop), made if there is none, with room for ``end`` positions."""
+        """Return the slot of (layer, loop), allocated for at least ``end`` positions."""
         key = (layer, 0 if self._share_loops else loop)
         if key not in self._slots:
             self._capacity = max(self._capacity, end)
             batch, _, width = entry_BTW.shape
-            # positions and rows that stopped before this loop enter it with their last one
+            # positions that exited before this loop enter it with their last entry
             self._slots[key] = (
                 self._slots[layer, loop - 1].clone()
                 if key[1] > 0
                 else entry_BTW.new_zeros((batch, self._capacity, width))
             )
-        return self._with_room(key, end)
+        return self._grown(key, end)
 
-    def _with_room(self, key: tuple[int, int], end: int) -> Tensor:
+    def _grown(self, key: tuple[int, int], end: int) -> Tensor:
         slot = self._slots[key]
         if slot.shape[1] < end:
             self._capacity = max(self._capacity, 2 * slot.shape[1], end)
@@ -294,16 +288,15 @@ class KVCache:
 
 
 class StaticCache:
-    """One loop's slots of a :class:`KVCache`, as decoding steps of constant shape use them.
+    """One loop's slots of a :class:`KVCache`, for decoding steps of constant shape.
 
-    A step adds one token to every row. Its entry goes to the column that a tensor names, and all
-    the columns are read whether or not they are in use: a mask has to hide those that are not. So
-    nothing about a step depends on how many tokens there are, and it can be captured or compiled
-    once. The memory is that of the cache it came from, which alone counts bytes and positions.
+    A step writes one token per row to the column given by a tensor, and reads all columns; a mask
+    must hide the unused ones. No shape depends on the number of tokens, so the step can be captured
+    or compiled once. The memory belongs to the original cache.
 
     Args:
-        slots: (B, S, W) by layer: the slots of the loop.
-        last: (B, S, W) by layer: those of the loop before, or the same ones where there is none.
+        slots: Layer -> (B, S, W) slot of the loop.
+        last: Layer -> slot of the previous loop, or the same slot at the first one.
         column_1: (1,) int64 column of the new token.
     """
 
@@ -311,14 +304,14 @@ class StaticCache:
         self._by_layer, self._last_by_layer, self._column_1 = slots, last, column_1
 
     def slots(self) -> Iterator[Tensor]:
-        """Iterate over all slots that a step may read."""
+        """Yield all slots that a step may read."""
         yield from self._by_layer.values()
         yield from self._last_by_layer.values()
 
     def write(
         self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
     ) -> Tensor:
-        """Store the entries (B, 1, W) of the new token; (B, S, W), used columns and others.
+        """Store the new token's entries (B, 1, W); return the slot (B, S, W), all columns.
 
         Rows that ``active.real`` discards keep the entry of their last computed loop.
         """
@@ -333,5 +326,5 @@ class StaticCache:
 def cache_bytes(
     config: MythosConfig, n_loops: int, positions: int, batch: int = 1, element_size: int = 2
 ) -> int:
-    """Bytes a full cache needs: slots x batch x positions x elements per slot x element size."""
+    """Return the bytes of a full cache: slots x batch x positions x width x element size."""
     return config.cache_slots(n_loops) * batch * positions * config.cache_width * element_size

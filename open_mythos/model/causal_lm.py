@@ -1,4 +1,4 @@
-"""The base of all causal language models: embedding, head, checks of a call's arguments."""
+"""Base class of the causal language models: embedding, head, argument checks."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ MASKS = (torch.bool, *INTEGERS)
 
 
 class CausalLM(nn.Module):
-    """Token embedding, final norm and output head; subclasses define what lies between.
+    """Token embedding, final norm and output head; subclasses add the layers.
 
     Raises:
         ConfigError: The configuration is invalid.
     """
 
     embed: Callable[..., Tensor]
-    """``embed(input_ids, ctx)``: (B, T) ids -> (B, T, D), up to the loop if there is one."""
+    """``embed(input_ids, ctx)``: (B, T) ids -> (B, T, D), everything before the loop."""
     final_hidden: Callable[..., Tensor]
-    """``final_hidden(h, ctx)``: (B, T, D) -> (B, T, D), from there up to the head."""
+    """``final_hidden(h, ctx)``: (B, T, D) -> (B, T, D), everything between loop and head."""
     hidden: Callable[..., Tensor]
     """``hidden(input_ids, ctx, depth, trace)``: the whole forward pass before the head."""
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
         cfg.validate()
-        # a copy: changing the caller's object must not change a built model
-        self.cfg = replace(cfg)
+        self.cfg = replace(cfg)  # a copy, so that later changes of ``cfg`` do not affect the model
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = OutputHead(cfg)
@@ -61,17 +60,17 @@ class CausalLM(nn.Module):
         document_ids: Tensor | None = None,
         sample_seeds: Tensor | None = None,
     ) -> Context:
-        """Positions, masks and cache of a call, checked.
+        """Check the arguments of a call and build its positions, masks and cache.
 
         Args:
             input_ids: (B, T) token ids.
-            kv_cache: A :class:`KVCache`, or an empty dict handed back at every call.
-            start_pos: Position of the first of these tokens; the cache's length when there is one.
-            attention_mask: (B, T), false (0) on padding; padding may stand on either side.
-            document_ids: (B, T) integers; a run of equal ones is a document. A token sees only its
-                own document's tokens, and its position counts from the document's beginning.
-            sample_seeds: (B,) int64 keys from which dropout and random initial states follow; drawn
-                from torch's global generator while training, 0 otherwise.
+            kv_cache: A :class:`KVCache`, or an initially empty dict, passed to every call.
+            start_pos: Position of the first token; ``cache.length`` with a cache.
+            attention_mask: (B, T), false (0) on padding, on either side.
+            document_ids: (B, T) integers; each run of equal ids is a document. Tokens attend within
+                their document, and positions restart with it.
+            sample_seeds: (B,) int64 keys of dropout and random initial states; by default drawn
+                from torch's global generator in training, 0 in evaluation.
 
         Raises:
             ConfigError: A shape, type or value is wrong, or the context is too short.
@@ -95,20 +94,20 @@ class CausalLM(nn.Module):
         )  # fmt: skip
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """Look up the token embeddings (B, T, D), times ``embedding_scale``."""
+        """Embed tokens (B, T, D), scaled by ``embedding_scale``."""
         x_BTD = self.embedding(input_ids)
         return x_BTD if self.cfg.embedding_scale == 1 else x_BTD * self.cfg.embedding_scale
 
     @torch.no_grad()
     def update_router_bias(self, trace: LoopTrace, speed: float | Tensor) -> None:
-        """Balance every expert mixture by the load that ``trace`` saw, summed over all loops."""
+        """Balance each mixture by its load in ``trace``, summed over loops."""
         load = trace.load_by_layer()
         for module in self.modules():
             if isinstance(module, MoEFFN) and module.layer in load:
                 module.update_bias(load[module.layer], speed)
 
     def _check_span(self, start_pos: int, n_new: int, cache: KVCache | None) -> None:
-        """The new tokens begin where the cache ends, and fit the context."""
+        """Check that the new tokens continue the cache and fit the context."""
         check_count("start_pos", start_pos, least=0)
         if cache is not None and start_pos != cache.length:
             raise ConfigError(
@@ -125,34 +124,34 @@ class CausalLM(nn.Module):
             )  # fmt: skip
 
     def check_ids(self, input_ids: Tensor) -> None:
-        """Refuse what is not a (B, T) batch of this model's token ids."""
+        """Check that ``input_ids`` is a (B, T) batch of valid token ids."""
         is_ids = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int64, torch.int32)
         if not is_ids or input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ConfigError(
                 "not a batch of token ids", where="input_ids", value=_shown(input_ids),
-                allowed="an int64 or int32 tensor (B, T), neither of them 0",
-                fix="encode the text, and give a single sequence a batch axis: ids.unsqueeze(0)",
+                allowed="a non-empty int64 or int32 tensor (B, T)",
+                fix="encode the text; add a batch axis to a single sequence: ids.unsqueeze(0)",
             )  # fmt: skip
         if input_ids.device.type != "cpu" or in_dry_run(input_ids):
-            return  # looking at the values would make the host wait for the device at every call
+            return  # reading the values would force a host-device sync
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= self.cfg.vocab_size:
             raise ConfigError(
                 "a token id is outside the vocabulary", where="input_ids",
                 value=low if low < 0 else high, allowed=f"0 .. {self.cfg.vocab_size - 1}",
-                fix="check that tokenizer and model belong together",
+                fix="check that the tokenizer matches the model",
             )  # fmt: skip
 
 
 def check_tensor(name: str, given: Any, shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Refuse an optional argument that is not a tensor of this shape and one of these types."""
+    """Check that an optional argument is a tensor of this shape and one of these dtypes."""
     fits = isinstance(given, Tensor) and given.shape == shape and given.dtype in dtypes
     if given is not None and not fits:
         kinds = "integers" if torch.bool not in dtypes else "booleans (or 0 and 1)"
         raise ConfigError(
-            f"{name} does not fit the tokens", where=name, value=_shown(given),
+            f"{name} does not match the tokens", where=name, value=_shown(given),
             allowed=f"None, or a tensor {tuple(shape)} of {kinds}",
-            fix="describe the tokens of this call only; the cache remembers the earlier ones",
+            fix="pass values for the tokens of this call only; the cache holds the earlier ones",
         )  # fmt: skip
 
 
@@ -164,8 +163,10 @@ def _shown(value: Any) -> str:
 
 @contextmanager
 def forward_call(input_ids: Tensor, ctx: Context, depth: Depth) -> Iterator[None]:
-    """Surround one forward call: no autograd with a cache or an exit rule, and on success the
-    cache counts the new positions as held. A call that fails leaves the cache as it was."""
+    """Run a forward call without autograd if it has a cache or an exit rule; commit the cache.
+
+    A call that fails leaves the cache unchanged.
+    """
     depth.check_rows(len(input_ids))
     inference = ctx.cache is not None or depth.exit_rule is not None
     with torch.no_grad() if inference else nullcontext():

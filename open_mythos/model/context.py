@@ -1,6 +1,6 @@
-"""Where the tokens of one forward call stand: positions, what each may see, the cache.
+"""Positions, attention masks and cache of one forward call.
 
-Built once per call and handed to every layer and every loop.
+Built once per call and passed to every layer and loop.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from open_mythos.ops.rope import rope_table
 
 @dataclass(frozen=True)
 class Context:
-    """Positions, visibility and cache of one call.
+    """Positions, masks and cache of one call.
 
     Attributes:
-        positions: (T,) or (B, T) position of each token within its own document, padding ignored.
+        positions: (T,) or (B, T) position of each token within its document, excluding padding.
         rope: Rotary table of these positions.
-        mask: What queries may look at: a visibility, or a boolean tensor (B or 1, 1, T, S) that is
-            true where they may. None when ``causal`` says it all, or when the single new token may
-            see everything.
+        mask: Attention mask: a :class:`Visibility`, or a boolean tensor (B or 1, 1, T, S), true
+            where attention is allowed. None if ``causal``, or if a single new token attends to all.
         columns: All positions, cached and new.
-        valid_BT: False on the new tokens that are padding; None when none is.
-        cache: Where keys and values are kept between calls.
-        active: Rows and positions of the call that this context is restricted to; None for all.
-        keys_B: One integer per sequence from which its random numbers follow.
-        memo: Values that layers compute once per call, by keys that name the layer; shared by all
-            contexts of the call.
+        valid_BT: False on new tokens that are padding; None without padding.
+        cache: Keys and values of earlier calls.
+        active: Rows and positions that this context is restricted to; None for all.
+        keys_B: Random key of each sequence.
+        memo: Values that layers compute once per call, by layer; shared by all contexts of a
+            call.
     """
 
     positions: Tensor
@@ -61,7 +60,7 @@ class Context:
         cache: KVCache | None = None,
         keys_B: Tensor | None = None,
     ) -> Context:
-        """The context of ``n_new`` tokens that begin at ``start_pos``."""
+        """Build the context of ``n_new`` tokens starting at ``start_pos``."""
         past = Columns(0) if cache is None else cache.columns
         columns = past.extend(n_new, valid_BT, document_BT)
         run_BS = None if columns.document_BS is None else _runs(columns.document_BS)
@@ -78,13 +77,13 @@ class Context:
 
     @property
     def causal(self) -> bool:
-        """Whether query i simply sees keys 0 .. i."""
+        """Whether query i attends to exactly the keys 0 .. i."""
         return self.mask is None and self.columns.length == self.positions.shape[-1]
 
     def at(self, active: Active) -> Context:
-        """Restrict this context of a whole call to some of its rows and positions.
+        """Restrict the context of a whole call to some rows and positions.
 
-        Entries that pad a row are no tokens: they are not written to the cache, and not counted.
+        Padding entries are neither cached nor counted.
         """
         rows_R, columns_RW = active.rows, active.columns
         assert rows_R is not None
@@ -114,17 +113,17 @@ class Context:
         )
 
     def window(self, start: int, stop: int) -> Context:
-        """This call for a run of its new tokens, as attention needs it: ``mask`` is a tensor.
+        """Restrict ``mask`` to queries ``start`` .. ``stop``, as a tensor; nothing else is sliced.
 
-        Nothing else is cut. A single new token that sees everything goes on without a mask.
+        It stays None for a single new token that attends to all keys.
         """
         mask = self.mask
         if self.causal:
             n_new = self.positions.shape[-1]
             mask = Visibility(n_new, n_new, self.positions.device)
         if isinstance(mask, Visibility):
-            all_of_it = (start, stop) == (0, mask.n_queries)
-            return replace(self, mask=mask.whole() if all_of_it else mask.rows(start, stop))
+            whole = (start, stop) == (0, mask.n_queries)
+            return replace(self, mask=mask.whole() if whole else mask.rows(start, stop))
         return replace(self, mask=None if mask is None else mask[:, :, start:stop])
 
     def _mask_of_rows(self, keep_B: Tensor) -> Visibility | Tensor | None:
@@ -135,7 +134,7 @@ class Context:
         return self.mask[keep_B]
 
     def _mask_of(self, columns_RT: Tensor) -> Visibility | Tensor | None:
-        """What the new tokens that stand in ``columns_RT`` may see."""
+        """Return the mask of the new tokens at ``columns_RT``."""
         n_new, total = self.positions.shape[-1], self.columns.length
         if isinstance(self.mask, Tensor):
             mask_RTS = self.mask[:, 0].expand(len(columns_RT), -1, -1)
@@ -147,13 +146,13 @@ class Context:
 
 
 def _runs(document_BS: Tensor) -> Tensor:
-    """The documents numbered by where they stand: each run of equal ids is one."""
+    """Number the runs of equal document ids."""
     changes = document_BS[:, 1:] != document_BS[:, :-1]
     return F.pad(changes.long().cumsum(1), (1, 0))
 
 
 def _positions(columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device) -> Tensor:
-    """How many real tokens of its own document stand before each token."""
+    """Count the real tokens before each token in its document."""
     old = columns.length - n_new
     if columns.valid_BS is not None:
         valid = columns.valid_BS.long()
@@ -163,15 +162,15 @@ def _positions(columns: Columns, run_BS: Tensor | None, n_new: int, device: torc
     else:
         return torch.arange(old, columns.length, device=device)
     if run_BS is not None:
-        begins = F.pad(run_BS.diff(dim=1), (1, 0))
-        before = before - (begins * before).cummax(1).values
+        starts = F.pad(run_BS.diff(dim=1), (1, 0))
+        before = before - (starts * before).cummax(1).values
     return before[:, old:]
 
 
 def _visibility(
     columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device
 ) -> Visibility | None:
-    """Which columns each new token may see; None when position alone decides and needs no mask."""
+    """Return the mask of the new tokens; None if it is causal or a single token attends to all."""
     if columns.valid_BS is None and run_BS is None and n_new in (1, columns.length):
         return None
     return Visibility(n_new, columns.length, device, columns.valid_BS, run_BS)

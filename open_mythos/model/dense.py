@@ -1,4 +1,4 @@
-"""The baseline: the same blocks, each with weights of its own, run once."""
+"""Dense baseline: the same blocks with separate weights, each run once."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ MATCHES = ("parameters", "depth")
 
 
 class DenseTransformer(CausalLM):
-    """A plain decoder of ``n_layers`` blocks with dense feed-forwards.
+    """A decoder-only transformer of ``n_layers`` blocks with dense feed-forward layers.
 
     Args:
-        cfg: Configuration of the looped model it is compared with; the fields of the loop are not
-            read.
-        n_layers: Blocks; by default as many as the looped model stores.
-        ffn_dim: Hidden width of the feed-forwards; ``cfg.hidden_dim`` by default.
+        cfg: Configuration of the looped counterpart; loop fields are ignored.
+        n_layers: Number of blocks; by default as many as the looped model stores.
+        ffn_dim: Hidden width of the feed-forward layers; ``cfg.hidden_dim`` by default.
     """
 
     def __init__(
@@ -55,14 +54,13 @@ class DenseTransformer(CausalLM):
     def like(
         cls, cfg: MythosConfig, match: str = "parameters", n_loops: int | None = None
     ) -> DenseTransformer:
-        """The dense counterpart of a looped model.
+        """Build the dense counterpart of a looped model.
 
         Args:
             cfg: The looped model's configuration.
-            match: "parameters": as many layers as the looped model stores, feed-forwards widened
-                until the parameter counts agree (to less than one hidden unit per layer).
-                "depth": one layer for every block the looped model executes, with feed-forwards as
-                wide as what one of its tokens uses.
+            match: "parameters": as many layers as the looped model stores, feed-forward layers
+                widened to match the parameter count (to within one hidden unit per layer).
+                "depth": one layer per executed block, as wide as the active feed-forward width.
             n_loops: Loops to unroll for "depth"; ``max_loop_iters`` by default.
         """
         pick(MATCHES, match, "DenseTransformer.like", what="match")
@@ -87,7 +85,7 @@ class DenseTransformer(CausalLM):
         document_ids: Tensor | None = None,
         sample_seeds: Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, T, vocab_size); arguments as of :meth:`OpenMythos.forward`."""
+        """Return logits (B, T, vocab_size); see :meth:`OpenMythos.forward` for the arguments."""
         ctx = self.context(
             input_ids, kv_cache, start_pos,
             attention_mask=attention_mask, document_ids=document_ids, sample_seeds=sample_seeds,
@@ -102,7 +100,7 @@ class DenseTransformer(CausalLM):
         depth: Depth | None = None,
         trace: LoopTrace | None = None,
     ) -> Tensor:
-        """Return the final hidden state (B, T, D); there are no loops to choose or to trace."""
+        """Return the final hidden state (B, T, D); ``depth`` and ``trace`` have no effect."""
         with forward_call(input_ids, ctx, depth or Depth()):
             return self.final_hidden(self.embed(input_ids, ctx), ctx)
 
@@ -114,7 +112,7 @@ class DenseTransformer(CausalLM):
         return x_BTD
 
     def final_hidden(self, h_BTD: Tensor, ctx: Context, loop: int = 0) -> Tensor:
-        """Normalise the last block's output: (B, T, D) -> (B, T, D)."""
+        """Normalize the last block's output: (B, T, D) -> (B, T, D)."""
         return self.final_norm(h_BTD)
 
     def generate(
@@ -128,8 +126,8 @@ class DenseTransformer(CausalLM):
         use_cache: bool = True,
         mode: str | StaticDecoder = "eager",
     ) -> Tensor:
-        """Continue every row, prompt included; arguments as of :meth:`OpenMythos.generate`."""
-        from open_mythos.inference.decoding import decoder_factory  # it builds on the model
+        """Continue every prompt; see :meth:`OpenMythos.generate`."""
+        from open_mythos.inference.decoding import decoder_factory  # imports this module
 
         return generate(
             self, input_ids, params, attention_mask=attention_mask, tokenizer=tokenizer,
@@ -138,5 +136,5 @@ class DenseTransformer(CausalLM):
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters, shared ones once."""
+    """Count parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,13 +1,12 @@
-"""When a position has thought enough: rules that stop it after a loop.
+"""Early-exit rules: which positions stop after a loop.
 
-A rule looks at the positions still running after each loop and says which of them stop. What it
-has to remember between loops it hands back as tensors; the loop keeps these aligned with the
-positions still running, so a rule holds no state of its own and one rule serves any number of
-calls.
+A rule sees the active positions after each loop and selects those that stop. State between loops is
+returned as tensors, which the loop keeps aligned with the active positions, so a rule is stateless
+and reusable.
 
     stop_BT, memory = rule(Look(t, h_t, h_t+1, predict), memory)        # memory is None at loop 0
 
-A comparison with a NaN is false: a state that is not finite runs to the depth that was asked for.
+Comparisons with NaN are false: a state that is not finite runs to the requested depth.
 """
 
 from __future__ import annotations
@@ -24,34 +23,34 @@ from open_mythos.errors import ConfigError
 from open_mythos.model.layers.halting import ACTHalting
 
 Memory = tuple[Tensor, ...]
-"""Tensors (B, T, ...) that a rule keeps from one loop to the next."""
+"""Tensors (B, T, ...) that a rule keeps between loops."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a rule sees of the positions still running."""
+    """The active positions after a loop."""
 
     t: int
-    """The loop that has just run, from 0."""
+    """0-based index of the loop that has just run."""
     before_BTD: Tensor
-    """Its state h_t before the loop."""
+    """State h_t before the loop."""
     after_BTD: Tensor
-    """Its state h_{t+1} after the loop."""
+    """State h_{t+1} after the loop."""
     predict: Callable[[], Tensor]
-    """Logits (B, T, V) that h_{t+1} stands for. Costs a pass through coda and head when called,
-    and has to be called after every loop or never: the coda must remember earlier positions."""
+    """Compute the logits (B, T, V) of h_{t+1} through coda and head. Call it after every loop or
+    never: the coda attends to earlier positions at the same loop."""
 
 
 class ExitRule(Protocol):
-    """Which positions stop after a loop; see the module's description."""
+    """Selects the positions that stop after a loop."""
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """(B, T) boolean, and what to remember."""
+        """Return (B, T), true where a position stops, and the memory for the next loop."""
 
 
 @dataclass(frozen=True)
 class FixedDepth:
-    """Every position stops after ``loops`` loops."""
+    """Stops every position after ``loops`` loops."""
 
     loops: int
 
@@ -59,15 +58,17 @@ class FixedDepth:
         check_count("loops", self.loops)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """As :class:`ExitRule`."""
+        """Apply the rule."""
         shape = look.after_BTD.shape[:2]
         return torch.full(shape, look.t + 1 >= self.loops, device=look.after_BTD.device), ()
 
 
 @dataclass(frozen=True)
 class GateExit:
-    """The learned gate: the first loop at which the cumulative halting probability reaches
-    ``threshold``. A higher threshold runs deeper. (Ouro, arXiv 2510.25741, section 3)."""
+    """Stops when the cumulative halting probability of the learned gate reaches ``threshold``.
+
+    Source: Ouro, arXiv 2510.25741, section 3. A higher threshold runs deeper.
+    """
 
     gate: ACTHalting
     threshold: float
@@ -76,7 +77,7 @@ class GateExit:
         check_number("threshold", self.threshold, gt=0, le=1)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """As :class:`ExitRule`; remembers the probability of still running."""
+        """Apply the rule; remembers the probability of not having halted."""
         lambda_BT = self.gate(look.after_BTD)
         running_BT = (1 - lambda_BT) * (1.0 if memory is None else memory[0])
         return 1 - running_BT >= self.threshold, (running_BT,)
@@ -84,12 +85,12 @@ class GateExit:
 
 @dataclass(frozen=True)
 class KLExit:
-    """The prediction has stopped moving, and is not a shrug.
+    """Stops when the prediction has converged and is confident.
 
-    Stops where KL(p_t+1 || p_t) < ``kl`` nats and the entropy of p_t+1 is below ``entropy`` nats.
-    The divergence between successive predictions is Huginn's criterion (arXiv 2502.05171,
-    section 6); alone it stops too early where an answer needs several loops to appear at all,
-    because until then the prediction rests at a guess. A smaller ``kl`` or ``entropy`` runs deeper.
+    Requires KL(p_t+1 || p_t) < ``kl`` nats, Huginn's criterion (arXiv 2502.05171, section 6), and
+    an entropy of p_t+1 below ``entropy`` nats: the divergence alone stops too early where an answer
+    takes several loops to appear, since the prediction is a constant guess until then. Smaller
+    values run deeper.
     """
 
     kl: float = 0.01
@@ -100,10 +101,10 @@ class KLExit:
         check_number("entropy", self.entropy, gt=0)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """As :class:`ExitRule`; remembers the last log-probabilities."""
+        """Apply the rule; remembers the last log-probabilities."""
         log_p_BTV = look.predict().float().log_softmax(-1)
         if memory is None:
-            return _nowhere(look), (log_p_BTV,)
+            return _none(look), (log_p_BTV,)
         p_BTV = log_p_BTV.exp()
         kl_BT = (p_BTV * (log_p_BTV - memory[0])).sum(-1)
         entropy_BT = -(p_BTV * log_p_BTV).sum(-1)
@@ -112,7 +113,7 @@ class KLExit:
 
 @dataclass(frozen=True)
 class StateChange:
-    """The state has stopped moving: ||h_t+1 - h_t|| < ``threshold`` ||h_t+1||.
+    """Stops when the state has converged: ||h_t+1 - h_t|| < ``threshold`` ||h_t+1||.
 
     A smaller threshold runs deeper.
     """
@@ -123,18 +124,17 @@ class StateChange:
         check_number("threshold", self.threshold, gt=0)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """As :class:`ExitRule`; remembers nothing."""
+        """Apply the rule."""
         change_BT = (look.after_BTD.float() - look.before_BTD.float()).norm(dim=-1)
         return change_BT < self.threshold * look.after_BTD.float().norm(dim=-1), ()
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """The path has become straight or has ended: the second difference of the state,
-    ||(h_t+1 - h_t) - (h_t - h_t-1)||, is below ``threshold`` ||h_t+1|| ``hits`` times in a row.
+    """Stops when the updates are constant or zero for ``hits`` consecutive loops.
 
-    Two hits keep a single quiet loop from ending the path (arXiv 2509.23314). A smaller threshold
-    or more hits run deeper.
+    A hit is ||(h_t+1 - h_t) - (h_t - h_t-1)|| < ``threshold`` ||h_t+1||; requiring two avoids a
+    premature exit (arXiv 2509.23314). A smaller threshold or more hits run deeper.
     """
 
     threshold: float = 0.05
@@ -145,11 +145,11 @@ class Acceleration:
         check_count("hits", self.hits)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """As :class:`ExitRule`; remembers the last difference and the hits so far."""
+        """Apply the rule; remembers the last update and the number of hits."""
         after_BTD = look.after_BTD.float()
         delta_BTD = after_BTD - look.before_BTD.float()
         if memory is None:
-            return _nowhere(look), (delta_BTD, torch.zeros_like(delta_BTD[..., 0]))
+            return _none(look), (delta_BTD, torch.zeros_like(delta_BTD[..., 0]))
         last_BTD, hits_BT = memory
         hit_BT = (delta_BTD - last_BTD).norm(dim=-1) < self.threshold * after_BTD.norm(dim=-1)
         hits_BT = torch.where(hit_BT, hits_BT + 1, 0.0)
@@ -158,10 +158,9 @@ class Acceleration:
 
 @dataclass(frozen=True)
 class ArgmaxStable:
-    """The most likely token has stayed the same through ``hits`` further loops.
+    """Stops when the most likely token has not changed for ``hits`` loops.
 
-    More hits run deeper. Needs no threshold, and stops too early where the answer takes longer
-    than ``hits`` loops to appear.
+    More hits run deeper. Stops too early where the answer takes longer than that to appear.
     """
 
     hits: int = 2
@@ -170,15 +169,15 @@ class ArgmaxStable:
         check_count("hits", self.hits)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """As :class:`ExitRule`; remembers the token and how often it has come."""
+        """Apply the rule; remembers the token and how often it was repeated."""
         token_BT = look.predict().argmax(-1)
         if memory is None:
-            return _nowhere(look), (token_BT, torch.zeros_like(token_BT))
+            return _none(look), (token_BT, torch.zeros_like(token_BT))
         same_BT = torch.where(token_BT == memory[0], memory[1] + 1, 0)
         return same_BT >= self.hits, (token_BT, same_BT)
 
 
-def _nowhere(look: Look) -> Tensor:
+def _none(look: Look) -> Tensor:
     return torch.zeros(look.after_BTD.shape[:2], dtype=torch.bool, device=look.after_BTD.device)
 
 
@@ -204,14 +203,14 @@ EXIT_RULES: dict[str, tuple[Callable[..., ExitRule], tuple[type, ...], str]] = {
     ),
     "stable": (lambda model, *x: ArgmaxStable(*x), (int,), "stable or stable:HITS"),
 }
-"""Name -> how to make the rule of a model, the types of its numbers, how it is written."""
+"""Name -> factory, types of its parameters, syntax."""
 
 
 def exit_rule(text: str, model: nn.Module) -> ExitRule:
-    """The rule that ``text`` names, such as "gate:0.9", "kl:0.01,1.0" or "fixed:4".
+    """Parse a rule such as "gate:0.9", "kl:0.01,1.0" or "fixed:4".
 
     Raises:
-        ConfigError: The name is unknown, or its numbers are not numbers or out of range.
+        ConfigError: The name is unknown, or a parameter is invalid.
     """
     name, _, numbers = text.partition(":")
     if name in EXIT_RULES:

@@ -1,7 +1,7 @@
-"""Generation, one token at a time: the oracle that every faster way of decoding must equal.
+"""Reference implementation of generation, which every faster decoder must match token for token.
 
-A :class:`Decoder` produces the tokens. The one here runs the model on a cache that grows by a
-column per token; :mod:`open_mythos.inference` holds those whose steps have constant shapes.
+A :class:`Decoder` produces the tokens. The one here runs the model on a growing KV cache;
+:mod:`open_mythos.inference` has decoders with static shapes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from open_mythos.ops.sampling import SamplingParams
 
 
 class Detokenizer(Protocol):
-    """What stop strings need of a tokenizer."""
+    """The part of a tokenizer that stop strings require."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``."""
 
 
 class Decoder(Protocol):
-    """Produces the tokens of a batch of rows, one of each row at a time."""
+    """Produces one token per row and step."""
 
     running_B: Tensor
-    """(B,) boolean: rows that have not ended. Setting one to false in place ends the row, whose
-    rest is filled with the end token (0 without one)."""
+    """(B,) boolean: unfinished rows. Setting an entry to false in place ends the row, which is then
+    filled with the EOS token (0 without one)."""
 
     def start(
         self,
@@ -41,21 +41,21 @@ class Decoder(Protocol):
         depth: Depth,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Read the (B, T) prompts and choose the first token of every row, (B,)."""
+        """Prefill the (B, T) prompts and return the first token of every row, (B,)."""
 
     def step(self) -> Tensor:
-        """Choose the next token of every row, (B,); the next call may overwrite the result."""
+        """Return the next token of every row, (B,); the next call may overwrite the result."""
 
 
 class GrowingDecoder:
-    """The reference: op by op, on a history that grows.
+    """The reference decoder: eager execution on a growing history.
 
     Args:
         model: Any :class:`CausalLM`.
-        batch: Rows.
-        capacity: Positions of a row at most, prompt and new tokens together.
-        use_cache: False recomputes everything at every token: slow, and the oracle of the cache.
-        trace: Receives diagnostics of each forward call in turn.
+        batch: Number of rows.
+        capacity: Maximum positions per row, prompt and new tokens together.
+        use_cache: False recomputes everything at every token: slow, the reference for the cache.
+        trace: Receives diagnostics of each forward call.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class GrowingDecoder:
         depth: Depth,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Read the prompts and choose the first token of every row; see :class:`Decoder`."""
+        """Prefill the prompts; see :class:`Decoder`."""
         self._ids_BT, self._mask_BT = input_ids, attention_mask
         self._params, self._depth, self._drawn = params, depth, 0
         self._keys_B = params.row_keys(len(input_ids)).to(input_ids.device)
         return self.step()
 
     def step(self) -> Tensor:
-        """Choose the next token of every row; see :class:`Decoder`."""
+        """Sample the next tokens; see :class:`Decoder`."""
         params, ids_BT, mask_BT = self._params, self._ids_BT, self._mask_BT
         held = 0 if self._cache is None else self._cache.length
         mask = None if mask_BT is None else mask_BT[:, held:]
@@ -116,24 +116,24 @@ def generate(
     on_token: Callable[[int, Tensor], None] | None = None,
     decoder: Callable[[CausalLM, int, int], Decoder] = GrowingDecoder,
 ) -> Tensor:
-    """Continue every row of ``input_ids``, in evaluation mode.
+    """Continue every prompt in evaluation mode.
 
     Args:
         model: Any :class:`CausalLM`.
         input_ids: (B, T) prompts, ragged ones padded on the left.
-        params: How tokens are chosen, and what ends a row.
-        depth: Loops of every token; ``max_loop_iters`` by default.
+        params: Sampling parameters and stop criteria.
+        depth: Depth of every token; ``max_loop_iters`` by default.
         attention_mask: (B, T), false on padding.
-        tokenizer: Anything with ``decode``; stop strings need it.
-        on_token: Called as ``on_token(i, tokens_B)`` after each new token i; on CUDA possibly when
-            the device already works on the next one.
-        decoder: ``decoder(model, batch, capacity)`` makes what produces the tokens.
+        tokenizer: Any object with ``decode``; required for stop strings.
+        on_token: Called as ``on_token(i, tokens_B)`` after each new token i; on CUDA the next step
+            may already be in flight.
+        decoder: Factory of the decoder, ``decoder(model, batch, capacity)``.
 
     Returns:
-        (B, T + new), prompt included; new < max_new_tokens when every row ended early.
+        (B, T + new), prompt included; new < max_new_tokens if every row ended early.
 
     Raises:
-        ConfigError: An argument is out of range, or the result would not fit the context.
+        ConfigError: An argument is out of range, or the result exceeds the context.
     """
     params, depth = params or SamplingParams(), depth or Depth()
     model.check_ids(input_ids)
@@ -144,7 +144,7 @@ def generate(
     _check_prompt_mask(attention_mask, input_ids)
     if params.stop and tokenizer is None:
         raise ConfigError(
-            "stop strings need a tokenizer", where="stop", value=params.stop,
+            "stop strings require a tokenizer", where="stop", value=params.stop,
             allowed="stop strings together with tokenizer=",
             fix="pass tokenizer=, or use eos_token_id",
         )  # fmt: skip
@@ -168,7 +168,7 @@ def generate(
 def _tokens(
     source: Decoder, input_ids: Tensor, params: SamplingParams, depth: Depth, mask_BT: Tensor | None
 ) -> Iterator[Tensor]:
-    """Yield tokens (B,) until there are ``max_new_tokens`` or every row has ended."""
+    """Yield up to ``max_new_tokens`` tokens (B,), until every row has ended."""
     may_end = bool(params.stop) or params.eos_token_id is not None
     for i in range(params.max_new_tokens):
         ended = _AllEnded(source.running_B) if i and may_end else None
@@ -176,15 +176,15 @@ def _tokens(
             return
         token_B = source.step() if i else source.start(input_ids, params, depth, mask_BT)
         if ended is not None and ended.read(wait=True):
-            return  # this token was asked for before it was known that no row wants it
+            return  # this step was launched before the end of all rows was known
         yield token_B.clone()
 
 
 class _AllEnded:
-    """Whether all rows have ended by now, to be read later.
+    """Asynchronous check whether all rows have ended.
 
-    On CUDA the answer is copied while the device goes on, and reading it waits for the copy alone:
-    the next step is launched before, in vain once per call at most.
+    On CUDA the flag is copied asynchronously, and the next step is launched before it is read; at
+    most one step per call is wasted.
     """
 
     def __init__(self, running_B: Tensor) -> None:
@@ -197,7 +197,7 @@ class _AllEnded:
             self._copied.record()
 
     def read(self, *, wait: bool) -> bool:
-        """Return the answer; false while it is on its way, unless told to ``wait``."""
+        """Return the flag; on CUDA false unless ``wait``."""
         if self.is_late and not wait:
             return False
         if self.is_late:
@@ -217,19 +217,19 @@ def _check_length(model: CausalLM, n_prompt: int, params: SamplingParams) -> Non
         raise ConfigError(
             "max_new_tokens is out of range", where="max_new_tokens", value=n_new,
             allowed=f"an integer in 0 .. max_output_tokens ({cfg.max_output_tokens})",
-            fix="ask for fewer tokens, or build the model with a larger max_output_tokens",
+            fix="reduce it, or build the model with a larger max_output_tokens",
         )  # fmt: skip
     if n_prompt + n_new > cfg.max_seq_len:
         raise ConfigError(
-            "prompt and new tokens do not fit the context", where="max_new_tokens",
-            value=f"{n_prompt} + {n_new}", allowed=f"max_seq_len ({cfg.max_seq_len}) together",
-            fix="shorten the prompt or ask for fewer tokens",
+            "prompt and new tokens exceed the context", where="max_new_tokens",
+            value=f"{n_prompt} + {n_new}", allowed=f"at most max_seq_len ({cfg.max_seq_len})",
+            fix="shorten the prompt or reduce max_new_tokens",
         )  # fmt: skip
     if end is not None and end >= cfg.vocab_size:
         raise ConfigError(
             "not a token id", where="eos_token_id", value=end,
             allowed=f"None, or an integer in 0 .. {cfg.vocab_size - 1}",
-            fix="pass the tokenizer's eos id; several ends can be given as stop strings",
+            fix="pass the tokenizer's EOS id; use stop strings for additional ends",
         )  # fmt: skip
 
 
@@ -239,5 +239,5 @@ def _check_prompt_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None
         raise ConfigError(
             "prompts must be padded on the left", where="attention_mask",
             value=attention_mask[:, -1].tolist(), allowed="true in the last column of every row",
-            fix="move the padding in front of each prompt",
+            fix="pad each prompt on the left",
         )  # fmt: skip

@@ -1,11 +1,10 @@
 """The Recurrent-Depth Transformer.
 
-- Prelude, loop, coda: blocks run once, one block run many times with the same weights, blocks run
-  once. More loops deepen the computation, not the model.
+- Prelude and coda blocks run once; the recurrent block runs many times with shared weights.
 - The encoded input e is injected at every loop through a linear system with rho(A) < 1.
-- The looped block has a mixture of fine-grained experts, latent or grouped-query attention, and a
-  small adapter per loop depth.
-- Depth is an argument of the call, for the whole batch or for each sequence.
+- The recurrent block has fine-grained mixture-of-experts layers, multi-head latent or grouped-query
+  attention, and a LoRA adapter per loop.
+- Depth is an argument of the call, per batch or per sequence.
 
     e       = norm(prelude(embedding(ids)))
     h_t+1   = A h_t + B e + Transformer(h_t, e)           n_loops times, from h_0
@@ -38,15 +37,15 @@ if TYPE_CHECKING:
 
 
 class OpenMythos(CausalLM):
-    """A causal language model whose depth is chosen at every call.
+    """A causal language model with the depth as an argument of each call.
 
-    The parts ``embed``, ``step`` and ``logits`` are public: :meth:`forward` is nothing but these.
+    :meth:`forward` is composed of the public :meth:`embed`, :meth:`step` and :meth:`logits`.
 
     Args:
         cfg: The configuration; it is validated and copied.
 
     Raises:
-        ConfigError: (a ValueError) the configuration is invalid.
+        ConfigError: The configuration is invalid.
     """
 
     def __init__(self, cfg: MythosConfig) -> None:
@@ -75,25 +74,25 @@ class OpenMythos(CausalLM):
         exit_rule: ExitRule | None = None,
         trace: LoopTrace | None = None,
     ) -> Tensor:
-        """Logits (B, T, vocab_size).
+        """Return logits (B, T, vocab_size).
 
         Args:
             input_ids: (B, T) token ids.
-            n_loops: Loops for all rows, or one number per row; ``max_loop_iters`` by default. May
-                exceed the trained depth.
-            kv_cache: A :class:`KVCache`, or an empty dict handed back at every call. A cached call
-                runs without autograd.
-            start_pos: Position of the first token; ``cache.length`` when there is a cache.
+            n_loops: Loops for all rows, or per row; ``max_loop_iters`` by default. May exceed the
+                trained depth.
+            kv_cache: A :class:`KVCache`, or an initially empty dict, passed to every call. Cached
+                calls run without autograd.
+            start_pos: Position of the first token; ``cache.length`` with a cache.
             attention_mask: (B, T), false on padding.
-            document_ids: (B, T) integers; tokens see only their own document, a run of equal ids.
-            sample_seeds: (B,) keys of each sequence's randomness (dropout, random h_0).
-            grad_loops: Truncated back-propagation: gradient through the last loops of a row only.
-            exit_rule: Lets positions stop before their depth
-                (:mod:`open_mythos.model.exit_rules`); such a call runs without autograd.
+            document_ids: (B, T) integers; tokens attend within their document, a run of equal ids.
+            sample_seeds: (B,) random keys of each sequence (dropout, random h_0).
+            grad_loops: Truncated backpropagation: number of final loops that carry gradient.
+            exit_rule: Early-exit rule (:mod:`open_mythos.model.exit_rules`); the call then runs
+                without autograd.
             trace: Receives diagnostics of every loop.
 
         Raises:
-            ConfigError: An argument is out of range (no loops, an unknown token, too long, ...).
+            ConfigError: An argument is out of range.
         """
         ctx = self.context(
             input_ids, kv_cache, start_pos,
@@ -114,12 +113,11 @@ class OpenMythos(CausalLM):
     ) -> Tensor:
         """Return the final hidden state (B, T, D) of :meth:`forward`, before the head.
 
-        A loss takes it together with ``head.weight``, so that the logits of a whole batch need
-        never exist.
+        Losses use it with ``head.weight``, without materializing the logits of a whole batch.
 
         Args:
             input_ids: (B, T) token ids.
-            ctx: What :meth:`context` made of the call's masks and cache.
+            ctx: Result of :meth:`context`.
             depth: ``max_loop_iters`` loops by default.
             trace: Receives diagnostics of every loop.
         """
@@ -138,14 +136,13 @@ class OpenMythos(CausalLM):
         h_BTD: Tensor | None = None,
         trace: LoopTrace | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Embed the tokens and yield (t, h_{t+1}) after each loop t; see
-        :meth:`RecurrentBlock.unroll`. Read a state out with :meth:`logits`."""
+        """Yield (t, h_{t+1}) after each loop; see :meth:`RecurrentBlock.unroll`."""
         ctx = ctx or self.context(input_ids)
         e_BTD = self.embed(input_ids, ctx)
         return self.recurrent.unroll(e_BTD, ctx, n_loops, h_BTD=h_BTD, trace=trace)
 
     def embed(self, input_ids: Tensor, ctx: Context | None = None) -> Tensor:
-        """The encoded input e (B, T, D): embedding, prelude, norm."""
+        """Compute the encoded input e (B, T, D): embedding, prelude, norm."""
         ctx = ctx or self.context(input_ids)
         x_BTD = self.embed_tokens(input_ids)
         for block in self.prelude:
@@ -160,18 +157,18 @@ class OpenMythos(CausalLM):
         ctx: Context | None = None,
         trace: LoopTrace | None = None,
     ) -> Tensor:
-        """One loop, h_t -> h_{t+1} (B, T, D); see :meth:`RecurrentBlock.step`."""
+        """Run one loop, h_t -> h_{t+1} (B, T, D); see :meth:`RecurrentBlock.step`."""
         ctx = ctx or self._plain_context(e_BTD)
         return self.recurrent.step(h_BTD, self.recurrent.injection.drive(e_BTD), t, ctx, trace)
 
     def logits(self, h_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
-        """Read a state out: (B, T, D) -> logits (B, T, vocab_size), through coda and head."""
+        """Decode a state through coda and head, (B, T, D) -> logits (B, T, vocab_size)."""
         return self.head(self.final_hidden(h_BTD, ctx, loop))
 
     def final_hidden(self, h_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
-        """Read a state out up to the head: C h, coda, norm; (B, T, D) -> (B, T, D).
+        """Apply readout C, coda and norm, (B, T, D) -> (B, T, D).
 
-        ``loop`` selects the cache slots of the coda when a state is read out inside the loop.
+        ``loop`` selects the cache slots of the coda for predictions inside the loop.
         """
         ctx = ctx or self._plain_context(h_BTD)
         x_BTD = self.readout(h_BTD.to(self.head.weight.dtype))
@@ -203,13 +200,13 @@ class OpenMythos(CausalLM):
         use_cache: bool = True,
         mode: str | StaticDecoder = "eager",
     ) -> Tensor:
-        """Continue every row with ``n_loops`` loops per token: (B, T + new), prompt included.
+        """Continue every prompt with ``n_loops`` loops per token: (B, T + new), prompt included.
 
-        The flat form of :func:`open_mythos.model.generation.generate`: its arguments become one
-        :class:`SamplingParams` and one :class:`Depth`. ``use_cache=False`` recomputes everything at
-        every token; :mod:`open_mythos.inference.decoding` describes the values of ``mode``.
+        A wrapper of :func:`open_mythos.model.generation.generate` with the fields of
+        :class:`SamplingParams` and :class:`Depth` as arguments. ``use_cache=False`` recomputes
+        everything at every token; see :mod:`open_mythos.inference.decoding` for ``mode``.
         """
-        from open_mythos.inference.decoding import decoder_factory  # it builds on the model
+        from open_mythos.inference.decoding import decoder_factory  # imports this module
 
         params = SamplingParams(
             max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,

@@ -1,9 +1,9 @@
-"""The loop. ``step`` is one iteration, and the only loop body there is; ``forward`` repeats it.
+"""The recurrent block. ``step`` is the only loop body; ``forward`` and ``unroll`` iterate it.
 
     x       = A h + B e                       linear, rho(A) < 1 by construction
     h_next  = x + R_t(x)                      residual branches: attention, experts, LoRA of loop t
 
-so h_next = A h + B e + Transformer(h, e) with exactly A h + B e as its linear part.
+so h_next = A h + B e + Transformer(h, e) with the linear part A h + B e.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.random import counter_normal
 
 ReadOut = Callable[[Tensor, Context, int], Tensor]
-"""``read_out(h, ctx, t)``: logits (R, T, V) of the states after loop t."""
+"""``read_out(h, ctx, t)`` returns the logits (R, T, V) of the states after loop t."""
 _INITIAL_STATE_SALT = (1 << 32) - 1  # dropout counts up from 0
 
 
@@ -41,12 +41,12 @@ class RecurrentBlock(nn.Module):
     """``recurrent_layers`` blocks with shared weights, applied once per loop.
 
     Attributes:
-        checkpoint: Activation checkpointing: keep only the state between loops for the backward
-            pass, and recompute each loop there.
+        checkpoint: Activation checkpointing: store only the states between loops and recompute each
+            loop in the backward pass.
 
     Args:
-        cfg: The model's configuration.
-        first_layer: Number of the first of these blocks in the model.
+        cfg: The configuration of the model.
+        first_layer: Index of the first block in the model.
     """
 
     def __init__(self, cfg: MythosConfig, first_layer: int = 0) -> None:
@@ -74,13 +74,13 @@ class RecurrentBlock(nn.Module):
         """Run one iteration, h_t -> h_{t+1}.
 
         Args:
-            h_BTD: State h_t; kept in float32 whatever the model's dtype.
-            drive_BTD: B e from ``injection.drive(e)``; it is the same at every loop.
-            t: 0-based loop index of all rows; or an int64 tensor, (B,) with one per row or (1,) for
-                all of them, which lets one captured graph serve rows at different loops. Past the
-                trained depth, LoRA and embedding keep their last index.
+            h_BTD: State h_t, float32 for any model dtype.
+            drive_BTD: B e from ``injection.drive(e)``, constant over loops.
+            t: 0-based loop index; or an int64 tensor, (B,) per row or (1,) for all, so that one
+                captured graph serves any loop. Beyond the trained depth, LoRA and loop embedding
+                keep their last index.
             ctx: Positions, masks and cache of the call.
-            trace: Receives state norms and routing; needs an integer t.
+            trace: Receives state norms and routing; requires an integer t.
         """
         x_BTD = self.injection.hold(h_BTD) + drive_BTD
         if self.cfg.loop_embedding:
@@ -103,10 +103,10 @@ class RecurrentBlock(nn.Module):
     def _step(
         self, h_BTD: Tensor, drive_BTD: Tensor, t: int, ctx: Context, trace: LoopTrace | None
     ) -> Tensor:
-        """Run :meth:`step`; with ``checkpoint``, recompute it in the backward pass."""
+        """Run :meth:`step` under activation checkpointing if enabled."""
         if not self.checkpoint:
             return self.step(h_BTD, drive_BTD, t, ctx, trace)
-        # all randomness is a function of the sequence's key, so there is no RNG state to restore
+        # randomness is a function of sequence keys: there is no RNG state to restore
         recomputed: Tensor = checkpoint(
             self.step, h_BTD, drive_BTD, t, ctx, trace,
             use_reentrant=False, preserve_rng_state=False,
@@ -114,10 +114,10 @@ class RecurrentBlock(nn.Module):
         return recomputed
 
     def initial_state(self, e_BTD: Tensor, ctx: Context) -> Tensor:
-        """h_0 in float32: zero, the encoded input, or a truncated normal of variance 2/5.
+        """Return h_0 in float32: zero, the encoded input, or normal with variance 2/5.
 
-        The normal one is a function of each sequence's key and each token's position, so it does
-        not change with the batch, the rank or the chunking.
+        The normal one is a function of sequence key and position, so it does not depend on batch,
+        rank or chunking.
         """
         if self.cfg.initial_state == "zero":
             return torch.zeros_like(e_BTD, dtype=torch.float32)
@@ -140,19 +140,18 @@ class RecurrentBlock(nn.Module):
         grad_loops: int | None = None,
         trace: LoopTrace | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield (t, h_{t+1}) after each of ``n_loops`` loops that all rows run.
+        """Yield (t, h_{t+1}) after each of ``n_loops`` loops.
 
-        The reference implementation of :meth:`forward`, and the loop of everything that looks at
-        every state. It runs in the caller's grad mode.
+        The reference implementation of :meth:`forward` at uniform depth, in the caller's grad mode.
 
         Args:
             e_BTD: Encoded input, injected at every loop.
             ctx: Positions, masks and cache of the call.
-            n_loops: Loops to run.
+            n_loops: Number of loops.
             h_BTD: Initial state; :meth:`initial_state` by default.
             first_loop: Index t of the first loop.
-            grad_loops: Truncated backpropagation: only the last ``grad_loops`` loops carry
-                gradient. All of them by default.
+            grad_loops: Truncated backpropagation: number of final loops that carry gradient; all by
+                default.
             trace: Receives diagnostics.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
@@ -175,16 +174,15 @@ class RecurrentBlock(nn.Module):
     ) -> Tensor:
         """Run the loop and return the final state (B, T, D), float32.
 
-        What has reached its depth is no longer computed: rows leave the batch, and so do single
-        positions that the exit rule stops. The others go on without them. :meth:`unroll` is the
-        reference implementation.
+        Rows that have reached their depth, and positions stopped by the exit rule, are removed from
+        the computation. :meth:`unroll` is the reference implementation.
 
         Args:
             e_BTD: Encoded input, injected at every loop.
             ctx: Positions, masks and cache of the call.
-            depth: Loops of every row, exit rule, loops with gradient.
+            depth: Loops of each row, exit rule, gradient window.
             h_BTD: Initial state; :meth:`initial_state` by default.
-            read_out: Maps states to logits, for exit rules that ask for predictions.
+            read_out: Maps states to logits, for exit rules that use predictions.
             trace: Receives diagnostics.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
@@ -206,7 +204,7 @@ class RecurrentBlock(nn.Module):
                     if t + 1 < n_loops:
                         h_BTD, drive_BTD, now = h_BTD[stay], drive_BTD[stay], ctx.at(active)
         if n_loops > rows.n_loops:
-            finals.append(h_BTD)  # no rows, but the collectives of these loops have a backward pass
+            finals.append(h_BTD)  # no rows, but their collectives need the backward pass
         return rows.in_order(finals)
 
     def _until_all_stop(
@@ -219,13 +217,12 @@ class RecurrentBlock(nn.Module):
         read_out: ReadOut | None,
         trace: LoopTrace | None,
     ) -> Tensor:
-        """Run the loop while an exit rule stops positions one by one; there is no gradient.
+        """Run the loop with per-position early exit, without gradient.
 
-        The rule sees the positions still running and no other, so its verdict on one of them does
-        not depend on the batch.
+        The rule sees active positions only, so its decisions do not depend on the batch.
         """
         batch, n_new, _ = h_BTD.shape
-        # exited positions are seen by the others: without a cache, for this call alone
+        # active positions attend to exited ones, so an uncached call needs a temporary cache
         ctx = now = replace(ctx, cache=ctx.cache or KVCache(n_new, share_loops=True))
         active = Active.everything(batch, n_new, h_BTD.device)
         (limit_B,) = integers([depths], h_BTD.device)
@@ -239,11 +236,11 @@ class RecurrentBlock(nn.Module):
             look = Look(t, before, h_BTD, partial(_predict, read_out, h_BTD, now, t))
             stop_RW, memory = rule(look, memory)
             stop_RW = stop_RW | (limit_RW <= t + 1)
-            leaving = active.where(stop_RW)
-            leaving.put(final_BTD, h_BTD.float())
-            leaving.put(exits_BT, t + 1)
             if (kept := active.narrow(~stop_RW)) is None:
                 continue
+            exiting = active.where(stop_RW)
+            exiting.put(final_BTD, h_BTD.float())
+            exiting.put(exits_BT, t + 1)
             if kept.rows is None or not len(kept.rows):
                 break
             h_BTD, drive_BTD, limit_RW = (kept.take(x) for x in (h_BTD, drive_BTD, limit_RW))
@@ -257,7 +254,7 @@ def _predict(read_out: ReadOut | None, h_RWD: Tensor, ctx: Context, t: int) -> T
     """Return the logits of the states after loop t, for an exit rule."""
     if read_out is None or not isinstance(ctx.cache, KVCache):
         raise ConfigError(
-            "predictions cannot be read out here", where="exit_rule", value=f"loop {t}",
-            allowed="a whole model and a KVCache", fix="use a rule that reads states alone",
+            "predictions are not available here", where="exit_rule", value=f"loop {t}",
+            allowed="a whole model and a KVCache", fix="use a rule that needs no predictions",
         )  # fmt: skip
     return read_out(h_RWD, replace(ctx, cache=ctx.cache.readout), t)

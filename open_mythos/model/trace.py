@@ -1,7 +1,7 @@
-"""What happens inside the loop, written into an object that the caller owns.
+"""Diagnostics of the loop, recorded into an object that the caller owns.
 
-Pass ``trace=LoopTrace()`` to a forward call. Records are keyed by loop (and layer), so writing one
-twice, as activation checkpointing does, changes nothing.
+Pass ``trace=LoopTrace()`` to a forward call. Records are keyed by loop (and layer), so recording
+twice, as activation checkpointing does, is idempotent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active
 
 PER_ROW = ("state_norm", "delta_norm", "correlation")
-"""Records with an entry per row."""
+"""Records with one entry per row."""
 
 
 @dataclass
@@ -26,13 +26,13 @@ class LoopTrace:
     Attributes:
         keep_states: Also keep the state after every loop.
         keep_routing: Also keep router scores (with their graph) and the chosen experts.
-        keep_correlation: Also measure how alike the states of a row's tokens are.
+        keep_correlation: Also measure the similarity of a row's token states.
         state_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1}||.
         delta_norm: Loop t -> (rows,) mean over tokens of ||h_{t+1} - h_t||.
         correlation: Loop t -> (rows,) :func:`token_correlation` of h_{t+1}, if kept.
-        active: Loop t -> the rows and positions that were computed; None means all of them.
-        exits: (B, T) loops that each position ran, if an exit rule was given.
-        load: (layer, loop) -> (E,) tokens that chose each expert, padding not counted.
+        active: Loop t -> computed rows and positions; None for all.
+        exits: (B, T) loops of each position, written by the loop if an exit rule is used.
+        load: (layer, loop) -> (E,) tokens routed to each expert, excluding padding.
         scores: (layer, loop) -> (rows, T, E) router scores, if kept.
         experts: (layer, loop) -> (rows, T, C) chosen experts, if kept.
         states: Loop t -> (rows, T, D) state after the loop, if kept.
@@ -55,17 +55,17 @@ class LoopTrace:
 
     @property
     def n_loops(self) -> int:
-        """Loops recorded."""
+        """Number of loops recorded."""
         return len(self.state_norm)
 
     @torch.no_grad()
     def record_state(
         self, loop: int | Tensor, before_BTD: Tensor, after_BTD: Tensor, active: Active | None
     ) -> int:
-        """Record what a loop did to the state of what is ``active`` (None: all); return its index.
+        """Record the state update of the ``active`` positions (None: all); return the loop index.
 
         Raises:
-            ConfigError: ``loop`` is a tensor: rows at different loops have no common record.
+            ConfigError: ``loop`` is a tensor, which per-loop records do not support.
         """
         if isinstance(loop, Tensor):
             raise ConfigError(
@@ -85,20 +85,20 @@ class LoopTrace:
         return loop
 
     def record_exits(self, exits_BT: Tensor) -> None:
-        """Keep the tensor into which the loop writes how many loops each position ran."""
+        """Keep the tensor into which the loop writes the loops of each position."""
         self.exits = exits_BT
 
     def record_routing(
         self, layer: int, loop: int, load_E: Tensor, scores_BTE: Tensor, experts_BTC: Tensor
     ) -> None:
-        """Note which experts the tokens of one mixture layer chose."""
+        """Record the routing of one mixture layer."""
         self.load[layer, loop] = load_E.detach()
         if self.keep_routing:
             self.scores[layer, loop] = scores_BTE
             self.experts[layer, loop] = experts_BTC
 
     def add(self, other: LoopTrace) -> None:
-        """Append the rows of another call (:data:`PER_ROW`), and add its expert loads."""
+        """Append the rows of another call (:data:`PER_ROW`) and add its expert loads."""
         for name in PER_ROW:
             into, rows = getattr(self, name), getattr(other, name)
             for loop, value_R in rows.items():
@@ -107,26 +107,26 @@ class LoopTrace:
             self.load[key] = self.load[key] + load_E if key in self.load else load_E
 
     def load_by_layer(self) -> dict[int, Tensor]:
-        """Layer -> (E,) tokens per expert, summed over all loops."""
+        """Return layer -> (E,) tokens per expert, summed over loops."""
         total: dict[int, Tensor] = {}
         for (layer, _), load_E in self.load.items():
             total[layer] = total.get(layer, torch.zeros_like(load_E)) + load_E
         return total
 
     def load_by_loop(self, layer: int) -> Tensor:
-        """(L, E) tokens per expert at each loop of one layer."""
+        """Return the tokens per expert at each loop of a layer, (L, E)."""
         loops = sorted(loop for (at, loop) in self.load if at == layer)
         return torch.stack([self.load[layer, loop] for loop in loops])
 
     def routing_entropy(self, layer: int) -> Tensor:
-        """(L,) entropy of the expert load at each loop over log E: 1 is even, 0 a single expert."""
+        """Return the :func:`load_entropy` of a layer at each loop, (L,)."""
         return load_entropy(self.load_by_loop(layer))
 
     def expert_overlap(self, layer: int) -> Tensor:
-        """(L, L) share of experts a token has in common between two loops; needs keep_routing.
+        """Return the fraction of a token's experts shared by two loops, (L, L).
 
-        1 means the same set, 0 disjoint sets. Independent routing gives about C / E. Only the rows
-        that ran both loops count.
+        1 means equal sets, 0 disjoint ones, C / E independent routing. Averages over the rows that
+        ran both loops; requires ``keep_routing``.
         """
         loops = sorted(loop for (at, loop) in self.experts if at == layer)
         overlap = torch.eye(len(loops))
@@ -138,12 +138,12 @@ class LoopTrace:
         return overlap
 
     def rows(self, loop: int) -> Tensor | None:
-        """Return the (R,) rows that ``loop`` computed, ascending; None for all of them."""
+        """Return the (R,) rows that ``loop`` computed, ascending; None for all."""
         active = self.active[loop]
         return None if active is None else active.rows
 
     def _of_rows(self, record: Tensor, earlier: int, later: int) -> Tensor:
-        """Return what loop ``earlier`` recorded of the rows that loop ``later`` still ran."""
+        """Select the rows of ``later`` from a record of loop ``earlier``."""
         ran, run = self.rows(earlier), self.rows(later)
         if run is None:
             return record
@@ -151,34 +151,33 @@ class LoopTrace:
 
 
 def load_entropy(load_LE: Tensor) -> Tensor:
-    """(L,) entropy of each row's shares over log E: 1 is even, 0 a single expert (or no token)."""
+    """Return the entropy of each load over log E, (L,): 1 is even, 0 a single expert (or none)."""
     share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp_min(1)
     entropy = -(share_LE * share_LE.clamp_min(1e-12).log()).sum(-1)
     return entropy / torch.log(torch.tensor(float(max(2, load_LE.shape[1]))))
 
 
 def token_correlation(h_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
-    """(B,) mean cosine between the states of two different tokens of a row; 0 for a single token.
+    """Return the mean cosine between the states of distinct tokens, (B,); 0 for a single token.
 
-    1 means that all tokens have become the same direction (collapse, oversmoothing), 0 that they
-    have nothing in common. Computed from the sum of the unit vectors, ||sum u||^2 = T + sum of all
-    cosines, so it costs T D and not T^2 D.
+    1 means that all tokens are parallel (representation collapse, oversmoothing). Costs T D, not
+    T^2 D, by ||sum u||^2 = T + sum of all cosines for unit vectors u.
 
     Args:
         h_BTD: States.
-        real_BT: True at the positions that count; None for all of them.
+        real_BT: True at the positions to include; None for all.
     """
     unit_BTD = F.normalize(h_BTD.float(), dim=-1)
     if real_BT is not None:
         unit_BTD = unit_BTD * real_BT.unsqueeze(-1)
-    # a state of zero has no direction: its own square is 0, not 1
+    # the unit vector of a zero state is zero: its square is 0, not 1
     own_B, pairs_B = unit_BTD.square().sum((1, 2)), unit_BTD.sum(1).square().sum(-1)
     n_B = torch.full_like(own_B, h_BTD.shape[1]) if real_BT is None else real_BT.sum(-1).float()
     return (pairs_B - own_B) / (n_B * (n_B - 1)).clamp_min(1)
 
 
 def _mean(x_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-    """(B,) mean over the real positions."""
+    """Average over the real positions, (B,)."""
     if real_BT is None:
         return x_BT.mean(-1)
     return (x_BT * real_BT).sum(-1) / real_BT.sum(-1).clamp_min(1)

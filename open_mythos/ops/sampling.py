@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Sampling of the next token from logits."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from open_mythos.ops.random import counter_uniform
 from open_mythos.seeding import derive_seed
 
 COLDEST = 1e-4
-"""Lowest temperature above 0; logits divided by less would lose their differences to rounding."""
+"""Lowest temperature above 0, below which logit differences would be lost to rounding."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a prompt is continued: how each token is chosen, and what ends a row.
+    """Sampling parameters and stop criteria of generation.
 
-    The filters apply in the order repetition penalty, temperature, top-k, top-p, min-p.
+    Filters apply in the order repetition penalty, temperature, top-k, top-p, min-p.
 
     Raises:
         ConfigError: A value is out of range.
     """
 
     max_new_tokens: int = 64
-    """Tokens to add at most."""
+    """Maximum number of new tokens."""
     temperature: float = 1.0
     """Divides the logits; 0 is greedy."""
     top_k: int | None = 50
-    """Draw from the k most likely tokens; 0 or None: from all."""
+    """Sample from the k most likely tokens; 0 or None disables it."""
     top_p: float = 1.0
-    """Draw from the smallest set with this much probability."""
+    """Sample from the smallest set with this total probability."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the most likely one."""
+    """Drop tokens less likely than this fraction of the most likely one."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that have occurred less likely, prompt included."""
+    """Values above 1 penalize tokens that have occurred, prompt included."""
     seed: int | Sequence[int] | None = None
-    """One integer (rows draw independent streams of it) or one per row; None takes one from
+    """One integer, from which rows derive independent streams, or one per row; None draws from
     torch's global generator."""
     eos_token_id: int | None = None
-    """Ends a row; the rest of the row is filled with it."""
+    """Ends a row, which is then filled with it."""
     stop: str | Sequence[str] = ()
-    """Strings that end a row as soon as its new text contains one."""
+    """Strings that end a row as soon as they occur in its new text."""
 
     def __post_init__(self) -> None:
         rules: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -65,7 +65,7 @@ class SamplingParams:
             _reject("max_new_tokens", self.max_new_tokens, "an integer >= 0")
         end = self.eos_token_id
         if end is not None and (whole(end) is None or end < 0):
-            _reject("eos_token_id", end, "None, or an integer >= 0; give several ends as stop")
+            _reject("eos_token_id", end, "None, or an integer >= 0; use stop for several")
         one = isinstance(self.stop, str) or not isinstance(self.stop, Sequence)
         stops: Any = (self.stop,) if one else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stops):
@@ -79,24 +79,23 @@ class SamplingParams:
 
     @property
     def of_a_step(self) -> SamplingParams:
-        """What a decoding step depends on: the same without length, seed and stop strings."""
+        """The parameters of a single step: without length, seed and stop strings."""
         return replace(self, max_new_tokens=0, seed=None, stop=())
 
     def row_keys(self, batch: int) -> Tensor:
-        """Return (B,) int64 keys: streams of one seed, or each row's own seed."""
+        """Return the int64 random keys (B,) of the rows."""
         if self.seed is None:
             return torch.randint(1 << 62, (batch,))
         if isinstance(self.seed, Sequence):
             self.check_rows(batch)
             return torch.tensor([derive_seed(int(seed), "sample", 0) for seed in self.seed])
-        seed = int(self.seed)
-        return torch.tensor([derive_seed(seed, "sample", row) for row in range(batch)])
+        return torch.tensor([derive_seed(int(self.seed), "sample", row) for row in range(batch)])
 
     def check_rows(self, batch: int) -> None:
-        """Check that the seeds fit a batch.
+        """Check that ``seed`` is not a sequence of another length than ``batch``.
 
         Raises:
-            ConfigError: There are several of them, and not one per row.
+            ConfigError: It is.
         """
         if isinstance(self.seed, Sequence) and len(self.seed) != batch:
             _reject("seed", self.seed, f"None, an integer, or {batch} integers (one per row)")
@@ -104,15 +103,15 @@ class SamplingParams:
     def choose(
         self, logits_BV: Tensor, seen_BT: Tensor, keys_B: Tensor, position: int | Tensor
     ) -> Tensor:
-        """Choose the next token of every row, (B,).
+        """Sample the next token of every row, (B,).
 
         Args:
             logits_BV: Logits.
             seen_BT: Token ids that have occurred in each row; negative entries are ignored.
-            keys_B: One int64 key per row, from which its draws follow.
-            position: Number of the draw within the row; (1,) int64 where only the device knows it.
+            keys_B: int64 random key of each row.
+            position: Index of the draw in the row; a (1,) int64 tensor avoids a host-device sync.
         """
-        logits_BV = penalise_repetition(logits_BV.float(), seen_BT, self.repetition_penalty)
+        logits_BV = penalize_repetition(logits_BV.float(), seen_BT, self.repetition_penalty)
         if self.temperature == 0:
             return logits_BV.argmax(-1)
         logits_BV = filter_logits(
@@ -121,8 +120,8 @@ class SamplingParams:
         return sample_tokens(logits_BV, keys_B, position)
 
 
-def penalise_repetition(logits_BV: Tensor, seen_BT: Tensor, penalty: float) -> Tensor:
-    """Make tokens that have occurred less likely (CTRL, arXiv 1909.05858, section 4.1).
+def penalize_repetition(logits_BV: Tensor, seen_BT: Tensor, penalty: float) -> Tensor:
+    """Penalize tokens that have occurred (CTRL, arXiv 1909.05858, section 4.1).
 
     Args:
         logits_BV: Logits.
@@ -140,13 +139,13 @@ def penalise_repetition(logits_BV: Tensor, seen_BT: Tensor, penalty: float) -> T
 def filter_logits(
     logits_BV: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
-    """Set the logits of tokens that may not be drawn to -inf.
+    """Mask excluded tokens with -inf.
 
-    The filters apply one after the other, each to the distribution that the last one left.
+    Each filter applies to the distribution that the previous one left.
 
     Args:
         logits_BV: Logits, temperature already applied.
-        top_k: Keep the k most likely tokens, and those as likely as the k-th (0: all).
+        top_k: Keep the k most likely tokens, including ties with the k-th (0: all).
         top_p: Keep the smallest set of tokens whose probability reaches ``top_p``
             (arXiv 1904.09751); at least one.
         min_p: Keep tokens at least ``min_p`` times as likely as the most likely one
@@ -169,13 +168,13 @@ def filter_logits(
 
 
 def sample_tokens(logits_BV: Tensor, keys_B: Tensor, position: int | Tensor) -> Tensor:
-    """Draw one token per row from softmax(logits), (B,).
+    """Sample one token per row from softmax(logits), (B,).
 
-    The draw is a function of the row's key and the position alone (the Gumbel-max method over
-    counter-based noise), so a row's tokens do not depend on its batch or on the device.
+    Gumbel-max sampling with counter-based noise of key and position, so that a row's tokens do not
+    depend on its batch or on the device.
     """
     if isinstance(position, int):
-        position = keys_B.new_full((1,), position)  # made on the device: nothing is copied
+        position = keys_B.new_full((1,), position)  # created on the device, without a copy
     uniform = counter_uniform(keys_B, position, logits_BV.shape[-1], salt=0).squeeze(1)
     return (logits_BV - torch.log(-torch.log(uniform))).argmax(-1)
 
@@ -183,5 +182,5 @@ def sample_tokens(logits_BV: Tensor, keys_B: Tensor, position: int | Tensor) -> 
 def _reject(name: str, value: Any, allowed: str) -> NoReturn:
     raise ConfigError(
         f"{name} is out of range", where=name, value=value, allowed=allowed,
-        fix=f"leave {name} out for its default",
+        fix=f"omit {name} to use its default",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The cache against its rule, written out slowly; its size, its growth and its failures."""
+"""The cache against a slow reference; its size, growth and errors."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class TestSharedLoops:
         assert cache.n_slots == 3
 
     @pytest.mark.parametrize("kv_share", ["none", "last"])
-    def test_a_cache_of_the_other_kind_is_refused(self, kv_share):
+    def test_a_cache_of_the_other_kind_is_rejected(self, kv_share):
         model = small_model(kv_share=kv_share)
         with pytest.raises(ConfigError, match="share_loops"):
             model(random_ids(1, 2), 1, KVCache(share_loops=kv_share == "none"))
@@ -195,7 +195,7 @@ class TestBytes:
 
 
 class TestTruncate:
-    def test_redo_equals_never_done(self, model):
+    def test_truncate_and_rerun_equals_one_run(self, model):
         ids, other = random_ids(B, T), random_ids(B, T, seed=5)
         cache, fresh = KVCache(), KVCache()
         model(ids[:, :5], 4, cache)
@@ -277,7 +277,7 @@ class TestCalls:
         ids = random_ids(2, T)
         assert_same(model(ids, 3, cache), model(ids, 3).detach())
 
-    def test_another_batch_is_refused(self, model):
+    def test_another_batch_is_rejected(self, model):
         cache = KVCache()
         model(random_ids(2, 3), 1, cache)
         with pytest.raises(ConfigError, match="another batch"):
@@ -289,7 +289,7 @@ class TestCalls:
             model(random_ids(1, 3), 1, cache)
 
     @pytest.mark.parametrize("first", [True, False])
-    def test_documents_at_some_calls_only_are_refused(self, model, first):
+    def test_documents_at_some_calls_only_are_rejected(self, model, first):
         """Silently continuing document 0 or a fresh one would both be wrong for some caller."""
         cache, documents = KVCache(), torch.zeros(1, 3, dtype=torch.long)
         model(random_ids(1, 3), 1, cache, document_ids=documents if first else None)

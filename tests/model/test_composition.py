@@ -1,4 +1,4 @@
-"""Every choice of architecture keeps the invariants of the default one."""
+"""Every architecture option keeps the invariants of the default."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_every_parameter_has_a_gradient(name):
 
 
 @choices
-def test_the_static_decoder_gives_the_same_tokens(name):
+def test_the_static_decoder_generates_the_same_tokens(name):
     model, ids = built(name), random_ids(2, 5)
     call = ids, SamplingParams(6, temperature=0.0), Depth(LOOPS)
     static = generate(model, *call, decoder=decoder_factory("static"))
@@ -226,7 +226,7 @@ def test_a_capped_loss_does_not_depend_on_the_chunk():
         ({"logit_softcap": -1.0}, "logit_softcap"),
     ],
 )
-def test_what_cannot_be_honoured_is_rejected(choice, field):
+def test_unsupported_choices_are_rejected(choice, field):
     with pytest.raises(ConfigError) as caught:
         OpenMythos(small_config(**{"attn_type": "mla", **choice}))
     assert caught.value.where == f"MythosConfig.{field}"

@@ -1,4 +1,4 @@
-"""Positions and visibility against a straightforward loop over tokens."""
+"""Positions and masks against a loop over tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build(n_new: int, **arguments: object) -> Context:
 
 
 def slow(valid: list[bool], document: list[int]) -> tuple[list[int], list[list[bool]]]:
-    """Position of each token, and which tokens each may see, one pair at a time."""
+    """Compute positions and mask, one pair of tokens at a time."""
     run, runs = 0, []
     for i, number in enumerate(document):
         run += i > 0 and number != document[i - 1]

@@ -1,4 +1,4 @@
-"""The baseline: as large, or as deep, as the looped model it is compared with."""
+"""The dense baseline matches the looped model in parameters or depth."""
 
 from __future__ import annotations
 

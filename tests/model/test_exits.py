@@ -1,4 +1,4 @@
-"""Exit rules: what each one says, and that leaving early changes nothing for anybody else."""
+"""Exit rules: their criteria, and the independence of results from the batch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def assert_alike(actual: Adaptive, expected: Adaptive) -> None:
     assert_same(actual[0], expected[0], tolerance=1e-5)
 
 
-class TestNobodyElseNotices:
+class TestIndependence:
     @rules
     def test_token_by_token_equals_one_call(self, model, spec):
         ids = random_ids(B, T)
@@ -132,7 +132,7 @@ class TestNobodyElseNotices:
     def test_a_call_runs_without_autograd(self, model):
         assert not model(random_ids(B, T), 3, exit_rule=FixedDepth(2)).requires_grad
 
-    def test_leaving_early_matters(self, model):
+    def test_early_exit_changes_the_output(self, model):
         """Control: the rule's logits are not those of the full depth."""
         ids = random_ids(B, T)
         assert_differs(whole(model, ids, "change:0.2")[0], whole(model, ids, "fixed:12")[0])
@@ -147,9 +147,9 @@ class TestNobodyElseNotices:
             assert_same(logits, model(ids, depth), tolerance=1e-5)
 
 
-class TestWhatIsComputed:
+class TestComputedPositions:
     @pytest.mark.parametrize("as_cached", [False, True])
-    def test_positions_that_left_are_not(self, model, as_cached):
+    def test_exited_positions_are_not_computed(self, model, as_cached):
         """The looped block sees, at each loop, as many positions as its fullest row still has."""
         seen: list[tuple[int, int]] = []
         hook = model.recurrent.blocks[0].register_forward_pre_hook(
@@ -168,7 +168,7 @@ class TestWhatIsComputed:
             expected.append((int((running > 0).sum()), int(running.max())))
         assert seen == expected
 
-    def test_the_trace_says_which(self, model):
+    def test_the_trace_records_exits(self, model):
         trace, ids = LoopTrace(), random_ids(B, T)
         model(ids, DEPTH, exit_rule=exit_rule("change:0.1", model), trace=trace)
         assert trace.exits is not None
@@ -180,7 +180,7 @@ class TestWhatIsComputed:
         layer = next(iter(trace.load_by_layer()))
         assert trace.load_by_layer()[layer].sum() == 2 * trace.exits.sum()  # two experts each
 
-    def test_a_cache_keeps_what_the_rule_reads(self, model):
+    def test_a_cache_holds_predictions_per_loop(self, model):
         plain, read = KVCache(), KVCache()
         ids = random_ids(B, T)
         chunked(model, ids, "change:0.1", [], plain)
@@ -190,22 +190,22 @@ class TestWhatIsComputed:
         assert read.readout.n_slots == loops * model.cfg.coda_layers
         assert plain.nbytes == sum(s.nbytes for s in plain._slots.values())
 
-    def test_truncating_forgets_what_was_read_too(self, model):
+    def test_truncating_truncates_the_readout_cache(self, model):
         ids, cache = random_ids(B, T), KVCache()
         expected = chunked(model, ids, "stable:2", [5], cache)
         cache.truncate(5)
         again = model(ids[:, 5:], DEPTH, cache, 5, exit_rule=exit_rule("stable:2", model))
         assert_same(again, expected[0][:, 5:], tolerance=1e-5)
 
-    def test_reading_from_the_middle_on_is_refused(self, model):
+    def test_predictions_from_the_middle_on_is_rejected(self, model):
         ids, cache = random_ids(B, T), KVCache()
         model(ids[:, :4], DEPTH, cache)
-        with pytest.raises(ConfigError, match="not read out at every loop"):
+        with pytest.raises(ConfigError, match="made no predictions per loop"):
             model(ids[:, 4:], DEPTH, cache, 4, exit_rule=ArgmaxStable())
         model(ids[:, 4:], DEPTH, cache, 4)
         assert cache.length == T
 
-    def test_reading_at_some_loops_only_is_refused(self, model):
+    def test_predictions_at_some_loops_only_is_rejected(self, model):
         def rule(look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
             if look.t == 1:
                 look.predict()
@@ -284,7 +284,7 @@ class TestRules:
     @pytest.mark.parametrize(
         "rule", [StateChange(0.5), Acceleration(0.5, 1), KLExit(0.5, 9.0)], ids=repr
     )
-    def test_what_is_not_finite_never_stops(self, rule):
+    def test_nonfinite_states_never_stop(self, rule):
         bad = torch.full((3,), torch.nan)
         assert follow(rule, [bad] * 4, [bad] * 4) is None
 
@@ -297,12 +297,12 @@ class TestRules:
             lambda: GateExit(ACTHalting(4), 0.0), lambda: GateExit(ACTHalting(4), 1.5),
         ],
     )  # fmt: skip
-    def test_thresholds_that_mean_nothing_are_refused(self, make: Callable[[], ExitRule]):
+    def test_invalid_thresholds_are_rejected(self, make: Callable[[], ExitRule]):
         with pytest.raises(ConfigError):
             make()
 
 
-class TestSpelling:
+class TestSyntax:
     def test_numbers_reach_the_rule(self, model):
         assert exit_rule("fixed:4", model) == FixedDepth(4)
         assert exit_rule("kl:0.02,3", model) == KLExit(0.02, 3.0)
@@ -311,7 +311,7 @@ class TestSpelling:
         assert exit_rule("stable:5", model) == ArgmaxStable(5)
         assert exit_rule("gate:0.5", model) == GateExit(model.recurrent.halting, 0.5)
 
-    def test_numbers_left_out_are_the_defaults(self, model):
+    def test_omitted_numbers_are_the_defaults(self, model):
         assert exit_rule("kl", model) == KLExit()
         assert exit_rule("kl:0.5", model) == KLExit(0.5)
         assert exit_rule("gate", model) == GateExit(model.recurrent.halting, 0.99)
@@ -320,11 +320,11 @@ class TestSpelling:
         "spec",
         ["", "never", "fixed", "fixed:2.5", "change:much", "stable:1,2", "kl:1,2,3", "gate:0"],
     )
-    def test_anything_else_is_refused(self, model, spec):
+    def test_anything_else_is_rejected(self, model, spec):
         with pytest.raises(ConfigError):
             exit_rule(spec, model)
 
-    def test_the_refusal_lists_every_rule(self, model):
+    def test_the_error_lists_every_rule(self, model):
         with pytest.raises(ConfigError) as caught:
             exit_rule("nevr", model)
         assert all(name in str(caught.value) for name in EXIT_RULES)

@@ -1,4 +1,4 @@
-"""Generation: which tokens may come, when it ends, and that a row never feels its neighbours."""
+"""Generation: sampling, stop criteria, and independence of rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from open_mythos import ByteTokenizer, ConfigError, DenseTransformer, OpenMythos
 from open_mythos.model.exit_rules import FixedDepth
-from open_mythos.ops.sampling import SamplingParams, filter_logits, penalise_repetition
+from open_mythos.ops.sampling import SamplingParams, filter_logits, penalize_repetition
 
 B, T, NEW = 3, 5, 10
 
 
 @torch.no_grad()
 def greedy(model: OpenMythos, ids: Tensor, n_new: int, n_loops: int) -> Tensor:
-    """The plain loop: a full forward call for every token."""
+    """Generate with a full forward call per token."""
     for _ in range(n_new):
         ids = torch.cat((ids, model(ids, n_loops)[:, -1].argmax(-1, keepdim=True)), 1)
     return ids
@@ -64,7 +64,7 @@ class TestTokens:
         likeliest = 0
         for end in range(T, T + NEW):
             logits = model(out[:, :end], 4)[:, -1].detach()
-            logits = penalise_repetition(logits, out[:, :end], 1.5) / 1.5
+            logits = penalize_repetition(logits, out[:, :end], 1.5) / 1.5
             allowed = filter_logits(logits, **filters).isfinite()
             assert allowed.gather(1, out[:, end : end + 1]).all()
             likeliest += int((logits.argmax(-1) == out[:, end]).sum())

@@ -1,4 +1,4 @@
-"""Fixed numbers: what a model computes and what it stores does not change unnoticed.
+"""Fixed numbers: outputs and parameters of a model do not change unnoticed.
 
 Weights are fractions made of integers alone, so no random generator of a library is involved. The
 expected logits were computed in float64; float32 is within 2e-4 of them, and the tolerance leaves

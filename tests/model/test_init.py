@@ -1,4 +1,4 @@
-"""The table of initialisers, on a whole model."""
+"""The initialization of a whole model."""
 
 from __future__ import annotations
 

@@ -191,13 +191,13 @@ class TestBatch:
             assert_same(logits[row : row + 1], full(model, ids[row : row + 1], depth))
 
     @pytest.mark.parametrize("other", [1, 2, 5, 9])
-    def test_depth_of_a_neighbour_changes_nothing(self, model, other):
+    def test_depth_of_a_neighbor_changes_nothing(self, model, other):
         """Compared with a run of the same shapes, whose rounding is the same."""
         ids = random_ids(2, T)
         both = full(model, ids, [5, 5])[0]
         assert_same(full(model, ids, [5, other])[0], both, tolerance=1e-5)
 
-    def test_depth_of_a_cached_neighbour_changes_nothing(self, model):
+    def test_depth_of_a_cached_neighbor_changes_nothing(self, model):
         ids = random_ids(2, T)
         runs = []
         for other in (1, 3, 8):
@@ -208,7 +208,7 @@ class TestBatch:
         assert_same(runs[2], runs[0], tolerance=1e-5)
 
 
-class TestSeam:
+class TestParts:
     @torch.no_grad()
     def by_hand(self, model: OpenMythos, ids: Tensor, n_loops: int, **arguments: object) -> Tensor:
         ctx = model.context(ids, **arguments)

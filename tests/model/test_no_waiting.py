@@ -1,4 +1,4 @@
-"""The host never waits for the device while the loops of a call run.
+"""The loops of a call run without host-device syncs.
 
 Models of shapes alone stand for a GPU: on the meta device every operation that needs a value
 raises, and what moves data between host and device is noted, with the function of ours that asked
@@ -269,7 +269,7 @@ def test_trace_and_evaluation() -> None:
 
 @pytest.mark.parametrize("rule", [StateChange(0.4), ArgmaxStable(1)], ids=str)
 @pytest.mark.parametrize("cached", [False, True])
-def test_exit_rules_wait_once_a_loop(rule: Any, cached: bool) -> None:
+def test_exit_rules_sync_once_per_loop(rule: Any, cached: bool) -> None:
     """How many positions go on decides shapes: the host has to know it."""
     model, trace = small_model(max_loop_iters=6), LoopTrace()
     ids = torch.randint(61, (3, 7))
@@ -299,7 +299,7 @@ LINES: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("what", LINES)
-def test_a_wait_in_the_loop_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sync_in_the_loop_is_detected(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = RecurrentBlock.step
 
     def step(

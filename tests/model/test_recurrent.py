@@ -1,4 +1,4 @@
-"""The loop: depth of each row, exits, truncated gradients, initial states, saturation."""
+"""The loop: depth per row, exits, truncated gradients, initial states, saturation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TestDepth:
         assert torch.equal(full(model, ids, torch.tensor(3)), full(model, ids, 3))
 
     @pytest.mark.parametrize("n_loops", [3, [1, 6, 2, 2]])
-    def test_a_row_that_left_is_not_computed(self, model, n_loops):
+    def test_finished_rows_are_not_computed(self, model, n_loops):
         """An exit saves real compute: the blocks see the remaining rows alone."""
         seen = []
         block = model.recurrent.blocks[0]
@@ -81,7 +81,7 @@ class LeaveAfter:
 
 class TestExitRule:
     @pytest.mark.parametrize("depths", [[1, 4, 7, 2], [3, 3, 3, 3], [9, 1, 1, 1]])
-    def test_leaving_equals_depth_per_row(self, model, depths):
+    def test_exits_equal_depth_per_row(self, model, depths):
         ids, rule = random_ids(B, T), LeaveAfter(depths)
         logits = full(model, ids, 9, exit_rule=rule)
         assert_same(logits, full(model, ids, depths), tolerance=1e-6)
@@ -89,7 +89,7 @@ class TestExitRule:
             (sum(d > t for d in depths), T) for t in range(max(depths))
         ]
 
-    def test_leaving_equals_depth_per_row_on_a_cache(self, model):
+    def test_exits_equal_depth_per_row_on_a_cache(self, model):
         ids, left, told = random_ids(B, T), KVCache(), KVCache()
         for depths, end in (([1, 4, 7, 2], 3), ([6, 1, 2, 3], 4), ([2, 2, 9, 1], T)):
             now = slice(left.length, end)
@@ -97,7 +97,7 @@ class TestExitRule:
             second = model(ids[:, now], depths, told, told.length)
             assert_same(first, second, tolerance=1e-6)
 
-    def test_never_leaving(self, model):
+    def test_no_exits(self, model):
         ids = random_ids(B, T)
         assert_same(
             full(model, ids, 5, exit_rule=LeaveAfter([99] * B)), full(model, ids, 5), tolerance=1e-6
@@ -145,7 +145,7 @@ class TestTruncatedGradients:
     @pytest.mark.parametrize("n_loops", [[5, 5, 5, 5], [1, 7, 2, 4]], ids=str)
     @pytest.mark.parametrize("k", [1, 2, 5])
     @pytest.mark.parametrize("initial_state", ["zero", "prelude"])
-    def test_equals_a_detach_by_hand(self, attn_type, n_loops, k, initial_state):
+    def test_equals_a_manual_detach(self, attn_type, n_loops, k, initial_state):
         model, ids = small_model(attn_type, initial_state=initial_state), random_ids(B, T)
         fast = gradients(model, lambda: model(ids, n_loops, grad_loops=k))
         slow = gradients(model, lambda: self.by_hand(model, ids, n_loops, k))

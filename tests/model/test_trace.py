@@ -1,4 +1,4 @@
-"""What a trace records, and that looking changes nothing."""
+"""Records of a trace, and that tracing has no effect on results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def traced(model: OpenMythos, n_loops: int | list[int], **arguments: object) -> 
     return trace
 
 
-def test_looking_changes_nothing(model):
+def test_tracing_changes_nothing(model):
     ids = random_ids(B, T)
     trace = LoopTrace(keep_states=True, keep_routing=True)
     torch.testing.assert_close(model(ids, 5, trace=trace), model(ids, 5), rtol=0, atol=0)

@@ -13,7 +13,7 @@ from open_mythos import ConfigError
 from open_mythos.ops.sampling import (
     SamplingParams,
     filter_logits,
-    penalise_repetition,
+    penalize_repetition,
     sample_tokens,
 )
 
@@ -75,7 +75,7 @@ def test_no_filter_changes_nothing():
 def test_repetition_penalty(penalty):
     logits = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
     seen = np.array([[0, 3, 3, -1], [8, -1, -1, -1]])
-    out = penalise_repetition(torch.from_numpy(logits), torch.from_numpy(seen), penalty)
+    out = penalize_repetition(torch.from_numpy(logits), torch.from_numpy(seen), penalty)
     expected = logits.copy()
     for row in range(2):
         for token in set(seen[row]) - {-1}:
