@@ -12,6 +12,7 @@ x is the float32 sum of ``hold(h)`` and ``drive(e)``; drive is computed once for
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from open_mythos.checks import pick
 from open_mythos.config import MythosConfig
+
+logger = logging.getLogger(__name__)
 
 MAX_DECAY = 0.99609375
 """Upper bound of A: the largest bfloat16 below 1."""
@@ -203,4 +206,6 @@ INJECTIONS: dict[str, Callable[[MythosConfig], Injection]] = {
 
 def injection_of(cfg: MythosConfig) -> Injection:
     """Build the injection that the configuration names."""
+    if cfg.injection == "none" and cfg.initial_state != "prelude":
+        logger.warning('injection="none" without initial_state="prelude" ignores the input tokens')
     return pick(INJECTIONS, cfg.injection, "MythosConfig.injection", what="injection")(cfg)

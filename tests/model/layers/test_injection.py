@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from helpers import small_config
 from torch import Tensor
 
 from open_mythos import LTIInjection
-from open_mythos.model.layers.injection import MAX_DECAY
+from open_mythos.model.layers.injection import MAX_DECAY, injection_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES = ("zoh", "euler")
@@ -171,3 +172,10 @@ def test_gradients():
     for parameter in injection.parameters():
         assert parameter.grad.isfinite().all()
         assert (parameter.grad != 0).all()
+
+
+def test_a_loop_that_ignores_the_input_is_logged(caplog):
+    injection_of(small_config(injection="none", initial_state="prelude"))
+    assert not caplog.records
+    injection_of(small_config(injection="none"))
+    assert "ignores the input tokens" in caplog.text
