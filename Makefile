@@ -1,6 +1,6 @@
-# Two commands matter: `make demo` and `make test`. Each does all its own set-up.
+# Start with `make demo` and `make test`; both set up the environment.
 
-# the newest Python here that starts and is new enough: names alone may be shims of absent versions
+# the newest suitable Python that runs: a name alone may be a shim of an absent version
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 # processes of `make test`
@@ -24,19 +24,19 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $(READY)
 
-setup: $(READY)  ## make the virtual environment
+setup: $(READY)  ## create the virtual environment
 
-demo: $(READY)  ## train a looped model beside a dense one on real text and look at depth (4 minutes)
+demo: $(READY)  ## train looped and dense models on real text and compare depths (4 minutes)
 	@$(BIN)/python -m experiments demo
 
 test: $(READY)  ## every invariant at a small size (4 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 		-m "not slow and not chaos and not gpu and not network"
 
-test-slow: $(READY)  ## the longer checks: real trainings, the demo, all sizes
+test-slow: $(READY)  ## slow tests: real training runs, the demo, all sizes
 	@$(BIN)/python -m pytest -m "slow and not chaos and not gpu and not network"
 
-chaos: $(READY)  ## break training in every way and print what came of it (10 minutes)
+chaos: $(READY)  ## failure injection: crashes, corruption, divergence (10 minutes)
 	@$(BIN)/python -m pytest tests/chaos -m "not short" --chaos-json chaos.json
 
 lint: $(READY)  ## formatter, linter, type checker
@@ -48,8 +48,8 @@ format: $(READY)  ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# idle threads behave here as they do for users, who set nothing
-bench: $(READY)  ## speed against plain and dense forms and the machine's limit (19 minutes, two quiet cores)
+# benchmark with the default OpenMP wait policy, as users do
+bench: $(READY)  ## speed against reference implementations, dense models and the roofline (19 minutes, two idle cores)
 	@env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks; status=$$?; \
 		$(BIN)/python -m benchmarks.report && exit $$status
 

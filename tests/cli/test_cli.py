@@ -1,4 +1,4 @@
-"""The command line as a user meets it: every command in a process-like call, mistakes included."""
+"""Every command of the command line, with usage errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = "def add(a, b):\n    return a + b\n\n" * 200
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a call."""
+    """Return exit code, standard output and standard error."""
     code = main(argv)
     out, err = capsys.readouterr()
     return code, out, err
@@ -30,18 +30,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(8):
         (folder / "text").mkdir(exist_ok=True)
         (folder / "text" / f"{i}.py").write_text(f"# file {i}\n" + TEXT)
-    code = main(
-        [
-            "data",
-            "prepare",
-            str(folder / "text"),
-            str(folder / "shards"),
-            "--val-fraction",
-            "0.4",
-            "--quiet",
-        ]
-    )
-    assert code == 0
+    prepare = ["data", "prepare", str(folder / "text"), str(folder / "shards"), "--quiet"]
+    assert main([*prepare, "--val-fraction", "0.4"]) == 0
     return folder / "shards"
 
 
@@ -75,7 +65,7 @@ def test_help_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said", "code"),
+    ("argv", "message", "code"),
     [
         (["train", "--train.stps", "3"], "did you mean 'train.steps'?", 2),
         (["info", "1c"], "allowed: nano, tiny", 2),
@@ -87,21 +77,23 @@ def test_help_loads_no_torch() -> None:
         (["evaluate", "nowhere"], "no model there", 3),
         (["data", "prepare", "nowhere", "out"], "nowhere", 3),
         (["data", "prepare", "stdlib", "out", "--tokenizer", "bpe:many"], "bpe:N", 2),
+        (["train", "--nope", "1"], "see open-mythos train --help", 2),
+        (["train", "--resume", "latest", "--train.out_dir", "none"], "no checkpoint", 3),
         (["nonsense"], "nonsense", 2),
     ],
 )
-def test_mistakes_are_explained(
-    argv: list[str], said: str, code: int, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+def test_usage_errors(
+    argv: list[str], message: str, code: int, capsys: pytest.CaptureFixture[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     got, _, err = run(capsys, *argv)
-    assert (got, said in err) == (code, True), err
+    assert (got, message in err) == (code, True), err
     assert "Traceback" not in err
-    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+    assert not list(tmp_path.iterdir()), "the command must not leave files behind"
 
 
-def test_info_counts_what_accounting_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_matches_accounting(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "info", "3b", "--loops", "[1,16]", "--json")
     rows = json.loads(out)["depths"]
     assert code == 0
@@ -112,12 +104,16 @@ def test_info_counts_what_accounting_counts(capsys: pytest.CaptureFixture[str]) 
     assert f"{account(variant('3b')).parameters:,}" in out
 
 
-def test_info_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tmp_path / "model.yaml"
-    path.write_text(yaml.safe_dump({"model": variant("nano").to_dict()}))
-    code, out, _ = run(capsys, "info", str(path), "--json")
-    assert code == 0
-    assert json.loads(out)["depths"][0]["parameters"] == account(variant("nano")).parameters
+def test_info_of_files_and_folders(
+    trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    content = {"model": variant("nano").to_dict()}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "model.json").write_text(json.dumps(content))  # 1e-06 is a string in YAML 1.1
+    for place in (tmp_path / "model.yaml", tmp_path / "model.json", trained):
+        code, out, _ = run(capsys, "info", str(place), "--json")
+        assert code == 0
+        assert json.loads(out)["depths"][0]["parameters"] == account(variant("nano")).parameters
 
 
 def test_printed_config_is_a_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -138,7 +134,7 @@ def test_printed_config_is_a_config(capsys: pytest.CaptureFixture[str], tmp_path
     assert again["model"] == yaml.safe_load(text)["model"]
 
 
-def test_training_leaves_a_run(trained: Path) -> None:
+def test_training_writes_a_run_folder(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     measured = next(line["eval/depths"] for line in lines if "eval/depths" in line)
@@ -147,7 +143,7 @@ def test_training_leaves_a_run(trained: Path) -> None:
     assert yaml.safe_load((trained / "run.yaml").read_text())["train"]["steps"] == 4
 
 
-def test_a_run_is_not_overwritten_but_resumed(
+def test_a_run_is_resumed_and_never_overwritten(
     trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run(capsys, *train_arguments(shards, trained, 6))
@@ -162,13 +158,13 @@ def test_a_run_is_not_overwritten_but_resumed(
 
 
 def test_generate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["generate", str(trained), "def ", "--max-new-tokens", "12", "--n-loops", "3"]
-    code, streamed, _ = run(capsys, *asked)
+    command = ["generate", str(trained), "def ", "--max-new-tokens", "12", "--n-loops", "3"]
+    code, streamed, _ = run(capsys, *command)
     assert code == 0
     assert streamed.startswith("def ")
-    _, quiet, _ = run(capsys, *asked, "--quiet")
+    _, quiet, _ = run(capsys, *command, "--quiet")
     assert streamed == "def " + quiet
-    _, other, _ = run(capsys, *asked, "--quiet", "--seed", "1")
+    _, other, _ = run(capsys, *command, "--quiet", "--seed", "1")
     assert other != quiet
     code, _, err = run(capsys, "generate", str(trained), "def ", "--n-loops", "0")
     assert (code, "n_loops" in err) == (2, True)

@@ -1,4 +1,4 @@
-"""Exit rules on the command line: training a gate, measuring a rule, generating under one."""
+"""Early exit on the command line: train a gate, evaluate a rule, generate with one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RULE = "change:0.3"
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a call."""
+    """Return exit code, standard output and standard error."""
     code = main([str(word) for word in argv])
     out, err = capsys.readouterr()
     return code, out, err
@@ -34,7 +34,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of bytes, in a run that names its shards and keeps its tokenizer."""
+    """A byte-level model in a run folder with configuration and tokenizer."""
     base = tmp_path_factory.mktemp("text")
     (base / "text").mkdir()
     for i in range(8):
@@ -52,19 +52,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gated(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of bytes with a trained gate."""
+    """The byte-level model with a trained gate."""
     out = tmp_path_factory.mktemp("gate") / "model"
     assert main(["train", "gate", str(text), "--out", str(out), *FEW, "--quiet"]) == 0
     return out
 
 
 class TestTrainGate:
-    def test_the_gate_and_nothing_else(self, text, gated):
+    def test_only_the_gate_changes(self, text, gated):
         before, after = (from_pretrained(folder).state_dict() for folder in (text, gated))
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert changed == {GATE + "weight", GATE + "bias"}
 
-    def test_the_folder_serves_the_other_commands(self, gated, capsys):
+    def test_other_commands_read_the_folder(self, gated, capsys):
         found = json.loads((gated / "gate.json").read_text())
         assert found["config"]["n_loops"] == 4
         assert len(found["report"]["curve"]) == 20
@@ -74,7 +74,7 @@ class TestTrainGate:
         assert "gate:0.7" in shown
         assert run(capsys, "generate", gated, "to ", "--max_new_tokens", "3", "--quiet")[0] == 0
 
-    def test_one_word_says_the_same(self, text, tmp_path, capsys):
+    def test_train_gate_with_a_dash(self, text, tmp_path, capsys):
         weights = []
         for command in (("train", "gate"), ("train-gate",)):
             out = tmp_path / command[0]
@@ -86,11 +86,14 @@ class TestTrainGate:
     def test_help(self, words, capsys):
         with pytest.raises(SystemExit) as stop:
             main([*words, "--help"])
-        said = capsys.readouterr().out
+        printed = capsys.readouterr().out
         assert stop.value.code == 0
-        assert ("--target" in said, "--model.dim" in said) == (words[-1] == "gate", len(words) == 1)
+        assert ("--target" in printed, "--model.dim" in printed) == (
+            words[-1] == "gate",
+            len(words) == 1,
+        )
 
-    def test_a_folder_that_holds_something_is_left_alone(self, text, tmp_path, capsys):
+    def test_a_folder_that_is_not_empty_is_rejected(self, text, tmp_path, capsys):
         (tmp_path / "mine").write_text("dear")
         code, _, err = run(capsys, "train", "gate", text, "--out", tmp_path, *FEW)
         assert (code, "not empty" in err) == (2, True)
@@ -98,7 +101,7 @@ class TestTrainGate:
 
 
 class TestEvaluate:
-    def test_the_report_is_that_of_the_library(self, text, tmp_path, capsys):
+    def test_the_report_matches_the_library(self, text, tmp_path, capsys):
         out = tmp_path / "exits.json"
         code, shown, _ = run(
             capsys, "evaluate", text, "--exit", RULE, "--n_loops", "6", "--windows", "4",
@@ -125,7 +128,7 @@ class TestEvaluate:
         (fullest,) = [line for line in shown.splitlines() if f" {most:,} " in line and "█" in line]
         assert fullest.count("█") == 30
 
-    def test_a_dense_model_has_nothing_to_leave(self, text, tmp_path, capsys):
+    def test_dense_models_are_rejected(self, text, tmp_path, capsys):
         dense = DenseTransformer.like(small_config("gqa", vocab_size=ByteTokenizer().vocab_size))
         save_pretrained(dense, tmp_path)
         path = yaml.safe_load((text / "run.yaml").read_text())["data"]["path"]
@@ -141,10 +144,10 @@ class TestEvaluate:
 
 
 class TestGenerate:
-    def test_text_and_loops_are_those_of_the_library(self, text, capsys):
-        asked = ["generate", text, "to be", "--max_new_tokens", "5", "--n_loops", "7",
-                 "--temperature", "0"]  # fmt: skip
-        code, streamed, err = run(capsys, *asked, "--exit", RULE)
+    def test_text_and_loops_match_the_library(self, text, capsys):
+        command = ["generate", text, "to be", "--max_new_tokens", "5", "--n_loops", "7",
+                   "--temperature", "0"]  # fmt: skip
+        code, streamed, err = run(capsys, *command, "--exit", RULE)
         assert code == 0
         model, tok = from_pretrained(text), ByteTokenizer()
         ids = torch.tensor([tok.encode("to be")])
@@ -158,12 +161,12 @@ class TestGenerate:
         loops = trace.exits.float().mean()
         assert 1 < loops < 7
         assert err == f"{loops:.2f} of 7 loops per token, {trace.exits.numel()} tokens\n"
-        assert run(capsys, *asked, "--exit", RULE, "--quiet")[2] == ""
-        assert run(capsys, *asked)[2] == ""
+        assert run(capsys, *command, "--exit", RULE, "--quiet")[2] == ""
+        assert run(capsys, *command)[2] == ""
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (("evaluate", "MODEL", "--exit", "never"), "gate:THRESHOLD"),
         (("evaluate", "MODEL", "--exit", "kl:0"), "correct in --exit kl"),
@@ -183,15 +186,15 @@ class TestGenerate:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_mistakes_are_explained(argv, said, text, tmp_path, capsys):
+def test_usage_errors(argv, message, text, tmp_path, capsys):
     places = {"MODEL": text, "OUT": tmp_path / "out"}
     code, _, err = run(capsys, *(places.get(word, word) for word in argv))
-    assert (code, said in err) == (2, True), err
+    assert (code, message in err) == (2, True), err
     assert "Traceback" not in err
-    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+    assert not list(tmp_path.iterdir()), "the command must not leave files behind"
 
 
-def test_where_the_data_is_must_be_known(tmp_path, capsys):
+def test_a_model_without_a_run_needs_data(tmp_path, capsys):
     save_pretrained(small_model("gqa", vocab_size=24), tmp_path)
     code, _, err = run(capsys, "evaluate", tmp_path)
     assert (code, "--data" in err, "run.yaml" in err) == (3, True, True)

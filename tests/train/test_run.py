@@ -1,4 +1,4 @@
-"""From a configuration to its text, its trainer and its folder."""
+"""Text, trainer and folder of a run, built from its configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = {"seq_len": 32, "batch": 4}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Prepared shards and plain files of two texts."""
+    """Prepare shards and plain files of two texts."""
     base = tmp_path_factory.mktemp("texts")
     for name, documents in (("text", TEXT), ("other", OTHER)):
         lines = [json.dumps({"text": text}) for text in documents]
@@ -49,7 +49,7 @@ def run_of(data: DataConfig, out: Path | None = None, **train) -> RunConfig:
 
 
 def read(source) -> bytes:
-    """The text of all rows, in order."""
+    """Return the text of all rows, in order."""
     rows = [row for batch in source.batches for row in batch.input_ids.tolist()]
     return b"".join(ByteTokenizer().decode(row).encode() for row in rows)
 
@@ -70,12 +70,12 @@ class TestValidation:
         data = DataConfig(**{text: str(named)}, val=str(place / val), tokenizer="byte")
         source = validation_batches(data, ByteTokenizer(), **SIZES)
         assert isinstance(source.batches, HeldOutWindows if "." in val else EpochWindows)
-        said = read(source)
-        assert b"Another text" in said
-        assert b"Document" not in said
+        text_read = read(source)
+        assert b"Another text" in text_read
+        assert b"Document" not in text_read
         assert source.bytes_per_token == pytest.approx(1, abs=0.02)
 
-    def test_everything_else_is_trained_on(self, place):
+    def test_a_separate_text_disables_the_held_out_share(self, place):
         data = DataConfig(source=str(place / "text.jsonl"), held_out=0.5, workers=0)
         sizes = {"seq_len": 32, "global_batch": 2, "seed": 0}
         assert training_batches(data, ByteTokenizer(), **sizes).state_dict()["held_out"] == 0.5
@@ -93,7 +93,7 @@ class TestValidation:
         with pytest.raises(DataError, match="one window"):
             validation_batches(data, ByteTokenizer(), **SIZES)
 
-    def test_the_run_measures_on_it(self, place, tmp_path):
+    def test_the_run_evaluates_on_it(self, place, tmp_path):
         losses = {}
         for val in ("", str(place / "other"), str(place / "other.jsonl")):
             out = tmp_path / f"run{len(losses)}"
@@ -117,14 +117,14 @@ class TestText:
         with pytest.raises(ConfigError, match=r"data\.source"):
             DataConfig(path="a", source="b").validate()
 
-    def test_the_tokenizer_is_that_of_the_shards(self, place):
+    def test_shards_define_the_tokenizer(self, place):
         config = run_of(DataConfig(path=str(place / "bpe"), tokenizer="byte"))
         expected = TokenShards(place / "bpe").tokenizer().fingerprint
         assert open_tokenizer(config).fingerprint == expected
 
 
 class TestRun:
-    def test_the_folder_names_the_run(self, place, tmp_path):
+    def test_the_folder_describes_the_run(self, place, tmp_path):
         config = run_of(DataConfig(source=str(place / "text.jsonl"), tokenizer="byte", workers=0,
                                    held_out=0.2), tmp_path / "run")  # fmt: skip
         train_run(config)
@@ -148,7 +148,7 @@ class TestRun:
         config.data.source = str(place / "text.jsonl")
         assert train_run(config, resume="latest").step == 3
 
-    def test_the_vocabulary_fits_or_must_hold_the_tokenizers(self, place):
+    def test_the_vocabulary_must_hold_the_tokenizers_or_is_fitted(self, place):
         config = run_of(DataConfig(path=str(place / "bpe")))
         config.model.vocab_size = 64
         with pytest.raises(ConfigError, match="vocabulary is smaller"):

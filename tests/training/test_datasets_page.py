@@ -1,4 +1,4 @@
-"""The commands of docs/datasets.md are run as they stand."""
+"""Run the commands of docs/datasets.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys) -> None:
     for line in LINES:
         program, *argv = shlex.split(line, comments=True)
         if "SOURCE" in argv:
-            continue  # says what is to be filled in
+            continue  # a placeholder
         if program == "python":
             script, *argv = argv
             monkeypatch.setattr(sys, "argv", [script, *argv])

@@ -1,4 +1,4 @@
-"""Every recipe says what it would do, and does its first steps on a CPU."""
+"""Dry runs and the first training steps of every recipe, on a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TINY = [
 
 
 def run(name: str, argv: list[str], monkeypatch) -> int:
-    """The exit code of a recipe run as a script."""
+    """Run a recipe as a script and return its exit code."""
     monkeypatch.setattr(sys, "argv", [name, *argv])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "training" / name), run_name="__main__")
@@ -69,7 +69,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, texts) -> Path:
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     out = tmp_path_factory.mktemp("trained") / "run"
     assert main(["train", *TINY, f"--source={texts}", f"--train.out_dir={out}"]) == 0
     return out
@@ -78,7 +78,7 @@ def trained(tmp_path_factory, texts) -> Path:
 @pytest.fixture
 def no_network(monkeypatch) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -122,7 +122,7 @@ def test_the_first_steps(path: Path, monkeypatch, tmp_path, texts, shards, train
 
 
 def test_the_promised_recipe() -> None:
-    """30 B tokens, 2,000 steps of warm-up, cosine, no step at learning rate zero."""
+    """Check 30 B tokens, 2,000 warm-up steps, cosine decay, and learning rates above zero."""
     config = parsed(["--recipe=3b_fine_web_edu"])
     train, optim = config.train, config.optim
     tokens = train.steps * train.global_batch * train.seq_len
@@ -135,14 +135,14 @@ def test_the_promised_recipe() -> None:
     assert "4,192,228,993 parameters" in described(config)
 
 
-def test_vocabularies_that_a_plan_knows_are_padded_lengths() -> None:
-    """gpt-oss has 200,019 ids; GPT-2 50,257, and no beginning and no padding of its own."""
+def test_known_vocabularies_are_padded_lengths() -> None:
+    """gpt-oss has 200,019 ids; GPT-2 has 50,257, without BOS and padding tokens."""
     lengths = {"openai/gpt-oss-20b": 200_019, "openai-community/gpt2": 50_257 + 2}
     assert {name: -(-n // 64) * 64 for name, n in lengths.items()} == KNOWN_VOCABULARIES
 
 
 def parsed(argv: list[str]) -> RunConfig:
-    """The run that a command line means."""
+    """Return the configuration that a command line parses to."""
     return parse(["train", *argv])[1]["config"]
 
 
@@ -153,6 +153,9 @@ def test_tokens_give_the_steps() -> None:
     assert parsed([*argv, "--tokens=1001"]).train.steps == 6
     assert parsed([*argv, "--train.steps", "3"]).train.steps == 3
     assert parsed(["--variant=nano"]).train.steps == TrainConfig().steps
+    # a decay that fits the resulting steps, but not those of the recipe's own batch
+    decay = ["--train.schedule=wsd", "--train.warmup_steps=1", "--train.decay_steps=2"]
+    assert parsed([*argv, "--tokens=2000", *decay]).train.steps == 10
 
 
 def test_a_file_of_options(tmp_path) -> None:
@@ -174,7 +177,7 @@ def test_the_printed_configuration_is_the_recipe(tmp_path, monkeypatch, capsys) 
     assert printed(f"--config={path}", "--dry-run") == printed("--dry-run")
 
 
-def test_what_gives_defaults_is_said_on_the_command_line(tmp_path, trained, capsys) -> None:
+def test_options_that_set_defaults_belong_on_the_command_line(tmp_path, trained, capsys) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("variant: tiny\n")
     with pytest.raises(ConfigError, match="variant"):
@@ -203,7 +206,7 @@ def test_what_gives_defaults_is_said_on_the_command_line(tmp_path, trained, caps
         (["--source=missing/place"], ["no such source"]),
     ],
 )
-def test_mistakes_are_named(argv: list[str], words: list[str], capsys, no_network) -> None:
+def test_usage_errors(argv: list[str], words: list[str], capsys, no_network) -> None:
     recipe = [] if any("recipe" in word for word in argv) else ["--recipe=140m_fine_web_edu"]
     code = main(["train", *recipe, *argv, "--dry-run"])
     assert code in (2, 3)
@@ -211,12 +214,12 @@ def test_mistakes_are_named(argv: list[str], words: list[str], capsys, no_networ
     assert all(word in printed for word in words), printed
 
 
-def test_a_recipe_without_text_asks_for_it(capsys) -> None:
+def test_a_recipe_may_require_a_text(capsys) -> None:
     assert main(["train", "--recipe=prepared_shards", "--dry-run"]) == 2
     assert "--source" in capsys.readouterr().err
 
 
-def test_the_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch, capsys) -> None:
+def test_an_unreachable_hub(tmp_path, monkeypatch, capsys) -> None:
     from huggingface_hub import HfApi
 
     def unreachable(*_: object, **__: object) -> None:
@@ -230,13 +233,13 @@ def test_the_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch, capsys) -> 
     assert "hf download" in printed
 
 
-def test_a_vocabulary_that_is_too_small_is_refused(tmp_path, texts, capsys) -> None:
+def test_a_vocabulary_that_is_too_small_is_rejected(tmp_path, texts, capsys) -> None:
     argv = [*TINY, f"--source={texts}", f"--train.out_dir={tmp_path}", "--model.vocab_size=100"]
     assert main(["train", *argv]) == 2
     assert ">= 320 (byte)" in capsys.readouterr().err
 
 
-def test_a_resumed_recipe_equals_one_in_a_piece(tmp_path, texts) -> None:
+def test_a_resumed_recipe_equals_an_uninterrupted_one(tmp_path, texts) -> None:
     argv = [*TINY, f"--source={texts}", "--train.schedule=constant"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
@@ -281,7 +284,7 @@ def test_the_micro_batch_fits(wanted: int | None, batch: int, fitting: int | Non
     assert fitting_micro_batch(wanted, batch) == fitting
 
 
-def test_only_a_micro_batch_that_was_asked_for_is_refused() -> None:
+def test_only_an_explicit_micro_batch_is_rejected() -> None:
     assert parsed(["--train.global_batch=6", "--train.micro_batch=3"]).train.micro_batch == 3
     with pytest.raises(ConfigError, match="micro_batch"):
         parsed(["--train.global_batch=6", "--train.micro_batch=4"])
@@ -291,7 +294,7 @@ def test_only_a_micro_batch_that_was_asked_for_is_refused() -> None:
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path, texts) -> None:
-    """The same command under torchrun: batches, losses and positions are the same; it resumes."""
+    """Under torchrun, the same command has equal batches, losses and positions, and resumes."""
     lone, pair = tmp_path / "lone", tmp_path / "pair"
     argv = [
         *(word for word in TINY if not word.startswith("--train.steps")), f"--source={texts}",
@@ -323,6 +326,6 @@ def test_two_processes_compute_what_one_does(tmp_path, texts) -> None:
     assert len(lone_data["lanes"]) == 4
 
 
-def test_tokenizers_of_recipes_are_kept_with_the_run(trained) -> None:
+def test_the_tokenizer_is_saved_with_the_run(trained) -> None:
     config = json.loads((trained / "tokenizer" / "tokenizer_config.json").read_text())
     assert config["name_or_path"] == ByteTokenizer.name

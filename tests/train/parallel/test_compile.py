@@ -1,4 +1,4 @@
-"""Compiled blocks compute what plain ones do, and there are few of them."""
+"""Compiled blocks match eager ones, with few graphs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tests.train.ranks import run_ranks
 IDS = random_ids(4, 7)
 SEEDS = torch.arange(4)
 RAGGED = [2, 4, 5, 5]
-"""Rows that leave; two are left at the end, as a single one is a graph of its own."""
+"""Depths whose rows exit early; two remain at the end, since a single row has its own graph."""
 
 
-# PyTorch's own, of tensors that it looks at while it traces
+# raised by PyTorch itself while tracing
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")
 
 
@@ -36,14 +36,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    # what PyTorch writes down for its developers would be collected, and takes longer than the rest
+    # pytest would collect PyTorch's trace log, which takes longer than the test
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     yield
     torch._dynamo.reset()
 
 
 def pair(backend: str = "eager", **changes: object) -> tuple[OpenMythos, OpenMythos]:
-    """The same model twice, its blocks compiled in the first."""
+    """Return a model with compiled blocks and an eager copy."""
     compiled = randomise(OpenMythos(small_config(**{"attn_type": "gqa", **changes})))
     plain = copy.deepcopy(compiled)
     compile_all(compiled, backend)
@@ -59,7 +59,7 @@ def compile_all(model: OpenMythos, backend: str = "eager") -> None:
 def results(
     model: OpenMythos, dtype: torch.dtype, n_loops: object, grad_loops: int | None
 ) -> dict[str, Tensor]:
-    """Logits, what the trace saw, gradients."""
+    """Return logits, traced loads and gradients."""
     model.zero_grad()
     trace = LoopTrace(keep_routing=True)
     with autocast(torch.device("cpu"), dtype):
@@ -79,7 +79,7 @@ def check(
     grad_loops: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """Both compute the same; graphs made so far."""
+    """Check that both models agree, and return the number of graphs so far."""
     got, expected = (results(model, dtype, n_loops, grad_loops) for model in models)
     assert got.keys() == expected.keys()
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
@@ -91,7 +91,7 @@ def check(
 
 
 def test_one_graph_serves_all_loops():
-    """Two kinds of block, so two graphs."""
+    """Expect two graphs for two kinds of block."""
     models = pair()
     for depth in (2, 5, RAGGED):
         assert check(models, depth) == 2
@@ -99,8 +99,8 @@ def test_one_graph_serves_all_loops():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-def test_what_makes_another_graph(attn_type):
-    """Loops without gradient, and single rows; neither evaluation nor recomputation."""
+def test_causes_of_further_graphs(attn_type):
+    """Loops without gradient and single rows need a graph; evaluation and recompute do not."""
     models = pair(attn_type=attn_type)
     for n_loops in (2, 12, RAGGED):
         assert check(models, n_loops) == 2
@@ -117,8 +117,8 @@ def test_what_makes_another_graph(attn_type):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_whole_blocks_would_be_more():
-    """Control: compiled with all that they do around it, blocks make more graphs."""
+def test_compiling_whole_modules_needs_more_graphs():
+    """Negative control: ``block.compile()`` includes the code around ``compute``."""
     compiled, _ = pair()
     for block in parallel.transformer_blocks(compiled):
         block.compiled = None
@@ -128,8 +128,7 @@ def test_whole_blocks_would_be_more():
 
 
 @pytest.mark.slow
-def test_with_everything_that_could_make_more():
-    """Dropout, autocast, two blocks in the loop."""
+def test_dropout_autocast_and_two_looped_blocks():
     models = pair("aot_eager", dropout=0.2, recurrent_layers=2, loop_embedding=True)
     assert check(models, 2, dtype=torch.bfloat16) <= 4
     assert check(models, RAGGED, dtype=torch.bfloat16) <= 4
@@ -138,7 +137,7 @@ def test_with_everything_that_could_make_more():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sorted", "grouped", "batched"])
-def test_experts_whose_gradients_do_not_wait(backend, monkeypatch):
+def test_experts_without_deferred_gradients(backend, monkeypatch):
     monkeypatch.setattr("open_mythos.ops.experts.routed.DEFERRED_TOKENS", 0)
     assert check(pair("aot_eager", moe_backend=backend), 3) == 2
 
@@ -156,14 +155,14 @@ def test_packed_and_padded_batches():
     assert counters["stats"]["unique_graphs"] <= 4
 
 
-def test_cached_calls_run_as_they_are():
+def test_cached_calls_are_not_compiled():
     model, plain = (each.eval() for each in pair())
     want = plain.generate(IDS[:, :3], 3, n_loops=2, seed=0)
     assert torch.equal(model.generate(IDS[:, :3], 3, n_loops=2, seed=0), want)
     assert not counters["stats"]["unique_graphs"]
 
 
-def test_alike_blocks_share_a_graph():
+def test_identical_blocks_share_a_graph():
     model = randomise(DenseTransformer(small_config(attn_type="gqa"), n_layers=4))
     plain = copy.deepcopy(model)
     for block in parallel.transformer_blocks(model):
@@ -193,7 +192,7 @@ def of_ranks(ranks, kinds):
 
 @pytest.mark.slow
 def test_in_several_processes():
-    """Checkpointing, compilation, experts, replicas or shards: in this order, together."""
+    """Combine checkpointing and compilation with DDP, FSDP2 and expert parallelism."""
     depth, train = {"plan": "uniform", "low": 1, "high": 3}, {"global_batch": 4, "steps": 3}
     kinds = {
         "ddp": ({"kind": "ddp"}, True),

@@ -1,4 +1,4 @@
-"""Several processes compute what one does: losses, weights, depths."""
+"""Losses, weights and depths of several processes equal those of one."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class Losses:
 
 
 def trained(run):
-    """The lines of a run (on rank 0), and its weights, whole."""
+    """Return the metrics of a run (on rank 0), its full weights and its state."""
     losses = Losses()
     trainer = Trainer(build_model(run), CountingLoader(run), run, loggers=[losses])
     trainer.fit()
@@ -60,7 +60,7 @@ ALL = [(name, size) for name in KINDS for size in (2, 4) if (name, size) != ("hs
     ],
     ids=["each once", "plain", "micro-batches, checkpointed"],
 )
-def test_every_kind_computes_what_one_process_does(kinds, train):
+def test_every_kind_equals_one_process(kinds, train):
     options = RUN | {"train": RUN["train"] | train}
     lines, weights, state = trained(tiny_run(**options))
     found = run_ranks(4, every_kind, options, kinds)

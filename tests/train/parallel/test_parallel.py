@@ -71,18 +71,19 @@ def test_gradients_are_equal(make_run, model, grad_loops, dtype):
 
 
 def test_truncation_reaches_the_weights_in_bfloat16(make_run):
-    """Copies that autocast made in loops without gradient must not be used in those with one."""
+    """Loops with gradient must not use autocast copies made in loops without."""
     plain, _ = pair(make_run)
     _, full, _ = gradients(plain, torch.bfloat16, n_loops=4)
     plain.zero_grad()
     _, cut, _ = gradients(plain, torch.bfloat16, n_loops=4, grad_loops=1)
     assert cut.keys() == full.keys()
-    for name in (
+    weights = (
         "attn.q_proj.weight",
         "attn.out_proj.weight",
         "ffn.gate_up",
         "ffn.shared.down.weight",
-    ):
+    )
+    for name in weights:
         assert cut[f"recurrent.blocks.0.{name}"].abs().sum() > 0, name
 
 
@@ -106,6 +107,6 @@ def test_generation_still_works(make_run):
     assert torch.equal(wrapped.eval().generate(IDS[:, :3], 3, n_loops=2, seed=0), want)
 
 
-def test_a_dense_model_has_no_loops_to_wrap(make_run):
+def test_dense_models_reject_checkpointing_of_loops(make_run):
     with pytest.raises(ConfigError):
         make_run(architecture="dense", train={"checkpoint_loops": True}).validate()
