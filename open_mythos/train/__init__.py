@@ -10,7 +10,8 @@ from open_mythos.lazy import lazy_names
 _MODULES = {
     "open_mythos.train.build": ("build_model",),
     "open_mythos.train.run": ("Run", "build_run", "train_run"),
-    "open_mythos.train.checkpoint.find": ("find_checkpoint", "read_state", "verify_checkpoint"),
+    "open_mythos.train.checkpoint.find": ("find_checkpoint", "read_state"),
+    "open_mythos.train.checkpoint.manifest": ("verify_checkpoint",),
     "open_mythos.train.checkpoint.restore": ("load_checkpoint",),
     "open_mythos.train.config": (
         "DataConfig", "DepthConfig", "OptimConfig", "ParallelConfig", "RunConfig", "TrainConfig",

@@ -26,7 +26,7 @@ from open_mythos.errors import ConfigError, MythosError
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint.config_changes import refuse_changes
+from open_mythos.train.checkpoint.config_changes import reject_changes
 from open_mythos.train.checkpoint.find import checkpoints, find_checkpoint, read_state
 from open_mythos.train.checkpoint.manifest import as_json
 from open_mythos.train.checkpoint.restore import holds_file, load_checkpoint
@@ -358,7 +358,7 @@ class Trainer:
         folder = self._saver().directory if source == "latest" else Path(source)
         path = first_decides(lambda: find_checkpoint(folder, strict))
         state = read_state(path)
-        refuse_changes(state["config"], self.config.to_dict(), allow)
+        reject_changes(state["config"], self.config.to_dict(), allow)
         self.loader.load_state_dict(state["data"])
         average = self.stepper.average
         extra = self._extra() if holds_file(path, AVERAGE_FILE) else {}

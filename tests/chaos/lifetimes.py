@@ -18,7 +18,8 @@ from chaos.fork_server import begin
 from chaos.injection_points import Moments, where_it_died
 from open_mythos.errors import DataError
 from open_mythos.run_folder import CHECKPOINTS_FOLDER
-from open_mythos.train.checkpoint.find import checkpoints, verify_checkpoint
+from open_mythos.train.checkpoint.find import checkpoints
+from open_mythos.train.checkpoint.manifest import verify_checkpoint
 
 
 def live(

@@ -8,7 +8,7 @@ import pytest
 
 from chaos import small_run
 from open_mythos.errors import ConfigError
-from open_mythos.train.checkpoint.config_changes import MAY_CHANGE, refuse_changes
+from open_mythos.train.checkpoint.config_changes import MAY_CHANGE, reject_changes
 
 
 def flat(values, prefix=""):
@@ -34,13 +34,13 @@ def test_each_field(data, row):
         now = changed(saved, name)
         row.count()
         if name in MAY_CHANGE:
-            refuse_changes(saved, now)
+            reject_changes(saved, now)
             continue
         with pytest.raises(ConfigError) as caught:
-            refuse_changes(saved, now)
+            reject_changes(saved, now)
         assert f"{name}: saved {value!r}, now 'something else'" in str(caught.value)
         assert caught.value.value == name
-        refuse_changes(saved, now, allow=[name])
+        reject_changes(saved, now, allow=[name])
         refused += 1
     assert refused > 40
     row.outcome = f"{refused} refused by name with both values, each allowed by name; the rest free"

@@ -49,7 +49,8 @@ def before_the_first_step(end, *words):
 @pytest.mark.goal("R6", "too little room for the checkpoints that are kept")
 def test_room_is_counted_before_the_first_step(forks, data, tmp_path, row, small_disk):
     end = forks.run(disk_limits.no_room_at_first, out=str(tmp_path / "disk"), data=str(data))
-    before_the_first_step(end, "there is no room for the checkpoints", "MiB free", "train.keep = 2")
+    said = "the disk has too little space for the checkpoints", "MiB free", "train.keep = 2"
+    before_the_first_step(end, *said)
     row.outcome = "an error before the first step that says how much is missing"
 
 
@@ -91,7 +92,7 @@ def test_a_full_disk_is_a_clean_stop(forks, data, straight, tmp_path, row, devic
     a_clean_stop(first)
     assert first["others"] == []
     assert first["tries"] == 1 + 2  # the first save, the second one, the second one once more
-    assert "saving step 6 once more after this" in end.said
+    assert "retrying the save of step 6 after" in end.said
     assert second["code"] == 0, second
     assert second["end"] == straight.end
     row.outcome = f"{device}: tried twice, exit 4, older checkpoint whole; resumed bit for bit"
@@ -162,7 +163,7 @@ def test_without_the_look_steps_are_lost(forks, data, tmp_path, row, small_disk)
     )
     assert end.code == 0, end.said
     with pytest.raises(AssertionError):
-        before_the_first_step(end, "there is no room for the checkpoints")
+        before_the_first_step(end, "the disk has too little space for the checkpoints")
     assert end.value["steps"]
     row.outcome = "no look before the first step: caught"
 

@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, how they are written so that one is always whole, the way back."""
+"""Checkpoints of a training run: content, atomic writing, verification, loading."""

@@ -1,4 +1,4 @@
-"""Which settings may differ between a saved run and the one that continues it."""
+"""Decide which settings may differ between a checkpoint and the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ MAY_CHANGE = frozenset(
         "watch.watchdog", "watch.max_rewinds", "watch.peak_flops",
     }
 )  # fmt: skip
-"""Fields free to change: they do not alter what a step computes, save that the shape of a decaying
-schedule follows ``train.steps``, and that rounding follows the device and how work is divided. Text
-and tokenizer may lie elsewhere: the loader compares their fingerprints."""
+"""Fields that do not alter what a step computes, with two exceptions: the shape of a decaying
+schedule depends on ``train.steps``, and rounding depends on the device and on how work is divided.
+Paths of text and tokenizer may change: the loader compares their fingerprints."""
 
 
-def refuse_changes(
+def reject_changes(
     saved: Mapping[str, Any], present: Mapping[str, Any], allow: Collection[str] = ()
 ) -> None:
     """Compare two configurations field by field.
 
     Args:
-        saved: Nested fields of the saved run.
-        present: Nested fields of the run that wants to continue it.
+        saved: Nested fields of the checkpoint's run.
+        present: Nested fields of the resuming run.
         allow: Dotted names of further fields that may differ.
 
     Raises:
-        ConfigError: A field differs that may not, or ``allow`` names no field.
+        ConfigError: A field outside :data:`MAY_CHANGE` and ``allow`` differs, or ``allow`` names
+            an unknown field.
     """
-    before, now = _flat(saved), _flat(present)
-    # fields that are newer than the checkpoint had the behaviour of their defaults, except that
-    # the position of an older stream tells its held-out share and text field itself
-    before = {**_flat(RunConfig().to_dict()), **before}
+    now = _flat(present)
+    # a field that is newer than the checkpoint had the behavior of its default
+    before = _flat(RunConfig().to_dict()) | _flat(saved)
     if "held_out" not in saved.get("data", {}):
+        # in older checkpoints the loader's position records held-out share and text field
         before |= {name: now[name] for name in ("data.held_out", "data.text_field") if name in now}
     known = before.keys() | now.keys()
     for name in allow:
@@ -51,16 +52,16 @@ def refuse_changes(
                 "no such field", where="allow", value=name, allowed="dotted names of fields",
                 fix=nearest(name, known),
             )  # fmt: skip
-    changed = [
-        f"{name}: saved {before.get(name, 'absent')!r}, now {now.get(name, 'absent')!r}"
+    changed = {
+        name: f"{name}: saved {before.get(name, 'absent')!r}, now {now.get(name, 'absent')!r}"
         for name in sorted(known - MAY_CHANGE - set(allow))
         if name not in before or name not in now or before[name] != now[name]
-    ]
+    }
     if changed:
-        names = ", ".join(line.split(":")[0] for line in changed)
         raise ConfigError(
-            "the configuration differs from that of the checkpoint:\n    " + "\n    ".join(changed),
-            where="resume", value=names, allowed="the saved values",
+            "the configuration differs from that of the checkpoint:\n    "
+            + "\n    ".join(changed.values()),
+            where="resume", value=", ".join(changed), allowed="the saved values",
             fix="restore them, start a new run, or allow the change by name",
         )  # fmt: skip
 

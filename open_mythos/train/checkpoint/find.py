@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, and which of them is whole."""
+"""Find the checkpoints of a run, and the newest one that is intact."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.run_folder import CHECKPOINTS_FOLDER
-from open_mythos.train.checkpoint.manifest import read_json, verify_files
+from open_mythos.train.checkpoint.manifest import read_json, verify_checkpoint
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 OLD = ".old"
-"""Ends the name of a checkpoint that is being replaced."""
+"""Suffix of a checkpoint that is being replaced."""
 _NAME = re.compile(rf"step_(\d{{8,}})({re.escape(OLD)})?")
 
 
 def checkpoints(directory: str | Path) -> list[Path]:
-    """Return the checkpoints in ``directory``, oldest first, valid or not.
+    """Return the checkpoints in ``directory``, oldest first, intact or not.
 
-    One that was being replaced when the run was killed comes before the one of its step.
+    A checkpoint with the suffix :data:`OLD` precedes the one that replaces it.
 
     Raises:
         EnvironmentError_: The folder cannot be read.
     """
     found = [
         (int(match[1]), not match[2], path)
-        for path in children(Path(directory))
+        for path in list_folder(Path(directory))
         if (match := _NAME.fullmatch(path.name))
     ]
     return [path for *_, path in sorted(found)]
 
 
 def find_checkpoint(source: str | Path, strict: bool = False) -> Path:
-    """Return the whole checkpoint that ``source`` stands for: itself, or the newest of a run.
+    """Return ``source`` if it is a checkpoint, else the newest intact checkpoint of that run.
 
     Damaged checkpoints of a run are skipped with a warning that names the damaged file.
 
@@ -45,8 +45,8 @@ def find_checkpoint(source: str | Path, strict: bool = False) -> Path:
         strict: Raise if the newest checkpoint of a run is damaged.
 
     Raises:
-        DataError: There is no whole checkpoint; or the newest, if ``strict``, or the one that was
-            named itself, is damaged.
+        DataError: No checkpoint is intact, ``source`` is a damaged checkpoint, or ``strict`` and
+            the newest one is damaged.
     """
     folder = Path(source)
     if _NAME.fullmatch(folder.name) and folder.is_dir():
@@ -61,23 +61,15 @@ def find_checkpoint(source: str | Path, strict: bool = False) -> Path:
         except DataError as error:
             if strict:
                 raise
-            logger.warning("passing over the damaged checkpoint %s:\n%s", path, error)
+            logger.warning("skipping the damaged checkpoint %s:\n%s", path, error)
         else:
             return path
     raise DataError(
         "there is no checkpoint to resume from", where=str(folder),
-        value=f"{len(candidates)} checkpoints, none of them whole", allowed="a whole checkpoint",
-        fix="name the folder of a run that has saved, or start a new run in another folder",
+        value=f"{len(candidates)} checkpoints, none of them intact",
+        allowed="an intact checkpoint",
+        fix="pass the folder of a run that has saved, or start a new run in another folder",
     )  # fmt: skip
-
-
-def verify_checkpoint(path: str | Path) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        DataError: A file is missing, superfluous or changed; names it.
-    """
-    verify_files(Path(path))
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -85,8 +77,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return read_json(Path(path) / STATE_FILE)
 
 
-def children(folder: Path) -> list[Path]:
-    """Return what lies in ``folder``; nothing if it does not exist."""
+def list_folder(folder: Path) -> list[Path]:
+    """Return the entries of ``folder``; none if it does not exist."""
     try:
         return list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:

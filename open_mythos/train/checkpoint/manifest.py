@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: what every file in it must contain, to the last bit.
+"""The manifest of a checkpoint: size and hashes of every file in it.
 
-Files are hashed in blocks of 16 MiB, by all cores at once, and damage is located by block.
+Files are hashed in blocks of 16 MiB by a thread pool, so that damage is located by block.
 """
 
 from __future__ import annotations
@@ -29,176 +29,168 @@ Entry = dict[str, Any]
 
 
 def entry_of_tensors(path: Path, tensors: Mapping[str, Tensor], pool: ThreadPoolExecutor) -> Entry:
-    """What the manifest says of a safetensors file that must hold ``tensors``.
+    """Compare a safetensors file with ``tensors``; return its manifest entry.
 
-    What is hashed is what was meant: a disk that silently loses bytes, or reads them wrongly once,
-    cannot vouch for itself. Then the file is compared with it.
+    The entry hashes the tensors in memory, not the file, so that a disk that drops or corrupts
+    bytes cannot confirm its own content.
 
     Args:
-        path: The file; its header says in which order the tensors are.
-        tensors: On the CPU, contiguous.
-        pool: Its threads share the hashing.
+        path: The file; the order of the tensors is read from its header.
+        tensors: CPU tensors, contiguous.
+        pool: Threads for hashing.
 
     Raises:
-        EnvironmentError_: The file holds something else; names it.
+        EnvironmentError_: The file holds something else.
     """
     with path.open("rb") as file:
         head = file.read(8)
         head += file.read(int.from_bytes(head, "little"))
     with safe_open(path, "pt") as file:
         for name in sorted(set(file.keys()) ^ tensors.keys()):
-            raise _lost(path, name, "the tensors that were written")
-        for name, meant in tensors.items():
+            raise _differs(path, name, "the tensors that were written")
+        for name, expected in tensors.items():
             found = file.get_tensor(name)
-            same = (found.dtype, found.shape) == (meant.dtype, meant.shape)
-            if not same or not np.array_equal(_bytes(found), _bytes(meant)):
-                raise _lost(path, name, "the bytes that were written")
+            same = (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            if not same or not np.array_equal(_bytes(found), _bytes(expected)):
+                raise _differs(path, name, "the bytes that were written")
     try:
         layout = json.loads(head[8:])
         order = sorted(tensors, key=lambda name: layout[name]["data_offsets"])
     except (ValueError, KeyError) as error:
-        raise _lost(path, str(error), "the header that was written") from error
+        raise _differs(path, str(error), "the header that was written") from error
     return _entry([memoryview(head), *(_bytes(tensors[name]).data for name in order)], pool)
 
 
 def entry_of_text(path: Path, text: str, pool: ThreadPoolExecutor) -> Entry:
-    """What the manifest says of a file that must hold ``text``.
+    """Compare a file with ``text``; return its manifest entry.
 
     Raises:
-        EnvironmentError_: It holds something else.
+        EnvironmentError_: The file holds something else.
     """
-    found, meant = path.read_bytes(), text.encode()
-    if found != meant:
-        raise _lost(path, f"{len(found)} bytes", "the text that was written")
-    return _entry([memoryview(meant)], pool)
+    found, expected = path.read_bytes(), text.encode()
+    if found != expected:
+        raise _differs(path, f"{len(found)} bytes", "the text that was written")
+    return _entry([memoryview(expected)], pool)
+
+
+def entry_of_file(path: Path, pool: ThreadPoolExecutor) -> Entry:
+    """Return the manifest entry of a file on the disk.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        starts = range(0, size, BLOCK_BYTES)
+        hashes = pool.map(_hash_file_block, [path] * len(starts), starts)
+        return {"bytes": size, "sha256": list(hashes)}
+    except OSError as error:
+        raise _damaged(path, str(error), "a readable file") from error
 
 
 def manifest_text(files: Mapping[str, Entry]) -> str:
-    """The content of ``manifest.json``."""
+    """Return the content of ``manifest.json``."""
     return as_json({"format": FORMAT, "files": {name: files[name] for name in sorted(files)}})
 
 
-def verify_files(folder: Path) -> None:
-    """Compare every file in ``folder`` with the manifest there.
+def verify_checkpoint(path: str | Path) -> None:
+    """Compare every file of a checkpoint with its manifest.
 
     Raises:
-        DataError: A file is missing, superfluous or changed; names it, and where it differs.
+        DataError: A file is missing, changed or not in the manifest; names it and the first
+            damaged block.
     """
-    path = folder / MANIFEST_FILE
-    text = _read_text(path)
-    manifest = _object(path, text)
+    folder = Path(path)
+    manifest_path = folder / MANIFEST_FILE
+    text, manifest = _read_object(manifest_path)
     files, version = manifest.get("files"), manifest.get("format")
     if version != FORMAT or not isinstance(files, dict):
-        raise damaged(path, version, f"format {FORMAT}")
-    # the manifest vouches for itself by its form: a lost last byte would still be JSON
+        raise _damaged(manifest_path, version, f"format {FORMAT}")
+    # no hash covers the manifest itself: without its last byte it is still valid JSON
     if text != as_json(manifest):
-        raise damaged(path, "another form", "as it was written")
+        raise _damaged(manifest_path, "another form", "as it was written")
     try:
         names = {each.name for each in folder.iterdir()} - {MANIFEST_FILE}
     except OSError as error:
-        raise damaged(folder, str(error), "a readable folder") from error
+        raise _damaged(folder, str(error), "a readable folder") from error
     for name in sorted(names ^ files.keys()):
         expected = "as listed in the manifest" if name in files else "no file of this name"
-        raise damaged(folder / name, "present" if name in names else "missing", expected)
+        raise _damaged(folder / name, "present" if name in names else "missing", expected)
     with ThreadPoolExecutor() as pool:
         for name, expected in files.items():
             found = entry_of_file(folder / name, pool)
             if found != expected:
-                raise damaged(folder / name, *_difference(found, expected))
+                raise _damaged(folder / name, *_difference(found, expected))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint.
+    """Read the object in a JSON file of a checkpoint.
 
     Raises:
-        DataError: It cannot be read, or is none.
+        DataError: The file cannot be read or holds no JSON object.
     """
-    return _object(path, _read_text(path))
+    return _read_object(path)[1]
 
 
 def as_json(values: Mapping[str, Any]) -> str:
-    """The one form in which checkpoints hold JSON."""
+    """Serialize to JSON in the one form that checkpoints use."""
     return json.dumps(values, indent=2) + "\n"
 
 
-def damaged(path: Path, value: Any, allowed: str) -> DataError:
-    """The error of a file that is not as it was written."""
+def _read_object(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of a JSON file and the object in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error), "a JSON object") from error
+    if not isinstance(values, dict):
+        raise _damaged(path, values, "a JSON object")
+    return text, values
+
+
+def _damaged(path: Path, value: Any, allowed: str) -> DataError:
     return DataError(
         "the checkpoint is damaged", where=str(path), value=value, allowed=allowed,
         fix="resume from an older checkpoint, or copy this one again",
     )  # fmt: skip
 
 
-def _lost(path: Path, value: Any, allowed: str) -> EnvironmentError_:
+def _differs(path: Path, value: Any, allowed: str) -> EnvironmentError_:
     return EnvironmentError_(
-        "the disk does not give back what was written", where=str(path), value=value,
-        allowed=allowed,
-        fix="have the disk looked at, then resume; older checkpoints are untouched",
+        "the file does not read back as it was written", where=str(path), value=value,
+        allowed=allowed, fix="check the disk, then resume; older checkpoints are untouched",
     )  # fmt: skip
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise damaged(path, str(error), "a JSON object") from error
-
-
-def _object(path: Path, text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, str(error), "a JSON object") from error
-    if not isinstance(values, dict):
-        raise damaged(path, values, "a JSON object")
-    return values
-
-
 def _entry(pieces: list[memoryview], pool: ThreadPoolExecutor) -> Entry:
-    """Of the concatenation of ``pieces``, which are bytes."""
+    """Return the entry of a file that holds the concatenation of ``pieces``."""
     size = sum(len(piece) for piece in pieces)
-    return {"bytes": size, "sha256": list(pool.map(_digest, _blocks(pieces)))}
+    return {"bytes": size, "sha256": list(pool.map(_hash_pieces, _blocks(pieces)))}
 
 
 def _blocks(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
-    """Cut the concatenation of ``pieces`` into blocks, without copying."""
+    """Cut the concatenation of ``pieces`` into blocks without copying."""
     block: list[memoryview] = []
-    room = BLOCK_BYTES
+    free = BLOCK_BYTES
     for piece in pieces:
-        while len(piece) >= room:
-            yield [*block, piece[:room]]
-            block, piece, room = [], piece[room:], BLOCK_BYTES
+        while len(piece) >= free:
+            yield [*block, piece[:free]]
+            block, piece, free = [], piece[free:], BLOCK_BYTES
         block.append(piece)
-        room -= len(piece)
-    if room < BLOCK_BYTES:
+        free -= len(piece)
+    if free < BLOCK_BYTES:
         yield block
 
 
-def _digest(pieces: list[memoryview]) -> str:
+def _hash_pieces(pieces: list[memoryview]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
 
 
-def entry_of_file(path: Path, pool: ThreadPoolExecutor) -> Entry:
-    """What the manifest says of a file as it is found.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    try:
-        size = path.stat().st_size
-        starts = range(0, size, BLOCK_BYTES)
-        return {
-            "bytes": size,
-            "sha256": list(pool.map(_block_of_file, [path] * len(starts), starts)),
-        }
-    except OSError as error:
-        raise damaged(path, str(error), "a readable file") from error
-
-
-def _block_of_file(path: Path, start: int) -> str:
+def _hash_file_block(path: Path, start: int) -> str:
     digest, left = hashlib.sha256(), BLOCK_BYTES
     with path.open("rb", buffering=0) as file:
         file.seek(start)
@@ -209,19 +201,17 @@ def _block_of_file(path: Path, start: int) -> str:
 
 
 def _difference(found: Entry, expected: Any) -> tuple[str, str]:
-    """What differs, and what it should be, in few words."""
+    """Describe the found and the expected value of the first difference."""
     if not isinstance(expected, dict) or expected.keys() != found.keys():
         return str(found), str(expected)
     if found["bytes"] != expected["bytes"]:
         return f"{found['bytes']} bytes", f"{expected['bytes']} bytes"
-    blocks, wanted = found["sha256"], expected["sha256"]
-    if not isinstance(blocks, list) or not isinstance(wanted, list) or len(blocks) != len(wanted):
-        return f"sha256 {blocks}", f"sha256 {wanted}"
-    first = next(i for i, pair in enumerate(zip(blocks, wanted, strict=True)) if pair[0] != pair[1])
-    return (
-        f"other content within 16 MiB of byte {first * BLOCK_BYTES}",
-        "what the manifest has the hash of",
-    )
+    hashes, wanted = found["sha256"], expected["sha256"]
+    if not isinstance(wanted, list) or len(hashes) != len(wanted):
+        return f"sha256 {hashes}", f"sha256 {wanted}"
+    first = next(i for i, (a, b) in enumerate(zip(hashes, wanted, strict=True)) if a != b)
+    start = first * BLOCK_BYTES
+    return f"other content within 16 MiB of byte {start}", "content of the hash in the manifest"
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

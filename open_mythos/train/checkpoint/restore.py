@@ -1,4 +1,4 @@
-"""From a checkpoint back into a run, whatever number and kind of processes wrote it or read it."""
+"""Load a checkpoint into a run, independent of the number of processes that wrote it."""
 
 from __future__ import annotations
 
@@ -35,31 +35,27 @@ def load_checkpoint(
     Args:
         path: Folder of the checkpoint.
         model: Whole, replicated or sharded.
-        optimizer: Of its parameters.
-        extra: Further safetensors file -> name -> tensor to fill, sharded like the model.
+        optimizer: Optimizer of its parameters.
+        extra: Additional safetensors file -> name -> tensor to fill, sharded like the model.
 
     Raises:
-        DataError: A file cannot be read, or belongs to another model. Nothing is changed unless
-            names and shapes fit.
+        DataError: A file cannot be read or belongs to another model. Nothing is changed unless
+            names and shapes match.
     """
     folder = Path(path)
     shapes = stored_shapes(folder)
-    weights = {f"{_MODEL}{name}": tensor for name, tensor in model_tensors(model).items()}
-    _check_model(folder, model, weights.keys() ^ {n for n in shapes if n.startswith(_MODEL)})
-    held = _room_for_state(folder, optimizer, shapes)
-    further = {
-        f"{Path(file).stem}/{name}": each
-        for file, tensors in (extra or {}).items()
-        for name, each in tensors.items()
-    }
-    into = weights | further
-    for name, of_parameter in held.items():
+    into = {f"{_MODEL}{name}": tensor for name, tensor in model_tensors(model).items()}
+    _check_model(folder, model, into.keys() ^ {n for n in shapes if n.startswith(_MODEL)})
+    state = _empty_state(folder, optimizer, shapes)
+    for name, of_parameter in state.items():
         into |= {f"{_OPTIMIZER}{name}/{key}": each for key, each in of_parameter.items()}
+    for file, tensors in (extra or {}).items():
+        into |= {f"{Path(file).stem}/{name}": each for name, each in tensors.items()}
     read_tensors(folder, into)
     names = [name for name, _ in named_parameters(optimizer)]
     optimizer.load_state_dict(
         {
-            "state": {i: held[name] for i, name in enumerate(names) if name in held},
+            "state": {i: state[name] for i, name in enumerate(names) if name in state},
             "param_groups": optimizer.state_dict()["param_groups"],
         }
     )
@@ -71,26 +67,26 @@ def holds_file(path: Path, file: str) -> bool:
     return any(name.startswith(f"{Path(file).stem}/") for name in stored_shapes(path))
 
 
-def _check_model(folder: Path, model: Model, odd: set[str]) -> None:
-    """Raise DataError if the checkpoint is of another model, or only one of them has ``odd``."""
+def _check_model(folder: Path, model: Model, unmatched: set[str]) -> None:
+    """Raise DataError unless the checkpoint holds this model, without ``unmatched`` tensors."""
     stored, present = read_json(folder / CONFIG_FILE), describe(model)
     if isinstance(stored.get("config"), dict):
-        # fields that are newer than the checkpoint have their defaults
+        # fields that were added after the checkpoint was written have their defaults
         stored["config"] = MythosConfig.from_dict(stored["config"]).to_dict()
-    if stored != present or odd:
+    if stored != present or unmatched:
         raise DataError(
             "the checkpoint is of another model", where=str(folder),
-            value=stored if stored != present else sorted(odd)[:5], allowed=str(present),
+            value=stored if stored != present else sorted(unmatched)[:5], allowed=str(present),
             fix="build the model from the checkpoint's configuration",
         )  # fmt: skip
 
 
-def _room_for_state(
+def _empty_state(
     folder: Path, optimizer: torch.optim.Optimizer, shapes: Mapping[str, torch.Size]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return parameter -> key -> empty tensor for all optimizer state in the checkpoint."""
+    """Return parameter -> key -> zeros for all optimizer state in the checkpoint."""
     parameters, known = dict(named_parameters(optimizer)), state_names(optimizer)
-    held: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, dict[str, Tensor]] = {}
     for stored, shape in shapes.items():
         if not stored.startswith(_OPTIMIZER):
             continue
@@ -102,6 +98,6 @@ def _room_for_state(
                 value=f"{name}/{key} {tuple(shape)}", allowed="that of this run's optimizer",
                 fix="start a new run from the checkpoint's weights",
             )  # fmt: skip
-        room = torch.zeros_like(parameter.detach()) if shape else torch.zeros(())
-        held.setdefault(name, {})[key] = room
-    return held
+        empty = torch.zeros_like(parameter.detach()) if shape else torch.zeros(())
+        state.setdefault(name, {})[key] = empty
+    return state

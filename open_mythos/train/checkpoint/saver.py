@@ -1,8 +1,7 @@
-"""Saves a run: checks room and permissions first, writes in the foreground or in the background,
-retries once.
+"""Save a run: check space and permissions before training, write in the foreground or background.
 
-A background save takes a copy of everything and writes it in a thread. There is at most one in
-flight: the next save, and the end of the run, wait for it. Its error is raised at the next step.
+A background save copies everything and writes it in a thread. At most one is in flight: the next
+save and the end of the run wait for it. Its error is raised after the following step.
 """
 
 from __future__ import annotations
@@ -35,62 +34,46 @@ from open_mythos.train.checkpoint.write import (
 logger = logging.getLogger(__name__)
 
 MOMENTS = 2
-"""Tensors of a parameter's size that an optimizer may keep for it: the two moments of AdamW."""
-_PROBE = f"{UNFINISHED}probe"
+"""Most tensors of a parameter's size in its optimizer state: the two moments of AdamW."""
 _MIB = 1 << 20
 
 
 class Saver:
-    """Writes the checkpoints of a run; used in ``with``, around the training.
+    """Context manager that writes the checkpoints of a run.
 
-    In a process group every process has one, and calls it when the others do.
+    In a process group every process has one, and all call it together.
 
     Args:
-        directory: Their folder.
-        keep: Checkpoints that stay.
-        background: Write in a thread, unless :meth:`save` is told to wait. A copy of the checkpoint
-            is held in host memory meanwhile.
+        directory: Folder of the checkpoints.
+        keep: Number of checkpoints to keep.
+        background: Write in a thread, from a copy in host memory, unless :meth:`save` is called
+            with ``wait``.
     """
 
     def __init__(self, directory: str | Path, keep: int, background: bool = False) -> None:
         self.directory, self.keep, self.background = Path(directory), keep, background
         self._pending: Future[Path] | None = None
-        # its own, so that a background save never gets in between the collectives of training
+        # a separate group: a background save must not interleave with collectives of training
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
 
     def prepare(
         self, model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None = None
     ) -> None:
-        """Find out before the first step whether its checkpoints can be written.
+        """Check before the first step that checkpoints can be written.
 
-        There must be room for ``keep`` checkpoints and the one being written, less those that are
-        there already.
+        The disk must have space for ``keep`` checkpoints and one being written, minus the existing
+        ones.
 
         Raises:
-            EnvironmentError_: There is not enough room, or the folder cannot be written.
+            EnvironmentError_: The disk has too little space, or the folder cannot be written.
         """
 
         def prepare() -> None:
             if rank() == 0:
-                self._prepare(model, optimizer, extra)
+                self._probe_folder()
+                self._check_space(_checkpoint_bytes(model, optimizer, extra))
 
         together(self._group, self.directory, prepare)
-
-    def _prepare(self, model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None) -> None:
-        self._try_to_write()
-        size = checkpoint_bytes(model, optimizer, extra)
-        there = min(self.keep, len(checkpoints(self.directory)))
-        more = self.keep + 1 - there
-        free = shutil.disk_usage(self.directory).free
-        if free < more * size:
-            raise EnvironmentError_(
-                "there is no room for the checkpoints", where=str(self.directory),
-                value=f"{free / _MIB:,.1f} MiB free",
-                allowed=f"at least {more * size / _MIB:,.1f} MiB: {more} more of "
-                f"{size / _MIB:,.1f} MiB (train.keep = {self.keep}, one being written, "
-                f"{there} there)",
-                fix="make room, lower train.keep, or choose another train.out_dir",
-            )  # fmt: skip
 
     def save(
         self,
@@ -102,44 +85,42 @@ class Saver:
         extra: Extra | None = None,
         wait: bool = True,
     ) -> Path:
-        """Save this moment; the arguments are those of :func:`take_snapshot`.
-
-        A save that fails is retried once.
+        """Save a checkpoint; retry once if that fails.
 
         Args:
             step: Optimizer steps done.
-            model: Its weights.
-            optimizer: Its state.
-            state: JSON-ready.
-            extra: Further tensors.
-            wait: Return when the checkpoint is on the disk, whatever ``background`` says. Needed
-                for the last save of a process.
+            model: Its weights are saved.
+            optimizer: Its state is saved.
+            state: JSON-ready content of ``state.json``.
+            extra: Additional tensors.
+            wait: Write in the foreground, whatever ``background`` is; required for the last save
+                of a process.
 
         Returns:
-            The checkpoint's folder; in the background it is not there yet.
+            Folder of the checkpoint; a background save has not created it yet.
 
         Raises:
-            EnvironmentError_: This save, or the one before it, could not be written, or does not
-                read as it was written.
+            EnvironmentError_: This save or the previous one could not be written, or does not read
+                back as it was written.
         """
         self.wait()
-        behind = self.background and not wait
-        snapshot = take_snapshot(step, model, optimizer, state, extra=extra, copy=behind)
-        if not behind:
+        background = self.background and not wait
+        snapshot = take_snapshot(step, model, optimizer, state, extra=extra, copy=background)
+        if not background:
             return self._write(snapshot)
         pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending = pool.submit(self._write, snapshot)
-        pool.shutdown(wait=False)  # takes no more; what it has is finished, also at exit
-        return self.directory / f"step_{step:08d}"
+        pool.shutdown(wait=False)  # accepts no more jobs; the pending one finishes, even at exit
+        return self.directory / snapshot.name
 
     @property
     def failed(self) -> bool:
-        """Whether a background save has ended with an error, which :meth:`wait` raises."""
+        """Whether a background save has failed; :meth:`wait` raises its error."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait for the save under way, if there is one; raises as :meth:`save`."""
+        """Wait for the save in flight, if any; raises as :meth:`save`."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -155,21 +136,36 @@ class Saver:
     ) -> None:
         try:
             self.wait()
-        except (EnvironmentError_, DataError) as lost:
+        except (EnvironmentError_, DataError) as failure:
             if error is None:
                 raise
-            logger.error("a checkpoint was lost besides:\n%s", lost)
+            logger.error("a checkpoint could not be saved either:\n%s", failure)
 
     def _write(self, snapshot: Snapshot) -> Path:
         try:
             return write_checkpoint(self.directory, snapshot, self.keep, self._group)
         except (EnvironmentError_, DataError) as error:
-            logger.warning("saving step %d once more after this:\n%s", snapshot.step, error)
+            logger.warning("retrying the save of step %d after:\n%s", snapshot.step, error)
         return write_checkpoint(self.directory, snapshot, self.keep, self._group)
 
-    def _try_to_write(self) -> None:
-        """Do what a save does with a folder, once, with a few bytes."""
-        first, second = self.directory / _PROBE, self.directory / f"{_PROBE}-renamed"
+    def _check_space(self, size: int) -> None:
+        present = min(self.keep, len(checkpoints(self.directory)))
+        more = self.keep + 1 - present
+        free = shutil.disk_usage(self.directory).free
+        if free < more * size:
+            raise EnvironmentError_(
+                "the disk has too little space for the checkpoints", where=str(self.directory),
+                value=f"{free / _MIB:,.1f} MiB free",
+                allowed=f"at least {more * size / _MIB:,.1f} MiB: {more} more of "
+                f"{size / _MIB:,.1f} MiB (train.keep = {self.keep}, one being written, "
+                f"{present} present)",
+                fix="free space, lower train.keep, or choose another train.out_dir",
+            )  # fmt: skip
+
+    def _probe_folder(self) -> None:
+        """Perform every file operation of a save once, with a few bytes."""
+        first = self.directory / f"{UNFINISHED}probe"
+        second = first.with_name(f"{first.name}-renamed")
         try:
             make_folder(self.directory)
             remove_unfinished(self.directory)
@@ -182,23 +178,17 @@ class Saver:
         except OSError as error:
             raise EnvironmentError_(
                 "checkpoints cannot be written", where=str(self.directory), value=str(error),
-                fix="fix the permissions, make room, or choose another train.out_dir",
+                fix="fix the permissions, free space, or choose another train.out_dir",
             ) from error  # fmt: skip
         finally:
             for leftover in (first, second):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def checkpoint_bytes(
+def _checkpoint_bytes(
     model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None = None
 ) -> int:
-    """Return the bytes of a checkpoint's tensors, with optimizer state that does not exist yet.
-
-    Args:
-        model: Its weights.
-        optimizer: A parameter that it keeps nothing of yet counts for :data:`MOMENTS`.
-        extra: Further tensors that are saved.
-    """
+    """Return the bytes of a checkpoint, with optimizer state that does not exist yet."""
     files = stored_tensors(model, optimizer, extra).values()
     now = sum(each.nbytes for tensors in files for each in tensors.values())
     trained = (each for group in optimizer.param_groups for each in group["params"])

@@ -1,13 +1,14 @@
-"""The content of a checkpoint: everything that a run goes on from, as tensors and texts by file.
+"""Content of a checkpoint: the tensors and texts that a run resumes from, by file.
 
 checkpoints/step_00000100/
-      model.safetensors, config.json    those of ``save_pretrained``
+      model.safetensors, config.json    as written by ``save_pretrained``
       optimizer.safetensors             optimizer state, by parameter name
+      average.safetensors               averaged weights, with ``optim.ema_decay``
       state.json                        step, tokens, data position, configuration, depths trained
       manifest.json                     size and hashes of every other file; written last
 
-All randomness follows from the seed and the step, so there is no generator state to store. The
-format is described in docs/checkpoint_format.md.
+All randomness is derived from the seed and the step, so no generator state is stored. The format
+is described in docs/checkpoint_format.md.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from open_mythos.train.checkpoint.manifest import as_json
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 Extra = Mapping[str, Mapping[str, Tensor]]
-"""Further safetensors file of a checkpoint -> name -> tensor."""
+"""Additional safetensors file of a checkpoint -> name -> tensor."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint will hold, on the CPU."""
+    """Content of a checkpoint, on the CPU."""
 
     step: int
     """Optimizer steps done."""
     tensors: Mapping[str, Mapping[str, Tensor]]
-    """File -> name -> tensor, contiguous; DTensors where the model is sharded."""
+    """File -> name -> contiguous tensor; DTensors where the model is sharded."""
     texts: Mapping[str, str]
     """File -> content."""
 
@@ -56,16 +57,16 @@ def take_snapshot(
     extra: Extra | None = None,
     copy: bool = False,
 ) -> Snapshot:
-    """Collect what is to be saved at this moment.
+    """Collect the content of a checkpoint.
 
     Args:
         step: Optimizer steps done.
-        model: Stored as :func:`open_mythos.hub.pretrained.save_pretrained` stores it.
+        model: Its weights are stored.
         optimizer: Built by :func:`open_mythos.train.optimizers.optim.build_optimizer`.
         state: JSON-ready content of ``state.json``.
-        extra: Further safetensors files and their tensors.
-        copy: Keep it unchanged by what happens later. Takes as much host memory as the checkpoint
-            is large; without it, tensors that are on the CPU are shared.
+        extra: Additional tensors.
+        copy: Copy CPU tensors, so that training may continue while the snapshot is written. Takes
+            the checkpoint's size in host memory.
     """
     tensors = {
         file: {name: each.to("cpu", copy=copy).contiguous() for name, each in tensors.items()}
@@ -78,20 +79,20 @@ def take_snapshot(
 def stored_tensors(
     model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None = None
 ) -> dict[str, Mapping[str, Tensor]]:
-    """Return file -> name -> tensor of a checkpoint, on the device; optimizer state that does not
-    exist yet is missing."""
-    return {
-        WEIGHTS_FILE: model_tensors(model),
-        OPTIMIZER_FILE: {
-            f"{name}/{key}": value.detach().contiguous()
-            for name, parameter in named_parameters(optimizer)
-            for key, value in optimizer.state.get(parameter, {}).items()
-        },
-        **{
-            file: {name: each.detach() for name, each in tensors.items()}
-            for file, tensors in (extra or {}).items()
-        },
+    """Return file -> name -> tensor of a checkpoint, on the device.
+
+    Optimizer state that does not exist yet is missing.
+    """
+    state = {
+        f"{name}/{key}": value.detach().contiguous()
+        for name, parameter in named_parameters(optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
+    further = {
+        file: {name: each.detach() for name, each in tensors.items()}
+        for file, tensors in (extra or {}).items()
+    }
+    return {WEIGHTS_FILE: model_tensors(model), OPTIMIZER_FILE: state, **further}
 
 
 def named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:

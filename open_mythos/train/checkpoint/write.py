@@ -1,9 +1,9 @@
-"""Writes a checkpoint so that its folder is whole or not there at all, for one process or many.
+"""Write a checkpoint atomically: its folder is complete or absent, for one process or many.
 
-It is written under another name, forced to the disk, read back, and only then renamed into place;
-older ones go after that. A replicated model is written by the first process. A sharded one is
-written by all, each its own parts (:mod:`open_mythos.hub.sharded_tensors`); the manifest covers the
-files of all. An error in one process is raised in every one, so that they retry, or stop, together.
+The files are written to a temporary folder, fsynced, read back and renamed into place; then older
+checkpoints are removed. Rank 0 writes a replicated model. A sharded one is written by all ranks,
+each its own shards (:mod:`open_mythos.hub.sharded_tensors`), under one manifest. An error in one
+process is raised in all, so that they retry or stop together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError, EnvironmentError_, MythosError
 from open_mythos.files import sync_to_disk
 from open_mythos.hub.sharded_tensors import holds_parts, write_shards
-from open_mythos.train.checkpoint.find import OLD, checkpoints, children, verify_checkpoint
+from open_mythos.train.checkpoint.find import OLD, checkpoints, list_folder
 from open_mythos.train.checkpoint.manifest import (
     MANIFEST_FILE,
     Entry,
@@ -32,13 +32,14 @@ from open_mythos.train.checkpoint.manifest import (
     entry_of_tensors,
     entry_of_text,
     manifest_text,
+    verify_checkpoint,
 )
 from open_mythos.train.checkpoint.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"
-"""Begins the name of whatever is half written or half removed."""
+"""Prefix of everything that is partly written or partly removed."""
 
 T = TypeVar("T")
 
@@ -49,18 +50,24 @@ def write_checkpoint(
     """Write ``directory/step_<step>``, verify it, then remove all but the newest ``keep``.
 
     Args:
-        directory: Folder of a run's checkpoints, the same for all processes; made if missing.
-        snapshot: Of this process: whole tensors, the same in all, or DTensors.
-        keep: Checkpoints that stay, the new one included.
+        directory: Folder of a run's checkpoints, shared by all processes; created if missing.
+        snapshot: This process's content: whole tensors, equal in all processes, or DTensors.
+        keep: Checkpoints to keep, the new one included.
         group: All processes of the run, which call this together; None for a single process.
 
     Raises:
-        EnvironmentError_: The disk is full, cannot be written, or does not give back what was
-            written, in some process; older checkpoints are untouched.
+        EnvironmentError_: In some process the disk is full, cannot be written, or returns other
+            bytes than were written; older checkpoints are untouched.
     """
     final, partial = directory / snapshot.name, directory / f"{UNFINISHED}{snapshot.name}"
     first, entries = rank() == 0, dict[str, Entry]()
     sharded = any(holds_parts(tensors) for tensors in snapshot.tensors.values())
+
+    def begin() -> None:
+        if first:
+            make_folder(directory)
+            remove_unfinished(directory)
+            partial.mkdir()
 
     def finish() -> None:
         if first:
@@ -69,7 +76,7 @@ def write_checkpoint(
             _publish(partial, final)
 
     try:
-        together(group, final, lambda: _begin(partial) if first else None)
+        together(group, final, begin)
         if sharded:
             entries |= _write_parts(partial, final, snapshot, group)
         together(group, final, finish)
@@ -82,10 +89,10 @@ def write_checkpoint(
 
 
 def together(group: dist.ProcessGroup | None, where: Path, action: Callable[[], T]) -> T:
-    """Call ``action()`` in all processes; raise its error in one of them in all.
+    """Call ``action()`` in all processes; raise an error in one of them in all.
 
     Raises:
-        MythosError: That of the first process that had one.
+        MythosError: The error of the lowest rank that had one.
     """
     error: MythosError | None = None
     result: Any = None
@@ -96,7 +103,7 @@ def together(group: dist.ProcessGroup | None, where: Path, action: Callable[[], 
     except (OSError, SafetensorError) as mine:
         error = EnvironmentError_(
             "the checkpoint could not be written", where=str(where), value=str(mine),
-            fix="make room or fix the permissions, then resume; older checkpoints are untouched",
+            fix="free space or fix the permissions, then resume; older checkpoints are untouched",
         )  # fmt: skip
         error.__cause__ = mine if group is None else None
     errors = [error]
@@ -112,43 +119,40 @@ def together(group: dist.ProcessGroup | None, where: Path, action: Callable[[], 
 def _write_parts(
     partial: Path, final: Path, snapshot: Snapshot, group: dist.ProcessGroup | None
 ) -> dict[str, Entry]:
-    """Write the tensors of a sharded model; return the manifest's entries of all their files."""
+    """Write the tensors of a sharded model; return the manifest entries of all ranks' files."""
     parts = {
         f"{Path(file).stem}/{name}": tensor
         for file, tensors in snapshot.tensors.items()
         for name, tensor in tensors.items()
     }
     files = write_shards(partial, parts, group)
-    mine = together(group, final, lambda: _entries(files))
+
+    def sync_and_hash() -> dict[str, Entry]:
+        with ThreadPoolExecutor() as pool:
+            for path in files:
+                sync_to_disk(path)
+            return {path.name: entry_of_file(path, pool) for path in files}
+
+    mine = together(group, final, sync_and_hash)
     everyone: list[dict[str, Entry]] = [{} for _ in range(world_size())]
     dist.all_gather_object(everyone, mine, group)
     return {name: entry for each in everyone for name, entry in each.items()}
 
 
-def _entries(files: list[Path]) -> dict[str, Entry]:
-    """Return the manifest's entries of files that this process has written."""
-    with ThreadPoolExecutor() as pool:
-        for path in files:
-            sync_to_disk(path)
-        return {path.name: entry_of_file(path, pool) for path in files}
-
-
 def fill_folder(folder: Path, snapshot: Snapshot, others: Mapping[str, Entry]) -> None:
-    """Write all files into ``folder``, force them to the disk and read them back.
-
-    Writing, fsync and hashing overlap.
+    """Write all files into ``folder``, fsync them and read them back, overlapped.
 
     Args:
-        folder: Holds nothing but the files of ``others``.
-        snapshot: What to write.
-        others: The manifest's entries of files that are there already.
+        folder: Contains only the files of ``others``.
+        snapshot: Content to write.
+        others: Manifest entries of files that exist already.
     """
     with ThreadPoolExecutor() as jobs, ThreadPoolExecutor() as pool:
         synced, entries = [], {}
         for name, tensors in snapshot.tensors.items():
             path = folder / name
             save_file(dict(tensors), path, metadata={"format": "pt"})
-            # safetensors makes files that only their owner can read, whatever the umask is
+            # safetensors creates files with mode 0600, whatever the umask is
             path.chmod(folder.stat().st_mode & 0o666)
             synced.append(jobs.submit(sync_to_disk, path))
             entries[name] = jobs.submit(entry_of_tensors, path, tensors, pool)
@@ -166,10 +170,10 @@ def fill_folder(folder: Path, snapshot: Snapshot, others: Mapping[str, Entry]) -
 
 
 def _publish(partial: Path, final: Path) -> None:
-    """Give the finished folder its name.
+    """Rename the finished folder to its final name.
 
-    A checkpoint that has the name already is removed: at once if it is damaged, else when the new
-    one is there. Until then it is kept under a name that :func:`checkpoints` knows.
+    An existing checkpoint of that name is removed: first if it is damaged, else after the rename.
+    Meanwhile it has the suffix ``OLD`` and still counts as a checkpoint.
     """
     old = final.with_name(final.name + OLD)
     if final.exists():
@@ -185,7 +189,7 @@ def _publish(partial: Path, final: Path) -> None:
 
 
 def _remove_old(new: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what ``new`` replaces."""
+    """Remove all but the newest ``keep`` checkpoints, and the one that ``new`` replaces."""
     replaced = new.with_name(new.name + OLD)
     others = [path for path in checkpoints(new.parent) if path not in (new, replaced)]
     for path in (replaced, *others[: max(0, len(others) - (keep - 1))]):
@@ -196,7 +200,7 @@ def _remove_old(new: Path, keep: int) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint; half removed, it no longer has the name of one."""
+    """Remove a checkpoint; rename it first, so that a partly removed one is not found."""
     if path.exists():
         doomed = path.with_name(f"{UNFINISHED}removed-{path.name}")
         if doomed.exists():
@@ -205,15 +209,8 @@ def _discard(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _begin(partial: Path) -> None:
-    """Make the empty folder to write into; remove what a killed run left beside it."""
-    make_folder(partial.parent)
-    remove_unfinished(partial.parent)
-    partial.mkdir()
-
-
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` and its parents, so that a power failure does not undo it."""
+    """Create ``folder`` and its parents durably, so that they survive a power failure."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -221,8 +218,8 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run left behind; name what cannot be removed in a warning."""
-    for path in children(folder):
+    """Remove leftovers of killed runs; warn about those that cannot be removed."""
+    for path in list_folder(folder):
         if path.name.startswith(UNFINISHED):
             try:
                 shutil.rmtree(path)

@@ -1,1 +1,1 @@
-"""What a run is watched by: metrics and where they go, spikes, faults of the loops, utilisation."""
+"""Monitoring of a training run: metrics and loggers, loss spikes, loop alarms, utilization."""

@@ -1,7 +1,7 @@
-"""Ways in which a looped model goes wrong while its loss still looks harmless, by name.
+"""Alarms for failures of a looped model that its training loss does not show.
 
-The watchdog looks at what the logged steps measured anyway, and at one cheap probe. It decides
-nothing: an :class:`Alarm` is logged and shown, once until it clears.
+The watchdog evaluates metrics of the logged steps and one cheap probe. It takes no action: an
+:class:`Alarm` is logged and shown, once until its condition clears.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from open_mythos.train.loop_summary import LoopSummary
 from open_mythos.train.state import TokenBatch
 
 REMEDIES: dict[str, str] = {
-    "not_finite": "the step was skipped; lower optim.lr or train.clip, or compute in float32 "
-    '(train.dtype "float32") to see whether it is the range of the dtype',
+    "not_finite": "the step was skipped; lower optim.lr or train.clip, or train in float32 "
+    '(train.dtype "float32") to see whether the range of the dtype is the cause',
     "state_explosion": "lower optim.lr or train.clip; train at more depths (depth.plan "
-    '"lognormal_poisson") so that late loops have a gradient too',
+    '"lognormal_poisson") so that late loops receive a gradient too',
     "state_collapse": 'lower optim.lr or lengthen train.warmup_steps; model.initial_state "normal" '
     "keeps tokens apart at the start",
     "recurrence_ignored": "if the task needs depth: raise depth.mean, let gradients through all "
@@ -35,54 +35,55 @@ REMEDIES: dict[str, str] = {
     "uneven_experts": "raise train.balance_speed, or use fewer experts; starved experts learn "
     "nothing",
 }
-"""Name of every alarm -> what to do about it. "halting_stuck" is about a gate, which is trained
-after the model: :func:`halting_alarm`."""
+"""Alarm name -> what to do about it. "halting_stuck" concerns the gate, which is trained after the
+model: :func:`halting_alarm`."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Bounds of a healthy run. Defaults are starting points."""
+    """Bounds of a healthy run. The defaults are starting points."""
 
     growth: float = 10.0
-    """Norm of the longest state over that of the first."""
+    """Largest state norm over that of the first loop."""
     correlation: float = 0.85
-    """Mean cosine between two tokens' states. Counting each token with itself and subtracting
-    1 / T, as others do, gives 0.85 (1 - 1 / T) for the same states."""
+    """Mean cosine between the states of two different tokens. Definitions that count each token
+    with itself and subtract 1 / T give 0.85 (1 - 1 / T) for the same states."""
     gap: float = 0.001
-    """(loss with 1 loop - loss with the mean number) over the latter, whatever its sign."""
+    """Absolute value of :func:`relative_gap`."""
     shallow: float = 1.05
-    """Mean loops of positions under a halting gate: at or below this it always stops at once."""
+    """Mean loops under a halting gate at or below which it always stops at once."""
     deep: float = 0.99
-    """The same over the most loops allowed: at or above this it never stops."""
+    """Mean loops over the most loops allowed, at or above which the gate never stops."""
     takes_all: float = 0.95
-    """Share of the tokens that choose one and the same expert, judged where an even share is at
-    most a half."""
+    """Share of the tokens that choose the same expert; judged where an even share is at most a
+    half."""
     starved: float = 0.1
-    """Share of the choices that an expert gets, times the number of experts."""
+    """Least share of the choices that an expert gets, times the number of experts."""
     crowded: float = 4.0
-    """The same, too much."""
+    """Largest share of the choices that an expert gets, times the number of experts."""
     patience: int = 5
-    """Consecutive looks at which a number is out of bounds; one is enough for "not_finite"."""
+    """Consecutive observations out of bounds that raise an alarm; one is enough for
+    "not_finite"."""
     uneven_steps: int = 200
-    """Optimizer steps for which experts are uneven, beside ``patience``."""
+    """Optimizer steps for which experts must be uneven, in addition to ``patience``."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A number that has left the bounds of a healthy run."""
+    """A metric that is out of the bounds of a healthy run."""
 
     name: str
     """A key of :data:`REMEDIES`."""
     step: int
     """Optimizer steps done when it was raised."""
     loop: int | None
-    """The loop it concerns, counted from 1; None where it concerns no single one."""
+    """The loop it concerns, counted from 1; None if it concerns no single one."""
     value: float
     """What was measured."""
     threshold: float
     """The bound that ``value`` has crossed."""
     what: str
-    """One sentence: what was seen."""
+    """Description in one sentence."""
     fix: str
     """What to do about it."""
 
@@ -96,7 +97,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class _Finding:
-    """One number, judged."""
+    """One judged metric."""
 
     name: str
     bad: bool
@@ -108,19 +109,19 @@ class _Finding:
 
     @property
     def key(self) -> str:
-        """Key under which looks are counted: layers are judged one by one."""
+        """Key of its streak: layers are judged separately."""
         return self.name if self.layer is None else f"{self.name}/layer{self.layer}"
 
 
 class LoopWatchdog:
-    """Judges logged steps and remembers which numbers have been out of bounds, and for how long.
+    """Judges logged steps and tracks for how long each metric has been out of bounds.
 
     Args:
         cfg: The model's configuration.
         thresholds: Bounds of a healthy run.
-        start: Step from which "state_collapse" and "recurrence_ignored" are judged; see
-            :func:`first_judged_step`. A model that has only learnt which tokens are frequent shows
-            both and is healthy.
+        start: Step from which "state_collapse" and "recurrence_ignored" are judged, see
+            :func:`first_judged_step`: a healthy model that has only learned token frequencies
+            shows both.
     """
 
     def __init__(
@@ -133,25 +134,24 @@ class LoopWatchdog:
 
     @property
     def active(self) -> list[str]:
-        """Alarms that have been raised and have not cleared: their names, and where it concerns
-        one the layer, as in "one_expert/layer1"."""
+        """Alarms that were raised and have not cleared: names, with the layer if there is one, as
+        in "one_expert/layer1"."""
         return sorted(self._active)
 
     def observe(
         self, step: int, summary: LoopSummary, *, loop_gap: float | None = None
     ) -> list[Alarm]:
-        """Look at one step and return the alarms that it raises, each once until it clears.
+        """Judge one step; return the alarms that it raises, each once until it clears.
 
-        What is not measured is not judged, and leaves earlier findings as they are.
+        Metrics that were not measured leave earlier findings unchanged.
 
         Args:
             step: Optimizer steps done.
-            summary: What the loops did, over all ranks; with the token correlation if
-                "state_collapse" is to be found.
+            summary: Loop metrics over all ranks; "state_collapse" needs the token correlation.
             loop_gap: :func:`relative_gap`, if it was measured.
         """
         raised = []
-        for found in self._look(step, summary, loop_gap):
+        for found in self._judge(step, summary, loop_gap):
             if not found.bad:
                 self._streaks.pop(found.key, None)
                 self._active.discard(found.key)
@@ -169,76 +169,65 @@ class LoopWatchdog:
         return raised
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was seen up to now, JSON-ready."""
-        return {
-            "streaks": {name: list(streak) for name, streak in self._streaks.items()},
-            "active": self.active,
-        }
+        """Return streaks and active alarms, JSON-ready."""
+        streaks = {name: list(streak) for name, streak in self._streaks.items()}
+        return {"streaks": streaks, "active": self.active}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self._streaks = {
-            name: (int(n), int(since)) for name, (n, since) in state["streaks"].items()
-        }
+        self._streaks = {name: (count, since) for name, (count, since) in state["streaks"].items()}
         self._active = set(state["active"])
 
     def _lasts(self, name: str, count: int, steps: int) -> bool:
-        """Return whether ``count`` looks over ``steps`` steps are enough."""
+        """Return whether ``count`` observations over ``steps`` steps raise the alarm."""
         if name == "not_finite":
             return True
         enough = count >= self.thresholds.patience
         return enough and (name != "uneven_experts" or steps >= self.thresholds.uneven_steps)
 
-    def _look(self, step: int, summary: LoopSummary, loop_gap: float | None) -> Iterator[_Finding]:
+    def _judge(self, step: int, summary: LoopSummary, loop_gap: float | None) -> Iterator[_Finding]:
         norms = summary.means.get("state_norm", [])
         broken = [t for t, norm in enumerate(norms) if not math.isfinite(norm)]
         if norms:
-            yield self._not_finite(norms, broken)
+            loop = broken[0] + 1 if broken else None
+            value = norms[broken[0]] if broken else 0.0
+            what = f"the norm of the state is {value} after loop {loop} of {len(norms)}"
+            yield _Finding("not_finite", bool(broken), value, math.inf, what, loop)
         if norms and not broken:
             yield self._explosion(norms)
             if step >= self.start and "correlation" in summary.means:
                 yield self._collapse(summary, norms)
         if loop_gap is not None and not broken and step >= self.start:
-            yield self._ignored(loop_gap)
+            limit = self.thresholds.gap
+            what = f"the loss with one loop differs by {loop_gap:+.3%} from that with mean depth"
+            # a large negative gap means that loops hurt, which is not the same as no effect
+            yield _Finding("recurrence_ignored", not abs(loop_gap) >= limit, loop_gap, limit, what)
         for layer in summary.load:
             yield from self._experts(layer, summary)
 
-    def _not_finite(self, norms: list[float], broken: list[int]) -> _Finding:
-        loop = broken[0] + 1 if broken else None
-        value = norms[broken[0]] if broken else 0.0
-        what = f"the norm of the state is {value} after loop {loop} of {len(norms)}"
-        return _Finding("not_finite", bool(broken), value, math.inf, what, loop)
-
     def _explosion(self, norms: list[float]) -> _Finding:
-        # the longest, not the last: A shrinks again what one loop has blown up
-        limit, first, longest = self.thresholds.growth, max(norms[0], 1e-30), max(norms)
+        # the largest norm, not the last: A damps again what one loop has amplified
+        limit, first, largest = self.thresholds.growth, max(norms[0], 1e-30), max(norms)
         loop = next((t + 1 for t, norm in enumerate(norms) if norm / first > limit), None)
+        ratio = largest / first
         what = (
-            f"after loop {norms.index(longest) + 1} of {len(norms)} the state is "
-            f"{longest / first:.3g} times as long as after the first"
+            f"the state norm after loop {norms.index(largest) + 1} of {len(norms)} is {ratio:.3g} "
+            "times that after the first"
         )
-        return _Finding("state_explosion", loop is not None, longest / first, limit, what, loop)
+        return _Finding("state_explosion", loop is not None, ratio, limit, what, loop)
 
     def _collapse(self, summary: LoopSummary, norms: list[float]) -> _Finding:
-        # loops that few sequences reach say more about these sequences than about the loop
+        # skip loops reached by few sequences: their mean describes those sequences, not the loop
         common = sum(2 * rows >= summary.rows[0] for rows in summary.rows)
-        alike = [
-            1.0 if norm == 0 else c
-            for c, norm in zip(summary.means["correlation"], norms, strict=True)
-        ]
-        value, limit = max(alike[:common]), self.thresholds.correlation
-        loop = next((t + 1 for t, c in enumerate(alike[:common]) if c >= limit), None)
+        pairs = zip(summary.means["correlation"], norms, strict=True)
+        alike = [1.0 if norm == 0 else cosine for cosine, norm in pairs][:common]
+        value, limit = max(alike), self.thresholds.correlation
+        loop = next((t + 1 for t, cosine in enumerate(alike) if cosine >= limit), None)
         what = f"the states of different tokens have a mean cosine of {value:.3f}"
         return _Finding("state_collapse", value >= limit, value, limit, what, loop)
 
-    def _ignored(self, gap: float) -> _Finding:
-        limit = self.thresholds.gap
-        what = f"the loss with one loop is {gap:+.3%} from that with the mean number of loops"
-        # a large negative gap means that loops do harm, which is not the same as doing nothing
-        return _Finding("recurrence_ignored", not abs(gap) >= limit, gap, limit, what)
-
     def _experts(self, layer: int, summary: LoopSummary) -> Iterator[_Finding]:
-        """One mixture layer, all loops together: single loops may want different experts."""
+        """Judge one MoE layer over all loops together: loops may prefer different experts."""
         bounds, count, chosen = self.thresholds, self.cfg.n_experts, self.cfg.n_experts_per_tok
         choices = float(summary.load[layer].sum())
         # with fewer choices chance alone starves an expert
@@ -246,8 +235,7 @@ class LoopWatchdog:
             return
         share_E = summary.expert_share(layer)
         top, low = max(share_E), min(share_E)
-        # a token chooses an expert at most once
-        tokens = top * chosen
+        tokens = top * chosen  # a token chooses an expert at most once
         what = f"expert {share_E.index(top)} of layer {layer} is chosen by {tokens:.1%} of tokens"
         if 2 * chosen <= count:
             bad = tokens >= bounds.takes_all
@@ -255,8 +243,8 @@ class LoopWatchdog:
         starving, crowded = low * count < bounds.starved, top * count > bounds.crowded
         share, limit = (low, bounds.starved) if starving else (top, bounds.crowded)
         what = (
-            f"expert {share_E.index(share)} of layer {layer} gets {share:.2%} of the choices, and "
-            f"an even share is {1 / count:.2%}"
+            f"expert {share_E.index(share)} of layer {layer} gets {share:.2%} of the choices; an "
+            f"even share is {1 / count:.2%}"
         )
         bad = starving or crowded
         yield _Finding("uneven_experts", bad, share * count, limit, what, layer=layer)
@@ -265,28 +253,27 @@ class LoopWatchdog:
 def halting_alarm(
     step: int, mean_loops: float, most: int, thresholds: Thresholds | None = None
 ) -> Alarm | None:
-    """Return the alarm "halting_stuck" if a gate stops always, or never; else None.
+    """Return the alarm "halting_stuck" if a gate always stops at once or never stops, else None.
 
     Args:
         step: Steps that the gate was trained for.
-        mean_loops: Mean over positions of the loops that they run under the gate.
-        most: Loops that it allows; nothing can be said of one.
+        mean_loops: Mean loops per position under the gate.
+        most: Loops that it allows; a single one is not judged.
         thresholds: ``shallow`` and ``deep`` bound ``mean_loops``.
     """
     bounds = thresholds or Thresholds()
     low, high = bounds.shallow, bounds.deep * most
     if most == 1 or low < mean_loops < high:
         return None
+    limit = low if mean_loops <= low else high
     what = f"positions run {mean_loops:.2f} of at most {most} loops, nearly all of them the same"
-    return Alarm(
-        "halting_stuck", step, None, mean_loops, low if mean_loops <= low else high, what,
-        REMEDIES["halting_stuck"],
-    )  # fmt: skip
+    remedy = REMEDIES["halting_stuck"]
+    return Alarm("halting_stuck", step, None, mean_loops, limit, what, remedy)
 
 
 def first_judged_step(steps: int, warmup_steps: int) -> int:
-    """Return the step by which a run should have learnt more than the frequency of tokens: after
-    its warm-up and a fifth of its steps, but at most 2,000."""
+    """Return the step by which a run should have learned more than token frequencies: after its
+    warm-up and a fifth of its steps, but at most 2,000."""
     return max(warmup_steps, min(steps // 5, 2000))
 
 
@@ -296,13 +283,13 @@ def loop_losses(
     """Return the loss in nats per token with one loop and with ``depth``, from one forward pass.
 
     Costs about a third of a training step on the same batch; a few sequences are enough, because
-    both losses are of the same tokens.
+    both losses are measured on the same tokens.
 
     Args:
-        model: Left as it is.
-        batch: Some training sequences, on any device.
-        depth: Mean depth of the training, at least 2.
-        dtype: Of the matmuls (autocast).
+        model: Left unchanged.
+        batch: Training sequences, on any device.
+        depth: Mean training depth, at least 2.
+        dtype: Dtype of the matmuls (autocast).
 
     Raises:
         DataError: The batch has no target.
@@ -312,5 +299,5 @@ def loop_losses(
 
 
 def relative_gap(one: float, deep: float) -> float:
-    """Return (loss with one loop - loss with many) / loss with many: what looping is worth."""
+    """Return (loss with one loop - loss with many) / loss with many: the gain from looping."""
     return (one - deep) / max(abs(deep), 1e-12)

@@ -1,6 +1,6 @@
-"""Where metrics can go beside ``metrics.jsonl``: TensorBoard, Weights & Biases, trackio.
+"""Metric loggers beside ``metrics.jsonl``: TensorBoard, Weights & Biases, trackio.
 
-Each is a package of its own, imported only when it is requested explicitly.
+Each needs a package of its own, imported only when the logger is requested.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from open_mythos.errors import EnvironmentError_
 from open_mythos.train.monitoring.metrics import MetricsLogger
 
 IDENTITY_FILE = "loggers.json"
-"""In the run's folder: the name under which the services know the run, so that a resumed run goes
-on there."""
+"""File in the run's folder with its id for the services, under which a resumed run continues."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,15 @@ class LoggedRun:
     folder: Path
     """The run's folder."""
     project: str
-    """Under which the services file it."""
+    """Project name in the services."""
     config: Mapping[str, Any]
-    """Its configuration, nested, JSON-ready."""
+    """Configuration, nested, JSON-ready."""
 
     def identity(self) -> str:
-        """A name for this run that no other has; made up once and kept in its folder.
+        """Return a unique name for this run; created once and kept in its folder.
 
         Raises:
-            EnvironmentError_: The folder cannot be written.
+            EnvironmentError_: The file cannot be read or written.
         """
         path = self.folder / IDENTITY_FILE
         try:
@@ -49,8 +48,8 @@ class LoggedRun:
             path.write_text(json.dumps({"id": name}) + "\n", encoding="utf-8")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EnvironmentError_(
-                "the name of the run for its loggers cannot be kept", where=str(path),
-                value=str(error), allowed='{"id": "..."} in a folder that can be written',
+                "the run's id for its loggers cannot be stored", where=str(path),
+                value=str(error), allowed='{"id": "..."} in a writable folder',
                 fix="fix the folder's permissions, or remove the file",
             ) from error  # fmt: skip
         return name
@@ -59,8 +58,8 @@ class LoggedRun:
 class TensorBoardLogger:
     """Writes events for TensorBoard into ``tensorboard`` in the run's folder.
 
-    Show them with ``tensorboard --logdir runs``. After a resume or a rewind the later of two values
-    at one step is shown.
+    Show them with ``tensorboard --logdir runs``. After a resume or a rollback the later of two
+    values at one step is shown.
     """
 
     def __init__(self, run: LoggedRun) -> None:
@@ -72,29 +71,28 @@ class TensorBoardLogger:
         self._last = 0
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write every number as a scalar, and every text of an alarm."""
+        """Write every number as a scalar and every alarm as text."""
         if self._writer is None or step < self._last:
-            # what an abandoned piece of the run has written from this step on is hidden
+            # hide events from this step on that a rolled back or killed run has written
             self.close()
             self._writer = self._open(str(self._folder), purge_step=step)
         self._last = step
         for name, value in flat_metrics(metrics).items():
             self._writer.add_scalar(name, value, step)
         for alarm in metrics.get("alarms", ()):
-            self._writer.add_text(
-                f"alarm/{alarm['name']}", f"{alarm['what']}: {alarm['fix']}", step
-            )
+            text = f"{alarm['what']}: {alarm['fix']}"
+            self._writer.add_text(f"alarm/{alarm['name']}", text, step)
         self._writer.flush()
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
 
 class WandbLogger:
-    """Sends metrics to Weights & Biases, against the axis "step".
+    """Sends metrics to Weights & Biases, with "step" as the x-axis.
 
     Log in with ``wandb login``, or set WANDB_MODE=offline.
     """
@@ -105,11 +103,11 @@ class WandbLogger:
             project=run.project, id=name, name=name, resume="allow", dir=str(run.folder),
             config=dict(run.config),
         )  # fmt: skip
-        # its own counter only goes up, and a run may go back to an older checkpoint
+        # wandb's own step counter only increases, and a run may roll back
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Send every number; an alarm is an alert as well."""
+        """Send every number; an alarm also raises an alert."""
         self._run.log({"step": step, **flat_metrics(metrics)})
         for alarm in metrics.get("alarms", ()):
             self._run.alert(title=alarm["name"], text=f"step {step}: {alarm['what']}")
@@ -120,7 +118,7 @@ class WandbLogger:
 
 
 class TrackioLogger:
-    """Keeps metrics for trackio, on this machine; ``trackio show`` displays them."""
+    """Stores metrics locally for trackio; ``trackio show`` displays them."""
 
     def __init__(self, run: LoggedRun) -> None:
         self._run: Any = import_module("trackio").init(
@@ -137,47 +135,58 @@ class TrackioLogger:
         self._run.finish()
 
 
-@dataclass(frozen=True)
-class LoggerKind:
-    """How to open a logger, and what it needs."""
-
-    open: Callable[[LoggedRun], MetricsLogger]
-    package: str
-    """Name on PyPI, which is also what is imported."""
-
-
-LOGGERS: dict[str, LoggerKind] = {
-    "tensorboard": LoggerKind(TensorBoardLogger, "tensorboard"),
-    "wandb": LoggerKind(WandbLogger, "wandb"),
-    "trackio": LoggerKind(TrackioLogger, "trackio"),
+LOGGERS: dict[str, Callable[[LoggedRun], MetricsLogger]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+    "trackio": TrackioLogger,
 }
-"""Names for ``watch.loggers``."""
+"""Name for ``watch.loggers``, which is also the package on PyPI -> logger."""
 
 
 def open_loggers(names: Sequence[str], run: LoggedRun) -> list[MetricsLogger]:
-    """The loggers of these names, ready to be written to; before a run's first step.
+    """Open loggers before a run's first step.
 
-    Every process may call it: all look for the packages, and only the first opens anything.
+    Every process may call it: all check the packages, and only rank 0 opens anything.
 
     Args:
         names: Keys of :data:`LOGGERS`.
-        run: What they are told about the run.
+        run: Passed to the loggers.
 
     Raises:
         ConfigError: A name is unknown.
-        EnvironmentError_: A package is missing, or its service refuses; says what to do.
+        EnvironmentError_: A package is missing, or its service cannot be opened.
     """
     for name in names:
-        _look_for(name, pick(LOGGERS, name, "watch.loggers", what="logger").package)
-    return [_opened(name, run) for name in names] if rank() == 0 else []
+        pick(LOGGERS, name, "watch.loggers", what="logger")
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise EnvironmentError_(
+                f'the logger "{name}" needs a package that is not installed',
+                where="watch.loggers", value=str(error), allowed=f"the package {name}",
+                fix=f"pip install {name}",
+            ) from error  # fmt: skip
+    return [_open(name, run) for name in names] if rank() == 0 else []
+
+
+def _open(name: str, run: LoggedRun) -> MetricsLogger:
+    try:
+        return LOGGERS[name](run)
+    except EnvironmentError_:
+        raise
+    except Exception as error:  # each package has exceptions of its own
+        raise EnvironmentError_(
+            f'the logger "{name}" does not start', where="watch.loggers", value=str(error),
+            fix=f"fix that (for wandb: wandb login, or WANDB_MODE=offline), or remove {name}",
+        ) from error  # fmt: skip
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers under names of their own, for what plots one curve per name.
+    """Flatten metrics to one number per name.
 
     A list with an entry per loop becomes "name/loop01", "name/loop02", ...; rows of an evaluation
     become "name/loss/depth04"; an alarm becomes 1 under "alarm/NAME". Histograms and tables of
-    shares are left out: the report shows them.
+    shares are omitted.
     """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
@@ -201,25 +210,3 @@ def _flat_list(name: str, values: Iterable[Any]) -> dict[str, float]:
             numbers = {key: x for key, x in value.items() if key != "depth" and is_scalar(x)}
             flat |= {f"{name.removesuffix('/depths')}/{key}{end}": x for key, x in numbers.items()}
     return flat
-
-
-def _look_for(name: str, package: str) -> None:
-    try:
-        import_module(package)
-    except ImportError as error:
-        raise EnvironmentError_(
-            f'the logger "{name}" needs a package that is not installed', where="watch.loggers",
-            value=str(error), allowed=f"the package {package}", fix=f"pip install {package}",
-        ) from error  # fmt: skip
-
-
-def _opened(name: str, run: LoggedRun) -> MetricsLogger:
-    try:
-        return LOGGERS[name].open(run)
-    except EnvironmentError_:
-        raise
-    except Exception as error:  # each package has exceptions of its own
-        raise EnvironmentError_(
-            f'the logger "{name}" does not start', where="watch.loggers", value=str(error),
-            fix=f"fix that (for wandb: wandb login, or WANDB_MODE=offline), or leave out {name}",
-        ) from error  # fmt: skip

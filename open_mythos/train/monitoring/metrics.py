@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a one-method protocol, a JSON-lines file, events."""
+"""Metrics of a run: a one-method logger protocol, a JSON-lines file, a logger group, events."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from open_mythos.errors import EnvironmentError_, InternalError
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, Any]
-"""Name -> number, list of numbers (one per loop), or whatever JSON an evaluation gives."""
+"""Name -> number, list of numbers (one per loop), or other JSON returned by an evaluation."""
 EVENTS = ("resumed", "skipped", "rewound", "preempted", "stopped")
-"""What can happen to a run beside steps: continued from a checkpoint, a step skipped because it was
-not finite, rolled back to a checkpoint, told to stop, given up."""
+"""Kinds of events: resumed from a checkpoint, non-finite step skipped, rolled back to a checkpoint,
+stopped by a signal, stopped with DivergedError."""
 
 
 class MetricsLogger(Protocol):
-    """Takes the metrics of a step."""
+    """Receives the metrics of a step."""
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record what was measured after ``step`` optimizer steps."""
+        """Record metrics measured after ``step`` optimizer steps."""
 
 
 class JsonlLogger:
     """Appends one JSON object per call to a file: ``{"step": ..., name: number or list, ...}``.
 
-    Numbers that are not finite become null, which every JSON reader takes. A resumed run appends:
-    of two lines with the same step and names the later one counts.
+    Numbers that are not finite become null. A resumed run appends: of two lines with the same step
+    and names the later one counts.
 
     Args:
-        path: The file; its folder is made if missing.
+        path: The file; its folder is created if missing.
 
     Raises:
         EnvironmentError_: The file cannot be written.
@@ -48,7 +48,7 @@ class JsonlLogger:
             with self.path.open("a+b") as file:
                 file.seek(max(0, file.tell() - 1))
                 if file.read() not in (b"", b"\n"):
-                    file.write(b"\n")  # a killed run may have left half a line
+                    file.write(b"\n")  # a killed run may have left a partial line
         except OSError as error:
             raise EnvironmentError_(
                 "metrics cannot be written", where=str(self.path), value=str(error),
@@ -56,16 +56,16 @@ class JsonlLogger:
             ) from error  # fmt: skip
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line and hand it to the operating system."""
+        """Append one line and flush it to the operating system."""
         line = json.dumps({"step": step, **{k: finite(v) for k, v in metrics.items()}})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 class LoggerGroup:
-    """Hands metrics on to several loggers, on rank 0 only, and survives their failures.
+    """Forwards metrics to several loggers, on rank 0 only, and survives their failures.
 
-    A logger that raises is named in one warning; training and the other loggers go on.
+    The first failure of a logger is reported as a warning; training and other loggers continue.
     """
 
     def __init__(self, loggers: Iterable[MetricsLogger]) -> None:
@@ -79,7 +79,7 @@ class LoggerGroup:
         for each in self._loggers:
             try:
                 each.log(step, metrics)
-            except Exception as error:  # whatever a logger does must not stop training
+            except Exception as error:  # no failure of a logger may stop training
                 if id(each) not in self._warned:
                     self._warned.add(id(each))
                     name = type(each).__name__
@@ -88,7 +88,7 @@ class LoggerGroup:
                     )
 
     def close(self) -> None:
-        """Let every logger that has a ``close`` write what it still holds."""
+        """Close every logger that has a ``close`` method."""
         for each in self._loggers:
             try:
                 getattr(each, "close", lambda: None)()
@@ -97,11 +97,11 @@ class LoggerGroup:
 
 
 def event(kind: str, **facts: Any) -> Metrics:
-    """Return a line that says what happened instead of what was measured: ``{"event": {...}}``.
+    """Return the metrics of an event: ``{"event": {"kind": kind, **facts}}``.
 
     Args:
         kind: One of :data:`EVENTS`.
-        facts: Numbers and texts about it, JSON-ready.
+        facts: Details, JSON-ready.
 
     Raises:
         InternalError: The kind is unknown.
@@ -112,7 +112,7 @@ def event(kind: str, **facts: Any) -> Metrics:
 
 
 def finite(value: Any) -> Any:
-    """Replace every number that is not finite by None, which JSON can hold."""
+    """Replace numbers that are not finite by None, which JSON can represent."""
     if isinstance(value, list):
         return [finite(each) for each in value]
     if isinstance(value, dict):

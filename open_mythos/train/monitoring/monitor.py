@@ -1,4 +1,4 @@
-"""Monitors a run: spikes of the loss, faults of the loops, utilisation of the hardware."""
+"""Monitoring of a run: loss spikes, loop alarms, throughput and hardware utilization."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from open_mythos.train.config import RunConfig
 from open_mythos.train.loop_summary import LoopSummary
 from open_mythos.train.monitoring.alarms import (
     LoopWatchdog,
-    Thresholds,
     first_judged_step,
     loop_losses,
     relative_gap,
@@ -34,13 +33,13 @@ _PROBE_TOKENS = 1000
 
 
 class Monitor:
-    """Measures a run and names what is wrong with it; the trainer decides what follows.
+    """Measures a run and reports what is wrong with it; the trainer decides what follows.
 
     Args:
-        model: The model that is trained.
-        config: Of the run.
-        device: Of this process.
-        dtype: Of the matmuls.
+        model: The model in training.
+        config: Configuration of the run.
+        device: Device of this process.
+        dtype: Dtype of the matmuls.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Monitor:
         self._watchdog = None
         if isinstance(model, OpenMythos) and watch.watchdog:
             start = first_judged_step(train.steps, train.warmup_steps)
-            self._watchdog = LoopWatchdog(model.cfg, Thresholds(), start=start)
+            self._watchdog = LoopWatchdog(model.cfg, start=start)
 
     def add(self, seconds: float, result: StepResult) -> None:
         """Count the time and the FLOPs of a step in this process."""
@@ -67,14 +66,14 @@ class Monitor:
         self._use.add(seconds, result.counts.tokens, flops)
 
     def spike(self, step: int, loss: float) -> Spike | None:
-        """Return the spike that the loss of this step completes; the same in all processes."""
+        """Return the spike that the loss of this step completes; equal in all processes."""
         return self._spikes.observe(step, loss)
 
     def rates(self) -> Metrics:
         """Return the throughput of all processes since the last call."""
         rates = self._use.metrics()
         for name in ("flops_per_second", "mfu"):
-            # tokens are counted for the whole step, FLOPs for the sequences of this process
+            # tokens are counted over all processes, FLOPs over this process's sequences
             if name in rates:
                 rates[name] = sum(over_ranks([rates[name]])[0])
         return rates
@@ -86,9 +85,9 @@ class Monitor:
 
         Args:
             step: Optimizer steps done.
-            summary: Of all processes.
+            summary: Loop metrics over all processes.
             parallel: The model.
-            batch: Of this process; part of it serves as a probe of what loops are worth.
+            batch: Batch of this process; part of it is used to probe the gain from looping.
         """
         if self._watchdog is None:
             return {}
@@ -107,7 +106,7 @@ class Monitor:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the windows of spikes and alarms, JSON-ready."""
+        """Return the state of spike detector and watchdog, JSON-ready."""
         dog = {} if self._watchdog is None else {"watchdog": self._watchdog.state_dict()}
         return {"spikes": self._spikes.state_dict(), **dog}
 
@@ -122,14 +121,14 @@ class Monitor:
 
 
 def _parts(sequences: int, length: int) -> int:
-    """Return into how many equal parts to split a batch, of which one is the probe."""
+    """Return the number of equal parts to split a batch into, one of which is the probe."""
     wanted = min(sequences, -(-_PROBE_TOKENS // length))
     size = next(n for n in range(wanted, sequences + 1) if sequences % n == 0)
     return sequences // size
 
 
 def _peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the peak FLOP/s of the device; None if it is not known, as on a CPU."""
+    """Return the peak FLOP/s of the device; None if unknown, as on a CPU."""
     if device.type != "cuda":
         return None
     tf32 = torch.backends.cuda.matmul.allow_tf32

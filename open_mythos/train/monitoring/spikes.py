@@ -1,17 +1,18 @@
-"""Is the loss jumping up? A decision from recent losses alone; what follows is the trainer's.
+"""Loss-spike detection from recent losses alone; the trainer decides what follows.
 
-A spike is a run of steps whose loss lies far above the recent ones. Far is measured by the window's
-own spread, which its worst steps cannot move much:
+A spike is several consecutive steps whose loss is far above the recent ones. The scale is a robust
+spread of the window, which its worst steps hardly affect:
 
-    centre = median of the window
-    rest   = the window without its trend, the line through the medians of its two halves
-    spread = max(1.4826 median |rest|, 95th percentile of rest / 1.6449), rest less its median
-    high   = loss > centre + max(threshold spread, min_rise)
+    centre   = median of the window
+    residual = window minus its trend, the line through the medians of its two halves
+    spread   = max(1.4826 median |residual|, 95th percentile of residual / 1.6449), the residual
+               centred at its median
+    high     = loss > centre + max(threshold spread, min_rise)
 
-Both terms of the spread estimate the standard deviation of Gaussian noise. The second one also sees
-that some steps are harder by nature, such as those for which a depth plan draws further loops. The
-centre keeps the trend: while the loss falls it lies higher than the loss is now, which errs on the
-side of silence. One high step is a bad batch; ``patience`` of them in a row are a spike.
+Both terms of the spread estimate the standard deviation of Gaussian noise. The second one also
+covers steps that are harder by design, such as those for which a depth plan draws extra loops. The
+centre is not detrended: while the loss falls it is above the present loss, which favors silence. A
+single high step is a bad batch; ``patience`` consecutive ones are a spike.
 
 This module loads no torch.
 """
@@ -24,9 +25,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from open_mythos.checks import check_count
-from open_mythos.errors import ConfigError
-
 _MAD_TO_DEVIATION = 1.4826
 """Standard deviation over median absolute deviation of a Gaussian."""
 _TAIL_TO_DEVIATION = 1 / 1.6449
@@ -35,12 +33,12 @@ _TAIL_TO_DEVIATION = 1 / 1.6449
 
 @dataclass(frozen=True)
 class Spike:
-    """The verdict on one step."""
+    """A detected spike."""
 
     step: int
-    """The step whose loss made it one: the last of ``patience`` high ones."""
+    """The last of ``patience`` high steps."""
     loss: float
-    """Its loss, nats per token."""
+    """Loss of that step, nats per token."""
     centre: float
     """Median of the window."""
     limit: float
@@ -48,25 +46,22 @@ class Spike:
 
     def __str__(self) -> str:
         return (
-            f"the loss rose to {self.loss:.4f} at step {self.step}: recent steps lie around "
-            f"{self.centre:.4f}, and {self.limit:.4f} is where a spike begins"
+            f"the loss rose to {self.loss:.4f} at step {self.step}; the median of recent steps is "
+            f"{self.centre:.4f}, the limit {self.limit:.4f}"
         )
 
 
 class SpikeDetector:
-    """Watches one loss per step.
+    """Observes one loss per step.
 
-    Losses that are not finite say nothing here: such steps are skipped by the trainer. After a
-    spike the window begins anew, so that a loss that stays at another level is reported once.
+    Losses that are not finite are ignored: the trainer skips such steps. After a spike the window
+    is cleared, so that a loss that stays at a new level is reported once.
 
     Args:
-        window: Recent finite losses that are compared with; judging begins with a quarter of them.
-        threshold: How many spreads above the centre is high.
-        patience: High steps in a row that are a spike.
+        window: Recent finite losses to compare with; detection starts at a quarter of them.
+        threshold: Number of spreads above the centre from which a loss is high.
+        patience: Consecutive high steps that make a spike.
         min_rise: Nats; a smaller rise is never high, however quiet the window.
-
-    Raises:
-        ConfigError: A number is out of range.
     """
 
     def __init__(
@@ -76,59 +71,48 @@ class SpikeDetector:
         patience: int = 4,
         min_rise: float = 0.1,
     ) -> None:
-        check_count("window", window, least=8)
-        check_count("patience", patience)
-        for name, value in (("threshold", threshold), ("min_rise", min_rise)):
-            if not 0 < value < math.inf:
-                raise ConfigError("out of range", where=name, value=value, allowed="finite and > 0")
-        self.window, self.threshold = window, float(threshold)
-        self.patience, self.min_rise = patience, float(min_rise)
+        self.window, self.threshold = window, threshold
+        self.patience, self.min_rise = patience, min_rise
         self._losses: list[float] = []
         self._high = 0
 
     def observe(self, step: int, loss: float) -> Spike | None:
-        """Take in the loss of a step; a :class:`Spike` if it completes one.
+        """Add the loss of a step; return the :class:`Spike` that it completes, if any.
 
-        Under data parallelism every rank must give the same loss, that of the whole batch, so that
-        all come to the same verdict.
+        Under data parallelism every rank passes the loss of the global batch, so that all ranks
+        reach the same verdict.
         """
         if not math.isfinite(loss):
             return None
-        verdict = None
         if 4 * (len(self._losses) - self._high) >= self.window:
             centre, limit = self._limit()
             self._high = self._high + 1 if loss > limit else 0
             if self._high == self.patience:
-                verdict = Spike(step, loss, centre, limit)
+                self._losses, self._high = [], 0
+                return Spike(step, loss, centre, limit)
         self._losses = [*self._losses[-(self.window - 1) :], loss]
-        if verdict is not None:
-            self.reset()
-        return verdict
-
-    def reset(self) -> None:
-        """Forget the window, as after a rewind without a stored state."""
-        self._losses, self._high = [], 0
+        return None
 
     def _limit(self) -> tuple[float, float]:
-        """Centre of the window, and the loss above which a step is high."""
-        # the high steps of a run that has begun are no part of what they are compared with
+        """Return the centre of the window, and the loss above which a step is high."""
+        # exclude the high steps of a spike that may be starting
         losses = self._losses[: len(self._losses) - self._high]
         half = len(losses) // 2
         slope = (median(losses[-half:]) - median(losses[:half])) / (len(losses) - half)
         level = [loss - slope * i for i, loss in enumerate(losses)]
         middle = median(level)
-        rest = sorted(each - middle for each in level)
-        deviation = median(abs(each) for each in rest)
-        tail = rest[math.ceil(0.95 * (len(rest) - 1))]
+        residual = sorted(each - middle for each in level)
+        deviation = median(abs(each) for each in residual)
+        tail = residual[math.ceil(0.95 * (len(residual) - 1))]
         spread = max(_MAD_TO_DEVIATION * deviation, _TAIL_TO_DEVIATION * tail)
         centre = median(losses)
         return centre, centre + max(self.threshold * spread, self.min_rise)
 
     def state_dict(self) -> dict[str, Any]:
-        """The window and the count of high steps; JSON gives them back exactly."""
+        """Return the window and the count of high steps; exact after a JSON round trip."""
         return {"losses": list(self._losses), "high": self._high}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a stored state, cut to this window; what follows is as if never interrupted."""
+        """Restore :meth:`state_dict`, truncated to this window."""
         self._losses = [float(loss) for loss in state["losses"]][-self.window :]
         self._high = int(state["high"])

@@ -1,4 +1,4 @@
-"""How much of the hardware a run uses: FLOPs of the loops that ran over the peak of the device.
+"""Throughput and hardware utilization: FLOPs of the executed loops over the device's peak.
 
 This module loads no torch.
 """
@@ -7,27 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from open_mythos.accounting import Accounting
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Dense peak of one device in TFLOP/s, without the doubling that sparsity is advertised with.
-
-    None where the device has no such units.
-    """
+class Peak(NamedTuple):
+    """Dense peak of one device in TFLOP/s, without sparsity; None where it has no such units."""
 
     half: float | None
     """bfloat16 with float32 accumulation."""
     tf32: float | None
-    """float32 products rounded to TF32, which PyTorch does only if told to."""
+    """float32 matmuls with TF32 inputs, which PyTorch uses only if enabled."""
     float32: float
-    """float32 proper."""
+    """Full float32."""
     source: str
-    """The vendor's document."""
+    """Document of the vendor."""
 
 
 PEAKS: tuple[tuple[str, Peak], ...] = (
@@ -46,35 +41,35 @@ PEAKS: tuple[tuple[str, Peak], ...] = (
     (r"\bT4\b", Peak(None, None, 8.1, "NVIDIA T4 data sheet")),
     (r"\bMI300X\b", Peak(1307.4, 653.7, 163.4, "AMD Instinct MI300X data sheet")),
 )
-"""Pattern of the device's name, as PyTorch gives it -> its peak; the first that matches counts."""
+"""Pattern of the device name as PyTorch reports it -> its peak; the first match counts."""
 
 
 def device_peak(name: str, dtype: str, *, tf32: bool = False) -> float | None:
-    """Peak of one device in FLOP/s; None if it is not in the table, which is no guess.
+    """Return the peak of one device in FLOP/s; None if the table has no entry.
 
     Args:
-        name: As ``torch.cuda.get_device_name()`` gives it: "NVIDIA H100 80GB HBM3".
-        dtype: Of the products: "bfloat16", "float16" (same speed) or "float32".
-        tf32: Whether float32 products may be rounded to TF32.
+        name: Result of ``torch.cuda.get_device_name()``, such as "NVIDIA H100 80GB HBM3".
+        dtype: Dtype of the matmuls: "bfloat16", "float16" (same speed) or "float32".
+        tf32: Whether float32 matmuls may use TF32.
     """
-    for pattern, peak in PEAKS:
-        if re.search(pattern, name):
-            full = peak.tf32 if tf32 and peak.tf32 is not None else peak.float32
-            found = full if dtype == "float32" else peak.half
-            return None if found is None else found * 1e12
-    return None
+    peak = next((peak for pattern, peak in PEAKS if re.search(pattern, name)), None)
+    if peak is None:
+        return None
+    single = peak.tf32 if tf32 and peak.tf32 is not None else peak.float32
+    found = single if dtype == "float32" else peak.half
+    return None if found is None else found * 1e12
 
 
 class Utilisation:
-    """Adds up the steps between two lines of metrics.
+    """Accumulates steps between two lines of metrics.
 
-    Model FLOPs only: what activation checkpointing computes again, and skipped optimizer updates,
-    are no useful work and add nothing, though their time counts.
+    Counts model FLOPs only: recomputation under activation checkpointing and skipped optimizer
+    updates add none, though their time counts.
 
     Args:
-        counts: Of the model, made with the run's sequence length as its context.
+        counts: Accounting of the model at the run's sequence length.
         grad_loops: Last loops of each sequence that carry gradient; None for all.
-        peak_flops: Peak FLOP/s of all devices of the run together; None if it is not known.
+        peak_flops: Peak FLOP/s of all devices of the run together; None if unknown.
     """
 
     def __init__(
@@ -85,7 +80,7 @@ class Utilisation:
         self._tokens = 0
 
     def step_flops(self, depths: Iterable[int] | None, sequences: int, length: int) -> float:
-        """FLOPs of forward and backward pass of one step, each sequence at its own depth.
+        """Return the FLOPs of forward and backward pass of one step.
 
         Args:
             depths: Loops of each sequence; None for a dense model.
@@ -99,13 +94,13 @@ class Utilisation:
         )
 
     def add(self, seconds: float, tokens: int, flops: float) -> None:
-        """Count one step: its time, the targets it learnt from, and :meth:`step_flops`."""
+        """Add the time, the targets and the :meth:`step_flops` of one step."""
         self._seconds, self._tokens = self._seconds + seconds, self._tokens + tokens
         self._flops += flops
 
     def metrics(self) -> dict[str, Any]:
-        """The rates since the last call: "tokens_per_second", "flops_per_second" and, where the
-        peak is known, "mfu" (model FLOP utilisation, from 0 to 1). Empty if no time has passed."""
+        """Return the rates since the last call: "tokens_per_second", "flops_per_second" and, where
+        the peak is known, "mfu" (model FLOP utilization, 0 to 1). Empty if no time has passed."""
         seconds, tokens, flops = self._seconds, self._tokens, self._flops
         self._flops, self._seconds, self._tokens = 0.0, 0.0, 0
         if not seconds:

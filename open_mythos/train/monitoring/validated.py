@@ -1,7 +1,7 @@
-"""At which depths may a trained model be used? Measured at the end of training, and stored with it.
+"""Depth range over which a trained model is usable, measured at the end of training.
 
-A looped model accepts any number of loops; that it accepts it does not mean that it copes. The
-record says which depths were measured and which of them are about as good as the best.
+A looped model accepts any number of loops; the record stored in its checkpoints says which depths
+were measured and which of them are about as good as the best.
 
 This module loads no torch.
 """
@@ -10,105 +10,78 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 STATE_KEY = "validated_depths"
-"""Name of the record in a checkpoint's ``state.json``."""
+"""Key of the record in a checkpoint's ``state.json``."""
 TOLERANCE = 0.05
-"""Nats per token by which a depth may be worse than the best one."""
+"""Nats per token by which a validated depth may be worse than the best one."""
 
 
 def depths_to_validate(mean_depth: float) -> list[int]:
-    """The depths to measure: 1, 2, 3, 4, 6, 8, 12, ... to four times the mean training depth, with
-    the mean itself and twice the mean among them."""
+    """Return the depths to measure: 1, 2, 3, 4, 6, 8, 12, ... up to four times the mean training
+    depth, always including the mean itself and twice the mean."""
     mean = max(1, round(mean_depth))
     most = 4 * mean
     ladder = {n for k in range(most.bit_length()) for n in (1 << k, 3 << k) if n <= most}
     return sorted(ladder | {mean, 2 * mean, most})
 
 
-def validated_depths(
-    rows: Iterable[Any], mean_depth: float, tolerance: float = TOLERANCE
-) -> tuple[int, int] | None:
-    """The largest range of measured depths, without a gap, whose loss is at most best + tolerance.
+def depth_record(
+    rows: Iterable[Mapping[str, Any]], mean_depth: float, tolerance: float = TOLERANCE
+) -> dict[str, Any] | None:
+    """Summarize the losses measured at several depths.
 
-    It lies around the measured depth nearest to the mean training depth; where that one is worse
-    than the tolerance allows, around the best depth.
+    The validated range is the largest range of measured depths without a gap whose losses are at
+    most the best loss + ``tolerance``. It contains the measured depth nearest to the mean training
+    depth, or, if that one is worse than the tolerance allows, the best depth.
 
     Args:
-        rows: ``DepthRow`` objects, or mappings with "depth" and "loss", in any order. Those
-            without a depth (a dense model) or a finite loss count as measured and failed.
-        mean_depth: Mean depth of the training.
+        rows: Mappings with "depth" and "loss", in any order. A loss that is None or not finite
+            counts as measured and failed; rows without a depth (dense model) are ignored.
+        mean_depth: Mean training depth.
         tolerance: Nats per token.
 
     Returns:
-        The smallest and the largest depth of the range; None if no depth has a finite loss.
+        None for a model without loops, else JSON-ready: "low" and "high" (the validated range,
+        None if no loss is finite), "best_depth" and "best_loss", "mean_depth", "tolerance",
+        "holds_at_twice_the_mean" (None if not measured), and "rows" of "depth" and "loss".
     """
-    losses = _losses(rows)
-    finite = {depth: loss for depth, loss in losses.items() if math.isfinite(loss)}
-    if not finite:
+    measured = {int(row["depth"]): row["loss"] for row in rows if row["depth"] is not None}
+    if not measured:
         return None
-    limit = min(finite.values()) + tolerance
+    losses = {
+        depth: float(loss) if loss is not None and math.isfinite(loss) else math.inf
+        for depth, loss in sorted(measured.items())
+    }
+    best = min(losses, key=lambda depth: losses[depth])
+    found = math.isfinite(losses[best])
+    limit = losses[best] + tolerance
+    low, high = _range(losses, mean_depth, best, limit) if found else (None, None)
+    twice = 2 * max(1, round(mean_depth))
+    return {
+        "low": low,
+        "high": high,
+        "best_depth": best if found else None,
+        "best_loss": losses[best] if found else None,
+        "mean_depth": mean_depth,
+        "tolerance": tolerance,
+        "holds_at_twice_the_mean": found and losses[twice] <= limit if twice in losses else None,
+        "rows": [
+            {"depth": d, "loss": loss if math.isfinite(loss) else None}
+            for d, loss in losses.items()
+        ],
+    }
+
+
+def _range(
+    losses: Mapping[int, float], mean_depth: float, best: int, limit: float
+) -> tuple[int, int]:
     depths = list(losses)
-    nearest = min(depths, key=lambda depth: (abs(depth - mean_depth), depth))
-    if not losses[nearest] <= limit:
-        nearest = min(finite, key=lambda depth: finite[depth])
-    low = high = depths.index(nearest)
+    start = min(depths, key=lambda depth: (abs(depth - mean_depth), depth))
+    low = high = depths.index(start if losses[start] <= limit else best)
     while low > 0 and losses[depths[low - 1]] <= limit:
         low -= 1
     while high + 1 < len(depths) and losses[depths[high + 1]] <= limit:
         high += 1
     return depths[low], depths[high]
-
-
-def depth_record(
-    rows: Iterable[Any], mean_depth: float, tolerance: float = TOLERANCE
-) -> dict[str, Any] | None:
-    """What a checkpoint keeps about its depths, JSON-ready; None for a model without loops.
-
-    Args:
-        rows: As of :func:`validated_depths`.
-        mean_depth: Mean depth of the training.
-        tolerance: Nats per token.
-
-    Returns:
-        "low" and "high" (the validated range, None if there is none), "best_depth" and "best_loss",
-        "mean_depth", "tolerance", "holds_at_twice_the_mean" (None if that was not measured), and
-        "rows" of "depth" and "loss" (None where it was not finite).
-    """
-    losses = _losses(rows)
-    if not losses:
-        return None
-    found = validated_depths(
-        [{"depth": d, "loss": x} for d, x in losses.items()], mean_depth, tolerance
-    )
-    finite = {depth: loss for depth, loss in losses.items() if math.isfinite(loss)}
-    best = min(finite, key=lambda depth: finite[depth], default=None)
-    twice = 2 * max(1, round(mean_depth))
-    holds = None
-    if twice in losses:
-        holds = best is not None and losses[twice] <= finite[best] + tolerance
-    return {
-        "low": None if found is None else found[0],
-        "high": None if found is None else found[1],
-        "best_depth": best,
-        "best_loss": None if best is None else finite[best],
-        "mean_depth": mean_depth,
-        "tolerance": tolerance,
-        "holds_at_twice_the_mean": holds,
-        "rows": [{"depth": d, "loss": finite.get(d)} for d in losses],
-    }
-
-
-def _losses(rows: Iterable[Any]) -> dict[int, float]:
-    """Depth -> loss, ascending; NaN where it is missing."""
-    found = {}
-    for row in rows:
-        values: Mapping[str, Any] = (
-            asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
-        )
-        if values["depth"] is not None:
-            loss = values["loss"]
-            found[int(values["depth"])] = math.nan if loss is None else float(loss)
-    return dict(sorted(found.items()))

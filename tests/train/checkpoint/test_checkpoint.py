@@ -14,7 +14,7 @@ from open_mythos import from_pretrained
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.train import Trainer, build_model, find_checkpoint, verify_checkpoint
 from open_mythos.train.checkpoint import write
-from open_mythos.train.checkpoint.config_changes import MAY_CHANGE, refuse_changes
+from open_mythos.train.checkpoint.config_changes import MAY_CHANGE, reject_changes
 from open_mythos.train.checkpoint.find import checkpoints
 from open_mythos.train.checkpoint.restore import load_checkpoint
 from open_mythos.train.checkpoint.snapshot import OPTIMIZER_FILE, stored_tensors
@@ -109,11 +109,11 @@ def test_a_save_that_does_not_read_back_costs_nothing(trained, monkeypatch):
     trainer, _, folder = trained
 
     def differs(path, text, pool):
-        raise EnvironmentError_("the disk does not give back what was written")
+        raise EnvironmentError_("the file does not read back as it was written")
 
     monkeypatch.setattr(write, "entry_of_text", differs)
     trainer.state.step = 5
-    with pytest.raises(EnvironmentError_, match="give back"):
+    with pytest.raises(EnvironmentError_, match="read back"):
         trainer.save()
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000002", "step_00000004"]
 
@@ -221,23 +221,23 @@ def test_may_change_names_real_fields(make_run):
 def test_allow_must_name_a_field(make_run):
     run = make_run().to_dict()
     with pytest.raises(ConfigError, match=r"did you mean 'optim\.lr'"):
-        refuse_changes(run, run, ["optim.rl"])
+        reject_changes(run, run, ["optim.rl"])
 
 
 def test_a_field_newer_than_the_checkpoint_had_its_default(make_run):
     saved, now = make_run().to_dict(), make_run().to_dict()
     del saved["train"]["clip"]
-    refuse_changes(saved, now)
+    reject_changes(saved, now)
     now["train"]["clip"] = 0.5
     with pytest.raises(ConfigError, match=r"train\.clip: saved 1\.0, now 0\.5"):
-        refuse_changes(saved, now)
+        reject_changes(saved, now)
 
 
 def test_a_field_that_is_gone_is_a_difference(make_run):
     saved = make_run().to_dict()
     saved["train"]["momentum"] = 0.5
     with pytest.raises(ConfigError, match=r"train\.momentum: saved 0\.5, now 'absent'"):
-        refuse_changes(saved, make_run().to_dict())
+        reject_changes(saved, make_run().to_dict())
 
 
 def test_other_data_is_refused_before_anything_changes(trained, make_loader):

@@ -146,11 +146,11 @@ def test_a_resumed_run_keeps_its_name_and_another_has_another(packages, made, ru
 
 @pytest.mark.parametrize("name", LOGGERS)
 def test_a_missing_package_is_named_before_anything_is_opened(name, monkeypatch, run):
-    monkeypatch.setitem(sys.modules, LOGGERS[name].package, None)
+    monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(EnvironmentError_) as caught:
         open_loggers([name], run)
     error = caught.value
-    assert error.fix == f"pip install {LOGGERS[name].package}"
+    assert error.fix == f"pip install {name}"
     assert all((error.what, error.where, error.value, error.allowed))
     assert not run.folder.exists()
 

@@ -1,16 +1,11 @@
-"""Which depths a model may be used at, from what was measured."""
+"""The validated depth range of a trained model, from measured losses."""
 
 import json
 import math
 
 import pytest
 
-from open_mythos.evaluation.perplexity import DepthRow
-from open_mythos.train.monitoring.validated import (
-    depth_record,
-    depths_to_validate,
-    validated_depths,
-)
+from open_mythos.train.monitoring.validated import depth_record, depths_to_validate
 
 
 def rows(losses: dict[int, float | None]) -> list[dict]:
@@ -27,33 +22,26 @@ def rows(losses: dict[int, float | None]) -> list[dict]:
         ({1: 2.0, 2: 2.5, 4: 2.0, 8: 2.5, 16: 2.0}, (4, 4)),
         ({1: 2.0, 2: 2.0, 4: None, 8: 2.0, 16: 2.0}, (1, 2)),
         ({4: 2.0, 8: math.nan, 16: math.inf}, (4, 4)),
-        # the mean depth is not among the good ones: around the best
+        # the mean depth exceeds the tolerance: the range contains the best depth
         ({1: 3.0, 4: 2.5, 8: 2.0, 16: 2.01}, (8, 16)),
         ({3: 2.0, 6: 2.0}, (3, 6)),
     ],
 )
 def test_range_around_the_mean(losses, expected):
-    assert validated_depths(rows(losses), mean_depth=4) == expected
-    backwards = dict(reversed(losses.items()))
-    assert validated_depths(rows(backwards), mean_depth=4) == expected
+    for given in (losses, dict(reversed(losses.items()))):
+        record = depth_record(rows(given), mean_depth=4)
+        assert (record["low"], record["high"]) == expected
 
 
-def test_rows_of_the_evaluation_are_understood():
-    found = [DepthRow(depth, 2.0 + 0.01 * depth, None, 10) for depth in (8, 1, 4)]
-    assert validated_depths(found, mean_depth=4, tolerance=0.04) == (1, 4)
-
-
-def test_nothing_finite_is_no_range():
-    assert validated_depths(rows({1: math.nan, 2: None}), mean_depth=2) is None
+def test_no_finite_loss_gives_no_range():
     record = depth_record(rows({1: math.nan, 2: None, 4: math.inf}), mean_depth=2)
     assert record is not None
-    assert (record["low"], record["best_depth"], record["holds_at_twice_the_mean"]) == (
-        None, None, False,
-    )  # fmt: skip
+    found = [record[name] for name in ("low", "high", "best_depth", "holds_at_twice_the_mean")]
+    assert found == [None, None, None, False]
     json.dumps(record, allow_nan=False)
 
 
-def test_the_record_is_json_and_keeps_what_was_measured():
+def test_the_record_is_json_and_keeps_the_measured_losses():
     record = depth_record(rows({1: 3.0, 4: 2.0, 8: 2.04, 16: math.nan}), mean_depth=4.2)
     assert json.loads(json.dumps(record, allow_nan=False)) == {
         "low": 4, "high": 8, "best_depth": 4, "best_loss": 2.0, "mean_depth": 4.2,
@@ -73,11 +61,11 @@ def test_twice_the_mean(loss, holds):
 
 
 def test_a_dense_model_has_no_record():
-    assert depth_record([DepthRow(None, 2.0, None, 10)], mean_depth=1) is None
+    assert depth_record([{"depth": None, "loss": 2.0}], mean_depth=1) is None
 
 
 @pytest.mark.parametrize("mean", [1, 2, 3.4, 5, 8, 12.0, 33])
-def test_depths_to_measure_hold_the_mean_and_twice_the_mean(mean):
+def test_measured_depths_include_the_mean_and_twice_the_mean(mean):
     depths = depths_to_validate(mean)
     assert depths == sorted(set(depths))
     assert {1, round(mean), 2 * round(mean), 4 * round(mean)} <= set(depths)
