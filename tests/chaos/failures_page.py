@@ -295,7 +295,7 @@ FAILURES = (
     Failure("SIGTERM or SIGINT: a scheduler, Ctrl-C", stopped, _RESUME),
     Failure(
         "There is too little room when a run starts", no_room,
-        "make room, lower `train.keep`, or choose another `train.out_dir`",
+        "free space, lower `train.keep`, or choose another `train.out_dir`",
     ),
     Failure(
         "The folder of the run cannot be written when it starts", not_writable("the run"),
@@ -312,11 +312,11 @@ FAILURES = (
     ),
     Failure(
         "A save fails twice: the disk is full, broken or has become read-only", full,
-        f"make room, then {_RESUME}; steps since the last checkpoint are recomputed",
+        f"free space, then {_RESUME}; steps since the last checkpoint are recomputed",
     ),
     Failure(
         "The disk takes a checkpoint and loses part of it, twice", loses_bytes,
-        "have the disk looked at; resume in a copy of the run's folder on another one",
+        "check the disk; resume in a copy of the run's folder on another one",
     ),
     Failure(
         "An old checkpoint cannot be removed", old_one_stays,
