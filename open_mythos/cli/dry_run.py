@@ -87,7 +87,7 @@ def _text(data: DataConfig) -> str:
         return "Python's standard library as bytes, prepared when the run starts"
     files = "files as listed when the run starts"
     if "://" not in data.source:
-        corpus = open_corpus(data.source, data.text_field)
+        corpus = open_corpus(data.source, data.text_field, where="data.source")
         files = f"{len(corpus.files):,} files, {corpus.size:,} bytes"
     return f"{data.source}: streamed, {files}; {data.workers} workers per process"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 
@@ -64,18 +66,13 @@ class Batch:
                 f"a batch of {len(self)} does not split into {n} equal parts",
                 where="Batch.split(n)", value=n, allowed=f"a divisor of {len(self)}",
             )  # fmt: skip
-        documents = [None] * n if self.document_ids is None else self.document_ids.chunk(n)
-        inputs, targets, index = (
-            field.chunk(n) for field in (self.input_ids, self.targets, self.sample_index)
-        )
-        return [Batch(*part) for part in zip(inputs, targets, documents, index, strict=True)]
+        rows = len(self) // n
+        return [self.map(itemgetter(slice(i * rows, (i + 1) * rows))) for i in range(n)]
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to ``device``."""
-        documents = self.document_ids
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            None if documents is None else documents.to(device, non_blocking=True),
-            self.sample_index.to(device, non_blocking=True),
-        )
+        return self.map(lambda x_B: x_B.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Apply ``change`` to every tensor."""
+        return replace(self, **{k: change(x_B) for k, x_B in vars(self).items() if x_B is not None})

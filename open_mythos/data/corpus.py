@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from open_mythos.checks import pick
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
-KINDS = (".jsonl", ".md", ".parquet", ".py", ".txt")
+KINDS: tuple[str, ...] = (".jsonl", ".md", ".parquet", ".py", ".txt")
 """Suffixes of the files that can be read."""
 STDLIB = "stdlib"
 # Tests of the standard library contain broken files on purpose; the others do not belong to it.
@@ -144,7 +144,7 @@ def fineweb_edu(subset: str = "sample-10BT") -> str:
     return f"{_HUB}{FINEWEB_EDU}/{folder}"
 
 
-def open_corpus(source: str | Path, text_field: str = "text") -> Corpus:
+def open_corpus(source: str | Path, text_field: str = "text", *, where: str = "source") -> Corpus:
     """List the files of ``source``.
 
     Args:
@@ -153,6 +153,7 @@ def open_corpus(source: str | Path, text_field: str = "text") -> Corpus:
             (``NAME@REVISION`` for another revision than main), ``s3://...`` or any other that
             fsspec knows. A branch of the hub is resolved to its current commit.
         text_field: The JSON key or Parquet column that holds the text.
+        where: The option that names the source, for error messages.
 
     Raises:
         ConfigError: A file of an unknown kind.
@@ -160,136 +161,11 @@ def open_corpus(source: str | Path, text_field: str = "text") -> Corpus:
             file.
         EnvironmentError_: The hub or store cannot be reached, or its package is not installed.
     """
-    if source == STDLIB:
-        root = Path(sysconfig.get_path("stdlib"))
-        modules = (file for file in _walk(root, STDLIB_SKIPPED) if file.suffix == ".py")
-        return _local(STDLIB, root, modules, text_field)
-    if "://" in str(source):
-        return _remote(str(source), text_field)
-    path = Path(source).expanduser()
-    if path.is_file():
-        if _suffix(path.name) not in KINDS:
-            raise ConfigError(
-                "no reader for this kind of file", where=str(path), value=path.suffix,
-                allowed=", ".join(KINDS), fix="decompress or rename it",
-            )  # fmt: skip
-        return _local(str(source), path.parent, [path], text_field)
-    if not path.is_dir():
-        allowed = f'a file, a folder, or "{STDLIB}"'
-        raise DataError("no such source", where="source", value=str(path), allowed=allowed)
-    found = [file for file in _walk(path, set()) if _suffix(file.name) in KINDS]
-    return _local(str(source), path, found, text_field)
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
-
-
-def _walk(root: Path, skipped: Set[str]) -> Iterator[Path]:
-    """Walk the visible files below ``root``, sorted by name, folder by folder."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(folder, name)
-
-
-def _local(source: str, root: Path, paths: Iterable[Path], text_field: str) -> Corpus:
-    files = []
-    for path in paths:
-        try:
-            with path.open("rb") as stream:
-                size, digest = path.stat().st_size, hashlib.blake2b(digest_size=16)
-                for place in (0, max(0, size - _SAMPLED_BYTES)):
-                    stream.seek(place)
-                    digest.update(stream.read(_SAMPLED_BYTES))
-        except OSError as error:
-            raise EnvironmentError_(
-                "the file cannot be read", where=str(path), value=str(error)
-            ) from error
-        files.append(CorpusFile(path.relative_to(root).as_posix(), size, digest.hexdigest()))
-    return _corpus(source, "file", str(root.absolute()), files, text_field)
-
-
-def _remote(source: str, text_field: str) -> Corpus:
-    url = _at_commit(source) if source.startswith(_HUB) else source
-    try:
-        from fsspec.core import url_to_fs
-
-        system, root = url_to_fs(url)
-        found: dict[str, dict[str, Any]] = system.find(root, detail=True)
-    except ImportError as error:
-        raise EnvironmentError_(
-            "the package of the file system is not installed", where="source", value=source,
-            fix=f"install what fsspec names: {error}",
-        ) from error  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(
-            "not a source", where="source", value=source, allowed=f"a path or URL: {error}"
-        ) from error
-    except FileNotFoundError:
-        found = {}
-    except Exception as error:  # every file system has its own errors
-        raise _unreachable(source, error) from error
-    protocol = system.protocol if isinstance(system.protocol, str) else system.protocol[0]
-    base = root if root not in found else root.rpartition("/")[0]
-    files = [
-        CorpusFile(name, int(info["size"]), _content_id(info))
-        for path, info in sorted(found.items())
-        for name in [path.removeprefix(base).lstrip("/")]
-        if info.get("type", "file") == "file" and _suffix(name) in KINDS and "/." not in f"/{name}"
-    ]
-    return _corpus(source, protocol, base, files, text_field)
-
-
-def _at_commit(source: str) -> str:
-    """Resolve the revision of a URL to its current commit, so that no later push changes it."""
-    owner, name, *folders = [*source.removeprefix(_HUB).split("/"), ""]
-    name, _, revision = name.partition("@")
-    if not owner or not name:
-        raise ConfigError(
-            "not a dataset on the hub", where="source", value=source,
-            allowed=f"{_HUB}OWNER/NAME, optionally followed by a folder or file",
-        )  # fmt: skip
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-    except ImportError as error:
-        raise EnvironmentError_(
-            "reading from the hub needs huggingface_hub", where="source", value=source,
-            fix="pip install open-mythos[data]",
-        ) from error  # fmt: skip
-    try:
-        repository, branch = f"{owner}/{name}", revision or None
-        commit = HfApi().dataset_info(repository, revision=branch, timeout=_HUB_TIMEOUT_S).sha
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise DataError(
-            "the hub has no such dataset or revision", where="source", value=source,
-            fix="check owner, name and revision; for a private one log in with `hf auth login`",
-        ) from error  # fmt: skip
-    except Exception as error:  # the client raises its own, its transport's and OSError
-        raise _unreachable(source, error) from error
-    return f"{_HUB}{owner}/{name}@{commit}/{'/'.join(folders)}".rstrip("/")
-
-
-def _unreachable(source: str, error: Exception) -> EnvironmentError_:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    what = f"the corpus cannot be reached: {reason[0]}"
-    return EnvironmentError_(what, where="source", value=source, fix=_HUB_FIX)
-
-
-def _content_id(info: dict[str, Any]) -> str:
-    """Return the store's identifier of the content: a blob of the hub, or an entity tag."""
-    known = (info.get(key) for key in ("blob_id", "ETag", "etag"))
-    return next((str(each) for each in known if each), "")
-
-
-def _corpus(
-    source: str, protocol: str, root: str, files: list[CorpusFile], text_field: str
-) -> Corpus:
+    url = "://" in str(source)
+    protocol, root, files = _remote(str(source), where) if url else _local(source, where)
     if not files:
         raise DataError(
-            "no file that can be read", where="source", value=source,
+            "no file that can be read", where=where, value=str(source),
             allowed=", ".join(KINDS), fix="check the name and the folder",
         )  # fmt: skip
     for file in files:
@@ -300,5 +176,124 @@ def _corpus(
             )  # fmt: skip
     full = tuple(file for file in files if file.size)
     if not full:
-        raise DataError("the source holds no text", where="source", value=source)
-    return Corpus(source, protocol, root, full, text_field)
+        raise DataError("the source holds no text", where=where, value=str(source))
+    return Corpus(str(source), protocol, root, full, text_field)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _local(source: str | Path, where: str) -> tuple[str, str, list[CorpusFile]]:
+    """Return the file system, the root and the files of a source on this machine."""
+    path, kinds, skipped = Path(source).expanduser(), KINDS, set[str]()
+    if source == STDLIB:
+        path, kinds, skipped = Path(sysconfig.get_path("stdlib")), (".py",), STDLIB_SKIPPED
+    if path.is_file():
+        if _suffix(path.name) not in KINDS:
+            raise ConfigError(
+                "no reader for this kind of file", where=str(path), value=path.suffix,
+                allowed=", ".join(KINDS), fix="decompress or rename it",
+            )  # fmt: skip
+        root, paths = path.parent, [path]
+    elif path.is_dir():
+        root, paths = path, [f for f in _walk(path, skipped) if _suffix(f.name) in kinds]
+    else:
+        allowed = f'a file, a folder, or "{STDLIB}"'
+        raise DataError("no such source", where=where, value=str(path), allowed=allowed)
+    return "file", str(root.absolute()), [_local_file(root, path) for path in paths]
+
+
+def _walk(root: Path, skipped: Set[str]) -> Iterator[Path]:
+    """Walk the visible files below ``root``, sorted by name, folder by folder."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
+        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _local_file(root: Path, path: Path) -> CorpusFile:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            for place in (0, max(0, size - _SAMPLED_BYTES)):
+                stream.seek(place)
+                digest.update(stream.read(_SAMPLED_BYTES))
+    except OSError as error:
+        raise EnvironmentError_(
+            "the file cannot be read", where=str(path), value=str(error)
+        ) from error
+    return CorpusFile(path.relative_to(root).as_posix(), size, digest.hexdigest())
+
+
+def _remote(source: str, where: str) -> tuple[str, str, list[CorpusFile]]:
+    """Return the file system, the root and the files of a URL."""
+    url = _at_commit(source, where) if source.startswith(_HUB) else source
+    try:
+        from fsspec.core import url_to_fs
+
+        system, root = url_to_fs(url)
+        found: dict[str, dict[str, Any]] = system.find(root, detail=True)
+    except ImportError as error:
+        raise EnvironmentError_(
+            "the package of the file system is not installed", where=where, value=source,
+            fix=f"install what fsspec names: {error}",
+        ) from error  # fmt: skip
+    except ValueError as error:
+        allowed = f"a path or URL: {error}"
+        raise ConfigError("not a source", where=where, value=source, allowed=allowed) from error
+    except FileNotFoundError:
+        found = {}
+    except Exception as error:  # every file system has its own errors
+        raise _unreachable(source, where, error) from error
+    protocol = system.protocol if isinstance(system.protocol, str) else system.protocol[0]
+    base = root if root not in found else root.rpartition("/")[0]
+    files = [
+        CorpusFile(name, int(info["size"]), _content_id(info))
+        for path, info in sorted(found.items())
+        for name in [path.removeprefix(base).lstrip("/")]
+        if info.get("type", "file") == "file" and _suffix(name) in KINDS and "/." not in f"/{name}"
+    ]
+    return protocol, base, files
+
+
+def _at_commit(source: str, where: str) -> str:
+    """Resolve the revision of a URL to its current commit, so that no later push changes it."""
+    owner, name, *folders = [*source.removeprefix(_HUB).split("/"), ""]
+    name, _, revision = name.partition("@")
+    if not owner or not name:
+        raise ConfigError(
+            "not a dataset on the hub", where=where, value=source,
+            allowed=f"{_HUB}OWNER/NAME, optionally followed by a folder or file",
+        )  # fmt: skip
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    except ImportError as error:
+        raise EnvironmentError_(
+            "reading from the hub needs huggingface_hub", where=where, value=source,
+            fix="pip install open-mythos[data]",
+        ) from error  # fmt: skip
+    try:
+        repository, branch = f"{owner}/{name}", revision or None
+        commit = HfApi().dataset_info(repository, revision=branch, timeout=_HUB_TIMEOUT_S).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise DataError(
+            "the hub has no such dataset or revision", where=where, value=source,
+            fix="check owner, name and revision; for a private one log in with `hf auth login`",
+        ) from error  # fmt: skip
+    except Exception as error:  # the client raises its own, its transport's and OSError
+        raise _unreachable(source, where, error) from error
+    return f"{_HUB}{owner}/{name}@{commit}/{'/'.join(folders)}".rstrip("/")
+
+
+def _unreachable(source: str, where: str, error: Exception) -> EnvironmentError_:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    what = f"the corpus cannot be reached: {reason[0]}"
+    return EnvironmentError_(what, where=where, value=source, fix=_HUB_FIX)
+
+
+def _content_id(info: dict[str, Any]) -> str:
+    """Return the store's identifier of the content: a blob of the hub, or an entity tag."""
+    known = (info.get(key) for key in ("blob_id", "ETag", "etag"))
+    return next((str(each) for each in known if each), "")

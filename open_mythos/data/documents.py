@@ -13,6 +13,7 @@ import logging
 import time
 import tokenize
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +127,7 @@ def read_unit(corpus: Corpus, unit: Unit, cursor: int = 0) -> Iterator[Document]
 def _module(path: str) -> str | None:
     """Read the source of a Python module; None if it cannot be decoded."""
     try:
-        with tokenize.open(path) as stream:  # honors the encoding that the module declares
+        with tokenize.open(path) as stream:  # with the encoding that the module declares
             return stream.read()
     except (SyntaxError, UnicodeDecodeError, OSError):
         return None
@@ -154,7 +155,6 @@ def _opened(corpus: Corpus, unit: Unit) -> io.BufferedReader:
             "the file has changed since the corpus was listed", where=f"{path}, byte {size}",
             value=size, allowed=f"{expected} bytes", fix=_RESTORE,
         )  # fmt: skip
-    file.seek(0)
     return file
 
 
@@ -172,9 +172,6 @@ class _RetryableFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
 
     def readinto(self, into: Any) -> int:
         try:
@@ -212,10 +209,13 @@ def _parquet(
                 f"the file has no column {column!r}", where=path, value=table.schema_arrow.names,
                 fix="name the column with text_field",
             )  # fmt: skip
-        starts = [0]  # first row of each row group, then the number of rows
-        for group in range(table.metadata.num_row_groups):
-            starts.append(starts[-1] + table.metadata.row_group(group).num_rows)
-        first, end = _rows_of(unit, starts)
+        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+        # first row of each row group, then the number of rows
+        starts = list(accumulate((group.num_rows for group in groups), initial=0))
+        if len(groups) < unit.parts:
+            first, end = unit.share(starts[-1])
+        else:
+            first, end = (starts[group] for group in unit.share(len(groups)))
         row = first + cursor
         for group, start in enumerate(starts[:-1]):
             if starts[group + 1] <= row or start >= end:
@@ -235,40 +235,28 @@ def _parquet(
         ) from error  # fmt: skip
 
 
-def _rows_of(unit: Unit, starts: list[int]) -> tuple[int, int]:
-    """Return the rows of a unit: whole row groups, unless the file has fewer than parts."""
-    groups = len(starts) - 1
-    if groups < unit.parts:
-        return unit.share(starts[-1])
-    first, end = unit.share(groups)
-    return starts[first], starts[end]
-
-
 def _jsonl(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> Iterator[Document]:
     """Read the lines that begin inside the unit's bytes."""
-    path = corpus.path(unit.file)
+    path, name = corpus.path(unit.file), corpus.text_field
     first, end = unit.share(corpus.files[unit.file].size)
     start = _next_line(file, first + cursor)
     while start < end and (line := file.readline(MAX_LINE_BYTES)):
         if line.strip():
-            text = _text_of_line(line, f"{path}, byte {start}", corpus.text_field)
-            yield Document(start - first, text)
+            where = f"{path}, byte {start}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError("the line is not JSON", where=where, value=str(error)) from error
+            if not isinstance(record, dict) or name not in record:
+                raise DataError(
+                    f"the line has no field {name!r}", where=where,
+                    value=list(record) if isinstance(record, dict) else type(record).__name__,
+                    allowed=f"an object with the text under {name!r}",
+                    fix="name the field with text_field",
+                )  # fmt: skip
+            # JSON can escape lone surrogates
+            yield Document(start - first, checked_text(record[name], where))
         start += len(line)
-
-
-def _text_of_line(line: bytes, where: str, text_field: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError("the line is not JSON", where=where, value=str(error)) from error
-    if not isinstance(record, dict) or text_field not in record:
-        raise DataError(
-            f"the line has no field {text_field!r}", where=where,
-            value=list(record) if isinstance(record, dict) else type(record).__name__,
-            allowed=f"an object with the text under {text_field!r}",
-            fix="name the field with text_field",
-        )  # fmt: skip
-    return checked_text(record[text_field], where)  # JSON can escape lone surrogates
 
 
 def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> Iterator[Document]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -178,9 +178,11 @@ def run_exits(
         loss_N, right_N = token_scores(hidden_BTD[target_BT], model.head, batch.targets[target_BT])
         losses.append(loss_N.cpu())
         right.append(right_N.cpu())
-        ran_BT = torch.full_like(batch.targets, n_loops) if trace.exits is None else trace.exits
-        exits.append(ran_BT.cpu())
-        computed += sum(_positions(trace, t, batch) for t in range(trace.n_loops))
+        full_BT = torch.full_like(batch.targets, n_loops)
+        exits.append((full_BT if trace.exits is None else trace.exits).cpu())
+        for active in trace.active.values():
+            ran_BT = batch.targets if active is None else active.take(batch.targets)
+            computed += ran_BT.numel()
     return Pass(torch.cat(losses), torch.cat(right), exits, computed)
 
 
@@ -214,9 +216,7 @@ def token_scores(
     :func:`open_mythos.ops.cross_entropy.chunk_rows`.
     """
     losses, right = [], []
-    if chunk is None:
-        vocab, device = head.out_features, targets_N.device
-        chunk = chunk_rows(len(targets_N), vocab, torch.float32, device)
+    chunk = chunk or chunk_rows(len(targets_N), head.out_features, torch.float32, targets_N.device)
     with torch.no_grad():
         for rows_ND, rows_N in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
             logits_NV = head(rows_ND).float()
@@ -242,24 +242,10 @@ def _hidden(
     return model.hidden(batch.input_ids, ctx, Depth(n_loops, rule), trace)
 
 
-def _positions(trace: LoopTrace, t: int, batch: Batch) -> int:
-    """Count the positions that loop ``t`` computed, padding included."""
-    active = trace.active[t]
-    return batch.targets.numel() if active is None else active.take(batch.targets).numel()
-
-
 def _with_targets(batch: Batch) -> Batch:
     """Select the rows with targets."""
     keep_B = (batch.targets != IGNORE_INDEX).any(1)
-    if keep_B.all():
-        return batch
-    return replace(
-        batch,
-        input_ids=batch.input_ids[keep_B],
-        targets=batch.targets[keep_B],
-        document_ids=None if batch.document_ids is None else batch.document_ids[keep_B],
-        sample_index=batch.sample_index[keep_B],
-    )
+    return batch.map(lambda x_B: x_B[keep_B])
 
 
 def _now(device: torch.device) -> float:

@@ -7,6 +7,7 @@ Looped mixtures outperform a single pass where tokens use different experts at d
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
@@ -70,22 +71,19 @@ def expert_routing(
             "the model has no experts", where="model", value=type(model).__name__,
             allowed="a looped model with n_experts >= 1", fix="evaluate a model with experts",
         )  # fmt: skip
-    merged = LoopTrace()
+    merged, experts = LoopTrace(), defaultdict[tuple[int, int], list[Tensor]](list)
     with frozen(model, dtype) as device:
         for batch in (batch.to(device) for batch in batches):
             trace = LoopTrace(keep_routing=True)
             ctx = model.context(batch.input_ids, document_ids=batch.document_ids)
             model.hidden(batch.input_ids, ctx, Depth(n_loops), trace)
+            merged.add(trace)
             for at, experts_BTC in trace.experts.items():
-                experts_NC, load_E = experts_BTC.flatten(0, -2).cpu(), trace.load[at].cpu()
-                first = at not in merged.load
-                merged.active[at[1]] = None  # every token ran every loop
-                merged.load[at] = load_E if first else merged.load[at] + load_E
-                merged.experts[at] = (
-                    experts_NC if first else torch.cat((merged.experts[at], experts_NC))
-                )
-    if not merged.load:
+                experts[at].append(experts_BTC.flatten(0, -2).cpu())
+    if not experts:
         raise no_targets()
+    merged.experts = {at: torch.cat(parts) for at, parts in experts.items()}
+    merged.active = dict.fromkeys(loop for _, loop in experts)  # every token ran every loop
     return routing_by_layer(merged)
 
 

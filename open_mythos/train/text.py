@@ -104,7 +104,7 @@ def training_batches(
     if folder := prepared_folder(data):
         return Loader(TokenShards(folder), mask_documents=data.document_masks, **shape)
     return StreamLoader(
-        _list_files(data.source, data.text_field), tokenizer,
+        _list_files(data, "source"), tokenizer,
         held_out=0.0 if data.val else data.held_out, num_workers=data.workers,
         mask_documents=data.document_masks, **shape,
     )  # fmt: skip
@@ -135,7 +135,7 @@ def validation_batches(
         name = "val" if "val" in TokenShards(data.val).index.splits else "train"
         return _split(data, data.val, tokenizer, name, **sizes)
     if data.val:
-        return _stream(data, data.val, 1.0, tokenizer, **sizes)
+        return _stream(data, "val", 1.0, tokenizer, **sizes)
     if folder := prepared_folder(data):
         if split not in TokenShards(folder).index.splits:
             return None
@@ -143,17 +143,18 @@ def validation_batches(
     if not data.held_out:
         return None
     try:
-        return _stream(data, data.source, data.held_out, tokenizer, **sizes)
+        return _stream(data, "source", data.held_out, tokenizer, **sizes)
     except TooFewHeldOutError as error:
         logger.warning("there will be no evaluation: %s", error)
         return None
 
 
-def _list_files(source: str, text_field: str) -> Corpus:
-    """List the files of a corpus on rank 0, so that all ranks read the same files."""
+def _list_files(data: DataConfig, name: str) -> Corpus:
+    """List the files that field ``name`` refers to on rank 0, so that all ranks read the same."""
+    source, where = getattr(data, name), f"data.{name}"
     if not source:
-        raise no_text("data.source")
-    return first_decides(lambda: open_corpus(source, text_field))
+        raise no_text(where)
+    return first_decides(lambda: open_corpus(source, data.text_field, where=where))
 
 
 def _split(
@@ -175,11 +176,11 @@ def _split(
 
 
 def _stream(
-    data: DataConfig, source: str, share: float, tokenizer: Tokenizer, *, seq_len: int, batch: int
+    data: DataConfig, name: str, share: float, tokenizer: Tokenizer, *, seq_len: int, batch: int
 ) -> Source:
-    """Open the first documents of the held-out ``share`` of a corpus."""
+    """Open the first documents of the held-out ``share`` of the corpus in field ``name``."""
     windows = HeldOutWindows(
-        _list_files(source, data.text_field), tokenizer, seq_len=seq_len, windows=data.eval_windows,
+        _list_files(data, name), tokenizer, seq_len=seq_len, windows=data.eval_windows,
         held_out=share, batch=batch, mask_documents=data.document_masks,
     )  # fmt: skip
     return Source("val", windows, windows.bytes_per_token)

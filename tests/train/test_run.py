@@ -93,6 +93,15 @@ class TestValidation:
         with pytest.raises(DataError, match="one window"):
             validation_batches(data, ByteTokenizer(), **SIZES)
 
+    def test_a_missing_text_is_named_by_its_field(self, place):
+        data = DataConfig(path=str(place / "text"), val="nowhere")
+        with pytest.raises(DataError, match="no such source") as caught:
+            validation_batches(data, ByteTokenizer(), **SIZES)
+        assert (caught.value.where, caught.value.value) == ("data.val", "nowhere")
+        with pytest.raises(DataError, match=r"where: +data\.source"):
+            training_batches(DataConfig(source="nowhere"), ByteTokenizer(), seq_len=32,
+                             global_batch=2, seed=0)  # fmt: skip
+
     def test_the_run_evaluates_on_it(self, place, tmp_path):
         losses = {}
         for val in ("", str(place / "other"), str(place / "other.jsonl")):
