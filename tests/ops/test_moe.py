@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from open_mythos.errors import ConfigError
 from open_mythos.ops.experts.batched import batch_shapes
-from open_mythos.ops.experts.grouped import backward, forward
+from open_mythos.ops.experts.operation import backward, forward
 from open_mythos.ops.experts.routed import (
     LoopedStack,
     _resolve,
@@ -151,11 +151,12 @@ def test_only_the_grouped_kernel_never_asks_for_a_value(kind, waits):
         experts = torch.zeros(40, 2, dtype=torch.long)
         if waits:
             with pytest.raises(DataDependentOutputException):
-                forward(x, gate_up, down, weights, experts, kind, True)
+                forward(x, gate_up, down, weights, experts, None, None, kind, True)
             return
-        out, *kept = forward(x, gate_up, down, weights, experts, kind, True)
-        found = backward(out, x, gate_up, down, weights, *kept, [], kind, True)
-        assert [each.shape for each in found] == [
+        out, *kept = forward(x, gate_up, down, weights, experts, None, None, kind, True)
+        saved = [x, gate_up, down, weights, *kept]
+        found = backward(out, saved, [], kind, True)
+        assert [each.shape for each in found[:4]] == [
             each.shape for each in (x, weights, gate_up, down)
         ]
 
@@ -172,7 +173,7 @@ def test_the_operation_is_what_pytorch_expects(kind):
     for of_stacks in (False, True):
         torch.library.opcheck(
             torch.ops.open_mythos.experts_backward.default,
-            (out, *plain, *kept, None, None, kind, of_stacks), test_utils=checks[:2],
+            (out, [*plain, *kept], [], kind, of_stacks), test_utils=checks[:2],
         )  # fmt: skip
 
 

@@ -18,13 +18,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.ops.experts.looped_stack import Rows, defer_gradient, saved_rows
-from open_mythos.ops.experts.rows import (
-    activated,
-    activated_backward,
-    read_ends,
-    sort_choices,
-    to_tokens,
-)
+from open_mythos.ops.experts.rows import activated, activated_backward, read_ends
 from open_mythos.ops.experts.sizes import MOST, PADDING, ROWS, padded
 
 
@@ -32,23 +26,22 @@ def forward(
     x_ND: Tensor,
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
-    weights_NC: Tensor,
-    experts_NC: Tensor,
+    token: Tensor,
+    w: Tensor,
+    ends_E: Tensor,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute the same as :func:`open_mythos.ops.experts.grouped.forward`."""
-    top_k, (order, ends_E) = experts_NC.shape[1], sort_choices(experts_NC, gate_up_EDF.shape[0])
-    token, w = order // top_k, weights_NC.reshape(-1, 1).index_select(0, order)
-    gate_up = x_ND.new_empty(len(order) if keep else 0, gate_up_EDF.shape[2])
-    y = x_ND.new_empty(len(order), x_ND.shape[1])
-    for batch in batches(ends_E, len(order)):
+    gate_up = x_ND.new_empty((len(token), gate_up_EDF.shape[2]) if keep else 0)
+    y = x_ND.new_empty(len(token), x_ND.shape[1])
+    for batch in batches(ends_E, len(token)):
         x = x_ND.index_select(0, token.index_select(0, batch.source))
         projected = batch.multiply(x, gate_up_EDF)
         if keep:
             batch.unpad(projected, gate_up)
         hidden = activated(projected, w.index_select(0, batch.source))
         batch.unpad(batch.multiply(hidden, down_EFD), y)
-    return to_tokens(y, order, top_k), gate_up if keep else x_ND.new_empty(0), order, ends_E
+    return y, gate_up
 
 
 def backward(
@@ -56,24 +49,23 @@ def backward(
     x_ND: Tensor,
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
-    weights_NC: Tensor,
+    token: Tensor,
+    w: Tensor,
     gate_up: Tensor,
-    order: Tensor,
     ends_E: Tensor,
     tokens: Sequence[Tensor],
     of_stacks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the same as :func:`open_mythos.ops.experts.grouped.backward`."""
-    top_k, now = weights_NC.shape[1], of_stacks and not tokens
-    token, w = order // top_k, weights_NC.reshape(-1, 1).index_select(0, order)
-    rows, d_w = x_ND.new_empty(len(order), x_ND.shape[1]), torch.empty_like(w)
+    now = of_stacks and not tokens
+    rows, d_w = x_ND.new_empty(len(token), x_ND.shape[1]), torch.empty_like(w)
     d_gate_up_EDF, d_down_EFD = (
         each.new_empty(each.shape if now else 0) for each in (gate_up_EDF, down_EFD)
     )
     if tokens:
         all_d_gate_up = torch.empty_like(gate_up)
-        all_hidden = gate_up.new_empty(len(order), down_EFD.shape[1])
-    for batch in batches(ends_E, len(order)):
+        all_hidden = gate_up.new_empty(len(token), down_EFD.shape[1])
+    for batch in batches(ends_E, len(token)):
         source = token.index_select(0, batch.source)
         grad = grad_ND.index_select(0, source)
         hidden, d_gate_up, d_rows_w = activated_backward(
@@ -95,8 +87,7 @@ def backward(
     if tokens:
         defer_gradient(tokens[1], Rows(all_hidden), saved_rows(grad_ND, token), ends_E)
         defer_gradient(tokens[0], saved_rows(x_ND, token), Rows(all_d_gate_up), ends_E)
-    d_weights_NC = torch.empty_like(d_w).index_copy_(0, order, d_w).view_as(weights_NC)
-    return to_tokens(rows, order, top_k), d_weights_NC, d_gate_up_EDF, d_down_EFD
+    return rows, d_w, d_gate_up_EDF, d_down_EFD
 
 
 @dataclass(frozen=True)

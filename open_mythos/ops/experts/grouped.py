@@ -1,4 +1,4 @@
-"""Routed experts as matmuls over tokens sorted by expert, so that each expert's rows are adjacent.
+"""Routed experts as matmuls over rows sorted by expert.
 
 *Grouped* runs one kernel without a host-device sync; *sorted* runs one matmul per expert and serves
 any shape and dtype.
@@ -13,73 +13,65 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.experts.looped_stack import Rows, defer_gradient, saved_rows
-from open_mythos.ops.experts.rows import (
-    activated,
-    activated_backward,
-    read_ends,
-    sort_choices,
-    to_tokens,
-)
+from open_mythos.ops.experts.rows import activated, activated_backward, read_ends
 
 
 def forward(
+    kind: str,
     x_ND: Tensor,
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
-    weights_NC: Tensor,
-    experts_NC: Tensor,
-    kind: str,
+    token: Tensor,
+    w: Tensor,
+    ends_E: Tensor,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the weighted sum of each token's experts, without autograd.
+) -> tuple[Tensor, Tensor]:
+    """Run the experts on the rows of their tokens.
 
     Args:
-        x_ND: Tokens, in the dtype of the projections, like the weights.
+        kind: "grouped" or "sorted".
+        x_ND: Tokens.
         gate_up_EDF: (E, D, 2F).
         down_EFD: (E, F, D).
-        weights_NC: Weight of each choice.
-        experts_NC: Chosen experts, int64.
-        kind: "grouped" or "sorted".
-        keep: Whether a backward pass follows.
+        token: (N C,) index of each row's token, in expert order.
+        w: (N C, 1) weight of each row.
+        ends_E: End of each expert's rows.
+        keep: Whether to return the projections.
 
     Returns:
-        (N, D) results; (N C, 2F) gate and up projections in expert order, empty unless kept; (N C,)
-        choices in that order; (E,) int32 end of each expert's choices.
+        (N C, D) weighted results; (N C, 2F) gate and up projections, or an empty tensor.
     """
-    top_k, (order, ends_E) = experts_NC.shape[1], sort_choices(experts_NC, gate_up_EDF.shape[0])
-    matmuls = ExpertMatmuls(ends_E, len(order), kind)
-    gate_up = matmuls.multiply(x_ND.index_select(0, order // top_k), gate_up_EDF)
-    hidden = activated(gate_up, weights_NC.reshape(-1, 1).index_select(0, order))
-    gate_up = gate_up if keep else gate_up.new_empty(0)
-    return to_tokens(matmuls.multiply(hidden, down_EFD), order, top_k), gate_up, order, ends_E
+    matmuls = ExpertMatmuls(ends_E, len(token), kind)
+    gate_up = matmuls.multiply(x_ND.index_select(0, token), gate_up_EDF)
+    y = matmuls.multiply(activated(gate_up, w), down_EFD)
+    return y, gate_up if keep else gate_up.new_empty(0)
 
 
 def backward(
+    kind: str,
     grad_ND: Tensor,
     x_ND: Tensor,
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
-    weights_NC: Tensor,
+    token: Tensor,
+    w: Tensor,
     gate_up: Tensor,
-    order: Tensor,
     ends_E: Tensor,
     tokens: Sequence[Tensor],
-    kind: str,
     of_stacks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of :func:`forward`, from its arguments and results.
 
     Args:
-        grad_ND: Gradient of its first result.
+        grad_ND: Gradient of each token's sum of rows.
         tokens: Tokens of the two :class:`LoopedStack` that defer the stacks' gradients, or none.
         of_stacks: Whether the stacks need gradients.
 
     Returns:
-        Gradients of tokens (N, D), weights (N, C), gate_up_EDF and down_EFD; the last two are empty
-        where they are deferred or not needed.
+        Gradients of the rows of tokens (N C, D), of ``w``, gate_up_EDF and down_EFD; the last two
+        are empty where they are deferred or not needed.
     """
-    top_k, matmuls = weights_NC.shape[1], ExpertMatmuls(ends_E, len(order), kind)
-    token, w = order // top_k, weights_NC.reshape(-1, 1).index_select(0, order)
+    matmuls = ExpertMatmuls(ends_E, len(token), kind)
     grad = grad_ND.index_select(0, token)
     d_hidden = matmuls.multiply(grad, down_EFD.mT)
     hidden, d_gate_up, d_w = activated_backward(d_hidden, gate_up, w)
@@ -93,9 +85,7 @@ def backward(
         defer_gradient(tokens[0], saved_rows(x_ND, token), Rows(d_gate_up), ends_E)
     elif of_stacks:
         d_gate_up_stack = matmuls.weight_gradient(x_ND.index_select(0, token), d_gate_up)
-    d_x_ND = to_tokens(matmuls.multiply(d_gate_up, gate_up_EDF.mT), order, top_k)
-    d_weights_NC = torch.empty_like(d_w).index_copy_(0, order, d_w).view_as(weights_NC)
-    return d_x_ND, d_weights_NC, d_gate_up_stack, d_down
+    return matmuls.multiply(d_gate_up, gate_up_EDF.mT), d_w, d_gate_up_stack, d_down
 
 
 class ExpertMatmuls:
