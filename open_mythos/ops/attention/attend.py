@@ -117,10 +117,10 @@ def _sdpa(
         return _sdpa_call(q_BTHK, k_BSGK, v_BSGV, None, False, scale)
     # callers that need second derivatives, which the kernel lacks, disable it
     fused = torch.backends.cuda.flash_sdp_enabled()
-    plan = plan_pieces(mask, q_BTHK.dtype) if fused else None
-    if plan is None:
+    pieces = plan_pieces(mask, q_BTHK.dtype) if fused else None
+    if pieces is None:
         return _sdpa_call(q_BTHK, k_BSGK, v_BSGV, mask.bias(q_BTHK.dtype), False, scale)
-    return attend_pieces(q_BTHK, k_BSGK, v_BSGV, mask, plan, scale)
+    return attend_pieces(q_BTHK, k_BSGK, v_BSGV, mask, pieces, scale)
 
 
 def _sdpa_call(

@@ -62,7 +62,9 @@ def visible_blocks(seen: Visibility) -> tuple[Tensor, Tensor]:
     first, last = _ends(query)
     begin, end = _ends(column)
     some = begin.unsqueeze(1) <= last.unsqueeze(2)
-    full = (end.unsqueeze(1) <= first.unsqueeze(2)) & _whole_blocks(seen.n_columns, seen.device)
+    # a block whose columns do not all exist is not full
+    whole = torch.arange(end.shape[1], device=seen.device) < seen.n_columns // BLOCK
+    full = (end.unsqueeze(1) <= first.unsqueeze(2)) & whole
     if seen.run_BS is not None:
         least, most = _ends(seen.of_queries(seen.run_BS, 0, seen.n_queries))
         low, high = _ends(seen.run_BS)
@@ -82,11 +84,6 @@ def _ends(x_BN: Tensor) -> tuple[Tensor, Tensor]:
     last = x_BN[:, -1:].expand(-1, missing)
     blocks = torch.cat((x_BN, last), dim=1).unflatten(1, (-1, BLOCK))
     return blocks.amin(2), blocks.amax(2)
-
-
-def _whole_blocks(n: int, device: torch.device) -> Tensor:
-    """Return (blocks,) whether all columns of a block exist."""
-    return torch.arange(-(-n // BLOCK), device=device) < n // BLOCK
 
 
 def _listed(blocks_BQK: Tensor) -> tuple[Tensor, Tensor]:

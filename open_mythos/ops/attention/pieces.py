@@ -7,7 +7,6 @@ recomputes the masks, so nothing is saved beyond what the kernel itself saves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from open_mythos.devices import as_autocast
 from open_mythos.ops.attention.visibility import Visibility, additive
-
-Place = tuple[slice, slice, slice]
-"""Rows, heads, tokens."""
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -47,71 +43,56 @@ class Piece:
     causal: bool = False
     masked: bool = False
 
+    @property
+    def at_q(self) -> tuple[slice, slice, slice]:
+        """Index of its queries in (B, heads, T)."""
+        return self.rows, slice(None), self.queries
 
-@dataclass(frozen=True)
-class Plan:
-    """The blocks that make up a call.
+    @property
+    def at_k(self) -> tuple[slice, slice, slice]:
+        """Index of its keys in (B, heads, S)."""
+        return self.rows, slice(None), self.keys
 
-    Attributes:
-        pieces: In order of computation.
-        joined: Whether a query is in several blocks.
-        shared: Whether a query or a key is in several blocks.
-    """
-
-    pieces: list[Piece]
-    joined: bool = False
-    shared: bool = False
+    def bias(self, seen: Visibility, dtype: torch.dtype) -> Tensor | None:
+        """Return the block of the mask as an additive bias; None unless ``masked``."""
+        if not self.masked:
+            return None
+        span = self.queries.start, self.queries.stop, self.keys.start, self.keys.stop
+        return additive(seen.rows(*span), dtype)
 
 
-def plan_pieces(seen: Visibility, dtype: torch.dtype) -> Plan | None:
+def plan_pieces(seen: Visibility, dtype: torch.dtype) -> list[Piece] | None:
     """Choose the blocks for ``seen`` on a CPU; None for one call with the full mask."""
     every = slice(None)
     documents = seen.documents if seen.n_queries >= DOCUMENT_TOKENS else None
-    if documents and _tokens(documents) >= len(documents) * _least_average(seen, dtype):
-        return Plan([
-            Piece(slice(row, row + 1), slice(start, stop), slice(start, stop), causal=True)
-            for row, start, stop in documents
-        ])  # fmt: skip
+    if documents:
+        n_tokens = sum(stop - start for _, start, stop in documents)
+        half = HALF_PAIRS / seen.n_queries if dtype.itemsize < 4 else 0
+        if n_tokens >= len(documents) * max(DOCUMENT_TOKENS, half):
+            return [
+                Piece(slice(row, row + 1), slice(start, stop), slice(start, stop), causal=True)
+                for row, start, stop in documents
+            ]
     if seen.n_pairs <= WHOLE_PAIRS:
         return None
     if seen.plain:
-        past, new = slice(0, seen.first), slice(seen.first, seen.n_columns)
-        pieces = [Piece(every, every, new, causal=True)]
-        if seen.first:
-            pieces.append(Piece(every, every, past))
-        return Plan(pieces, joined=len(pieces) > 1, shared=True)
+        new = Piece(every, every, slice(seen.first, seen.n_columns), causal=True)
+        return [new, Piece(every, every, slice(0, seen.first))] if seen.first else [new]
     fewest, most = BLOCK_QUERIES
     size = min(most, max(fewest, BLOCK_PAIRS // (seen.batch * seen.n_columns)))
-    return Plan(
-        [
-            Piece(every, slice(start, stop), slice(low, high), masked=True)
-            for start, stop, low, high in seen.spans(size)
-        ],
-        shared=True,
-    )
-
-
-def _least_average(seen: Visibility, dtype: torch.dtype) -> float:
-    """Return the least average length at which documents are computed one by one."""
-    half = HALF_PAIRS / seen.n_queries if dtype.itemsize < 4 else 0
-    return max(DOCUMENT_TOKENS, half)
-
-
-def _tokens(documents: Sequence[tuple[int, int, int]]) -> int:
-    return sum(stop - start for _, start, stop in documents)
+    return [
+        Piece(every, slice(start, stop), slice(low, high), masked=True)
+        for start, stop, low, high in seen.spans(size)
+    ]
 
 
 def attend_pieces(
-    q_BTHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGK: Tensor,
-    seen: Visibility,
-    plan: Plan,
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, seen: Visibility, pieces: list[Piece],
     scale: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute (B, T, H, K) attention block by block; zeros for queries in no block."""
     parts = (as_autocast(x) for x in (q_BTHK, k_BSGK, v_BSGK))
-    return _Pieces.apply(*parts, seen, plan, scale)
+    return _Pieces.apply(*parts, seen, pieces, scale)
 
 
 class _Pieces(torch.autograd.Function):
@@ -120,64 +101,48 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor,
-        seen: Visibility, plan: Plan, scale: float,
+        seen: Visibility, pieces: list[Piece], scale: float,
     ) -> Tensor:  # fmt: skip
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+        wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.zeros_like(q_BTHK).transpose(1, 2)
-        lse_BHT = out.new_full(out.shape[:3], -torch.inf, dtype=_wide(q))
-        if plan.joined:
-            out = out.to(_wide(q))
-        for piece, to_q, to_k in _places(plan):
+        lse_BHT = out.new_full(out.shape[:3], -torch.inf, dtype=wide)
+        joined = seen.plain and len(pieces) > 1  # every query is in both pieces
+        if joined:
+            out = out.to(wide)
+        for piece in pieces:
+            at_q, at_k = piece.at_q, piece.at_k
             found, lse = _FORWARD(
-                q[to_q], k[to_k], v[to_k], 0.0, piece.causal,
-                attn_mask=_bias(seen, piece, q.dtype), scale=scale,
+                q[at_q], k[at_k], v[at_k], 0.0, piece.causal,
+                attn_mask=piece.bias(seen, q.dtype), scale=scale,
             )  # fmt: skip
-            if plan.joined:
-                before, alone = lse_BHT[to_q], lse
+            if joined:
+                before, alone = lse_BHT[at_q], lse
                 lse = torch.logaddexp(before, alone)
-                kept = out[to_q] * (before - lse).exp().unsqueeze(-1)
+                kept = out[at_q] * (before - lse).exp().unsqueeze(-1)
                 found = kept + found * (alone - lse).exp().unsqueeze(-1)
-            out[to_q], lse_BHT[to_q] = found, lse
+            out[at_q], lse_BHT[at_q] = found, lse
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse_BHT)
-        ctx.call = seen, plan, scale
+        ctx.call = seen, pieces, scale
         return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse_BHT = ctx.saved_tensors
-        seen, plan, scale = ctx.call
+        seen, pieces, scale = ctx.call
         grad = grad_BTHK.transpose(1, 2)
-        # sums over several pieces lose digits in half precision
-        dtype = _wide(q) if plan.shared else q.dtype
+        # sums over several pieces lose digits in half precision; documents are not summed
+        summed = seen.plain or pieces[0].masked
+        dtype = torch.promote_types(q.dtype, torch.float32) if summed else q.dtype
         grads = [torch.zeros_like(x, dtype=dtype) for x in (q, k, v)]
-        for piece, to_q, to_k in _places(plan):
+        for piece in pieces:
+            at_q, at_k = piece.at_q, piece.at_k
             parts = _BACKWARD(
-                grad[to_q], q[to_q], k[to_k], v[to_k], out[to_q], lse_BHT[to_q], 0.0, piece.causal,
-                attn_mask=_bias(seen, piece, q.dtype), scale=scale,
+                grad[at_q], q[at_q], k[at_k], v[at_k], out[at_q], lse_BHT[at_q], 0.0, piece.causal,
+                attn_mask=piece.bias(seen, q.dtype), scale=scale,
             )  # fmt: skip
-            for total, part, place in zip(grads, parts, (to_q, to_k, to_k), strict=True):
-                total[place] += part
+            for total, part, at in zip(grads, parts, (at_q, at_k, at_k), strict=True):
+                total[at] += part
         return *(x.to(q.dtype).transpose(1, 2) for x in grads), None, None, None
-
-
-def _places(plan: Plan) -> Iterator[tuple[Piece, Place, Place]]:
-    """Yield each block with the indices of its queries and of its keys."""
-    for piece in plan.pieces:
-        yield (
-            piece,
-            (piece.rows, slice(None), piece.queries),
-            (piece.rows, slice(None), piece.keys),
-        )
-
-
-def _bias(seen: Visibility, piece: Piece, dtype: torch.dtype) -> Tensor | None:
-    if not piece.masked:
-        return None
-    at, keys = piece.queries, piece.keys
-    return additive(seen.rows(at.start, at.stop, keys.start, keys.stop), dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -6,7 +6,7 @@ million positions the full mask would take a terabyte.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -36,7 +36,9 @@ class Visibility:
     valid_BS: Tensor | None = None
     run_BS: Tensor | None = None
     columns_BT: Tensor | None = None
-    _made: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[torch.dtype, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def first(self) -> int:
@@ -100,7 +102,7 @@ class Visibility:
         valid, run, columns = (
             None if x is None else x[keep_B] for x in (self.valid_BS, self.run_BS, self.columns_BT)
         )
-        return Visibility(self.n_queries, self.n_columns, self.device, valid, run, columns)
+        return replace(self, valid_BS=valid, run_BS=run, columns_BT=columns)
 
     def at(self, queries_BT: Tensor) -> Visibility:
         """Return the mask of the queries with indices ``queries_BT`` in each row."""
@@ -108,9 +110,7 @@ class Visibility:
             columns = queries_BT + self.first
         else:
             columns = self.columns_BT.gather(1, queries_BT)
-        return Visibility(
-            queries_BT.shape[1], self.n_columns, self.device, self.valid_BS, self.run_BS, columns
-        )
+        return replace(self, n_queries=queries_BT.shape[1], columns_BT=columns)
 
     def spans(self, size: int) -> list[tuple[int, int, int, int]]:
         """Split the queries into blocks of ``size`` with the range of columns that each attends to.
@@ -122,11 +122,11 @@ class Visibility:
         """
         starts = range(0, self.n_queries, size)
         blocks = [(start, min(start + size, self.n_queries)) for start in starts]
-        free = self.device.type != "cpu" or (self.run_BS is None and self.columns_BT is None)
-        if free:
-            whole = self.columns_BT is not None
-            highs = [self.n_columns if whole else self.first + stop for _, stop in blocks]
-            return [(*block, 0, high) for block, high in zip(blocks, highs, strict=True)]
+        if self.device.type != "cpu" or (self.run_BS is None and self.columns_BT is None):
+            return [
+                (start, stop, 0, self.first + stop if self.columns_BT is None else self.n_columns)
+                for start, stop in blocks
+            ]
         low, high = self._reach
         return [
             (start, stop, int(low[start:stop].min()), int(high[start:stop].max()) + 1)
@@ -145,8 +145,7 @@ class Visibility:
         begins, ends, run_BS = self._borders()
         row, start = begins.nonzero(as_tuple=True)
         stop = ends.nonzero()[:, 1] + 1
-        again = (row.diff() == 0) & (run_BS[row, start].diff() == 0)
-        if again.any():
+        if ((row.diff() == 0) & (run_BS[row, start].diff() == 0)).any():
             return None
         return list(zip(row.tolist(), start.tolist(), stop.tolist(), strict=True))
 
