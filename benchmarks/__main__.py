@@ -92,8 +92,6 @@ def _run(options: argparse.Namespace, chosen: torch.device, budget: float) -> in
         # keep earlier results if nothing was measured
         if out is not None and outcome.rows and not outcome.failed:
             store.save(out, suite, content)
-            if suite == "cache":
-                (out / "cache.md").write_text(caches.variants_table() + "\n", encoding="utf-8")
         contents[suite] = content
     _summary(contents, console)
     taken = time.monotonic() - begin

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from benchmarks.clock import device
 from benchmarks.measure import GateError
 from benchmarks.models import Scale, config, random_ids
-from experiments.c6_cache.cache_rows import CacheRow, cache_rows
 from open_mythos.accounting import account
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import KVCache
@@ -69,35 +68,3 @@ def _row(name: str, cfg: MythosConfig, multi: MythosConfig, tokens: int) -> Held
     if row.held != row.formula:
         raise GateError(f"cache, {name}: {row.held} bytes held, {row.formula} by the formula")
     return row
-
-
-def variants_table() -> str:
-    """The Markdown table of all variants: elements per token and slot, bytes over all slots."""
-    header = (
-        "| variant | heads | MLA | MHA | GQA-8 | GQA-4 | MHA / MLA | GQA-8 / MLA | GQA-4 / MLA "
-        "| loops | slots | MLA per token | MHA per token | one loop kept |",
-        "|---|" + "---:|" * 13,
-    )
-    return "\n".join([*header, *(_line(row) for row in cache_rows())])
-
-
-def _line(row: CacheRow) -> str:
-    cells = [
-        f"{row.n_heads} x {row.head_dim}",
-        *(_or_dash(count, "{:,}") for count in (row.mla, row.mha, row.gqa8, row.gqa4)),
-        *(_or_dash(ratio, "{:.1f}") for ratio in (row.over_mha, row.over_gqa8, row.over_gqa4)),
-        str(row.n_loops),
-        str(row.slots),
-        _kib(row.bytes_per_token),
-        _kib(row.bytes_per_token_mha),
-        _kib(row.bytes_per_token_shared),
-    ]
-    return f"| {row.variant} | " + " | ".join(cells) + " |"
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _kib(n_bytes: int) -> str:
-    return f"{n_bytes / 1024:,.1f} KiB"

@@ -48,7 +48,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
     """A step at every context, then the straight line through them.
 
     Raises:
-        GateError: The plain form gives other logits, or the cache holds other bytes than it should.
+        GateError: The reference gives other logits, or the cache holds other bytes than it should.
     """
     for attn_type, dtype in (
         ("mla", torch.float32), ("mla", torch.bfloat16), ("gqa", torch.bfloat16),
@@ -101,7 +101,7 @@ def _line(scale: Scale, attn_type: str, dtype: torch.dtype) -> Iterator[Finding]
              (limit.flops - works[min(seconds)].flops) / (longest - min(seconds)) / limit.peak
              )  # fmt: skip
     yield Finding(
-        name("share of the machine's limit at which more context is read"), dtype_name(dtype),
+        name("share of the roofline at which more context is read"), dtype_name(dtype),
         100 * least / slope, "%", goal=goals[1],
         why=f"a position more is {held_bytes:,} bytes of cache: {held_bytes / slope / 1e9:.3g} GB/s"
         f" of {limit.bandwidth / 1e9:.3g}; at {longest} positions {limit.bound} "
@@ -118,7 +118,7 @@ def _gate(
     n_loops: int,
     dtype: torch.dtype,
 ) -> float:
-    """Logits of a few tokens, decoded one by one, against the plain form's of all in one call.
+    """Logits of a few tokens, decoded one by one, against the reference's of all in one call.
 
     A few, because a rounded router score may send a single one to another expert in either form.
     """

@@ -39,7 +39,7 @@ def title(scale: Scale) -> str:
 
 
 def rows(scale: Scale) -> Iterator[Measured]:
-    """One row for every number of experts and dtype; a few more against another plain form."""
+    """One row for every number of experts and dtype; a few more against another reference."""
     for experts in scale.layers:
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{experts[0]} experts top-{experts[1]}"

@@ -25,7 +25,7 @@ EQUAL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 def title(scale: Scale) -> str:
     """Return a heading for the rows."""
-    return f"operations against their plain twins, {HEADS} heads, width {scale.dim}"
+    return f"operations against their reference implementations, {HEADS} heads, width {scale.dim}"
 
 
 def rows(scale: Scale) -> Iterator[Measured]:

@@ -173,7 +173,7 @@ def _plain(scale: Scale, model: OpenMythos, ids: Tensor, errors: tuple[float, fl
     """Compare the middle number of loops with the plain implementation."""
     n, plain = scale.loops[len(scale.loops) // 2], plain_twin(model)
     return compare(
-        f"training, {n} loops, against the plain form", torch.float32,
+        f"training, {n} loops, against the reference", torch.float32,
         lambda: gradients(model, ids, n, torch.float32),
         lambda: gradients(plain, ids, n, torch.float32),
         alternations=scale.turns, goal=None, errors=errors,

@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -114,17 +114,17 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    """Return the commit, with "-dirty" if code differs; "unknown" outside a repository."""
+def commit() -> str:
+    """Return the commit, with "-dirty" if code differs from it; "" outside a repository."""
     outputs = []
     for command in (
         ["git", "describe", "--always", "--abbrev=12"],
         ["git", "status", "--porcelain", "--untracked-files=no", "--", ".",
-         ":!benchmarks/results", ":!docs/speed", ":!docs/speed.md"],
+         ":!*/results", ":!docs/speed", ":!docs/speed.md"],
     ):  # fmt: skip
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
-            return "unknown"
+            return ""
         outputs.append(done.stdout.strip())
     return outputs[0] + ("-dirty" if outputs[1] else "")

@@ -99,7 +99,7 @@ Made = tuple[str, Any, Callable[[Any, Any], None]] | None
 
 
 def _ratios(rows: Mapping[str, Rows]) -> Made:
-    """Every comparison with the plain form, and its goal."""
+    """Every comparison with the reference, and its goal."""
     data = [
         [
             f"{suite}: {row['name']}".replace(LONG, SHORTER),
@@ -116,7 +116,7 @@ def _ratios(rows: Mapping[str, Rows]) -> Made:
     with_goal = [(ratio, goal) for _, _, ratio, goal in data if goal is not None]
     met = sum(ratio >= goal for ratio, goal in with_goal)
     least, most = min(row[2] for row in data), max(row[2] for row in data)
-    title = f"{least:.1f}x to {most:.1f}x as fast as the plain form"
+    title = f"{least:.1f}x to {most:.1f}x as fast as the reference"
     if with_goal:
         title += f"; {met} of {len(with_goal)} goals met"
     return title, data, _paint_ratios
@@ -149,7 +149,7 @@ def _paint_ratios(axes: Any, data: Any) -> None:
     axes.set_yticks(range(len(data)), [row[0] for row in data], fontsize=9)
     axes.set_ylim(len(data) - 0.4, -0.6)
     axes.grid(False, axis="y")
-    axes.set_xlabel("time of the plain form over time of the fast form")
+    axes.set_xlabel("time of the reference / time of the fast path")
     axes.legend(handles=handles, loc="lower right")
 
 

@@ -1,7 +1,7 @@
 """Decoding with rounded weights, against the same model in bfloat16.
 
 Weights in 8 or 4 bits are fewer bytes to read, and more work for every row that is multiplied with
-them: they win for few rows. The gate holds a quantised model to its plain twin, the same model with
+them: they win for few rows. The gate holds a quantized model to its reference, the same model with
 every block's matrices replaced by what rounding left of them.
 """
 
@@ -69,7 +69,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
 
 Model = TypeVar("Model", bound=CausalLM)
 Ways = tuple[OpenMythos, OpenMythos, OpenMythos, OpenMythos]
-"""Quantised; in bfloat16; the twin in bfloat16; the twin in float32."""
+"""Quantized; in bfloat16; the reference in bfloat16; the reference in float32."""
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def _row(
     logits: list[list[Tensor]],
     repeats: int,
 ) -> Row:
-    quantised, _, twin, reference = logits
+    quantized, _, twin, reference = logits
     sizes = [weight_bytes(model) for model in ways[:2]]
     return compare(
         name,
@@ -130,7 +130,7 @@ def _row(
         alternations=scale.turns,
         repeats=repeats,
         goal=goal,
-        errors=gate(name, quantised, twin, reference=reference, dtype=torch.bfloat16),
+        errors=gate(name, quantized, twin, reference=reference, dtype=torch.bfloat16),
         numbers={
             "bytes_per_token": sizes[0].per_token(scale.n_loops),
             "bytes_per_token_bfloat16": sizes[1].per_token(scale.n_loops),

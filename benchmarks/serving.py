@@ -98,7 +98,7 @@ def _row(
 
 
 def _gate(model: OpenMythos) -> float:
-    """The next token's logits, and the decoder's tokens, against those of the plain form.
+    """The next token's logits, and the decoder's tokens, against those of the reference.
 
     Raises:
         GateError: They differ.

@@ -147,7 +147,7 @@ def _equality(scale: Scale, dtype: torch.dtype, found: list[tuple[float, float]]
         "gradients of the fast form against those of the plain one, relative distance",
         dtype_name(dtype), worst, "", goal=EQUAL[dtype] if scale is FULL else None, at_most=True,
         why="the worst tensor of all models" if dtype == torch.float32 else
-        "the median tensor of the worst model; the plain form itself is "
+        "the median tensor of the worst model; the reference itself is "
         f"{plain_error:.1e} from its own float32 gradients, and a rounded router score "
         "sends a token to another expert in either form",
         error=worst, threads=torch.get_num_threads(),

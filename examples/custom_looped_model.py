@@ -121,7 +121,7 @@ def report(model: RunningParity, generator: torch.Generator) -> None:
         bands = values_BT.unflatten(1, (4, 8)).mean((0, 2)).tolist()
         print(f"{label:>14}" + "".join(f"{value:>11{form}}" for value in bands))
 
-    print("\naccuracy on rows of 32 bits (trained on 16; guessing gives 50 %)")
+    print("\naccuracy on rows of 32 bits (trained on 16; chance is 50 %)")
     print(f"{'loops':>14}{'places 1-8':>11}{'9-16':>11}{'17-24':>11}{'25-32':>11}")
     for n_loops in (1, 4, 8, 16, 24, 32, 40):
         row(str(n_loops), right_LBT[n_loops - 1], ".1%")

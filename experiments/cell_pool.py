@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.machine import commit as current_commit
 from experiments import machine
 from experiments.claim import Cell, Place, Record
 from experiments.results import Results, plain
@@ -89,7 +90,7 @@ def run_cells(
             threads, at_once)
         for cell in pending
     ]  # fmt: skip
-    commit, failures = machine.commit(), list[Outcome]()
+    commit, failures = current_commit(), list[Outcome]()
     with _progress(quiet) as progress, closing(_outcomes(jobs, at_once)) as outcomes:
         task = progress.add_task(claim, total=len(cells), completed=len(cells) - len(jobs), cell="")
         for job, outcome in outcomes:

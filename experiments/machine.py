@@ -1,11 +1,9 @@
-"""Describe the hardware, software versions and commit of a record, without names or paths."""
+"""Describe the hardware and software versions of a record, without names or paths."""
 
 from __future__ import annotations
 
 import os
 import platform
-import subprocess
-from pathlib import Path
 
 import torch
 
@@ -27,16 +25,3 @@ def hardware(threads: int, workers: int) -> str:
 def versions() -> str:
     """Return the versions of Python and PyTorch."""
     return f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-
-
-def commit() -> str:
-    """Return the commit, marked -dirty if files differ from it; "" outside a repository."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()

@@ -50,8 +50,8 @@ def hop_summary(r: DemoResults) -> str:
         f"model answers {few:.0%} with {r.trained_hops} loops, {many:.0%} with {r.chosen_loops} "
         f"and {most:.0%} with {deepest}, from the same weights. With early exit it answers "
         f"{r.exit_accuracy[i]:.0%} with {r.exit_loops[i]:.1f} loops on average, and uses "
-        f"{r.exit_loops[0]:.1f} on chains of {r.hops[0]}. The dense model of as many parameters "
-        f"answers {r.hop_dense[i]:.0%}; guessing gives {1 / r.entities:.0%}."
+        f"{r.exit_loops[0]:.1f} on chains of {r.hops[0]}. The dense model with the same "
+        f"number of parameters answers {r.hop_dense[i]:.0%}; chance is {1 / r.entities:.0%}."
     )
 
 

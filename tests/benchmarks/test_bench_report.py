@@ -102,7 +102,7 @@ def test_every_plot_is_drawn_and_carries_its_figures(tmp_path, monkeypatch):
     assert [plot.path.stem for plot in drawn] == [
         f"chip_{name}" for name in ("ratios", "experts", "loops", "context", "batch")
     ]
-    assert drawn[0].title == "1.5x to 3.0x as fast as the plain form; 1 of 2 goals met"
+    assert drawn[0].title == "1.5x to 3.0x as fast as the reference; 1 of 2 goals met"
     for plot in drawn:
         plot.draw()
         assert plots.stored_digest(plot.path) == plot.digest

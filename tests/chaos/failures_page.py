@@ -1,6 +1,6 @@
 """The table of ``docs/failures.md``: every row is made to happen, and says what it said then.
 
-python tests/chaos/failures_page.py     # writes the table anew
+python tests/chaos/failures_page.py     # writes the table again
 """
 
 from __future__ import annotations

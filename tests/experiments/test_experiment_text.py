@@ -49,5 +49,5 @@ def test_an_interrupted_training_goes_on(place, tmp_path):
     assert resumed.losses([4]) == whole.losses([4])
     for checkpoint in (mine.own / "checkpoints").iterdir():
         shutil.rmtree(checkpoint)
-    anew = text.train(cell, mine)
-    assert [step for step, _ in anew.curve] == [1, 2, 3, 4], "killed before its first checkpoint"
+    again = text.train(cell, mine)
+    assert [step for step, _ in again.curve] == [1, 2, 3, 4], "killed before its first checkpoint"

@@ -234,7 +234,7 @@ class TestTokens:
         decoder, params = decoder_of(model), SamplingParams(temperature=0.0)
         tokens = [decoder.start(ids, params, Depth(4)).clone()]
         tokens += [decoder.step().clone() for _ in range(3)]
-        # bfloat16 rounds where the plain form does: all but ties come out alike
+        # bfloat16 rounds where the reference does: all but ties are equal
         plain = generate(model, ids, 4, 0.0, depth=Depth(4), mode="eager")[:, T:]
         assert (torch.stack(tokens, 1) == plain).float().mean() > 0.8
 

@@ -112,7 +112,7 @@ class TestRouter:
 
     @pytest.mark.parametrize("top_k", [1, 2, 8])
     def test_the_router_learns_and_the_bias_does_not(self, top_k):
-        """A single weight renormalised would be the constant 1."""
+        """A single weight renormalized would be the constant 1."""
         layer = mixture(n_experts_per_tok=top_k)
         layer(torch.randn(1, 20, 32)).square().sum().backward()
         assert not layer.router_bias.requires_grad
