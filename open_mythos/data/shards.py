@@ -13,6 +13,7 @@ import json
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,6 @@ from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 START_DTYPE = np.dtype("<u8")
 HASH_BLOCK_BYTES = 1 << 24
-_RESTORE = "prepare the folder again, or restore the file"
 
 
 def hash_blocks(path: Path) -> tuple[str, ...]:
@@ -131,19 +131,16 @@ class TokenShards:
         for file, _ in self._files():
             path = self.path / file.file
             for block, digest in enumerate(hash_blocks(path)):
-                if digest not in file.sha256[block : block + 1]:
-                    raise DataError(
-                        "the file has changed since it was prepared",
-                        where=f"{path}, within 16 MiB of byte {block * HASH_BLOCK_BYTES}",
-                        value=digest, allowed=", ".join(file.sha256[block : block + 1]),
-                        fix=_RESTORE,
-                    )  # fmt: skip
+                allowed = ", ".join(file.sha256[block : block + 1])
+                if digest != allowed:
+                    where = f"{path}, within 16 MiB of byte {block * HASH_BLOCK_BYTES}"
+                    raise _damaged(
+                        "the file has changed since it was prepared", where, digest, allowed
+                    )
 
     def _files(self) -> list[tuple[ShardFile, np.dtype]]:
-        kinds = [("tokens", self._dtype), ("starts", START_DTYPE)]
-        return [
-            (getattr(shard, kind), dtype) for shard in self.info.shards for kind, dtype in kinds
-        ]
+        pairs = [((s.tokens, self._dtype), (s.starts, START_DTYPE)) for s in self.info.shards]
+        return [pair for both in pairs for pair in both]
 
     def _check_sizes(self) -> None:
         for file, dtype in self._files():
@@ -151,36 +148,31 @@ class TokenShards:
             try:
                 size = path.stat().st_size
             except OSError as error:
-                raise _missing(path, error) from error
+                raise _damaged("the file cannot be read", f"{path}, byte 0", str(error)) from error
             if size != expected:
-                raise DataError(
-                    "the file has another size", where=f"{path}, which ends at byte {size}",
-                    value=size, allowed=f"{expected} bytes", fix=_RESTORE,
-                )  # fmt: skip
+                where = f"{path}, which ends at byte {size}"
+                raise _damaged("the file has another size", where, size, f"{expected} bytes")
 
     def _read(self, file: ShardFile, first: int, count: int) -> Int64Array:
         path, width = self.path / file.file, self._dtype.itemsize
         try:
             block = np.fromfile(path, self._dtype, count, offset=first * width).astype(np.int64)
         except OSError as error:
-            raise _missing(path, error) from error
+            raise _damaged("the file cannot be read", f"{path}, byte 0", str(error)) from error
         end = first + len(block)
         if len(block) < count:
-            raise DataError(
-                "the file ends early", where=f"{path}, byte {end * width}", value=end,
-                allowed=f"{file.items} tokens", fix=_RESTORE,
-            )  # fmt: skip
+            where = f"{path}, byte {end * width}"
+            raise _damaged("the file ends early", where, end, f"{file.items} tokens")
         worst = int(block.argmax())
         if block[worst] >= self.index.vocab_size:
-            raise DataError(
-                "a token is outside the vocabulary",
-                where=f"{path}, byte {(first + worst) * width}", value=int(block[worst]),
-                allowed=f"0..{self.index.vocab_size - 1}", fix=_RESTORE,
-            )  # fmt: skip
+            where, allowed = (
+                f"{path}, byte {(first + worst) * width}",
+                f"0..{self.index.vocab_size - 1}",
+            )
+            raise _damaged("a token is outside the vocabulary", where, int(block[worst]), allowed)
         return block
 
 
-def _missing(path: Path, error: OSError) -> DataError:
-    return DataError(
-        "the file cannot be read", where=f"{path}, byte 0", value=str(error), fix=_RESTORE
-    )
+def _damaged(what: str, where: str, value: Any, allowed: str = "") -> DataError:
+    fix = "prepare the folder again, or restore the file"
+    return DataError(what, where=where, value=value, allowed=allowed, fix=fix)
