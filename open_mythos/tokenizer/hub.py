@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import urllib.parse
-import urllib.request
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +15,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
 DEFAULT_MODEL_ID = "openai/gpt-oss-20b"
-CONNECT_TIMEOUT_S = 3.0
+CONNECT_TIMEOUT_S = 10.0
 
 
 class MythosTokenizer(RustBacked):
@@ -58,35 +54,25 @@ def _read_hub(model_id: str) -> tuple[RustTokenizer, str, dict[str, str]]:
 
 def _auto_tokenizer(model_id: str) -> Any:
     try:
+        from huggingface_hub import constants, get_session
         from transformers import AutoTokenizer
     except ImportError as error:
         raise _unavailable(model_id, "transformers is not installed") from error
     load = partial(AutoTokenizer.from_pretrained, model_id, trust_remote_code=False)
     try:
         return load(local_files_only=True)
-    except Exception as error:  # transformers raises many kinds
-        if reason := _hub_unreachable():
-            raise _unavailable(model_id, f"it is not cached, and {reason}") from error
+    except Exception:  # transformers raises many kinds
+        pass
+    try:
+        # without a connection transformers would retry for a minute
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_TIMEOUT_S)
+    except Exception as error:
+        reason = f"it is not cached, and {constants.ENDPOINT} cannot be reached ({error})"
+        raise _unavailable(model_id, reason) from error
     try:
         return load()
     except Exception as error:
         raise _unavailable(model_id, str(error).partition("\n")[0]) from error
-
-
-def _hub_unreachable() -> str:
-    """Return why the hub cannot be reached, or ""; transformers would retry for a minute."""
-    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(switch, "0").upper() in {"1", "ON", "YES", "TRUE"}:
-            return f"{switch} is set"
-    if urllib.request.getproxies():
-        return ""
-    hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    port = hub.port or (80 if hub.scheme == "http" else 443)
-    try:
-        socket.create_connection((hub.hostname or "", port), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        return f"{hub.hostname} cannot be reached ({error})"
-    return ""
 
 
 def _unavailable(model_id: str, reason: str) -> EnvironmentError_:

@@ -92,11 +92,10 @@ def test_every_config_field_is_read():
     assert fields <= read, fields - read
 
 
-def test_environment_variables_are_read_in_two_places():
-    """The launcher's are read in ``distributed``; the switches of the hub's own tools in
-    ``tokenizer/hub.py``, which must work without torch."""
+def test_environment_variables_are_read_in_one_place():
+    """The launcher's are read in ``distributed``; the hub's own client reads its switches."""
     readers = {place(f) for f in FILES if {"environ", "getenv"} & set(attributes(tree(f)))}
-    assert readers <= {"distributed.py", "tokenizer/hub.py"}
+    assert readers == {"distributed.py"}
 
 
 def stacks(file: Path) -> Iterator[str]:

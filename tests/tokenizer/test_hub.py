@@ -4,14 +4,15 @@ import json
 import sys
 
 import pytest
+from huggingface_hub import constants
 
 from open_mythos.errors import EnvironmentError_
-from open_mythos.tokenizer import MythosTokenizer, hub, load_tokenizer
+from open_mythos.tokenizer import MythosTokenizer, load_tokenizer
 from tokenizer.samples import foreign
 
 
 def test_offline_says_what_to_do(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(EnvironmentError_, match="HF_HUB_OFFLINE") as caught:
         MythosTokenizer("open-mythos/no-such-model")
     for advice in ("pip install open-mythos[hf]", "path", "ByteTokenizer"):
@@ -19,9 +20,8 @@ def test_offline_says_what_to_do(monkeypatch, tmp_path) -> None:
 
 
 def test_an_unreachable_hub_is_noticed_without_retries(monkeypatch) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(EnvironmentError_, match=r"127\.0\.0\.1"):
         load_tokenizer("open-mythos/no-such-model")
 
