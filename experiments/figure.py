@@ -54,6 +54,10 @@ def lines(
 
 
 def log2_ticks(ax: Any, ticks: Sequence[int]) -> None:
-    """Use a base-2 logarithmic x axis with exactly these ticks."""
+    """Use a base-2 logarithmic x axis with exactly these ticks; labels do not overlap."""
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, [str(n) for n in ticks])
+    labels, last = [], 0.0
+    for n in ticks:
+        labels.append(str(n) if n > 1.2 * last else "")
+        last = n if labels[-1] else last
+    ax.set_xticks(ticks, labels)

@@ -40,7 +40,7 @@ def _lengths(ax: Any, r: DemoResults) -> None:
     ax.plot(r.hops, many, "o-", color=LOOPED, label=f"looped, {r.chosen_loops} loops")
     ax.plot(r.hops, few, "o:", color=LOOPED, label=f"looped, {r.trained_hops} loops")
     ax.plot(r.hops, r.hop_dense, "o--", color=DENSE, label="dense, equal parameters")
-    ax.axhline(1 / r.entities, color=MUTED, lw=0.8, ls=":", label="guessing")
+    ax.axhline(1 / r.entities, color=MUTED, lw=0.8, ls=":", label="chance")
     ax.set(
         title="Longer chains, same weights", xlabel="hops (shaded: seen in training)",
         ylabel="unseen chains answered", ylim=(0, 1.03),
