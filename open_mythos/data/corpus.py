@@ -110,23 +110,19 @@ class Corpus:
         """Divide all files so finely that each of ``lanes`` readers gets several units."""
         wanted = -(-self.size // (lanes * UNITS_PER_LANE))
         unit_bytes = min(MAX_UNIT_BYTES, max(MIN_UNIT_BYTES, wanted))
-        return [
-            Unit(number, part, parts)
-            for number, file in enumerate(self.files)
-            for parts in [min(-(-file.size // unit_bytes), self._most_parts(number))]
-            for part in range(parts)
-        ]
+        units = []
+        for number, file in enumerate(self.files):
+            kind, most = self.kind(number), file.size
+            if kind not in (".parquet", ".jsonl"):
+                most = 1 if kind == STDLIB else text_pieces(file.size)
+            parts = min(-(-file.size // unit_bytes), most)
+            units += [Unit(number, part, parts) for part in range(parts)]
+        return units
 
     def unit_size(self, unit: Unit) -> int:
         """Return the bytes of a unit."""
         first, end = unit.share(self.files[unit.file].size)
         return end - first
-
-    def _most_parts(self, number: int) -> int:
-        kind, size = self.kind(number), self.files[number].size
-        if kind == STDLIB:
-            return 1
-        return size if kind in (".parquet", ".jsonl") else text_pieces(size)
 
 
 def text_pieces(size: int) -> int:
@@ -248,12 +244,14 @@ def _remote(source: str, where: str) -> tuple[str, str, list[CorpusFile]]:
         raise _unreachable(source, where, error) from error
     protocol = system.protocol if isinstance(system.protocol, str) else system.protocol[0]
     base = root if root not in found else root.rpartition("/")[0]
-    files = [
-        CorpusFile(name, int(info["size"]), _content_id(info))
-        for path, info in sorted(found.items())
-        for name in [path.removeprefix(base).lstrip("/")]
-        if info.get("type", "file") == "file" and _suffix(name) in KINDS and "/." not in f"/{name}"
-    ]
+    files = []
+    for path, info in sorted(found.items()):
+        name = path.removeprefix(base).lstrip("/")
+        if info.get("type", "file") == "file" and _suffix(name) in KINDS and "/." not in f"/{name}":
+            # the store's identifier of the content: a blob of the hub, or an entity tag
+            known = (info.get(key) for key in ("blob_id", "ETag", "etag"))
+            digest = next((str(each) for each in known if each), "")
+            files.append(CorpusFile(name, int(info["size"]), digest))
     return protocol, base, files
 
 
@@ -291,9 +289,3 @@ def _unreachable(source: str, where: str, error: Exception) -> EnvironmentError_
     reason = str(error).strip().splitlines() or [type(error).__name__]
     what = f"the corpus cannot be reached: {reason[0]}"
     return EnvironmentError_(what, where=where, value=source, fix=_HUB_FIX)
-
-
-def _content_id(info: dict[str, Any]) -> str:
-    """Return the store's identifier of the content: a blob of the hub, or an entity tag."""
-    known = (info.get(key) for key in ("blob_id", "ETag", "etag"))
-    return next((str(each) for each in known if each), "")

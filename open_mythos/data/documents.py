@@ -99,8 +99,13 @@ def read_unit(corpus: Corpus, unit: Unit, cursor: int = 0) -> Iterator[Document]
     """
     path, kind = corpus.path(unit.file), corpus.kind(unit.file)
     if kind == STDLIB:
-        text = _module(path)
-        yield from [] if text is None or cursor else [Document(0, text)]
+        try:
+            with tokenize.open(path) as stream:  # with the encoding that the module declares
+                text = stream.read()
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            return
+        if cursor == 0:
+            yield Document(0, text)
         return
     failures = 0
     while True:
@@ -122,15 +127,6 @@ def read_unit(corpus: Corpus, unit: Unit, cursor: int = 0) -> Iterator[Document]
             logger.warning("%s: read failed (%s); retrying in %g s", where, error, delay)
             time.sleep(delay)
             failures += 1
-
-
-def _module(path: str) -> str | None:
-    """Read the source of a Python module; None if it cannot be decoded."""
-    try:
-        with tokenize.open(path) as stream:  # with the encoding that the module declares
-            return stream.read()
-    except (SyntaxError, UnicodeDecodeError, OSError):
-        return None
 
 
 def _opened(corpus: Corpus, unit: Unit) -> io.BufferedReader:
@@ -267,25 +263,21 @@ def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> I
     for piece in range(first + cursor, end):
         stop = _next_line(file, (piece + 1) * TEXT_PIECE_BYTES)
         file.seek(start)
-        yield Document(piece - first, _decoded(file.read(stop - start), path, start))
+        content = file.read(stop - start)
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                "the file is not UTF-8 text", where=f"{path}, byte {start + error.start}",
+                value=content[error.start : error.end], fix="convert it to UTF-8, or leave it out",
+            ) from error  # fmt: skip
+        if "\0" in text:
+            where = f"{path}, byte {start + content.index(0)}"
+            raise DataError(
+                "the file is binary: it holds a zero byte", where=where, fix="leave it out"
+            )
+        yield Document(piece - first, text)
         start = stop
-
-
-def _decoded(piece: bytes, path: str, offset: int) -> str:
-    """Decode ``piece``, which begins at byte ``offset`` of the file."""
-    try:
-        text = piece.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "the file is not UTF-8 text", where=f"{path}, byte {offset + error.start}",
-            value=piece[error.start : error.end], fix="convert it to UTF-8, or leave it out",
-        ) from error  # fmt: skip
-    if "\0" in text:
-        raise DataError(
-            "the file is binary: it holds a zero byte",
-            where=f"{path}, byte {offset + piece.index(0)}", fix="leave it out",
-        )  # fmt: skip
-    return text
 
 
 def _next_line(file: io.BufferedReader, place: int) -> int:

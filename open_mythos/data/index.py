@@ -91,7 +91,17 @@ def read_index(folder: Path) -> Index:
     if index.dtype not in DTYPES:
         raise _damaged(f"{where}: dtype", index.dtype, ", ".join(DTYPES))
     for name, split in index.splits.items():
-        _check_split(split, f"{where}: splits: {name}")
+        place = f"{where}: splits: {name}"
+        for file in (file for shard in split.shards for file in (shard.tokens, shard.starts)):
+            if not _FILE_NAME.fullmatch(file.file):
+                raise _damaged(f"{place}: file", file.file, "a plain file name")
+            if not file.items:
+                raise _damaged(f"{place}: items", file.items, "an integer >= 1")
+        tokens = sum(shard.tokens.items for shard in split.shards)
+        documents = sum(shard.starts.items for shard in split.shards)
+        if (tokens, documents) != (split.tokens, split.documents):
+            found = (split.tokens, split.documents)
+            raise _damaged(f"{place}: tokens, documents", found, f"{(tokens, documents)}")
     return index
 
 
@@ -115,19 +125,6 @@ def _parsed(kind: Any, value: Any, where: str) -> Any:
     if kind is str and not isinstance(value, str):
         raise _damaged(where, value, "a string")
     return value
-
-
-def _check_split(split: Split, where: str) -> None:
-    for file in (file for shard in split.shards for file in (shard.tokens, shard.starts)):
-        if not _FILE_NAME.fullmatch(file.file):
-            raise _damaged(f"{where}: file", file.file, "a plain file name")
-        if not file.items:
-            raise _damaged(f"{where}: items", file.items, "an integer >= 1")
-    tokens = sum(shard.tokens.items for shard in split.shards)
-    documents = sum(shard.starts.items for shard in split.shards)
-    if (tokens, documents) != (split.tokens, split.documents):
-        found = (split.tokens, split.documents)
-        raise _damaged(f"{where}: tokens, documents", found, f"{(tokens, documents)}")
 
 
 def _damaged(where: str, value: Any, allowed: str) -> DataError:

@@ -122,18 +122,8 @@ class EpochWindows:
     All ranks get the same number of batches of the same shape, so that collectives inside a model
     match: rows past the last window repeat window 0 with all targets -100 and ``sample_index`` -1.
 
-    Args:
-        shards: The tokens.
-        seq_len: T, the length of every sequence.
-        global_batch: B, sequences per step over all ranks.
-        rank: Number of this process.
-        world_size: Number of processes; it must divide ``global_batch``.
-        mask_documents: Whether batches carry ``document_ids``.
-        max_windows: Stop after this many windows; None for all.
-
-    Raises:
-        ConfigError: A number is out of range, or the batch does not divide among the ranks.
-        DataError: The split is too short for one window.
+    The arguments and errors are those of :class:`Loader`, and ``max_windows``: stop after this many
+    windows; None for all.
     """
 
     def __init__(

@@ -100,7 +100,8 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int) -> None:
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._tokenizer, self._dtype = tokenizer, np.dtype(DTYPES[_dtype_name(tokenizer)])
+        self._tokenizer = tokenizer
+        self.dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         self._stream: BinaryIO | None = None
         self._starts: list[int] = []
         self._shard_length = 0
@@ -122,7 +123,7 @@ class _SplitWriter:
         block = with_end(ids, self._tokenizer, where)
         if self._stream is None:
             self._stream = self._path("tokens").open("wb")
-        self._stream.write(block.astype(self._dtype).tobytes())
+        self._stream.write(block.astype(DTYPES[self.dtype]).tobytes())
         self._starts.append(self._shard_length)
         self._shard_length += len(block)
         self.tokens += len(block)
@@ -139,12 +140,12 @@ class _SplitWriter:
             return
         self._stream.close()
         self._path("starts").write_bytes(np.array(self._starts, START_DTYPE).tobytes())
-        items = {"tokens": self._shard_length, "starts": len(self._starts)}
-        paths = {kind: self._path(kind) for kind in items}
-        for path in paths.values():
+        files = []
+        for kind, items in (("tokens", self._shard_length), ("starts", len(self._starts))):
+            path = self._path(kind)
             sync_to_disk(path)
-        files = {k: ShardFile(paths[k].name, n, hash_blocks(paths[k])) for k, n in items.items()}
-        self.shards.append(Shard(**files))
+            files.append(ShardFile(path.name, items, hash_blocks(path)))
+        self.shards.append(Shard(*files))
         self._stream, self._starts, self._shard_length = None, [], 0
 
 
@@ -159,10 +160,6 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _dtype_name(tokenizer: Tokenizer) -> str:
-    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def _index(
@@ -181,7 +178,7 @@ def _index(
             stacklevel=3,
         )
     return Index(
-        dtype=_dtype_name(tokenizer),
+        dtype=train.dtype,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,

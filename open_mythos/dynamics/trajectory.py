@@ -189,8 +189,7 @@ def _fit_geometric(size_LBT: Tensor, used_LBT: Tensor) -> ContractionFit:
     """Regress log size on the loop index over the used loops, per token."""
     weight = used_LBT.to(size_LBT)
     count = weight.sum(0)
-    loop = torch.arange(len(size_LBT), dtype=size_LBT.dtype, device=size_LBT.device)
-    loop = loop.view(-1, 1, 1)
+    loop = torch.arange(len(size_LBT)).to(size_LBT).view(-1, 1, 1)
     log_size = torch.where(used_LBT, size_LBT, 1.0).log()
     x = weight * (loop - (weight * loop).sum(0) / count)
     y = weight * (log_size - (weight * log_size).sum(0) / count)

@@ -157,10 +157,11 @@ def evaluate_exits(
         passes = [adaptive, *(run_exits(model, kept, *variant) for variant in variants[1:])]
         seconds = wall_clock(model, kept, variants, repeats) if repeats else [None] * len(names)
     full = depth * sum(batch.targets.numel() for batch in kept)
-    rows = [
-        _row(name, done, full, bytes_per_token, taken)
-        for name, done, taken in zip(names, passes, seconds, strict=True)
-    ]
+    rows = []
+    for name, done, taken in zip(names, passes, seconds, strict=True):
+        loss, accuracy = (float(x_N.double().mean()) for x_N in (done.losses_N, done.right_N))
+        bits, computed = bits_per_byte(loss, bytes_per_token), done.computed / full
+        rows.append(ExitRow(name, done.mean_loops, loss, bits, accuracy, computed, taken))
     loops_N = torch.cat([exits.flatten() for exits in adaptive.exits])
     histogram = loops_N.bincount(minlength=depth + 1)[1:].tolist()
     return ExitReport(depth, len(adaptive.losses_N), histogram, *rows)
@@ -252,12 +253,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _row(
-    name: str, done: Pass, full: int, bytes_per_token: float | None, seconds: float | None
-) -> ExitRow:
-    loss = float(done.losses_N.double().mean())
-    accuracy = float(done.right_N.double().mean())
-    bits = bits_per_byte(loss, bytes_per_token)
-    return ExitRow(name, done.mean_loops, loss, bits, accuracy, done.computed / full, seconds)

@@ -63,7 +63,15 @@ def evaluate_depths(
         ConfigError: ``depths`` is empty, or one is not a positive integer.
         DataError: The batches hold no targets.
     """
-    wanted = _wanted(model, depths)
+    wanted: list[int] | list[None] = [None]
+    if isinstance(model, OpenMythos):
+        if not depths:
+            raise ConfigError(
+                "no depth to evaluate", where="depths", value=depths,
+                allowed="one or more integers >= 1",
+                fix="pass the depths to evaluate, e.g. [1, 4, 8]",
+            )  # fmt: skip
+        wanted = sorted({check_count("depths", depth) for depth in depths})
     sums, tokens = [], 0
     with frozen(model, dtype) as device:
         for batch in batches:
@@ -95,17 +103,6 @@ def loss_sums(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -> Te
         )
         for hidden_BTD in _final_states(model, batch, depths)
     ])  # fmt: skip
-
-
-def _wanted(model: CausalLM, depths: Sequence[int]) -> list[int] | list[None]:
-    if not isinstance(model, OpenMythos):
-        return [None]
-    if not depths:
-        raise ConfigError(
-            "no depth to evaluate", where="depths", value=depths,
-            allowed="one or more integers >= 1", fix="pass the depths to evaluate, e.g. [1, 4, 8]",
-        )  # fmt: skip
-    return sorted({check_count("depths", depth) for depth in depths})
 
 
 def _final_states(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -> Iterator[Tensor]:

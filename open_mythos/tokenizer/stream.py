@@ -27,7 +27,8 @@ class StreamDecoder:
         settled = text.rstrip("\ufffd")
         piece, self._emitted = settled[self._emitted :], len(settled)
         if len(settled) == len(text):
-            self._settle(text)
+            self._context = self._pending if text else self._context
+            self._pending, self._emitted = [], 0
         return piece
 
     def flush(self) -> str:
@@ -40,8 +41,3 @@ class StreamDecoder:
     def _pending_text(self) -> str:
         before = len(self._tokenizer.decode(self._context))
         return self._tokenizer.decode(self._context + self._pending)[before:]
-
-    def _settle(self, text: str) -> None:
-        if text:
-            self._context = self._pending
-        self._pending, self._emitted = [], 0
