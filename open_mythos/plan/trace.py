@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from open_mythos.devices import autocast, resolve_dtype
 from open_mythos.model.depth import Depth
@@ -14,7 +15,7 @@ from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
 from open_mythos.plan.job import Job, Layout
 from open_mythos.plan.parameters import build
-from open_mythos.plan.tracker import Part, StepTracker, dry_run
+from open_mythos.plan.tracker import Part, dry_run
 from open_mythos.train.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from open_mythos.train.loss import next_token_loss
 from open_mythos.train.optimizers.ema import WeightAverage
@@ -51,9 +52,12 @@ class StepTrace:
         return replace(self, peaks=peaks)
 
 
-def run_config(job: Job, layout: Layout) -> RunConfig:
-    """Return the run configuration of ``job`` in ``layout``."""
-    return RunConfig(
+def trace_step(job: Job, layout: Layout, kernels: str = "cuda") -> StepTrace:
+    """Run one step of ``job`` in ``layout`` on fake tensors.
+
+    It is :class:`open_mythos.train.step.TrainStep` without the parts that read values on the host.
+    """
+    config = RunConfig(
         architecture="looped" if job.looped else "dense",
         model=job.cfg,
         optim=OptimConfig(name=job.optimizer, ema_decay=0.999 if job.ema else 0.0),
@@ -64,89 +68,70 @@ def run_config(job: Job, layout: Layout) -> RunConfig:
         ),
         parallel=ParallelConfig(kind=layout.kind, shard=layout.shard, experts=layout.experts),
     )  # fmt: skip
-
-
-def trace_step(job: Job, layout: Layout, kernels: str = "cuda") -> StepTrace:
-    """Run one step of ``job`` in ``layout`` on fake tensors.
-
-    It is :class:`open_mythos.train.step.TrainStep` without the parts that read values on the host.
-    """
-    config = run_config(job, layout)
+    after_loop: list[Bytes] = []
     with dry_run(layout.gpus, kernels) as tracker:
+
+        def loop_done(block: nn.Module, inputs: Any, output: Tensor) -> None:
+            """Record the live bytes; hook the backward passes of the last two loops."""
+            if tracker.phase != FORWARD or len(after_loop) == job.max_loops:
+                return  # a recomputed loop
+            after_loop.append(tracker.live())
+            phase = {1: BACKWARD, 2: END}.get(job.max_loops - len(after_loop))
+            if phase is not None and output.requires_grad:
+                output.register_hook(lambda grad: setattr(tracker, "phase", phase))
+
         model = build(job.cfg, job.n_layers)
         # DDP allocates its gradient buckets here
         tracker.part = Part.GRADIENTS if layout.kind == "ddp" else Part.WEIGHTS
-        return _Step(job, layout, config, parallelize(model, config), tracker).run()
-
-
-class _Step:
-    """A step in progress."""
-
-    def __init__(
-        self, job: Job, layout: Layout, config: RunConfig, parallel: ParallelModel,
-        tracker: StepTracker,
-    ) -> None:  # fmt: skip
-        self.job, self.layout, self.parallel, self.tracker = job, layout, parallel, tracker
-        model = parallel.model
+        parallel = parallelize(model, config)
         tracker.part = Part.OPTIMIZER
-        self.optimizer = build_optimizer(model, config.optim)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._allocate_optimizer_state()
+        optimizer = build_optimizer(model, config.optim)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        _allocate_state(optimizer, parameters)
         tracker.part = Part.AVERAGE
         decay = config.optim.ema_decay
-        self.average = WeightAverage(model, decay, parallel.outermost) if decay else None
-        self.after_loop: list[Bytes] = []
+        average = WeightAverage(model, decay, parallel.outermost) if decay else None
         if isinstance(model, OpenMythos):
-            model.recurrent.blocks[-1].register_forward_hook(self._loop_done)
+            model.recurrent.blocks[-1].register_forward_hook(loop_done)
         tracker.mark_gradients(parallel.outermost)
-
-    def run(self) -> StepTrace:
-        tracker = self.tracker
         tracker.part = Part.ACTIVATIONS
-        for i in range(self.layout.micro_batches):
+        for i in range(layout.micro_batches):
             tracker.phase = FORWARD
-            self.after_loop.clear()
-            self._micro_batch(last=i + 1 == self.layout.micro_batches)
-        before, after = [{}, {}, *self.after_loop][-2:]
-        per_loop = {part: n - before[part] for part, n in after.items()} if before else {}
+            after_loop.clear()
+            _micro_batch(job, layout, parallel, last=i + 1 == layout.micro_batches)
         tracker.part, tracker.phase = Part.UPDATE, UPDATE
-        self.parallel.finish_gradients()
-        scale_gradients(self.parameters, 1 / (gradient_norm(self.parameters) + 1e-6))
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update()
-        return StepTrace(tracker.peaks, per_loop)
+        parallel.finish_gradients()
+        scale_gradients(parameters, 1 / (gradient_norm(parameters) + 1e-6))
+        optimizer.step()
+        if average is not None:
+            average.update()
+    before, after = [{}, {}, *after_loop][-2:]
+    per_loop = {part: n - before[part] for part, n in after.items()} if before else {}
+    return StepTrace(tracker.peaks, per_loop)
 
-    def _micro_batch(self, last: bool) -> None:
-        job, rows = self.job, self.layout.micro_batch
-        ids, targets = (torch.zeros(rows, job.context, dtype=torch.long) for _ in range(2))
-        arguments: dict[str, Any] = {
-            "input_ids": ids, "targets": targets,
-            "step_tokens": self.layout.global_batch * job.context,
-            "step_sequences": self.layout.global_batch,
-            "sample_seeds": torch.zeros(rows, dtype=torch.long),
-        }  # fmt: skip
-        if job.looped:
-            # a logged step, which also measures the correlation of token states
-            depth = Depth(job.max_loops, grad_loops=job.grad_loops)
-            arguments |= {"depth": depth, "trace": LoopTrace(keep_correlation=True)}
-        with autocast(ids.device, resolve_dtype(job.dtype)):
-            out = self.parallel.train_on(next_token_loss, last=last, **arguments)
-        out.total.backward()
 
-    def _loop_done(self, block: nn.Module, inputs: Any, output: Tensor) -> None:
-        """Record the live bytes after a loop; hook the backward passes of the last two loops."""
-        if self.tracker.phase != FORWARD or len(self.after_loop) == self.job.max_loops:
-            return  # a recomputed loop
-        self.after_loop.append(self.tracker.live())
-        phase = {1: BACKWARD, 2: END}.get(self.job.max_loops - len(self.after_loop))
-        if phase is not None and output.requires_grad:
-            output.register_hook(lambda grad: setattr(self.tracker, "phase", phase))
+@torch.no_grad()
+def _allocate_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Take a step with zero gradients: optimizers allocate their state in the first one."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
-    def _allocate_optimizer_state(self) -> None:
-        """Take a step with zero gradients: optimizers allocate their state in the first one."""
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+
+def _micro_batch(job: Job, layout: Layout, parallel: ParallelModel, last: bool) -> None:
+    """Run the forward and backward passes of a micro-batch."""
+    rows = layout.micro_batch
+    ids, targets = (torch.zeros(rows, job.context, dtype=torch.long) for _ in range(2))
+    arguments: dict[str, Any] = {
+        "input_ids": ids, "targets": targets,
+        "step_tokens": layout.global_batch * job.context, "step_sequences": layout.global_batch,
+        "sample_seeds": torch.zeros(rows, dtype=torch.long),
+    }  # fmt: skip
+    if job.looped:
+        # a logged step, which also measures the correlation of token states
+        depth = Depth(job.max_loops, grad_loops=job.grad_loops)
+        arguments |= {"depth": depth, "trace": LoopTrace(keep_correlation=True)}
+    with autocast(ids.device, resolve_dtype(job.dtype)):
+        out = parallel.train_on(next_token_loss, last=last, **arguments)
+    out.total.backward()

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import DEFAULT, patch
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,6 @@ from torch.utils._pytree import tree_map_only
 from open_mythos.errors import ConfigError
 from open_mythos.train.parallel import parallelize
 
-TOTAL = "Total"
 ENGINE_REFERENCES, STORAGE_REFERENCES = 4, 2
 """Reference counts of a gradient and its storage while autograd, its only owner, accumulates."""
 
@@ -111,12 +110,14 @@ class StepTracker(MemTracker):
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # a fake op would return a new tensor
         found = _call(func, args, kwargs or {})
-        cast = func is torch.ops.aten._to_copy.default
-        is_copy = cast and self._part_of(args[0]) in (Part.WEIGHTS, Part.GATHERED)
-        part = Part.COPIES if is_copy else self.part
+        part = self.part
+        if func is torch.ops.aten._to_copy.default:
+            info, _ = self._WINFO.get(args[0].untyped_storage(), (None, None))
+            if info is not None and info.reftype in (Part.WEIGHTS, Part.GATHERED):
+                part = Part.COPIES
         tree_map_only(Tensor, lambda each: self._track(part, each), found)
         self._mark_collective(func, args, kwargs or {})
-        total = sum(snapshot[TOTAL] for snapshot in self._curr_mem_snap.values())
+        total = sum(snapshot["Total"] for snapshot in self._curr_mem_snap.values())
         if self.phase and total > sum(self.peaks.get(self.phase, {}).values()):
             self.peaks[self.phase] = self.live()
         return found
@@ -153,12 +154,6 @@ class StepTracker(MemTracker):
             if isinstance(module, FSDPModule):  # has other parameters while gathered
                 module.register_forward_pre_hook(hook)
 
-    def _part_of(self, tensor: Any) -> Part | None:
-        if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
-            return None
-        info, _ = self._WINFO.get(tensor.untyped_storage(), (None, None))
-        return None if info is None else info.reftype
-
     def _mark_collective(self, func: Any, args: Any, kwargs: Any) -> None:
         """Assign the communication buffers of FSDP2 to gathered weights and gradients."""
         name = func._schema.name
@@ -190,8 +185,10 @@ def dry_run(gpus: int, kernels: str) -> Iterator[StepTracker]:
         with (
             patch.object(parallelize, "init_device_mesh", _real_mesh),
             patch.object(parallelize, "_sum_gradients", _skip_all_reduce),
-            patch.object(ddp, "_verify_param_shape_across_processes", _skip),
-            patch.object(ddp, "_sync_module_states", _skip),
+            # no checks and broadcasts of parameters: mocks do nothing
+            patch.multiple(
+                ddp, _verify_param_shape_across_processes=DEFAULT, _sync_module_states=DEFAULT
+            ),
             patch.object(_fsdp_param, "_chunk_with_empty", _first_chunk),
             DryRun(kernels),
             StepTracker() as tracker,
@@ -252,10 +249,6 @@ def _real_mesh(*args: Any, **kwargs: Any) -> DeviceMesh:
 def _first_chunk(tensor: Tensor, num_chunks: int, dim: int) -> list[Tensor]:
     """Return the shard of rank 0 only; views for thousands of ranks would take minutes."""
     return [tensor.narrow(dim, 0, -(-tensor.shape[dim] // num_chunks))]
-
-
-def _skip(*_: Any, **__: Any) -> None:
-    """Skip DDP's verification and broadcast of parameters at construction."""
 
 
 def _skip_all_reduce(state: None, bucket: GradBucket) -> Future[Tensor]:
