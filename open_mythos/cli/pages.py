@@ -20,9 +20,14 @@ def trace(
         out: The HTML file to write.
         device: "auto", "cpu", "cuda".
     """
-    from open_mythos.reports.trace_page import trace_prompt
+    from pathlib import Path
 
-    return trace_prompt(checkpoint, prompt, n_loops, exit, out, device)
+    from open_mythos.reports.trace_page import write_page
+    from open_mythos.reports.trace_record import trace_of
+
+    traced = trace_of(checkpoint, prompt, n_loops=n_loops, exit=exit, device=device)
+    write_page(traced, Path(out))
+    return 0
 
 
 def report(run: str, out: str = "") -> int:
@@ -32,6 +37,10 @@ def report(run: str, out: str = "") -> int:
         run: Folder of a finished or active run.
         out: The HTML file to write; by default report.html in the run's folder.
     """
-    from open_mythos.reports.run_page import report_run
+    from pathlib import Path
 
-    return report_run(run, out)
+    from open_mythos.reports.run_page import write_report
+    from open_mythos.run_folder import REPORT_FILE
+
+    write_report(run, Path(out) if out else Path(run) / REPORT_FILE)
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -61,9 +62,11 @@ def row_at_mean(run: RunRecord) -> dict[str, Any] | None:
     return min(rows, key=lambda row: abs(row["depth"] - mean), default=None)
 
 
-def counted(loops: float) -> str:
-    """Return "1 loop", "4 loops"."""
-    return f"{loops:g} loop" if loops == 1 else f"{loops:g} loops"
+def drawn(title: str, about: str, lines: Sequence[Line], **options: Any) -> list[Panel]:
+    """Return a panel with :func:`curves`; none if no value can be drawn."""
+    if not has_values(lines, positive="log" in options):
+        return []
+    return [Panel(title, about, curves(lines, title, **options))]
 
 
 def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -151,34 +154,29 @@ def _states(run: RunRecord) -> list[Panel]:
         at = dict(norms.get(loop, []))
         relative[loop] = [(step, d / at[step]) for step, d in points if at.get(step)]
     panels = [
-        _by_loop("Norm of the state", "Mean over tokens, after each loop.", norms, zero=True),
-        _by_loop(
+        *_by_loop("Norm of the state", "Mean over tokens, after each loop.", norms, zero=True),
+        *_by_loop(
             "Change by each loop",
             "Norm of the update over norm of the state. Falling over loops: the states converge.",
             relative, log=True,
         ),
-        _by_loop(
+        *_by_loop(
             "Similarity of the tokens",
             "Mean cosine similarity between token states; above the dashed line they collapse.",
             alike, bound=_COLLAPSE,
         ),
+        *drawn(
+            "Gain from looping",
+            "(Loss with 1 loop - loss with the mean number of loops) / the latter, in training.",
+            [Line(run.curve("loop_gap"))], bound=0.0,
+        ),
     ]  # fmt: skip
-    gap = Line(run.curve("loop_gap"))
-    if has_values([gap]):
-        title = "Gain from looping"
-        about = "(Loss with 1 loop - loss with the mean number of loops) / the latter, in training."
-        panels.append(Panel(title, about, curves([gap], title, bound=0.0)))
-    shown = [panel for panel in panels if panel is not None]
-    return shown or [_empty("No states were logged.")]
+    return panels or [_empty("No states were logged.")]
 
 
 def _spectrum(run: RunRecord) -> list[Panel]:
-    panels = []
-    rho = Line(run.curve("rho"))
-    if has_values([rho]):
-        title = "Spectral radius"
-        about = f"rho(A), the slowest channel; bounded by {MAX_DECAY} (dashed)."
-        panels.append(Panel(title, about, curves([rho], title, bound=MAX_DECAY)))
+    about = f"rho(A), the slowest channel; bounded by {MAX_DECAY} (dashed)."
+    panels = drawn("Spectral radius", about, [Line(run.curve("rho"))], bound=MAX_DECAY)
     title, checkpoint = "Decays", run.checkpoint
     if checkpoint is None or checkpoint.problem:
         return [*panels, _empty("There is no checkpoint whose weights can be read.", title)]
@@ -198,7 +196,7 @@ def _spectrum(run: RunRecord) -> list[Panel]:
 
 
 def _routing(run: RunRecord) -> list[Panel]:
-    panels: list[Panel | None] = []
+    panels: list[Panel] = []
     for layer in run.layers("router_entropy"):
         shares = run.latest(f"router_share/layer{layer}")
         title = f"Layer {layer}: experts by loop"
@@ -211,9 +209,8 @@ def _routing(run: RunRecord) -> list[Panel]:
             panels.append(_empty(text, title))
         about = "Entropy of the expert load over log E: 1 is uniform, 0 a single expert."
         entropy = run.by_loop(f"router_entropy/layer{layer}")
-        panels.append(_by_loop(f"Layer {layer}: balance", about, entropy, zero=True, bound=1.0))
-    shown = [panel for panel in panels if panel is not None]
-    return shown or [_empty("No routing was logged.")]
+        panels += _by_loop(f"Layer {layer}: balance", about, entropy, zero=True, bound=1.0)
+    return panels or [_empty("No routing was logged.")]
 
 
 def _empty(text: str, title: str = "") -> Panel:
@@ -229,13 +226,11 @@ def _is_matrix(shares: Any) -> bool:
     )
 
 
-def _by_loop(title: str, about: str, series: dict[int, Series], **options: Any) -> Panel | None:
+def _by_loop(title: str, about: str, series: dict[int, Series], **options: Any) -> list[Panel]:
     """Return a panel with curves of at most seven loops, without rarely used ones."""
     most = max(map(len, series.values()), default=0)
     loops = [loop for loop, points in series.items() if 5 * len(points) >= most]
     count = min(len(loops), _MOST_LINES)
     shown = sorted({loops[round(i * (len(loops) - 1) / max(1, count - 1))] for i in range(count)})
     lines = [Line(series[loop], ramp(loop - 1, max(shown)), str(loop)) for loop in shown]
-    if not has_values(lines, positive="log" in options):
-        return None
-    return Panel(title, about, curves(lines, title, legend="loop", **options))
+    return drawn(title, about, lines, legend="loop", **options)

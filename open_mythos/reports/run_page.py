@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from open_mythos.reports import run_loops as loops
-from open_mythos.reports.figures import Line, Mark, curves, has_values
+from open_mythos.reports.figures import Line, Mark
 from open_mythos.reports.html import missing, render, table, write_html
 from open_mythos.reports.run_record import RunRecord, number, read_run
-from open_mythos.run_folder import REPORT_FILE
 from open_mythos.train.config import RunConfig
 
 _EVENTS = {
@@ -35,22 +34,15 @@ class Section(NamedTuple):
     """Collapsed content below the panels."""
 
 
-def report_run(run: str, out: str = "") -> int:
-    """Write the report of a run.
-
-    Args:
-        run: Folder of the run, which may still be training.
-        out: HTML file to write; by default report.html in the run's folder.
+def write_report(run: str, path: Path) -> None:
+    """Write the report of the run in folder ``run``, which may still be training, to ``path``.
 
     Raises:
         DataError: The folder has neither metrics nor a checkpoint.
         EnvironmentError_: The page cannot be written.
     """
-    record = read_run(run)
-    path = Path(out) if out else Path(run) / REPORT_FILE
-    write_html(page(record), path)
+    write_html(page(read_run(run)), path)
     print(f"report: {path}")
-    return 0
 
 
 def page(run: RunRecord) -> str:
@@ -99,7 +91,8 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
         tiles.append((f"{sum(losses) / len(losses):.3f}", what))
     if (row := loops.row_at_mean(run)) is not None:
         bits = number(row.get("bits_per_byte"))
-        at = "" if row.get("depth") is None else f" with {loops.counted(row['depth'])}"
+        depth = row.get("depth")
+        at = "" if depth is None else f" with {depth:g} loop{'' if depth == 1 else 's'}"
         value, unit = (row["loss"], "loss") if bits is None else (bits, "bits per byte")
         tiles.append((f"{value:.3f}", f"validation {unit}{at}"))
     if run.valid_range is not None:
@@ -143,15 +136,13 @@ def _learning(run: RunRecord) -> Section:
         "grad_norm": ("Gradient norm", "Before clipping.", {"log": True}),
         "lr": ("Learning rate", "", {"zero": True}),
         "tokens_per_second": ("Throughput", "Tokens per second between log lines.", {"zero": True}),
-        "mfu": ("Model FLOP utilisation", "Share of the devices' peak.", {"zero": True}),
+        "mfu": ("Model FLOPs utilization", "Share of the devices' peak.", {"zero": True}),
     }
     end = number(run.setting("train", "steps"))
-    panels = []
+    panels: list[loops.Panel] = []
     for name, (title, about, options) in wanted.items():
         line = Line(run.curve(name))
-        if has_values([line], positive="log" in options):
-            figure = curves([line], title, marks=marks, x_end=end, **options)
-            panels.append(loops.Panel(title, about, figure))
+        panels += loops.drawn(title, about, [line], marks=marks, x_end=end, **options)
     if not panels:
         return Section("Learning", [loops.Panel("", "", missing("No step has been logged."))])
     rows = [(event.step, _name(event.kind), event.text) for event in run.events]

@@ -13,16 +13,7 @@ from markupsafe import Markup
 
 from open_mythos.reports.figures import INK, canvas, label_axes, ramp, styled, tag, to_svg
 from open_mythos.reports.html import heatmap, render, write_html
-from open_mythos.reports.trace_record import PromptTrace, TokenTrace, trace_of
-
-
-def trace_prompt(
-    checkpoint: str, prompt: str, n_loops: int | None, exit: str, out: str, device: str
-) -> int:
-    """Trace a prompt and write its page; see :func:`trace_of` for the arguments."""
-    trace = trace_of(checkpoint, prompt, n_loops=n_loops, exit=exit, device=device)
-    write_page(trace, Path(out))
-    return 0
+from open_mythos.reports.trace_record import PromptTrace, TokenTrace
 
 
 def write_page(trace: PromptTrace, path: Path) -> None:

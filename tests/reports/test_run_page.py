@@ -11,8 +11,9 @@ import yaml
 from helpers import small_config, small_model
 
 from open_mythos import DenseTransformer, save_pretrained
+from open_mythos.cli.pages import report
 from open_mythos.errors import DataError, EnvironmentError_
-from open_mythos.reports.run_page import page, report_run
+from open_mythos.reports.run_page import page
 from open_mythos.reports.run_record import Alarm, read_run
 from open_mythos.train import DepthConfig, RunConfig, TrainConfig
 from open_mythos.train.monitoring.validated import STATE_KEY, depth_record
@@ -284,7 +285,7 @@ def test_malformed_lines_are_counted(tmp_path):
 def test_a_folder_without_a_run_is_rejected(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match="no run to report on"):
-            report_run(str(folder))
+            report(str(folder))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -292,11 +293,11 @@ def test_the_page_is_written_to_out(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     write_lines(tmp_path / "run", [{"step": 1}])
     out = tmp_path / "deep" / "page.html"
-    assert report_run(str(tmp_path / "run"), str(out)) == 0
+    assert report(str(tmp_path / "run"), str(out)) == 0
     assert out.read_text(encoding="utf-8") == page(read_run(tmp_path / "run"))
     assert str(out) in capsys.readouterr().out
     with pytest.raises(EnvironmentError_):
-        report_run(str(tmp_path / "run"), str(tmp_path))
+        report(str(tmp_path / "run"), str(tmp_path))
 
 
 def test_a_real_run(trained_run):

@@ -20,9 +20,10 @@ from open_mythos import (
     from_pretrained,
     save_pretrained,
 )
+from open_mythos.cli import pages
 from open_mythos.errors import ConfigError, DataError, MythosError
 from open_mythos.model.exit_rules import StateChange
-from open_mythos.reports.trace_page import page, summary, trace_prompt
+from open_mythos.reports.trace_page import page, summary
 from open_mythos.reports.trace_record import (
     Goal,
     Prediction,
@@ -269,7 +270,7 @@ def test_symbols_for_invisible_characters():
 
 def test_the_file_is_written(text_folder, tmp_path, capsys):
     out = tmp_path / "new" / "page.html"
-    assert trace_prompt(str(text_folder), "abcd", None, "fixed:2", str(out), "cpu") == 0
+    assert pages.trace(str(text_folder), "abcd", exit="fixed:2", out=str(out), device="cpu") == 0
     assert str(out) in capsys.readouterr().out
     text = out.read_text(encoding="utf-8")
     assert len(data_of(text)["tokens"]) == 4
