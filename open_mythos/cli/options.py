@@ -19,7 +19,8 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise a ConfigError."""
-        fix, options = f"see {self.prog} --help", self.option_names()
+        fix = f"see {self.prog} --help"
+        options = [s[2:] for a in self._actions for s in a.option_strings if s.startswith("--")]
         for pattern in (
             r"unrecognized arguments: --?([\w.]+)",
             r"Key '?([\w.]+)'? is not expected",
@@ -30,10 +31,6 @@ class Parser(ArgumentParser):
                 fix = guess
         raise ConfigError(" ".join(message.split()), where=self.prog, fix=fix) from ex
 
-    def option_names(self) -> list[str]:
-        """List the names of all options, without their dashes."""
-        return [s[2:] for a in self._actions for s in a.option_strings if s.startswith("--")]
-
 
 def new_parser(prog: str, description: str) -> Parser:
     """Create a parser that also reads a YAML file of options."""
@@ -43,8 +40,9 @@ def new_parser(prog: str, description: str) -> Parser:
     return parser
 
 
-def parse_words(parser: Parser, words: list[str], flags: Iterable[str]) -> dict[str, Any]:
-    """Parse a command line; flags need no value, and dashes in names are underscores."""
+def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str, Any]:
+    """Parse a command line; boolean options of ``command`` need no value."""
+    flags = {name for name, kind in get_type_hints(command).items() if kind is bool}
     pairs = zip(words, [*words[1:], ""], strict=False)
     normal = [with_underscores(word, flags, following) for word, following in pairs]
     values = parser.parse_args(normal)
@@ -60,8 +58,3 @@ def with_underscores(word: str, flags: Iterable[str] = (), following: str = "") 
     name = "--" + name[2:].replace("-", "_")
     is_bare = not equals and following not in ("true", "false")
     return f"{name}=true" if is_bare and name[2:] in flags else name + equals + value
-
-
-def flags_of(command: Command) -> set[str]:
-    """Return the boolean options of a command."""
-    return {name for name, kind in get_type_hints(command).items() if kind is bool}

@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 from open_mythos.checks import nearest
-from open_mythos.cli.options import Command, flags_of, new_parser, parse_words
+from open_mythos.cli.options import Command, new_parser, parse_words
 from open_mythos.cli.train import parse_train
 from open_mythos.errors import ConfigError
 
@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> tuple[Command, dict[str, Any]]:
         return command, parse_train(words, summary)
     parser = new_parser(f"open-mythos {name}", summary)
     parser.add_function_arguments(command, as_positional=True)
-    return command, parse_words(parser, words, flags_of(command))
+    return command, parse_words(parser, words, command)
 
 
 def _split(argv: list[str]) -> tuple[str, list[str]]:

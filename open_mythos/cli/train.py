@@ -75,13 +75,13 @@ def parse_train(words: list[str], summary: str) -> dict[str, Any]:
         DataError: The checkpoint contains no model.
     """
     words = [_full_name(with_underscores(word)) for word in words]
-    first, words = _Defaults(add_help=False, allow_abbrev=False).parse_known_args(words)
+    first, words = _parse_defaults(words)
     recipe = _recipe(first, asks_help=any(word in words for word in ("-h", "--help")))
     tokens = recipe.tokens if first.tokens is None else first.tokens
     defaults = recipe.config
     defaults.train.steps = _steps(defaults.train, tokens)  # so that --print_config shows them
     parser = _parser(summary, defaults)
-    values = parse_words(parser, words, ("dry_run", "quiet"))
+    values = parse_words(parser, words, train)
 
     def is_named(section: str, field: str) -> bool:
         """Return whether an option sets the field, or a file changes it."""
@@ -107,16 +107,17 @@ def parse_train(words: list[str], summary: str) -> dict[str, Any]:
     return {"config": config, "fit_vocabulary": fit_vocabulary, **values}
 
 
-class _Defaults(argparse.ArgumentParser):
-    """Parses the options that set the defaults of others, before the others."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        for name in _GIVE_DEFAULTS:
-            self.add_argument(f"--{name}", type=int if name == "tokens" else str)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, where="open-mythos train", fix="see open-mythos train --help")
+def _parse_defaults(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the options that set the defaults of others; return their values and other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in _GIVE_DEFAULTS:
+        parser.add_argument(f"--{name}", type=int if name == "tokens" else str)
+    try:
+        return parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ConfigError(
+            str(error), where="open-mythos train", fix="see open-mythos train --help"
+        ) from error
 
 
 class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
