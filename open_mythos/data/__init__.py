@@ -17,8 +17,7 @@ from open_mythos.data.corpus import Corpus, fineweb_edu, open_corpus
 from open_mythos.data.documents import read_documents
 from open_mythos.data.held_out import HeldOutWindows, TooFewHeldOutError
 from open_mythos.data.index import Index
-from open_mythos.data.loader import EpochWindows, Loader
-from open_mythos.data.packing import PackedWindows
+from open_mythos.data.loader import EpochWindows, Loader, PackedWindows
 from open_mythos.data.permutation import Permutation
 from open_mythos.data.prepare import prepare
 from open_mythos.data.shards import TokenShards

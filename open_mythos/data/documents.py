@@ -17,6 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from open_mythos.data.corpus import (
     STDLIB,
     TEXT_PIECE_BYTES,
@@ -25,8 +27,9 @@ from open_mythos.data.corpus import (
     open_corpus,
     text_pieces,
 )
+from open_mythos.data.permutation import Int64Array
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
-from open_mythos.tokenizer.interface import checked_text
+from open_mythos.tokenizer.interface import Tokenizer, checked_text
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,21 @@ def is_held_out(text: str, share: float) -> bool:
         return False
     digest = hashlib.blake2b(text.encode(), digest_size=6, person=b"mythos-split").digest()
     return int.from_bytes(digest, "big") / 2**48 < share
+
+
+def with_end(ids: list[int], tokenizer: Tokenizer, where: str) -> Int64Array:
+    """Append the end-of-document token to the ids of a document: (length + 1,).
+
+    Raises:
+        DataError: An id is outside the vocabulary.
+    """
+    array = np.array([*ids, tokenizer.eos_id], np.int64)
+    if array.min() < 0 or array.max() >= tokenizer.vocab_size:
+        raise DataError(
+            "the tokenizer returned an id outside its vocabulary", where=where,
+            value=(int(array.min()), int(array.max())), allowed=f"0..{tokenizer.vocab_size - 1}",
+        )  # fmt: skip
+    return array
 
 
 def read_unit(corpus: Corpus, unit: Unit, cursor: int = 0) -> Iterator[Document]:

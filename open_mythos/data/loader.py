@@ -1,5 +1,8 @@
 """Batches of token windows, each a pure function of (data, seed, step, rank).
 
+Window i of length T covers tokens i*T .. i*T + T of a split: its inputs are the first T of them and
+its targets the last T. Neighbors share one token, so every token but the first is predicted once.
+
 Sample g of a run is window ``order_e(g mod N)`` of N, where e = g div N counts the epochs and
 ``order_e`` is the permutation of that epoch. Step s takes samples s*B .. s*B + B - 1, and rank r of
 w the r-th part of them. Resuming at any step and any world size therefore needs only the step.
@@ -15,10 +18,48 @@ import torch
 
 from open_mythos.checks import check_count
 from open_mythos.data.batch import IGNORE_INDEX, Batch
-from open_mythos.data.packing import PackedWindows
 from open_mythos.data.permutation import Int64Array, Permutation
 from open_mythos.data.shards import TokenShards
 from open_mythos.errors import ConfigError, DataError
+
+
+class PackedWindows:
+    """The windows of one split.
+
+    Args:
+        shards: The tokens.
+        seq_len: T, inputs of a window.
+        mask_documents: Whether batches carry ``document_ids``.
+
+    Raises:
+        ConfigError: ``seq_len`` is not a positive integer.
+        DataError: The split is too short for one window.
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int, mask_documents: bool) -> None:
+        self.shards, self.mask_documents = shards, mask_documents
+        self.seq_len = check_count("seq_len", seq_len)
+        if len(self) == 0:
+            raise DataError(
+                f"the split {shards.split!r} is shorter than one window", where=str(shards.path),
+                value=len(shards), allowed=f"at least seq_len + 1 = {seq_len + 1} tokens",
+                fix="prepare more text, lower seq_len, or raise val_fraction",
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return max(0, len(self.shards) - 1) // self.seq_len
+
+    def batch(self, windows_B: Int64Array, sample_index_B: Int64Array) -> Batch:
+        """Read the windows numbered ``windows_B``.
+
+        Raises:
+            DataError: A shard cannot be read or holds an invalid id.
+        """
+        rows = [self.shards.tokens(int(i) * self.seq_len, self.seq_len + 1) for i in windows_B]
+        eos_id = self.shards.eos_id if self.mask_documents else None
+        return Batch.from_windows(
+            torch.from_numpy(np.stack(rows)), torch.from_numpy(sample_index_B), eos_id
+        )
 
 
 class Loader:

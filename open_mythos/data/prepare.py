@@ -12,9 +12,8 @@ from typing import BinaryIO
 import numpy as np
 
 from open_mythos.checks import check_count
-from open_mythos.data.documents import check_share, is_held_out, read_documents
+from open_mythos.data.documents import check_share, is_held_out, read_documents, with_end
 from open_mythos.data.index import DTYPES, INDEX_FILE, Index, Shard, ShardFile, Split
-from open_mythos.data.packing import with_end
 from open_mythos.data.shards import START_DTYPE, hash_blocks
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.files import sync_to_disk

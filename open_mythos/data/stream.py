@@ -3,11 +3,7 @@
 Each of the B rows of the global batch is a lane (:mod:`open_mythos.data.stream_lanes`). Step s
 takes the next window of every lane, and rank r of w reads lanes r*B/w .. (r+1)*B/w - 1. The batches
 are therefore equal at every world size and with any number of workers, no text is read by two
-processes, and a position is four integers per lane.
-
-Each epoch assigns every document to exactly one lane, and a lane finishes its share of one epoch
-before it starts on the next: every document is read once per epoch. Lanes are not synchronized at
-the end of an epoch.
+processes, every document is read once per epoch, and a position is four integers per lane.
 """
 
 from __future__ import annotations

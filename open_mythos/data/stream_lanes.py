@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from open_mythos.data.corpus import Corpus, Unit
-from open_mythos.data.documents import is_held_out, read_unit
-from open_mythos.data.packing import with_end
+from open_mythos.data.documents import is_held_out, read_unit, with_end
 from open_mythos.data.permutation import Int64Array, Permutation
 from open_mythos.errors import DataError
 from open_mythos.tokenizer import Tokenizer

@@ -26,7 +26,11 @@ class RustBacked:
     def __init__(self, rust: RustTokenizer, name: str, specials: dict[str, str]) -> None:
         self.name = name
         self._rust = rust
-        self._specials = _distinct_specials(specials)
+        self._specials: dict[str, str] = {}
+        for role in ("eos", "bos", "pad"):  # the first of them keeps a token that two declare
+            token = specials.get(role) or SPECIALS[role]
+            taken = token in self._specials.values()
+            self._specials[role] = SPECIALS[role] if taken else token
         _register(rust, list(self._specials.values()))
         vocabulary = rust.get_vocab(with_added_tokens=True)
         # ids may have gaps, so the length of a vocabulary does not bound them
@@ -98,15 +102,6 @@ class RustBacked:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "name_or_path": self.name}
         write_config(Path(directory), config)
         write_text(Path(directory) / "tokenizer.json", self._rust.to_str(pretty=True))
-
-
-def _distinct_specials(declared: dict[str, str]) -> dict[str, str]:
-    """Choose a token per role: the declared one unless it is missing or taken, else the default."""
-    chosen: dict[str, str] = {}
-    for role in ("eos", "bos", "pad"):
-        token = declared.get(role)
-        chosen[role] = token if token and token not in chosen.values() else SPECIALS[role]
-    return chosen
 
 
 def _register(rust: RustTokenizer, tokens: list[str]) -> None:
