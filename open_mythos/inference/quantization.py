@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -80,7 +81,9 @@ def quantize(
         backend = "torchao" if device.type == "cuda" else "aten"
     targets = _targets(model)
     _check_model(model, targets, group)
-    convert = _aten_linear(group) if backend == "aten" else _torchao_linear(device, group)
+    convert: Callable[[nn.Linear], nn.Module] = partial(_Linear, group=group)
+    if backend == "torchao":
+        convert = _torchao_linear(device, group)
     count = len(targets)
     while targets:  # each weight is freed as soon as it is packed
         path, module = targets.pop()
@@ -180,16 +183,17 @@ class _Quantized(nn.Module):
 
 
 class _Packed(_Quantized):
-    """A packed weight in buffers, which move with the model."""
+    """A weight (..., O, I), packed in buffers, which move with the model."""
 
     levels: Tensor
     scale: Tensor
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: Tensor, group: int) -> None:
         super().__init__()
-        self.size = weight.inputs, weight.outputs, weight.group
-        self.register_buffer("levels", weight.levels)
-        self.register_buffer("scale", weight.scale)
+        packed = pack(weight.detach(), group)
+        self.size = packed.inputs, packed.outputs, packed.group
+        self.register_buffer("levels", packed.levels)
+        self.register_buffer("scale", packed.scale)
 
     @property
     def weight(self) -> PackedWeight:
@@ -200,9 +204,9 @@ class _Packed(_Quantized):
 class _Linear(_Packed):
     """A linear layer with a packed weight."""
 
-    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None) -> None:
-        super().__init__(weight)
-        self.bias = bias
+    def __init__(self, linear: nn.Linear, group: int) -> None:
+        super().__init__(linear.weight, group)
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -236,8 +240,7 @@ class PackedExperts(_Quantized, Experts):
 
     def __init__(self, gate_up: Tensor, down: Tensor, group: int) -> None:
         super().__init__()
-        self.gate_up = _Packed(pack(gate_up.detach().mT, group))
-        self.down = _Packed(pack(down.detach().mT, group))
+        self.gate_up, self.down = _Packed(gate_up.mT, group), _Packed(down.mT, group)
 
     def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
         """Return the packed weights."""
@@ -249,10 +252,6 @@ class PackedExperts(_Quantized, Experts):
         """Sum over the chosen experts (N, C) of weight (N, C) times expert output, (N, D)."""
         self._reject_gradients(x_ND)
         return packed_experts(x_ND, gate_up, down, experts_NC, weights_NC)
-
-
-def _aten_linear(group: int) -> Callable[[nn.Linear], nn.Module]:
-    return lambda linear: _Linear(pack(linear.weight.detach(), group), linear.bias)
 
 
 def _torchao_linear(device: torch.device, group: int) -> Callable[[nn.Linear], nn.Module]:

@@ -260,6 +260,7 @@ class StaticDecoder:
             self._contexts[key] = Context(
                 self._position_B1, self._rope, mask, Columns(width), cache=cache, active=active
             )
+        self._contexts[key].memo.clear()  # compiled code is specialized to its entries
         return self._contexts[key]
 
     def _set_loops(self) -> None:

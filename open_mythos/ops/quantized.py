@@ -23,6 +23,7 @@ from torch import Tensor
 
 from open_mythos.errors import ConfigError, InternalError
 from open_mythos.ops.experts.routed import routed_experts
+from open_mythos.ops.experts.rows import activated
 
 DTYPE = torch.bfloat16
 """Dtype of activations, scales and results."""
@@ -247,10 +248,12 @@ def packed_experts(
         experts_NC: Chosen experts, int64, distinct within a token.
         weights_NC: Their weights.
     """
-    call = x_ND.to(DTYPE), gate_up, down, experts_NC, weights_NC.to(DTYPE)
+    x_ND, weights_NC = x_ND.to(DTYPE), weights_NC.to(DTYPE)
     if x_ND.device.type == "cpu":
-        return _each(*call)
-    return _gathered(*call) if experts_NC.numel() <= len(gate_up.levels) else _all(*call)
+        return _each(x_ND, gate_up, down, experts_NC, weights_NC)
+    if experts_NC.numel() <= len(gate_up.levels):
+        return _gathered(x_ND, gate_up, down, experts_NC, weights_NC)
+    return routed_experts(x_ND, gate_up.unpacked(), down.unpacked(), experts_NC, weights_NC)
 
 
 def _each(
@@ -264,7 +267,7 @@ def _each(
     for expert, count in enumerate(flat.bincount().tolist()):
         if count:
             mine = slice(first, first + count)
-            hidden = _swiglu(packed_linear(rows[mine], gate_up[expert])) * weights[mine]
+            hidden = activated(packed_linear(rows[mine], gate_up[expert]), weights[mine])
             made[mine] = packed_linear(hidden, down[expert])
             first += count
     by_token = torch.empty_like(made).index_copy_(0, order, made)
@@ -277,17 +280,5 @@ def _gathered(
     """Unpack the expert of every choice and run batched matmuls."""
     n_chosen, flat = experts_NC.shape[1], experts_NC.flatten()
     rows = x_ND.repeat_interleave(n_chosen, 0).unsqueeze(1)
-    hidden = _swiglu(rows @ gate_up[flat].unpacked()) * weights_NC.view(-1, 1, 1)
+    hidden = activated(rows @ gate_up[flat].unpacked(), weights_NC.view(-1, 1, 1))
     return (hidden @ down[flat].unpacked()).view(-1, n_chosen, x_ND.shape[1]).sum(1)
-
-
-def _all(
-    x_ND: Tensor, gate_up: PackedWeight, down: PackedWeight, experts_NC: Tensor, weights_NC: Tensor
-) -> Tensor:
-    """Unpack all experts."""
-    return routed_experts(x_ND, gate_up.unpacked(), down.unpacked(), experts_NC, weights_NC)
-
-
-def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

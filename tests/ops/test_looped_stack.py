@@ -13,7 +13,8 @@ import open_mythos.ops.experts.routed as moe
 from open_mythos.errors import ConfigError
 from open_mythos.model.layers.experts import RoutedExperts
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.ops.experts.routed import LoopedStack, deferring_pays, routed_experts
+from open_mythos.ops.experts.looped_stack import LoopedStack
+from open_mythos.ops.experts.routed import deferring_pays, routed_experts
 from tests.helpers import assert_same, random_ids, randomise, small_config, small_model
 
 

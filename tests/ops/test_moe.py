@@ -10,13 +10,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from open_mythos.errors import ConfigError
 from open_mythos.ops.experts.batched import batch_shapes
+from open_mythos.ops.experts.looped_stack import LoopedStack
 from open_mythos.ops.experts.operation import backward, forward
-from open_mythos.ops.experts.routed import (
-    LoopedStack,
-    _resolve,
-    expert_load,
-    routed_experts,
-)
+from open_mythos.ops.experts.routed import _resolve, routed_experts
+from open_mythos.ops.experts.rows import expert_load
 from open_mythos.ops.experts.sizes import BATCHED_TOKENS, MOST, PADDING, ROWS, padded
 
 SHAPES = {  # N, D, F, E, C

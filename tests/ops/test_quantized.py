@@ -172,8 +172,12 @@ def test_experts_equal_the_reference(name):
     stacks = pack(gate_up.mT, group), pack(down.mT, group)
     unpacked = (stack.unpacked(torch.float32) for stack in stacks)
     expected = routed_experts(x, *unpacked, experts, weights, backend="reference")
-    for compute in (quantized._each, quantized._gathered, quantized._all):
-        out = compute(x.bfloat16(), *stacks, experts, weights.bfloat16())
+    routed = experts, weights.bfloat16()
+    for out in (
+        quantized._each(x.bfloat16(), *stacks, *routed),
+        quantized._gathered(x.bfloat16(), *stacks, *routed),
+        routed_experts(x.bfloat16(), *(stack.unpacked() for stack in stacks), *routed),
+    ):
         assert out.dtype == torch.bfloat16
         assert off(out, expected) < 2 * ROUNDING
     out = packed_experts(x, *stacks, experts, weights)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.devices import as_autocast
-from open_mythos.ops.experts.routed import LoopedStack, deferring_pays, routed_experts
+from open_mythos.ops.experts.looped_stack import LoopedStack
+from open_mythos.ops.experts.routed import deferring_pays, routed_experts
 
 Operands = tuple[Any, Any]
 """Gate-up and down projections of one loop: tensors, ``LoopedStack`` or packed weights."""

@@ -15,7 +15,7 @@ from open_mythos.model.init import init_weights
 from open_mythos.model.layers.experts import Experts, Operands, RoutedExperts
 from open_mythos.model.layers.feed_forward import Expert
 from open_mythos.model.trace import LoopTrace
-from open_mythos.ops.experts.routed import expert_load
+from open_mythos.ops.experts.rows import expert_load
 
 
 class Routing(NamedTuple):

@@ -48,8 +48,7 @@ def latent_decode(
         ConfigError: Unknown backend, or "triton" was requested and cannot serve the call.
     """
     _check(q_BHW, slots_LBSW, loops_B, lengths_B, rank, valid_BS)
-    problem = _problem(q_BHW, slots_LBSW, rank)
-    if not triton_serves("latent_decode", backend, slots_LBSW, problem):
+    if not kernel_serves(q_BHW, slots_LBSW, rank, backend):
         return _reference(q_BHW, slots_LBSW, loops_B, lengths_B, rank, valid_BS)
     from open_mythos.ops.kernels.latent_decode import decode, decode_op
 
@@ -59,9 +58,9 @@ def latent_decode(
     return out
 
 
-def kernel_serves(q_BHW: Tensor, slots_LBSW: Tensor, rank: int) -> bool:
-    """Return whether "auto" picks the Triton kernel for these entries."""
-    return triton_serves("latent_decode", "auto", slots_LBSW, _problem(q_BHW, slots_LBSW, rank))
+def kernel_serves(q_BHW: Tensor, slots_LBSW: Tensor, rank: int, backend: str = "auto") -> bool:
+    """Return whether the Triton kernel serves these entries, not the reference."""
+    return triton_serves("latent_decode", backend, slots_LBSW, _problem(q_BHW, slots_LBSW, rank))
 
 
 def _reference(

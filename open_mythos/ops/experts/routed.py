@@ -19,15 +19,7 @@ from open_mythos.ops.backend import pick_backend
 from open_mythos.ops.experts.grouped import one_token
 from open_mythos.ops.experts.looped_stack import LoopedStack
 from open_mythos.ops.experts.operation import KINDS, experts_op, forward, reference
-from open_mythos.ops.experts.rows import expert_load
 from open_mythos.ops.experts.sizes import BATCHED_TOKENS, DEFERRED_TOKENS
-
-__all__ = [
-    "LoopedStack",
-    "deferring_pays",
-    "expert_load",
-    "routed_experts",
-]
 
 BACKENDS = (*KINDS, "reference")
 

@@ -30,7 +30,7 @@ def grouped_weight_gradient(
     Raises:
         ConfigError: Unknown backend, or "triton" was requested and cannot serve the call.
     """
-    if _serves(xs, grads, backend):
+    if kernel_serves(xs, grads, backend):
         from open_mythos.ops.kernels.weight_gradient import weight_gradient
 
         ends_LE = torch.stack([ends_E.to(torch.int32) for ends_E in ends])
@@ -40,12 +40,8 @@ def grouped_weight_gradient(
     return _reference(xs, grads, ends)
 
 
-def kernel_serves(xs: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Return whether "auto" picks the Triton kernel for these rows."""
-    return _serves(xs, grads, "auto")
-
-
-def _serves(xs: Sequence[Tensor], grads: Sequence[Tensor], backend: str) -> bool:
+def kernel_serves(xs: Sequence[Tensor], grads: Sequence[Tensor], backend: str = "auto") -> bool:
+    """Return whether the Triton kernel serves these rows, not the reference."""
     return triton_serves("grouped_weight_gradient", backend, xs[0], _problem(xs, grads))
 
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from open_mythos.devices import as_autocast
 from open_mythos.model.layers.experts import Experts, Mixture, Operands, RoutedExperts
 from open_mythos.model.layers.moe import MoEFFN
-from open_mythos.ops.experts.routed import expert_load, routed_experts
-from open_mythos.ops.experts.rows import read_counts
+from open_mythos.ops.experts.routed import routed_experts
+from open_mythos.ops.experts.rows import expert_load, read_counts
 
 STACKS = ("gate_up", "down")
 
