@@ -319,10 +319,10 @@ def _kept(model: CausalLM) -> Iterator[Tensor]:
 def _group_of(kind: str, group_size: int | None) -> int:
     """Return the group size; 0 for int8."""
     pick(KINDS, kind, "quantize(kind)", what="quantization")
-    if kind == "int8" and group_size is not None:
-        fix = "leave group_size out, or choose int4"
-        raise _error("int8 has no groups", "quantize(group_size)", group_size, "None", fix)
     if kind == "int8":
+        if group_size is not None:
+            fix = "leave group_size out, or choose int4"
+            raise _error("int8 has no groups", "quantize(group_size)", group_size, "None", fix)
         return 0
     sizes = {str(size): size for size in GROUPS}
     size = DEFAULT_GROUP if group_size is None else group_size

@@ -47,7 +47,12 @@ def latent_decode(
     Raises:
         ConfigError: Unknown backend, or "triton" was requested and cannot serve the call.
     """
-    _check(q_BHW, slots_LBSW, loops_B, lengths_B, rank, valid_BS)
+    (batch, _, width), (n_loops, _, positions, _) = q_BHW.shape, slots_LBSW.shape
+    assert slots_LBSW.shape == (n_loops, batch, positions, width), (q_BHW.shape, slots_LBSW.shape)
+    assert n_loops > 0
+    assert 0 < rank <= width, (rank, width)
+    for each, shape in ((loops_B, (batch,)), (lengths_B, (batch,)), (valid_BS, (batch, positions))):
+        assert each is None or each.shape == shape, (each.shape, shape)
     if not kernel_serves(q_BHW, slots_LBSW, rank, backend):
         return _reference(q_BHW, slots_LBSW, loops_B, lengths_B, rank, valid_BS)
     from open_mythos.ops.kernels.latent_decode import decode, decode_op
@@ -105,38 +110,15 @@ def _problem(q_BHW: Tensor, slots_LBSW: Tensor, rank: int) -> str | None:
     return None
 
 
-def _small_case(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def _small_case(device: torch.device) -> tuple[Tensor, Tensor]:
     """Run two rows with slots of their own through the kernel and the reference."""
     generator = torch.Generator().manual_seed(0)
     slots_LBSW = torch.randn(3, 2, 75, 40, generator=generator).to(device)
     q_BHW = torch.randn(2, 5, 40, generator=generator).to(device)
     loops_B, lengths_B = (torch.tensor(each).to(device) for each in ((2, 0), (75, 33)))
+    call = q_BHW, slots_LBSW, loops_B, lengths_B, 32
     with torch.no_grad():
-        got, expected = (
-            latent_decode(q_BHW, slots_LBSW, loops_B, lengths_B, 32, backend=name)
-            for name in ("triton", "reference")
-        )
-    return [got], [expected]
+        return latent_decode(*call, backend="triton"), latent_decode(*call, backend="reference")
 
 
 CHECKS["latent_decode"] = _small_case
-
-
-def _check(
-    q_BHW: Tensor,
-    slots_LBSW: Tensor,
-    loops_B: Tensor | None,
-    lengths_B: Tensor | None,
-    rank: int,
-    valid_BS: Tensor | None,
-) -> None:
-    """Assert that all arguments have the same rows, positions and width."""
-    (batch, heads, width), (n_loops, _, positions, _) = q_BHW.shape, slots_LBSW.shape
-    parts = (q_BHW, slots_LBSW, loops_B, lengths_B, valid_BS)
-    shapes = tuple(None if part is None else tuple(part.shape) for part in parts)
-    expected = (
-        (batch, heads, width), (n_loops, batch, positions, width),
-        (batch,), (batch,), (batch, positions),
-    )  # fmt: skip
-    same = all(s is None or s == e for s, e in zip(shapes, expected, strict=True))
-    assert same and n_loops and 0 < rank <= width, (shapes, rank)  # noqa: PT018

@@ -28,14 +28,10 @@ from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, ker
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in expert order: a tensor, or rows ``which`` of a shorter one."""
+    """Rows in expert order: a tensor, or on a CPU rows ``which`` of a shorter one."""
 
     of: Tensor
     which: Tensor | None = None
-
-    def gathered(self) -> Tensor:
-        """Return the rows as one tensor."""
-        return self.of if self.which is None else self.of.index_select(0, self.which)
 
     def write(self, start: int, stop: int, out: Tensor) -> None:
         """Write rows ``start`` to ``stop`` to ``out``."""
@@ -208,7 +204,7 @@ def weight_gradient(uses: list[Use], dtype: torch.dtype) -> Tensor:
 
 def _on_gpu(uses: list[Use]) -> Tensor:
     """Run one kernel without a host-device sync."""
-    xs, grads = [use.x.gathered() for use in uses], [use.grad.gathered() for use in uses]
+    xs, grads = [use.x.of for use in uses], [use.grad.of for use in uses]
     all_ends = [use.ends_E for use in uses]
     if kernel_serves(xs, grads):
         return grouped_weight_gradient(xs, grads, all_ends)

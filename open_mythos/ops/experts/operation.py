@@ -122,16 +122,13 @@ def _(
     return d_x, d_weights, d_gate_up, d_down, done
 
 
-def _is_known(token: Tensor | None) -> bool:
-    """Return whether the value of ``token`` can be read: not while a compiler traces."""
-    return type(token) is Tensor or getattr(token, "constant", None) is not None
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *operands, experts_NC, gate_up_token, down_token, ctx.kind, _ = inputs
-    # activation checkpointing creates new stacks when it recomputes: keep the original numbers
     tokens = gate_up_token, down_token
-    ctx.numbers = [float(each) for each in tokens] if _is_known(gate_up_token) else None
+    # activation checkpointing creates new stacks when it recomputes: keep the original numbers,
+    # which cannot be read while a compiler traces
+    readable = type(tokens[0]) is Tensor or getattr(tokens[0], "constant", None) is not None
+    ctx.numbers = [float(each) for each in tokens] if readable else None
     ctx.save_for_backward(experts_NC, *tokens, *operands, *output[1:])
     ctx.set_materialize_grads(False)
 

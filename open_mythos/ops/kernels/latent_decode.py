@@ -84,25 +84,15 @@ def decode(
     return out
 
 
-decode_op = torch.library.custom_op(
-    "open_mythos::latent_decode",
-    decode,
-    mutates_args=(),
-    schema="(Tensor q, Tensor slots, Tensor? loops, Tensor? lengths, int rank, Tensor? valid)"
-    " -> Tensor",
-)
+decode_op = torch.library.custom_op("open_mythos::latent_decode", decode, mutates_args=())
 """The same as one opaque operation for ``torch.compile``."""
 
 
 @decode_op.register_fake
 def _(
-    q_BHW: Tensor,
-    slots_LBSW: Tensor,
-    loops_B: Tensor | None,
-    lengths_B: Tensor | None,
-    rank: int,
-    valid_BS: Tensor | None,
-) -> Tensor:
+    q_BHW: Tensor, slots_LBSW: Tensor, loops_B: Tensor | None, lengths_B: Tensor | None,
+    rank: int, valid_BS: Tensor | None,
+) -> Tensor:  # fmt: skip
     return slots_LBSW.new_empty((*q_BHW.shape[:2], rank))
 
 

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from open_mythos.devices import to_device
+
 
 def weight_gradient(xs: Sequence[Tensor], grads: Sequence[Tensor], ends_LE: Tensor) -> Tensor:
     """Return (E, K, M): for each expert the sum over loops of x^T grad, summed in float32.
@@ -36,19 +38,15 @@ def weight_gradient(xs: Sequence[Tensor], grads: Sequence[Tensor], ends_LE: Tens
     tile = _tile(out, k, m)
     tiles = triton.cdiv(k, tile["BLOCK_K"]) * triton.cdiv(m, tile["BLOCK_M"])
     addresses = [[part.data_ptr() for part in side] for side in (xs, grads)]
+    table = to_device(torch.tensor(addresses, dtype=torch.int64), out.device)
     row_bytes = (k * out.element_size(), m * out.element_size())
     _sum_of_outer_products[(n_experts * tiles,)](
-        out, _on_device(addresses, out.device), F.pad(ends_LE, (1, 0)), n_loops, n_experts, k, m,
+        out, table, F.pad(ends_LE, (1, 0)), n_loops, n_experts, k, m,
         LOOPS=triton.next_power_of_2(n_loops),
         ALIGNED=not any(each % 16 for each in (*addresses[0], *addresses[1], *row_bytes)),
         **tile,
     )  # fmt: skip
     return out
-
-
-def _on_device(addresses: list[list[int]], device: torch.device) -> Tensor:
-    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
 
 
 def _tile(out: Tensor, k: int, m: int) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def test_only_a_kernel_that_agrees_with_its_reference_is_picked(
     def broken(device: torch.device) -> None:
         raise RuntimeError("no such instruction")
 
-    cases = {"off by": lambda _: ([one], [1.01 * one]), "no such instruction": broken}
-    cases |= {"off by nan": lambda _: ([one * float("nan")], [one])}
+    cases = {"off by": lambda _: (one, 1.01 * one), "no such instruction": broken}
+    cases |= {"off by nan": lambda _: (one * float("nan"), one)}
     for said, case in cases.items():
         small_case(case)
         choice._small_case_problem.cache_clear()
@@ -99,14 +99,14 @@ def test_only_a_kernel_that_agrees_with_its_reference_is_picked(
         assert len(caplog.messages) == 1
         assert said in caplog.messages[0]
         assert choice.triton_serves("op", "triton", gpu, None), "by name it is meant"
-    small_case(lambda _: ([one], [one * (1 + 1e-6)]))
+    small_case(lambda _: (one, one * (1 + 1e-6)))
     choice._small_case_problem.cache_clear()
     assert choice.triton_serves("op", "auto", gpu, None)
 
 
 def test_on_a_gpu(machine, small_case) -> None:
     gpu = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
-    small_case(lambda _: ([torch.ones(1)], [torch.ones(1)]))
+    small_case(lambda _: (torch.ones(1), torch.ones(1)))
     machine(None)
     assert choice.triton_serves("op", "auto", gpu, None)
     assert not choice.triton_serves("op", "auto", gpu, "too wide")
