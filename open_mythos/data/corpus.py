@@ -25,7 +25,6 @@ KINDS: tuple[str, ...] = (".jsonl", ".md", ".parquet", ".py", ".txt")
 STDLIB = "stdlib"
 # Tests of the standard library contain broken files on purpose; the others do not belong to it.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_FOLDERS = {
     "sample-10BT": "sample/10BT", "sample-100BT": "sample/100BT", "sample-350BT": "sample/350BT",
     "default": "data",
@@ -137,7 +136,7 @@ def fineweb_edu(subset: str = "sample-10BT") -> str:
         ConfigError: There is no such subset.
     """
     folder = pick(FINEWEB_EDU_FOLDERS, subset, "subset", what="subset of FineWeb-Edu")
-    return f"{_HUB}{FINEWEB_EDU}/{folder}"
+    return f"{_HUB}HuggingFaceFW/fineweb-edu/{folder}"
 
 
 def open_corpus(source: str | Path, text_field: str = "text", *, where: str = "source") -> Corpus:

@@ -92,11 +92,7 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 def with_end(ids: list[int], tokenizer: Tokenizer, where: str) -> Int64Array:
-    """Append the end-of-document token to the ids of a document: (length + 1,).
-
-    Raises:
-        DataError: An id is outside the vocabulary.
-    """
+    """Append the end-of-document token: (length + 1,); raise a DataError for an invalid id."""
     array = np.array([*ids, tokenizer.eos_id], np.int64)
     if array.min() < 0 or array.max() >= tokenizer.vocab_size:
         raise DataError(

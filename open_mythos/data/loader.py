@@ -218,11 +218,7 @@ def rows_of_rank(global_batch: int, rank: int, world_size: int) -> Int64Array:
 
 
 def saved_step(state: Any) -> int:
-    """Return the step of a saved position.
-
-    Raises:
-        DataError: There is none.
-    """
+    """Return the step of a saved position; raise a DataError if there is none."""
     step = state.get("step") if isinstance(state, dict) else None
     if type(step) is not int or step < 0:
         raise malformed("step", step, "an integer >= 0")
@@ -235,17 +231,10 @@ def malformed(field: str, value: Any, allowed: str) -> DataError:
 
 
 def check_position(saved: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Check that a saved position has exactly the ``expected`` fields.
-
-    Raises:
-        DataError: It does not; names each field that differs.
-    """
-    pairs = {
-        key: (saved.get(key, "missing"), expected.get(key, "unknown"))
-        for key in sorted(saved.keys() | expected.keys())
-    }
-    differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-    if differing:
+    """Raise a DataError that names each field in which a saved position is not as ``expected``."""
+    keys = sorted(saved.keys() | expected.keys())
+    pairs = {key: (saved.get(key, "missing"), expected.get(key, "unknown")) for key in keys}
+    if differing := {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}:
         raise DataError(
             "the saved position is of other data or another geometry",
             where="load_state_dict: " + ", ".join(differing),

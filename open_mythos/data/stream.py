@@ -55,10 +55,6 @@ class StreamLoader:
         ConfigError: A number is out of range, or the batch does not divide among the ranks.
     """
 
-    _step: int  # steps done, as counted by the trainer
-    _next: int  # step of the next batch to read
-    _before: list[Position]  # start of the last batch read
-    _after: list[Position]  # start of the next one
     _last: Batch | None  # the last batch read
     _windows: Iterator[Windows] | None
 
@@ -179,8 +175,8 @@ class StreamLoader:
         self._begin(step, [Position(*lanes[lane]) for lane in self._lanes])
 
     def _begin(self, step: int, positions: list[Position]) -> None:
-        self._step = self._next = step
-        self._before = self._after = positions
+        self._step = self._next = step  # the caller's next step; step of the next batch to read
+        self._before = self._after = positions  # start of the last batch read, and of the next one
         self._last = self._windows = None
 
     def _read_up_to(self, step: int) -> None:

@@ -82,17 +82,11 @@ class StepJacobian:
 
     def apply(self, v: Tensor) -> Tensor:
         """Return J v in the shape of ``v``: (n,) or (1, T, D)."""
-        (out,) = torch.autograd.grad(
-            self._pullback, self._cotangent, v.reshape(self._h_BTD.shape), retain_graph=True
-        )
-        return out.reshape(v.shape)
+        return self._product(self._pullback, self._cotangent, v)
 
     def apply_transposed(self, u: Tensor) -> Tensor:
         """Return J^T u in the shape of ``u``: (n,) or (1, T, D)."""
-        (out,) = torch.autograd.grad(
-            self._output, self._input, u.reshape(self._h_BTD.shape), retain_graph=True
-        )
-        return out.reshape(u.shape)
+        return self._product(self._output, self._input, u)
 
     def matrix(self) -> Tensor:
         """Compute J (n, n): n^2 x 4 bytes and n / 32 passes."""
@@ -142,6 +136,11 @@ class StepJacobian:
             self.apply, self.apply_transposed, self.size, count,
             max_matvecs=max_matvecs, tolerance=tolerance, device=self._h_BTD.device,
         )  # fmt: skip
+
+    def _product(self, output_BTD: Tensor, input_BTD: Tensor, x: Tensor) -> Tensor:
+        x_BTD = x.reshape(output_BTD.shape)
+        (out,) = torch.autograd.grad(output_BTD, input_BTD, x_BTD, retain_graph=True)
+        return out.reshape(x.shape)
 
     def _map(self, h_BTD: Tensor) -> Tensor:
         """Run ``loops`` loops from ``h_BTD``, whose rows are copies of the sequence."""

@@ -11,11 +11,11 @@ A character may span several tokens: decode a stream of tokens with :class:`Stre
 torch nor transformers is imported until it is needed.
 """
 
-from open_mythos.tokenizer.bpe import BPETokenizer
 from open_mythos.tokenizer.byte_level import ByteTokenizer
 from open_mythos.tokenizer.hub import DEFAULT_MODEL_ID, MythosTokenizer
 from open_mythos.tokenizer.interface import SPECIALS, Tokenizer
 from open_mythos.tokenizer.loading import get_vocab_size, load_tokenizer
+from open_mythos.tokenizer.rust_backed import BPETokenizer
 from open_mythos.tokenizer.stream import StreamDecoder
 
 __all__ = [

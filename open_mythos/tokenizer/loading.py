@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from open_mythos.errors import ConfigError
-from open_mythos.tokenizer.bpe import BPETokenizer
 from open_mythos.tokenizer.byte_level import ByteTokenizer
 from open_mythos.tokenizer.files import is_path, read_config
 from open_mythos.tokenizer.hub import DEFAULT_MODEL_ID, MythosTokenizer
 from open_mythos.tokenizer.interface import Tokenizer
+from open_mythos.tokenizer.rust_backed import BPETokenizer
 
 
 def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Tokenizers that run in the ``tokenizers`` library."""
+"""Tokenizers that run in the ``tokenizers`` library, among them a trained byte-level BPE."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_mythos.checks import check_count
 from open_mythos.errors import DataError
 from open_mythos.tokenizer.files import write_config, write_text
 from open_mythos.tokenizer.interface import SPECIALS, checked_text, id_list
@@ -16,6 +17,11 @@ from open_mythos.tokenizer.interface import SPECIALS, checked_text, id_list
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
+# Contractions, words, numbers of at most three digits, punctuation, white space.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Text of the fingerprint: many scripts, white space, digits, emoji, control characters.
 _PROBE = "The quick brown fox,\n\t  it's 31415926 naïve Straße 東京 العربية हिन्दी 👩‍🔬 \x00<|eos|>"
 
@@ -102,6 +108,41 @@ class RustBacked:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "name_or_path": self.name}
         write_config(Path(directory), config)
         write_text(Path(directory) / "tokenizer.json", self._rust.to_str(pretty=True))
+
+
+class BPETokenizer(RustBacked):
+    """Byte-level byte-pair encoding: every string round-trips exactly."""
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+        """Train on ``texts``; the same texts result in the same tokenizer.
+
+        Args:
+            texts: Any number of strings.
+            vocab_size: Number of ids including special tokens, at least 256 bytes + 3 special
+                tokens; little text results in fewer.
+
+        Raises:
+            ConfigError: ``vocab_size`` is too small.
+            DataError: A text is not a string or holds a lone surrogate.
+        """
+        from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as RustTokenizer
+
+        check_count("vocab_size", vocab_size, 256 + len(SPECIALS))
+        rust = RustTokenizer(models.BPE())
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+        rust.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+        rust.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIALS.values()),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        rust.train_from_iterator(map(checked_text, texts), trainer)
+        return cls(rust, f"bpe-{rust.get_vocab_size()}", SPECIALS)
 
 
 def _register(rust: RustTokenizer, tokens: list[str]) -> None:
