@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from open_mythos.errors import ConfigError
-
 
 def prepare_shards(
     source: str,
@@ -32,12 +30,10 @@ def prepare_shards(
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from open_mythos.data import prepare, read_documents
+    from open_mythos.data.documents import check_share
     from open_mythos.tokenizer.loading import load_or_train
 
-    if not 0 <= val_fraction < 1:
-        raise ConfigError(
-            "not a fraction", where="--val-fraction", value=val_fraction, allowed="[0, 1)"
-        )
+    check_share("--val-fraction", val_fraction)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, transient=True, disable=quiet) as progress:
         task = progress.add_task("tokenizer")

@@ -80,7 +80,7 @@ def documents_of(corpus: Corpus) -> Iterator[str]:
 def check_share(where: str, share: float) -> None:
     """Raise a ConfigError unless the held-out ``share`` is in [0, 1)."""
     if not 0 <= share < 1:
-        raise ConfigError("not a share", where=where, value=share, allowed="[0, 1)")
+        raise ConfigError("not a fraction", where=where, value=share, allowed="[0, 1)")
 
 
 def is_held_out(text: str, share: float) -> bool:

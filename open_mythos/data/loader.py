@@ -199,11 +199,7 @@ class EpochWindows:
 
 
 def rows_of_rank(global_batch: int, rank: int, world_size: int) -> Int64Array:
-    """Return the rows of the global batch that ``rank`` reads: (B / world_size,).
-
-    Raises:
-        ConfigError: There is no such rank, or the batch does not divide among the ranks.
-    """
+    """Return the rows of the global batch that ``rank`` reads: (B / world_size,)."""
     check_count("global_batch", global_batch)
     check_count("world_size", world_size)
     if check_count("rank", rank, 0) >= world_size:
@@ -226,7 +222,7 @@ def saved_step(state: Any) -> int:
 
 
 def malformed(field: str, value: Any, allowed: str) -> DataError:
-    """Return the error of a field that no saved position has."""
+    """Return the error for an invalid field of a saved position."""
     return DataError("not a position", where=f"state[{field!r}]", value=value, allowed=allowed)
 
 

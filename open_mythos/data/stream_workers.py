@@ -53,14 +53,10 @@ class WorkerLanes(IterableDataset):
 def prefetched(
     plan: StreamPlan, lanes: list[int], positions: list[Position], *, workers: int, prefetch: int
 ) -> Iterator[Windows]:
-    """Read the windows of ``lanes`` in worker processes; neither their number nor timing matters.
+    """Read the windows of ``lanes``, as :func:`read_lanes`, in at most one process per lane.
 
-    Args:
-        plan: The stream.
-        lanes: Indices of the lanes.
-        positions: Start of each of them.
-        workers: Number of processes, at most that of the lanes.
-        prefetch: Steps that each worker prefetches.
+    The result depends neither on the number of ``workers`` nor on their timing. Each prefetches
+    ``prefetch`` steps.
 
     Raises:
         DataError, EnvironmentError_: Raised in a worker.
