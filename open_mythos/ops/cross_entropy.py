@@ -80,12 +80,12 @@ def linear_cross_entropy(
     hidden_ND = hidden_ND if scale == 1 else hidden_ND * scale
     if softcap:
         total = _recomputed(hidden_ND, weight_VD, targets_N, rows, ignore_index, softcap)
-        return total if reduction == "sum" else total / _count(targets_N, ignore_index)
-    implementation = pick_backend("loss", backend, {"chunked": _chunked, "liger": _liger})
-    find = partial(implementation, dtype=dtype, ignore=ignore_index, rows=rows)
-    if not torch.is_grad_enabled():  # the custom function would compute gradients anyway
-        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    total = _LossWithGradients.apply(hidden_ND, weight_VD, targets_N, find)
+    else:
+        implementation = pick_backend("loss", backend, {"chunked": _chunked, "liger": _liger})
+        find = partial(implementation, dtype=dtype, ignore=ignore_index, rows=rows)
+        if not torch.is_grad_enabled():  # the custom function would compute gradients anyway
+            hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        total = _LossWithGradients.apply(hidden_ND, weight_VD, targets_N, find)
     return total if reduction == "sum" else total / _count(targets_N, ignore_index)
 
 

@@ -41,8 +41,11 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight_D, root = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return (*_differentiable_gradients(grad, x, weight_D, ctx.eps), None)
+        if torch.is_grad_enabled():  # for second derivatives
+            root = (x.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+            scaled = grad * weight_D
+            d_x = root * (scaled - x * root.square() * (scaled * x).mean(-1, keepdim=True))
+            return d_x, (grad * x * root).flatten(0, -2).sum(0), None
         # the backward kernel of a layer norm with mean 0 also subtracts the mean of weight * grad
         wants = [*ctx.needs_input_grad[:2], False]
         d_x, d_weight_D, _ = torch.ops.aten.native_layer_norm_backward(
@@ -51,13 +54,3 @@ class _FusedNorm(torch.autograd.Function):
         if wants[0]:
             d_x.add_((grad @ weight_D).unsqueeze(-1).div_(x.shape[-1]).mul_(root))
         return d_x, d_weight_D, None
-
-
-def _differentiable_gradients(
-    grad: Tensor, x: Tensor, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``x`` and ``weight_D``, for second derivatives."""
-    root = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    scaled = grad * weight_D
-    d_x = root * (scaled - x * root.square() * (scaled * x).mean(-1, keepdim=True))
-    return d_x, (grad * x * root).flatten(0, -2).sum(0)

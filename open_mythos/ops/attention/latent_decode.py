@@ -59,8 +59,7 @@ def latent_decode(
 
     q_BHW = q_BHW.to(slots_LBSW.dtype).contiguous()
     call = decode_op if torch.compiler.is_compiling() else decode
-    out: Tensor = call(q_BHW, slots_LBSW, loops_B, lengths_B, rank, valid_BS)
-    return out
+    return call(q_BHW, slots_LBSW, loops_B, lengths_B, rank, valid_BS)
 
 
 def kernel_serves(q_BHW: Tensor, slots_LBSW: Tensor, rank: int, backend: str = "auto") -> bool:

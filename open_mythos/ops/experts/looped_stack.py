@@ -88,8 +88,7 @@ class LoopedStack:
 
 @torch.compiler.disable  # a graph would bake the number in as a constant
 def _new_token(weight_EKM: Tensor) -> Tensor:
-    token: Tensor = _DeferredGradient.apply(weight_EKM, _Uses(weight_EKM.numel(), weight_EKM.dtype))
-    return token
+    return _DeferredGradient.apply(weight_EKM, _Uses(weight_EKM.numel(), weight_EKM.dtype))
 
 
 class _Uses:

@@ -35,16 +35,14 @@ def read_counts(counts: Tensor, total: int) -> list[int]:
     if in_dry_run(counts):
         n = len(counts)
         return [total * (i + 1) // n - total * i // n for i in range(n)]
-    values: list[int] = counts.tolist()
-    return values
+    return counts.tolist()
 
 
 def read_ends(ends_E: Tensor, total: int) -> list[int]:
     """Return the end of each expert's rows, of ``total`` rows in all; see :func:`read_counts`."""
     if in_dry_run(ends_E):
         return [total * (i + 1) // len(ends_E) for i in range(len(ends_E))]
-    values: list[int] = ends_E.tolist()
-    return values
+    return ends_E.tolist()
 
 
 def activated(gate_up: Tensor, w: Tensor) -> Tensor:
