@@ -162,25 +162,20 @@ def account(
     Raises:
         ConfigError: The configuration is invalid, or a number is not a positive integer.
     """
-    cfg = model if isinstance(model, MythosConfig) else model.cfg
-    if not isinstance(model, MythosConfig):
-        n_layers = getattr(model, "n_layers", None)
-    cfg.validate()
-    context = cfg.max_seq_len if context is None else context
-    loops = 1 if n_layers is not None else cfg.max_loop_iters if n_loops is None else n_loops
-    layers = 1 if n_layers is None else n_layers
-    for name, value in (("n_loops", loops), ("context", context), ("n_layers", layers)):
-        check_count(f"account({name})", value)
-    return _counted(cfg, n_layers, loops, context)
-
-
-def _counted(cfg: MythosConfig, n_layers: int | None, n_loops: int, context: int) -> Accounting:
-    """Count on the meta device, part by part."""
     import torch
 
     from open_mythos.model.dense import DenseTransformer
     from open_mythos.model.mythos import OpenMythos
 
+    cfg = model if isinstance(model, MythosConfig) else model.cfg
+    if not isinstance(model, MythosConfig):
+        n_layers = getattr(model, "n_layers", None)
+    cfg.validate()
+    context = cfg.max_seq_len if context is None else context
+    n_loops = 1 if n_layers is not None else cfg.max_loop_iters if n_loops is None else n_loops
+    layers = 1 if n_layers is None else n_layers
+    for name, value in (("n_loops", n_loops), ("context", context), ("n_layers", layers)):
+        check_count(f"account({name})", value)
     with torch.device("meta"):
         model = OpenMythos(cfg) if n_layers is None else DenseTransformer(cfg, n_layers)
     parts = _LOOPED_PARTS if n_layers is None else _DENSE_PARTS

@@ -146,7 +146,10 @@ def check_fields(section: str, config: Any) -> None:
                 reject(section, config, each.name, " or ".join(map(repr, choices)))
         elif kinds <= {int, float, type(None)} and not (value is None and type(None) in kinds):
             bounds = each.metadata.get("bounds", {})
-            if not (is_number if float in kinds else is_int)(value) or not _holds(value, bounds):
+            fits = (is_number if float in kinds else is_int)(value) and all(
+                _COMPARE[name][1](value, bound) for name, bound in bounds.items()
+            )
+            if not fits:
                 reject(section, config, each.name, _allowed(kinds, bounds))
 
 
@@ -173,14 +176,8 @@ _COMPARE = {
 }  # fmt: skip
 
 
-def _holds(value: float, bounds: dict[str, float]) -> bool:
-    return all(_COMPARE[name][1](value, bound) for name, bound in bounds.items())
-
-
 def _allowed(kinds: frozenset[Any], bounds: dict[str, float]) -> str:
     """Describe the accepted values."""
     kind = "a finite number" if float in kinds else "an integer"
-    limits = [f"{_COMPARE[name][0]} {bound}" for name, bound in bounds.items()]
-    return " ".join([kind, " and ".join(limits)]).strip() + (
-        ", or None" if type(None) in kinds else ""
-    )
+    limits = " and ".join(f"{_COMPARE[name][0]} {bound}" for name, bound in bounds.items())
+    return f"{kind} {limits}".strip() + (", or None" if type(None) in kinds else "")

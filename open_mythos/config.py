@@ -8,18 +8,6 @@ from typing import Any, NoReturn
 
 from open_mythos.checks import check_fields, one_of, reject, unknown_key, within
 
-ATTENTION_TYPES = ("mla", "gqa")
-INJECTIONS = ("lti", "concat", "add", "none")
-INJECTION_RULES = ("zoh", "euler")
-INJECTION_MATRICES = ("full", "diagonal")
-INITIAL_STATES = ("zero", "normal", "prelude")
-KV_SHARING = ("none", "last")
-BLOCK_NORMS = ("in", "out", "sum", "in+out", "in+sum")
-QK_NORMS = ("none", "head", "head_after_rope", "width")
-FFN_KINDS = ("swiglu", "geglu", "relu2")
-ATTENTION_BACKENDS = ("auto", "sdpa", "flash", "flex", "reference")
-MOE_BACKENDS = ("auto", "batched", "grouped", "sorted", "reference")
-
 
 @dataclass
 class MythosConfig:
@@ -45,7 +33,7 @@ class MythosConfig:
     """Blocks run once before the loop."""
     coda_layers: int = within(2, ge=0)
     """Blocks run once after the loop."""
-    attn_type: str = one_of("mla", ATTENTION_TYPES)
+    attn_type: str = one_of("mla", ("mla", "gqa"))
     """"mla": multi-head latent attention (DeepSeek-V2); "gqa": grouped-query attention."""
     kv_lora_rank: int = within(512, ge=1)
     """Width R of the cached latent of "mla"."""
@@ -80,11 +68,11 @@ class MythosConfig:
     """Blocks inside one loop iteration."""
     ffn_dim: int = within(0, ge=0)
     """Hidden width of the dense feed-forwards; 0 means 4/3 of dim."""
-    injection_rule: str = one_of("zoh", INJECTION_RULES)
+    injection_rule: str = one_of("zoh", ("zoh", "euler"))
     """Discretization of the input: "zoh" (exact zero-order hold) or "euler" (Parcae)."""
-    injection_matrix: str = one_of("full", INJECTION_MATRICES)
+    injection_matrix: str = one_of("full", ("full", "diagonal"))
     """B: "full" is a D x D matrix, "diagonal" one gain per channel; both start at identity."""
-    initial_state: str = one_of("zero", INITIAL_STATES)
+    initial_state: str = one_of("zero", ("zero", "normal", "prelude"))
     """h_0: "zero", "normal" (truncated normal, seeded per sequence), or "prelude" (h_0 = e)."""
     prelude_norm: bool = True
     """Normalize the prelude's output before injection; without it training can diverge."""
@@ -96,32 +84,32 @@ class MythosConfig:
     """Share the embedding's weight with the output head."""
     norm_eps: float = within(1e-6, gt=0)
     """Added to the mean square inside every RMSNorm."""
-    kv_share: str = one_of("none", KV_SHARING)
+    kv_share: str = one_of("none", ("none", "last"))
     """KV cache over loops: "none" keeps a slot per loop, "last" one slot, that of the last loop."""
-    attn_backend: str = one_of("auto", ATTENTION_BACKENDS)
+    attn_backend: str = one_of("auto", ("auto", "sdpa", "flash", "flex", "reference"))
     """Attention kernel: "auto", "sdpa", "flash" (package flash-attn), "flex" or "reference"."""
-    moe_backend: str = one_of("auto", MOE_BACKENDS)
+    moe_backend: str = one_of("auto", ("auto", "batched", "grouped", "sorted", "reference"))
     """Expert kernel: "auto", "batched", "grouped", "sorted" or "reference"."""
-    injection: str = one_of("lti", INJECTIONS)
+    injection: str = one_of("lti", ("lti", "concat", "add", "none"))
     """How a loop combines its state h with the encoded input e: "lti" (A h + B e, rho(A) < 1),
     "concat" (A h + B e, unbounded; W [h; e] of Huginn), "add" (h + e) or "none" (h)."""
     identity_carry: bool = False
     """Fix A of "concat" at the identity: h + B e."""
     injection_bias: bool = False
     """Add a bias to the injection of "concat"."""
-    block_norms: str = one_of("in", BLOCK_NORMS)
+    block_norms: str = one_of("in", ("in", "out", "sum", "in+out", "in+sum"))
     """RMSNorms of a block: of a branch's input ("in": pre-norm), of its output before the residual
     ("out"), of the sum after it ("sum": post-norm), or two ("in+out", "in+sum": sandwich)."""
     gqa_head_dim: int = within(0, ge=0)
     """Width of a "gqa" head; 0 means dim / n_heads."""
-    qk_norm: str = one_of("none", QK_NORMS)
+    qk_norm: str = one_of("none", ("none", "head", "head_after_rope", "width"))
     """RMSNorm of "gqa" queries and keys: "none", "head" (of each head, before the rotation),
     "head_after_rope", or "width" (of all heads at once, before the rotation)."""
     qk_norm_eps: float = within(0.0, ge=0)
     """Added to the mean square inside the query and key norms; 0 means norm_eps."""
     qkv_bias: bool = False
     """Add a bias to the query, key and value projections of "gqa"."""
-    ffn_kind: str = one_of("swiglu", FFN_KINDS)
+    ffn_kind: str = one_of("swiglu", ("swiglu", "geglu", "relu2"))
     """Dense feed-forward: "swiglu", "geglu" (tanh-approximated GELU) or "relu2" (squared ReLU, two
     matrices). Experts are SwiGLU."""
     embedding_scale: float = within(1.0, gt=0)

@@ -100,6 +100,11 @@ class HostCopy:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
+    @property
+    def pending(self) -> bool:
+        """Whether :meth:`read` may have to wait."""
+        return self._copied is not None
+
     def read(self) -> torch.Tensor:
         """Wait for the copy and return it."""
         if self._copied is not None:

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from open_mythos import MythosConfig, OpenMythos
 
 ATTENTION_TYPES = ("mla", "gqa")
+
+
+def choices_of(field: str) -> tuple[str, ...]:
+    """The values that a field of the configuration accepts."""
+    return MythosConfig.__dataclass_fields__[field].metadata["choices"]
+
+
 TOLERANCE = 1e-4
 """Largest difference allowed between two ways to compute logits, in units of their deviation."""
 

@@ -318,10 +318,10 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], pat
         if dtype not in _DTYPES:
             problems.append(f"{name} is {dtype}, not {' or '.join(_DTYPES)}")
     if problems:
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        shown = "; ".join(problems[:5] + more)
+        if len(problems) > 5:
+            problems[5:] = [f"and {len(problems) - 5} more"]
         raise DataError(
-            f"the weights do not match the configuration: {shown}", where=str(path),
+            f"the weights do not match the configuration: {'; '.join(problems)}", where=str(path),
             allowed=f"exactly the {len(expected)} tensors of the model",
             fix=f"load weights with the {CONFIG_FILE} they were saved with",
         )  # fmt: skip

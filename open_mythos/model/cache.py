@@ -266,15 +266,13 @@ class KVCache:
     def _slot(self, layer: int, loop: int, entry_BTW: Tensor, end: int) -> Tensor:
         """Return the slot of (layer, loop), allocated for at least ``end`` positions."""
         key = (layer, 0 if self._share_loops else loop)
-        if key not in self._slots:
+        if key not in self._slots and key[1] > 0:
+            # positions that exited before this loop enter it with their last entry
+            self._slots[key] = self._slots[layer, loop - 1].clone()
+        elif key not in self._slots:
             self._capacity = max(self._capacity, end)
             batch, _, width = entry_BTW.shape
-            # positions that exited before this loop enter it with their last entry
-            self._slots[key] = (
-                self._slots[layer, loop - 1].clone()
-                if key[1] > 0
-                else entry_BTW.new_zeros((batch, self._capacity, width))
-            )
+            self._slots[key] = entry_BTW.new_zeros((batch, self._capacity, width))
         return self._grown(key, end)
 
     def _grown(self, key: tuple[int, int], end: int) -> Tensor:

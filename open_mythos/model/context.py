@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.config import MythosConfig
 from open_mythos.model.active import Active
 from open_mythos.model.cache import Cache, Columns, KVCache
 from open_mythos.ops.attention.visibility import Visibility
@@ -45,6 +46,11 @@ class Context:
     active: Active | None = None
     keys_B: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, x_BTD: Tensor, cfg: MythosConfig) -> Context:
+        """Build the context of a causal call on ``x_BTD`` alone."""
+        return cls.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
 
     @classmethod
     def build(

@@ -25,8 +25,6 @@ from open_mythos.ops.sampling import SamplingParams
 if TYPE_CHECKING:
     from open_mythos.inference.static_decoder import StaticDecoder
 
-MATCHES = ("parameters", "depth")
-
 
 class DenseTransformer(CausalLM):
     """A decoder-only transformer of ``n_layers`` blocks with dense feed-forward layers.
@@ -63,7 +61,7 @@ class DenseTransformer(CausalLM):
                 "depth": one layer per executed block, as wide as the active feed-forward width.
             n_loops: Loops to unroll for "depth"; ``max_loop_iters`` by default.
         """
-        pick(MATCHES, match, "DenseTransformer.like", what="match")
+        pick(("parameters", "depth"), match, "DenseTransformer.like", what="match")
         if match == "depth":
             loops = check_count("n_loops", cfg.max_loop_iters if n_loops is None else n_loops)
             layers = cfg.prelude_layers + cfg.recurrent_layers * loops + cfg.coda_layers
@@ -71,9 +69,8 @@ class DenseTransformer(CausalLM):
             return cls(cfg, layers, active if cfg.n_experts else cfg.hidden_dim)
         with torch.device("meta"):
             target = parameter_count(OpenMythos(cfg))
-            narrow = parameter_count(cls(cfg, ffn_dim=1))
-            layers = cls(cfg, ffn_dim=1).n_layers
-        return cls(cfg, ffn_dim=max(1, 1 + round((target - narrow) / (3 * cfg.dim * layers))))
+            one, two = (parameter_count(cls(cfg, ffn_dim=width)) for width in (1, 2))
+        return cls(cfg, ffn_dim=max(1, 1 + round((target - one) / (two - one))))
 
     def forward(
         self,

@@ -192,18 +192,17 @@ def _gate(model: nn.Module, threshold: float | None = None) -> GateExit:
 
 
 EXIT_RULES: dict[str, tuple[Callable[..., ExitRule], tuple[type, ...], str]] = {
-    "fixed": (lambda model, loops: FixedDepth(loops), (int,), "fixed:LOOPS"),
-    "gate": (_gate, (float,), "gate or gate:THRESHOLD"),
-    "kl": (lambda model, *x: KLExit(*x), (float, float), "kl, kl:KL or kl:KL,ENTROPY"),
-    "change": (lambda model, *x: StateChange(*x), (float,), "change or change:THRESHOLD"),
+    "fixed": (FixedDepth, (int,), "fixed:LOOPS"),
+    "gate": (GateExit, (float,), "gate or gate:THRESHOLD"),
+    "kl": (KLExit, (float, float), "kl, kl:KL or kl:KL,ENTROPY"),
+    "change": (StateChange, (float,), "change or change:THRESHOLD"),
     "acceleration": (
-        lambda model, *x: Acceleration(*x),
-        (float, int),
+        Acceleration, (float, int),
         "acceleration, acceleration:THRESHOLD or acceleration:THRESHOLD,HITS",
     ),
-    "stable": (lambda model, *x: ArgmaxStable(*x), (int,), "stable or stable:HITS"),
-}
-"""Name -> factory, types of its parameters, syntax."""
+    "stable": (ArgmaxStable, (int,), "stable or stable:HITS"),
+}  # fmt: skip
+"""Name -> rule, types of its parameters, syntax; "gate" also takes the gate of the model."""
 
 
 def exit_rule(text: str, model: nn.Module) -> ExitRule:
@@ -219,7 +218,7 @@ def exit_rule(text: str, model: nn.Module) -> ExitRule:
         try:
             values = [kind(each) for kind, each in zip(kinds, given, strict=False)]
             if len(given) <= len(kinds) and (values or name != "fixed"):
-                return make(model, *values)
+                return _gate(model, *values) if name == "gate" else make(*values)
         except ValueError as error:
             if isinstance(error, ConfigError):
                 raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from open_mythos.devices import HostCopy
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import MASKS, CausalLM, check_tensor
@@ -171,38 +172,14 @@ def _tokens(
     """Yield up to ``max_new_tokens`` tokens (B,), until every row has ended."""
     may_end = bool(params.stop) or params.eos_token_id is not None
     for i in range(params.max_new_tokens):
-        ended = _AllEnded(source.running_B) if i and may_end else None
-        if ended is not None and ended.read(wait=False):
+        running = HostCopy(source.running_B.any()) if i and may_end else None
+        # on CUDA, launch the next step before waiting for the copy; at most one is wasted
+        if running is not None and not running.pending and not running.read():
             return
         token_B = source.step() if i else source.start(input_ids, params, depth, mask_BT)
-        if ended is not None and ended.read(wait=True):
-            return  # this step was launched before the end of all rows was known
+        if running is not None and not running.read():
+            return
         yield token_B.clone()
-
-
-class _AllEnded:
-    """Asynchronous check whether all rows have ended.
-
-    On CUDA the flag is copied asynchronously, and the next step is launched before it is read; at
-    most one step per call is wasted.
-    """
-
-    def __init__(self, running_B: Tensor) -> None:
-        self.is_late = running_B.is_cuda
-        self._running = running_B.any()
-        if self.is_late:
-            host = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._running = host.copy_(self._running, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def read(self, *, wait: bool) -> bool:
-        """Return the flag; on CUDA false unless ``wait``."""
-        if self.is_late and not wait:
-            return False
-        if self.is_late:
-            self._copied.synchronize()
-        return not self._running
 
 
 def _stopped(new_BT: Tensor, stops: Sequence[str], tokenizer: Detokenizer) -> Tensor:

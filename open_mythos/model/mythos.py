@@ -158,7 +158,7 @@ class OpenMythos(CausalLM):
         trace: LoopTrace | None = None,
     ) -> Tensor:
         """Run one loop, h_t -> h_{t+1} (B, T, D); see :meth:`RecurrentBlock.step`."""
-        ctx = ctx or self._plain_context(e_BTD)
+        ctx = ctx or Context.of(e_BTD, self.cfg)
         return self.recurrent.step(h_BTD, self.recurrent.injection.drive(e_BTD), t, ctx, trace)
 
     def logits(self, h_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
@@ -170,14 +170,11 @@ class OpenMythos(CausalLM):
 
         ``loop`` selects the cache slots of the coda for predictions inside the loop.
         """
-        ctx = ctx or self._plain_context(h_BTD)
+        ctx = ctx or Context.of(h_BTD, self.cfg)
         x_BTD = self.readout(h_BTD.to(self.head.weight.dtype))
         for block in self.coda:
             x_BTD = block(x_BTD, ctx, loop)
         return self.final_norm(x_BTD)
-
-    def _plain_context(self, x_BTD: Tensor) -> Context:
-        return Context.build(x_BTD.shape[1], self.cfg.rope_dim, self.cfg.rope_theta, x_BTD.device)
 
     def generate(
         self,

@@ -27,7 +27,7 @@ from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.layers.injection import injection_of
 from open_mythos.model.layers.loop_embedding import loop_index_embedding
-from open_mythos.model.layers.lora import LoRAAdapter
+from open_mythos.model.layers.lora import LoRAAdapter, capped
 from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.random import counter_normal
@@ -84,7 +84,9 @@ class RecurrentBlock(nn.Module):
         """
         x_BTD = self.injection.hold(h_BTD) + drive_BTD
         if self.cfg.loop_embedding:
-            x_BTD = loop_index_embedding(x_BTD, self._trained(t), self.cfg.dim // 8)
+            x_BTD = loop_index_embedding(
+                x_BTD, capped(t, self.cfg.max_loop_iters), self.cfg.dim // 8
+            )
         for block in self.blocks:
             x_BTD = block(x_BTD, ctx, t, trace)
         if self.lora is not None and self.lora_norm is not None:
@@ -94,24 +96,6 @@ class RecurrentBlock(nn.Module):
             if trace.keep_states:
                 trace.halting[loop] = self.halting(x_BTD.detach())
         return x_BTD
-
-    def _trained(self, t: int | Tensor) -> int | Tensor:
-        """Cap ``t`` at the last trained loop."""
-        last = self.cfg.max_loop_iters - 1
-        return t.clamp(max=last) if isinstance(t, Tensor) else min(t, last)
-
-    def _step(
-        self, h_BTD: Tensor, drive_BTD: Tensor, t: int, ctx: Context, trace: LoopTrace | None
-    ) -> Tensor:
-        """Run :meth:`step` under activation checkpointing if enabled."""
-        if not self.checkpoint:
-            return self.step(h_BTD, drive_BTD, t, ctx, trace)
-        # randomness is a function of sequence keys: there is no RNG state to restore
-        recomputed: Tensor = checkpoint(
-            self.step, h_BTD, drive_BTD, t, ctx, trace,
-            use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
-        return recomputed
 
     def initial_state(self, e_BTD: Tensor, ctx: Context) -> Tensor:
         """Return h_0 in float32: zero, the encoded input, or normal with variance 2/5.
@@ -192,12 +176,16 @@ class RecurrentBlock(nn.Module):
             return self._until_all_stop(
                 h_BTD, drive_BTD, ctx, depths, depth.exit_rule, read_out, trace
             )
+        step: Callable[..., Tensor] = self.step
+        if self.checkpoint:
+            # randomness is a function of sequence keys: there is no RNG state to restore
+            step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
         rows = RowSchedule(depths, depth.grad_loops, h_BTD.device)
         now, finals, n_loops = ctx, [], max(rows.n_loops, depth.min_loops)
         for t in range(n_loops):
             h_BTD, any_grad = rows.truncate(h_BTD, t, now.active)
             with torch.set_grad_enabled(any_grad):
-                h_BTD = self._step(h_BTD, drive_BTD, t, now, trace)
+                h_BTD = step(h_BTD, drive_BTD, t, now, trace)
                 if t + 1 in rows.departures:
                     leave, stay, active = rows.departures[t + 1]
                     finals.append(h_BTD if leave is None else h_BTD[leave])

@@ -7,18 +7,24 @@ from dataclasses import fields
 
 import pytest
 import torch
-from helpers import assert_differs, assert_same, random_ids, randomise, small_config
+from helpers import (
+    assert_differs,
+    assert_same,
+    choices_of,
+    random_ids,
+    randomise,
+    small_config,
+)
 
 from open_mythos import ConfigError, Depth, KVCache, MythosConfig, OpenMythos, SamplingParams
 from open_mythos.accounting import account
-from open_mythos.config import BLOCK_NORMS, FFN_KINDS, INJECTIONS, QK_NORMS
 from open_mythos.inference.decoding import decoder_factory
 from open_mythos.inference.quantization import quantize
 from open_mythos.model.dense import DenseTransformer, parameter_count
 from open_mythos.model.generation import generate
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.feed_forward import FEED_FORWARDS
-from open_mythos.model.layers.injection import INJECTIONS as BUILT
+from open_mythos.model.layers.injection import INJECTIONS
 from open_mythos.ops.cross_entropy import linear_cross_entropy
 from open_mythos.train.loss import next_token_loss
 
@@ -29,12 +35,17 @@ CHOICES: dict[str, dict] = {
     "identity carry": {"injection": "concat", "identity_carry": True},
     "add": {"injection": "add"},
     "none": {"injection": "none", "initial_state": "prelude"},
-    **{f"norms {name}": {"block_norms": name} for name in BLOCK_NORMS if name != "in"},
-    **{f"qk norm {name}": {"attn_type": "gqa", "qk_norm": name} for name in QK_NORMS[1:]},
+    **{
+        f"norms {name}": {"block_norms": name} for name in choices_of("block_norms") if name != "in"
+    },
+    **{
+        f"qk norm {name}": {"attn_type": "gqa", "qk_norm": name}
+        for name in choices_of("qk_norm")[1:]
+    },
     "qk norm eps": {"attn_type": "gqa", "qk_norm": "head", "qk_norm_eps": 0.1},
     "qkv bias": {"attn_type": "gqa", "qkv_bias": True},
     "head width": {"attn_type": "gqa", "gqa_head_dim": 6},
-    **{f"ffn {name}": {"ffn_kind": name, "n_experts": 0} for name in FFN_KINDS[1:]},
+    **{f"ffn {name}": {"ffn_kind": name, "n_experts": 0} for name in choices_of("ffn_kind")[1:]},
     "embedding scale": {"embedding_scale": 3.0},
     "logit scale": {"logit_scale": 0.5},
     "logit cap": {"logit_softcap": 0.7},
@@ -58,8 +69,8 @@ def test_every_new_field_is_tested():
 
 
 def test_tables_and_configuration_agree():
-    assert set(INJECTIONS) == set(BUILT)
-    assert set(FFN_KINDS) == set(FEED_FORWARDS)
+    assert set(choices_of("injection")) == set(INJECTIONS)
+    assert set(choices_of("ffn_kind")) == set(FEED_FORWARDS)
 
 
 @choices
@@ -145,7 +156,7 @@ def test_bfloat16_keeps_the_state_in_float32(name):
         assert model.step(h_BTD, e_BTD, 0, ctx).dtype == torch.float32
 
 
-@pytest.mark.parametrize("placement", BLOCK_NORMS)
+@pytest.mark.parametrize("placement", choices_of("block_norms"))
 def test_block_norms_are_where_the_name_says(placement):
     block = TransformerBlock(small_config(block_norms=placement))
     names = {name.split(".")[0] for name, _ in block.named_parameters() if "_norm." in name}

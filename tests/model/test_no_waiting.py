@@ -310,5 +310,5 @@ def test_a_sync_in_the_loop_is_detected(what: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(RecurrentBlock, "step", step)
     model = shapes_of_model(n_experts=0, dim=16).eval()
-    with pytest.raises(AssertionError, match=r"model/recurrent\.py:_step"), nothing_waits():
+    with pytest.raises(AssertionError, match=r"model/recurrent\.py:forward"), nothing_waits():
         model(on_device(1, 2), n_loops=1)

@@ -47,14 +47,14 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, cfg: MythosConfig, use_moe: bool = False, layer: int = 0) -> None:
         super().__init__()
-        self.layer, self.dropout, self.use_moe = layer, cfg.dropout, use_moe
+        self.cfg, self.layer, self.use_moe = cfg, layer, use_moe
         self.compiled = None
         placed = cfg.block_norms.split("+")
 
-        def norm(place: str) -> RMSNorm | None:
-            # keep a float32 residual stream in a bfloat16 model
+        def norm(place: str) -> nn.Module:
             if place not in placed:
-                return None
+                return nn.Identity()
+            # keep a float32 residual stream in a bfloat16 model
             return RMSNorm(cfg.dim, cfg.norm_eps, keep_dtype=place == "sum")
 
         self.attn_norm = norm("in")
@@ -65,15 +65,13 @@ class TransformerBlock(nn.Module):
         dense = pick(FEED_FORWARDS, cfg.ffn_kind, "MythosConfig.ffn_kind", what="feed-forward")
         self.ffn = MoEFFN(cfg, layer) if use_moe else dense(cfg.dim, cfg.hidden_dim)
         self.ffn_out_norm, self.ffn_sum_norm = norm("out"), norm("sum")
-        self.context_of = (cfg.rope_dim, cfg.rope_theta)
 
     def forward(
         self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0,
         trace: LoopTrace | None = None,
     ) -> Tensor:  # fmt: skip
         """Apply the block, (B, T, D) -> (B, T, D), in the dtype of ``x`` or wider."""
-        if ctx is None:
-            ctx = Context.build(x_BTD.shape[1], *self.context_of, x_BTD.device)
+        ctx = ctx or Context.of(x_BTD, self.cfg)
         y_BTD, routing = (self.compiled or self.compute)(x_BTD, ctx, loop)
         if trace is not None and routing is not None:
             record_routing(trace, self.layer, loop, routing, x_BTD, ctx)
@@ -90,37 +88,29 @@ class TransformerBlock(nn.Module):
             loop: Loop index; may be a tensor where there is no cache.
             operands: Expert weights, prepared outside of a compiled graph.
         """
-        attended = self.attn(as_autocast(self._branch_input(self.attn_norm, x_BTD)), ctx, loop)
-        if self.attn_out_norm is not None:
-            attended = self.attn_out_norm(attended)
-        x_BTD = x_BTD + self._drop(attended, ctx, loop, 0)
-        if self.attn_sum_norm is not None:
-            x_BTD = self.attn_sum_norm(x_BTD)
+        y_BTD = self.attn(as_autocast(self._branch_input(self.attn_norm, x_BTD)), ctx, loop)
+        x_BTD = x_BTD + self._drop(self.attn_out_norm(y_BTD), ctx, loop, 0)
+        x_BTD = self.attn_sum_norm(x_BTD)
         y_BTD, routing = self._branch_input(self.ffn_norm, x_BTD), None
         if self.use_moe:
             y_BTD, routing = self.ffn(y_BTD, ctx, operands=operands, with_routing=True)
         else:
             y_BTD = self.ffn(y_BTD)
-        if self.ffn_out_norm is not None:
-            y_BTD = self.ffn_out_norm(y_BTD)
-        x_BTD = x_BTD + self._drop(y_BTD, ctx, loop, 1)
-        if self.ffn_sum_norm is not None:
-            x_BTD = self.ffn_sum_norm(x_BTD)
-        return x_BTD, routing
+        x_BTD = x_BTD + self._drop(self.ffn_out_norm(y_BTD), ctx, loop, 1)
+        return self.ffn_sum_norm(x_BTD), routing
 
-    def _branch_input(self, norm: RMSNorm | None, x_BTD: Tensor) -> Tensor:
+    def _branch_input(self, norm: nn.Module, x_BTD: Tensor) -> Tensor:
         """Normalize the input of a branch, or cast it to the dtype of the weights."""
-        if norm is not None:
+        if isinstance(norm, RMSNorm):
             return norm(x_BTD)
-        other = self.attn_out_norm or self.attn_sum_norm
-        assert other is not None, "a block has norms somewhere"
-        return x_BTD.to(other.weight.dtype)
+        norms = (self.attn_out_norm, self.attn_sum_norm)
+        return x_BTD.to(next(each.weight.dtype for each in norms if isinstance(each, RMSNorm)))
 
     def _drop(self, x_BTD: Tensor, ctx: Context, loop: int | Tensor, site: int) -> Tensor:
-        if self.dropout == 0 or not self.training:
+        if self.cfg.dropout == 0 or not self.training:
             return x_BTD
         keys_B = ctx.keys_B
         if keys_B is None:
             keys_B = torch.randint(1 << 62, (x_BTD.shape[0],), device=x_BTD.device)
         salt = (loop * 4096 + self.layer) * 2 + site
-        return counter_dropout(x_BTD, self.dropout, keys_B, ctx.positions, salt)
+        return counter_dropout(x_BTD, self.cfg.dropout, keys_B, ctx.positions, salt)

@@ -35,8 +35,7 @@ class GQAttention(nn.Module):
     def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D); without a context, causally over the T tokens."""
         cfg = self.cfg
-        if ctx is None:
-            ctx = Context.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
+        ctx = ctx or Context.of(x_BTD, cfg)
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.n_heads, cfg.head_dim))
         k_BTGK, v_BTGK = self.kv_proj(x_BTD).unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
         q_BTHK, k_BTGK = self._positioned(q_BTHK, k_BTGK, ctx.rope)

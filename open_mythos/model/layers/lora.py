@@ -30,6 +30,10 @@ class LoRAAdapter(nn.Module):
             x: Input; (B, T, D) with a tensor ``loop_t``.
             loop_t: Loop index, or an int64 tensor of them, (B,) or (1,).
         """
-        last = self.max_loops - 1
-        depth = loop_t.clamp(max=last) if isinstance(loop_t, Tensor) else min(loop_t, last)
-        return (x @ self.down[depth]) @ self.up[depth]
+        t = capped(loop_t, self.max_loops)
+        return (x @ self.down[t]) @ self.up[t]
+
+
+def capped(t: int | Tensor, n_loops: int) -> int | Tensor:
+    """Cap the loop index ``t`` at the last of ``n_loops`` trained loops."""
+    return t.clamp(max=n_loops - 1) if isinstance(t, Tensor) else min(t, n_loops - 1)

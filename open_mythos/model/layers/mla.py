@@ -51,8 +51,7 @@ class MLAttention(nn.Module):
     def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D); without a context, causally over the T tokens."""
         cfg = self.cfg
-        if ctx is None:
-            ctx = Context.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
+        ctx = ctx or Context.of(x_BTD, cfg)
         q_BTHK = self.query(x_BTD, ctx.rope)
         entry_BSW = self.entry(x_BTD, ctx.rope)
         if ctx.cache is not None:

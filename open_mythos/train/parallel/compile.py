@@ -46,7 +46,7 @@ def compile_block(block: TransformerBlock, *, rows_leave: bool, backend: str = "
         if ctx.cache is not None or not x_BTD.numel():
             return block.compute(x_BTD, ctx, loop)
         operands = block.ffn.operands(x_BTD, ctx) if block.use_moe else None
-        drops = block.dropout > 0 and block.training
+        drops = block.cfg.dropout > 0 and block.training
         loop = torch.as_tensor(loop, device=x_BTD.device) if drops else 0
         if rows_leave and len(x_BTD) > 1:
             torch._dynamo.maybe_mark_dynamic(x_BTD, 0)

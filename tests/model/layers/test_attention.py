@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ATTENTION_TYPES, assert_differs, assert_same, randomise, small_config
+from helpers import (
+    ATTENTION_TYPES,
+    assert_differs,
+    assert_same,
+    choices_of,
+    randomise,
+    small_config,
+)
 from torch import Tensor
 
-from open_mythos import GQAttention, KVCache, MLAttention, apply_rope, config
+from open_mythos import GQAttention, KVCache, MLAttention, apply_rope
 from open_mythos.model.context import Context
 from open_mythos.model.layers.block import ATTENTION
 from open_mythos.ops.attention.pieces import plan_pieces
@@ -74,7 +81,7 @@ def test_mla_against_its_equations(q_lora_rank):
 def test_table():
     assert ATTENTION["gqa"] is GQAttention
     assert ATTENTION["mla"] is MLAttention
-    assert set(ATTENTION) == set(ATTENTION_TYPES) == set(config.ATTENTION_TYPES)
+    assert set(ATTENTION) == set(ATTENTION_TYPES) == set(choices_of("attn_type"))
 
 
 class TestCache:

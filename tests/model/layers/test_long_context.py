@@ -251,7 +251,7 @@ def test_a_chunk_at_the_end_of_a_million_positions(name, kind):
     # the last token again, alone: the same entries, another way to attend
     ctx = context(layer, 128, cache=cache, start_pos=PLACE, **new)
     picked = torch.tensor([[127]])
-    single = ctx.at(Active(torch.tensor([0]), picked, torch.ones(1, 1, dtype=torch.bool)))
+    single = ctx.at(Active(torch.tensor([0]), picked, torch.ones(1, 1, dtype=torch.bool), 128))
     assert_same(layer(x_BTD[:, 127:], single), found[0][:, 127:])
     cache._slots[layer.layer, 0][:, n // 2 + 7 : n // 2 + 2000] += 1
     assert_differs(layer(x_BTD, ctx)[:, 127:], found[0][:, 127:])
