@@ -74,16 +74,11 @@ class StreamPlan:
 
 
 class Deal:
-    """Assigns the units of each epoch to lanes.
+    """Assigns the units of each epoch, of ``sizes`` bytes, to lanes.
 
     The units of an epoch are permuted, and each goes to the lane with the fewest bytes so far. Over
     any number of epochs, lanes therefore differ by about one unit and by the variation of tokens
     per byte.
-
-    Args:
-        sizes: Bytes of each unit.
-        lanes: Number of lanes.
-        seed: The run's seed.
     """
 
     def __init__(self, sizes: list[int], lanes: int, seed: int) -> None:

@@ -32,11 +32,7 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:
 
 
 def load_or_train(name: str, documents: Iterable[str]) -> Tokenizer:
-    """Load the tokenizer called ``name``; "bpe:N" trains a byte-level BPE of N tokens.
-
-    Args:
-        name: As for :func:`load_tokenizer`, or "bpe:N".
-        documents: Training text of a BPE; otherwise not read.
+    """Load a tokenizer (:func:`load_tokenizer`); "bpe:N" trains a BPE of N ids on ``documents``.
 
     Raises:
         ConfigError: N is not a number.
