@@ -55,10 +55,10 @@ def plan(
         context: Tokens of a sequence; by default the model's context, at most 8192.
         n_loops: Mean loops of a sequence; by default the model's max_loop_iters.
         max_loops: Most loops of a sequence, which memory has to hold; by default the mean.
-        grad_loops: Truncated back-propagation: loops that carry gradient; by default all.
+        grad_loops: Truncated backpropagation: loops that carry gradient; by default all.
         dtype: Dtype of the matmuls: "bfloat16", "float16" or "float32".
         optimizer: "adamw" or "muon".
-        ema: Keep a running mean of the weights.
+        ema: Keep an exponential moving average of the weights.
         global_batch_tokens: Tokens per step: 4M; by default 4 Mi, or one sequence per GPU.
         mfu: Model FLOPs utilization while computing; by default 0.3.
         price: US dollars per GPU hour; by default a typical rental price.
@@ -68,11 +68,6 @@ def plan(
         micro_batch: Sequences that a GPU computes at a time.
         checkpoint_loops: Recompute loops in the backward pass.
         json: Print JSON instead of tables.
-
-    Raises:
-        DoesNotFitError: The run fits in no layout of the GPUs.
-        ConfigError: An argument is out of range.
-        DataError: The model's file is not a configuration.
     """
     cfg, n_layers = described_model(model)
     loops = 1 if n_layers is not None else n_loops or max_loops or cfg.max_loop_iters
@@ -81,13 +76,10 @@ def plan(
         max_loops=max_loops or ceil(loops), grad_loops=grad_loops, dtype=dtype,
         optimizer=optimizer, ema=ema,
     )  # fmt: skip
-    given = tokens not in ("", 0)
-    n_tokens = float(TOKENS_PER_PARAMETER * job.counts.parameters)
-    if given:
-        n_tokens = parse_count(tokens, "tokens")
+    default = float(TOKENS_PER_PARAMETER * job.counts.parameters)
     batch = parse_count(global_batch_tokens, "global_batch_tokens") if global_batch_tokens else 0
     made = make_plan(
-        job, gpu_named(gpu), gpus, n_tokens,
+        job, gpu_named(gpu), gpus, parse_count(tokens, "tokens") if tokens else default,
         batch_tokens=batch, mfu=MFU if mfu is None else mfu, price=price,
         wish=Wish(kind or None, shard, experts, micro_batch, checkpoint_loops),
     )  # fmt: skip
@@ -97,11 +89,12 @@ def plan(
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    parts = (_depths, _memory, _activations, _traffic, _training, _inference)
-    for table in (_summary(model, made, given), *(part(made) for part in parts)):
-        if table is not None:
-            console.print(table)
-            console.print()
+    tables = [_summary(model, made, given=bool(tokens)), _depths(made), _memory(made)]
+    tables += [_activations(made)] if made.activations else []
+    tables += [_traffic(made)] if made.traffic else []
+    for table in (*tables, _training(made), _inference(made)):
+        console.print(table)
+        console.print()
     console.print(_assumptions(made), style="dim", highlight=False)
     return 0
 
@@ -111,8 +104,8 @@ def _summary(name: str, plan: Plan, given: bool) -> Table:
     table = new_table(f"{name} on {layout.gpus:,} x {plan.gpu.name}", ())
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    active = _count(counts.active_parameters)
-    table.add_row("parameters", f"{_count(counts.parameters)}, {active} active per token")
+    total, active = _count(counts.parameters), _count(counts.active_parameters)
+    table.add_row("parameters", f"{total}, {active} active per token")
     if job.looped:
         depth = f"{job.n_loops:g} loops"
         if job.n_loops != job.max_loops:
@@ -121,8 +114,8 @@ def _summary(name: str, plan: Plan, given: bool) -> Table:
             depth += f", gradient through the last {job.grad_loops}"
         table.add_row("depth", depth)
     table.add_row("tokens", _count(plan.tokens) + ("" if given else " (20 per parameter)"))
-    size, tokens = f"{layout.global_batch:,} sequences of {job.context:,}", _count(plan.step_tokens)
-    table.add_row("step", f"{size} tokens: {tokens} tokens")
+    size = f"{layout.global_batch:,} sequences of {job.context:,} tokens"
+    table.add_row("step", f"{size}: {_count(plan.step_tokens)} tokens")
     table.add_section()
     table.add_row("layout", layout.name)
     loops = "recomputed in the backward pass" if layout.checkpoint_loops else "kept"
@@ -162,25 +155,19 @@ def _memory(plan: Plan) -> Table:
     table.add_section()
     table.add_row("all", *(_bytes(each.total) for each in both))
     table.add_row("of the usable", *(f"{each.total / plan.gpu.usable:.0%}" for each in both))
-    table.add_row("peak phase", *(_PHASES[each.phase] for each in both))
+    phases = {"backward": "forward, backward", "optimizer": "optimizer step"}
+    table.add_row("peak phase", *(phases[each.phase] for each in both))
     return table
 
 
-_PHASES = {"backward": "forward, backward", "optimizer": "optimizer step"}
-
-
-def _activations(plan: Plan) -> Table | None:
-    if not plan.activations:
-        return None
+def _activations(plan: Plan) -> Table:
     names = plan.activations
     table = new_table("activations stored per token and loop", names, first="right")
     table.add_row(*(_bytes(n) for n in names.values()))
     return table
 
 
-def _traffic(plan: Plan) -> Table | None:
-    if not plan.traffic:
-        return None
+def _traffic(plan: Plan) -> Table:
     table = new_table(
         "communication of a GPU per step (received)", ("", "NVLink", "network", "time")
     )
@@ -214,12 +201,10 @@ def _inference(plan: Plan) -> Table:
         f"inference in bfloat16: weights {_bytes(2 * counts.parameters)}",
         ("cache", "per token", f"{positions:,} tokens"),
     )
-    rows = {"exact": plan.cache_bytes()}
+    slots = f"a slot for each of {plan.job.max_loops} loops" if plan.job.looped else "exact"
+    rows = {slots: plan.cache_bytes()}
     if plan.job.looped:
-        rows = {
-            f"a slot for each of {plan.job.max_loops} loops": plan.cache_bytes(),
-            "one slot for all loops": plan.cache_bytes(share_loops=True),
-        }
+        rows["one slot for all loops"] = plan.cache_bytes(share_loops=True)
     for name, n in rows.items():
         table.add_row(name, _bytes(n / positions), _bytes(n))
     return table

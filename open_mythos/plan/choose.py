@@ -89,13 +89,8 @@ def choose(
 ) -> Layout:
     """Return the fastest layout that fits; among nearly as fast ones, the simplest.
 
-    Args:
-        job: Training job.
-        gpu: GPU model.
-        gpus: Number of GPUs.
-        local_batch: Sequences per GPU and optimizer step.
-        mfu: Share of the peak rate while computing.
-        wish: Fixed fields of the layout.
+    ``local_batch`` counts sequences per GPU and optimizer step; the other arguments are those of
+    :func:`open_mythos.plan.make_plan`.
 
     Raises:
         DoesNotFitError: No layout fits.
@@ -178,10 +173,10 @@ def layouts(job: Job, gpus: int) -> Iterator[Layout]:
 
 def _fastest(job: Job, gpu: GPU, candidates: list[Layout], mfu: float) -> Layout | None:
     """Return the simplest of the layouts that fit and are nearly as fast as the fastest of them."""
-    hopeful = [each for each in candidates if counted_bytes(job, each) <= gpu.usable]
+    hopeful = (each for each in candidates if counted_bytes(job, each) <= gpu.usable)
     seconds = {each: sum(step_seconds(job, gpu, each, mfu)) for each in hopeful}
     # at equal times, larger micro-batches first: their matmuls are larger
-    ordered = sorted(hopeful, key=lambda each: (seconds[each], -each.micro_batch))
+    ordered = sorted(seconds, key=lambda each: (seconds[each], -each.micro_batch))
     too_large: dict[Layout, int] = {}
     for layout in ordered:
         way = replace(layout, micro_batch=1, micro_batches=1)
