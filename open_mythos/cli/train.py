@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -11,8 +10,7 @@ from jsonargparse import DefaultHelpFormatter
 
 from open_mythos.checks import check_fields, pick
 from open_mythos.cli.options import Parser, new_parser, parse_words, with_underscores
-from open_mythos.config import MythosConfig
-from open_mythos.errors import ConfigError, DataError
+from open_mythos.errors import ConfigError
 from open_mythos.train.config import RunConfig, TrainConfig, fitting_micro_batch, no_text
 from open_mythos.train.recipes import RECIPES, Recipe, default_recipe
 from open_mythos.variants import VARIANTS, variant
@@ -157,7 +155,11 @@ def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
     if first.variant:
         config.model = variant(first.variant)
     if first.checkpoint:
-        config.architecture, config.model = _architecture_of(first.checkpoint)
+        from open_mythos.cli.info import described_model
+        from open_mythos.hub.pretrained import model_directory  # loads torch
+
+        config.model, n_layers = described_model(str(model_directory(first.checkpoint)))
+        config.architecture = "looped" if n_layers is None else "dense"
         config.train.init_from = first.checkpoint
     elif recipe.needs_checkpoint and not asks_help:
         raise ConfigError(
@@ -170,20 +172,6 @@ def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
     elif first.subset is not None:
         raise ConfigError("the recipe has no subsets", where="--subset", value=first.subset)
     return recipe
-
-
-def _architecture_of(checkpoint: str) -> tuple[str, MythosConfig]:
-    from open_mythos.hub.pretrained import CONFIG_FILE, model_directory
-
-    path = model_directory(checkpoint) / CONFIG_FILE
-    try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return description["architecture"], MythosConfig.from_dict(description["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            "the checkpoint's model configuration cannot be read", where=str(path),
-            value=str(error), fix="copy the folder again",
-        ) from error  # fmt: skip
 
 
 def _steps(train: TrainConfig, tokens: int) -> int:

@@ -269,14 +269,12 @@ def _shorten(axis: Axis, limits: tuple[float, float]) -> None:
 def _simplify(element: ElementTree.Element, radii: dict[str, str]) -> None:
     """Drop ids, fonts, clip paths, metadata and background; turn markers into circles.
 
-    Args:
-        element: Root of the elements to change.
-        radii: id -> radius of the markers defined so far.
+    ``radii`` collects the radius of each marker by its id.
     """
     for child in list(element):
         name = child.tag.removeprefix(_SVG)
         if name == "defs":
-            paths = (each for each in child if each.tag == f"{_SVG}path")
+            paths = child.iterfind(f"{_SVG}path")
             radii |= {path.get("id", ""): path.get("d", "").split()[2] for path in paths}
         if name in ("defs", "metadata") or child.get("style") == "fill: none":
             element.remove(child)

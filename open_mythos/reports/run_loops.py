@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
 from markupsafe import Markup
 
 from open_mythos.model.layers.injection import MAX_DECAY
@@ -137,8 +139,7 @@ def _depths_that_ran(run: RunRecord) -> Panel:
     for line in run.steps.values():
         counts = line.get("depth_histogram")
         if isinstance(counts, list) and all(isinstance(n, int) for n in counts):
-            total += [0] * (len(counts) - len(total))
-            total = [n + (counts[i] if i < len(counts) else 0) for i, n in enumerate(total)]
+            total = [a + b for a, b in zip_longest(total, counts, fillvalue=0)]
     title = "Training depths"
     if not sum(total):
         return _empty("No depths were logged.", title)
@@ -183,15 +184,13 @@ def _spectrum(run: RunRecord) -> list[Panel]:
     decays = checkpoint.decays
     if not decays:
         return panels or [_empty("This model's injection has no matrix A.")]
-    counts = [0] * _BINS
-    for decay in decays:
-        counts[min(_BINS - 1, int(decay * _BINS))] += 1
+    counts, edges = np.histogram(decays, _BINS, (0, 1))
     about = (
         f"Channels by their decay factor in A per loop, at step {checkpoint.step:,}: "
         f"{decays[0]:.3f} to {decays[-1]:.3f}, median {decays[len(decays) // 2]:.3f}."
     )
-    centres = [(i + 0.5) / _BINS for i in range(_BINS)]
-    figure = bars(centres, counts, title, "decay per loop", width=1 / _BINS)
+    centers = (edges[:-1] + 0.5 / _BINS).tolist()
+    figure = bars(centers, counts.tolist(), title, "decay per loop", width=1 / _BINS)
     return [*panels, Panel(title, about, figure)]
 
 

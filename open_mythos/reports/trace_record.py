@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -140,10 +141,8 @@ def trace_of(
     tokenizer = stored_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt) or [tokenizer.bos_id]
     wanted = goals(ids) if goals else [*(Goal(token) for token in ids[1:]), None]
-    tokens, explained = _tokens(
-        model, ids, wanted, depth, exit_rule(exit, model) if exit else None,
-        lambda token: _named(token, tokenizer),
-    )  # fmt: skip
+    rule = exit_rule(exit, model) if exit else None
+    tokens, explained = _tokens(model, ids, wanted, depth, rule, tokenizer)
     return PromptTrace(
         checkpoint=checkpoint, prompt=prompt, model=_described(model), goal_name=goal_name,
         n_loops=depth, trained_loops=model.cfg.max_loop_iters, exit_rule=exit,
@@ -154,9 +153,10 @@ def trace_of(
 @torch.no_grad()
 def _tokens(
     model: OpenMythos, ids: list[int], goals: list[Goal | None], n_loops: int,
-    rule: ExitRule | None, name: Callable[[int], str],
+    rule: ExitRule | None, tokenizer: Tokenizer,
 ) -> tuple[list[TokenTrace], tuple[float, float]]:  # fmt: skip
     """Run the prompt at full depth and again with the exit rule; return traces and variances."""
+    name = partial(_named, tokenizer)
     ids_BT = torch.tensor([ids], device=model.head.weight.device)
     routing, stopped = LoopTrace(keep_routing=True), LoopTrace()
     path = run_trajectory(model, ids_BT, n_loops, trace=routing)
@@ -164,9 +164,8 @@ def _tokens(
         model(ids_BT, n_loops=n_loops, exit_rule=rule, trace=stopped)
     goal_T = torch.tensor([goal.token if goal else 0 for goal in goals], device=ids_BT.device)
     best_L, goal_LT = [], []
-    for log_p_BTV in logit_lens(
-        model, path
-    ):  # one loop at a time, to avoid a tensor of L T V elements
+    # one loop at a time, to avoid a tensor of L T V elements
+    for log_p_BTV in logit_lens(model, path):
         p_TV = log_p_BTV[0].exp()
         best = p_TV.topk(min(SHOWN, p_TV.shape[-1]))
         best_L.append((best.indices.tolist(), best.values.tolist()))
@@ -212,8 +211,8 @@ def _principal_plane(path: Trajectory) -> tuple[Tensor, tuple[float, float]]:
     # fix the sign of each axis: its largest component is positive
     peak = axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True))
     plane_N2 = centred_ND @ (axes[:2] * torch.where(peak < 0, -1.0, 1.0)).mT
-    plane = plane_N2.view(*path.states_LBTD.shape[:1], -1, 2)
-    return plane, (float(share[0]), float(share[1]))
+    plane_LT2 = plane_N2.view(len(path.states_LBTD), -1, 2)
+    return plane_LT2, (float(share[0]), float(share[1]))
 
 
 def visible(text: str) -> str:
@@ -222,7 +221,7 @@ def visible(text: str) -> str:
     return _RUN.sub(lambda run: f"{run[1]}×{len(run[0])}", "".join(signs))  # noqa: RUF001
 
 
-def _named(token: int, tokenizer: Tokenizer) -> str:
+def _named(tokenizer: Tokenizer, token: int) -> str:
     """Return the visible text of a token, or its id if it is not text."""
     text = tokenizer.decode([token]) if token < tokenizer.vocab_size else ""
     return f"<{token}>" if not text or "�" in text else visible(text)

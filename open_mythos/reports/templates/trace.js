@@ -28,8 +28,8 @@
 
   function describe({ i, t }) {
     const token = data.tokens[i];
-    const title = element("h3", "after ");
-    title.append(element("code", token.text), " and loop " + t);
+    const title = element("h3", null);
+    title.append(element("code", token.text), ", loop " + t);
     const list = element("ol", null);
     for (const [, text, p] of token.predictions[t - 1]) {
       const item = element("li", null, { style: "--p:" + p });
@@ -39,9 +39,9 @@
     const facts = element("dl", null);
     const fact = (name, value) => facts.append(element("dt", name), element("dd", value));
     if (token.goal !== null) fact("expected", token.goal + ", " + percent(token.goal_probability[t - 1]));
-    fact("state moved by", percent(token.change[t - 1]));
+    fact("relative change", percent(token.change[t - 1]));
     if (token.experts.length) fact("experts", token.experts[t - 1].map((e) => e.join(" ")).join(" / "));
-    if (token.exit !== null) fact("exits after", token.exit < data.loops ? "loop " + token.exit : "all loops");
+    if (token.exit !== null) fact("exit", token.exit < data.loops ? "loop " + token.exit : "none");
     detail.replaceChildren(title, list, facts);
   }
 
@@ -65,7 +65,7 @@
         for (const node of [...row.cells].slice(1))
           node.classList.toggle("now", picked[row.rowIndex - 1][layer].includes(node.cellIndex - 1));
     });
-    // until something is picked, all paths are equal
+    // all paths look the same until one is selected
     for (const svg of all("svg.paths, svg.changes")) svg.classList.toggle("picked", touched || hovered !== null);
     slider.value = at.t;
     document.getElementById("loop-now").textContent = at.t;
@@ -78,7 +78,7 @@
     show();
     const cell = cells.get(chosen.i + "," + chosen.t);
     if (focus) cell.focus();
-    // bring the column into view inside the table, beside the column that stays
+    // scroll the column into view, right of the sticky first column
     const fixed = table.querySelector("th.word").offsetWidth;
     const left = cell.offsetLeft - fixed;
     const right = cell.offsetLeft + cell.offsetWidth - table.clientWidth;
