@@ -1,6 +1,6 @@
 """Communication volume and time of an optimizer step.
 
-Collectives are modelled as rings: an all-gather or reduce-scatter of S bytes over g GPUs moves
+Collectives are modeled as rings: an all-gather or reduce-scatter of S bytes over g GPUs moves
 S (g - 1) / g to each GPU, an all-reduce twice that. If a group spans n nodes, each node receives
 S (n - 1) / n over the network adapters of its members; the rest goes over NVLink.
 """

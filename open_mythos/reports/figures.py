@@ -216,11 +216,11 @@ def depth_curve(
 
 @styled
 def bars(
-    centres: Sequence[float], heights: Sequence[float], label: str, x_label: str, width: float = 1
+    centers: Sequence[float], heights: Sequence[float], label: str, x_label: str, width: float = 1
 ) -> Markup:
     """Draw a histogram with bins of ``width``."""
     figure, ax = canvas()
-    ax.bar(centres, heights, width=0.92 * width, color=ACCENT, alpha=0.8)
+    ax.bar(centers, heights, width=0.92 * width, color=ACCENT, alpha=0.8)
     label_axes(ax, x_label, whole=width == 1, x_ticks=12)
     return to_svg(figure, label)
 

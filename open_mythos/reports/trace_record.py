@@ -205,12 +205,12 @@ def _principal_plane(path: Trajectory) -> tuple[Tensor, tuple[float, float]]:
         The coordinates, of shape (L + 1, T, 2), and the shares of the variance.
     """
     states_ND = path.states_LBTD[:, 0].flatten(0, 1)
-    centred_ND = (states_ND - states_ND.mean(0)).double().cpu()
-    _, scale, axes = torch.linalg.svd(centred_ND, full_matrices=False)
+    centered_ND = (states_ND - states_ND.mean(0)).double().cpu()
+    _, scale, axes = torch.linalg.svd(centered_ND, full_matrices=False)
     share = scale.square() / scale.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
     # fix the sign of each axis: its largest component is positive
     peak = axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True))
-    plane_N2 = centred_ND @ (axes[:2] * torch.where(peak < 0, -1.0, 1.0)).mT
+    plane_N2 = centered_ND @ (axes[:2] * torch.where(peak < 0, -1.0, 1.0)).mT
     plane_LT2 = plane_N2.view(len(path.states_LBTD), -1, 2)
     return plane_LT2, (float(share[0]), float(share[1]))
 
