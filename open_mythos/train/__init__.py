@@ -25,9 +25,7 @@ _MODULES = {
     "open_mythos.train.monitoring.metrics": ("JsonlLogger", "MetricsLogger"),
     "open_mythos.train.optimizers.muon": ("Muon", "MuonAdamW"),
     "open_mythos.train.optimizers.optim": ("build_optimizer", "parameter_groups"),
-    "open_mythos.train.parallel.parallelize": (
-        "ParallelModel", "parallelize",
-    ),
+    "open_mythos.train.parallel.parallelize": ("ParallelModel", "parallelize"),
     "open_mythos.train.optimizers.schedule": ("SCHEDULES", "learning_rate"),
     "open_mythos.train.signals": ("PreemptedError",),
     "open_mythos.train.state": ("BatchLoader", "StepResult", "TokenBatch", "TrainState"),

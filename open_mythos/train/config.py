@@ -14,10 +14,7 @@ from open_mythos.errors import ConfigError
 DEPTH_PLAN_NAMES = ("fixed", "uniform", "poisson", "lognormal_poisson")
 SCHEDULE_NAMES = ("cosine", "wsd", "constant")
 DECAY_SHAPES = ("linear", "sqrt")
-ARCHITECTURES = ("looped", "dense")
-TRAIN_DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZER_NAMES = ("adamw", "muon")
-PARALLEL_KINDS = ("auto", "none", "ddp", "fsdp")
 
 
 @dataclass
@@ -149,7 +146,7 @@ class DataConfig(_Section):
 class ParallelConfig(_Section):
     """Parallelism. Losses do not depend on it."""
 
-    kind: str = one_of("auto", PARALLEL_KINDS)
+    kind: str = one_of("auto", ("auto", "none", "ddp", "fsdp"))
     """"none": one process; "ddp": every process holds the whole model; "fsdp": each holds a shard
     of parameters, gradients and optimizer state (FSDP2); "auto": "none" for one process, "ddp" for
     several."""
@@ -226,7 +223,7 @@ class TrainConfig(_Section):
     """Maximum global gradient norm; larger gradients are scaled down to it."""
     max_skips: int = within(20, ge=0)
     """Consecutive non-finite steps that are skipped before training stops with an error."""
-    dtype: str = one_of("float32", TRAIN_DTYPES)
+    dtype: str = one_of("float32", ("auto", "float32", "bfloat16", "float16"))
     """Dtype of the matmuls: "float32"; "bfloat16" or "float16" by autocast; "auto" is bfloat16 on
     GPUs that support it, float16 on older ones, float32 on a CPU. Weights and optimizer state stay
     float32; float16 uses dynamic loss scaling."""
@@ -299,7 +296,7 @@ def fitting_micro_batch(wanted: int | None, batch: int) -> int | None:
 class RunConfig:
     """Complete definition of a run; runs with equal configurations are bit-identical."""
 
-    architecture: str = one_of("looped", ARCHITECTURES)
+    architecture: str = one_of("looped", ("looped", "dense"))
     """"looped", or "dense": a baseline with as many parameters and no loop."""
     model: MythosConfig = field(default_factory=MythosConfig)
     """The looped model; a dense one is derived from it."""
@@ -331,8 +328,8 @@ class RunConfig:
     def validate(self) -> None:
         """Raise a ConfigError if any field, or a relation between fields, is out of range."""
         check_fields("", self)
-        for section in _SECTIONS:
-            getattr(self, section).validate()
+        for name in _SECTIONS:
+            getattr(self, name).validate()
         train, dense = self.train, self.architecture == "dense"
         if train.seq_len > self.model.max_seq_len:
             most = self.model.max_seq_len
@@ -362,24 +359,17 @@ class RunConfig:
         Raises:
             ConfigError: A key is unknown or a value is invalid.
         """
-        given = dict(_known(values, cls, "RunConfig"))
-        for name, section in _SECTIONS.items():
-            if name in given and not isinstance(given[name], section):
-                given[name] = section(**_known(given[name], section, name))
-        config = cls(**given)
+        config = cls()
+        for name, value in _known(values, cls, "RunConfig").items():
+            section: Any = type(getattr(config, name))
+            if name in _SECTIONS and not isinstance(value, section):
+                value = section(**_known(value, section, name))
+            setattr(config, name, value)
         config.validate()
         return config
 
 
-_SECTIONS: dict[str, type] = {
-    "model": MythosConfig,
-    "data": DataConfig,
-    "depth": DepthConfig,
-    "optim": OptimConfig,
-    "train": TrainConfig,
-    "parallel": ParallelConfig,
-    "watch": WatchConfig,
-}
+_SECTIONS = ("model", "data", "depth", "optim", "train", "parallel", "watch")
 
 
 def _known(values: Any, cls: type, where: str) -> Mapping[str, Any]:

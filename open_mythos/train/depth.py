@@ -1,7 +1,6 @@
-"""How many loops each training sequence runs: a pure function of (seed, step, sample).
+"""Number of loops of each training sequence: a pure function of (seed, step, sample).
 
-Neither the batch nor the rank enters, so micro-batches, world sizes and resumed runs agree on every
-depth.
+Micro-batches, world sizes and resumed runs therefore agree on every depth.
 """
 
 from __future__ import annotations
@@ -48,11 +47,7 @@ DEPTH_PLANS: dict[str, Callable[[DepthConfig, float, np.random.Generator], int]]
 
 
 class DepthPlan:
-    """Draws the depths of a run.
-
-    Args:
-        config: The plan; it is validated and copied.
-        seed: The run's seed.
+    """Draws the depths of a run; validates and copies ``config``.
 
     Raises:
         ConfigError: The configuration is invalid.
@@ -64,22 +59,21 @@ class DepthPlan:
         self._draw = DEPTH_PLANS[config.plan]
 
     def mean_at(self, step: int) -> float:
-        """The plan's mean at ``step`` (from 0): constant, or growing through a curriculum."""
+        """Return the mean depth at ``step``, from 0; it grows during a curriculum."""
         config = self.config
         done = min(1.0, step / config.curriculum_steps) if config.curriculum_steps else 1.0
         return config.curriculum_start + done * (config.mean - config.curriculum_start)
 
     def depths(self, step: int, sample_index_B: Tensor | Iterable[int]) -> Tensor:
-        """(B,) int64 depths >= 1 of the samples with these global numbers, on the CPU."""
+        """Return (B,) int64 depths >= 1 of the samples with these global numbers, on the CPU."""
         samples = sample_index_B.tolist() if isinstance(sample_index_B, Tensor) else sample_index_B
         depths_B = torch.tensor([self._depth(step, int(sample)) for sample in samples])
         return depths_B + self.further_loops(step)
 
     def further_loops(self, step: int) -> int:
-        """Loops that every sequence of ``step`` runs beyond its own depth; mostly 0.
+        """Return the extra loops of every sequence of ``step``, mostly 0, log-uniform otherwise.
 
-        Bansal et al. (arXiv 2202.05826, section 4) begin training from a state of random age; the
-        log-uniform horizon and the share of plain steps are ours.
+        After Bansal et al. (arXiv 2202.05826, section 4).
         """
         config = self.config
         rng = np.random.default_rng(derive_seed(self.seed, "long", step))

@@ -1,8 +1,7 @@
-"""Stage two: train the halting gate on the frozen model.
+"""Train the halting gate of a trained model, whose other weights stay frozen.
 
-The model is trained first, without any gate. The states that it passes through are then a data set:
-for every position the state after each loop and the loss of reading it out. From these the gate
-learns whether another loop still lowers the loss. Nothing else of the model changes.
+The training data are the state of each position after each loop and the loss when that state is
+decoded. From these the gate learns whether another loop still lowers the loss.
 """
 
 from __future__ import annotations
@@ -15,32 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.checks import check_count, pick
+from open_mythos.checks import check_fields, pick, within
+from open_mythos.data.batch import IGNORE_INDEX
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.early_exit import token_scores
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.layers.halting import ACTHalting, exit_loops
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.seeding import seeded_generator
-from open_mythos.train.loss import IGNORE_INDEX
 from open_mythos.train.monitoring.alarms import Alarm, halting_alarm
 from open_mythos.train.state import TokenBatch
 
 logger = logging.getLogger(__name__)
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 0.99)
-"""Thresholds of the exit rule "gate" at which a report looks."""
+"""Thresholds of the exit rule "gate" in a report."""
 _BINS = 10
 _HELD_OUT = 0.2
 
 
 def marginal_gain(loss_LN: Tensor) -> Tensor:
-    """(L - 1, N): by how much the next loop alone lowers the loss; 0 where it does not."""
+    """Return (L - 1, N), by how much the next loop alone lowers the loss, at least 0."""
     return (loss_LN[:-1] - loss_LN[1:]).clamp_min(0)
 
 
 def remaining_gain(loss_LN: Tensor) -> Tensor:
-    """(L - 1, N): by how much the best of all later loops lowers the loss; 0 where none does."""
+    """Return (L - 1, N), by how much the best of all later loops lowers the loss, at least 0."""
     best_later_LN = loss_LN.flip(0).cummin(0).values.flip(0)[1:]
     return (loss_LN[:-1] - best_later_LN).clamp_min(0)
 
@@ -49,12 +48,10 @@ GATE_TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
     "remaining": remaining_gain,
     "marginal": marginal_gain,
 }
-"""Name -> what there is to gain by going on after each loop, from the (L, N) losses.
+"""Name -> gain from continuing after each loop, a function of the (L, N) losses.
 
-"marginal" is the greedy signal of Ouro (arXiv 2510.25741, section 3.4): one further loop against
-its cost. Where an answer takes several loops to appear at all, the next loop gains nothing until
-just before it appears, and such a gate stops at the first loop. "remaining" (ours) looks to the
-end.
+"marginal" is the greedy signal of Ouro (arXiv 2510.25741, section 3.4). If the loss falls only
+after several loops, its gate stops at the first one. "remaining" considers all later loops.
 """
 
 
@@ -62,85 +59,77 @@ end.
 class GateConfig:
     """How a gate is trained."""
 
-    n_loops: int = 16
-    """Loops L of the trajectory; it should be as deep as the gate will be allowed to go."""
+    n_loops: int = within(16, ge=2)
+    """Loops L of the trajectory; should be the maximum at which the gate will be used."""
     target: str = "remaining"
     """Name in :data:`GATE_TARGETS`."""
-    slope: float = 50.0
-    """Target for going on: sigmoid(slope (gain - margin)), gain in nats."""
-    margin: float = 0.005
-    """Gain in nats at which going on and stopping are equally good."""
-    positions: int = 8192
-    """Most positions to learn from; they are kept in memory as ``n_loops`` states each."""
-    steps: int = 600
+    slope: float = within(50.0, gt=0)
+    """The target probability of continuing is sigmoid(slope (gain - margin)), gain in nats."""
+    margin: float = within(0.005, ge=0)
+    """Gain in nats at which continuing and stopping are equally good."""
+    positions: int = within(8192, ge=1)
+    """Maximum number of positions; ``n_loops`` states of each are kept in memory."""
+    steps: int = within(600, ge=1)
     """Optimizer steps."""
-    step_positions: int = 512
-    """Positions of a step, with all their loops."""
-    lr: float = 0.02
-    """AdamW's learning rate; it falls linearly to zero."""
-    seed: int = 0
-    """Of the positions held out and of the order of the others."""
+    step_positions: int = within(512, ge=1)
+    """Positions per step, each with all its loops."""
+    lr: float = within(0.02, gt=0)
+    """Learning rate of AdamW, which decays linearly to zero."""
+    seed: int = within(0, ge=0)
+    """Seed of the held-out positions and of the order of the others."""
 
     def validate(self) -> None:
-        """Raises ConfigError if a field is out of range."""
-        check_count("n_loops", self.n_loops, least=2)
-        for name in ("positions", "steps", "step_positions"):
-            check_count(name, getattr(self, name))
-        check_count("seed", self.seed, least=0)
-        for name in ("slope", "lr"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ConfigError("out of range", where=name, value=value, allowed="finite and > 0")
-        if not 0 <= self.margin < float("inf"):
-            raise ConfigError(
-                "out of range", where="margin", value=self.margin, allowed="finite and >= 0"
-            )
+        """Raise a ConfigError if a field is out of range."""
+        check_fields("", self)
         pick(GATE_TARGETS, self.target, "target")
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """N positions followed through L loops, with nobody leaving early."""
+    """States and losses of N positions over L loops, without early exit."""
 
     states_LND: Tensor
-    """The state after each loop, float32."""
+    """State after each loop, float32."""
     loss_LN: Tensor
-    """The loss of reading it out, in nats."""
+    """Loss of the state when decoded, in nats."""
+
+    def part(self, which: Tensor | slice) -> Trajectory:
+        """Return a subset of the positions."""
+        return Trajectory(self.states_LND[:, which], self.loss_LN[:, which])
 
 
 @dataclass(frozen=True)
 class ThresholdRow:
-    """What the trained gate does at one threshold, on positions it was not trained on."""
+    """The trained gate at one threshold, measured on held-out positions."""
 
     threshold: float
-    """Cumulative halting probability at which a position leaves."""
+    """Cumulative halting probability at which a position exits."""
     mean_loops: float
     """Loops per position."""
     loss: float
-    """Nats per token of the states that are left with."""
+    """Nats per token of the states at exit."""
     finished: float
-    """Share of the positions for which no later loop gains more than the margin."""
+    """Fraction of positions for which no later loop gains more than the margin."""
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """How the training went; ``dataclasses.asdict`` makes it JSON."""
+    """Result of the training, JSON-ready through ``dataclasses.asdict``."""
 
     target: str
     """Name of the target."""
     positions: int
-    """Positions learnt from; a fifth more was held out for the figures below."""
+    """Positions trained on; a fifth of all positions was held out for the metrics below."""
     curve: list[float]
     """Binary cross-entropy of every step, in nats."""
     loss_by_loop: list[float]
-    """(L,) nats per token if every position leaves after that loop."""
+    """(L,) nats per token if every position exits after that loop."""
     thresholds: list[ThresholdRow]
     """The gate at :data:`THRESHOLDS`."""
     calibration_error: float
-    """Mean distance between the probability of going on that the gate gives and its target, over
-    ten equal bins of the former."""
+    """See :func:`calibration_error`."""
     alarms: list[Alarm]
-    """"halting_stuck", if the gate always stops at once, or never, at ``act_threshold``."""
+    """"halting_stuck" if the gate always stops at once, or never, at ``act_threshold``."""
 
 
 def train_gate(
@@ -152,16 +141,15 @@ def train_gate(
 ) -> GateReport:
     """Train the halting gate of ``model`` in place; all other weights stay equal bit for bit.
 
-    Positions are followed at full depth, as if nobody left early. The gate's loss is the binary
-    cross-entropy between 1 - lambda_t, its probability of going on after loop t, and
-    sigmoid(slope (gain_t - margin)). The last loop has no choice and does not count.
+    The loss is the binary cross-entropy between 1 - lambda_t, the gate's probability of continuing
+    after loop t, and sigmoid(slope (gain_t - margin)), for every loop but the last.
 
     Args:
         model: A trained looped model.
-        batches: Read until there are ``config.positions`` targets; representative of what the
-            gate will decide on.
-        config: Defaults of :class:`GateConfig`.
-        dtype: Of the matmuls of the trajectory (autocast).
+        batches: Read until there are ``config.positions`` targets; should be representative of the
+            text that the gate will be used on.
+        config: Settings of the training.
+        dtype: Autocast dtype of the trajectory's matmuls.
 
     Raises:
         ConfigError: The model has no gate, or a field is out of range.
@@ -174,14 +162,14 @@ def train_gate(
         path.loss_LN.shape[1], generator=seeded_generator(config.seed, "gate/held out")
     ).to(path.loss_LN.device)
     held_out = max(1, int(_HELD_OUT * len(order_N)))
-    learn, test = _part(path, order_N[held_out:]), _part(path, order_N[:held_out])
+    learn, test = path.part(order_N[held_out:]), path.part(order_N[:held_out])
     gate, curve = _fit(learn, config)
     with torch.no_grad():
         trained = model.recurrent.halting.gate
         trained.weight.copy_(gate.gate.weight)
         trained.bias.copy_(gate.gate.bias)
-    usual = _at(model.cfg.act_threshold, gate, test, config)
-    alarm = halting_alarm(config.steps, usual.mean_loops, config.n_loops)
+    mean_loops = _at(model.cfg.act_threshold, gate, test, config).mean_loops
+    alarm = halting_alarm(config.steps, mean_loops, config.n_loops)
     if alarm is not None:
         logger.warning("%s", alarm)
     return GateReport(
@@ -203,7 +191,7 @@ def trajectory(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Trajectory:
-    """Follow the first ``positions`` targets of ``batches`` through ``n_loops`` loops.
+    """Run the first ``positions`` targets of ``batches`` through ``n_loops`` loops.
 
     Raises:
         ConfigError: The model has no loops.
@@ -214,22 +202,21 @@ def trajectory(
             "the model has no halting gate", where="model", value=type(model).__name__,
             allowed="a looped model",
         )  # fmt: skip
-    found: list[Trajectory] = []
+    states, losses, found = [], [], 0
     with frozen(model, dtype) as device:
         for batch in batches:
-            found.append(_follow(model, batch.to(device), n_loops))
-            if sum(each.loss_LN.shape[1] for each in found) >= positions:
+            part = _run(model, batch.to(device), n_loops)
+            states.append(part.states_LND)
+            losses.append(part.loss_LN)
+            found += part.loss_LN.shape[1]
+            if found >= positions:
                 break
-    states = [each.states_LND for each in found]
-    losses = [each.loss_LN for each in found]
-    if sum(each.shape[1] for each in losses) < 2:
+    if found < 2:
         raise DataError(
             "too little to train a gate on", where="batches", value="fewer than 2 targets",
             allowed="2 targets at least", fix="check that the batches hold targets",
         )  # fmt: skip
-    path = Trajectory(
-        torch.cat(states, 1)[:, :positions].float(), torch.cat(losses, 1)[:, :positions]
-    )
+    path = Trajectory(torch.cat(states, 1).float(), torch.cat(losses, 1)).part(slice(positions))
     if not (path.states_LND.isfinite().all() and path.loss_LN.isfinite().all()):
         raise DataError(
             "states or losses are not finite", where="trajectory", value=f"{n_loops} loops",
@@ -239,17 +226,17 @@ def trajectory(
 
 
 def calibration_error(gate: ACTHalting, path: Trajectory, config: GateConfig) -> float:
-    """Expected calibration error of 1 - lambda_t against the target, over ten equal bins."""
+    """Return the expected calibration error of 1 - lambda_t against its target, in ten bins."""
     with torch.no_grad():
-        said = (1 - gate(path.states_LND[:-1])).flatten()
-    wanted = _going_on(path.loss_LN, config).flatten()
-    at = (said * _BINS).long().clamp_max(_BINS - 1)
-    zero = torch.zeros(_BINS, device=said.device)
-    return float((zero.index_add(0, at, said - wanted)).abs().sum() / len(said))
+        predicted = (1 - gate(path.states_LND[:-1])).flatten()
+    error = predicted - _continue_target(path.loss_LN, config).flatten()
+    bins = (predicted * _BINS).long().clamp_max(_BINS - 1)
+    sums = torch.zeros(_BINS, device=error.device).index_add(0, bins, error)
+    return float(sums.abs().sum() / len(error))
 
 
-def _follow(model: OpenMythos, batch: TokenBatch, n_loops: int) -> Trajectory:
-    """The targets of one batch; the logits of one loop and of a chunk of them exist at a time."""
+def _run(model: OpenMythos, batch: TokenBatch, n_loops: int) -> Trajectory:
+    """Return the trajectory of one batch; logits exist for one loop and one chunk at a time."""
     asked_BT = batch.targets != IGNORE_INDEX
     states, losses = [], []
     ctx = model.context(batch.input_ids, document_ids=batch.document_ids)
@@ -260,39 +247,34 @@ def _follow(model: OpenMythos, batch: TokenBatch, n_loops: int) -> Trajectory:
     return Trajectory(torch.stack(states), torch.stack(losses))
 
 
-def _going_on(loss_LN: Tensor, config: GateConfig) -> Tensor:
-    """(L - 1, N) target of 1 - lambda_t."""
+def _continue_target(loss_LN: Tensor, config: GateConfig) -> Tensor:
+    """Return the (L - 1, N) target of 1 - lambda_t."""
     gain_LN = GATE_TARGETS[config.target](loss_LN)
     return torch.sigmoid(config.slope * (gain_LN - config.margin))
 
 
 def _fit(path: Trajectory, config: GateConfig) -> tuple[ACTHalting, list[float]]:
-    """A gate for the trajectory, and its loss at every step; it begins at zero."""
+    """Train a new gate, initialized to zero; return it and its loss at every step."""
     dim, device = path.states_LND.shape[-1], path.states_LND.device
     gate = ACTHalting(dim).to(device)
     nn.init.zeros_(gate.gate.weight)
     nn.init.zeros_(gate.gate.bias)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=config.lr, weight_decay=0.0)
     generator = seeded_generator(config.seed, "gate/order")
-    states_LND, wanted_LN = path.states_LND[:-1], _going_on(path.loss_LN, config)
+    states_LND, wanted_LN = path.states_LND[:-1], _continue_target(path.loss_LN, config)
     curve = []
     for step in range(config.steps):
         optimizer.param_groups[0]["lr"] = config.lr * (1 - step / config.steps)
-        pick = torch.randint(wanted_LN.shape[1], (config.step_positions,), generator=generator).to(
-            device
-        )
+        chosen = torch.randint(wanted_LN.shape[1], (config.step_positions,), generator=generator)
+        chosen = chosen.to(device)
         # 1 - sigmoid(x) = sigmoid(-x)
-        logit_LN = -gate.gate(states_LND[:, pick]).squeeze(-1)
-        loss = F.binary_cross_entropy_with_logits(logit_LN, wanted_LN[:, pick])
+        logit_LN = -gate.gate(states_LND[:, chosen]).squeeze(-1)
+        loss = F.binary_cross_entropy_with_logits(logit_LN, wanted_LN[:, chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         curve.append(loss.item())
     return gate, curve
-
-
-def _part(path: Trajectory, which_N: Tensor) -> Trajectory:
-    return Trajectory(path.states_LND[:, which_N], path.loss_LN[:, which_N])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Numbers that summarise what the loops of a step did, read from its trace."""
+"""Summary of the loops of a step, from its trace."""
 
 from __future__ import annotations
 
@@ -28,12 +28,7 @@ class LoopSummary:
 
     @classmethod
     def of(cls, trace: LoopTrace) -> LoopSummary:
-        """Summarise a step; reads its values from the device.
-
-        Args:
-            trace: Of all its micro-batches (:meth:`LoopTrace.add`) and, under data parallelism, of
-                all processes.
-        """
+        """Summarize the trace of all micro-batches and processes; reads it from the device."""
         names = [name for name in PER_ROW if getattr(trace, name)]
         loops = range(trace.n_loops)
         means: dict[str, list[float]] = {}
@@ -56,10 +51,9 @@ class LoopSummary:
         return (load_E / load_E.sum().clamp_min(1)).tolist()
 
     def metrics(self, detail: bool = False) -> dict[str, Any]:
-        """Return every number by its logged name, a list with an entry per loop each.
+        """Return logged name -> list with an entry per loop.
 
-        Args:
-            detail: Also the share of every expert at every loop, L E numbers per layer.
+        With ``detail``, also the share of every expert at every loop, L E numbers per layer.
         """
         metrics: dict[str, Any] = {_LOGGED.get(name, name): x for name, x in self.means.items()}
         for layer, load_LE in self.load.items():

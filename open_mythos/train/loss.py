@@ -1,7 +1,7 @@
-"""The training loss: next tokens at the last loop, and the balance of the experts.
+"""The training loss: next-token loss at the last loop, and expert balance.
 
-Every part is divided by a count over the whole optimizer step, so that the sum over micro-batches
-(and ranks) is the loss of the one large batch, exactly.
+Every term is divided by a count over the whole optimizer step, so that the sum over micro-batches
+and ranks is the loss of the global batch.
 """
 
 from __future__ import annotations
@@ -11,28 +11,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from open_mythos.data.batch import IGNORE_INDEX
 from open_mythos.errors import ConfigError
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.cross_entropy import linear_cross_entropy
 
-IGNORE_INDEX = -100
-
 
 class LossOutput(NamedTuple):
-    """What one micro-batch adds to the loss of its step; float32 scalars."""
+    """Contribution of one micro-batch to the loss of its step; float32 scalars."""
 
     total: Tensor
-    """``nll`` plus the weighted ``balance``: to be back-propagated."""
+    """``nll`` plus the weighted ``balance``, with gradient."""
     nll: Tensor
-    """Negative log-likelihood of the next tokens, nats, divided by the tokens of the step."""
+    """Negative log-likelihood of the next tokens in nats, divided by the tokens of the step."""
     balance: Tensor
     """Sequence-wise balance loss, divided by the sequences of the step; 0 without experts."""
 
 
 def count_targets(targets_BT: Tensor) -> int:
-    """Positions that have something to predict."""
+    """Return the number of positions with a target."""
     return int((targets_BT != IGNORE_INDEX).sum())
 
 
@@ -49,15 +48,15 @@ def next_token_loss(
     depth: Depth | None = None,
     trace: LoopTrace | None = None,
 ) -> LossOutput:
-    """The loss of one micro-batch, every sequence at its own last loop.
+    """Return the loss of one micro-batch, of every sequence at its own last loop.
 
     Args:
         model: A looped or a dense model.
         input_ids: (B, T) token ids.
-        targets: (B, T) next tokens; -100 where there is nothing to predict.
-        step_tokens: Targets that count in the whole optimizer step.
-        step_sequences: Sequences in the whole optimizer step.
-        document_ids: (B, T); tokens see only their own document.
+        targets: (B, T) next tokens; -100 for none.
+        step_tokens: Targets of the whole optimizer step.
+        step_sequences: Sequences of the whole optimizer step.
+        document_ids: (B, T); attention is restricted to the own document.
         sample_seeds: (B,) keys of dropout and of random initial states.
         balance_coefficient: Weight of :func:`sequence_balance_loss`; above 0 it needs a ``trace``
             with ``keep_routing``.
@@ -67,45 +66,38 @@ def next_token_loss(
     ctx = model.context(input_ids, document_ids=document_ids, sample_seeds=sample_seeds)
     hidden_BTD = model.hidden(input_ids, ctx, depth, trace)
     nll = linear_cross_entropy(
-        hidden_BTD,
-        model.head.weight,
-        targets,
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-        scale=model.head.scale,
-        softcap=model.head.softcap,
-    )
-    nll = nll / max(1, step_tokens)
+        hidden_BTD, model.head.weight, targets, ignore_index=IGNORE_INDEX, reduction="sum",
+        scale=model.head.scale, softcap=model.head.softcap,
+    ) / max(1, step_tokens)  # fmt: skip
     if not balance_coefficient:
         return LossOutput(nll, nll.detach(), torch.zeros_like(nll, requires_grad=False))
     assert trace is not None
-    balance_B = sequence_balance_loss(trace, input_ids.shape[0])
-    balance = balance_B.sum() / step_sequences
+    balance = sequence_balance_loss(trace, len(input_ids)).sum() / step_sequences
     return LossOutput(nll + balance_coefficient * balance, nll.detach(), balance.detach())
 
 
 def sequence_balance_loss(trace: LoopTrace, batch: int, valid_BT: Tensor | None = None) -> Tensor:
-    """The sequence-wise balance loss of DeepSeek-V3 (arXiv 2412.19437, equations 17-20).
+    """Return the sequence-wise balance loss of DeepSeek-V3 (arXiv 2412.19437, equations 17-20).
 
-    For one sequence of T tokens, E experts and top-C routing, at one mixture layer and loop,
+    For one sequence of T tokens, E experts and top-C routing, in one MoE layer and loop,
 
         f_i = E / (C T) * tokens that chose expert i
         P_i = mean over tokens of score_i / sum of the token's scores
         loss = sum over i of f_i P_i
 
     which is 1 for even routing and at most E / C. A sequence's loss is the mean over the layers
-    and loops that it ran, so that deep sequences do not weigh more. The gradient flows through P.
+    and loops that it ran, so that deep sequences weigh no more. The gradient flows through P.
 
     Args:
-        trace: Of a forward call with ``keep_routing``.
-        batch: Rows B of that call.
-        valid_BT: False on padding, which does not count; None when there is none.
+        trace: Trace of a forward pass with ``keep_routing``.
+        batch: Rows B of that pass.
+        valid_BT: False on padding, which is excluded; None without padding.
 
     Returns:
         (B,) float32.
 
     Raises:
-        ConfigError: The trace kept no routing.
+        ConfigError: The trace holds no routing.
     """
     if not trace.scores:
         raise ConfigError(
@@ -128,7 +120,7 @@ def sequence_balance_loss(trace: LoopTrace, batch: int, valid_BT: Tensor | None 
 
 
 def _balance(scores_RTE: Tensor, experts_RTC: Tensor, valid_RT: Tensor | None) -> Tensor:
-    """(R,) sum over experts of f_i P_i."""
+    """Return (R,), the sum over experts of f_i P_i."""
     weight_RT = torch.ones_like(scores_RTE[..., 0]) if valid_RT is None else valid_RT.float()
     tokens_R1 = weight_RT.sum(1, keepdim=True).clamp_min(1)
     n_experts, n_chosen = scores_RTE.shape[-1], experts_RTC.shape[-1]

@@ -1,4 +1,4 @@
-"""Progress of a run, read one step behind the device; what calls for a rollback."""
+"""Progress of a run, read one step behind the device, and reasons for a rollback."""
 
 from __future__ import annotations
 
@@ -15,17 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 class Outcomes:
-    """Takes in the results of queued steps, each when the next one has been queued.
-
-    Args:
-        config: Of the run.
-        monitor: Detects loss spikes.
-        logger: Receives an event for every skipped step.
-        saver: Of the checkpoints to roll back to; None if there are none.
+    """Reads the result of each queued step once the next one has been queued.
 
     Attributes:
-        state: Progress; ``state.step`` counts queued steps, everything else those that were read.
-        trouble: What is wrong with the run, "" if nothing is.
+        state: Progress; ``state.step`` counts queued steps, all other fields those that were read.
+        trouble: Why the run should roll back; "" if it should not.
     """
 
     def __init__(
@@ -36,18 +30,18 @@ class Outcomes:
         self.restart(TrainState())
 
     def restart(self, state: TrainState) -> None:
-        """Continue from a stored state; results that were not read are dropped."""
+        """Continue from a stored state; unread results are dropped."""
         self.state, self.trouble = state, ""
         self._unread.clear()
 
     def add(self, result: StepResult) -> None:
-        """Count a step that has been queued, and read the outcome of the one before."""
+        """Count a queued step, and read the outcome of the previous one."""
         self.state.step += 1
         self.read()
         self._unread.append(result)
 
-    def read(self) -> None:
-        """Take in all outcomes; waits for the last step."""
+    def read(self) -> str:
+        """Read all outcomes, which waits for the last step; return :attr:`trouble`."""
         while self._unread:
             result = self._unread.pop(0)
             self.state.count(result)
@@ -55,25 +49,20 @@ class Outcomes:
                 facts = {"loss": result.loss, "grad_norm": result.grad_norm}
                 self._logger.log(result.step + 1, event("skipped", **finite(facts)))
             self.trouble = self.trouble or self._trouble_of(result)
-
-    def trouble_by_now(self) -> str:
-        """Return what is wrong with the run, the last step included."""
-        self.read()
         return self.trouble
 
     def _trouble_of(self, result: StepResult) -> str:
-        """Return why this step calls for a rollback; "" if it does not."""
         skips, allowed = self.state.skips, self._config.train.max_skips
         if skips > allowed:
             return (
                 f"{skips} steps in a row had a loss or gradient that is not finite "
                 f"(train.max_skips = {allowed})"
             )
-        spike = self._monitor.spike(result.step + 1, result.loss)
+        spike = self._monitor.spikes.observe(result.step + 1, result.loss)
         if spike is None or self._saver is None:
             return ""
         if self._config.watch.max_rewinds and checkpoints(self._saver.directory):
             return str(spike)
-        # without a checkpoint it is better to continue: many a loss comes down again
+        # without a checkpoint, continue: the loss may recover
         logger.warning("%s", spike)
         return ""

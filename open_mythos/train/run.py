@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,14 @@ def build_run(
             )  # fmt: skip
         train.micro_batch = fitting
     tokenizer = open_tokenizer(config)
-    _check_vocabulary(config, tokenizer, fit=fit_vocabulary and not train.init_from)
+    if fit_vocabulary and not train.init_from:
+        config.model.vocab_size = tokenizer.vocab_size
+    elif config.model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            "the model's vocabulary is smaller than the tokenizer's", where="model.vocab_size",
+            value=config.model.vocab_size, allowed=f">= {tokenizer.vocab_size} ({tokenizer.name})",
+            fix="leave it out, or use the tokenizer of the model",
+        )  # fmt: skip
     loader = training_batches(
         config.data, tokenizer, seq_len=train.seq_len, global_batch=train.global_batch,
         seed=train.seed,
@@ -101,10 +109,8 @@ def build_run(
         config.data, tokenizer, seq_len=train.seq_len,
         batch=train.micro_batch or train.global_batch,
     )  # fmt: skip
-    trainer = Trainer(
-        initial_model(config), loader, config,
-        evaluate=None if validation is None else _evaluation(validation, config), loggers=loggers,
-    )  # fmt: skip
+    evaluate = None if validation is None else partial(_evaluate, validation, train.dtype)
+    trainer = Trainer(initial_model(config), loader, config, evaluate=evaluate, loggers=loggers)
     return Run(config, tokenizer, loader, trainer)
 
 
@@ -182,25 +188,10 @@ def initial_model(config: RunConfig) -> Model:
     return model
 
 
-def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, *, fit: bool) -> None:
-    if fit:
-        config.model.vocab_size = tokenizer.vocab_size
-    elif config.model.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            "the model's vocabulary is smaller than the tokenizer's", where="model.vocab_size",
-            value=config.model.vocab_size, allowed=f">= {tokenizer.vocab_size} ({tokenizer.name})",
-            fix="leave it out, or use the tokenizer of the model",
-        )  # fmt: skip
-
-
-def _evaluation(source: Source, config: RunConfig) -> Any:
-    """Return the trainer's evaluation function: loss and bits per byte at given depths."""
-
-    def evaluate(model: Model, depths: list[int]) -> dict[str, Any]:
-        rows = evaluate_depths(
-            model, source.batches, depths, bytes_per_token=source.bytes_per_token,
-            dtype=training_dtype(config.train.dtype, model.head.weight.device),
-        )  # fmt: skip
-        return {"depths": [asdict(row) for row in rows]}
-
-    return evaluate
+def _evaluate(source: Source, dtype: str, model: Model, depths: list[int]) -> dict[str, Any]:
+    """Return loss and bits per byte at the given depths."""
+    rows = evaluate_depths(
+        model, source.batches, depths, bytes_per_token=source.bytes_per_token,
+        dtype=training_dtype(dtype, model.head.weight.device),
+    )  # fmt: skip
+    return {"depths": [asdict(row) for row in rows]}

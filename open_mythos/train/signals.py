@@ -1,4 +1,4 @@
-"""Stopping a run from outside: finish the step, save, leave."""
+"""Stop a run by a signal: finish the step, save, exit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from open_mythos.errors import MythosError
@@ -24,15 +24,12 @@ class PreemptedError(MythosError):
 class StopRequest:
     """Within ``with``, SIGINT and SIGTERM set :attr:`received` instead of ending the process.
 
-    SIGINT does so once: the next one, from whichever signal was first, acts as it did before, so
-    that somebody at a terminal can end a run that hangs while it saves. SIGTERM may come again and
-    changes nothing: a launcher such as torchrun passes on what the scheduler has sent to every
-    process already. What ends a process that does not leave is SIGKILL.
+    After the first signal of either kind, SIGINT has its previous effect, so that a run that hangs
+    while it saves can be interrupted. Further SIGTERMs have no effect: launchers such as torchrun
+    forward those that the scheduler has already sent to every process.
 
-    Outside the main thread, where Python delivers no signals, it does nothing.
-
-    Args:
-        active: False leaves the signals alone.
+    It does nothing if it is not ``active``, or outside the main thread, where Python delivers no
+    signals.
     """
 
     def __init__(self, active: bool = True) -> None:
@@ -46,28 +43,20 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number in STOP_SIGNALS:
             self._restore(number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        first = self.received is None
-        if first:
-            self.received = signal.Signals(number)
         self._restore(signal.SIGINT)
-        if first:
-            # a handler runs in the middle of anything, a write to sys.stderr included, which cannot
-            # be entered twice: no logging here
-            said = f"{signal.Signals(number).name}: finishing the step, then saving\n"
+        if self.received is None:
+            self.received = signal.Signals(number)
+            # no logging: the handler may interrupt a write to sys.stderr, which is not reentrant
+            message = f"{self.received.name}: finishing the step, then saving\n"
             with contextlib.suppress(OSError):
-                os.write(_STANDARD_ERROR, said.encode())
+                os.write(_STANDARD_ERROR, message.encode())
 
     def _restore(self, number: signal.Signals) -> None:
         if number in self._before:
-            # None stands for a handler that was not set from Python and cannot be set again
+            # None: the handler was not set from Python and cannot be restored
             signal.signal(number, self._before.pop(number) or signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What the trainer takes in and keeps: batches and their loader, progress, the result of a step."""
+"""Batches and their loader, progress of a run, result of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from open_mythos.model.trace import LoopTrace
 
 
 class TokenBatch(Protocol):
-    """What the trainer reads of a batch; :class:`open_mythos.data.Batch` is one."""
+    """Interface of a batch; implemented by :class:`open_mythos.data.Batch`."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -31,47 +31,45 @@ class TokenBatch(Protocol):
 
 
 class BatchLoader(Protocol):
-    """Where batches come from; :class:`open_mythos.data.Loader` is one."""
+    """Interface of a loader; implemented by :class:`open_mythos.data.Loader`."""
 
     step: int
-    """Position: the trainer sets it to the number of batches used."""
+    """Position: the number of batches used, set by the trainer."""
 
     def next_batch(self, step: int) -> TokenBatch:
-        """Return the batch of ``step``, a pure function of it, in host memory."""
+        """Return the batch of ``step``, in host memory; a pure function of ``step``."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return position and identity of the data, JSON-ready."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a position; raise DataError for that of other data."""
+        """Restore a position; raise DataError if it belongs to other data."""
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Size of a step over all processes."""
+    """Targets and loops of a step over all processes."""
 
     tokens: int
-    """Targets."""
     min_depth: int
-    """Fewest loops of a sequence; 0 for a dense model."""
+    """Minimum loops of a sequence; 0 for a dense model."""
     max_depth: int
-    """Most loops of a sequence."""
 
 
 @dataclass
 class TrainState:
-    """Progress of a run: what a resume needs beside weights, optimizer state and configuration."""
+    """Progress of a run, stored in its checkpoints."""
 
     step: int = 0
-    """Optimizer steps done, skipped ones included; the number of the next step."""
+    """Optimizer steps done, including skipped ones; the number of the next step."""
     tokens: int = 0
     """Targets trained on."""
     skips: int = 0
-    """Non-finite steps in a row up to now."""
+    """Consecutive non-finite steps up to now."""
     min_depth: int = 0
-    """Fewest loops that any sequence ran; 0 before the first step, and for a dense model."""
+    """Minimum loops of any sequence; 0 before the first step and for a dense model."""
     max_depth: int = 0
-    """Most loops that any sequence ran."""
+    """Maximum loops of any sequence."""
     rewinds: int = 0
     """Rollbacks to a checkpoint so far."""
     left_out: int = 0
@@ -83,7 +81,7 @@ class TrainState:
         return self.step + self.left_out
 
     def count(self, result: StepResult) -> None:
-        """Add the outcome of a step, whose number is counted when it is queued."""
+        """Add the outcome of a step; ``step`` was incremented when it was queued."""
         if result.skipped:
             self.skips += not result.rescaled
             return
@@ -97,24 +95,22 @@ class TrainState:
 class StepResult:
     """Outcome of one optimizer step, which the device may still be computing.
 
-    Reading ``loss``, ``balance``, ``grad_norm``, ``skipped`` or ``rescaled`` waits until it is
-    done, but not for steps that were queued after it.
+    Reading ``loss``, ``balance``, ``grad_norm``, ``skipped`` or ``rescaled`` waits for this step,
+    but not for steps that were queued after it.
     """
 
     step: int
-    """Its number, from 0."""
+    """Number of the step, from 0."""
     batch: TokenBatch
-    """This process's part of its batch."""
+    """This process's part of the batch."""
     lr: float
-    """Learning rate."""
     counts: StepCounts
-    """Targets and depths of all processes."""
     depths: Tensor | None
     """(B,) loops of each sequence, on the host; None for a dense model."""
     trace: LoopTrace
     """State norms and expert loads over all micro-batches, on the device."""
     values: HostCopy
-    """Made by :meth:`pack`."""
+    """Created by :meth:`pack`."""
 
     @staticmethod
     def pack(*values: Tensor) -> HostCopy:

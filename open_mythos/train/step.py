@@ -1,8 +1,7 @@
-"""One optimizer step, from a batch to changed weights, in one process or in many.
+"""One optimizer step, in one process or many.
 
-A step is a pure function of the weights, the optimizer state, the configuration and its number:
-depths, dropout and initial states are keyed by it. Nothing in it reads a value back from the
-device: whether the step is applied is decided there, and its results are read later.
+Depths, dropout and initial states are keyed by the number of the step. Nothing is read back from
+the device, which decides whether the step is applied; results are read later.
 """
 
 from __future__ import annotations
@@ -35,11 +34,7 @@ from open_mythos.train.state import StepCounts, StepResult, TokenBatch
 
 
 class Stepper:
-    """Takes optimizer steps: a model and everything that changes its weights.
-
-    Args:
-        model: Moved to the device of the configuration; its halting gate is frozen.
-        config: The run; validated and copied.
+    """A model with its optimizer. Moves the model to its device and freezes its halting gate.
 
     Raises:
         ConfigError: The configuration is invalid, describes another model, or does not fit the
@@ -65,24 +60,21 @@ class Stepper:
         self.plan = DepthPlan(config.depth, config.train.seed)
 
     def take(self, step: int, batch: TokenBatch, *, correlation: bool = False) -> StepResult:
-        """Queue one optimizer step; nothing waits for the device to do it.
+        """Queue optimizer step number ``step``, from 0, on this process's part of the global batch.
 
         A step whose loss or gradient is not finite changes no weight, optimizer state or average.
-
-        Args:
-            step: Its number, from 0.
-            batch: This process's part of the global batch.
-            correlation: Also measure the correlation of the tokens' states.
+        With ``correlation``, also measure the correlation of the tokens' states.
         """
         depths_B = self.plan.depths(step, batch.sample_index) if self.looped else None
         counts = self._counts(batch, depths_B)
         loss, balance, trace = self._forward_backward(batch, depths_B, step, counts, correlation)
         self.parallel.finish_gradients()
         norm = self.scale.unscale(gradient_norm(self.parameters))
-        # the one decision of the step: every process comes to the same, and acts on it alike
+        # equal in all processes
         proceed = torch.isfinite(loss) & torch.isfinite(norm)
         lr = learning_rate(step, self.config.train, self.config.optim)
-        scale_gradients(self.parameters, self._clipping(norm))
+        clipping = (self.config.train.clip / (norm + 1e-6)).clamp(max=1.0)
+        scale_gradients(self.parameters, self.scale.unscale(clipping))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         step_if(self.optimizer, proceed)
@@ -97,14 +89,9 @@ class Stepper:
         )  # fmt: skip
 
     def _counts(self, batch: TokenBatch, depths_B: Tensor | None) -> StepCounts:
-        """Count targets and loops over all processes, from what the host holds."""
         low, high = (0, 0) if depths_B is None else (int(depths_B.min()), int(depths_B.max()))
         tokens, lows, highs = over_ranks([count_targets(batch.targets), low, high])
         return StepCounts(int(sum(tokens)), int(min(lows)), int(max(highs)))
-
-    def _clipping(self, norm: Tensor) -> Tensor:
-        """Return the factor after which the gradient's norm is at most ``train.clip``."""
-        return self.scale.unscale((self.config.train.clip / (norm + 1e-6)).clamp(max=1.0))
 
     def _forward_backward(
         self,

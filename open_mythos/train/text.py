@@ -52,10 +52,7 @@ def is_prepared(source: str) -> bool:
 
 
 def with_default_text(config: RunConfig, out: Path) -> None:
-    """Set the default text, Python's standard library as bytes, for a run without a text.
-
-    Rank 0 prepares it in the run's folder ``out``.
-    """
+    """Without a text, prepare Python's standard library as bytes in the run's folder ``out``."""
     if config.data.path or config.data.source:
         return
     folder = out / DATA_FOLDER

@@ -1,9 +1,8 @@
-"""The training loop. ``train_step`` is one optimizer step; ``fit`` repeats it, logs and saves.
+"""The training loop: ``train_step`` is one optimizer step; ``fit`` repeats it, logs and saves.
 
-A step is a pure function of the weights, the optimizer state, the configuration and its number:
-data, depths, dropout and initial states are keyed by it. So a resumed run equals an uninterrupted
-one. The host queues steps and reads the outcome of each while the device computes the next one; it
-waits for the device only at steps that are logged, evaluated or saved.
+A step is a pure function of its number, the weights, the optimizer state and the configuration, so
+a resumed run equals an uninterrupted one. The host queues steps and reads the outcome of each while
+the device computes the next; it waits only at steps that are logged, evaluated or saved.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ from open_mythos.train.optimizers.ema import AVERAGE_FILE
 from open_mythos.train.outcomes import Outcomes
 from open_mythos.train.parallel.process_group import first_decides, merge_over_ranks
 from open_mythos.train.signals import PreemptedError, StopRequest
-from open_mythos.train.state import BatchLoader, StepResult, TokenBatch, TrainState
+from open_mythos.train.state import BatchLoader, StepResult, TrainState
 from open_mythos.train.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -95,12 +94,17 @@ class Trainer:
         self.loader, self.evaluate = loader, evaluate
         self.monitor = Monitor(self.model, self.config, self.stepper.device, self.stepper.dtype)
         self.validated: dict[str, Any] | None = None
-        self.out_dir = None if config.train.out_dir is None else Path(config.train.out_dir)
-        self.logger = LoggerGroup([*self._own_loggers(), *loggers])
-        self.saver = None
-        if self.out_dir is not None:
+        self.out_dir, self.saver = None, None
+        own: list[MetricsLogger] = []
+        train, watch = self.config.train, self.config.watch
+        if train.out_dir is not None:
+            self.out_dir = Path(train.out_dir)
+            own = [JsonlLogger(self.out_dir / METRICS_FILE)] if rank() == 0 else []
+            run = LoggedRun(self.out_dir, watch.project, self.config.to_dict())
+            own += open_loggers(watch.loggers, run)
             folder = self.out_dir / CHECKPOINTS_FOLDER
-            self.saver = Saver(folder, config.train.keep, background=config.train.async_save)
+            self.saver = Saver(folder, train.keep, background=train.async_save)
+        self.logger = LoggerGroup([*own, *loggers])
         self.outcomes = Outcomes(self.config, self.monitor, self.logger, self.saver)
 
     @property
@@ -147,41 +151,41 @@ class Trainer:
         return self.state
 
     def train_step(self, step: int) -> StepResult:
-        """Queue one optimizer step: the whole global batch, in micro-batches.
-
-        Args:
-            step: Its number, from 0; with the weights it decides everything.
-        """
-        batch = self._fetch(step)
+        """Queue optimizer step number ``step``, from 0, on the global batch."""
+        batch = self.loader.next_batch(step + self.outcomes.state.left_out)
+        train, size = self.config.train, self.stepper.local_batch
+        if len(batch) != size or batch.input_ids.shape[1] > train.seq_len:
+            raise ConfigError(
+                "the loader's batches are not those of the configuration", where="loader",
+                value=tuple(batch.input_ids.shape), allowed=f"({size}, at most {train.seq_len})",
+                fix="build the loader with train.global_batch and train.seq_len, and with the rank "
+                "and world size of this process",
+            )  # fmt: skip
         result = self.stepper.take(step, batch, correlation=self._is_logged(step))
         self.outcomes.add(result)
         self.loader.step = self.outcomes.state.data_step
         return result
 
     def _timed_step(self) -> StepResult:
-        """Take the next step, and wait for it where what follows waits for the device anyway."""
+        """Take the next step; wait for it if it is to be logged, evaluated or saved."""
         start = time.perf_counter()
         result = self.train_step(self.outcomes.state.step)
-        train, step = self.config.train, self.outcomes.state.step
-        if self._is_logged(result.step) or _due(step, train.eval_every) or self._is_saved(step):
+        step, every = result.step + 1, self.config.train.eval_every
+        if self._is_logged(result.step) or _due(step, every) or self._is_saved(step):
             result.wait()
         self.monitor.add(time.perf_counter() - start, result)
         return result
 
     def _between_steps(self, stop: StopRequest) -> str:
-        """Evaluate, save and stop, where this is due; return what is wrong instead, if anything.
-
-        Raises:
-            PreemptedError: The run was told to stop, and has saved.
-        """
+        """Evaluate, save and stop, where due; return trouble instead, if there is any."""
         step, last = self.outcomes.state.step, self.outcomes.state.step == self.config.train.steps
         saved = self._is_saved(step)
-        if saved and (trouble := self.outcomes.trouble_by_now()):
+        if saved and (trouble := self.outcomes.read()):
             return trouble
         if last or _due(step, self.config.train.eval_every):
             self._evaluate(last)
         stopping = self._stopping(stop)
-        if stopping and (trouble := self.outcomes.trouble_by_now()):
+        if stopping and (trouble := self.outcomes.read()):
             return trouble
         if self.saver is not None and (saved or stopping):
             self.save(wait=last or bool(stopping))
@@ -193,23 +197,11 @@ class Trainer:
             )  # fmt: skip
         return ""
 
-    def _fetch(self, step: int) -> TokenBatch:
-        batch = self.loader.next_batch(step + self.outcomes.state.left_out)
-        train, size = self.config.train, self.stepper.local_batch
-        if len(batch) != size or batch.input_ids.shape[1] > train.seq_len:
-            raise ConfigError(
-                "the loader's batches are not those of the configuration", where="loader",
-                value=tuple(batch.input_ids.shape), allowed=f"({size}, at most {train.seq_len})",
-                fix="build the loader with train.global_batch and train.seq_len, and with the rank "
-                "and world size of this process",
-            )  # fmt: skip
-        return batch
-
     def _roll_back(self, trouble: str) -> None:
-        """Restore the newest checkpoint, and skip the batches since.
+        """Restore the newest checkpoint and skip the batches since.
 
         Raises:
-            DivergedError: There is none, or the run has been rolled back often enough.
+            DivergedError: There is none, or ``watch.max_rewinds`` is reached.
         """
         before = self.state
         if self.saver is not None and before.rewinds < self.config.watch.max_rewinds:
@@ -221,23 +213,20 @@ class Trainer:
                 state.left_out = before.left_out + before.step - state.step
                 self.loader.step = state.data_step
                 self.logger.log(before.step, event("rewound", to=state.step, why=trouble))
-                logger.warning(
-                    "rolled back from step %d to %d: %s", before.step, state.step, trouble
-                )
+                message = "rolled back from step %d to %d: %s"
+                logger.warning(message, before.step, state.step, trouble)
                 return
-        self._give_up(trouble)
-
-    def _give_up(self, trouble: str) -> NoReturn:
-        """Write what is needed to find the cause, and raise DivergedError."""
-        state = self.state
+        # without a rollback: write what is needed to find the cause
+        state = before
         self.logger.log(state.step, event("stopped", why=trouble))
         where = f"step {state.step}"
-        data = self.loader.state_dict()  # of all processes, which ask for it together
+        data = self.loader.state_dict()  # a collective call
         if self.out_dir is not None and rank() == 0:
             bundle = self.out_dir / f"diverged_step_{state.step:08d}.json"
-            facts = {"why": trouble, "state": asdict(state), "watch": self.monitor.state_dict(),
-                     "data": data, "config": self.config.to_dict(),
-                     "torch": torch.__version__}  # fmt: skip
+            facts = {
+                "why": trouble, "state": asdict(state), "watch": self.monitor.state_dict(),
+                "data": data, "config": self.config.to_dict(), "torch": torch.__version__,
+            }  # fmt: skip
             bundle.write_text(as_json(finite(facts)), encoding="utf-8")
             where = f"{where}; {bundle}"
         raise DivergedError(
@@ -247,11 +236,7 @@ class Trainer:
         )  # fmt: skip
 
     def _stopping(self, stop: StopRequest) -> str:
-        """Return the signal by which any process was told to stop; "" if none was.
-
-        Raises:
-            EnvironmentError_: A background save has failed.
-        """
+        """Return the signal that any process received, or ""; raise a background save's error."""
         # read once: a signal after this line belongs to the next step
         mine = 0 if stop.received is None else int(stop.received)
         lost = self.saver is not None and self.saver.failed
@@ -261,11 +246,9 @@ class Trainer:
         return signal.Signals(int(max(received))).name if any(received) else ""
 
     def _is_logged(self, step: int) -> bool:
-        """Return whether metrics of step number ``step`` are logged."""
         return step + 1 == self.config.train.steps or _due(step + 1, self.config.train.log_every)
 
     def _is_saved(self, steps: int) -> bool:
-        """Return whether a checkpoint is due after so many steps."""
         return steps == self.config.train.steps or _due(steps, self.config.train.save_every)
 
     def _log(self, result: StepResult) -> None:
@@ -360,11 +343,10 @@ class Trainer:
         state = read_state(path)
         reject_changes(state["config"], self.config.to_dict(), allow)
         self.loader.load_state_dict(state["data"])
-        average = self.stepper.average
         extra = self._extra() if holds_file(path, AVERAGE_FILE) else {}
         load_checkpoint(path, self.model, self.optimizer, extra)
-        if average is not None and not extra:
-            average.restart()
+        if self.stepper.average is not None and not extra:
+            self.stepper.average.restart()
         self.monitor.load_state_dict(state["watch"])
         self.stepper.scale.load_state_dict(state["loss_scale"])
         self.validated = state["validated_depths"]
@@ -374,14 +356,6 @@ class Trainer:
         """Return the tensors of a checkpoint beside weights and optimizer state, by file."""
         average = self.stepper.average
         return {} if average is None else {AVERAGE_FILE: average.state_dict()}
-
-    def _own_loggers(self) -> list[MetricsLogger]:
-        if self.out_dir is None:
-            return []
-        watch = self.config.watch
-        run = LoggedRun(self.out_dir, watch.project, self.config.to_dict())
-        files = [JsonlLogger(self.out_dir / METRICS_FILE)] if rank() == 0 else []
-        return [*files, *open_loggers(watch.loggers, run)]
 
     def _saver(self) -> Saver:
         if self.saver is None:

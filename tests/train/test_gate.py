@@ -69,7 +69,7 @@ class TestTargets:
         nothing = GateConfig()
         wanted = torch.sigmoid(torch.tensor(-nothing.slope * nothing.margin))
         flat = torch.full((4, 3), 1.0)
-        assert torch.allclose(gate._going_on(flat, nothing), wanted)
+        assert torch.allclose(gate._continue_target(flat, nothing), wanted)
         assert wanted == pytest.approx(0.438, abs=1e-3)
 
 

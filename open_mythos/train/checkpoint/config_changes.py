@@ -28,12 +28,7 @@ Paths of text and tokenizer may change: the loader compares their fingerprints."
 def reject_changes(
     saved: Mapping[str, Any], present: Mapping[str, Any], allow: Collection[str] = ()
 ) -> None:
-    """Compare two configurations field by field.
-
-    Args:
-        saved: Nested fields of the checkpoint's run.
-        present: Nested fields of the resuming run.
-        allow: Dotted names of further fields that may differ.
+    """Compare the nested fields of two configurations.
 
     Raises:
         ConfigError: A field outside :data:`MAY_CHANGE` and ``allow`` differs, or ``allow`` names

@@ -29,15 +29,10 @@ Entry = dict[str, Any]
 
 
 def entry_of_tensors(path: Path, tensors: Mapping[str, Tensor], pool: ThreadPoolExecutor) -> Entry:
-    """Compare a safetensors file with ``tensors``; return its manifest entry.
+    """Compare a safetensors file with contiguous CPU ``tensors``; return its manifest entry.
 
     The entry hashes the tensors in memory, not the file, so that a disk that drops or corrupts
     bytes cannot confirm its own content.
-
-    Args:
-        path: The file; the order of the tensors is read from its header.
-        tensors: CPU tensors, contiguous.
-        pool: Threads for hashing.
 
     Raises:
         EnvironmentError_: The file holds something else.
@@ -202,15 +197,13 @@ def _hash_file_block(path: Path, start: int) -> str:
 
 def _difference(found: Entry, expected: Any) -> tuple[str, str]:
     """Describe the found and the expected value of the first difference."""
-    if not isinstance(expected, dict) or expected.keys() != found.keys():
+    try:
+        if found["bytes"] != expected["bytes"]:
+            return f"{found['bytes']} bytes", f"{expected['bytes']} bytes"
+        pairs = zip(found["sha256"], expected["sha256"], strict=True)
+        start = BLOCK_BYTES * next(i for i, (a, b) in enumerate(pairs) if a != b)
+    except (KeyError, TypeError, ValueError, StopIteration):  # the manifest itself is damaged
         return str(found), str(expected)
-    if found["bytes"] != expected["bytes"]:
-        return f"{found['bytes']} bytes", f"{expected['bytes']} bytes"
-    hashes, wanted = found["sha256"], expected["sha256"]
-    if not isinstance(wanted, list) or len(hashes) != len(wanted):
-        return f"sha256 {hashes}", f"sha256 {wanted}"
-    first = next(i for i, (a, b) in enumerate(zip(hashes, wanted, strict=True)) if a != b)
-    start = first * BLOCK_BYTES
     return f"other content within 16 MiB of byte {start}", "content of the hash in the manifest"
 
 

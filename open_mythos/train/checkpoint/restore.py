@@ -23,20 +23,11 @@ _MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 
 def load_checkpoint(
-    path: str | Path,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    extra: Extra | None = None,
+    path: str | Path, model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None = None
 ) -> dict[str, Any]:
     """Load a verified checkpoint into ``model`` and ``optimizer``; return its state.
 
-    All processes of a run call it together.
-
-    Args:
-        path: Folder of the checkpoint.
-        model: Whole, replicated or sharded.
-        optimizer: Optimizer of its parameters.
-        extra: Additional safetensors file -> name -> tensor to fill, sharded like the model.
+    A collective call. ``model`` may be replicated or sharded; the tensors of ``extra`` are filled.
 
     Raises:
         DataError: A file cannot be read or belongs to another model. Nothing is changed unless

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -39,15 +38,10 @@ _MIB = 1 << 20
 
 
 class Saver:
-    """Context manager that writes the checkpoints of a run.
+    """Context manager that writes the newest ``keep`` checkpoints of a run into ``directory``.
 
-    In a process group every process has one, and all call it together.
-
-    Args:
-        directory: Folder of the checkpoints.
-        keep: Number of checkpoints to keep.
-        background: Write in a thread, from a copy in host memory, unless :meth:`save` is called
-            with ``wait``.
+    Every process has one, and all call it together. With ``background``, a thread writes from a
+    copy in host memory.
     """
 
     def __init__(self, directory: str | Path, keep: int, background: bool = False) -> None:
@@ -85,19 +79,10 @@ class Saver:
         extra: Extra | None = None,
         wait: bool = True,
     ) -> Path:
-        """Save a checkpoint; retry once if that fails.
+        """Save a checkpoint, see :func:`take_snapshot`; retry once if that fails.
 
-        Args:
-            step: Optimizer steps done.
-            model: Its weights are saved.
-            optimizer: Its state is saved.
-            state: JSON-ready content of ``state.json``.
-            extra: Additional tensors.
-            wait: Write in the foreground, whatever ``background`` is; required for the last save
-                of a process.
-
-        Returns:
-            Folder of the checkpoint; a background save has not created it yet.
+        With ``wait``, which the last save of a process requires, write in the foreground. Returns
+        the folder, which a background save has not created yet.
 
         Raises:
             EnvironmentError_: This save or the previous one could not be written, or does not read
@@ -128,12 +113,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self.wait()
         except (EnvironmentError_, DataError) as failure:
@@ -185,9 +165,7 @@ class Saver:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _checkpoint_bytes(
-    model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None = None
-) -> int:
+def _checkpoint_bytes(model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None) -> int:
     """Return the bytes of a checkpoint, with optimizer state that does not exist yet."""
     files = stored_tensors(model, optimizer, extra).values()
     now = sum(each.nbytes for tensors in files for each in tensors.values())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,16 +58,10 @@ def take_snapshot(
     extra: Extra | None = None,
     copy: bool = False,
 ) -> Snapshot:
-    """Collect the content of a checkpoint.
+    """Collect the content of a checkpoint; ``state`` is the JSON-ready content of ``state.json``.
 
-    Args:
-        step: Optimizer steps done.
-        model: Its weights are stored.
-        optimizer: Built by :func:`open_mythos.train.optimizers.optim.build_optimizer`.
-        state: JSON-ready content of ``state.json``.
-        extra: Additional tensors.
-        copy: Copy CPU tensors, so that training may continue while the snapshot is written. Takes
-            the checkpoint's size in host memory.
+    With ``copy``, tensors on the CPU are copied, which takes the checkpoint's size in host memory,
+    so that training can continue while the snapshot is written.
     """
     tensors = {
         file: {name: each.to("cpu", copy=copy).contiguous() for name, each in tensors.items()}
@@ -79,10 +74,7 @@ def take_snapshot(
 def stored_tensors(
     model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None = None
 ) -> dict[str, Mapping[str, Tensor]]:
-    """Return file -> name -> tensor of a checkpoint, on the device.
-
-    Optimizer state that does not exist yet is missing.
-    """
+    """Return file -> name -> tensor of a checkpoint, on the device, with existing state only."""
     state = {
         f"{name}/{key}": value.detach().contiguous()
         for name, parameter in named_parameters(optimizer)
@@ -97,8 +89,5 @@ def stored_tensors(
 
 def named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """Return the optimizer's parameters with their names, in its order."""
-    return [
-        pair
-        for group in optimizer.param_groups
-        for pair in zip(group["param_names"], group["params"], strict=True)
-    ]
+    pairs = (zip(g["param_names"], g["params"], strict=True) for g in optimizer.param_groups)
+    return list(chain.from_iterable(pairs))

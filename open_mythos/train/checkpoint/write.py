@@ -49,11 +49,7 @@ def write_checkpoint(
 ) -> Path:
     """Write ``directory/step_<step>``, verify it, then remove all but the newest ``keep``.
 
-    Args:
-        directory: Folder of a run's checkpoints, shared by all processes; created if missing.
-        snapshot: This process's content: whole tensors, equal in all processes, or DTensors.
-        keep: Checkpoints to keep, the new one included.
-        group: All processes of the run, which call this together; None for a single process.
+    A collective call of ``group``. Each process passes whole tensors, equal in all, or DTensors.
 
     Raises:
         EnvironmentError_: In some process the disk is full, cannot be written, or returns other
@@ -110,9 +106,9 @@ def together(group: dist.ProcessGroup | None, where: Path, action: Callable[[], 
     if group is not None:
         errors = [None] * world_size()
         dist.all_gather_object(errors, error, group)
-    first = next((each for each in errors if each is not None), None)
-    if first is not None:
-        raise first
+    for each in errors:
+        if each is not None:
+            raise each
     return result
 
 
@@ -133,19 +129,15 @@ def _write_parts(
                 sync_to_disk(path)
             return {path.name: entry_of_file(path, pool) for path in files}
 
-    mine = together(group, final, sync_and_hash)
-    everyone: list[dict[str, Entry]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(everyone, mine, group)
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, together(group, final, sync_and_hash), group)
     return {name: entry for each in everyone for name, entry in each.items()}
 
 
 def fill_folder(folder: Path, snapshot: Snapshot, others: Mapping[str, Entry]) -> None:
     """Write all files into ``folder``, fsync them and read them back, overlapped.
 
-    Args:
-        folder: Contains only the files of ``others``.
-        snapshot: Content to write.
-        others: Manifest entries of files that exist already.
+    ``others`` are the manifest entries of files that exist already.
     """
     with ThreadPoolExecutor() as jobs, ThreadPoolExecutor() as pool:
         synced, entries = [], {}

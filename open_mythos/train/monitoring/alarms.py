@@ -1,15 +1,14 @@
 """Alarms for failures of a looped model that its training loss does not show.
 
-The watchdog evaluates metrics of the logged steps and one cheap probe. It takes no action: an
-:class:`Alarm` is logged and shown, once until its condition clears.
+The watchdog evaluates metrics of the logged steps and one cheap probe. Alarms are only logged.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -87,30 +86,19 @@ class Alarm:
     fix: str
     """What to do about it."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, JSON-ready except that ``value`` may be NaN or infinite."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return f"{self.name} at step {self.step}: {self.what}\n  to do:   {self.fix}"
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """One judged metric."""
+class _Finding(NamedTuple):
+    """One judged metric; ``key`` is the alarm's name, with "/layerN" for an MoE layer."""
 
-    name: str
+    key: str
     bad: bool
+    loop: int | None
     value: float
     threshold: float
     what: str
-    loop: int | None = None
-    layer: int | None = None
-
-    @property
-    def key(self) -> str:
-        """Key of its streak: layers are judged separately."""
-        return self.name if self.layer is None else f"{self.name}/layer{self.layer}"
 
 
 class LoopWatchdog:
@@ -141,31 +129,23 @@ class LoopWatchdog:
     def observe(
         self, step: int, summary: LoopSummary, *, loop_gap: float | None = None
     ) -> list[Alarm]:
-        """Judge one step; return the alarms that it raises, each once until it clears.
+        """Judge the metrics of all ranks after ``step`` steps; return the alarms raised.
 
-        Metrics that were not measured leave earlier findings unchanged.
-
-        Args:
-            step: Optimizer steps done.
-            summary: Loop metrics over all ranks; "state_collapse" needs the token correlation.
-            loop_gap: :func:`relative_gap`, if it was measured.
+        An alarm is raised once until it clears. Metrics that were not measured leave earlier
+        findings unchanged. ``loop_gap`` is the :func:`relative_gap`.
         """
         raised = []
-        for found in self._judge(step, summary, loop_gap):
-            if not found.bad:
-                self._streaks.pop(found.key, None)
-                self._active.discard(found.key)
+        for key, bad, loop, value, threshold, what in self._judge(step, summary, loop_gap):
+            if not bad:
+                self._streaks.pop(key, None)
+                self._active.discard(key)
                 continue
-            count, since = self._streaks.get(found.key, (0, step))
-            self._streaks[found.key] = count + 1, since
-            if found.key not in self._active and self._lasts(found.name, count + 1, step - since):
-                self._active.add(found.key)
-                raised.append(
-                    Alarm(
-                        found.name, step, found.loop, found.value, found.threshold, found.what,
-                        REMEDIES[found.name],
-                    )
-                )  # fmt: skip
+            name = key.partition("/")[0]
+            count, since = self._streaks.get(key, (0, step))
+            self._streaks[key] = count + 1, since
+            if key not in self._active and self._lasts(name, count + 1, step - since):
+                self._active.add(key)
+                raised.append(Alarm(name, step, loop, value, threshold, what, REMEDIES[name]))
         return raised
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,7 +172,7 @@ class LoopWatchdog:
             loop = broken[0] + 1 if broken else None
             value = norms[broken[0]] if broken else 0.0
             what = f"the norm of the state is {value} after loop {loop} of {len(norms)}"
-            yield _Finding("not_finite", bool(broken), value, math.inf, what, loop)
+            yield _Finding("not_finite", bool(broken), loop, value, math.inf, what)
         if norms and not broken:
             yield self._explosion(norms)
             if step >= self.start and "correlation" in summary.means:
@@ -201,7 +181,9 @@ class LoopWatchdog:
             limit = self.thresholds.gap
             what = f"the loss with one loop differs by {loop_gap:+.3%} from that with mean depth"
             # a large negative gap means that loops hurt, which is not the same as no effect
-            yield _Finding("recurrence_ignored", not abs(loop_gap) >= limit, loop_gap, limit, what)
+            yield _Finding(
+                "recurrence_ignored", not abs(loop_gap) >= limit, None, loop_gap, limit, what
+            )
         for layer in summary.load:
             yield from self._experts(layer, summary)
 
@@ -214,7 +196,7 @@ class LoopWatchdog:
             f"the state norm after loop {norms.index(largest) + 1} of {len(norms)} is {ratio:.3g} "
             "times that after the first"
         )
-        return _Finding("state_explosion", loop is not None, ratio, limit, what, loop)
+        return _Finding("state_explosion", loop is not None, loop, ratio, limit, what)
 
     def _collapse(self, summary: LoopSummary, norms: list[float]) -> _Finding:
         # skip loops reached by few sequences: their mean describes those sequences, not the loop
@@ -224,7 +206,7 @@ class LoopWatchdog:
         value, limit = max(alike), self.thresholds.correlation
         loop = next((t + 1 for t, cosine in enumerate(alike) if cosine >= limit), None)
         what = f"the states of different tokens have a mean cosine of {value:.3f}"
-        return _Finding("state_collapse", value >= limit, value, limit, what, loop)
+        return _Finding("state_collapse", value >= limit, loop, value, limit, what)
 
     def _experts(self, layer: int, summary: LoopSummary) -> Iterator[_Finding]:
         """Judge one MoE layer over all loops together: loops may prefer different experts."""
@@ -235,11 +217,12 @@ class LoopWatchdog:
             return
         share_E = summary.expert_share(layer)
         top, low = max(share_E), min(share_E)
-        tokens = top * chosen  # a token chooses an expert at most once
-        what = f"expert {share_E.index(top)} of layer {layer} is chosen by {tokens:.1%} of tokens"
         if 2 * chosen <= count:
-            bad = tokens >= bounds.takes_all
-            yield _Finding("one_expert", bad, tokens, bounds.takes_all, what, layer=layer)
+            tokens, limit = top * chosen, bounds.takes_all  # a token chooses an expert at most once
+            what = (
+                f"expert {share_E.index(top)} of layer {layer} is chosen by {tokens:.1%} of tokens"
+            )
+            yield _Finding(f"one_expert/layer{layer}", tokens >= limit, None, tokens, limit, what)
         starving, crowded = low * count < bounds.starved, top * count > bounds.crowded
         share, limit = (low, bounds.starved) if starving else (top, bounds.crowded)
         what = (
@@ -247,7 +230,7 @@ class LoopWatchdog:
             f"even share is {1 / count:.2%}"
         )
         bad = starving or crowded
-        yield _Finding("uneven_experts", bad, share * count, limit, what, layer=layer)
+        yield _Finding(f"uneven_experts/layer{layer}", bad, None, share * count, limit, what)
 
 
 def halting_alarm(
@@ -255,20 +238,15 @@ def halting_alarm(
 ) -> Alarm | None:
     """Return the alarm "halting_stuck" if a gate always stops at once or never stops, else None.
 
-    Args:
-        step: Steps that the gate was trained for.
-        mean_loops: Mean loops per position under the gate.
-        most: Loops that it allows; a single one is not judged.
-        thresholds: ``shallow`` and ``deep`` bound ``mean_loops``.
+    The gate, trained for ``step`` steps, runs ``mean_loops`` of ``most`` loops per position.
     """
-    bounds = thresholds or Thresholds()
+    bounds, name = thresholds or Thresholds(), "halting_stuck"
     low, high = bounds.shallow, bounds.deep * most
     if most == 1 or low < mean_loops < high:
         return None
     limit = low if mean_loops <= low else high
     what = f"positions run {mean_loops:.2f} of at most {most} loops, nearly all of them the same"
-    remedy = REMEDIES["halting_stuck"]
-    return Alarm("halting_stuck", step, None, mean_loops, limit, what, remedy)
+    return Alarm(name, step, None, mean_loops, limit, what, REMEDIES[name])
 
 
 def first_judged_step(steps: int, warmup_steps: int) -> int:
@@ -283,13 +261,7 @@ def loop_losses(
     """Return the loss in nats per token with one loop and with ``depth``, from one forward pass.
 
     Costs about a third of a training step on the same batch; a few sequences are enough, because
-    both losses are measured on the same tokens.
-
-    Args:
-        model: Left unchanged.
-        batch: Training sequences, on any device.
-        depth: Mean training depth, at least 2.
-        dtype: Dtype of the matmuls (autocast).
+    both losses are measured on the same tokens. ``dtype`` is the autocast dtype of the matmuls.
 
     Raises:
         DataError: The batch has no target.
@@ -299,5 +271,5 @@ def loop_losses(
 
 
 def relative_gap(one: float, deep: float) -> float:
-    """Return (loss with one loop - loss with many) / loss with many: the gain from looping."""
+    """Return the gain from looping: (loss with one loop - loss with many) / loss with many."""
     return (one - deep) / max(abs(deep), 1e-12)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,7 @@ class TensorBoardLogger:
     def __init__(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._open: Callable[..., Any] = SummaryWriter
-        self._folder = run.folder / "tensorboard"
+        self._open = partial(SummaryWriter, str(run.folder / "tensorboard"))
         self._writer: Any = None
         self._last = 0
 
@@ -75,13 +75,14 @@ class TensorBoardLogger:
         if self._writer is None or step < self._last:
             # hide events from this step on that a rolled back or killed run has written
             self.close()
-            self._writer = self._open(str(self._folder), purge_step=step)
+            self._writer = self._open(purge_step=step)
         self._last = step
         for name, value in flat_metrics(metrics).items():
             self._writer.add_scalar(name, value, step)
         for alarm in metrics.get("alarms", ()):
-            text = f"{alarm['what']}: {alarm['fix']}"
-            self._writer.add_text(f"alarm/{alarm['name']}", text, step)
+            self._writer.add_text(
+                f"alarm/{alarm['name']}", f"{alarm['what']}: {alarm['fix']}", step
+            )
         self._writer.flush()
 
     def close(self) -> None:
@@ -144,13 +145,7 @@ LOGGERS: dict[str, Callable[[LoggedRun], MetricsLogger]] = {
 
 
 def open_loggers(names: Sequence[str], run: LoggedRun) -> list[MetricsLogger]:
-    """Open loggers before a run's first step.
-
-    Every process may call it: all check the packages, and only rank 0 opens anything.
-
-    Args:
-        names: Keys of :data:`LOGGERS`.
-        run: Passed to the loggers.
+    """Open the loggers ``names``; all processes check their packages, only rank 0 opens them.
 
     Raises:
         ConfigError: A name is unknown.
@@ -166,19 +161,18 @@ def open_loggers(names: Sequence[str], run: LoggedRun) -> list[MetricsLogger]:
                 where="watch.loggers", value=str(error), allowed=f"the package {name}",
                 fix=f"pip install {name}",
             ) from error  # fmt: skip
-    return [_open(name, run) for name in names] if rank() == 0 else []
-
-
-def _open(name: str, run: LoggedRun) -> MetricsLogger:
-    try:
-        return LOGGERS[name](run)
-    except EnvironmentError_:
-        raise
-    except Exception as error:  # each package has exceptions of its own
-        raise EnvironmentError_(
-            f'the logger "{name}" does not start', where="watch.loggers", value=str(error),
-            fix=f"fix that (for wandb: wandb login, or WANDB_MODE=offline), or remove {name}",
-        ) from error  # fmt: skip
+    opened = []
+    for name in names if rank() == 0 else ():
+        try:
+            opened.append(LOGGERS[name](run))
+        except EnvironmentError_:
+            raise
+        except Exception as error:  # each package has exceptions of its own
+            raise EnvironmentError_(
+                f'the logger "{name}" does not start', where="watch.loggers", value=str(error),
+                fix=f"fix that (for wandb: wandb login, or WANDB_MODE=offline), or remove {name}",
+            ) from error  # fmt: skip
+    return opened
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -188,25 +182,18 @@ def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     become "name/loss/depth04"; an alarm becomes 1 under "alarm/NAME". Histograms and tables of
     shares are omitted.
     """
-    flat: dict[str, float] = {}
+    flat: dict[str, Any] = {}
     for name, value in metrics.items():
-        if is_scalar(value):
+        if not isinstance(value, list):
             flat[name] = value
         elif name == "alarms":
             flat |= {f"alarm/{alarm['name']}": 1.0 for alarm in value}
-        elif isinstance(value, list) and not name.endswith("_histogram"):
-            flat |= _flat_list(name, value)
-    return flat
-
-
-def _flat_list(name: str, values: Iterable[Any]) -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for loop, value in enumerate(values, start=1):
-        if is_scalar(value):
-            flat[f"{name}/loop{loop:02d}"] = value
-        elif isinstance(value, dict) and "depth" in value:
-            depth = value["depth"]
-            end = "" if depth is None else f"/depth{depth:02d}"
-            numbers = {key: x for key, x in value.items() if key != "depth" and is_scalar(x)}
-            flat |= {f"{name.removesuffix('/depths')}/{key}{end}": x for key, x in numbers.items()}
-    return flat
+        elif not name.endswith("_histogram"):
+            for loop, each in enumerate(value, start=1):
+                if isinstance(each, dict) and "depth" in each:
+                    prefix, depth = name.removesuffix("/depths"), each["depth"]
+                    end = "" if depth is None else f"/depth{depth:02d}"
+                    flat |= {f"{prefix}/{key}{end}": x for key, x in each.items() if key != "depth"}
+                else:
+                    flat[f"{name}/loop{loop:02d}"] = each
+    return {name: value for name, value in flat.items() if is_scalar(value)}

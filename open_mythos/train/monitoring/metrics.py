@@ -31,11 +31,8 @@ class MetricsLogger(Protocol):
 class JsonlLogger:
     """Appends one JSON object per call to a file: ``{"step": ..., name: number or list, ...}``.
 
-    Numbers that are not finite become null. A resumed run appends: of two lines with the same step
-    and names the later one counts.
-
-    Args:
-        path: The file; its folder is created if missing.
+    Creates missing folders. Numbers that are not finite become null. A resumed run appends: of two
+    lines with the same step and names the later one counts.
 
     Raises:
         EnvironmentError_: The file cannot be written.
@@ -82,10 +79,8 @@ class LoggerGroup:
             except Exception as error:  # no failure of a logger may stop training
                 if id(each) not in self._warned:
                     self._warned.add(id(each))
-                    name = type(each).__name__
-                    logger.warning(
-                        "%s failed at step %d and may lose metrics: %s", name, step, error
-                    )
+                    message = "%s failed at step %d and may lose metrics: %s"
+                    logger.warning(message, type(each).__name__, step, error)
 
     def close(self) -> None:
         """Close every logger that has a ``close`` method."""
@@ -97,11 +92,7 @@ class LoggerGroup:
 
 
 def event(kind: str, **facts: Any) -> Metrics:
-    """Return the metrics of an event: ``{"event": {"kind": kind, **facts}}``.
-
-    Args:
-        kind: One of :data:`EVENTS`.
-        facts: Details, JSON-ready.
+    """Return ``{"event": {"kind": kind, **facts}}``; ``kind`` is one of :data:`EVENTS`.
 
     Raises:
         InternalError: The kind is unknown.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from open_mythos.train.monitoring.alarms import (
     relative_gap,
 )
 from open_mythos.train.monitoring.metrics import Metrics
-from open_mythos.train.monitoring.spikes import Spike, SpikeDetector
+from open_mythos.train.monitoring.spikes import SpikeDetector
 from open_mythos.train.monitoring.utilisation import Utilisation, device_peak
 from open_mythos.train.parallel.parallelize import ParallelModel
 from open_mythos.train.state import StepResult, TokenBatch
@@ -33,14 +35,7 @@ _PROBE_TOKENS = 1000
 
 
 class Monitor:
-    """Measures a run and reports what is wrong with it; the trainer decides what follows.
-
-    Args:
-        model: The model in training.
-        config: Configuration of the run.
-        device: Device of this process.
-        dtype: Dtype of the matmuls.
-    """
+    """Measures a run of ``config`` and detects its failures; ``dtype`` is that of the matmuls."""
 
     def __init__(
         self, model: Model, config: RunConfig, device: torch.device, dtype: torch.dtype
@@ -49,11 +44,14 @@ class Monitor:
         self._device, self._dtype = device, dtype
         self._depth = max(1, round(config.depth.expected))
         counts = account(model, context=train.seq_len)
-        peak = watch.peak_flops or _peak_of(device, dtype)
+        peak = watch.peak_flops
+        if peak is None and device.type == "cuda":
+            peak = device_peak(
+                torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."),
+                tf32=torch.backends.cuda.matmul.allow_tf32,
+            )  # fmt: skip
         self._use = Utilisation(counts, config.grad_loops, peak and peak * world_size())
-        self._spikes = SpikeDetector(
-            watch.spike_window, watch.spike_threshold, watch.spike_patience
-        )
+        self.spikes = SpikeDetector(watch.spike_window, watch.spike_threshold, watch.spike_patience)
         self._watchdog = None
         if isinstance(model, OpenMythos) and watch.watchdog:
             start = first_judged_step(train.steps, train.warmup_steps)
@@ -64,10 +62,6 @@ class Monitor:
         depths = None if result.depths is None else result.depths.tolist()
         flops = self._use.step_flops(depths, *result.batch.input_ids.shape)
         self._use.add(seconds, result.counts.tokens, flops)
-
-    def spike(self, step: int, loss: float) -> Spike | None:
-        """Return the spike that the loss of this step completes; equal in all processes."""
-        return self._spikes.observe(step, loss)
 
     def rates(self) -> Metrics:
         """Return the throughput of all processes since the last call."""
@@ -83,24 +77,22 @@ class Monitor:
     ) -> Metrics:
         """Return the alarms that this logged step raises, and those that are still active.
 
-        Args:
-            step: Optimizer steps done.
-            summary: Loop metrics over all processes.
-            parallel: The model.
-            batch: Batch of this process; part of it is used to probe the gain from looping.
+        ``summary`` covers all processes, ``batch`` is this one's; part of it is used to measure the
+        gain from looping.
         """
         if self._watchdog is None:
             return {}
         gap = None
         if step >= self._watchdog.start and self._depth > 1:
             part = batch.split(_parts(*batch.input_ids.shape))[0].to(self._device)
-            gap = relative_gap(*parallel.look_at(self._losses, part))
+            losses = partial(loop_losses, batch=part, depth=self._depth, dtype=self._dtype)
+            gap = relative_gap(*parallel.look_at(losses))
         alarms = self._watchdog.observe(step, summary, loop_gap=gap)
         for alarm in alarms:
             logger.warning("%s", alarm)
         metrics: Metrics = {} if gap is None else {"loop_gap": gap}
         if alarms:
-            metrics["alarms"] = [alarm.to_dict() for alarm in alarms]
+            metrics["alarms"] = [asdict(alarm) for alarm in alarms]
         if self._watchdog.active:
             metrics["alarms_active"] = self._watchdog.active
         return metrics
@@ -108,16 +100,13 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of spike detector and watchdog, JSON-ready."""
         dog = {} if self._watchdog is None else {"watchdog": self._watchdog.state_dict()}
-        return {"spikes": self._spikes.state_dict(), **dog}
+        return {"spikes": self.spikes.state_dict(), **dog}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self._spikes.load_state_dict(state["spikes"])
+        self.spikes.load_state_dict(state["spikes"])
         if self._watchdog is not None and "watchdog" in state:
             self._watchdog.load_state_dict(state["watchdog"])
-
-    def _losses(self, model: OpenMythos, batch: Any) -> tuple[float, float]:
-        return loop_losses(model, batch, self._depth, dtype=self._dtype)
 
 
 def _parts(sequences: int, length: int) -> int:
@@ -125,12 +114,3 @@ def _parts(sequences: int, length: int) -> int:
     wanted = min(sequences, -(-_PROBE_TOKENS // length))
     size = next(n for n in range(wanted, sequences + 1) if sequences % n == 0)
     return sequences // size
-
-
-def _peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the peak FLOP/s of the device; None if unknown, as on a CPU."""
-    if device.type != "cuda":
-        return None
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    name = str(dtype).removeprefix("torch.")
-    return device_peak(torch.cuda.get_device_name(device), name, tf32=tf32)

@@ -1,7 +1,6 @@
-"""Loss-spike detection from recent losses alone; the trainer decides what follows.
+"""Loss-spike detection from recent losses alone. This module loads no torch.
 
-A spike is several consecutive steps whose loss is far above the recent ones. The scale is a robust
-spread of the window, which its worst steps hardly affect:
+A spike is several consecutive steps whose loss is far above the recent ones:
 
     centre   = median of the window
     residual = window minus its trend, the line through the medians of its two halves
@@ -9,12 +8,9 @@ spread of the window, which its worst steps hardly affect:
                centred at its median
     high     = loss > centre + max(threshold spread, min_rise)
 
-Both terms of the spread estimate the standard deviation of Gaussian noise. The second one also
-covers steps that are harder by design, such as those for which a depth plan draws extra loops. The
-centre is not detrended: while the loss falls it is above the present loss, which favors silence. A
-single high step is a bad batch; ``patience`` consecutive ones are a spike.
-
-This module loads no torch.
+Both terms of the spread estimate the standard deviation of Gaussian noise; the second also covers
+steps that are harder by design, such as those with extra loops. The centre is not detrended: while
+the loss falls it is above the present loss, which favors silence.
 """
 
 from __future__ import annotations
@@ -65,11 +61,7 @@ class SpikeDetector:
     """
 
     def __init__(
-        self,
-        window: int = 128,
-        threshold: float = 6.0,
-        patience: int = 4,
-        min_rise: float = 0.1,
+        self, window: int = 128, threshold: float = 6.0, patience: int = 4, min_rise: float = 0.1
     ) -> None:
         self.window, self.threshold = window, threshold
         self.patience, self.min_rise = patience, min_rise

@@ -82,10 +82,7 @@ class Utilisation:
     def step_flops(self, depths: Iterable[int] | None, sequences: int, length: int) -> float:
         """Return the FLOPs of forward and backward pass of one step.
 
-        Args:
-            depths: Loops of each sequence; None for a dense model.
-            sequences: Sequences of the step.
-            length: Tokens T of each.
+        ``depths`` are the loops of each sequence of ``length`` tokens; None for a dense model.
         """
         if depths is None:
             return sequences * length * self.counts.training_flops(context=length)

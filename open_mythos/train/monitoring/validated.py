@@ -1,8 +1,5 @@
 """Depth range over which a trained model is usable, measured at the end of training.
 
-A looped model accepts any number of loops; the record stored in its checkpoints says which depths
-were measured and which of them are about as good as the best.
-
 This module loads no torch.
 """
 

@@ -1,13 +1,10 @@
-"""An exponential moving average (EMA) of the weights, to evaluate with in their place.
+"""Exponential moving average (EMA) of the weights, for evaluation.
 
 After every step that changed the weights, average <- d average + (1 - d) weights. In update n,
 counted from 0, d = min(decay, (1 + n) / (10 + n)): the warm-up of TensorFlow's
-``tf.train.ExponentialMovingAverage``. Until d has reached ``decay`` the average looks back over
-about a ninth of the updates so far, and soon forgets the untrained weights.
+``tf.train.ExponentialMovingAverage``, which soon forgets the untrained weights.
 
-An average does what a lower learning rate would: it takes out the noise of the last steps
-(arXiv 2411.18704). It gains little once the learning rate has decayed to nothing, and much in the
-middle of a run or under a constant rate.
+The average removes the noise of the last steps, as a lower learning rate would (arXiv 2411.18704).
 
 ``torch.optim.swa_utils.AveragedModel`` copies the module, which FSDP2 does not allow, and reads its
 counter on the host at every update.
@@ -15,13 +12,13 @@ counter on the host at every update.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from open_mythos.errors import ConfigError, DataError, InternalError
 from open_mythos.hub.pretrained import from_pretrained
@@ -30,21 +27,21 @@ from open_mythos.train.build import Model
 from open_mythos.train.optimizers.muon import local
 
 AVERAGE_FILE = "average.safetensors"
-"""Its file in a checkpoint."""
+"""File of the averages in a checkpoint."""
 UPDATES = "updates"
-"""Key of the number of updates, beside the names of the weights."""
+"""Key of the number of updates, next to the names of the weights."""
 
 
 class WeightAverage:
-    """Averages of all trained weights, and of the biases that balance the experts.
+    """Averages of all trained weights and of the router biases, sharded like the weights.
 
-    The averages are sharded like the weights, so make this after FSDP2 has sharded the model.
+    Create it after FSDP2 has sharded the model.
 
     Args:
-        model: Weights that require no gradient are left out; the others must be float32 at least,
-            for a narrower average could not take in a small share of a weight.
-        decay: d in the long run: the average looks back over about 1 / (1 - decay) updates.
-        outermost: The last module that was given to FSDP2, if that is not the model itself.
+        model: Weights without gradient are excluded; all others must be float32 or float64, since
+            a narrower average would lose small changes.
+        decay: Final value of d; the average covers about 1 / (1 - decay) updates.
+        outermost: The last module that was passed to FSDP2, if that is not the model itself.
 
     Raises:
         ConfigError: ``decay`` is out of range, or a weight is too narrow.
@@ -72,35 +69,28 @@ class WeightAverage:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin again with the present weights."""
-        for name, average in self._averages.items():
-            copy_part(average, self._weights[name].detach())
-        self._updates.zero_()
+        """Start again from the present weights."""
+        self.load_state_dict(self._weights | {UPDATES: torch.zeros_like(self._updates)})
 
     @torch.no_grad()
     def update(self, changed: Tensor | bool = True) -> None:
-        """Take in the present weights.
-
-        Args:
-            changed: Boolean scalar on the device; where it is False, nothing happens.
-        """
+        """Update the averages with the present weights, unless ``changed`` (a scalar) is False."""
         self._reject_swapped("update")
         # a Python number divides in double precision, and so must this for equal averages
         n = self._updates.double() if self._updates.device.type != "mps" else self._updates.float()
         share = (1 - ((1 + n) / (10 + n)).clamp(max=self.decay)) * changed
-        for average, weight in zip(_local(self._averages), _local(self._weights), strict=True):
-            average.lerp_(weight, share.to(average.dtype))
+        for name, average in self._averages.items():
+            local(average).lerp_(local(self._weights[name]), share.to(average.dtype))
         self._updates += changed
 
     @contextmanager
     def swap(self) -> Iterator[None]:
-        """Exchange weights and averages inside ``with``; afterwards they are bit for bit as before.
+        """Exchange weights and averages within ``with``; afterwards they are bit for bit as before.
 
-        Values are exchanged, not tensors: whoever holds the parameters, as the optimizer does,
-        still holds the right ones.
+        Values are exchanged, not tensors, so the optimizer still holds the same parameters.
 
         Raises:
-            InternalError: ``outermost`` was forgotten.
+            InternalError: ``outermost`` is missing, and weights that FSDP2 has gathered remain.
         """
         self._reject_swapped("swap")
         self._exchange()
@@ -110,22 +100,26 @@ class WeightAverage:
         finally:
             self._exchange()
             self._swapped = False
-            self._check_nothing_is_gathered()
+            present = dict(self._model.named_parameters())
+            for name, weight in self._weights.items():
+                if present.get(name, weight) is not weight:
+                    raise InternalError(
+                        "averages that FSDP2 has gathered are still there", where=name,
+                        value=type(self._outermost).__name__,
+                        allowed="the module that was given to FSDP2 last",
+                        fix="pass it as WeightAverage(model, decay, outermost)",
+                    )  # fmt: skip
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by the names of their weights, not copied, and :data:`UPDATES`.
-
-        They are DTensors if the model is sharded.
-        """
+        """Return weight name -> average, not copied, and :data:`UPDATES`."""
         self._reject_swapped("state_dict")
         return self._averages | {UPDATES: self._updates}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`; change nothing unless everything fits.
+        """Restore :meth:`state_dict` from whole tensors, or DTensors sharded like the weights.
 
-        Args:
-            state: Whole tensors, or DTensors sharded like the weights.
+        Nothing changes unless all names and shapes match.
 
         Raises:
             DataError: A name is missing or unknown, or a shape differs.
@@ -139,22 +133,10 @@ class WeightAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         _reshard(self._outermost)
-        for weight, average in zip(_local(self._weights), _local(self._averages), strict=True):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
-
-    def _check_nothing_is_gathered(self) -> None:
-        """Make sure that averages gathered by FSDP2 inside :meth:`swap` do not stay as weights."""
-        present = dict(self._model.named_parameters())
-        for name, weight in self._weights.items():
-            if present.get(name, weight) is not weight:
-                raise InternalError(
-                    "averages that FSDP2 has gathered are still there", where=name,
-                    value=type(self._outermost).__name__,
-                    allowed="the module that was given to FSDP2 last",
-                    fix="pass it as WeightAverage(model, decay, outermost)",
-                )  # fmt: skip
+        for name, average in self._averages.items():
+            weight, kept = local(self._weights[name]), local(average).clone()
+            local(average).copy_(weight)
+            weight.copy_(kept)
 
     def _reject_swapped(self, what: str) -> None:
         if self._swapped:
@@ -165,10 +147,7 @@ class WeightAverage:
 
 
 def averaged_model(checkpoint: str | Path) -> Model:
-    """Load the model of a checkpoint with the averages as its weights, on the CPU.
-
-    Args:
-        checkpoint: Folder of a verified checkpoint (``find_checkpoint`` gives one).
+    """Load the model of a verified checkpoint with the averaged weights, on the CPU.
 
     Raises:
         DataError: The checkpoint holds no averages, or they are not of its model.
@@ -188,7 +167,7 @@ def averaged_model(checkpoint: str | Path) -> Model:
         )  # fmt: skip
     read_tensors(folder, stored)
     model = from_pretrained(folder)
-    # the halting gate is frozen in training, but not in a model as it is loaded
+    # the halting gate is frozen during training, but not in a loaded model
     weights = {name: each for name, each in _averaged(model).items() if "halting." not in name}
     averages = {name.removeprefix(prefix): each for name, each in stored.items()}
     _check_fit(averages, weights)
@@ -206,10 +185,6 @@ def _averaged(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [local(tensor) for tensor in tensors.values()]
-
-
 def _check_fit(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Raise DataError unless ``state`` holds averages of exactly these weights."""
     expected = {name: tuple(weight.shape) for name, weight in weights.items()} | {UPDATES: ()}
@@ -224,11 +199,7 @@ def _check_fit(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> No
 
 
 def _reshard(model: nn.Module) -> None:
-    """Drop weights that FSDP2 has gathered. After an evaluation they may still be there, and would
-    be taken for the weights of the next step when those have changed."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
+    """Free gathered weights of FSDP2, which after an evaluation may remain and become stale."""
     for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
+        if isinstance(module, FSDPModule):
             module.reshard()

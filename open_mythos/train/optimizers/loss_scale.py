@@ -1,7 +1,7 @@
 """Dynamic loss scaling for float16, in which small gradients would round to zero.
 
-The rule of ``torch.amp.GradScaler`` (arXiv 1710.03740, section 3.2). ``GradScaler`` itself lets
-every process decide alone whether to skip a step; here that decision is shared by all processes.
+The rule of ``torch.amp.GradScaler`` (arXiv 1710.03740, section 3.2), but all processes decide
+together whether to skip a step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ START, GROWTH, BACKOFF, INTERVAL = 65536.0, 2.0, 0.5, 2000
 class LossScale:
     """The factor by which the loss is multiplied before the backward pass, on the device.
 
-    Args:
-        device: Where it is kept and changed.
-        dynamic: Whether to scale at all; False for dtypes with the range of float32.
+    It is 1 unless ``dynamic``, which only float16 needs.
     """
 
     def __init__(self, device: torch.device, dynamic: bool) -> None:
@@ -39,12 +37,8 @@ class LossScale:
     def update(self, proceed: Tensor) -> Tensor:
         """Halve the scale after an overflow, double it after :data:`INTERVAL` good steps.
 
-        Args:
-            proceed: Boolean scalar: False if loss or gradient was not finite.
-
-        Returns:
-            Boolean scalar: whether the step failed and the scale could be lowered. Such an overflow
-            says nothing about the run.
+        ``proceed`` is a boolean scalar, False if loss or gradient was not finite. Returns a boolean
+        scalar: whether it was False and the scale could be lowered.
         """
         if not self.dynamic:
             return torch.zeros_like(proceed)

@@ -1,8 +1,7 @@
-"""Which optimizer a parameter gets, and whether weight decay reaches it: one table, :data:`RULES`.
+"""Optimizer and weight decay of each parameter, from one table: :data:`RULES`.
 
-"adamw" is AdamW for everything. "muon" is Muon for the matrices inside the blocks and AdamW for
-what is left (:mod:`open_mythos.train.optimizers.muon`); both go by the same learning rate and
-weight decay.
+"adamw" is AdamW for everything; "muon" is Muon for the matrices inside the blocks and AdamW for the
+rest (:mod:`open_mythos.train.optimizers.muon`), with the same learning rate and weight decay.
 """
 
 from __future__ import annotations
@@ -23,24 +22,22 @@ from open_mythos.train.optimizers.muon import Muon, MuonAdamW
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens to the parameters whose names match."""
+    """Treatment of the parameters whose names contain ``pattern``, a regular expression."""
 
     pattern: str
-    """Searched for in the name."""
     what: str
-    """Which parameters these are."""
+    """Description of these parameters."""
     decayed: bool
-    """Whether weight decay reaches them."""
+    """Whether weight decay applies."""
     maps: int
-    """Maps of equal size that share one of Muon's matrices; 0 where Muon does not apply."""
+    """Maps of equal size that share a matrix; 0 if Muon does not apply."""
     why: str
-    """The reason."""
 
 
 _ADAMW_KEEPS = frozenset({"step", "exp_avg", "exp_avg_sq"})
 _MUON_KEEPS = frozenset({"momentum_buffer"})
 NOT_TRAINED = re.compile(r"halting\.")
-"""The halting gate is in no group: it is trained later, on the frozen model."""
+"""The halting gate, which is trained later on the frozen model."""
 
 RULES = (
     Rule(
@@ -83,51 +80,50 @@ RULES = (
     ),
     Rule(r"", "any other matrix", True, 0, "not known to be a hidden map"),
 )  # fmt: skip
-"""First match wins, but what is no matrix is neither decayed nor Muon's, whatever its name."""
+"""The first match counts; vectors are never decayed or given to Muon."""
 
 
 def rule_of(name: str) -> Rule:
-    """The rule of a parameter that is a matrix or a stack of them."""
+    """Return the rule of a matrix or a stack of matrices."""
     return next(rule for rule in RULES if re.search(rule.pattern, name))
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, name: str = "adamw"
 ) -> list[dict[str, Any]]:
-    """Groups of named parameters, each in the order of the model; the halting gate is in none.
+    """Return groups of named parameters, in the order of the model, without the halting gate.
 
     Args:
-        model: Its parameters are judged by their names, as the layers of this library give them.
-        weight_decay: Of the groups that are decayed.
-        name: "adamw": groups "decay" and "no_decay". "muon": before them "muon" and "muon_pairs",
-            whose matrices hold two maps; their ``side_by_side`` says so. Empty groups are left out.
+        model: Its parameters are classified by their names in this library's layers.
+        weight_decay: Weight decay of all groups but "no_decay".
+        name: "adamw": groups "decay" and "no_decay". "muon": first "muon" and "muon_pairs" (two
+            maps per matrix), with the key ``side_by_side``. Empty groups are omitted.
 
     Raises:
         ConfigError: There is no such optimizer.
     """
     pick(OPTIMIZERS, name, "optim.name", what="optimizer")
-    decay: dict[str, Any] = {"name": "decay", "params": [], "weight_decay": weight_decay}
-    no_decay: dict[str, Any] = {"name": "no_decay", "params": [], "weight_decay": 0.0}
-    hidden: dict[int, dict[str, Any]] = {
-        maps: {"name": group, "params": [], "weight_decay": weight_decay, "side_by_side": maps}
-        for maps, group in ((1, "muon"), (2, "muon_pairs"))
+    groups: dict[str, dict[str, Any]] = {
+        "muon": {"weight_decay": weight_decay, "side_by_side": 1},
+        "muon_pairs": {"weight_decay": weight_decay, "side_by_side": 2},
+        "decay": {"weight_decay": weight_decay},
+        "no_decay": {"weight_decay": 0.0},
     }
     for each, parameter in model.named_parameters():
         if NOT_TRAINED.search(each):
             continue
         rule = rule_of(each)
-        group = decay if rule.decayed and parameter.dim() > 1 else no_decay
+        group = "decay" if rule.decayed and parameter.dim() > 1 else "no_decay"
         if name == "muon" and rule.maps and parameter.dim() > 1:
-            group = hidden[rule.maps]
-        group["params"].append((each, parameter))
-    return [group for group in (*hidden.values(), decay, no_decay) if group["params"]]
+            group = "muon" if rule.maps == 1 else "muon_pairs"
+        groups[group].setdefault("params", []).append((each, parameter))
+    return [{"name": group} | options for group, options in groups.items() if "params" in options]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, over :func:`parameter_groups`.
+    """Build the optimizer of the configuration over :func:`parameter_groups`.
 
-    To its caller it is one optimizer: groups with ``param_names``, one learning rate that serves
-    them all, one state. Sharding a model replaces its parameters, so shard first.
+    Its groups hold ``param_names``. Shard a model first: that replaces its parameters.
 
     Raises:
         ConfigError: There is no such optimizer.
@@ -137,7 +133,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW, in one fused kernel where the device has it."""
+    """Build AdamW, fused if the device supports it."""
     parameters = [parameter for group in groups for _, parameter in group["params"]]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return torch.optim.AdamW(
@@ -146,7 +142,7 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Ada
 
 
 def _muon(groups: list[dict[str, Any]], config: OptimConfig) -> MuonAdamW:
-    """Muon for the groups with ``side_by_side``, AdamW for the others."""
+    """Build Muon for the groups with ``side_by_side``, AdamW for the others."""
     hidden = [group for group in groups if "side_by_side" in group]
     if not hidden:
         raise ConfigError(
@@ -177,7 +173,7 @@ def state_names(optimizer: torch.optim.Optimizer) -> dict[str, frozenset[str]]:
 
 
 def freeze_halting_gate(model: nn.Module) -> None:
-    """Take the halting gate out of the graph: no loss here reaches it."""
+    """Set ``requires_grad`` of the halting gate to False."""
     for name, parameter in model.named_parameters():
         if NOT_TRAINED.search(name):
             parameter.requires_grad_(False)

@@ -1,7 +1,6 @@
 """The learning rate as a pure function of the step: linear warm-up, then one of several shapes.
 
-It is above zero at every step, the first and the last included: a step at learning rate zero
-would only move the optimizer's moments.
+It is above zero at every step, since a step at zero would only change the optimizer's moments.
 """
 
 from __future__ import annotations

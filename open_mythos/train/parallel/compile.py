@@ -31,11 +31,8 @@ too low for gradient or none, one row or more, training or evaluation, and chang
 def compile_block(block: TransformerBlock, *, rows_leave: bool, backend: str = "inductor") -> None:
     """Set ``block.compiled``, which compiles at its first call.
 
-    Args:
-        block: Changed in place.
-        rows_leave: Make the number of rows symbolic from the first call on. A graph specialized to
-            a constant number is slightly faster.
-        backend: Backend of ``torch.compile``.
+    With ``rows_leave``, the number of rows is symbolic from the first call on; a graph specialized
+    to a constant number is slightly faster.
     """
     limit: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:

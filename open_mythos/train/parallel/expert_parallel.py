@@ -33,12 +33,7 @@ def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def apply_expert_parallelism(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Turn the expert weights of ``model`` into DTensors, sharded over the second axis of ``mesh``.
-
-    Args:
-        model: Changed in place.
-        mesh: (replica, expert) ranks.
-    """
+    """Shard the expert weights of ``model`` as DTensors over the axis "expert" of ``mesh``."""
     for module in model.modules():
         if isinstance(module, MoEFFN):
             for name in STACKS:

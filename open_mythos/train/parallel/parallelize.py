@@ -36,15 +36,13 @@ def parallelize(model: Model, config: RunConfig) -> ParallelModel:
     weights are gathered once for all loops and stay until its backward pass. The remainder
     (embedding, norms, read-out, head) is the outermost unit.
 
-    Args:
-        model: The model on its device; changed in place, sharded parameters become DTensors.
-        config: A validated configuration.
+    ``model`` is changed in place; sharded parameters become DTensors.
 
     Raises:
         ConfigError: The world size does not fit the configuration.
     """
     parallel = config.parallel
-    kind = resolve_kind(parallel)
+    kind = _resolve_kind(parallel)
     if config.train.checkpoint_loops and isinstance(model, OpenMythos):
         model.recurrent.checkpoint = True
     if config.train.compile:
@@ -86,20 +84,14 @@ class _Call(nn.Module):
 class ParallelModel:
     """A model shared by all ranks of a run; created by :func:`parallelize`.
 
-    Args:
-        call: Calls functions on the model; wrapped by DDP or FSDP2.
+    Attributes:
+        outermost: Module that calls functions on the model; wrapped by DDP or FSDP2.
         model: The model inside it.
-        keep_step: Whether all ranks have to run the same number of loops.
+        keep_step: Whether all ranks must run the same number of loops.
     """
 
     def __init__(self, call: nn.Module, model: Model, keep_step: bool) -> None:
-        self.model, self.keep_step = model, keep_step
-        self._call = call
-
-    @property
-    def outermost(self) -> nn.Module:
-        """The outermost wrapper, which DDP or FSDP2 was applied to last."""
-        return self._call
+        self.outermost, self.model, self.keep_step = call, model, keep_step
 
     def train_on(self, function: Callable[..., Any], *, last: bool, **arguments: Any) -> Any:
         """Return ``function(model, **arguments)`` with gradients, for one micro-batch.
@@ -107,27 +99,26 @@ class ParallelModel:
         DDP all-reduces gradients in the ``last`` micro-batch of a step, FSDP2 in every one, since
         unsharded gradients would need the memory that sharding saves.
         """
-        if isinstance(self._call, DistributedDataParallel):
-            self._call.require_backward_grad_sync = last
-        return self._call(function, **arguments)
+        if isinstance(self.outermost, DistributedDataParallel):
+            self.outermost.require_backward_grad_sync = last
+        return self.outermost(function, **arguments)
 
     def look_at(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(model, *args)`` without gradients, with the loop's weights gathered."""
 
         def call(model: Model) -> Any:
             # functions may call the loop's step, which does not trigger the gathering
-            loop = [model.recurrent] if isinstance(model, OpenMythos) else []
-            units = [unit for unit in loop if isinstance(unit, FSDPModule)]
-            for unit in units:
-                unit.unshard()
+            loop: Any = model.recurrent if isinstance(model, OpenMythos) else None
+            if not isinstance(loop, FSDPModule):
+                return function(model, *args)
+            loop.unshard()
             try:
                 return function(model, *args)
             finally:
-                for unit in units:
-                    unit.reshard()
+                loop.reshard()
 
         with torch.no_grad():
-            return self._call(call)
+            return self.outermost(call)
 
     def finish_gradients(self) -> None:
         """Sum the gradients of experts over replicas; DDP and FSDP2 sum all others."""
@@ -138,12 +129,8 @@ class ParallelModel:
                 )
 
 
-def resolve_kind(config: ParallelConfig) -> str:
-    """Return "none", "ddp" or "fsdp" for the current world size.
-
-    Raises:
-        ConfigError: The world size does not fit the configuration.
-    """
+def _resolve_kind(config: ParallelConfig) -> str:
+    """Return "none", "ddp" or "fsdp" for the current world size."""
     size = world_size()
     kind = ("none" if size == 1 else "ddp") if config.kind == "auto" else config.kind
     if kind == "none" and size > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -37,10 +38,6 @@ def device_of_process(name: str) -> torch.device:
 @contextmanager
 def process_group(config: ParallelConfig, device: str) -> Iterator[None]:
     """Initialize the process group within ``with``; does nothing without a launcher or within one.
-
-    Args:
-        config: Contains the timeout of collective operations.
-        device: Value of ``train.device``.
 
     Raises:
         EnvironmentError_: The processes cannot connect.
@@ -73,20 +70,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum ``x`` over ranks in float64, in rank order, without a host-device sync."""
     everyone = [torch.empty_like(x, dtype=torch.float64) for _ in range(world_size())]
     dist.all_gather(everyone, x.double())
-    total = everyone[0]
-    for each in everyone[1:]:
-        total = total + each
-    return total.to(x.dtype)
+    return reduce(torch.add, everyone).to(x.dtype)
 
 
 def sum_loads(trace: LoopTrace, loops: int, model: CausalLM) -> None:
-    """Sum the expert loads in ``trace`` over ranks, in place.
-
-    Args:
-        trace: Trace of this rank, which may have run fewer loops than others.
-        loops: Maximum loops of any rank in the step.
-        model: The traced model.
-    """
+    """Sum the expert loads in ``trace`` over ranks, in place; ``loops`` is the most of any rank."""
     mixtures = [module for module in model.modules() if isinstance(module, MoEFFN)]
     if world_size() == 1 or not mixtures:
         return
@@ -101,7 +89,7 @@ def merge_over_ranks(trace: LoopTrace, depths: Tensor | None) -> tuple[LoopTrace
     """Concatenate the rows of the traces, and the depths (B,), of all ranks."""
     if world_size() == 1:
         return trace, depths
-    rows = {name: _on_cpu(getattr(trace, name)) for name in PER_ROW}
+    rows = {name: {t: x.cpu() for t, x in getattr(trace, name).items()} for name in PER_ROW}
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, (rows, depths))
     total = LoopTrace(load=trace.load)
@@ -124,7 +112,3 @@ def first_decides(decide: Callable[[], T]) -> T:
     if isinstance(results[0], MythosError):
         raise results[0]
     return results[0]
-
-
-def _on_cpu(rows: dict[int, Tensor]) -> dict[int, Tensor]:
-    return {loop: row.cpu() for loop, row in rows.items()}

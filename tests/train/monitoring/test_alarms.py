@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -292,7 +292,7 @@ def test_thresholds_are_the_callers():
     (alarm,) = dog.observe(7, summary())
     assert (alarm.name, alarm.step, alarm.loop, alarm.value) == ("state_explosion", 7, 2, 1.2)
     assert "to do" in str(alarm)
-    assert json.loads(json.dumps(alarm.to_dict())) == alarm.to_dict()
+    assert json.loads(json.dumps(asdict(alarm))) == asdict(alarm)
 
 
 @pytest.mark.parametrize("cut", range(0, 12, 2))

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from open_mythos.errors import ConfigError, InternalError
 from open_mythos.train import OptimConfig, build_model, build_optimizer
 from open_mythos.train.optimizers.ema import WeightAverage
-from open_mythos.train.optimizers.muon import Muon, is_sharded, orthogonalise
+from open_mythos.train.optimizers.muon import Muon, orthogonalize
 from tests.train.ranks import run_ranks
 
 
@@ -52,19 +52,19 @@ def torch_muon(matrices, gradients, **options):
 @pytest.mark.parametrize("shape", [(3, 8, 12), (2, 12, 8), (1, 5, 5), (4, 1, 7), (7, 5)])
 def test_singular_values_end_near_one(shape):
     x = torch.randn(shape) * 10 ** torch.randn(shape[0], *[1] * (len(shape) - 1))
-    values = torch.linalg.svdvals(orthogonalise(x).float())
-    assert orthogonalise(x).shape == x.shape
+    values = torch.linalg.svdvals(orthogonalize(x).float())
+    assert orthogonalize(x).shape == x.shape
     assert values.min() > 0.3
     assert values.max() < 1.3
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
     cosine = nn.functional.cosine_similarity(
-        orthogonalise(x).float().flatten(-2), (u @ vt).flatten(-2), dim=-1
+        orthogonalize(x).float().flatten(-2), (u @ vt).flatten(-2), dim=-1
     )
     assert cosine.min() > 0.95
 
 
 def test_a_zero_matrix_stays_zero():
-    assert torch.equal(orthogonalise(torch.zeros(2, 3, 4)).float(), torch.zeros(2, 3, 4))
+    assert torch.equal(orthogonalize(torch.zeros(2, 3, 4)).float(), torch.zeros(2, 3, 4))
 
 
 def test_bfloat16_loses_nothing_that_matters():
@@ -77,7 +77,7 @@ def test_bfloat16_loses_nothing_that_matters():
         exact = a * exact + (b * gram + c * gram @ gram) @ exact
     u, _, vt = torch.linalg.svd(x.double(), full_matrices=False)
     undone = (exact - u @ vt).norm()
-    rounding = (orthogonalise(x).double() - exact).norm()
+    rounding = (orthogonalize(x).double() - exact).norm()
     assert rounding < 0.1 * undone
 
 
@@ -287,7 +287,7 @@ def trained(model, steps, outer=None, rank=0, ranks=1):
 
 def whole(tensor):
     """All of a tensor of which this process may hold a part."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -310,7 +310,7 @@ def check_training(rank, alone):
     fully_shard(outer, reshard_after_forward=False)
     want, got = trained(alone, 3), trained(shared, 3, outer, rank, 2)
     for name, parameter in shared.named_parameters():
-        assert is_sharded(parameter), name
+        assert isinstance(parameter, DTensor), name
         expected = alone.get_parameter(name).detach()
         way, error = expected - start[name], whole(parameter.detach()) - expected
         assert (way.norm() > 0) == ("halting" not in name), name
