@@ -24,11 +24,16 @@ def test_stores_as_many_blocks_by_default(attn_type):
 
 
 @pytest.mark.parametrize(
-    "cfg", [small_config("mla"), small_config("gqa"), mythos_nano()], ids=["mla", "gqa", "nano"]
-)
+    "cfg",
+    [
+        small_config("mla"), small_config("gqa"), mythos_nano(),
+        small_config("gqa", ffn_kind="relu2", n_experts=0),
+    ],
+    ids=["mla", "gqa", "nano", "relu2"],
+)  # fmt: skip
 def test_same_parameters(cfg: MythosConfig):
     looped, dense = OpenMythos(cfg), DenseTransformer.like(cfg)
-    unit = 3 * cfg.dim * len(dense.blocks)
+    unit = (2 if cfg.ffn_kind == "relu2" else 3) * cfg.dim * len(dense.blocks)
     assert abs(parameter_count(dense) - parameter_count(looped)) <= unit / 2
     assert len(dense.blocks) == cfg.prelude_layers + cfg.recurrent_layers + cfg.coda_layers
 
