@@ -18,7 +18,7 @@ from open_mythos.devices import resolve_device
 
 _KERNELS = {
     "attention": re.compile(r"flash|fmha|attention|attn", re.IGNORECASE),
-    "products": re.compile(
+    "matmuls": re.compile(
         r"^aten::(mm|bmm|addmm|baddbmm|mv|addmv|dot|_grouped_mm)$|gemm|cutlass|nvjet|cublas|xmma",
         re.IGNORECASE,
     ),
@@ -127,7 +127,7 @@ def deadline(moment: float) -> Iterator[None]:
 def where_time_goes(call: Callable[[], object]) -> dict[str, float]:
     """Profile one call and return the share of time by kind of kernel.
 
-    "products" are matmuls, "attention" fused attention kernels, "other" the rest; on a GPU "idle"
+    "matmuls" are matmuls, "attention" fused attention kernels, "other" the rest; on a GPU "idle"
     is the share of wall time in which no kernel ran.
     """
     cuda = device().type == "cuda"
@@ -139,7 +139,7 @@ def where_time_goes(call: Callable[[], object]) -> dict[str, float]:
         call()
         synchronize()
         wall = 1e6 * (time.perf_counter() - start)
-    found = {"products": 0.0, "attention": 0.0, "other": 0.0}
+    found = {"matmuls": 0.0, "attention": 0.0, "other": 0.0}
     for event in profiler.key_averages():
         if cuda:
             if event.device_type.name != "CUDA":

@@ -105,7 +105,7 @@ def _line(scale: Scale, attn_type: str, dtype: torch.dtype) -> Iterator[Finding]
         100 * least / slope, "%", goal=goals[1],
         why=f"a position more is {held_bytes:,} bytes of cache: {held_bytes / slope / 1e9:.3g} GB/s"
         f" of {limit.bandwidth / 1e9:.3g}; at {longest} positions {limit.bound} "
-        f"{'are' if limit.bound == 'products' else 'is'} the limit",
+        f"{'are' if limit.bound == 'matmuls' else 'is'} the limit",
         numbers={"bytes_per_second": held_bytes / slope, "measured": limit.bandwidth},
     )  # fmt: skip
 

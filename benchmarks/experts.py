@@ -68,7 +68,7 @@ def _row(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) 
     del exact
     dense = noisy(lambda: Expert(scale.dim, chosen * cfg.expert_dim)).to(dtype)
     weights = fast.gate_up.numel() + fast.down.numel() + fast.router.weight.numel()
-    products = scale.dim * (3 * chosen * cfg.expert_dim + experts[0])
+    matmuls = scale.dim * (3 * chosen * cfg.expert_dim + experts[0])
     return compare(
         name,
         dtype,
@@ -82,7 +82,7 @@ def _row(scale: Scale, experts: tuple[int, int], dtype: torch.dtype, name: str) 
         goal=GOALS.get((dtype, experts)) if scale is FULL else None,
         errors=errors,
         work=Work(
-            6 * products * scale.layer_tokens,
+            6 * matmuls * scale.layer_tokens,
             3 * weights * dtype.itemsize,
             weights * dtype.itemsize,
         ),

@@ -43,7 +43,7 @@ class Floor:
 
     seconds: float
     bound: str
-    """ "products" or "memory"."""
+    """ "matmuls" or "memory"."""
     flops: float
     bytes: float
     peak: float
@@ -57,10 +57,10 @@ def floor(work: Work, dtype: torch.dtype, device: torch.device) -> Floor:
     n = torch.get_num_threads()
     top = peak(dtype, device, n)
     rate = bandwidth(work.reused, device, n)
-    by_products, by_memory = work.flops / top, work.bytes / rate
+    by_matmuls, by_memory = work.flops / top, work.bytes / rate
     return Floor(
-        max(by_products, by_memory),
-        "products" if by_products >= by_memory else "memory",
+        max(by_matmuls, by_memory),
+        "matmuls" if by_matmuls >= by_memory else "memory",
         work.flops,
         work.bytes,
         top,

@@ -144,7 +144,7 @@ def _equality(scale: Scale, dtype: torch.dtype, found: list[tuple[float, float]]
     """Report the largest distance between fast and plain gradients over all models."""
     worst, plain_error = max(found)
     return Finding(
-        "gradients of the fast form against those of the plain one, relative distance",
+        "gradients of the fast path against those of the reference, relative distance",
         dtype_name(dtype), worst, "", goal=EQUAL[dtype] if scale is FULL else None, at_most=True,
         why="the worst tensor of all models" if dtype == torch.float32 else
         "the median tensor of the worst model; the reference itself is "

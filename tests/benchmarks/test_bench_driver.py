@@ -189,13 +189,13 @@ def test_load_of_other_processes_is_a_share():
     assert share is None or 0 <= share <= 1.2
 
 
-@pytest.mark.parametrize("bound", ["products", "memory"])
+@pytest.mark.parametrize("bound", ["matmuls", "memory"])
 def test_the_floor_is_the_larger_time(bound, monkeypatch):
-    rates = {"products": 10.0, "memory": 1000.0}
+    rates = {"matmuls": 10.0, "memory": 1000.0}
     monkeypatch.setattr(roofline, "peak", lambda *_: rates[bound])
     monkeypatch.setattr(roofline, "bandwidth", lambda *_: 100.0)
     found = floor(Work(flops=1000.0, bytes=500.0, reused=500.0), torch.float32)
-    assert (found.bound, found.seconds) == (bound, 100.0 if bound == "products" else 5.0)
+    assert (found.bound, found.seconds) == (bound, 100.0 if bound == "matmuls" else 5.0)
 
 
 def test_what_fits_a_cache_has_its_bandwidth(monkeypatch):
