@@ -51,6 +51,7 @@ def run(name: str, backend: str, chosen: str = "random") -> tuple[Tensor, list[T
     return out.detach(), [leaf.grad for leaf in (x, gate_up, down, weights)]
 
 
+LEAVES = ("x", "gate_up", "down", "weights")
 CASES = [(name, backend) for name in SHAPES for backend in ("sorted", "batched", "auto")]
 CASES += [(name, "grouped") for name in ALIGNED]
 
@@ -62,8 +63,14 @@ def test_equals_the_reference(name, backend, chosen):
     out, fast = run(name, backend, chosen)
     if expected.numel() > 1:
         assert_same(out, expected)
-    for gradient, reference in zip(fast, slow, strict=True):
-        torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4)
+    for leaf, gradient, reference in zip(LEAVES, fast, slow, strict=True):
+        torch.testing.assert_close(
+            gradient,
+            reference,
+            rtol=1e-3,
+            atol=1e-4,
+            msg=lambda text, leaf=leaf: f"d{leaf}: {text}",
+        )
 
 
 def test_the_reference_is_the_definition():
