@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm
 
-from open_mythos.ops.experts.sizes import DEFERRED_TOKENS
+from open_mythos.ops.experts.routed import DEFERRED_TOKENS
 from open_mythos.plan.job import Job, Layout
 from open_mythos.plan.parameters import ROOT, Parameter
 from open_mythos.plan.trace import FORWARD, UPDATE, StepTrace, trace_step

@@ -9,12 +9,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from open_mythos.errors import ConfigError
-from open_mythos.ops.experts.batched import batch_shapes
+from open_mythos.ops.experts.batched import MOST, PADDING, ROWS, batch_shapes
 from open_mythos.ops.experts.looped_stack import LoopedStack
 from open_mythos.ops.experts.operation import backward, forward
-from open_mythos.ops.experts.routed import _resolve, routed_experts
-from open_mythos.ops.experts.rows import expert_load
-from open_mythos.ops.experts.sizes import BATCHED_TOKENS, MOST, PADDING, ROWS, padded
+from open_mythos.ops.experts.routed import BATCHED_TOKENS, _resolve, routed_experts
+from open_mythos.ops.experts.rows import expert_load, padded
 
 SHAPES = {  # N, D, F, E, C
     "plain": (40, 16, 8, 8, 2),

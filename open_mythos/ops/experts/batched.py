@@ -18,20 +18,19 @@ import torch
 from torch import Tensor
 
 from open_mythos.ops.experts.looped_stack import Rows, defer_gradient, saved_rows
-from open_mythos.ops.experts.rows import activated, activated_backward, read_ends
-from open_mythos.ops.experts.sizes import MOST, PADDING, ROWS, padded
+from open_mythos.ops.experts.rows import Call, activated, activated_backward, padded, read_ends
+
+ROWS = 2048
+"""Most padded rows of a batch of several experts."""
+PADDING = 1.5
+"""Most rows of a batch, relative to the padded rows of its experts in separate batches."""
+MOST = 64
+"""Most experts of a batch; a power of two, so that batches have few sizes."""
 
 
-def forward(
-    x_ND: Tensor,
-    gate_up_EDF: Tensor,
-    down_EFD: Tensor,
-    token: Tensor,
-    w: Tensor,
-    ends_E: Tensor,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor]:
     """Compute the same as :func:`open_mythos.ops.experts.grouped.forward`."""
+    x_ND, gate_up_EDF, down_EFD, token, w, ends_E = call
     gate_up = x_ND.new_empty((len(token), gate_up_EDF.shape[2]) if keep else 0)
     y = x_ND.new_empty(len(token), x_ND.shape[1])
     for batch in batches(ends_E, len(token)):
@@ -45,18 +44,10 @@ def forward(
 
 
 def backward(
-    grad_ND: Tensor,
-    x_ND: Tensor,
-    gate_up_EDF: Tensor,
-    down_EFD: Tensor,
-    token: Tensor,
-    w: Tensor,
-    gate_up: Tensor,
-    ends_E: Tensor,
-    tokens: Sequence[Tensor],
-    of_stacks: bool,
+    call: Call, gate_up: Tensor, grad_ND: Tensor, tokens: Sequence[Tensor], of_stacks: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the same as :func:`open_mythos.ops.experts.grouped.backward`."""
+    x_ND, gate_up_EDF, down_EFD, token, w, ends_E = call
     now = of_stacks and not tokens
     rows, d_w = x_ND.new_empty(len(token), x_ND.shape[1]), torch.empty_like(w)
     d_gate_up_EDF, d_down_EFD = (
@@ -133,12 +124,7 @@ class Batch:
 
 
 def batches(ends_E: Tensor, n_rows: int) -> Iterator[Batch]:
-    """Yield the batches of a call in expert order, without experts that have no rows.
-
-    Args:
-        ends_E: End of each expert's rows.
-        n_rows: Rows of all experts.
-    """
+    """Yield the batches of a call in expert order, without experts that have no rows."""
     starts_E = torch.cat((ends_E.new_zeros(1), ends_E[:-1])).long()
     counts_E = ends_E - starts_E
     ends = read_ends(ends_E, n_rows)

@@ -13,34 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.experts.looped_stack import Rows, defer_gradient, saved_rows
-from open_mythos.ops.experts.rows import activated, activated_backward, read_ends
+from open_mythos.ops.experts.rows import Call, activated, activated_backward, read_ends
 
 
-def forward(
-    kind: str,
-    x_ND: Tensor,
-    gate_up_EDF: Tensor,
-    down_EFD: Tensor,
-    token: Tensor,
-    w: Tensor,
-    ends_E: Tensor,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(kind: str, call: Call, keep: bool) -> tuple[Tensor, Tensor]:
     """Run the experts on the rows of their tokens.
 
     Args:
         kind: "grouped" or "sorted".
-        x_ND: Tokens.
-        gate_up_EDF: (E, D, 2F).
-        down_EFD: (E, F, D).
-        token: (N C,) index of each row's token, in expert order.
-        w: (N C, 1) weight of each row.
-        ends_E: End of each expert's rows.
+        call: The operands.
         keep: Whether to return the projections.
 
     Returns:
         (N C, D) weighted results; (N C, 2F) gate and up projections, or an empty tensor.
     """
+    x_ND, gate_up_EDF, down_EFD, token, w, ends_E = call
     matmuls = ExpertMatmuls(ends_E, len(token), kind)
     gate_up = matmuls.multiply(x_ND.index_select(0, token), gate_up_EDF)
     y = matmuls.multiply(activated(gate_up, w), down_EFD)
@@ -48,21 +35,15 @@ def forward(
 
 
 def backward(
-    kind: str,
-    grad_ND: Tensor,
-    x_ND: Tensor,
-    gate_up_EDF: Tensor,
-    down_EFD: Tensor,
-    token: Tensor,
-    w: Tensor,
-    gate_up: Tensor,
-    ends_E: Tensor,
-    tokens: Sequence[Tensor],
+    kind: str, call: Call, gate_up: Tensor, grad_ND: Tensor, tokens: Sequence[Tensor],
     of_stacks: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of :func:`forward`, from its arguments and results.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of :func:`forward`.
 
     Args:
+        kind: "grouped" or "sorted".
+        call: The operands.
+        gate_up: The projections.
         grad_ND: Gradient of each token's sum of rows.
         tokens: Tokens of the two :class:`LoopedStack` that defer the stacks' gradients, or none.
         of_stacks: Whether the stacks need gradients.
@@ -71,6 +52,7 @@ def backward(
         Gradients of the rows of tokens (N C, D), of ``w``, gate_up_EDF and down_EFD; the last two
         are empty where they are deferred or not needed.
     """
+    x_ND, gate_up_EDF, down_EFD, token, w, ends_E = call
     matmuls = ExpertMatmuls(ends_E, len(token), kind)
     grad = grad_ND.index_select(0, token)
     d_hidden = matmuls.multiply(grad, down_EFD.mT)
@@ -89,13 +71,7 @@ def backward(
 
 
 class ExpertMatmuls:
-    """Matmuls of rows sorted by expert with a stack of one matrix per expert.
-
-    Args:
-        ends_E: (E,) int32 end of each expert's rows.
-        n_rows: Rows of all experts.
-        kind: "grouped" or "sorted".
-    """
+    """Matmuls of ``n_rows`` rows sorted by expert with a stack of one matrix per expert."""
 
     def __init__(self, ends_E: Tensor, n_rows: int, kind: str) -> None:
         self._ends_E, self._grouped = ends_E, kind == "grouped"

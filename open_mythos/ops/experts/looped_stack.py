@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.devices import kernel_device
-from open_mythos.ops.experts.rows import read_ends
-from open_mythos.ops.experts.sizes import DEFERRED_SIZE, padded
+from open_mythos.ops.experts.rows import padded, read_ends
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
+
+DEFERRED_SIZE = 4
+"""Most saved elements of deferred gradients, relative to the stack."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Use:
-    """Operands of the weight gradient of one use of a stack.
-
-    Attributes:
-        x: (N C, K) operand of the matmul.
-        grad: (N C, M) gradient of its result.
-        ends_E: End of each expert's rows.
-    """
+    """Operands of the weight gradient of one use of a stack."""
 
     x: Rows
+    """(N C, K) operand of the matmul."""
     grad: Rows
+    """(N C, M) gradient of its result."""
     ends_E: Tensor
 
     @property
@@ -147,15 +145,8 @@ class _DeferredGradient(torch.autograd.Function):
 
 
 def defer_gradient(token: Tensor, x: Rows, grad: Rows, ends_E: Tensor) -> None:
-    """Defer x^T grad of each expert to the backward of ``token``, of a :class:`LoopedStack`.
-
-    Args:
-        token: Token of the stack.
-        x: (N C, K) operand of the matmul, rows in expert order.
-        grad: (N C, M) gradient of its result.
-        ends_E: End of each expert's rows; copied, because it is an operand of the caller.
-    """
-    _alive[int(token)].add(Use(x, grad, ends_E.clone()))
+    """Defer x^T grad of each expert to the backward of ``token``, of a :class:`LoopedStack`."""
+    _alive[int(token)].add(Use(x, grad, ends_E.clone()))  # cloned: an operand of the caller
 
 
 def saved_rows(x_ND: Tensor, which: Tensor) -> Rows:

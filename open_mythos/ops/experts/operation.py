@@ -16,7 +16,7 @@ from torch import Tensor
 
 from open_mythos.errors import ConfigError
 from open_mythos.ops.experts import batched, grouped
-from open_mythos.ops.experts.rows import sort_choices, to_tokens
+from open_mythos.ops.experts.rows import Call, sort_choices, to_tokens
 
 KINDS = ("batched", "grouped", "sorted")
 
@@ -51,9 +51,9 @@ def forward(
         choices in that order; (E,) int32 end of each expert's choices.
     """
     top_k, (order, ends_E) = experts_NC.shape[1], sort_choices(experts_NC, gate_up_EDF.shape[0])
-    token, w = order // top_k, weights_NC.reshape(-1, 1).index_select(0, order)
+    w = weights_NC.reshape(-1, 1).index_select(0, order)
     run = batched.forward if kind == "batched" else partial(grouped.forward, kind)
-    y, gate_up = run(x_ND, gate_up_EDF, down_EFD, token, w, ends_E, keep)
+    y, gate_up = run(Call(x_ND, gate_up_EDF, down_EFD, order // top_k, w, ends_E), keep)
     return to_tokens(y, order, top_k), gate_up, order, ends_E
 
 
@@ -93,12 +93,12 @@ def backward(
     """
     x_ND, gate_up_EDF, down_EFD, weights_NC, gate_up, order, ends_E = saved
     top_k = weights_NC.shape[1]
-    token, w = order // top_k, weights_NC.reshape(-1, 1).index_select(0, order)
+    w = weights_NC.reshape(-1, 1).index_select(0, order)
+    call = Call(x_ND, gate_up_EDF, down_EFD, order // top_k, w, ends_E)
     run = batched.backward if kind == "batched" else partial(grouped.backward, kind)
     d_x, d_w, d_gate_up_EDF, d_down_EFD = run(
-        grad_ND.contiguous(), x_ND, gate_up_EDF, down_EFD, token, w, gate_up, ends_E, tokens,
-        of_stacks,
-    )  # fmt: skip
+        call, gate_up, grad_ND.contiguous(), tokens, of_stacks
+    )
     d_weights_NC = torch.empty_like(d_w).index_copy_(0, order, d_w).view_as(weights_NC)
     done = torch.zeros((), dtype=torch.float64, device="cpu")
     return to_tokens(d_x, order, top_k), d_weights_NC, d_gate_up_EDF, d_down_EFD, done

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.devices import kernel_device
@@ -19,9 +18,12 @@ from open_mythos.ops.backend import pick_backend
 from open_mythos.ops.experts.grouped import one_token
 from open_mythos.ops.experts.looped_stack import LoopedStack
 from open_mythos.ops.experts.operation import KINDS, experts_op, forward, reference
-from open_mythos.ops.experts.sizes import BATCHED_TOKENS, DEFERRED_TOKENS
 
 BACKENDS = (*KINDS, "reference")
+DEFERRED_TOKENS = 256
+"""Most tokens per expert and use at which deferring gradients pays."""
+BATCHED_TOKENS = 2
+"""Fewest tokens per expert at which batched matmuls pay, on a CPU in bfloat16."""
 
 
 def deferring_pays(
@@ -118,8 +120,6 @@ def _resolve(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor
 
 def _grouped_problem(gate_up_EDF: Tensor, down_EFD: Tensor) -> str | None:
     """Return why the grouped kernel cannot take these weights, or None."""
-    if not hasattr(F, "grouped_mm"):
-        return "this PyTorch has no grouped_mm"
     if gate_up_EDF.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{gate_up_EDF.dtype} weights"
     for width in (gate_up_EDF.shape[1], gate_up_EDF.shape[2], down_EFD.shape[1]):

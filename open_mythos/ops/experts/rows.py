@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.devices import in_dry_run, kernel_device
+
+
+class Call(NamedTuple):
+    """Operands of routed experts; the rows are the N tokens' choices, sorted by expert."""
+
+    x_ND: Tensor
+    gate_up_EDF: Tensor
+    """(E, D, 2F)."""
+    down_EFD: Tensor
+    token: Tensor
+    """(N C,) index of each row's token."""
+    w: Tensor
+    """(N C, 1) weight of each row."""
+    ends_E: Tensor
+    """End of each expert's rows."""
 
 
 def expert_load(experts_NC: Tensor, n_experts: int, valid_N: Tensor | None = None) -> Tensor:
@@ -68,6 +85,15 @@ def activated_backward(
     torch.mul(d_hidden.mul_(w), silu, out=d_up)
     torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(up), gate, grad_input=d_gate)
     return hidden, d_gate_up, d_w
+
+
+def padded(count: int) -> int:
+    """Round ``count`` up to one of few sizes, so that matmuls have few shapes.
+
+    Multiples of 32; above 256, steps of at most an eighth.
+    """
+    step = max(32, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
 
 
 def to_tokens(y: Tensor, order: Tensor, top_k: int) -> Tensor:
