@@ -35,13 +35,9 @@ TOLERANCE = 1e-3
 def pick_backend(
     op: str, backend: str, table: Mapping[str, Implementation], *, where: str = "backend"
 ) -> Implementation:
-    """Return the implementation called ``backend``; each choice is logged once.
+    """Return the implementation of ``op`` called ``backend``; each choice is logged once.
 
-    Args:
-        op: Name of the op, for messages.
-        backend: Key of ``table``; the caller has already resolved "auto".
-        table: Implementations by name.
-        where: Configuration field or argument that chose the backend.
+    The caller has already resolved "auto". ``where`` names the field or argument that chose.
 
     Raises:
         ConfigError: ``table`` has no such backend.
@@ -55,10 +51,11 @@ def pick_backend(
 def triton_serves(op: str, backend: str, tensor: Tensor, problem: str | None) -> bool:
     """Return whether the Triton kernel of ``op``, not its reference, serves a call.
 
+    "auto" takes the kernel where it can run on a GPU and agrees with the reference there.
+
     Args:
-        op: Name of the op, for messages.
-        backend: "triton", "reference", or "auto": the kernel where it can run on a GPU and agrees
-            with the reference there.
+        op: Name of the op.
+        backend: "triton", "reference" or "auto".
         tensor: One of the call's tensors; its device decides.
         problem: Why the kernel cannot serve the dtypes or shapes of this call, or None.
 

@@ -123,14 +123,7 @@ def _recomputed(
 
 
 def chunk_rows(n_rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return the positions per chunk: equal chunks within the byte limit of ``device``.
-
-    Args:
-        n_rows: Positions N in total.
-        vocab: Logits V per position.
-        dtype: Dtype of the logits.
-        device: Device of the logits.
-    """
+    """Return the positions per chunk: equal chunks of (N, V) logits within the limit of bytes."""
     limit = CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
     most = max(1, limit // (vocab * dtype.itemsize))
     return max(1, -(-n_rows // -(-n_rows // most))) if n_rows else 1

@@ -136,15 +136,12 @@ def pack(weight: Tensor, group: int = 0) -> PackedWeight:
 
     Levels are computed from the scale and zero already rounded to bfloat16, so that storing those
     in bfloat16 adds no error. A stack is packed one matrix at a time.
-
-    Raises:
-        ConfigError: See :func:`check_packing`.
     """
     check_packing(weight.shape[-1], group, "pack")
     if weight.dim() > 2:
         parts = [pack(each, group) for each in weight.unbind()]
-        levels, scale = (torch.stack([getattr(part, name) for part in parts]) for name in _FIELDS)
-        return replace(parts[0], levels=levels, scale=scale)
+        levels = torch.stack([part.levels for part in parts])
+        return replace(parts[0], levels=levels, scale=torch.stack([part.scale for part in parts]))
     outputs, inputs = weight.shape
     more = (0, -inputs % (group or 16), 0, -outputs % 16 if group else 0)
     weight = F.pad(weight.float(), more)
@@ -152,7 +149,6 @@ def pack(weight: Tensor, group: int = 0) -> PackedWeight:
     return PackedWeight(levels, scale, inputs, outputs, group)
 
 
-_FIELDS = ("levels", "scale")
 _TINY = torch.finfo(DTYPE).tiny
 
 
@@ -230,23 +226,13 @@ def _unpacked(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def packed_experts(
-    x_ND: Tensor,
-    gate_up: PackedWeight,
-    down: PackedWeight,
-    experts_NC: Tensor,
-    weights_NC: Tensor,
+    x_ND: Tensor, gate_up: PackedWeight, down: PackedWeight, experts_NC: Tensor, weights_NC: Tensor
 ) -> Tensor:
     """Sum the outputs of each token's C chosen experts, times their weights; (N, D) bfloat16.
 
     A CPU multiplies expert by expert. A GPU avoids a host-device sync: it unpacks one expert per
-    choice, or all experts if that is less.
-
-    Args:
-        x_ND: Tokens.
-        gate_up: E matrices from D to 2F.
-        down: E matrices from F to D.
-        experts_NC: Chosen experts, int64, distinct within a token.
-        weights_NC: Their weights.
+    choice, or all experts if that is less. See
+    :func:`open_mythos.ops.experts.routed.routed_experts` for the arguments.
     """
     x_ND, weights_NC = x_ND.to(DTYPE), weights_NC.to(DTYPE)
     if x_ND.device.type == "cpu":

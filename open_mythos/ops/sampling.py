@@ -105,11 +105,8 @@ class SamplingParams:
     ) -> Tensor:
         """Sample the next token of every row, (B,).
 
-        Args:
-            logits_BV: Logits.
-            seen_BT: Token ids that have occurred in each row; negative entries are ignored.
-            keys_B: int64 random key of each row.
-            position: Index of the draw in the row; a (1,) int64 tensor avoids a host-device sync.
+        Negative entries of ``seen_BT``, the tokens that have occurred, are ignored. ``position``
+        counts the draws of a row; as a (1,) int64 tensor it needs no host-device sync.
         """
         logits_BV = penalize_repetition(logits_BV.float(), seen_BT, self.repetition_penalty)
         if self.temperature == 0:
@@ -123,10 +120,7 @@ class SamplingParams:
 def penalize_repetition(logits_BV: Tensor, seen_BT: Tensor, penalty: float) -> Tensor:
     """Penalize tokens that have occurred (CTRL, arXiv 1909.05858, section 4.1).
 
-    Args:
-        logits_BV: Logits.
-        seen_BT: Token ids that have occurred in each row; negative entries are ignored.
-        penalty: Positive logits are divided by it, negative ones multiplied; 1 changes nothing.
+    Positive logits are divided by ``penalty``, negative ones multiplied; 1 changes nothing.
     """
     if penalty == 1.0:
         return logits_BV

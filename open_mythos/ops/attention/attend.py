@@ -65,8 +65,7 @@ def attend(
 
 def _choose(q_BTHK: Tensor, mask: Mask) -> str:
     """Return flash where it can serve, else SDPA; flex, slow to compile, only on request."""
-    flash = _on_cuda(q_BTHK) and _flash_installed() and _flash_problem(q_BTHK, mask) is None
-    return "flash" if flash else "sdpa"
+    return "flash" if _flash_installed() and _flash_problem(q_BTHK, mask) is None else "sdpa"
 
 
 def _reference(

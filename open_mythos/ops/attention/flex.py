@@ -24,15 +24,7 @@ BLOCK = 128
 def attend_flex(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, seen: Visibility | None, scale: float
 ) -> Tensor:
-    """Return (B, T, H, V); compiled on CUDA, eager (and without gradient) on a CPU.
-
-    Args:
-        q_BTHK: Queries.
-        k_BSGK: Keys.
-        v_BSGV: Values; V may differ from K.
-        seen: The mask; None for no mask.
-        scale: Factor on the scores.
-    """
+    """Return (B, T, H, V); compiled on CUDA, eager (and without gradient) on a CPU."""
     out = _kernel(q_BTHK)(
         q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2),
         block_mask=None if seen is None else block_mask(seen), scale=scale,

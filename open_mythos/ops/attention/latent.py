@@ -51,12 +51,7 @@ def latent_attend(
 
 
 def latent_values(mixed_BTHR: Tensor, value_up_HVR: Tensor) -> Tensor:
-    """Project mixed latents to the values of each head, (B, T, H, V).
-
-    Args:
-        mixed_BTHR: Result of :func:`latent_attend`.
-        value_up_HVR: Value projections.
-    """
+    """Project results of :func:`latent_attend` to the values of each head, (B, T, H, V)."""
     batch, n_new = mixed_BTHR.shape[:2]
     if mixed_BTHR.device.type != "cpu" or mixed_BTHR.dtype == torch.float32:
         return torch.einsum("bthr,hvr->bthv", mixed_BTHR, value_up_HVR)

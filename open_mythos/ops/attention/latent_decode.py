@@ -68,13 +68,9 @@ def kernel_serves(q_BHW: Tensor, slots_LBSW: Tensor, rank: int, backend: str = "
 
 
 def _reference(
-    q_BHW: Tensor,
-    slots_LBSW: Tensor,
-    loops_B: Tensor | None,
-    lengths_B: Tensor | None,
-    rank: int,
-    valid_BS: Tensor | None,
-) -> Tensor:
+    q_BHW: Tensor, slots_LBSW: Tensor, loops_B: Tensor | None, lengths_B: Tensor | None,
+    rank: int, valid_BS: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Reference implementation: gather the slots; float32 scores, softmax, weighted sum."""
     n_loops, batch, positions, _ = slots_LBSW.shape
     entry_BSW = slots_LBSW[0]

@@ -106,10 +106,8 @@ class Visibility:
 
     def at(self, queries_BT: Tensor) -> Visibility:
         """Return the mask of the queries with indices ``queries_BT`` in each row."""
-        if self.columns_BT is None:
-            columns = queries_BT + self.first
-        else:
-            columns = self.columns_BT.gather(1, queries_BT)
+        at = self.columns_BT
+        columns = queries_BT + self.first if at is None else at.gather(1, queries_BT)
         return replace(self, n_queries=queries_BT.shape[1], columns_BT=columns)
 
     def spans(self, size: int) -> list[tuple[int, int, int, int]]:

@@ -30,22 +30,12 @@ _MOST_SPLITS = 128
 
 
 def decode(
-    q_BHW: Tensor,
-    slots_LBSW: Tensor,
-    loops_B: Tensor | None,
-    lengths_B: Tensor | None,
-    rank: int,
-    valid_BS: Tensor | None,
-) -> Tensor:
-    """Launch the kernel; return (B, H, R) in the dtype of the slots.
+    q_BHW: Tensor, slots_LBSW: Tensor, loops_B: Tensor | None, lengths_B: Tensor | None,
+    rank: int, valid_BS: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Launch the kernel; see :func:`open_mythos.ops.attention.latent_decode.latent_decode`.
 
-    Args:
-        q_BHW: Scaled queries, of the slots' dtype.
-        slots_LBSW: Entries, unit stride along W.
-        loops_B: Slot that each row reads; None is slot 0.
-        lengths_B: Positions that each row attends to; None is all.
-        rank: Width R of a latent.
-        valid_BS: False on masked positions; None without a mask.
+    Queries are contiguous and of the slots' dtype.
     """
     n_loops, batch, positions, width = slots_LBSW.shape
     heads = q_BHW.shape[1]
@@ -123,35 +113,17 @@ def _splits(processors: int, programs: int, positions: int) -> int:
 
 @triton.jit
 def _attend(
-    q: tl.tensor,
-    slots: tl.tensor,
-    loops: tl.tensor,
-    lengths: tl.tensor,
-    valid: tl.tensor,
-    mix: tl.tensor,
-    weight: tl.tensor,
-    batch: tl.tensor,
-    heads: tl.tensor,
-    positions: tl.tensor,
-    n_loops: tl.tensor,
-    rank: tl.tensor,
-    rotary_width: tl.tensor,
-    q_row: tl.tensor,
-    q_head: tl.tensor,
-    slot_loop: tl.tensor,
-    slot_row: tl.tensor,
-    slot_position: tl.tensor,
-    valid_row: tl.tensor,
-    valid_position: tl.tensor,
-    LOOPS: tl.constexpr,
-    LENGTHS: tl.constexpr,
-    VALID: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HEADS: tl.constexpr,
-    LATENT: tl.constexpr,
-    ROTARY: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+    q: tl.tensor, slots: tl.tensor,
+    loops: tl.tensor, lengths: tl.tensor, valid: tl.tensor,
+    mix: tl.tensor, weight: tl.tensor,
+    batch: tl.tensor, heads: tl.tensor, positions: tl.tensor, n_loops: tl.tensor,
+    rank: tl.tensor, rotary_width: tl.tensor,
+    q_row: tl.tensor, q_head: tl.tensor,
+    slot_loop: tl.tensor, slot_row: tl.tensor, slot_position: tl.tensor,
+    valid_row: tl.tensor, valid_position: tl.tensor,
+    LOOPS: tl.constexpr, LENGTHS: tl.constexpr, VALID: tl.constexpr, SPLIT: tl.constexpr,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     LOG2_E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)  # rows times their stride can pass 2^31
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -214,16 +186,10 @@ def _attend(
 
 @triton.jit
 def _join(
-    mix: tl.tensor,
-    weight: tl.tensor,
-    out: tl.tensor,
-    n_splits: tl.tensor,
-    n_heads: tl.tensor,
-    rank: tl.tensor,
-    SPLITS: tl.constexpr,
-    LATENT: tl.constexpr,
-    TOGETHER: tl.constexpr,
-) -> None:
+    mix: tl.tensor, weight: tl.tensor, out: tl.tensor,
+    n_splits: tl.tensor, n_heads: tl.tensor, rank: tl.tensor,
+    SPLITS: tl.constexpr, LATENT: tl.constexpr, TOGETHER: tl.constexpr,
+) -> None:  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     col = tl.arange(0, LATENT)

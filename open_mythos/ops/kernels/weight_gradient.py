@@ -25,12 +25,9 @@ from open_mythos.devices import to_device
 
 
 def weight_gradient(xs: Sequence[Tensor], grads: Sequence[Tensor], ends_LE: Tensor) -> Tensor:
-    """Return (E, K, M): for each expert the sum over loops of x^T grad, summed in float32.
+    """Launch the kernel for contiguous operands of one dtype and int32 ends.
 
-    Args:
-        xs: For each loop its rows in expert order, (rows, K), contiguous.
-        grads: For each loop the rows' gradients, (rows, M), contiguous, of the dtype of ``xs``.
-        ends_LE: For each loop where the rows of each expert end, int32.
+    See :func:`open_mythos.ops.experts.weight_gradient.grouped_weight_gradient`.
     """
     n_loops, n_experts = ends_LE.shape
     k, m = xs[0].shape[1], grads[0].shape[1]
@@ -69,19 +66,11 @@ def _tile(out: Tensor, k: int, m: int) -> dict[str, Any]:
 
 @triton.jit
 def _sum_of_outer_products(
-    out: tl.tensor,
-    addresses: tl.tensor,
-    bounds: tl.tensor,
-    n_loops: tl.tensor,
-    n_experts: tl.tensor,
-    k: tl.tensor,
-    m: tl.tensor,
-    LOOPS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-) -> None:
+    out: tl.tensor, addresses: tl.tensor, bounds: tl.tensor,
+    n_loops: tl.tensor, n_experts: tl.tensor, k: tl.tensor, m: tl.tensor,
+    LOOPS: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+) -> None:  # fmt: skip
     element = out.dtype.element_ty
     tiles_k = tl.cdiv(k, BLOCK_K)
     tiles_m = tl.cdiv(m, BLOCK_M)
