@@ -43,7 +43,7 @@ def decoder_factory(
 
 
 def _new(mode: str, model: CausalLM, batch: int, capacity: int) -> StaticDecoder:
-    check_no_autocast(model.final_norm.weight.device)
+    check_no_autocast(model.final_norm.weight.device)  # before anything is compiled
     return StaticDecoder(model, batch, capacity, mode=mode)
 
 

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -127,18 +128,14 @@ class WeightBytes:
 def weight_bytes(model: CausalLM) -> WeightBytes:
     """Count the bytes of ``model``, quantized or not; ``stored`` counts tied weights once."""
     read = {"once": 0.0, "loop": 0.0}
-    stored, seen = 0, set[int]()
+    stored = dict[int, int]()
     for path, module in model.named_modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None:
-                continue
-            size = _bytes(tensor)
-            if id(tensor) not in seen:
-                stored += size
-            seen.add(id(tensor))
+        own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for name, tensor in chain(*own):
+            stored[id(tensor)] = _bytes(tensor)
             part, share = _reading(model, f"{path}.{name}", module)
-            read[part] += size * share
-    return WeightBytes(stored, round(read["once"]), round(read["loop"]))
+            read[part] += stored[id(tensor)] * share
+    return WeightBytes(sum(stored.values()), round(read["once"]), round(read["loop"]))
 
 
 def _reading(model: CausalLM, path: str, module: nn.Module) -> tuple[str, float]:
@@ -216,11 +213,20 @@ class _Linear(_Packed):
 
 
 class _TorchaoLinear(_Quantized):
-    """A linear layer with a torchao weight, ``added`` inputs wider to fill its groups."""
+    """A linear layer with a weight that ``convert`` turns into one of torchao.
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, added: int) -> None:
+    It is ``added`` inputs wider, because torchao skips weights with incomplete groups.
+    """
+
+    def __init__(self, linear: nn.Linear, group: int, convert: Callable[[nn.Module], None]) -> None:
         super().__init__()
-        self.weight, self.bias, self.added = weight, bias, added
+        self.added = -linear.in_features % group if group else 0
+        weight = F.pad(linear.weight.detach().to(DTYPE), (0, self.added))
+        with torch.device("meta"):
+            wider = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        wider.weight = nn.Parameter(weight, requires_grad=False)
+        convert(wider)
+        self.weight, self.bias = wider.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -230,13 +236,7 @@ class _TorchaoLinear(_Quantized):
 
 
 class PackedExperts(_Quantized, Experts):
-    """Routed experts with packed weights.
-
-    Args:
-        gate_up: (E, D, 2F) weights.
-        down: (E, F, D) weights.
-        group: Inputs that share a scale; 0 for int8.
-    """
+    """Routed experts with packed weights, from (E, D, 2F) and (E, F, D) weights."""
 
     def __init__(self, gate_up: Tensor, down: Tensor, group: int) -> None:
         super().__init__()
@@ -278,18 +278,7 @@ def _torchao_linear(device: torch.device, group: int) -> Callable[[nn.Linear], n
         config = Int4WeightOnlyConfig(
             group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
         )
-
-    def convert(module: nn.Linear) -> nn.Module:
-        # torchao skips weights with incomplete groups
-        added = -module.in_features % group if group else 0
-        weight = F.pad(module.weight.detach().to(DTYPE), (0, added))
-        with torch.device("meta"):
-            linear = nn.Linear(module.in_features + added, module.out_features, bias=False)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        quantize_(linear, config)
-        return _TorchaoLinear(linear.weight, module.bias, added)
-
-    return convert
+    return partial(_TorchaoLinear, group=group, convert=partial(quantize_, config=config))
 
 
 def _targets(model: CausalLM) -> list[tuple[str, nn.Module]]:
@@ -340,24 +329,18 @@ def _check_model(model: CausalLM, targets: list[tuple[str, nn.Module]], group: i
         if isinstance(module, MoEFFN) and type(module.experts) is not RoutedExperts:
             kind = type(module.experts).__name__
             raise _error("these experts cannot be packed", path, kind, "RoutedExperts", single)
-        for name, weight in _weights(path, module):
+        routed = isinstance(module, MoEFFN)
+        for name in ("gate_up", "down") if routed else ("weight",):
+            weight, where = cast(Tensor, getattr(module, name)), f"{path}.{name}"
             if type(weight.data) is not Tensor or weight.is_meta:
                 kind = "meta" if weight.is_meta else type(weight.data).__name__
                 allowed = "models on one device"
-                raise _error("this weight is not a whole tensor", name, kind, allowed, single)
-            check_packing(weight.shape[-1], group, name)
+                raise _error("this weight is not a whole tensor", where, kind, allowed, single)
+            check_packing(weight.shape[-2 if routed else -1], group, where)
             if not weight.isfinite().all():
                 value, fix = "NaN or infinite", "use an earlier checkpoint"
-                raise _error("a weight is not finite", name, value, "finite weights", fix)
+                raise _error("a weight is not finite", where, value, "finite weights", fix)
 
 
 def _error(what: str, where: str, value: Any, allowed: str, fix: str) -> ConfigError:
     return ConfigError(what, where=where, value=value, allowed=allowed, fix=fix)
-
-
-def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and weight (..., O, I) of a module."""
-    if isinstance(module, MoEFFN):
-        yield from ((f"{path}.{name}", getattr(module, name).mT) for name in ("gate_up", "down"))
-    else:
-        yield f"{path}.weight", cast(nn.Linear, module).weight

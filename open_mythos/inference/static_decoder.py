@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from functools import cache, partial
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -45,13 +45,6 @@ logger = logging.getLogger(__name__)
 
 MODES = ("static", "graph", "compile")
 """How a step runs: eagerly, as CUDA graphs, or compiled (and captured on CUDA)."""
-
-
-@runtime_checkable
-class Looped(Protocol):
-    """A model with a recurrent block."""
-
-    recurrent: RecurrentBlock
 
 
 class StaticDecoder:
@@ -81,20 +74,26 @@ class StaticDecoder:
         self, model: CausalLM, batch: int, capacity: int, *, mode: str = "static", bucket: int = 128
     ) -> None:
         device = model.final_norm.weight.device
-        captured = _check_mode(mode, device)
+        pick(MODES, mode, "mode", what="decoding mode", fix='"static" runs everywhere')
+        if mode == "graph" and device.type != "cuda":
+            raise EnvironmentError_(
+                "CUDA graphs need a CUDA device", where="mode", value=f"graph, on {device}",
+                fix='move the model to a CUDA device, or use "static" or "compile"',
+            )  # fmt: skip
+        captured = device.type == "cuda" and mode != "static"
         if (problem := static_problem(model, captured)) is not None:
             reject(f"{mode} decoding does not support this model", problem)
         self.batch = check_count("batch", batch)
         self.capacity = check_count("capacity", capacity)
         self.model, self.mode, self._bucket = model, mode, check_count("bucket", bucket)
-        self._looped = model if isinstance(model, Looped) else None
+        self._recurrent: RecurrentBlock | None = getattr(model, "recurrent", None)
         self._cache = KVCache(capacity, model.cfg.kv_share == "last")
         self._contexts: dict[Hashable, Context] = {}
         self._loops: list[tuple[Tensor, Tensor]] = []
         self._depths = [0] * batch
         self._held = 0
         self._params = SamplingParams()
-        cfg, hidden = model.cfg, torch.float32 if self._looped else model.final_norm.weight.dtype
+        cfg, dtype = model.cfg, torch.float32 if self._recurrent else model.final_norm.weight.dtype
         with torch.device(device):
             self._rope_rows = rope_table(torch.arange(capacity), cfg.rope_dim, cfg.rope_theta)
             self._rope = torch.zeros(2, batch, 1, self._rope_rows.shape[-1])
@@ -105,7 +104,7 @@ class StaticDecoder:
             self._column_1 = torch.zeros(1, dtype=torch.long)
             self._number_1 = torch.zeros(1, dtype=torch.long)
             self._keys_B = torch.zeros(batch, dtype=torch.long)
-            self._h_B1D = torch.zeros(batch, 1, cfg.dim, dtype=hidden)
+            self._h_B1D = torch.zeros(batch, 1, cfg.dim, dtype=dtype)
             self._drive_B1D = torch.zeros(batch, 1, cfg.dim)
             self.running_B = torch.ones(batch, dtype=torch.bool)
         self._graphs = Graphs(device) if captured else None
@@ -140,12 +139,11 @@ class StaticDecoder:
         """
         self._check_start(input_ids)
         batch, n_prompt = input_ids.shape
-        real_BT = torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask is not None:
-            real_BT = attention_mask.bool()
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        real_BT = mask_BT.bool()
         if depth.exit_rule is not None:
             reject("exit rules change shapes", "exit_rule", "calls without one")
-        if self._looped is not None:
+        if self._recurrent is not None:
             self._depths = depth.of_rows(batch, self.model.cfg.max_loop_iters)
         with torch.no_grad():
             self._cache.clear()
@@ -195,17 +193,16 @@ class StaticDecoder:
         self._rope.copy_(rope.unsqueeze(2))
         self._visible_B11S.index_fill_(3, self._column_1, True)
         e_B1D = self.model.embed(self._token_B1, ctx)
-        if self._looped is None:
+        if self._recurrent is None:
             self._h_B1D.copy_(e_B1D)
             return
-        recurrent = self._looped.recurrent
-        self._h_B1D.copy_(recurrent.initial_state(e_B1D, ctx))
-        self._drive_B1D.copy_(recurrent.injection.drive(e_B1D))
+        self._h_B1D.copy_(self._recurrent.initial_state(e_B1D, ctx))
+        self._drive_B1D.copy_(self._recurrent.injection.drive(e_B1D))
 
     def _loop(self, ctx: Context, t: int | Tensor) -> None:
         """Run loop ``t``, an index or a (1,) tensor; rows at their depth keep their state."""
-        assert self._looped is not None
-        h_B1D = self._looped.recurrent.step(self._h_B1D, self._drive_B1D, t, ctx)
+        assert self._recurrent is not None
+        h_B1D = self._recurrent.step(self._h_B1D, self._drive_B1D, t, ctx)
         if ctx.active is not None and ctx.active.real is not None:
             h_B1D = torch.where(ctx.active.real.unsqueeze(-1), h_B1D, self._h_B1D)
         self._h_B1D.copy_(h_B1D)
@@ -307,9 +304,7 @@ def check_no_autocast(device: torch.device) -> None:
 def static_problem(model: CausalLM, captured: bool) -> str | None:
     """Return why ``model`` does not support static shapes, or None.
 
-    Args:
-        model: The model.
-        captured: Whether steps are captured, so that experts may not sync with the host.
+    If steps are ``captured``, experts may not sync with the host.
     """
     for module in model.modules():
         if isinstance(module, GQAttention) and module.cfg.attn_backend == "flash":
@@ -340,17 +335,6 @@ def reject(
         what, where=where, value=value, allowed=allowed,
         fix='use mode="eager", which supports every call',
     )  # fmt: skip
-
-
-def _check_mode(mode: str, device: torch.device) -> bool:
-    """Return whether steps are captured."""
-    pick(MODES, mode, "mode", what="decoding mode", fix='"static" runs everywhere')
-    if mode == "graph" and device.type != "cuda":
-        raise EnvironmentError_(
-            "CUDA graphs need a CUDA device", where="mode", value=f"graph, on {device}",
-            fix='move the model to a CUDA device, or use "static" or "compile"',
-        )  # fmt: skip
-    return device.type == "cuda" and mode != "static"
 
 
 @cache
