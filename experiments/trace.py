@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.tasks.saved import load_task, reached
-from open_mythos.reports.trace_page import write_page
+from open_mythos.reports.html import write_html
+from open_mythos.reports.trace_page import page
 from open_mythos.reports.trace_record import Goal, PromptTrace, trace_of
 
 
@@ -37,4 +38,5 @@ def trace_chain(
 
 def write_trace(folder: Path, prompt: str, *, n_loops: int | None, exit: str, out: Path) -> None:
     """Write the HTML page of :func:`trace_chain` to ``out``."""
-    write_page(trace_chain(folder, prompt, n_loops=n_loops, exit=exit), out)
+    write_html(page(trace_chain(folder, prompt, n_loops=n_loops, exit=exit)), out)
+    print(f"page: {out}")

@@ -22,11 +22,13 @@ def trace(
     """
     from pathlib import Path
 
-    from open_mythos.reports.trace_page import write_page
+    from open_mythos.reports.html import write_html
+    from open_mythos.reports.trace_page import page
     from open_mythos.reports.trace_record import trace_of
 
     traced = trace_of(checkpoint, prompt, n_loops=n_loops, exit=exit, device=device)
-    write_page(traced, Path(out))
+    write_html(page(traced), Path(out))
+    print(f"page: {out}")
     return 0
 
 
@@ -39,8 +41,12 @@ def report(run: str, out: str = "") -> int:
     """
     from pathlib import Path
 
-    from open_mythos.reports.run_page import write_report
+    from open_mythos.reports.html import write_html
+    from open_mythos.reports.run_page import page
+    from open_mythos.reports.run_record import read_run
     from open_mythos.run_folder import REPORT_FILE
 
-    write_report(run, Path(out) if out else Path(run) / REPORT_FILE)
+    path = Path(out) if out else Path(run) / REPORT_FILE
+    write_html(page(read_run(run)), path)
+    print(f"report: {path}")
     return 0

@@ -91,13 +91,7 @@ def canvas(width: float = 400, height: float = 215) -> tuple[Figure, Axes]:
 
 
 def to_svg(figure: Figure, label: str, css_class: str = "") -> Markup:
-    """Return ``figure`` as an ``<svg>`` element.
-
-    Args:
-        figure: From :func:`canvas`.
-        label: Description for screen readers.
-        css_class: CSS class of the element.
-    """
+    """Return ``figure`` as an ``<svg>`` element, with a label for screen readers."""
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file)
     root = ElementTree.fromstring(file.getvalue())
@@ -142,17 +136,11 @@ def curves(
     x_end: float | None = None,
     legend: str = "",
 ) -> Markup:
-    """Draw curves over training steps.
+    """Draw curves with drawable values (:func:`has_values`) over training steps.
 
-    Args:
-        lines: Curves with drawable values (:func:`has_values`).
-        label: Description for screen readers.
-        log: Logarithmic vertical axis; non-positive values become gaps.
-        zero: Start the vertical axis at zero unless there are negative values.
-        marks: Events.
-        bound: Value of a dashed horizontal line.
-        x_end: Minimum end of the horizontal axis.
-        legend: Title of the legend of named curves.
+    With ``log``, non-positive values become gaps; with ``zero``, the vertical axis starts at zero
+    unless there are negative values. ``bound`` is a dashed horizontal line, and ``x_end`` the
+    minimum end of the horizontal axis.
     """
     figure, ax = canvas()
     if log:
@@ -187,15 +175,10 @@ def depth_curve(
     mean: float | None = None,
     limit: float | None = None,
 ) -> Markup:
-    """Draw the loss against the depth on a logarithmic axis.
+    """Draw (depth, loss) of the last evaluation and of ``earlier`` ones, oldest first.
 
-    Args:
-        rows: (depth, loss) of the last evaluation.
-        label: Description for screen readers.
-        earlier: The same for earlier evaluations, oldest first.
-        valid: Range of validated depths, shaded.
-        mean: Mean training depth, a dotted line.
-        limit: Maximum loss of a validated depth, a dashed line.
+    The range ``valid`` of validated depths is shaded; the ``mean`` training depth is a dotted line,
+    the ``limit`` of the loss of a validated depth a dashed one.
     """
     figure, ax = canvas()
     ax.set_xscale("log", base=2)

@@ -15,13 +15,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, folder: Path = TEMPLATES, **values: object) -> Markup:
-    """Render a template.
-
-    Args:
-        template: Name of a file in ``folder`` or :data:`TEMPLATES`.
-        folder: Additional templates, which may extend ``page.html``.
-        values: Template variables.
-    """
+    """Render a file in ``folder`` or :data:`TEMPLATES` with the variables ``values``."""
     return Markup(_environment(folder).get_template(template).render(values))
 
 
@@ -42,12 +36,7 @@ def write_html(page: str, path: Path) -> None:
 
 
 def heatmap(shares: Sequence[Sequence[float]], full: float) -> Markup:
-    """Return a table of experts by loop, colored by load.
-
-    Args:
-        shares: Per loop, the share of each expert.
-        full: Share with the strongest color.
-    """
+    """Return a table of the shares of experts by loop; ``full`` has the strongest color."""
     return render("heatmap.html", rows=shares, full=full)
 
 

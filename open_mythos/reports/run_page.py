@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from open_mythos.reports import run_loops as loops
 from open_mythos.reports.figures import Line, Mark
-from open_mythos.reports.html import missing, render, table, write_html
-from open_mythos.reports.run_record import RunRecord, number, read_run
+from open_mythos.reports.html import missing, render, table
+from open_mythos.reports.run_record import RunRecord, number
 from open_mythos.train.config import RunConfig
 
 _EVENTS = {
@@ -32,17 +31,6 @@ class Section(NamedTuple):
     """Kind and name of the marked events."""
     details: Markup = Markup()
     """Collapsed content below the panels."""
-
-
-def write_report(run: str, path: Path) -> None:
-    """Write the report of the run in folder ``run``, which may still be training, to ``path``.
-
-    Raises:
-        DataError: The folder has neither metrics nor a checkpoint.
-        EnvironmentError_: The page cannot be written.
-    """
-    write_html(page(read_run(run)), path)
-    print(f"report: {path}")
 
 
 def page(run: RunRecord) -> str:

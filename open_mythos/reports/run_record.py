@@ -179,10 +179,7 @@ class RunRecord:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Read the folder of a run.
-
-    Args:
-        folder: Folder with some of run.yaml, metrics.jsonl and checkpoints.
+    """Read a folder with some of run.yaml, metrics.jsonl and checkpoints.
 
     Raises:
         DataError: There are neither metrics nor a checkpoint.
@@ -212,8 +209,7 @@ def number(value: Any) -> float | None:
 
 
 def _or_nan(value: Any) -> float:
-    x = number(value)
-    return math.nan if x is None else x
+    return float(value) if is_number(value) else math.nan
 
 
 def _follow(record: RunRecord, lines: list[dict[str, Any]]) -> None:

@@ -6,24 +6,13 @@ import json
 import math
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from open_mythos.reports.figures import INK, canvas, label_axes, ramp, styled, tag, to_svg
-from open_mythos.reports.html import heatmap, render, write_html
+from open_mythos.reports.html import heatmap, render
 from open_mythos.reports.trace_record import PromptTrace, TokenTrace
-
-
-def write_page(trace: PromptTrace, path: Path) -> None:
-    """Write the page of ``trace`` to ``path``.
-
-    Raises:
-        EnvironmentError_: The file cannot be written.
-    """
-    write_html(page(trace), path)
-    print(f"page: {path}")
 
 
 def page(trace: PromptTrace) -> str:

@@ -199,11 +199,7 @@ def _tokens(
 
 
 def _principal_plane(path: Trajectory) -> tuple[Tensor, tuple[float, float]]:
-    """Project all states onto their two principal components.
-
-    Returns:
-        The coordinates, of shape (L + 1, T, 2), and the shares of the variance.
-    """
+    """Return (L + 1, T, 2) coordinates on the two principal components, and their variances."""
     states_ND = path.states_LBTD[:, 0].flatten(0, 1)
     centered_ND = (states_ND - states_ND.mean(0)).double().cpu()
     _, scale, axes = torch.linalg.svd(centered_ND, full_matrices=False)
