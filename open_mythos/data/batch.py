@@ -41,13 +41,7 @@ class Batch:
     def from_windows(
         cls, ids: torch.Tensor, sample_index: torch.Tensor, eos_id: int | None
     ) -> Batch:
-        """Split windows into inputs and targets.
-
-        Args:
-            ids: (B, T + 1) int64.
-            sample_index: (B,) int64.
-            eos_id: Numbers the documents; None leaves ``document_ids`` out.
-        """
+        """Split windows (B, T + 1) into inputs and targets; ``eos_id`` numbers the documents."""
         inputs_BT, targets_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         documents = None if eos_id is None else document_ids(inputs_BT, eos_id)
         return cls(inputs_BT, targets_BT, documents, sample_index)

@@ -19,14 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from open_mythos.data.corpus import (
-    STDLIB,
-    TEXT_PIECE_BYTES,
-    Corpus,
-    Unit,
-    open_corpus,
-    text_pieces,
-)
+from open_mythos.data.corpus import STDLIB, TEXT_PIECE_BYTES, Corpus, Unit, open_corpus, text_pieces
 from open_mythos.data.permutation import Int64Array
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.tokenizer.interface import Tokenizer, checked_text

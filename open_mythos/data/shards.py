@@ -165,10 +165,8 @@ class TokenShards:
             raise _damaged("the file ends early", where, end, f"{file.items} tokens")
         worst = int(block.argmax())
         if block[worst] >= self.index.vocab_size:
-            where, allowed = (
-                f"{path}, byte {(first + worst) * width}",
-                f"0..{self.index.vocab_size - 1}",
-            )
+            where = f"{path}, byte {(first + worst) * width}"
+            allowed = f"0..{self.index.vocab_size - 1}"
             raise _damaged("a token is outside the vocabulary", where, int(block[worst]), allowed)
         return block
 

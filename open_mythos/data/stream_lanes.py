@@ -102,12 +102,7 @@ class Deal:
 def read_lanes(
     plan: StreamPlan, lanes: Sequence[int], positions: Sequence[Position]
 ) -> Iterator[Windows]:
-    """Read the windows of ``lanes`` step by step, each lane from its position on.
-
-    Raises:
-        DataError: A file is missing or damaged, or the corpus has no text.
-        EnvironmentError_: A file cannot be read.
-    """
+    """Read the windows of ``lanes`` step by step, each lane from its position on."""
     readers = [_windows(plan, *where) for where in zip(lanes, positions, strict=True)]
     for windows in zip(*readers, strict=True):
         yield Windows(np.stack([ids for ids, _ in windows]), [after for _, after in windows])
