@@ -92,7 +92,6 @@ def test_a_capture_that_failed_is_tried_again(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_device():
     graphs, x = Graphs(torch.device("cuda")), torch.zeros(4, device="cuda")
     for _ in range(5):

@@ -534,7 +534,6 @@ class TestCompiled:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestGraphs:
     """On a device; rounding differs between kernels, so tokens are compared with the static form's,
     whose kernels are the same."""
