@@ -12,6 +12,7 @@ This module loads no torch.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,19 @@ def write_config(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a ``run.yaml``.
+    """Read a ``run.yaml``, or another configuration in YAML or JSON.
 
     Raises:
         DataError: The file cannot be read or does not hold a mapping.
     """
+    is_json = path.suffix == ".json"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError("not a readable YAML file", where=str(path), value=str(error)) from error
+        text = path.read_text(encoding="utf-8")
+        # YAML would read JSON's 1e-06 as a string
+        values = json.loads(text) if is_json else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        what = f"not a readable {'JSON' if is_json else 'YAML'} file"
+        raise DataError(what, where=str(path), value=str(error)) from error
     if not isinstance(values, dict):
         raise DataError("not a configuration", where=str(path), value=values, allowed="a mapping")
     return values

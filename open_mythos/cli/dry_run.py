@@ -85,19 +85,24 @@ def _text(data: DataConfig) -> str:
         return f"{folder}: {_shards(folder)}"
     if not data.source:
         return "Python's standard library as bytes, prepared when the run starts"
-    files = "files as listed when the run starts"
-    if "://" not in data.source:
-        corpus = open_corpus(data.source, data.text_field, where="data.source")
-        files = f"{len(corpus.files):,} files, {corpus.size:,} bytes"
-    return f"{data.source}: streamed, {files}; {data.workers} workers per process"
+    return f"{_stream(data, 'source')}; {data.workers} workers per process"
 
 
 def _validation(data: DataConfig) -> str:
     if data.val:
-        return f"{data.val}: {_shards(data.val) if is_prepared(data.val) else 'streamed'}"
+        return f"{data.val}: {_shards(data.val)}" if is_prepared(data.val) else _stream(data, "val")
     if prepared_folder(data) or not data.source:
         return "the validation split"
     return f"{data.held_out:g} of the documents" if data.held_out else "none"
+
+
+def _stream(data: DataConfig, name: str) -> str:
+    """Describe the stream in field ``name``; files on this machine must exist."""
+    source = getattr(data, name)
+    if "://" in source:
+        return f"{source}: streamed, files as listed when the run starts"
+    corpus = open_corpus(source, data.text_field, where=f"data.{name}")
+    return f"{source}: streamed, {len(corpus.files):,} files, {corpus.size:,} bytes"
 
 
 def _shards(folder: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from json import JSONDecodeError, dumps, loads
+from json import dumps
 from pathlib import Path
 
 from rich.console import Console
@@ -65,10 +65,7 @@ def described_model(model: str) -> tuple[MythosConfig, int | None]:
             "not a variant, file or folder", where="model", value=model,
             allowed=", ".join(VARIANTS) + ", a YAML or JSON file, a model or run folder",
         )  # fmt: skip
-    try:
-        content = loads(path.read_bytes())  # YAML would read JSON's 1e-06 as a string
-    except (JSONDecodeError, UnicodeDecodeError):
-        content = read_config(path)
+    content = read_config(path)
     n_layers = content.get("n_layers")
     for key in ("config", "model"):
         if isinstance(content.get(key), dict):

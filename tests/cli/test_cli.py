@@ -79,6 +79,7 @@ def test_help_loads_no_torch() -> None:
         (["data", "prepare", "stdlib", "out", "--tokenizer", "bpe:many"], "bpe:N", 2),
         (["train", "--nope", "1"], "see open-mythos train --help", 2),
         (["train", "--resume", "latest", "--train.out_dir", "none"], "no checkpoint", 3),
+        (["train", "--dry-run", "--data.val", "nowhere"], "data.val", 3),
         (["nonsense"], "nonsense", 2),
     ],
 )
@@ -114,6 +115,23 @@ def test_info_of_files_and_folders(
         code, out, _ = run(capsys, "info", str(place), "--json")
         assert code == 0
         assert json.loads(out)["depths"][0]["parameters"] == account(variant("nano")).parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("model.json", "{", "not a readable JSON file"),
+        ("model.yaml", "model: [", "not a readable YAML file"),
+        ("model.json", "5", "not a configuration"),
+        ("model.yaml", "- 1", "not a configuration"),
+    ],
+)
+def test_info_of_damaged_files(
+    name: str, text: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    code, _, err = run(capsys, "info", str(tmp_path / name))
+    assert (code, message in err) == (3, True), err
 
 
 def test_printed_config_is_a_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
