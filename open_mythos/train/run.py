@@ -22,6 +22,7 @@ from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import evaluate_depths
 from open_mythos.hub.pretrained import describe, from_pretrained
+from open_mythos.model.dense import DenseTransformer
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, write_config
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.build import Model, build_model
@@ -178,6 +179,12 @@ def initial_model(config: RunConfig) -> Model:
     model = build_model(config)
     if config.train.init_from:
         stored = from_pretrained(config.train.init_from)
+        if (
+            config.architecture == "dense"
+            and isinstance(stored, DenseTransformer)
+            and config.model == stored.cfg  # as --checkpoint sets it, not the looped counterpart
+        ):
+            model = DenseTransformer(stored.cfg, stored.n_layers)
         if describe(stored) != describe(model):
             raise ConfigError(
                 "the configuration is not that of the stored model", where="train.init_from",

@@ -18,6 +18,7 @@ from open_mythos.data import (
     prepare,
 )
 from open_mythos.errors import ConfigError, DataError
+from open_mythos.hub import from_pretrained
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
 from open_mythos.train import DataConfig, DepthConfig, RunConfig, TrainConfig, build_run, train_run
 from open_mythos.train.text import open_tokenizer, training_batches, validation_batches
@@ -180,3 +181,16 @@ class TestRun:
         )
         fresh = build_run(run_of(data)).trainer.model.state_dict()
         assert any((first[k] != v).any() for k, v in fresh.items())
+
+    def test_weights_of_a_dense_model_to_start_from(self, place, tmp_path):
+        data = DataConfig(path=str(place / "text"))
+        first = run_of(data, tmp_path / "first")
+        first.architecture = "dense"
+        train_run(first)
+        stored = from_pretrained(tmp_path / "first")
+        again = run_of(data, init_from=str(tmp_path / "first"))
+        again.architecture = "dense"
+        for model in (first.model, stored.cfg):  # the looped counterpart, or what is stored
+            again.model = model
+            state = build_run(again).trainer.model.state_dict()
+            assert all((state[k] == v).all() for k, v in stored.state_dict().items())
