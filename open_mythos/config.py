@@ -77,7 +77,7 @@ class MythosConfig:
     prelude_norm: bool = True
     """Normalize the prelude's output before injection; without it training can diverge."""
     readout: bool = True
-    """Multiply the final state by a learned matrix C, initialised to identity, before the coda."""
+    """Multiply the final state by a learned matrix C, initialized to identity, before the coda."""
     loop_embedding: bool = False
     """Add a sinusoidal embedding of the loop index to the looped block's input."""
     tie_embeddings: bool = False

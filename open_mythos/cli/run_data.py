@@ -74,7 +74,7 @@ def evaluation_source(
     if source is None:
         raise DataError(
             f"the text has no split {split!r}", where="--split", value=split,
-            fix="pass prepared shards with --data",
+            fix="name another split, or pass prepared shards that have it with --data",
         )  # fmt: skip
     return source
 

@@ -55,7 +55,7 @@ class StepTrace:
 def trace_step(job: Job, layout: Layout, kernels: str = "cuda") -> StepTrace:
     """Run one step of ``job`` in ``layout`` on fake tensors.
 
-    It is :class:`open_mythos.train.step.TrainStep` without the parts that read values on the host.
+    It is :meth:`open_mythos.train.step.Stepper.take` without what reads values on the host.
     """
     config = RunConfig(
         architecture="looped" if job.looped else "dense",

@@ -156,7 +156,7 @@ def _local_batch(train: TrainConfig) -> int:
 def _check_model(model: Model, config: RunConfig) -> None:
     if is_quantized(model):
         raise ConfigError(
-            "a quantised model cannot be trained", where="Trainer(model, config)",
+            "a quantized model cannot be trained", where="Trainer(model, config)",
             value=type(model).__name__, allowed="a model as it was before quantize()",
             fix="load the model again",
         )  # fmt: skip
