@@ -57,7 +57,7 @@ def reject_changes(
             "the configuration differs from that of the checkpoint:\n    "
             + "\n    ".join(changed.values()),
             where="resume", value=", ".join(changed), allowed="the saved values",
-            fix="restore them, start a new run, or allow the change by name",
+            fix="restore them, as in the run.yaml of the run (--config), or start a new run",
         )  # fmt: skip
 
 
