@@ -27,7 +27,7 @@ from open_mythos.train import (
     Trainer,
     build_model,
 )  # fmt: skip
-from open_mythos.train.monitoring.utilisation import device_peak
+from open_mythos.train.monitoring.utilization import device_peak
 from open_mythos.variants import variant
 
 GOAL_MFU = 45.0

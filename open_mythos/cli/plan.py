@@ -188,7 +188,7 @@ def _training(plan: Plan) -> Table:
     seconds = plan.step_seconds
     table.add_row("step", *map(_time, seconds))
     table.add_row("tokens/s", *(_count(plan.step_tokens / s) for s in seconds))
-    table.add_row("MFU", *(f"{share:.0%}" for share in plan.utilisation))
+    table.add_row("MFU", *(f"{share:.0%}" for share in plan.utilization))
     table.add_row("days", *(f"{days:,.1f}" for days in plan.days))
     table.add_row("GPU hours", *(f"{hours:,.0f}" for hours in plan.gpu_hours))
     table.add_row("cost", *(f"${cost:,.0f}" for cost in plan.cost))

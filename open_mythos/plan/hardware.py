@@ -1,6 +1,6 @@
 """GPUs that a plan can use: memory, link rates and prices.
 
-Peak FLOP rates come from :data:`open_mythos.train.monitoring.utilisation.PEAKS`. Memory and link
+Peak FLOP rates come from :data:`open_mythos.train.monitoring.utilization.PEAKS`. Memory and link
 rates are from the vendor data sheets named with each entry. Prices are assumptions.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from open_mythos.checks import pick
-from open_mythos.train.monitoring.utilisation import device_peak
+from open_mythos.train.monitoring.utilization import device_peak
 
 NODE = 8
 """GPUs per node, connected by NVLink, with one network adapter each (DGX and HGX boards)."""

@@ -78,7 +78,7 @@ class Plan:
         return max(both), sum(both)
 
     @property
-    def utilisation(self) -> tuple[float, ...]:
+    def utilization(self) -> tuple[float, ...]:
         """Useful FLOPs as a share of the peak rate (MFU)."""
         useful = self.step_tokens * self.job.training_flops()
         peak = self.layout.gpus * self.gpu.rate(self.job.dtype)
@@ -131,7 +131,7 @@ class Plan:
             },
             "training": {
                 "tokens": self.tokens, "steps": self.steps, "flops": self.flops, "mfu": self.mfu,
-                "price": self.price, "utilisation": self.utilisation, "days": self.days,
+                "price": self.price, "utilization": self.utilization, "days": self.days,
                 "gpu_hours": self.gpu_hours, "cost": self.cost,
             },
             "cache": {

@@ -25,7 +25,7 @@ def looped(**changes) -> OpenMythos:
 
 
 def scrambled(model):
-    """The model with random weights everywhere, zero-initialised ones and buffers included."""
+    """The model with random weights everywhere, zero-initialized ones and buffers included."""
     torch.manual_seed(0)
     with torch.no_grad():
         for tensor in model.state_dict().values():

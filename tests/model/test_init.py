@@ -69,7 +69,7 @@ def test_seeded(attn_type):
         assert torch.equal(first, second)
 
 
-def test_tied_head_is_initialised_as_embedding():
+def test_tied_head_is_initialized_as_embedding():
     model = OpenMythos(small_config(tie_embeddings=True))
     assert model.head.weight is model.embedding.weight
     assert model.head.weight.std() > 0

@@ -174,7 +174,7 @@ def test_time_cost_and_json() -> None:
     assert not plan.layout.checkpoint_loops
     best, worst = plan.step_seconds
     assert worst == best + plan.traffic_seconds
-    assert plan.utilisation[0] == pytest.approx(0.5)
+    assert plan.utilization[0] == pytest.approx(0.5)
     assert plan.gpu_hours[1] == pytest.approx(plan.steps * worst * 8 / 3600)
     assert plan.cost[1] == pytest.approx(2.0 * plan.gpu_hours[1])
     assert plan.days[1] == pytest.approx(plan.gpu_hours[1] / 24 / 8)

@@ -24,7 +24,7 @@ from open_mythos.train.monitoring.alarms import (
 )
 from open_mythos.train.monitoring.metrics import Metrics
 from open_mythos.train.monitoring.spikes import SpikeDetector
-from open_mythos.train.monitoring.utilisation import Utilisation, device_peak
+from open_mythos.train.monitoring.utilization import Utilization, device_peak
 from open_mythos.train.parallel.parallelize import ParallelModel
 from open_mythos.train.state import StepResult, TokenBatch
 
@@ -50,7 +50,7 @@ class Monitor:
                 torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."),
                 tf32=torch.backends.cuda.matmul.allow_tf32,
             )  # fmt: skip
-        self._use = Utilisation(counts, config.grad_loops, peak and peak * world_size())
+        self._use = Utilization(counts, config.grad_loops, peak and peak * world_size())
         self.spikes = SpikeDetector(watch.spike_window, watch.spike_threshold, watch.spike_patience)
         self._watchdog = None
         if isinstance(model, OpenMythos) and watch.watchdog:

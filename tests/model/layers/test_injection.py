@@ -1,4 +1,4 @@
-"""The stable linear system: bounds, discretisation, start."""
+"""The stable linear system: bounds, discretization, start."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def device_peak(name: str, dtype: str, *, tf32: bool = False) -> float | None:
     return None if found is None else found * 1e12
 
 
-class Utilisation:
+class Utilization:
     """Accumulates steps between two lines of metrics.
 
     Counts model FLOPs only: recomputation under activation checkpointing and skipped optimizer

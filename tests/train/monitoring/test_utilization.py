@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from open_mythos import DenseTransformer, Depth, MythosConfig, OpenMythos
 from open_mythos.accounting import account
 from open_mythos.train.loss import next_token_loss
-from open_mythos.train.monitoring.utilisation import PEAKS, Utilisation, device_peak
+from open_mythos.train.monitoring.utilization import PEAKS, Utilization, device_peak
 
 CONFIG = MythosConfig(
     vocab_size=40, dim=32, n_heads=4, n_kv_heads=2, max_seq_len=16, max_loop_iters=6,
@@ -38,17 +38,17 @@ def test_the_loops_that_ran_and_the_gradients_that_flowed(depths, grad_loops):
     """Against PyTorch's counter, which counts whole squares where causal attention needs half and
     cannot take the input's gradient into account: attention and the first layer are small here."""
     model = OpenMythos(CONFIG)
-    use = Utilisation(account(model, context=T), grad_loops)
+    use = Utilization(account(model, context=T), grad_loops)
     ours = use.step_flops(depths, 3, T)
     theirs = counted(model, n_loops=torch.tensor(depths), grad_loops=grad_loops)
     assert ours == pytest.approx(theirs, rel=0.08)
-    without = Utilisation(account(model, context=T)).step_flops(depths, 3, T)
+    without = Utilization(account(model, context=T)).step_flops(depths, 3, T)
     assert (ours < without) == (grad_loops is not None)
 
 
 def test_more_loops_are_more_flops_by_exactly_their_cost():
     counts = account(CONFIG, context=T)
-    use = Utilisation(counts)
+    use = Utilization(counts)
     loop = use.step_flops([3], 1, T) - use.step_flops([2], 1, T)
     assert loop == pytest.approx(3 * T * counts.per_loop.flops((T + 1) / 2))
     assert use.step_flops([2, 4], 2, T) == pytest.approx(use.step_flops([3, 3], 2, T))
@@ -56,12 +56,12 @@ def test_more_loops_are_more_flops_by_exactly_their_cost():
 
 def test_a_dense_model_has_no_depths():
     model = DenseTransformer(CONFIG, n_layers=3)
-    use = Utilisation(account(model, context=T))
+    use = Utilization(account(model, context=T))
     assert use.step_flops(None, 3, T) == pytest.approx(counted(model), rel=0.08)
 
 
 def test_rates_of_the_steps_since_the_last_line():
-    use = Utilisation(account(CONFIG), peak_flops=1e6)
+    use = Utilization(account(CONFIG), peak_flops=1e6)
     assert use.metrics() == {}
     use.add(seconds=0.5, tokens=100, flops=2e5)
     use.add(seconds=1.5, tokens=100, flops=4e5)
@@ -70,8 +70,8 @@ def test_rates_of_the_steps_since_the_last_line():
     assert use.metrics() == {"tokens_per_second": 7.0, "flops_per_second": 1e5, "mfu": 0.1}
 
 
-def test_without_a_peak_no_utilisation_is_given():
-    use = Utilisation(account(CONFIG))
+def test_without_a_peak_no_utilization_is_given():
+    use = Utilization(account(CONFIG))
     use.add(seconds=1.0, tokens=1, flops=1.0)
     assert "mfu" not in use.metrics()
 
