@@ -33,8 +33,8 @@ WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1
 LIBRARY = "open-mythos"
 
-_COMMON_KEYS = {"format", "library", "architecture", "config"}
-_KEYS = {"looped": _COMMON_KEYS, "dense": {*_COMMON_KEYS, "n_layers"}}
+_KEYS = {"looped": {"format", "library", "architecture", "config"}}
+_KEYS["dense"] = {*_KEYS["looped"], "n_layers"}
 _IN_SHARDS = "model/"
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_CONFIG_BYTES = 1 << 20
@@ -81,24 +81,12 @@ def from_pretrained(
         EnvironmentError_: The hub cannot be reached, or has no such model.
     """
     folder = model_directory(directory)
-    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    description = _read_json(config)
-    if weights.is_file():
-        with _opened(weights) as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            model = _skeleton(description, config, len(slices))
-            _check_tensors(model_tensors(model), slices, weights)
-            dtypes = dict.fromkeys(dict(model.named_parameters()), dtype)
-            # copies: truncating a mapped file would kill the process
-            tensors = {
-                name: file.get_tensor(name).to(device, dtypes.get(name), copy=True)
-                for name in slices
-            }
-    else:
-        model, tensors = _from_shards(folder, description)
-        dtypes = dict.fromkeys(dict(model.named_parameters()), dtype)
-        for name, tensor in tensors.items():
-            tensors[name] = tensor.to(device, dtypes.get(name))
+    read = _read_file if (folder / WEIGHTS_FILE).is_file() else _read_shards
+    model, tensors = read(folder)
+    dtypes = dict.fromkeys(dict(model.named_parameters()), dtype)
+    for name, tensor in tensors.items():
+        # copies: truncating a mapped file would kill the process
+        tensors[name] = tensor.to(device, dtypes.get(name), copy=True)
     if model.cfg.tie_embeddings:
         tensors["head.weight"] = tensors["embedding.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -107,14 +95,27 @@ def from_pretrained(
     return model.eval()
 
 
-def _from_shards(
-    folder: Path, description: Mapping[str, Any]
-) -> tuple[OpenMythos | DenseTransformer, dict[str, Tensor]]:
-    """Read the sharded checkpoint of a distributed run."""
+def _read_file(folder: Path) -> tuple[OpenMythos | DenseTransformer, dict[str, Tensor]]:
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            model = _skeleton(folder / CONFIG_FILE, len(slices))
+            _check_tensors(model_tensors(model), slices, path)
+            return model, {name: file.get_tensor(name) for name in slices}
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            "not a complete safetensors file", where=str(path), value=str(error),
+            allowed="the file that save_pretrained wrote",
+            fix="copy the file again; pickled weights are never read",
+        ) from error  # fmt: skip
+
+
+def _read_shards(folder: Path) -> tuple[OpenMythos | DenseTransformer, dict[str, Tensor]]:
     from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
 
     names = {name for name in stored_shapes(folder) if name.startswith(_IN_SHARDS)}
-    model = _skeleton(description, folder / CONFIG_FILE, len(names))
+    model = _skeleton(folder / CONFIG_FILE, len(names))
     expected = {f"{_IN_SHARDS}{name}": each for name, each in model_tensors(model).items()}
     for name in sorted(expected.keys() ^ names):
         raise DataError(
@@ -236,17 +237,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _skeleton(
-    values: Mapping[str, Any], path: Path, n_tensors: int
-) -> OpenMythos | DenseTransformer:
+def _skeleton(path: Path, n_tensors: int) -> OpenMythos | DenseTransformer:
     """Build the model that ``config.json`` describes, on the meta device.
 
-    Args:
-        values: Content of the file.
-        path: The file, for messages.
-        n_tensors: Tensors in the weights file. A configuration with more layers is rejected first:
-            building a malicious one could take forever.
+    A configuration with more layers than there are tensors is rejected first: building a malicious
+    one could take forever.
     """
+    values = _read_json(path)
     architecture = values.get("architecture")
     for key, choices in (("format", [FORMAT]), ("library", [LIBRARY]), ("architecture", [*_KEYS])):
         if values.get(key) not in choices:
@@ -287,28 +284,8 @@ def _unfit(path: Path, what: str, value: Any, allowed: str) -> DataError:
     )
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file, and turn its errors into a DataError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise DataError(
-            "not a complete safetensors file", where=str(path), value=str(error),
-            allowed="the file that save_pretrained wrote",
-            fix="copy the file again; pickled weights are never read",
-        ) from error  # fmt: skip
-
-
 def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], path: Path) -> None:
-    """Check names, shapes and dtypes.
-
-    Args:
-        expected: The model's tensors.
-        found: Name -> slice of the file, not yet read.
-        path: The file, for messages.
-    """
+    """Check the slices of a file before any is read."""
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
     for name in sorted(expected.keys() & found.keys()):
@@ -317,9 +294,9 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], pat
             problems.append(f"{name} is {shape}, not {list(expected[name].shape)}")
         if dtype not in _DTYPES:
             problems.append(f"{name} is {dtype}, not {' or '.join(_DTYPES)}")
+    if len(problems) > 5:
+        problems[5:] = [f"and {len(problems) - 5} more"]
     if problems:
-        if len(problems) > 5:
-            problems[5:] = [f"and {len(problems) - 5} more"]
         raise DataError(
             f"the weights do not match the configuration: {'; '.join(problems)}", where=str(path),
             allowed=f"exactly the {len(expected)} tensors of the model",

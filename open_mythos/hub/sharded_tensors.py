@@ -57,7 +57,7 @@ def write_shards(
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):  # of torch about its own calls
             save(dict(tensors), storage_writer=writer, process_group=group)
     except (CheckpointException, OSError) as error:
         raise EnvironmentError_(
@@ -105,7 +105,7 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
                 allowed=str(tuple(tensor.shape)), fix="use the configuration of the checkpoint",
             )  # fmt: skip
     if is_sharded(folder):
-        with _readable(folder), _quiet():
+        with _readable(folder), warnings.catch_warnings(action="ignore"):
             load(
                 {name: tensor.detach() for name, tensor in into.items()},
                 storage_reader=HuggingFaceStorageReader(str(folder)),
@@ -135,14 +135,6 @@ def copy_part(target: Tensor, source: Tensor) -> None:
 def holds_parts(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether any of ``tensors`` is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors.values())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the warnings of torch about its own calls."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager

@@ -58,9 +58,7 @@ class FixedDepth:
         check_count("loops", self.loops)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """Apply the rule."""
-        shape = look.after_BTD.shape[:2]
-        return torch.full(shape, look.t + 1 >= self.loops, device=look.after_BTD.device), ()
+        return _all(look, look.t + 1 >= self.loops), ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,6 @@ class GateExit:
         check_number("threshold", self.threshold, gt=0, le=1)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """Apply the rule; remembers the probability of not having halted."""
         lambda_BT = self.gate(look.after_BTD)
         running_BT = (1 - lambda_BT) * (1.0 if memory is None else memory[0])
         return 1 - running_BT >= self.threshold, (running_BT,)
@@ -101,10 +98,9 @@ class KLExit:
         check_number("entropy", self.entropy, gt=0)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """Apply the rule; remembers the last log-probabilities."""
         log_p_BTV = look.predict().float().log_softmax(-1)
         if memory is None:
-            return _none(look), (log_p_BTV,)
+            return _all(look, False), (log_p_BTV,)
         p_BTV = log_p_BTV.exp()
         kl_BT = (p_BTV * (log_p_BTV - memory[0])).sum(-1)
         entropy_BT = -(p_BTV * log_p_BTV).sum(-1)
@@ -124,7 +120,6 @@ class StateChange:
         check_number("threshold", self.threshold, gt=0)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """Apply the rule."""
         change_BT = (look.after_BTD.float() - look.before_BTD.float()).norm(dim=-1)
         return change_BT < self.threshold * look.after_BTD.float().norm(dim=-1), ()
 
@@ -145,11 +140,10 @@ class Acceleration:
         check_count("hits", self.hits)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """Apply the rule; remembers the last update and the number of hits."""
         after_BTD = look.after_BTD.float()
         delta_BTD = after_BTD - look.before_BTD.float()
         if memory is None:
-            return _none(look), (delta_BTD, torch.zeros_like(delta_BTD[..., 0]))
+            return _all(look, False), (delta_BTD, torch.zeros_like(delta_BTD[..., 0]))
         last_BTD, hits_BT = memory
         hit_BT = (delta_BTD - last_BTD).norm(dim=-1) < self.threshold * after_BTD.norm(dim=-1)
         hits_BT = torch.where(hit_BT, hits_BT + 1, 0.0)
@@ -169,16 +163,15 @@ class ArgmaxStable:
         check_count("hits", self.hits)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """Apply the rule; remembers the token and how often it was repeated."""
         token_BT = look.predict().argmax(-1)
         if memory is None:
-            return _none(look), (token_BT, torch.zeros_like(token_BT))
+            return _all(look, False), (token_BT, torch.zeros_like(token_BT))
         same_BT = torch.where(token_BT == memory[0], memory[1] + 1, 0)
         return same_BT >= self.hits, (token_BT, same_BT)
 
 
-def _none(look: Look) -> Tensor:
-    return torch.zeros(look.after_BTD.shape[:2], dtype=torch.bool, device=look.after_BTD.device)
+def _all(look: Look, stop: bool) -> Tensor:
+    return torch.full(look.after_BTD.shape[:2], stop, device=look.after_BTD.device)
 
 
 def _gate(model: nn.Module, threshold: float | None = None) -> GateExit:

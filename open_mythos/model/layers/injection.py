@@ -34,23 +34,27 @@ INITIAL_DECAY = math.sqrt(1 / 5)
 
 
 class Injection(nn.Module):
-    """Base of all injections: x = hold(h) + drive(e)."""
+    """x = hold(h) + drive(e); here the sum h + e, or h alone without ``with_input``."""
+
+    def __init__(self, dim: int, with_input: bool = True) -> None:
+        super().__init__()
+        self.dim, self.with_input = dim, with_input
 
     def hold(self, h_BTD: Tensor) -> Tensor:
-        """Return the part of x that depends on the state, float32."""
-        raise NotImplementedError
+        """Return A h, the part of x that depends on the state, float32."""
+        return h_BTD.float()
 
     def drive(self, e_BTD: Tensor) -> Tensor:
         """Return the loop-invariant part of x, float32."""
-        raise NotImplementedError
+        return e_BTD.float() if self.with_input else torch.zeros_like(e_BTD, dtype=torch.float32)
 
     def get_A(self) -> Tensor:
         """Return the (D, D) matrix A, float32."""
-        raise NotImplementedError
+        return torch.eye(self.dim)
 
     def spectral_radius(self) -> Tensor:
         """Return rho(A), the largest absolute eigenvalue."""
-        raise NotImplementedError
+        return torch.ones(())
 
     def forward(self, h_BTD: Tensor, e_BTD: Tensor) -> Tensor:
         """Return x (B, T, D), float32."""
@@ -74,7 +78,7 @@ class LTIInjection(Injection):
     """
 
     def __init__(self, dim: int, rule: str = "zoh", matrix: str = "full") -> None:
-        super().__init__()
+        super().__init__(dim)
         self.rule = rule
         self.log_A = nn.Parameter(torch.zeros(dim))
         dt = -math.log(INITIAL_DECAY)
@@ -102,8 +106,7 @@ class LTIInjection(Injection):
 
     def drive(self, e_BTD: Tensor) -> Tensor:
         """Return B e, float32."""
-        mixed = _times(e_BTD, self.B)
-        return mixed.float() * self.coefficients()[1]
+        return _times(e_BTD, self.B).float() * self.coefficients()[1]
 
     def hold(self, h_BTD: Tensor) -> Tensor:
         """Return A h, float32."""
@@ -128,8 +131,7 @@ class ConcatInjection(Injection):
     def __init__(
         self, dim: int, matrix: str = "full", identity_carry: bool = False, bias: bool = False
     ) -> None:
-        super().__init__()
-        self.dim = dim
+        super().__init__(dim)
 
         def weight(start: float) -> nn.Parameter:
             if matrix == "diagonal":
@@ -163,30 +165,6 @@ class ConcatInjection(Injection):
         return h_BTD.float() if self.A is None else _times(h_BTD, self.A).float()
 
 
-class AddInjection(Injection):
-    """Addition, h + e; with ``with_input=False``, h alone."""
-
-    def __init__(self, dim: int, with_input: bool = True) -> None:
-        super().__init__()
-        self.dim, self.with_input = dim, with_input
-
-    def get_A(self) -> Tensor:
-        """Return the (D, D) identity, float32."""
-        return torch.eye(self.dim)
-
-    def spectral_radius(self) -> Tensor:
-        """Return 1."""
-        return torch.ones(())
-
-    def drive(self, e_BTD: Tensor) -> Tensor:
-        """Return e, or zeros without an input, float32."""
-        return e_BTD.float() if self.with_input else torch.zeros_like(e_BTD, dtype=torch.float32)
-
-    def hold(self, h_BTD: Tensor) -> Tensor:
-        """Return h, float32."""
-        return h_BTD.float()
-
-
 def _times(x_BTD: Tensor, matrix: Tensor) -> Tensor:
     """Return ``x`` times a full (D, D) or a diagonal (D,) matrix, in the dtype of the matrix."""
     x_BTD = x_BTD.to(matrix.dtype)
@@ -198,8 +176,8 @@ INJECTIONS: dict[str, Callable[[MythosConfig], Injection]] = {
     "concat": lambda cfg: ConcatInjection(
         cfg.dim, cfg.injection_matrix, cfg.identity_carry, cfg.injection_bias
     ),
-    "add": lambda cfg: AddInjection(cfg.dim),
-    "none": lambda cfg: AddInjection(cfg.dim, with_input=False),
+    "add": lambda cfg: Injection(cfg.dim),
+    "none": lambda cfg: Injection(cfg.dim, with_input=False),
 }
 """``injection`` -> constructor from the configuration."""
 
