@@ -20,7 +20,7 @@ from benchmarks.models import sharing
 from open_mythos.model.active import Active
 from open_mythos.model.cache import KVCache
 from open_mythos.model.context import Context
-from open_mythos.model.layers.experts import Experts, Mixture, Operands, RoutedExperts
+from open_mythos.model.layers.experts import Experts, Operands, RoutedExperts, Weights
 from open_mythos.model.layers.mla import MLAttention
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.mythos import OpenMythos
@@ -72,7 +72,7 @@ class ChoiceByChoice(Experts):
             for stack in (layer.gate_up, layer.down)
         )
 
-    def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
+    def operands(self, weights: Weights, n_choices: int, memo: dict[Any, Any]) -> Operands:
         return self.gate_up, self.down
 
     def forward(
@@ -93,7 +93,7 @@ class ChoiceByChoice(Experts):
 class NoExperts(Experts):
     """Skip the routed experts."""
 
-    def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
+    def operands(self, weights: Weights, n_choices: int, memo: dict[Any, Any]) -> Operands:
         return None, None
 
     def forward(

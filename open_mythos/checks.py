@@ -58,19 +58,14 @@ def check_count(where: str, value: Any, least: int = 1) -> int:
     return count
 
 
-def check_number(
-    where: str, value: Any, *, gt: float = -math.inf, ge: float = -math.inf, le: float = math.inf
-) -> None:
-    """Check that ``gt`` < ``value`` and ``ge`` <= ``value`` <= ``le``.
+def check_number(where: str, value: Any, **bounds: float) -> None:
+    """Check that ``value`` is within ``bounds`` (ge, gt, le, lt).
 
     Raises:
         ConfigError: It is not, or no finite number.
     """
-    if not (is_number(value) and gt < value and ge <= value <= le):
-        allowed = f"{gt:g} < x <= {le:g}"
-        if le == math.inf:
-            allowed = "finite and " + (f">= {ge:g}" if ge > -math.inf else f"> {gt:g}")
-        raise _out_of_range(where, value, allowed)
+    if not (is_number(value) and _in_bounds(value, bounds)):
+        raise _out_of_range(where, value, _allowed(frozenset({float}), bounds))
 
 
 def _out_of_range(where: str, value: Any, allowed: str) -> ConfigError:
@@ -146,10 +141,8 @@ def check_fields(section: str, config: Any) -> None:
                 reject(section, config, each.name, " or ".join(map(repr, choices)))
         elif kinds <= {int, float, type(None)} and not (value is None and type(None) in kinds):
             bounds = each.metadata.get("bounds", {})
-            fits = (is_number if float in kinds else is_int)(value) and all(
-                _COMPARE[name][1](value, bound) for name, bound in bounds.items()
-            )
-            if not fits:
+            right_kind = is_number if float in kinds else is_int
+            if not (right_kind(value) and _in_bounds(value, bounds)):
                 reject(section, config, each.name, _allowed(kinds, bounds))
 
 
@@ -176,7 +169,11 @@ _COMPARE = {
 }  # fmt: skip
 
 
-def _allowed(kinds: frozenset[Any], bounds: dict[str, float]) -> str:
+def _in_bounds(value: float, bounds: Mapping[str, float]) -> bool:
+    return all(_COMPARE[name][1](value, bound) for name, bound in bounds.items())
+
+
+def _allowed(kinds: frozenset[Any], bounds: Mapping[str, float]) -> str:
     """Describe the accepted values."""
     kind = "a finite number" if float in kinds else "an integer"
     limits = " and ".join(f"{_COMPARE[name][0]} {bound}" for name, bound in bounds.items())

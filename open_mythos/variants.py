@@ -26,15 +26,7 @@ def _config(
     depth: tuple[int, int, int],
     **other: Any,
 ) -> MythosConfig:
-    """Build a configuration.
-
-    Args:
-        dim: Width.
-        attention: Values of the fields ``_ATTENTION``; value heads are as wide as nope heads.
-        experts: Values of the fields ``_EXPERTS``.
-        depth: Loops, layers of prelude and of coda each, LoRA rank.
-        other: Further fields.
-    """
+    """Build a configuration from the values of ``_ATTENTION``, ``_EXPERTS`` and ``depth``."""
     loops, outer_layers, lora_rank = depth
     other |= zip(_ATTENTION, attention, strict=True)
     other |= zip(_EXPERTS, experts, strict=True)

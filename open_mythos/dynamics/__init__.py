@@ -5,34 +5,17 @@
 >>> classify(path).counts()                             # doctest: +SKIP
 """
 
-from open_mythos.dynamics.cycles import KINDS, LongRun, classify
-from open_mythos.dynamics.jacobian import StepJacobian
-from open_mythos.dynamics.krylov import Spectrum, leading_eigenvalues, leading_singular_values
-from open_mythos.dynamics.lens import logit_lens, set_probability
-from open_mythos.dynamics.probes import ProbeScore, probe
-from open_mythos.dynamics.trajectory import (
-    ContractionFit,
-    FixedPoint,
-    Trajectory,
-    fixed_point,
-    run_trajectory,
-)
+from open_mythos.lazy import lazy_names
 
-__all__ = [
-    "KINDS",
-    "ContractionFit",
-    "FixedPoint",
-    "LongRun",
-    "ProbeScore",
-    "Spectrum",
-    "StepJacobian",
-    "Trajectory",
-    "classify",
-    "fixed_point",
-    "leading_eigenvalues",
-    "leading_singular_values",
-    "logit_lens",
-    "probe",
-    "run_trajectory",
-    "set_probability",
-]
+_MODULES = {
+    "open_mythos.dynamics.cycles": ("KINDS", "LongRun", "classify"),
+    "open_mythos.dynamics.jacobian": ("StepJacobian",),
+    "open_mythos.dynamics.krylov": ("Spectrum", "leading_eigenvalues", "leading_singular_values"),
+    "open_mythos.dynamics.lens": ("logit_lens", "set_probability"),
+    "open_mythos.dynamics.probes": ("ProbeScore", "probe"),
+    "open_mythos.dynamics.trajectory": (
+        "ContractionFit", "FixedPoint", "Trajectory", "fixed_point", "run_trajectory",
+    ),
+}  # fmt: skip
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -132,11 +132,6 @@ def copy_part(target: Tensor, source: Tensor) -> None:
     target.to_local().copy_(source.to_local())
 
 
-def holds_parts(tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether any of ``tensors`` is sharded."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
-
-
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     try:

@@ -26,7 +26,7 @@ from open_mythos.checks import pick
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.layers.block import TransformerBlock
-from open_mythos.model.layers.experts import Experts, Mixture, Operands, RoutedExperts
+from open_mythos.model.layers.experts import Experts, Operands, RoutedExperts, Weights
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.layers.injection import LTIInjection
 from open_mythos.model.layers.moe import MoEFFN
@@ -242,7 +242,7 @@ class PackedExperts(_Quantized, Experts):
         super().__init__()
         self.gate_up, self.down = _Packed(gate_up.mT, group), _Packed(down.mT, group)
 
-    def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
+    def operands(self, weights: Weights, n_choices: int, memo: dict[Any, Any]) -> Operands:
         """Return the packed weights."""
         return self.gate_up.weight, self.down.weight
 

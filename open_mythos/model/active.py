@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,17 +90,6 @@ class Active:
         return self.rows.unsqueeze(1), self.columns
 
 
-class Departure(NamedTuple):
-    """Change of the active rows after a loop."""
-
-    leave: Tensor | None
-    """Indices of finished rows among the active ones; None if all are finished."""
-    stay: Tensor
-    """Indices of the other active rows."""
-    active: Active
-    """The remaining rows, by their index in the batch."""
-
-
 class RowSchedule:
     """Per-row depths and gradient windows, without any host-device sync.
 
@@ -115,9 +104,13 @@ class RowSchedule:
     def __init__(self, depths: list[int], grad_loops: int | None, device: torch.device) -> None:
         self._depths, self._grad_loops = depths, grad_loops
         stops = sorted(set(depths))
+        self.n_loops = stops[-1]
         none = torch.empty(0, dtype=torch.long, device=device)
-        self.departures = {stops[-1]: Departure(None, none, Active(none))}
-        """Number of loops -> the rows that finish after them."""
+        self.departures: dict[int, tuple[Tensor | None, Tensor, Active]] = {
+            stops[-1]: (None, none, Active(none))
+        }
+        """Number of loops -> (rows that finish after them or None for all, other rows, both as
+        indices among the active rows; the other rows by their index in the batch)."""
         if len(stops) == 1:
             return
         rows, order, lists = list(range(len(depths))), [], list[list[int]]()
@@ -132,12 +125,7 @@ class RowSchedule:
         self._depth_B, self._inverse, *parts = integers([depths, inverse, *lists], device)
         for i, stop in enumerate(stops[:-1]):
             leave_R, stay_R, rows_R = parts[3 * i : 3 * i + 3]
-            self.departures[stop] = Departure(leave_R, stay_R, Active(rows_R))
-
-    @property
-    def n_loops(self) -> int:
-        """Loops of the deepest row."""
-        return max(self._depths)
+            self.departures[stop] = leave_R, stay_R, Active(rows_R)
 
     def truncate(self, h_BTD: Tensor, t: int, active: Active | None) -> tuple[Tensor, bool]:
         """Detach the rows whose gradient window starts at loop ``t``.

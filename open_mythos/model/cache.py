@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -65,15 +64,6 @@ def _append(old_BS: Tensor | None, new_BT: Tensor | None, length: int, n_new: in
         old_BS = new_BT.new_ones(len(new_BT), length)
     new_BT = old_BS.new_ones(len(old_BS), n_new) if new_BT is None else new_BT
     return torch.cat((old_BS, new_BT), dim=1)
-
-
-class Cache(Protocol):
-    """The interface that attention layers use."""
-
-    def write(
-        self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
-    ) -> Tensor:
-        """Store the new entries of a layer and loop; return all its entries (B, S, W)."""
 
 
 class KVCache:
@@ -319,6 +309,10 @@ class StaticCache:
             last_BTW = self._last_by_layer[layer].index_select(1, self._column_1)
             entry_BTW = torch.where(active.real.unsqueeze(-1), entry_BTW, last_BTW)
         return slot.index_copy_(1, self._column_1, entry_BTW)
+
+
+Cache = KVCache | StaticCache
+"""What attention layers write to."""
 
 
 def cache_bytes(

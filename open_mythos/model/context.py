@@ -69,12 +69,19 @@ class Context:
         """Build the context of ``n_new`` tokens starting at ``start_pos``."""
         past = Columns(0) if cache is None else cache.columns
         columns = past.extend(n_new, valid_BT, document_BT)
-        run_BS = None if columns.document_BS is None else _runs(columns.document_BS)
+        run_BS, document_BS = None, columns.document_BS
+        if document_BS is not None:  # number the runs of equal ids
+            changes = document_BS[:, 1:] != document_BS[:, :-1]
+            run_BS = F.pad(changes.long().cumsum(1), (1, 0))
+        plain = columns.valid_BS is None and run_BS is None and n_new in (1, columns.length)
+        mask = (
+            None if plain else Visibility(n_new, columns.length, device, columns.valid_BS, run_BS)
+        )
         positions = _positions(columns, run_BS, n_new, device) + (start_pos - past.length)
         return cls(
             positions=positions,
             rope=rope_table(positions, rope_dim, rope_theta),
-            mask=_visibility(columns, run_BS, n_new, device),
+            mask=mask,
             columns=columns,
             valid_BT=valid_BT,
             cache=cache,
@@ -91,13 +98,17 @@ class Context:
 
         Padding entries are neither cached nor counted.
         """
-        rows_R, columns_RW = active.rows, active.columns
+        rows_R, columns_RW, mask = active.rows, active.columns, self.mask
         assert rows_R is not None
+        if isinstance(mask, Visibility):
+            mask = mask.select(rows_R)
+        elif mask is not None and mask.shape[0] > 1:
+            mask = mask[rows_R]
         ctx = replace(
             self,
             positions=self.positions[rows_R] if self.positions.dim() == 2 else self.positions,
             rope=self.rope[:, rows_R] if self.rope.dim() == 4 else self.rope,
-            mask=self._mask_of_rows(rows_R),
+            mask=mask,
             valid_BT=None if self.valid_BT is None else self.valid_BT[rows_R],
             keys_B=None if self.keys_B is None else self.keys_B[rows_R],
             active=active,
@@ -132,13 +143,6 @@ class Context:
             return replace(self, mask=mask.whole() if whole else mask.rows(start, stop))
         return replace(self, mask=None if mask is None else mask[:, :, start:stop])
 
-    def _mask_of_rows(self, keep_B: Tensor) -> Visibility | Tensor | None:
-        if isinstance(self.mask, Visibility):
-            return self.mask.select(keep_B)
-        if self.mask is None or self.mask.shape[0] == 1:
-            return self.mask
-        return self.mask[keep_B]
-
     def _mask_of(self, columns_RT: Tensor) -> Visibility | Tensor | None:
         """Return the mask of the new tokens at ``columns_RT``."""
         n_new, total = self.positions.shape[-1], self.columns.length
@@ -149,12 +153,6 @@ class Context:
             return None
         mask = self.mask or Visibility(n_new, total, columns_RT.device)
         return mask.at(columns_RT)
-
-
-def _runs(document_BS: Tensor) -> Tensor:
-    """Number the runs of equal document ids."""
-    changes = document_BS[:, 1:] != document_BS[:, :-1]
-    return F.pad(changes.long().cumsum(1), (1, 0))
 
 
 def _positions(columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device) -> Tensor:
@@ -171,12 +169,3 @@ def _positions(columns: Columns, run_BS: Tensor | None, n_new: int, device: torc
         starts = F.pad(run_BS.diff(dim=1), (1, 0))
         before = before - (starts * before).cummax(1).values
     return before[:, old:]
-
-
-def _visibility(
-    columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device
-) -> Visibility | None:
-    """Return the mask of the new tokens; None if it is causal or a single token attends to all."""
-    if columns.valid_BS is None and run_BS is None and n_new in (1, columns.length):
-        return None
-    return Visibility(n_new, columns.length, device, columns.valid_BS, run_BS)

@@ -142,7 +142,13 @@ def generate(
     depth.check_rows(batch)
     params.check_rows(batch)
     _check_length(model, n_prompt, params)
-    _check_prompt_mask(attention_mask, input_ids)
+    check_tensor("attention_mask", attention_mask, input_ids.shape, MASKS)
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise ConfigError(
+            "prompts must be padded on the left", where="attention_mask",
+            value=attention_mask[:, -1].tolist(), allowed="true in the last column of every row",
+            fix="pad each prompt on the left",
+        )  # fmt: skip
     if params.stop and tokenizer is None:
         raise ConfigError(
             "stop strings require a tokenizer", where="stop", value=params.stop,
@@ -207,14 +213,4 @@ def _check_length(model: CausalLM, n_prompt: int, params: SamplingParams) -> Non
             "not a token id", where="eos_token_id", value=end,
             allowed=f"None, or an integer in 0 .. {cfg.vocab_size - 1}",
             fix="pass the tokenizer's EOS id; use stop strings for additional ends",
-        )  # fmt: skip
-
-
-def _check_prompt_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
-    check_tensor("attention_mask", attention_mask, input_ids.shape, MASKS)
-    if attention_mask is not None and not attention_mask[:, -1].all():
-        raise ConfigError(
-            "prompts must be padded on the left", where="attention_mask",
-            value=attention_mask[:, -1].tolist(), allowed="true in the last column of every row",
-            fix="pad each prompt on the left",
         )  # fmt: skip

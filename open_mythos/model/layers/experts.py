@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +17,18 @@ from open_mythos.ops.experts.routed import deferring_pays, routed_experts
 
 Operands = tuple[Any, Any]
 """Gate-up and down projections of one loop: tensors, ``LoopedStack`` or packed weights."""
-
-
-class Mixture(Protocol):
-    """Weights of the mixture that experts read."""
-
-    router_bias: Tensor
-
-    @property
-    def gate_up(self) -> nn.Parameter | None:
-        """(E, D, 2F); None if the experts own their weights."""
-
-    @property
-    def down(self) -> nn.Parameter | None:
-        """(E, F, D); None if the experts own their weights."""
+Weights = tuple[nn.Parameter | None, nn.Parameter | None]
+"""(E, D, 2F) gate-up and (E, F, D) down projections; None if the experts own their weights."""
 
 
 class Experts(nn.Module):
     """Base of all implementations of routed experts."""
 
-    def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
+    def operands(self, weights: Weights, n_choices: int, memo: dict[Any, Any]) -> Operands:
         """Return the weights for one loop.
 
         Args:
-            moe: The mixture.
+            weights: ``gate_up`` and ``down`` of the mixture.
             n_choices: Tokens times experts per token.
             memo: Cache of the call, shared by all loops and mixtures.
         """
@@ -65,22 +52,28 @@ class RoutedExperts(Experts):
         super().__init__()
         self.backend = backend
 
-    def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
+    def operands(self, weights: Weights, n_choices: int, memo: dict[Any, Any]) -> Operands:
         """Cast to the autocast dtype and, where that pays, defer the weight gradient.
 
-        Done once per call, because autocast caches no casts for grouped matmuls. The memo holds
-        the weights, so their keys stay unique.
+        Done once per call, because autocast caches no casts for grouped matmuls.
         """
-        device = moe.router_bias.device.type
+        gate_up, down = weights
+        assert gate_up is not None
+        assert down is not None
+        device = down.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = self, torch.is_grad_enabled(), dtype
         if key not in memo:
-            assert moe.gate_up is not None
-            assert moe.down is not None
-            memo[key] = _CallWeights(moe.gate_up, moe.down)
-        weights: _CallWeights = memo[key]
-        defers = deferring_pays(n_choices, *weights.cast, self.backend)
-        return weights.deferred if defers else weights.cast
+            memo[key] = as_autocast(gate_up), as_autocast(down)
+        cast: Operands = memo[key]
+        if not deferring_pays(n_choices, *cast, self.backend):
+            return cast
+        key_of_stacks = *key, LoopedStack
+        if key_of_stacks not in memo:
+            # they compute one weight gradient for all loops
+            memo[key_of_stacks] = LoopedStack(gate_up, cast[0]), LoopedStack(down, cast[1])
+        stacks: Operands = memo[key_of_stacks]
+        return stacks
 
     def forward(
         self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
@@ -88,17 +81,3 @@ class RoutedExperts(Experts):
         """Sum over the chosen experts (N, C) of weight (N, C) times expert output, (N, D)."""
         call = x_ND, gate_up, down, experts_NC, weights_NC
         return routed_experts(*call, backend=self.backend)
-
-
-class _CallWeights:
-    """Expert weights for all loops of one call, in one grad mode and one dtype."""
-
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        self.weights = gate_up, down
-        self.cast = as_autocast(gate_up), as_autocast(down)
-
-    @cached_property
-    def deferred(self) -> tuple[LoopedStack, LoopedStack]:
-        """Stacks that compute one weight gradient for all loops."""
-        gate_up, down = zip(self.weights, self.cast, strict=True)
-        return LoopedStack(*gate_up), LoopedStack(*down)

@@ -90,17 +90,6 @@ class MoEFFN(nn.Module):
                 compiled graph serves all loops.
         """
         operands = self.operands(x_BTD, ctx) if operands is None else operands
-        y_BTD, routing = self._compute(x_BTD, operands)
-        if trace is not None:
-            record_routing(trace, self.layer, loop, routing, x_BTD, ctx)
-        return (y_BTD, routing) if with_routing else y_BTD
-
-    def operands(self, x_BTD: Tensor, ctx: Context | None) -> Operands:
-        """Return the expert weights for a call on ``x_BTD``."""
-        n_choices = x_BTD.numel() // x_BTD.shape[-1] * self.top_k
-        return self.experts.operands(self, n_choices, {} if ctx is None else ctx.memo)
-
-    def _compute(self, x_BTD: Tensor, operands: Operands) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         scores_NE, experts_NC, weights_NC = self.route(x_ND)
         # cast once, for routed and shared experts; only the router reads float32
@@ -108,7 +97,16 @@ class MoEFFN(nn.Module):
         y_ND = self.experts(x_ND, experts_NC, weights_NC, *operands)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
-        return y_ND.view_as(x_BTD), Routing(scores_NE, experts_NC)
+        y_BTD, routing = y_ND.view_as(x_BTD), Routing(scores_NE, experts_NC)
+        if trace is not None:
+            record_routing(trace, self.layer, loop, routing, x_BTD, ctx)
+        return (y_BTD, routing) if with_routing else y_BTD
+
+    def operands(self, x_BTD: Tensor, ctx: Context | None) -> Operands:
+        """Return the expert weights for a call on ``x_BTD``."""
+        n_choices = x_BTD.numel() // x_BTD.shape[-1] * self.top_k
+        memo = {} if ctx is None else ctx.memo
+        return self.experts.operands((self.gate_up, self.down), n_choices, memo)
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor, speed: float | Tensor) -> None:

@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError, EnvironmentError_, MythosError
 from open_mythos.files import sync_to_disk
-from open_mythos.hub.sharded_tensors import holds_parts, write_shards
+from open_mythos.hub.sharded_tensors import write_shards
 from open_mythos.train.checkpoint.find import OLD, checkpoints, list_folder
 from open_mythos.train.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -57,7 +58,8 @@ def write_checkpoint(
     """
     final, partial = directory / snapshot.name, directory / f"{UNFINISHED}{snapshot.name}"
     first, entries = rank() == 0, dict[str, Entry]()
-    sharded = any(holds_parts(tensors) for tensors in snapshot.tensors.values())
+    files = snapshot.tensors.values()
+    sharded = any(isinstance(each, DTensor) for tensors in files for each in tensors.values())
 
     def begin() -> None:
         if first:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from open_mythos.devices import as_autocast
-from open_mythos.model.layers.experts import Experts, Mixture, Operands, RoutedExperts
+from open_mythos.model.layers.experts import Experts, Operands, RoutedExperts, Weights
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.ops.experts.routed import routed_experts
 from open_mythos.ops.experts.rows import expert_load, read_counts
@@ -59,9 +59,9 @@ class ExpertParallel(Experts):
         super().__init__()
         self.backend, self._group, self._size = backend, mesh.get_group(1), mesh.size(1)
 
-    def operands(self, moe: Mixture, n_choices: int, memo: dict[Any, Any]) -> Operands:
+    def operands(self, weights: Weights, n_choices: int, memo: dict[Any, Any]) -> Operands:
         """Return the weights of this rank's experts."""
-        return _local_weights(moe.gate_up), _local_weights(moe.down)
+        return _local_weights(weights[0]), _local_weights(weights[1])
 
     @torch.compiler.disable  # a compiled block has one graph break here
     def forward(
