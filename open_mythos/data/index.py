@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from open_mythos.errors import DataError
+from open_mythos.files import read_object
 
 INDEX_FILE = "index.json"
 FORMAT = "open-mythos-tokens"
@@ -76,17 +77,13 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX_FILE
     where = str(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         fix = "prepare the text first: `open-mythos data prepare`"
-        raise DataError("not a prepared folder", where=where, fix=fix) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError("the index cannot be read", where=where, value=str(error)) from error
-    if isinstance(content, dict):
-        version = (content.get("format"), content.get("version"))
-        if version != (FORMAT, VERSION):
-            raise _damaged(f"{where}: version", version, f"{(FORMAT, VERSION)}")
+        raise DataError("not a prepared folder", where=where, fix=fix)
+    content = read_object(path, "the index cannot be read")
+    version = (content.get("format"), content.get("version"))
+    if version != (FORMAT, VERSION):
+        raise _damaged(f"{where}: version", version, f"{(FORMAT, VERSION)}")
     index: Index = _parsed(Index, content, where)
     if index.dtype not in DTYPES:
         raise _damaged(f"{where}: dtype", index.dtype, ", ".join(DTYPES))

@@ -14,9 +14,9 @@ import numpy as np
 from open_mythos.checks import check_count
 from open_mythos.data.documents import check_share, is_held_out, read_documents, with_end
 from open_mythos.data.index import DTYPES, INDEX_FILE, Index, Shard, ShardFile, Split
-from open_mythos.data.shards import START_DTYPE, hash_blocks
+from open_mythos.data.shards import START_DTYPE
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
-from open_mythos.files import sync_to_disk
+from open_mythos.files import hash_blocks, sync_to_disk
 from open_mythos.run_folder import TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer
 
@@ -143,7 +143,7 @@ class _SplitWriter:
         for kind, items in (("tokens", self._shard_length), ("starts", len(self._starts))):
             path = self._path(kind)
             sync_to_disk(path)
-            files.append(ShardFile(path.name, items, hash_blocks(path)))
+            files.append(ShardFile(path.name, items, tuple(hash_blocks(path))))
         self.shards.append(Shard(*files))
         self._stream, self._starts, self._shard_length = None, [], 0
 

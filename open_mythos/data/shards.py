@@ -20,18 +20,11 @@ import numpy as np
 from open_mythos.data.index import DTYPES, ShardFile, read_index
 from open_mythos.data.permutation import Int64Array
 from open_mythos.errors import ConfigError, DataError
+from open_mythos.files import HASH_BLOCK_BYTES, hash_blocks
 from open_mythos.run_folder import TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 START_DTYPE = np.dtype("<u8")
-HASH_BLOCK_BYTES = 1 << 24
-
-
-def hash_blocks(path: Path) -> tuple[str, ...]:
-    """Hash each 16 MiB of a file (SHA-256), so that damage can be located."""
-    with path.open("rb") as stream:
-        blocks = iter(lambda: stream.read(HASH_BLOCK_BYTES), b"")
-        return tuple(hashlib.sha256(block).hexdigest() for block in blocks)
 
 
 class TokenShards:

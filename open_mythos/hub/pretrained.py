@@ -22,7 +22,7 @@ from torch import Tensor
 from open_mythos.checks import is_int
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
-from open_mythos.files import sync_to_disk
+from open_mythos.files import read_object, sync_to_disk
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, find_beside, step_folders
@@ -224,26 +224,13 @@ def model_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:
     return state
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_CONFIG_BYTES + 1)
-        values = json.loads(text) if len(text) <= _MAX_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unfit(path, "is not readable JSON", str(error), "a JSON object") from error
-    if not isinstance(values, dict):
-        allowed = f"a JSON object of at most {_MAX_CONFIG_BYTES} bytes"
-        raise _unfit(path, "is not a JSON object", values, allowed)
-    return values
-
-
 def _skeleton(path: Path, n_tensors: int) -> OpenMythos | DenseTransformer:
     """Build the model that ``config.json`` describes, on the meta device.
 
     A configuration with more layers than there are tensors is rejected first: building a malicious
     one could take forever.
     """
-    values = _read_json(path)
+    values = read_object(path, "the configuration is not readable", _SAVE_AGAIN, _MAX_CONFIG_BYTES)
     architecture = values.get("architecture")
     for key, choices in (("format", [FORMAT]), ("library", [LIBRARY]), ("architecture", [*_KEYS])):
         if values.get(key) not in choices:

@@ -218,7 +218,7 @@ class RecurrentBlock(nn.Module):
         final_BTD = torch.empty(h_BTD.shape, device=h_BTD.device)
         exits_BT = torch.zeros(batch, n_new, dtype=torch.long, device=h_BTD.device)
         if trace is not None:
-            trace.exits = exits_BT
+            trace.record_exits(exits_BT)
         for t in range(max(depths)):
             before, h_BTD = h_BTD, self.step(h_BTD, drive_BTD, t, now, trace)
             look = Look(t, before, h_BTD, partial(_predict, read_out, h_BTD, now, t))

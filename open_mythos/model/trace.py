@@ -84,6 +84,10 @@ class LoopTrace:
             self.states[loop] = after_BTD.detach()
         return loop
 
+    def record_exits(self, exits_BT: Tensor) -> None:
+        """Keep the tensor into which the loop writes the loops of each position."""
+        self.exits = exits_BT
+
     def record_routing(
         self, layer: int, loop: int, load_E: Tensor, scores_BTE: Tensor, experts_BTC: Tensor
     ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+from open_mythos.files import read_object
 from open_mythos.tokenizer.interface import SPECIALS
 
 if TYPE_CHECKING:
@@ -29,13 +30,7 @@ def is_path(name: str | Path) -> bool:
 def read_config(directory: Path) -> dict[str, Any]:
     """Read the ``tokenizer_config.json`` of a folder; empty if there is none."""
     path = directory / CONFIG_FILE
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError("not a JSON file", where=str(path), value=str(error)) from error
-    return config if isinstance(config, dict) else {}
+    return read_object(path, "not a JSON file") if path.is_file() else {}
 
 
 def read_local(path: Path) -> tuple[RustTokenizer, str, dict[str, str]]:

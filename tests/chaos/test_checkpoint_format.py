@@ -17,7 +17,7 @@ from open_mythos.train import verify_checkpoint
 from open_mythos.train.checkpoint import manifest
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoint_format.md"
-BLOCK = manifest.BLOCK_BYTES
+BLOCK = manifest.HASH_BLOCK_BYTES
 
 
 @pytest.fixture

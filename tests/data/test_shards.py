@@ -99,7 +99,8 @@ def test_hashes_find_a_flipped_bit_in_any_file(copy, number: int) -> None:
 
 
 def test_hashes_locate_the_block(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("open_mythos.data.shards.HASH_BLOCK_BYTES", 64)
+    for module in ("open_mythos.files", "open_mythos.data.shards"):
+        monkeypatch.setattr(f"{module}.HASH_BLOCK_BYTES", 64)
     prepare(["x" * 200], tmp_path / "a", ByteTokenizer(), val_fraction=0)
     file = tmp_path / "a" / FIRST
     content = bytearray(file.read_bytes())

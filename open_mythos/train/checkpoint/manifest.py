@@ -18,11 +18,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.files import HASH_BLOCK_BYTES, hash_blocks, read_object
 
+_FIX = "resume from an older checkpoint, or copy this one again"
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
-BLOCK_BYTES = 1 << 24
-_READ_BYTES = 1 << 20
 
 Entry = dict[str, Any]
 """``{"bytes": size of the file, "sha256": [hash of each block]}``"""
@@ -68,17 +68,14 @@ def entry_of_text(path: Path, text: str, pool: ThreadPoolExecutor) -> Entry:
     return _entry([memoryview(expected)], pool)
 
 
-def entry_of_file(path: Path, pool: ThreadPoolExecutor) -> Entry:
+def entry_of_file(path: Path) -> Entry:
     """Return the manifest entry of a file on the disk.
 
     Raises:
         DataError: The file cannot be read.
     """
     try:
-        size = path.stat().st_size
-        starts = range(0, size, BLOCK_BYTES)
-        hashes = pool.map(_hash_file_block, [path] * len(starts), starts)
-        return {"bytes": size, "sha256": list(hashes)}
+        return {"bytes": path.stat().st_size, "sha256": hash_blocks(path)}
     except OSError as error:
         raise _damaged(path, str(error), "a readable file") from error
 
@@ -97,12 +94,12 @@ def verify_checkpoint(path: str | Path) -> None:
     """
     folder = Path(path)
     manifest_path = folder / MANIFEST_FILE
-    text, manifest = _read_object(manifest_path)
+    manifest = read_json(manifest_path)
     files, version = manifest.get("files"), manifest.get("format")
     if version != FORMAT or not isinstance(files, dict):
         raise _damaged(manifest_path, version, f"format {FORMAT}")
     # no hash covers the manifest itself: without its last byte it is still valid JSON
-    if text != as_json(manifest):
+    if manifest_path.read_text(encoding="utf-8") != as_json(manifest):
         raise _damaged(manifest_path, "another form", "as it was written")
     try:
         names = {each.name for each in folder.iterdir()} - {MANIFEST_FILE}
@@ -111,11 +108,10 @@ def verify_checkpoint(path: str | Path) -> None:
     for name in sorted(names ^ files.keys()):
         expected = "as listed in the manifest" if name in files else "no file of this name"
         raise _damaged(folder / name, "present" if name in names else "missing", expected)
-    with ThreadPoolExecutor() as pool:
-        for name, expected in files.items():
-            found = entry_of_file(folder / name, pool)
-            if found != expected:
-                raise _damaged(folder / name, *_difference(found, expected))
+    for name, expected in files.items():
+        found = entry_of_file(folder / name)
+        if found != expected:
+            raise _damaged(folder / name, *_difference(found, expected))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DataError: The file cannot be read or holds no JSON object.
     """
-    return _read_object(path)[1]
+    return read_object(path, "the checkpoint is damaged", _FIX)
 
 
 def as_json(values: Mapping[str, Any]) -> str:
@@ -132,22 +128,10 @@ def as_json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _read_object(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of a JSON file and the object in it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error), "a JSON object") from error
-    if not isinstance(values, dict):
-        raise _damaged(path, values, "a JSON object")
-    return text, values
-
-
 def _damaged(path: Path, value: Any, allowed: str) -> DataError:
     return DataError(
         "the checkpoint is damaged", where=str(path), value=value, allowed=allowed,
-        fix="resume from an older checkpoint, or copy this one again",
+        fix=_FIX,
     )  # fmt: skip
 
 
@@ -167,14 +151,14 @@ def _entry(pieces: list[memoryview], pool: ThreadPoolExecutor) -> Entry:
 def _blocks(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
     """Cut the concatenation of ``pieces`` into blocks without copying."""
     block: list[memoryview] = []
-    free = BLOCK_BYTES
+    free = HASH_BLOCK_BYTES
     for piece in pieces:
         while len(piece) >= free:
             yield [*block, piece[:free]]
-            block, piece, free = [], piece[free:], BLOCK_BYTES
+            block, piece, free = [], piece[free:], HASH_BLOCK_BYTES
         block.append(piece)
         free -= len(piece)
-    if free < BLOCK_BYTES:
+    if free < HASH_BLOCK_BYTES:
         yield block
 
 
@@ -185,23 +169,13 @@ def _hash_pieces(pieces: list[memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _hash_file_block(path: Path, start: int) -> str:
-    digest, left = hashlib.sha256(), BLOCK_BYTES
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while left and (piece := file.read(min(left, _READ_BYTES))):
-            digest.update(piece)
-            left -= len(piece)
-    return digest.hexdigest()
-
-
 def _difference(found: Entry, expected: Any) -> tuple[str, str]:
     """Describe the found and the expected value of the first difference."""
     try:
         if found["bytes"] != expected["bytes"]:
             return f"{found['bytes']} bytes", f"{expected['bytes']} bytes"
         pairs = zip(found["sha256"], expected["sha256"], strict=True)
-        start = BLOCK_BYTES * next(i for i, (a, b) in enumerate(pairs) if a != b)
+        start = HASH_BLOCK_BYTES * next(i for i, (a, b) in enumerate(pairs) if a != b)
     except (KeyError, TypeError, ValueError, StopIteration):  # the manifest itself is damaged
         return str(found), str(expected)
     return f"other content within 16 MiB of byte {start}", "content of the hash in the manifest"

@@ -126,10 +126,9 @@ def _write_parts(
     files = write_shards(partial, parts, group)
 
     def sync_and_hash() -> dict[str, Entry]:
-        with ThreadPoolExecutor() as pool:
-            for path in files:
-                sync_to_disk(path)
-            return {path.name: entry_of_file(path, pool) for path in files}
+        for path in files:
+            sync_to_disk(path)
+        return {path.name: entry_of_file(path) for path in files}
 
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, together(group, final, sync_and_hash), group)
