@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -73,18 +73,18 @@ def stored_shapes(folder: Path) -> dict[str, torch.Size]:
     Raises:
         DataError: A file cannot be read.
     """
-    if not is_sharded(folder):
-        with _readable(folder), ExitStack() as stack:
-            return {
-                f"{path.stem}/{name}": torch.Size(file.get_slice(name).get_shape())
-                for path in sorted(folder.glob("*.safetensors"))
-                for file in [stack.enter_context(safe_open(path, "pt"))]
-                for name in file.keys()  # noqa: SIM118
-            }
+    shapes: dict[str, torch.Size] = {}
     with _readable(folder):
-        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    stored = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
-    return {name: each.size for name, each in stored.items()}
+        if is_sharded(folder):
+            metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+            stored = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+            return {name: each.size for name, each in stored.items()}
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    shape = torch.Size(file.get_slice(name).get_shape())
+                    shapes[f"{path.stem}/{name}"] = shape
+    return shapes
 
 
 def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:

@@ -60,17 +60,9 @@ class CausalLM(nn.Module):
         document_ids: Tensor | None = None,
         sample_seeds: Tensor | None = None,
     ) -> Context:
-        """Check the arguments of a call and build its positions, masks and cache.
+        """Build the positions, masks and cache of a call.
 
-        Args:
-            input_ids: (B, T) token ids.
-            kv_cache: A :class:`KVCache`, or an initially empty dict, passed to every call.
-            start_pos: Position of the first token; ``cache.length`` with a cache.
-            attention_mask: (B, T), false (0) on padding, on either side.
-            document_ids: (B, T) integers; each run of equal ids is a document. Tokens attend within
-                their document, and positions restart with it.
-            sample_seeds: (B,) int64 keys of dropout and random initial states; by default drawn
-                from torch's global generator in training, 0 in evaluation.
+        Checks the arguments, which are those of :meth:`OpenMythos.forward`.
 
         Raises:
             ConfigError: A shape, type or value is wrong, or the context is too short.

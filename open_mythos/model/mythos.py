@@ -83,9 +83,11 @@ class OpenMythos(CausalLM):
             kv_cache: A :class:`KVCache`, or an initially empty dict, passed to every call. Cached
                 calls run without autograd.
             start_pos: Position of the first token; ``cache.length`` with a cache.
-            attention_mask: (B, T), false on padding.
-            document_ids: (B, T) integers; tokens attend within their document, a run of equal ids.
-            sample_seeds: (B,) random keys of each sequence (dropout, random h_0).
+            attention_mask: (B, T), false (0) on padding, on either side.
+            document_ids: (B, T) integers; each run of equal ids is a document. Tokens attend within
+                their document, and positions restart with it.
+            sample_seeds: (B,) int64 keys of dropout and random initial states; by default drawn
+                from torch's global generator in training, 0 in evaluation.
             grad_loops: Truncated backpropagation: number of final loops that carry gradient.
             exit_rule: Early-exit rule (:mod:`open_mythos.model.exit_rules`); the call then runs
                 without autograd.
@@ -115,11 +117,7 @@ class OpenMythos(CausalLM):
 
         Losses use it with ``head.weight``, without materializing the logits of a whole batch.
 
-        Args:
-            input_ids: (B, T) token ids.
-            ctx: Result of :meth:`context`.
-            depth: ``max_loop_iters`` loops by default.
-            trace: Receives diagnostics of every loop.
+        ``ctx`` is the result of :meth:`context`; the depth is ``max_loop_iters`` by default.
         """
         depth = depth or Depth()
         with forward_call(input_ids, ctx, depth):

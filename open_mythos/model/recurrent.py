@@ -159,15 +159,11 @@ class RecurrentBlock(nn.Module):
         """Run the loop and return the final state (B, T, D), float32.
 
         Rows that have reached their depth, and positions stopped by the exit rule, are removed from
-        the computation. :meth:`unroll` is the reference implementation.
+        the computation. :meth:`unroll` is the reference implementation, with the other arguments.
 
         Args:
-            e_BTD: Encoded input, injected at every loop.
-            ctx: Positions, masks and cache of the call.
             depth: Loops of each row, exit rule, gradient window.
-            h_BTD: Initial state; :meth:`initial_state` by default.
             read_out: Maps states to logits, for exit rules that use predictions.
-            trace: Receives diagnostics.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
         drive_BTD = self.injection.drive(e_BTD)
