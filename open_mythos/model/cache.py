@@ -57,12 +57,11 @@ class Columns:
 
 def _append(old_BS: Tensor | None, new_BT: Tensor | None, length: int, n_new: int) -> Tensor | None:
     """Concatenate; a missing part is filled with ones (real tokens)."""
-    if old_BS is None and new_BT is None:
+    like = new_BT if old_BS is None else old_BS
+    if like is None:
         return None
-    if old_BS is None:
-        assert new_BT is not None
-        old_BS = new_BT.new_ones(len(new_BT), length)
-    new_BT = old_BS.new_ones(len(old_BS), n_new) if new_BT is None else new_BT
+    old_BS = like.new_ones(len(like), length) if old_BS is None else old_BS
+    new_BT = like.new_ones(len(like), n_new) if new_BT is None else new_BT
     return torch.cat((old_BS, new_BT), dim=1)
 
 
@@ -182,12 +181,8 @@ class KVCache:
                 value=length, allowed=f"0 .. {self.length}",
                 fix="pass a position within the cache",
             )  # fmt: skip
-        valid, document = self.columns.valid_BS, self.columns.document_BS
-        self.columns = Columns(
-            length,
-            None if valid is None else valid[:, :length],
-            None if document is None else document[:, :length],
-        )
+        kept = (self.columns.valid_BS, self.columns.document_BS)
+        self.columns = Columns(length, *(None if x is None else x[:, :length] for x in kept))
         if self._readout is not None:
             self._readout.truncate(min(length, self._readout.length))
 

@@ -22,7 +22,7 @@ Weights = tuple[nn.Parameter | None, nn.Parameter | None]
 
 
 class Experts(nn.Module):
-    """Base of all implementations of routed experts."""
+    """Base of all implementations of routed experts: weights for a loop, and their application."""
 
     def operands(self, weights: Weights, n_choices: int, memo: dict[Any, Any]) -> Operands:
         """Return the weights for one loop.
@@ -32,12 +32,6 @@ class Experts(nn.Module):
             n_choices: Tokens times experts per token.
             memo: Cache of the call, shared by all loops and mixtures.
         """
-        raise NotImplementedError
-
-    def forward(
-        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
-    ) -> Tensor:
-        """Sum over the chosen experts (N, C) of weight (N, C) times expert output, (N, D)."""
         raise NotImplementedError
 
 
