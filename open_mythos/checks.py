@@ -174,7 +174,6 @@ def _in_bounds(value: float, bounds: Mapping[str, float]) -> bool:
 
 
 def _allowed(kinds: frozenset[Any], bounds: Mapping[str, float]) -> str:
-    """Describe the accepted values."""
     kind = "a finite number" if float in kinds else "an integer"
     limits = " and ".join(f"{_COMPARE[name][0]} {bound}" for name, bound in bounds.items())
     return f"{kind} {limits}".strip() + (", or None" if type(None) in kinds else "")

@@ -173,7 +173,6 @@ def fixed_point(
 def _start(
     model: OpenMythos, input_ids: Tensor, h_BTD: Tensor | None
 ) -> tuple[Tensor, Tensor, Context]:
-    """Return the initial state, the encoded input and the context."""
     input_ids = input_ids.to(model.head.weight.device)
     ctx = model.context(input_ids)
     e_BTD = model.embed(input_ids, ctx)

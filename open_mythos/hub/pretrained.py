@@ -195,7 +195,6 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _download(model_id: str) -> Path:
-    """Download a model from the Hugging Face hub."""
     try:
         from huggingface_hub import snapshot_download
 

@@ -99,7 +99,6 @@ class CausalLM(nn.Module):
                 module.update_bias(load[module.layer], speed)
 
     def _check_span(self, start_pos: int, n_new: int, cache: KVCache | None) -> None:
-        """Check that the new tokens continue the cache and fit the context."""
         check_count("start_pos", start_pos, least=0)
         if cache is not None and start_pos != cache.length:
             raise ConfigError(

@@ -144,7 +144,6 @@ class Context:
         return replace(self, mask=None if mask is None else mask[:, :, start:stop])
 
     def _mask_of(self, columns_RT: Tensor) -> Visibility | Tensor | None:
-        """Return the mask of the new tokens at ``columns_RT``."""
         n_new, total = self.positions.shape[-1], self.columns.length
         if isinstance(self.mask, Tensor):
             mask_RTS = self.mask[:, 0].expand(len(columns_RT), -1, -1)

@@ -235,7 +235,6 @@ class RecurrentBlock(nn.Module):
 
 
 def _predict(read_out: ReadOut | None, h_RWD: Tensor, ctx: Context, t: int) -> Tensor:
-    """Return the logits of the states after loop t, for an exit rule."""
     if read_out is None or not isinstance(ctx.cache, KVCache):
         raise ConfigError(
             "predictions are not available here", where="exit_rule", value=f"loop {t}",

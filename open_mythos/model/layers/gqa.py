@@ -38,7 +38,14 @@ class GQAttention(nn.Module):
         ctx = ctx or Context.of(x_BTD, cfg)
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.n_heads, cfg.head_dim))
         k_BTGK, v_BTGK = self.kv_proj(x_BTD).unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
-        q_BTHK, k_BTGK = self._positioned(q_BTHK, k_BTGK, ctx.rope)
+        if cfg.qk_norm == "width":
+            q_BTHK = self.q_norm(q_BTHK.flatten(2)).view_as(q_BTHK)
+            k_BTGK = self.k_norm(k_BTGK.flatten(2)).view_as(k_BTGK)
+        elif cfg.qk_norm == "head":
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        q_BTHK, k_BTGK = apply_rope(q_BTHK, ctx.rope), apply_rope(k_BTGK, ctx.rope)
+        if cfg.qk_norm == "head_after_rope":
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         k_BSGK, v_BSGK = k_BTGK, v_BTGK
         if ctx.cache is not None:
             entry_BTW = torch.stack((k_BTGK, v_BTGK), dim=2).flatten(2)
@@ -48,16 +55,3 @@ class GQAttention(nn.Module):
             q_BTHK, k_BSGK, v_BSGK, ctx.mask, causal=ctx.causal, backend=cfg.attn_backend
         )
         return self.out_proj(y_BTHK.flatten(2))
-
-    def _positioned(self, q_BTHK: Tensor, k_BTGK: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate queries and keys, and normalize them according to ``qk_norm``."""
-        kind = self.cfg.qk_norm
-        if kind == "width":
-            q_BTHK = self.q_norm(q_BTHK.flatten(2)).view_as(q_BTHK)
-            k_BTGK = self.k_norm(k_BTGK.flatten(2)).view_as(k_BTGK)
-        elif kind == "head":
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        q_BTHK, k_BTGK = apply_rope(q_BTHK, rope), apply_rope(k_BTGK, rope)
-        if kind == "head_after_rope":
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        return q_BTHK, k_BTGK

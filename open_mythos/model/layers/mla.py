@@ -163,5 +163,4 @@ class MLAttention(nn.Module):
 
 
 def _scores(q_BTHK: Tensor, entry_BSW: Tensor) -> int:
-    """Return the number of scores of all queries, heads and positions."""
     return q_BTHK.shape[:3].numel() * entry_BSW.shape[1]
