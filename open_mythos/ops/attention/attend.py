@@ -65,7 +65,7 @@ def attend(
 
 def _choose(q_BTHK: Tensor, mask: Mask) -> str:
     """Return flash where it can serve, else SDPA; flex, slow to compile, only on request."""
-    return "flash" if _flash_installed() and _flash_problem(q_BTHK, mask) is None else "sdpa"
+    return "flash" if _flash_problem(q_BTHK, mask) is None and _flash_installed() else "sdpa"
 
 
 def _reference(
