@@ -165,8 +165,9 @@ def generate(
             if on_token is not None:
                 on_token(i, token_B)
             if params.stop and tokenizer is not None:
-                stopped_B = _stopped(torch.stack(tokens, dim=1), params.stop, tokenizer)
-                source.running_B.logical_and_(~stopped_B)
+                texts = [tokenizer.decode(row) for row in torch.stack(tokens, dim=1).tolist()]
+                runs = [not any(stop in text for stop in params.stop) for text in texts]
+                source.running_B.logical_and_(torch.tensor(runs, device=token_B.device))
     finally:
         model.train(was_training)
     return torch.cat((input_ids, *(token_B.unsqueeze(1) for token_B in tokens)), dim=1)
@@ -186,12 +187,6 @@ def _tokens(
         if running is not None and not running.read():
             return
         yield token_B.clone()
-
-
-def _stopped(new_BT: Tensor, stops: Sequence[str], tokenizer: Detokenizer) -> Tensor:
-    texts = [tokenizer.decode(row) for row in new_BT.tolist()]
-    found = [any(stop in text for stop in stops) for text in texts]
-    return torch.tensor(found, device=new_BT.device)
 
 
 def _check_length(model: CausalLM, n_prompt: int, params: SamplingParams) -> None:

@@ -132,7 +132,10 @@ class LoopTrace:
         overlap = torch.eye(len(loops))
         for i, later in enumerate(loops):
             for j, earlier in enumerate(loops[:i]):
-                before_BTC = self._of_rows(self.experts[layer, earlier], earlier, later)
+                before_BTC = self.experts[layer, earlier]
+                ran, run = self.rows(earlier), self.rows(later)
+                if run is not None:
+                    before_BTC = before_BTC[run if ran is None else torch.searchsorted(ran, run)]
                 same = before_BTC.unsqueeze(-1) == self.experts[layer, later].unsqueeze(-2)
                 overlap[i, j] = overlap[j, i] = same.any(-1).float().mean()
         return overlap
@@ -141,13 +144,6 @@ class LoopTrace:
         """Return the (R,) rows that ``loop`` computed, ascending; None for all."""
         active = self.active[loop]
         return None if active is None else active.rows
-
-    def _of_rows(self, record: Tensor, earlier: int, later: int) -> Tensor:
-        """Select the rows of ``later`` from a record of loop ``earlier``."""
-        ran, run = self.rows(earlier), self.rows(later)
-        if run is None:
-            return record
-        return record[run if ran is None else torch.searchsorted(ran, run)]
 
 
 def load_entropy(load_LE: Tensor) -> Tensor:
