@@ -45,7 +45,6 @@ class RecurrentBlock(nn.Module):
             loop in the backward pass.
 
     Args:
-        cfg: The configuration of the model.
         first_layer: Index of the first block in the model.
     """
 

@@ -37,7 +37,6 @@ class TransformerBlock(nn.Module):
     its output before the residual addition, or on the sum after it.
 
     Args:
-        cfg: Configuration of the model.
         use_moe: Use a mixture of experts as the feed-forward.
         layer: Index of the block in the model, used by caches and traces.
     """

@@ -9,11 +9,7 @@ from open_mythos.ops.cross_entropy import cap_logits
 
 
 class OutputHead(nn.Linear):
-    """Output head cap(scale * W h), with cap(x) = c tanh(x / c) if ``logit_softcap`` is c > 0.
-
-    Args:
-        cfg: Configuration of the model.
-    """
+    """Output head cap(scale * W h), with cap(x) = c tanh(x / c) if ``logit_softcap`` is c > 0."""
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__(cfg.dim, cfg.vocab_size, bias=False)
