@@ -10,6 +10,7 @@ from rich.table import Table
 
 from open_mythos.cli.info import described_model
 from open_mythos.cli.tables import new_table, scaled
+from open_mythos.errors import ConfigError
 from open_mythos.plan import Job, Plan, Wish, make_plan, parse_count
 from open_mythos.plan import gpu as gpu_named
 from open_mythos.plan.hardware import LINK_EFFICIENCY, MFU, NODE, USABLE
@@ -70,11 +71,19 @@ def plan(
         json: Print JSON instead of tables.
     """
     cfg, n_layers = described_model(model)
-    loops = 1 if n_layers is not None else n_loops or max_loops or cfg.max_loop_iters
+    asked = {"--n_loops": n_loops, "--max_loops": max_loops, "--grad_loops": grad_loops}
+    loops: float = 1
+    if n_layers is None:
+        given = (each for each in (n_loops, max_loops) if each is not None)
+        loops = next(given, cfg.max_loop_iters)
+    else:
+        for option, value in asked.items():
+            if value is not None:
+                raise ConfigError("a dense model has no loops", where=option, value=value)
     job = Job(
-        cfg, n_layers, context=context or min(cfg.max_seq_len, LONGEST_CONTEXT), n_loops=loops,
-        max_loops=max_loops or ceil(loops), grad_loops=grad_loops, dtype=dtype,
-        optimizer=optimizer, ema=ema,
+        cfg, n_layers, n_loops=loops, grad_loops=grad_loops, dtype=dtype, optimizer=optimizer,
+        ema=ema, max_loops=max(1, ceil(loops)) if max_loops is None else max_loops,
+        context=min(cfg.max_seq_len, LONGEST_CONTEXT) if context is None else context,
     )  # fmt: skip
     default = float(TOKENS_PER_PARAMETER * job.counts.parameters)
     batch = parse_count(global_batch_tokens, "global_batch_tokens") if global_batch_tokens else 0
@@ -118,9 +127,11 @@ def _summary(name: str, plan: Plan, given: bool) -> Table:
     table.add_row("step", f"{size}: {_count(plan.step_tokens)} tokens")
     table.add_section()
     table.add_row("layout", layout.name)
-    loops = "recomputed in the backward pass" if layout.checkpoint_loops else "kept"
     each = f"{layout.micro_batches} x {layout.micro_batch} sequences"
-    table.add_row("each GPU", f"{each}, loops {loops}")
+    if job.looped:
+        kept = "recomputed in the backward pass" if layout.checkpoint_loops else "kept"
+        each += f", loops {kept}"
+    table.add_row("each GPU", each)
     table.add_row("options", layout.options(job))
     return table
 

@@ -11,6 +11,9 @@ from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.plan.parameters import Parameter, parameters
 
+EMA_DECAY = 0.999
+"""Decay of the averaged weights of a planned run."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -145,6 +148,7 @@ class Layout:
             "train.seq_len": job.context,
             "train.dtype": job.dtype,
             "optim.name": job.optimizer if job.optimizer != "adamw" else None,
+            "optim.ema_decay": EMA_DECAY if job.ema else None,
             "train.grad_loops": job.grad_loops,
             "train.checkpoint_loops": "true" if self.checkpoint_loops else None,
         }

@@ -13,7 +13,7 @@ from open_mythos.devices import autocast, resolve_dtype
 from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
-from open_mythos.plan.job import Job, Layout
+from open_mythos.plan.job import EMA_DECAY, Job, Layout
 from open_mythos.plan.parameters import build
 from open_mythos.plan.tracker import Part, dry_run
 from open_mythos.train.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
@@ -60,7 +60,7 @@ def trace_step(job: Job, layout: Layout, kernels: str = "cuda") -> StepTrace:
     config = RunConfig(
         architecture="looped" if job.looped else "dense",
         model=job.cfg,
-        optim=OptimConfig(name=job.optimizer, ema_decay=0.999 if job.ema else 0.0),
+        optim=OptimConfig(name=job.optimizer, ema_decay=EMA_DECAY if job.ema else 0.0),
         train=TrainConfig(
             seq_len=job.context, global_batch=layout.global_batch, micro_batch=layout.micro_batch,
             dtype=job.dtype, grad_loops=job.grad_loops if job.looped else None,

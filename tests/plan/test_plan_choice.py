@@ -151,7 +151,7 @@ def test_layouts() -> None:
 
 def test_options_are_those_of_a_run() -> None:
     """The options that the plan prints are valid for ``open-mythos train``."""
-    job = small_job(4, optimizer="muon", dtype="float16", grad_loops=2)
+    job = small_job(4, optimizer="muon", dtype="float16", grad_loops=2, ema=True)
     layout = Layout(16, "fsdp", 8, 1, True, 2, 3)
     words = layout.options(job).split()
     values: dict = {"model": job.cfg.to_dict()}
@@ -163,6 +163,7 @@ def test_options_are_those_of_a_run() -> None:
     assert (run.train.micro_batch, run.train.global_batch) == (2, layout.global_batch) == (2, 96)
     assert (run.train.checkpoint_loops, run.train.grad_loops) == (True, 2)
     assert (run.train.dtype, run.train.seq_len, run.optim.name) == ("float16", 32, "muon")
+    assert run.optim.ema_decay > 0
 
 
 @pytest.mark.usefixtures("simple_memory")
