@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from open_mythos.errors import ConfigError
+from open_mythos.errors import ConfigError, EnvironmentError_
 
 
 def evaluate(
@@ -87,7 +87,13 @@ def evaluate(
         Console().print(depth_table(rows, checkpoint, source.name))
         content["depths"] = [asdict(row) for row in rows]
     if out:
-        Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        try:
+            Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise EnvironmentError_(
+                "the rows cannot be written", where="--out", value=str(error),
+                fix="name a file in an existing folder",
+            ) from error  # fmt: skip
     return 0
 
 

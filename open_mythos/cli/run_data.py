@@ -16,7 +16,7 @@ from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import CONFIG_FILE, TOKENIZER_FOLDER, find_beside, read_config
-from open_mythos.tokenizer import Tokenizer
+from open_mythos.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train.config import DataConfig, RunConfig
 from open_mythos.train.text import Source, prepared_folder, training_batches, validation_batches
 
@@ -95,11 +95,24 @@ def training_source(checkpoint: str, data: str, *, seq_len: int, batch: int, see
 
 
 def _text(checkpoint: str, data: str) -> tuple[DataConfig, Tokenizer]:
-    """Return the text, prepared shards or that of the model's run, and its tokenizer."""
+    """Return the text, prepared shards or that of the model's run, and its tokenizer.
+
+    Raises:
+        DataError: The shards are of another tokenizer than the one stored with the model.
+    """
     config = DataConfig(path=data) if data else _data_of_run(checkpoint)
-    if folder := prepared_folder(config):
-        return config, TokenShards(folder).tokenizer()
-    return config, stored_tokenizer(checkpoint)
+    folder = prepared_folder(config)
+    if not folder:
+        return config, stored_tokenizer(checkpoint)
+    tokenizer = TokenShards(folder).tokenizer()
+    stored = find_beside(model_directory(checkpoint), TOKENIZER_FOLDER)
+    if stored is not None and load_tokenizer(stored).fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            "the text was prepared with another tokenizer than the model's", where=folder,
+            value=tokenizer.name, allowed=load_tokenizer(stored).name,
+            fix=f"prepare it with --tokenizer {stored}",
+        )  # fmt: skip
+    return config, tokenizer
 
 
 def _data_of_run(checkpoint: str) -> DataConfig:

@@ -79,6 +79,8 @@ def test_help_loads_no_torch() -> None:
         (["data", "prepare", "stdlib", "out", "--tokenizer", "bpe:many"], "bpe:N", 2),
         (["train", "--nope", "1"], "see open-mythos train --help", 2),
         (["train", "--resume", "latest", "--train.out_dir", "none"], "no checkpoint", 3),
+        (["plan", "nano", "--n_loops", "0"], "n_loops", 2),
+        (["plan", "nano", "--context", "0"], "context", 2),
         (["train", "--dry-run", "--data.val", "nowhere"], "data.val", 3),
         (["nonsense"], "nonsense", 2),
     ],
@@ -201,3 +203,24 @@ def test_evaluate(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     logged = next(json.loads(x)["eval/depths"] for x in lines if "eval/depths" in x)
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in logged], rel=1e-5)
     assert f"{rows[0]['bits_per_byte']:.4f}" in shown
+
+
+def test_evaluate_rejects_the_text_of_another_tokenizer(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some words, and some more words. " * 40)
+    shards = str(tmp_path / "bpe")
+    prepare = ["data", "prepare", str(text), shards, "--tokenizer", "bpe:280", "--quiet"]
+    assert main([*prepare, "--val_fraction", "0"]) == 0
+    code, _, err = run(capsys, "evaluate", str(trained), "--data", shards, "--split", "train")
+    assert (code, "another tokenizer" in err) == (3, True), err
+
+
+def test_evaluate_reports_a_file_that_cannot_be_written(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--depths", "[1]", "--windows", "1", "--seq_len", "32", "--quiet"]
+    out = str(tmp_path / "none" / "rows.json")
+    code, _, err = run(capsys, "evaluate", str(trained), *few, "--out", out)
+    assert (code, "--out" in err) == (4, True), err
