@@ -139,10 +139,10 @@ def _folded_spread(tail_LBTD: Tensor, period: int) -> Tensor:
 def _straightness(tail_LBTD: Tensor) -> Tensor:
     """Return R^2 (B, T) of the linear regression of the state on time."""
     time_L = torch.linspace(-1, 1, len(tail_LBTD), dtype=torch.float64, device=tail_LBTD.device)
-    centred_LBTD = tail_LBTD - tail_LBTD.mean(0)
-    slope_BTD = torch.einsum("l,lbtd->btd", time_L, centred_LBTD) / time_L.square().sum()
+    centered_LBTD = tail_LBTD - tail_LBTD.mean(0)
+    slope_BTD = torch.einsum("l,lbtd->btd", time_L, centered_LBTD) / time_L.square().sum()
     explained_BT = slope_BTD.square().sum(-1) * time_L.square().sum()
-    return _ratio(explained_BT, centred_LBTD.square().sum(-1).sum(0))
+    return _ratio(explained_BT, centered_LBTD.square().sum(-1).sum(0))
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 A spike is several consecutive steps whose loss is far above the recent ones:
 
-    centre   = median of the window
+    center   = median of the window
     residual = window minus its trend, the line through the medians of its two halves
     spread   = max(1.4826 median |residual|, 95th percentile of residual / 1.6449), the residual
-               centred at its median
-    high     = loss > centre + max(threshold spread, min_rise)
+               centered at its median
+    high     = loss > center + max(threshold spread, min_rise)
 
 Both terms of the spread estimate the standard deviation of Gaussian noise; the second also covers
-steps that are harder by design, such as those with extra loops. The centre is not detrended: while
+steps that are harder by design, such as those with extra loops. The center is not detrended: while
 the loss falls it is above the present loss, which favors silence.
 """
 
@@ -35,7 +35,7 @@ class Spike:
     """The last of ``patience`` high steps."""
     loss: float
     """Loss of that step, nats per token."""
-    centre: float
+    center: float
     """Median of the window."""
     limit: float
     """The loss above which a step is high."""
@@ -43,7 +43,7 @@ class Spike:
     def __str__(self) -> str:
         return (
             f"the loss rose to {self.loss:.4f} at step {self.step}; the median of recent steps is "
-            f"{self.centre:.4f}, the limit {self.limit:.4f}"
+            f"{self.center:.4f}, the limit {self.limit:.4f}"
         )
 
 
@@ -55,7 +55,7 @@ class SpikeDetector:
 
     Args:
         window: Recent finite losses to compare with; detection starts at a quarter of them.
-        threshold: Number of spreads above the centre from which a loss is high.
+        threshold: Number of spreads above the center from which a loss is high.
         patience: Consecutive high steps that make a spike.
         min_rise: Nats; a smaller rise is never high, however quiet the window.
     """
@@ -77,16 +77,16 @@ class SpikeDetector:
         if not math.isfinite(loss):
             return None
         if 4 * (len(self._losses) - self._high) >= self.window:
-            centre, limit = self._limit()
+            center, limit = self._limit()
             self._high = self._high + 1 if loss > limit else 0
             if self._high == self.patience:
                 self._losses, self._high = [], 0
-                return Spike(step, loss, centre, limit)
+                return Spike(step, loss, center, limit)
         self._losses = [*self._losses[-(self.window - 1) :], loss]
         return None
 
     def _limit(self) -> tuple[float, float]:
-        """Return the centre of the window, and the loss above which a step is high."""
+        """Return the center of the window, and the loss above which a step is high."""
         # exclude the high steps of a spike that may be starting
         losses = self._losses[: len(self._losses) - self._high]
         half = len(losses) // 2
@@ -97,8 +97,8 @@ class SpikeDetector:
         deviation = median(abs(each) for each in residual)
         tail = residual[math.ceil(0.95 * (len(residual) - 1))]
         spread = max(_MAD_TO_DEVIATION * deviation, _TAIL_TO_DEVIATION * tail)
-        centre = median(losses)
-        return centre, centre + max(self.threshold * spread, self.min_rise)
+        center = median(losses)
+        return center, center + max(self.threshold * spread, self.min_rise)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window and the count of high steps; exact after a JSON round trip."""

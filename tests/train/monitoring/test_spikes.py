@@ -98,7 +98,7 @@ def test_the_verdict_says_what_it_rests_on():
     assert detector.observe(16, 5.0) is None
     spike = detector.observe(17, 6.0)
     assert spike is not None
-    assert (spike.step, spike.loss, spike.centre, spike.limit) == (17, 6.0, 2.0, 2.1)
+    assert (spike.step, spike.loss, spike.center, spike.limit) == (17, 6.0, 2.0, 2.1)
     assert "6.0000" in str(spike)
     assert detector.state_dict() == {"losses": [], "high": 0}
 
