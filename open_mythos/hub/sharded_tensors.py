@@ -82,8 +82,7 @@ def stored_shapes(folder: Path) -> dict[str, torch.Size]:
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    shape = torch.Size(file.get_slice(name).get_shape())
-                    shapes[f"{path.stem}/{name}"] = shape
+                    shapes[f"{path.stem}/{name}"] = torch.Size(file.get_slice(name).get_shape())
     return shapes
 
 

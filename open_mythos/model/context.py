@@ -73,10 +73,9 @@ class Context:
         if document_BS is not None:  # number the runs of equal ids
             changes = document_BS[:, 1:] != document_BS[:, :-1]
             run_BS = F.pad(changes.long().cumsum(1), (1, 0))
-        plain = columns.valid_BS is None and run_BS is None and n_new in (1, columns.length)
-        mask = (
-            None if plain else Visibility(n_new, columns.length, device, columns.valid_BS, run_BS)
-        )
+        total, valid_BS, mask = columns.length, columns.valid_BS, None
+        if valid_BS is not None or run_BS is not None or n_new not in (1, total):
+            mask = Visibility(n_new, total, device, valid_BS, run_BS)
         positions = _positions(columns, run_BS, n_new, device) + (start_pos - past.length)
         return cls(
             positions=positions,

@@ -66,8 +66,7 @@ class RoutedExperts(Experts):
         if key_of_stacks not in memo:
             # they compute one weight gradient for all loops
             memo[key_of_stacks] = LoopedStack(gate_up, cast[0]), LoopedStack(down, cast[1])
-        stacks: Operands = memo[key_of_stacks]
-        return stacks
+        return memo[key_of_stacks]
 
     def forward(
         self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
