@@ -1,6 +1,6 @@
 """``open-mythos train gate``: train the halting gate of a stored model."""
 
-from open_mythos.errors import ConfigError
+from open_mythos.errors import ConfigError, EnvironmentError_
 
 
 def train_gate(
@@ -72,6 +72,13 @@ def train_gate(
             allowed="a looped model",
         )  # fmt: skip
     source = training_source(checkpoint, data, seq_len=seq_len, batch=batch, seed=seed)
+    try:  # before the training, not after it
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentError_(
+            "the model cannot be written", where="--out", value=str(error),
+            fix="choose a writable folder",
+        ) from error  # fmt: skip
     with Console(stderr=True, quiet=quiet).status(f"recording the loops on {source.name}"):
         report = gate.train_gate(model, source.batches, config, dtype=resolve_dtype(dtype))
     save_pretrained(model, folder)
