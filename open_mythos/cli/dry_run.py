@@ -5,9 +5,12 @@ from __future__ import annotations
 from copy import deepcopy
 from pathlib import Path
 
+import torch
+
 from open_mythos.accounting import account
 from open_mythos.data.corpus import open_corpus
 from open_mythos.data.index import read_index
+from open_mythos.model.dense import DenseTransformer, parameter_count
 from open_mythos.tokenizer import DEFAULT_MODEL_ID, load_tokenizer
 from open_mythos.tokenizer.files import is_path
 from open_mythos.train.config import DataConfig, RunConfig
@@ -56,14 +59,22 @@ def described(config: RunConfig, *, fit_vocabulary: bool = True) -> str:
 
 
 def _model(config: RunConfig) -> str:
-    model, counts = config.model, account(config.model)
+    model = config.model
+    if config.architecture == "dense":
+        with torch.device("meta"):
+            dense = DenseTransformer.like(model)
+        return (
+            f"dense, matched to a looped model: {parameter_count(dense):,} parameters; dim "
+            f"{model.dim}, {model.attn_type.upper()}, {dense.n_layers} blocks, feed-forward of "
+            f"width {dense.cfg.hidden_dim}, vocabulary {model.vocab_size:,}"
+        )
+    counts = account(model)
     ffn = f"feed-forward of width {model.hidden_dim}"
     if model.n_experts:
         routing = f"top {model.n_experts_per_tok}, {model.n_shared_experts} shared"
         ffn = f"{model.n_experts} experts of width {model.expert_dim} ({routing})"
-    kind = "looped" if config.architecture == "looped" else "dense, matched to a looped model"
     return (
-        f"{kind}: {counts.parameters:,} parameters, {counts.active_parameters:,} active per token; "
+        f"looped: {counts.parameters:,} parameters, {counts.active_parameters:,} active per token; "
         f"dim {model.dim}, {model.attn_type.upper()}, {model.prelude_layers} + "
         f"{model.recurrent_layers} looped + {model.coda_layers} blocks, {ffn}, "
         f"vocabulary {model.vocab_size:,}" + (" (tied)" if model.tie_embeddings else "")

@@ -60,16 +60,16 @@ def generate(
     trace = LoopTrace() if exit else None
     stream, loops, tokens = StreamDecoder(tok), 0, 0
 
-    def show(_: int, token_B: torch.Tensor) -> None:
+    def show(i: int, token_B: torch.Tensor) -> None:
         nonlocal loops, tokens
+        if i == 0 and not quiet:  # no output before all arguments are checked
+            print(prompt, end="")
         if trace is not None and trace.exits is not None:
             # exits of the tokens that were the input of this step
             loops, tokens = loops + int(trace.exits.sum()), tokens + trace.exits.numel()
         if not quiet and int(token_B) != tok.eos_id:
             print(stream.push(int(token_B)), end="", flush=True)
 
-    if not quiet:
-        print(prompt, end="", flush=True)
     # a vocabulary smaller than the tokenizer's, without its special tokens, cannot predict eos
     eos_id = tok.eos_id if tok.eos_id < model.cfg.vocab_size else None
     params = SamplingParams(

@@ -16,9 +16,15 @@ from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import CONFIG_FILE, TOKENIZER_FOLDER, find_beside, read_config
-from open_mythos.tokenizer import Tokenizer, load_tokenizer
+from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.config import DataConfig, RunConfig
-from open_mythos.train.text import Source, prepared_folder, training_batches, validation_batches
+from open_mythos.train.text import (
+    Source,
+    prepared_folder,
+    tokenizer_of_model,
+    training_batches,
+    validation_batches,
+)
 
 
 def load_model(checkpoint: str, device: str, bits: str) -> CausalLM:
@@ -104,15 +110,7 @@ def _text(checkpoint: str, data: str) -> tuple[DataConfig, Tokenizer]:
     folder = prepared_folder(config)
     if not folder:
         return config, stored_tokenizer(checkpoint)
-    tokenizer = TokenShards(folder).tokenizer()
-    stored = find_beside(model_directory(checkpoint), TOKENIZER_FOLDER)
-    if stored is not None and load_tokenizer(stored).fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            "the text was prepared with another tokenizer than the model's", where=folder,
-            value=tokenizer.name, allowed=load_tokenizer(stored).name,
-            fix=f"prepare it with --tokenizer {stored}",
-        )  # fmt: skip
-    return config, tokenizer
+    return config, tokenizer_of_model(TokenShards(folder).tokenizer(), checkpoint, folder)
 
 
 def _data_of_run(checkpoint: str) -> DataConfig:

@@ -139,6 +139,7 @@ class Layout:
     def options(self, job: Job) -> str:
         """Return the layout and the settings of ``job`` as options of ``open-mythos train``."""
         sharded = self.kind == "fsdp" and self.shard != self.gpus
+        fixed = job.n_loops == job.max_loops
         options = {
             "parallel.kind": self.kind,
             "parallel.shard": self.shard if sharded else None,
@@ -147,6 +148,9 @@ class Layout:
             "train.global_batch": self.global_batch,
             "train.seq_len": job.context,
             "train.dtype": job.dtype,
+            "depth.plan": "fixed" if job.looped and fixed else None,
+            "depth.mean": f"{job.n_loops:g}" if job.looped else None,
+            "depth.max_loops": job.max_loops if job.looped and not fixed else None,
             "optim.name": job.optimizer if job.optimizer != "adamw" else None,
             "optim.ema_decay": EMA_DECAY if job.ema else None,
             "train.grad_loops": job.grad_loops,

@@ -23,8 +23,8 @@ from open_mythos.data import (
 from open_mythos.data.index import INDEX_FILE
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError
-from open_mythos.hub.pretrained import stored_tokenizer
-from open_mythos.run_folder import DATA_FOLDER
+from open_mythos.hub.pretrained import model_directory, stored_tokenizer
+from open_mythos.run_folder import DATA_FOLDER, TOKENIZER_FOLDER, find_beside
 from open_mythos.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from open_mythos.train.config import DataConfig, RunConfig, no_text
 from open_mythos.train.parallel.process_group import first_decides
@@ -79,10 +79,26 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
             logger.warning(
                 "data.tokenizer is ignored: the shards have a tokenizer, %s", tokenizer.name
             )
-        return tokenizer
-    if data.tokenizer or not config.train.init_from:
-        return load_tokenizer(data.tokenizer) if data.tokenizer else load_tokenizer()
-    return stored_tokenizer(config.train.init_from)
+        return tokenizer_of_model(tokenizer, config.train.init_from, folder)
+    if data.tokenizer:
+        tokenizer = load_tokenizer(data.tokenizer)
+        return tokenizer_of_model(tokenizer, config.train.init_from, "data.tokenizer")
+    return stored_tokenizer(config.train.init_from) if config.train.init_from else load_tokenizer()
+
+
+def tokenizer_of_model(tokenizer: Tokenizer, model: str, where: str) -> Tokenizer:
+    """Return the ``tokenizer`` of a text for the stored ``model``, if it is named.
+
+    Raises:
+        DataError: Another tokenizer is stored with the model.
+    """
+    stored = find_beside(model_directory(model), TOKENIZER_FOLDER) if model else None
+    if stored is not None and load_tokenizer(stored).fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            "the text has another tokenizer than the model", where=where, value=tokenizer.name,
+            allowed=load_tokenizer(stored).name, fix=f"prepare it with --tokenizer {stored}",
+        )  # fmt: skip
+    return tokenizer
 
 
 def training_batches(

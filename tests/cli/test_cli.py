@@ -12,7 +12,8 @@ import yaml
 
 from open_mythos.accounting import account
 from open_mythos.cli import main
-from open_mythos.variants import variant
+from open_mythos.model.dense import DenseTransformer, parameter_count
+from open_mythos.variants import mythos_nano, variant
 
 TEXT = "def add(a, b):\n    return a + b\n\n" * 200
 
@@ -205,7 +206,14 @@ def test_evaluate(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"{rows[0]['bits_per_byte']:.4f}" in shown
 
 
-def test_evaluate_rejects_the_text_of_another_tokenizer(
+def test_a_dry_run_counts_the_dense_model(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "train", "--variant", "nano", "--architecture=dense", "--dry-run")
+    dense = DenseTransformer.like(mythos_nano())
+    shown = f"{parameter_count(dense):,} parameters"
+    assert (code, shown in out, "3 blocks" in out) == (0, True, True), out
+
+
+def test_text_of_another_tokenizer_is_rejected(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
@@ -213,8 +221,11 @@ def test_evaluate_rejects_the_text_of_another_tokenizer(
     shards = str(tmp_path / "bpe")
     prepare = ["data", "prepare", str(text), shards, "--tokenizer", "bpe:280", "--quiet"]
     assert main([*prepare, "--val_fraction", "0"]) == 0
-    code, _, err = run(capsys, "evaluate", str(trained), "--data", shards, "--split", "train")
-    assert (code, "another tokenizer" in err) == (3, True), err
+    evaluate = ["evaluate", str(trained), "--data", shards, "--split", "train"]
+    train = ["train", "--checkpoint", str(trained), "--data.path", shards, "--quiet"]
+    for words in (evaluate, [*train, "--train.out_dir", str(tmp_path / "run")]):
+        code, _, err = run(capsys, *words)
+        assert (code, "another tokenizer" in err) == (3, True), err
 
 
 def test_evaluate_reports_a_file_that_cannot_be_written(

@@ -164,6 +164,10 @@ def test_options_are_those_of_a_run() -> None:
     assert (run.train.checkpoint_loops, run.train.grad_loops) == (True, 2)
     assert (run.train.dtype, run.train.seq_len, run.optim.name) == ("float16", 32, "muon")
     assert run.optim.ema_decay > 0
+    assert (run.depth.plan, run.depth.mean) == ("fixed", 4)
+    drawn = layout.options(small_job(4, n_loops=2.5))
+    assert "--depth.mean 2.5 --depth.max_loops 4" in drawn
+    assert "depth" not in layout.options(small_job(1, model=DENSE_FFN, n_layers=4))
 
 
 @pytest.mark.usefixtures("simple_memory")
