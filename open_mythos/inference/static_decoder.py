@@ -19,9 +19,8 @@ Exit rules change shapes, so only the reference supports them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -40,8 +39,6 @@ from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.ops.rope import rope_table
 from open_mythos.ops.sampling import SamplingParams
-
-logger = logging.getLogger(__name__)
 
 MODES = ("static", "graph", "compile")
 """How a step runs: eagerly, as CUDA graphs, or compiled (and captured on CUDA)."""
@@ -113,7 +110,6 @@ class StaticDecoder:
         }  # fmt: skip
         if mode == "compile":
             self._pieces = {name: torch.compile(piece) for name, piece in self._pieces.items()}
-        _log_once(mode)
 
     def start(
         self,
@@ -335,8 +331,3 @@ def reject(
         what, where=where, value=value, allowed=allowed,
         fix='use mode="eager", which supports every call',
     )  # fmt: skip
-
-
-@cache
-def _log_once(mode: str) -> None:
-    logger.info("static-shape decoding: %s", mode)

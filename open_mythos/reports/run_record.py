@@ -16,6 +16,7 @@ from open_mythos.accounting import Accounting, account
 from open_mythos.checks import is_number
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError, MythosError
+from open_mythos.files import read_object
 from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
 from open_mythos.model.layers.injection import LTIInjection
 from open_mythos.run_folder import (
@@ -168,13 +169,13 @@ class RunRecord:
         layers = None
         try:
             if self.checkpoint is not None:
-                stored = _json(self.checkpoint.path / "config.json")
+                stored = read_object(self.checkpoint.path / "config.json", "damaged")
                 model, layers = stored.get("config", model), stored.get("n_layers")
             if model is None or (not self.looped and layers is None):
                 return None
             context = self.setting("train", "seq_len")
             return account(MythosConfig.from_dict(model), context=context, n_layers=layers)
-        except (OSError, TypeError, ValueError):
+        except (TypeError, ValueError):
             return None
 
 
@@ -289,7 +290,7 @@ def _newest_checkpoint(folder: Path) -> Checkpoint | None:
     step, path = found[-1]
     problem, state, decays = "", dict[str, Any](), list[float]()
     try:
-        state = _json(path / "state.json")
+        state = read_object(path / "state.json", "the checkpoint's state cannot be read")
         decays = _decays(path)
     except (OSError, ValueError, MythosError) as error:
         problem = str(error).splitlines()[0]
@@ -309,8 +310,3 @@ def _decays(path: Path) -> list[float]:
         injection.log_A.copy_(log_A)
         injection.dt_bias.copy_(dt_bias)
         return sorted(injection.coefficients()[0].tolist())
-
-
-def _json(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return values if isinstance(values, dict) else {}

@@ -269,7 +269,8 @@ class Trainer:
             metrics["loss_scale"] = self.stepper.scale.scale.item()
         if isinstance(self.model, OpenMythos):
             parallel = self.stepper.parallel
-            metrics["rho"] = parallel.look_at(_spectral_radius)
+            rho = parallel.look_at(lambda model: model.recurrent.injection.spectral_radius())
+            metrics["rho"] = rho.item()
             metrics |= self.monitor.look(step, summary, parallel, result.batch)
         self.logger.log(step, metrics)
 
@@ -364,10 +365,6 @@ class Trainer:
                 allowed="a folder",
             )  # fmt: skip
         return self.saver
-
-
-def _spectral_radius(model: OpenMythos) -> float:
-    return model.recurrent.injection.spectral_radius().item()
 
 
 def _due(step: int, every: int) -> bool:

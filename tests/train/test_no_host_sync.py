@@ -97,7 +97,7 @@ def test_a_run_reads_each_outcome_late_and_metrics_where_they_are_logged():
         assert set(map(tuple, unlogged.values())) == {(LATE,)}
         for step in (4, 8):
             read = set(by_step[step])
-            assert {"train/trainer.py:_spectral_radius", "train/loop_summary.py:of"} <= read
+            assert {"train/trainer.py:_log", "train/loop_summary.py:of"} <= read
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,6 @@ def _wsd(step: int, config: TrainConfig) -> float:
     return _between(1 - (math.sqrt(progress) if config.decay_shape == "sqrt" else progress), config)
 
 
-def _constant(step: int, config: TrainConfig) -> float:
-    return 1.0
-
-
 def _between(share: float, config: TrainConfig) -> float:
     """``min_lr_ratio`` at share 0, 1 at share 1."""
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * share
@@ -36,7 +32,7 @@ def _between(share: float, config: TrainConfig) -> float:
 SCHEDULES: dict[str, Callable[[int, TrainConfig], float]] = {
     "cosine": _cosine,
     "wsd": _wsd,
-    "constant": _constant,
+    "constant": lambda step, config: 1.0,
 }
 """Schedule name -> ``share(step, config)`` of the learning rate after the warm-up."""
 
