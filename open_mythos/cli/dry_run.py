@@ -1,4 +1,4 @@
-"""Summary of a training run for ``--dry-run``: reads no text, contacts no hub, builds no model."""
+"""Summary of a training run for ``--dry-run``: reads no text, contacts no hub, holds no weights."""
 
 from __future__ import annotations
 

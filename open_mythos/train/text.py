@@ -96,7 +96,7 @@ def tokenizer_of_model(tokenizer: Tokenizer, model: str, where: str) -> Tokenize
     if stored is not None and load_tokenizer(stored).fingerprint != tokenizer.fingerprint:
         raise DataError(
             "the text has another tokenizer than the model", where=where, value=tokenizer.name,
-            allowed=load_tokenizer(stored).name, fix=f"prepare it with --tokenizer {stored}",
+            allowed=load_tokenizer(stored).name, fix=f"use that of the model: --tokenizer {stored}",
         )  # fmt: skip
     return tokenizer
 
