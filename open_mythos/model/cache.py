@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active
+from open_mythos.ops.attention.paged import PagedHistory
 
 _KEY = "open_mythos"
 
@@ -306,8 +308,14 @@ class StaticCache:
         return slot.index_copy_(1, self._column_1, entry_BTW)
 
 
-Cache = KVCache | StaticCache
-"""What attention layers write to."""
+class Cache(Protocol):
+    """What attention layers write to."""
+
+    def write(
+        self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
+    ) -> Tensor | PagedHistory:
+        """Store the new tokens' entries; return what they may see, themselves included."""
+        ...
 
 
 def cache_bytes(

@@ -9,6 +9,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.model.context import Context
 from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.ops.attention.attend import attend
+from open_mythos.ops.attention.paged import PagedHistory, kv_paged
 from open_mythos.ops.rope import apply_rope
 
 
@@ -49,8 +50,12 @@ class GQAttention(nn.Module):
         k_BSGK, v_BSGK = k_BTGK, v_BTGK
         if ctx.cache is not None:
             entry_BTW = torch.stack((k_BTGK, v_BTGK), dim=2).flatten(2)
-            entry_BSW = ctx.cache.write(self.layer, loop, entry_BTW, ctx.active)
-            k_BSGK, v_BSGK = entry_BSW.unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
+            history = ctx.cache.write(self.layer, loop, entry_BTW, ctx.active)
+            if isinstance(history, PagedHistory):
+                assert x_BTD.shape[1] == 1, "one new token per row"
+                y_BHK = kv_paged(q_BTHK[:, 0], history, cfg.n_kv_heads)
+                return self.out_proj(y_BHK.flatten(1).unsqueeze(1))
+            k_BSGK, v_BSGK = history.unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
         y_BTHK = attend(
             q_BTHK, k_BSGK, v_BSGK, ctx.mask, causal=ctx.causal, backend=cfg.attn_backend
         )

@@ -13,6 +13,7 @@ from open_mythos.model.context import Context
 from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.ops.attention.attend import attend
 from open_mythos.ops.attention.latent import latent_attend, latent_values
+from open_mythos.ops.attention.paged import PagedHistory, latent_paged
 from open_mythos.ops.attention.visibility import Visibility
 from open_mythos.ops.rope import apply_rope
 
@@ -30,7 +31,7 @@ class MLAttention(nn.Module):
 
     - *expanded*: up-project the latents to keys and values of every head; for many new tokens.
     - *absorbed*: fold the up-projections into query and output, so that the history stays latent;
-      for few new tokens on a long history, as in decoding.
+      for few new tokens on a long history, as in decoding, and for a history in pages.
     """
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
@@ -55,7 +56,10 @@ class MLAttention(nn.Module):
         q_BTHK = self.query(x_BTD, ctx.rope)
         entry_BSW = self.entry(x_BTD, ctx.rope)
         if ctx.cache is not None:
-            entry_BSW = ctx.cache.write(self.layer, loop, entry_BSW, ctx.active)
+            history = ctx.cache.write(self.layer, loop, entry_BSW, ctx.active)
+            if isinstance(history, PagedHistory):
+                return self.out_proj(self.paged(q_BTHK, history, ctx).flatten(2))
+            entry_BSW = history
         absorb = self.absorbing_is_cheaper(x_BTD.shape[1], entry_BSW.shape[1])
         if absorb and torch.is_grad_enabled():
             # autograd would save the scores of all pairs
@@ -127,6 +131,22 @@ class MLAttention(nn.Module):
     def absorbed(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:
         """Attend in the latent space, (B, T, H, V)."""
         assert not isinstance(ctx.mask, Visibility), "a window of the call has its mask"
+        q_BTHW, value_up_HVR = self._latent_query(q_BTHK, ctx)
+        mixed_BTHR = latent_attend(
+            q_BTHW, entry_BSW.to(q_BTHW.dtype), ctx.mask,
+            rank=self.cfg.kv_lora_rank, causal=ctx.causal,
+        )  # fmt: skip
+        return latent_values(mixed_BTHR, value_up_HVR)
+
+    def paged(self, q_B1HK: Tensor, history: PagedHistory, ctx: Context) -> Tensor:
+        """Attend with one new token per row to latents in pages, (B, 1, H, V)."""
+        assert q_B1HK.shape[1] == 1, "one new token per row"
+        q_B1HW, value_up_HVR = self._latent_query(q_B1HK, ctx)
+        mixed_BHR = latent_paged(q_B1HW[:, 0], history, self.cfg.kv_lora_rank)
+        return latent_values(mixed_BHR.unsqueeze(1), value_up_HVR)
+
+    def _latent_query(self, q_BTHK: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Return scaled queries (B, T, H, W) of the latent space, and the way back (H, V, R)."""
         cfg = self.cfg
         up_HUR = self._up_weight(ctx).unflatten(0, (cfg.n_heads, -1))
         key_up_HNR, value_up_HVR = up_HUR.split([cfg.qk_nope_head_dim, cfg.v_head_dim], dim=1)
@@ -135,11 +155,7 @@ class MLAttention(nn.Module):
             [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], dim=-1
         )
         latent_query = torch.einsum("bthn,hnr->bthr", nope, key_up_HNR)
-        q_BTHW = torch.cat((latent_query, rotary.to(latent_query.dtype)), dim=-1)
-        mixed_BTHR = latent_attend(
-            q_BTHW, entry_BSW.to(q_BTHW.dtype), ctx.mask, rank=cfg.kv_lora_rank, causal=ctx.causal
-        )
-        return latent_values(mixed_BTHR, value_up_HVR)
+        return torch.cat((latent_query, rotary.to(latent_query.dtype)), dim=-1), value_up_HVR
 
     def _up_weight(self, ctx: Context) -> Tensor:
         """Return the (U, R) matrix of ``kv_up``, wrappers such as adapters included."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import (
@@ -17,6 +19,7 @@ from torch import Tensor
 from open_mythos import GQAttention, KVCache, MLAttention, apply_rope
 from open_mythos.model.context import Context
 from open_mythos.model.layers.block import ATTENTION
+from open_mythos.ops.attention.paged import PagedHistory
 from open_mythos.ops.attention.pieces import plan_pieces
 
 B, T = 2, 9
@@ -198,3 +201,41 @@ def test_padding_and_documents_compile_whole(attn_type, kind):
         results.append((y.detach()[real], part.grad[real]))
     for found, right in zip(*reversed(results), strict=True):
         assert_same(found, right)
+
+
+class Pages:
+    """One level of a paged cache, of rows of unequal length."""
+
+    def __init__(self, width: int, lengths: list[int], page: int) -> None:
+        self.page, self.lengths = page, torch.tensor(lengths)
+        counts = ((self.lengths + page) // page).tolist()
+        order = (torch.randperm(sum(counts)) + 1).split(counts)
+        self.table = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True)
+        self.pool = torch.full((sum(counts) + 1, page, width), torch.nan)
+
+    def put(self, row: int, start: int, entry_TW: Tensor) -> None:
+        at = torch.arange(start, start + len(entry_TW))
+        self.pool[self.table[row, at // self.page], at % self.page] = entry_TW
+
+    def write(self, layer: int, loop: object, entry_BTW: Tensor, active: object) -> PagedHistory:
+        for row, length in enumerate(self.lengths.tolist()):
+            self.put(row, length, entry_BTW[row])
+        return PagedHistory(self.pool, self.table, self.lengths + 1)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTION_TYPES)
+@torch.no_grad()
+def test_a_new_token_attends_to_pages_as_to_a_cache_of_its_own(attn_type):
+    lengths, cfg = [2, 6, 7], small_config(attn_type)
+    layer = randomise(ATTENTION[attn_type](cfg))
+    pages, expected = Pages(cfg.cache_width, lengths, page=4), []
+    x_BTD = torch.randn(len(lengths), max(lengths) + 1, cfg.dim)
+    for row, length in enumerate(lengths):
+        x, cache = x_BTD[row : row + 1, : length + 1], KVCache()
+        ctx = context(length + 1, layer, cache=cache)
+        expected.append(layer(x, ctx)[0, -1:])
+        pages.put(row, 0, cache._slots[0, 0][0, :length])
+    rope = torch.cat([context(1, layer, start_pos=n).rope for n in lengths], dim=1).unsqueeze(2)
+    new = torch.stack([x[n : n + 1] for x, n in zip(x_BTD, lengths, strict=True)])
+    ctx = replace(context(1, layer), rope=rope, cache=pages)
+    assert_same(layer(new, ctx), torch.stack(expected))
