@@ -1,0 +1,93 @@
+"""Slots and pages of running sequences (loads no torch)."""
+
+from __future__ import annotations
+
+from open_mythos.checks import check_count
+from open_mythos.inference.pages import Layout, Pages
+from open_mythos.inference.sequence import Phase, Sequence
+
+MOST_PREEMPTIONS = 3
+"""Times that a request is taken out; it then waits until all its pages fit."""
+
+
+class Places:
+    """Gives sequences a slot and pages, and takes them back.
+
+    Args:
+        layout: Levels and pages of the model's cache.
+        n_slots: Sequences that may run at the same time.
+        n_pages: Pages of the pool without the dummy page 0.
+        overcommit: Give pages by need instead of all at the start.
+    """
+
+    def __init__(self, layout: Layout, n_slots: int, n_pages: int, overcommit: bool) -> None:
+        self.layout, self.overcommit = layout, overcommit
+        self.pages = Pages(n_pages)
+        self.slots: list[Sequence | None] = [None] * check_count("n_slots", n_slots)
+
+    def running(self) -> list[Sequence]:
+        """Return the sequences that have a slot, in the order of the slots."""
+        return [each for each in self.slots if each is not None]
+
+    def free_slot(self) -> int | None:
+        """Return the first slot without a sequence."""
+        return next((slot for slot, each in enumerate(self.slots) if each is None), None)
+
+    def rows_needed(self, sequence: Sequence) -> int:
+        """Return the pages of each level that a sequence must have now.
+
+        With ``overcommit``, those of its positions so far and one ahead; those of all its
+        positions otherwise, and for one that has been taken out often.
+        """
+        whole = self.layout.rows(sequence.capacity)
+        if not self.overcommit or sequence.preemptions >= MOST_PREEMPTIONS:
+            return whole
+        return min(whole, self.layout.rows(sequence.position + 1) + 1)
+
+    def give(self, sequence: Sequence, slot: int, hits: tuple[bytes, ...] = ()) -> bool:
+        """Give a slot and pages, of which the first contain the units ``hits``; False: no room."""
+        per_unit = sequence.unit // self.layout.page
+        fresh = self.rows_needed(sequence) - len(hits) * per_unit
+        if fresh * sequence.levels > self.pages.available - self.pages.idle_pages(hits):
+            return False
+        units = [self.pages.hold(key) for key in hits]
+        sequence.pages = [
+            [page for unit in units for page in unit[level * per_unit : (level + 1) * per_unit]]
+            for level in range(sequence.levels)
+        ]
+        self.extend(sequence, fresh)
+        sequence.slot, self.slots[slot] = slot, sequence
+        return True
+
+    def extend(self, sequence: Sequence, rows: int) -> None:
+        """Give ``rows`` more pages to every level."""
+        pages = self.pages.take(rows * sequence.levels)
+        for level, row in enumerate(sequence.pages):
+            row.extend(pages[level * rows : (level + 1) * rows])
+
+    def clear(self, sequence: Sequence) -> None:
+        """Take slot and pages back; the sequence remembers its slot."""
+        assert sequence.slot is not None
+        self.slots[sequence.slot] = None
+        # later positions first: the end of a cached prefix goes before its beginning
+        self.pages.release(page for row in sequence.pages for page in reversed(row))
+        sequence.pages = []
+
+    def unit(self, sequence: Sequence, k: int) -> list[int]:
+        """Return the pages of unit ``k`` of a sequence, level after level."""
+        per_unit = sequence.unit // self.layout.page
+        return [p for row in sequence.pages for p in row[k * per_unit : (k + 1) * per_unit]]
+
+    def youngest(self, sequence: Sequence) -> Sequence:
+        """Return the youngest that may be taken out for ``sequence``, at the worst itself.
+
+        Not one that was taken out often, and not one whose first token is being chosen.
+        """
+        allowed = (
+            each
+            for each in self.running()
+            if each.preemptions < MOST_PREEMPTIONS
+            and each.serial >= sequence.serial
+            and not (each.phase is Phase.PREFILL and each.prompt_done)
+        )
+        return max(allowed, key=lambda each: each.serial, default=sequence)
