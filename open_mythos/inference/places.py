@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from open_mythos.checks import check_count
+from open_mythos.errors import ConfigError
 from open_mythos.inference.pages import Layout, Pages
-from open_mythos.inference.sequence import Phase, Sequence
+from open_mythos.inference.request import Request
+from open_mythos.inference.sequence import Sequence
 
 MOST_PREEMPTIONS = 3
 """Times that a request is taken out; it then waits until all its pages fit."""
+
+
+def written(request: Request) -> int:
+    """Return how many positions are ever written: the last token is never an input."""
+    return len(request.prompt) + max(request.max_tokens, 1) - 1
 
 
 class Places:
@@ -25,6 +32,27 @@ class Places:
         self.pages = Pages(n_pages)
         self.slots: list[Sequence | None] = [None] * check_count("n_slots", n_slots)
 
+    def check_fits(self, request: Request, context: int) -> None:
+        """Check that a request can run when it is alone.
+
+        Raises:
+            ConfigError: It is longer than the context, or needs more pages than there are.
+        """
+        positions = len(request.prompt) + request.max_tokens
+        if positions > context:
+            raise ConfigError(
+                "prompt and new tokens are longer than the context", where="max_tokens",
+                value=f"{len(request.prompt)} + {request.max_tokens}",
+                allowed=f"at most {context} together", fix="shorten the prompt or lower max_tokens",
+            )  # fmt: skip
+        needed = self.layout.pages(request.max_loops, written(request))
+        if needed > self.pages.total:
+            raise ConfigError(
+                "the request needs more cache than there is", where="max_tokens",
+                value=f"{needed} pages", allowed=f"at most {self.pages.total} pages",
+                fix="lower max_tokens or max_loops, or start with more memory for the cache",
+            )  # fmt: skip
+
     def running(self) -> list[Sequence]:
         """Return the sequences that have a slot, in the order of the slots."""
         return [each for each in self.slots if each is not None]
@@ -39,7 +67,7 @@ class Places:
         With ``overcommit``, those of its positions so far and one ahead; those of all its
         positions otherwise, and for one that has been taken out often.
         """
-        whole = self.layout.rows(sequence.capacity)
+        whole = self.layout.rows(written(sequence.request))
         if not self.overcommit or sequence.preemptions >= MOST_PREEMPTIONS:
             return whole
         return min(whole, self.layout.rows(sequence.position + 1) + 1)
@@ -50,14 +78,25 @@ class Places:
         fresh = self.rows_needed(sequence) - len(hits) * per_unit
         if fresh * sequence.levels > self.pages.available - self.pages.idle_pages(hits):
             return False
-        units = [self.pages.hold(key) for key in hits]
-        sequence.pages = [
-            [page for unit in units for page in unit[level * per_unit : (level + 1) * per_unit]]
-            for level in range(sequence.levels)
-        ]
+        sequence.pages = [[] for _ in range(sequence.levels)]
+        self.share(sequence, hits)
         self.extend(sequence, fresh)
         sequence.slot, self.slots[slot] = slot, sequence
         return True
+
+    def share(self, sequence: Sequence, hits: tuple[bytes, ...], start: int = 0) -> None:
+        """Let the pages of units ``start`` and following be those of the entered units ``hits``.
+
+        A sequence that has pages of its own there gives them back.
+        """
+        per_unit = sequence.unit // self.layout.page
+        for k, key in enumerate(hits[start:], start):
+            own, pages = self.unit(sequence, k), self.pages.hold(key)
+            for level, row in enumerate(sequence.pages):
+                row[k * per_unit : (k + 1) * per_unit] = pages[
+                    level * per_unit : (level + 1) * per_unit
+                ]
+            self.pages.release(own)
 
     def extend(self, sequence: Sequence, rows: int) -> None:
         """Give ``rows`` more pages to every level."""
@@ -88,6 +127,14 @@ class Places:
             for each in self.running()
             if each.preemptions < MOST_PREEMPTIONS
             and each.serial >= sequence.serial
-            and not (each.phase is Phase.PREFILL and each.prompt_done)
+            and not each.between
         )
         return max(allowed, key=lambda each: each.serial, default=sequence)
+
+    def counts(self) -> dict[str, int]:
+        """Return slots and pages by their use."""
+        return {
+            "slots": len(self.slots), "slots_used": len(self.running()),
+            "pages": self.pages.total, "pages_free": self.pages.free,
+            "pages_cached": self.pages.cached, "pages_held": self.pages.held,
+        }  # fmt: skip

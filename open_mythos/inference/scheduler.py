@@ -21,7 +21,7 @@ from typing import Any
 
 from open_mythos.checks import check_count, check_number
 from open_mythos.errors import ConfigError, EnvironmentError_, InternalError
-from open_mythos.inference.ledger import check_books
+from open_mythos.inference.ledger import Ledger
 from open_mythos.inference.pages import Layout, unit_keys
 from open_mythos.inference.places import Places
 from open_mythos.inference.request import Outcome, Request
@@ -32,8 +32,6 @@ CHUNK_LOOP_TOKENS = 2048
 SHORTEST_CHUNK, LONGEST_CHUNK = 16, 512
 MOST_PASSED_BY = 8
 """Later requests that may be admitted before one that does not fit."""
-_FINISHED = (Outcome.STOP, Outcome.LENGTH, Outcome.STOP_STRING)
-_FAILED = (Outcome.FAILED, Outcome.REFUSED)
 
 
 def chunk_positions(max_loops: int, chunk_loop_tokens: int = CHUNK_LOOP_TOKENS) -> int:
@@ -80,19 +78,15 @@ class Scheduler:
         self.pages = self.places.pages
         self.tick = 0
         self._last_chunk = -ticks_per_chunk
-        self._serial = 0
         self._live: dict[str, Sequence] = {}
         self._queue: list[Sequence] = []
         self._swapped: list[Sequence] = []
         self._marks: dict[str, Outcome] = {}
+        self._preempted: set[str] = set()
         self._deadlines: list[tuple[float, str]] = []
         self._settled = False
         """Nothing happened since an admission found no more that fits."""
-        self._ended: Counter[Outcome] = Counter()
-        self._preemptions = 0
-        self._prefix_tokens = {"hit": 0, "miss": 0}
-
-    # requests
+        self.ledger = Ledger()
 
     def add(self, request: Request, now: float) -> Sequence:
         """Queue a request.
@@ -103,7 +97,12 @@ class Scheduler:
             EnvironmentError_: The queue is full.
         """
         request.validate()
-        self._check_fits(request)
+        self.places.check_fits(request, self.context)
+        if request.id in self._live:
+            raise ConfigError(
+                "a request with this id is running", where="id", value=request.id,
+                allowed="an id that no live request has", fix="use a new id",
+            )  # fmt: skip
         if len(self._queue) >= self.max_queued:
             raise EnvironmentError_(
                 "the queue is full", where="max_queued", value=len(self._queue),
@@ -113,39 +112,17 @@ class Scheduler:
         unit = max(chunk, self.layout.page)
         depth = (request.max_loops, request.rule, request.numbers, request.min_loops)
         sequence = Sequence(
-            request, self._serial, chunk, unit,
+            request, self.ledger.admitted, chunk, unit,
             unit_keys((*self.facts, *depth, request.salt), request.prompt, unit),
             self.layout.levels(request.max_loops), now,
         )  # fmt: skip
-        self._serial += 1
+        self.ledger.admitted += 1
         self._live[request.id] = sequence
         self._queue.append(sequence)
         self._settled = False
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
         return sequence
-
-    def _check_fits(self, request: Request) -> None:
-        positions = len(request.prompt) + request.max_tokens
-        if positions > self.context:
-            raise ConfigError(
-                "prompt and new tokens are longer than the context", where="max_tokens",
-                value=f"{len(request.prompt)} + {request.max_tokens}",
-                allowed=f"at most {self.context} together",
-                fix="shorten the prompt or lower max_tokens",
-            )  # fmt: skip
-        needed = self.layout.pages(request.max_loops, max(positions - 1, len(request.prompt)))
-        if needed > self.pages.total:
-            raise ConfigError(
-                "the request needs more cache than there is", where="max_tokens",
-                value=f"{needed} pages", allowed=f"at most {self.pages.total} pages",
-                fix="lower max_tokens or max_loops, or start with more memory for the cache",
-            )  # fmt: skip
-        if request.id in self._live:
-            raise ConfigError(
-                "a request with this id is running", where="id", value=request.id,
-                allowed="an id that no live request has", fix="use a new id",
-            )  # fmt: skip
 
     def cancel(self, id: str, outcome: Outcome = Outcome.CANCELLED) -> None:
         """End a request at the next plan; an unknown id is ignored, and so is a second mark."""
@@ -154,22 +131,36 @@ class Scheduler:
 
     def fail(self, sequence: Sequence, error: str) -> None:
         """End a live sequence at once, with an error."""
+        if sequence.outcome is not None:
+            raise InternalError(
+                "a request has ended already", where=f"request {sequence.request.id}",
+                value=sequence.outcome.value,
+            )  # fmt: skip
         sequence.error = error
         self._finish(sequence, Outcome.FAILED)
 
-    # a tick
+    def preempt(self, id: str) -> None:
+        """Take a running request out at the next plan, as if its pages were needed.
+
+        It comes back at a later plan, and nobody can tell from its tokens: checks use this.
+        """
+        self._preempted.add(id)
 
     def plan(self, now: float) -> Work:
         """Begin a tick and return what it has to do."""
         self.tick += 1
         work = Work(ended=self._end_marked(now))
+        for sequence in self.places.running():
+            if sequence.request.id in self._preempted and not sequence.between:
+                self._take_out(sequence, work)
+        self._preempted.clear()
         if self.places.overcommit:
             self._grow(work)
         if not work.swap_out:
             self._swap_in(work)
         if not self._swapped:
             self._admit(work, now)
-        work.chunk = self._next_chunk()
+        work.chunk = self._next_chunk(work)
         return work
 
     def prefilled(self, chunk: Chunk) -> Outcome | None:
@@ -247,8 +238,6 @@ class Scheduler:
             sequence.phase, sequence.waited_since = Phase.WAITING, self.tick
         return sequence.outcome
 
-    # ends
-
     def _end_marked(self, now: float) -> list[tuple[Sequence, Outcome]]:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, id = heapq.heappop(self._deadlines)
@@ -272,10 +261,8 @@ class Scheduler:
         sequence.phase, sequence.outcome = Phase.DONE, outcome
         del self._live[sequence.request.id]
         self._marks.pop(sequence.request.id, None)
-        self._ended[outcome] += 1
+        self.ledger.ended[outcome] += 1
         self._settled = False
-
-    # admission and preemption
 
     def _admit(self, work: Work, now: float) -> None:
         """First come, first served; one that does not fit may be passed by a few later ones."""
@@ -297,8 +284,6 @@ class Scheduler:
             self._queue.remove(sequence)
             sequence.phase, sequence.admitted = Phase.PREFILL, now
             sequence.n_cached = sequence.n_prefilled = len(hits) * sequence.unit
-            self._prefix_tokens["hit"] += sequence.n_cached
-            self._prefix_tokens["miss"] += len(sequence.request.prompt) - sequence.n_cached
             work.admitted.append(sequence)
         self._settled = True
 
@@ -331,7 +316,7 @@ class Scheduler:
         sequence.slot, sequence.resumes = None, sequence.phase
         sequence.phase = Phase.SWAPPED
         sequence.preemptions += 1
-        self._preemptions += 1
+        self.ledger.preemptions += 1
         self._swapped.append(sequence)
         self._swapped.sort(key=lambda each: each.serial)
         self._settled = False
@@ -346,7 +331,7 @@ class Scheduler:
             sequence.phase = sequence.resumes
             work.swap_in.append(sequence)
 
-    def _next_chunk(self) -> Chunk | None:
+    def _next_chunk(self, work: Work) -> Chunk | None:
         """The next piece of the oldest prompt, one that was begun before all others."""
         running = self.places.running()
         busy = any(each.phase in (Phase.LOOPING, Phase.WAITING) for each in running)
@@ -355,13 +340,25 @@ class Scheduler:
         prompts = [e for e in running if e.phase is Phase.PREFILL and not e.prompt_done]
         if not prompts:
             return None
-        sequence = min(prompts, key=lambda each: (each.n_prefilled == each.n_cached, each.serial))
+        sequence = min(prompts, key=lambda each: (not each.begun, each.serial))
+        if not sequence.begun:
+            self._begin(sequence, work)
         length, start = len(sequence.request.prompt), sequence.n_prefilled
         stop = min(start + sequence.chunk, length)
         self._last_chunk = self.tick
         return Chunk(sequence, start, stop, stop == length)
 
-    # books
+    def _begin(self, sequence: Sequence, work: Work) -> None:
+        """Look again for cached units: those of prompts computed since its admission."""
+        hits = self._hits(sequence)
+        known = sequence.n_cached // sequence.unit
+        if len(hits) > known:
+            self.places.share(sequence, hits, known)
+            sequence.n_cached = sequence.n_prefilled = len(hits) * sequence.unit
+            work.changed.append(sequence)
+            self._settled = False
+        self.ledger.prefix_hits += sequence.n_cached
+        self.ledger.prefix_misses += len(sequence.request.prompt) - sequence.n_cached
 
     def _expect(self, sequence: Sequence, phase: Phase) -> None:
         if sequence.phase is not phase:
@@ -378,25 +375,16 @@ class Scheduler:
     def counts(self) -> dict[str, int]:
         """Return the numbers behind the metrics."""
         phases = Counter(each.phase for each in self._live.values())
-        finished = sum(self._ended[outcome] for outcome in _FINISHED)
-        failed = sum(self._ended[outcome] for outcome in _FAILED)
         return {
             **{phase.value: phases[phase] for phase in Phase if phase is not Phase.DONE},
-            "admitted": self._serial, "live": len(self._live), "finished": finished,
-            "cancelled": self._ended.total() - finished - failed, "failed": failed,
-            "slots": len(self.places.slots), "slots_used": len(self.places.running()),
-            "pages": self.pages.total, "pages_free": self.pages.free,
-            "pages_cached": self.pages.cached, "pages_held": self.pages.held,
-            "prefix_hit_tokens": self._prefix_tokens["hit"],
-            "prefix_miss_tokens": self._prefix_tokens["miss"],
-            "preemptions": self._preemptions, "ticks": self.tick,
+            **self.ledger.counts(), **self.places.counts(),
+            "live": len(self._live), "ticks": self.tick,
         }  # fmt: skip
 
     def check(self) -> None:
-        """Check that no request, slot or page is lost.
+        """Check that no request, slot or page is lost or counted twice.
 
         Raises:
             InternalError: One is.
         """
-        books = self.counts(), self._live.values(), self._queue, self._swapped, self.places
-        check_books(*books)
+        self.ledger.check(self._live.values(), self._queue, self._swapped, self.places)

@@ -73,14 +73,19 @@ class Sequence:
         return len(self.request.prompt) + len(self.tokens) - 1
 
     @property
-    def capacity(self) -> int:
-        """Positions that are ever written: the last token is never an input."""
-        return len(self.request.prompt) + max(self.request.max_tokens, 1) - 1
-
-    @property
     def prompt_done(self) -> bool:
         """Whether the whole prompt is computed."""
         return self.n_prefilled == len(self.request.prompt)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a chunk of its prompt was computed."""
+        return self.n_prefilled > self.n_cached
+
+    @property
+    def between(self) -> bool:
+        """Whether its prompt is done and its first token not yet chosen."""
+        return self.phase is Phase.PREFILL and self.prompt_done
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,6 @@ class Work:
     admitted: list[Sequence] = field(default_factory=list)
     """They have a slot and pages, of which ``n_cached`` positions are valid."""
     changed: list[Sequence] = field(default_factory=list)
-    """Running sequences whose pages are no longer those of the last tick."""
+    """Sequences whose pages are others since they ran or were admitted, perhaps in this tick."""
     chunk: Chunk | None = None
     """Runs before the loop of this tick."""
