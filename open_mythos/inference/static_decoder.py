@@ -211,7 +211,8 @@ class StaticDecoder:
     def _choose(self, logits_BV: Tensor, params: SamplingParams) -> None:
         """Choose a token of every row, and advance to its position."""
         end = params.eos_token_id
-        token_B = params.choose(logits_BV, self._seen_BS, self._keys_B, self._number_1)
+        n_prompt_1 = self._column_1 + 1 - self._number_1
+        token_B = params.choose(logits_BV, self._seen_BS, self._keys_B, self._number_1, n_prompt_1)
         token_B = token_B.masked_fill(~self.running_B, end or 0)
         self._token_B1.copy_(token_B.unsqueeze(1))
         if end is not None:

@@ -94,7 +94,8 @@ class GrowingDecoder:
         hidden_BTD = self._model.hidden(ids_BT[:, held:], ctx, self._depth, self._trace)
         seen_BT = ids_BT if mask_BT is None else ids_BT.masked_fill(~mask_BT.bool(), -1)
         logits_BV = self._model.head(hidden_BTD[:, -1])
-        token_B = params.choose(logits_BV, seen_BT, self._keys_B, self._drawn)
+        n_prompt = seen_BT.shape[1] - self._drawn
+        token_B = params.choose(logits_BV, seen_BT, self._keys_B, self._drawn, n_prompt)
         token_B = token_B.masked_fill(~self.running_B, params.eos_token_id or 0)
         if params.eos_token_id is not None:
             self.running_B.logical_and_(token_B != params.eos_token_id)
@@ -208,4 +209,10 @@ def _check_length(model: CausalLM, n_prompt: int, params: SamplingParams) -> Non
             "not a token id", where="eos_token_id", value=end,
             allowed=f"None, or an integer in 0 .. {cfg.vocab_size - 1}",
             fix="pass the tokenizer's EOS id; use stop strings for additional ends",
+        )  # fmt: skip
+    unknown = [i for i, _ in params.biases if i >= cfg.vocab_size]
+    if unknown:
+        raise ConfigError(
+            "not a token id", where="logit_bias", value=unknown[0],
+            allowed=f"integers in 0 .. {cfg.vocab_size - 1}", fix="remove it from logit_bias",
         )  # fmt: skip

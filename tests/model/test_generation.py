@@ -7,9 +7,11 @@ import torch
 from helpers import random_ids, randomise, small_config, small_model
 from torch import Tensor
 
-from open_mythos import ByteTokenizer, ConfigError, DenseTransformer, OpenMythos
+from open_mythos import ByteTokenizer, ConfigError, DenseTransformer, Depth, OpenMythos
+from open_mythos.inference.decoding import decoder_factory
 from open_mythos.model.exit_rules import FixedDepth
-from open_mythos.ops.sampling import SamplingParams, filter_logits, penalize_repetition
+from open_mythos.model.generation import generate
+from open_mythos.ops.sampling import SamplingParams
 
 B, T, NEW = 3, 5, 10
 
@@ -58,17 +60,45 @@ class TestTokens:
         """Each new token is among those that the filters leave of a full forward call's logits."""
         ids = random_ids(B, T)
         filters = {"top_k": 7, "top_p": 0.8, "min_p": 0.05}
+        rows = SamplingParams(temperature=1.5, **filters, repetition_penalty=1.5).rows(B)
         out = model.generate(
             ids, NEW, 4, temperature=1.5, **filters, repetition_penalty=1.5, seed=1
         )
         likeliest = 0
         for end in range(T, T + NEW):
             logits = model(out[:, :end], 4)[:, -1].detach()
-            logits = penalize_repetition(logits, out[:, :end], 1.5) / 1.5
-            allowed = filter_logits(logits, **filters).isfinite()
+            logits = rows.warm(rows.penalize(logits, out[:, :end]))
+            allowed = rows.filter(logits).isfinite()
             assert allowed.gather(1, out[:, end : end + 1]).all()
             likeliest += int((logits.argmax(-1) == out[:, end]).sum())
         assert 0 < likeliest < B * NEW
+
+    @pytest.mark.parametrize("mode", ["eager", "static"])
+    def test_presence_and_frequency_count_new_tokens_only(self, model, mode):
+        ids, penalties = random_ids(3, T), {"presence_penalty": 0.5, "frequency_penalty": 0.4}
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        params = SamplingParams(20, temperature=0.0, **penalties, logit_bias={7: 0.5})
+        decoder = decoder_factory(mode, Depth(3), use_cache=True)
+        out = generate(model, ids, params, Depth(3), attention_mask=mask, decoder=decoder)
+        for end in range(T, T + 20):
+            context = {"attention_mask": torch.ones(3, end, dtype=torch.long)}
+            context["attention_mask"][:, :T] = mask
+            logits = model(out[:, :end], 3, **context)[:, -1].detach()
+            for row in range(3):
+                new = out[row, T:end].tolist()
+                for token in set(new):
+                    logits[row, token] -= 0.5 + 0.4 * new.count(token)
+            logits[:, 7] += 0.5
+            top = logits.topk(2).values
+            clear = top[:, 0] - top[:, 1] > 1e-4
+            assert torch.equal(logits.argmax(-1)[clear], out[:, end][clear])
+        plain = SamplingParams(20, temperature=0.0)
+        assert not torch.equal(out, generate(model, ids, plain, Depth(3), attention_mask=mask))
+
+    def test_a_bias_of_an_unknown_token_is_rejected(self, model):
+        with pytest.raises(ConfigError, match="not a token id"):
+            generate(model, random_ids(1, 3), SamplingParams(1, logit_bias={61: 1.0}))
 
     def test_repetition_penalty_counts_prompt_and_new_tokens(self, model):
         ids = random_ids(8, T)
