@@ -6,6 +6,7 @@ def generate(
     prompt: str,
     n_loops: int | None = None,
     exit: str = "",
+    min_loops: int | None = None,
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 50,
@@ -27,6 +28,7 @@ def generate(
         n_loops: Loops per token (with exit: at most); by default the model's max_loop_iters.
         exit: Early-exit rule: gate, kl, change, acceleration, stable, with optional parameters
             such as gate:0.9 or kl:0.01,1.0; by default none.
+        min_loops: With exit: loops that every token runs at least.
         max_new_tokens: Maximum number of new tokens.
         temperature: Divides the logits; 0 is greedy.
         top_k: Sample from the k most likely tokens; 0 for all.
@@ -56,7 +58,7 @@ def generate(
     model = load_model(checkpoint, device, quantize)
     tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
     ids = tok.encode(prompt) or [tok.bos_id]
-    depth = depth_of(model, n_loops, exit)
+    depth = depth_of(model, n_loops, exit, min_loops)
     trace = LoopTrace() if exit else None
     stream, loops, tokens = StreamDecoder(tok), 0, 0
 

@@ -13,7 +13,7 @@ from open_mythos.hub.pretrained import from_pretrained, model_directory, stored_
 from open_mythos.inference.quantization import quantize
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
-from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.exit_rules import AtLeast, exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import CONFIG_FILE, TOKENIZER_FOLDER, find_beside, read_config
 from open_mythos.tokenizer import Tokenizer
@@ -41,11 +41,24 @@ def load_model(checkpoint: str, device: str, bits: str) -> CausalLM:
     return quantize(model, kind, group_size=int(group) if colon else None)
 
 
-def depth_of(model: CausalLM, n_loops: int | None, exit: str) -> Depth:
-    """Return the depth that the options ``--n-loops`` and ``--exit`` request."""
+def depth_of(
+    model: CausalLM, n_loops: int | None, exit: str, min_loops: int | None = None
+) -> Depth:
+    """Return the depth that ``--n-loops``, ``--exit`` and ``--min-loops`` request."""
     if isinstance(model, OpenMythos):
-        return Depth(n_loops, exit_rule(exit, model) if exit else None)
-    for option, value in (("--n-loops", n_loops), ("--exit", exit or None)):
+        rule = exit_rule(exit, model) if exit else None
+        if min_loops is None:
+            return Depth(n_loops, rule)
+        most = model.cfg.max_loop_iters if n_loops is None else n_loops
+        if rule is None or min_loops > most:
+            raise ConfigError(
+                "nothing to keep from exiting earlier", where="--min-loops", value=min_loops,
+                allowed=f"at most {most} loops, together with --exit", fix="omit --min-loops",
+            )  # fmt: skip
+        return Depth(n_loops, AtLeast(rule, min_loops))
+    for option, value in (
+        ("--n-loops", n_loops), ("--exit", exit or None), ("--min-loops", min_loops),
+    ):  # fmt: skip
         if value is not None:
             raise ConfigError("a dense model has no loops", where=option, value=value)
     return Depth()

@@ -7,11 +7,15 @@ and reusable.
     stop_BT, memory = rule(Look(t, h_t, h_t+1, predict), memory)        # memory is None at loop 0
 
 Comparisons with NaN are false: a state that is not finite runs to the requested depth.
+
+For batches whose rows are at different loops, the rules here also return the memory of loop 0
+(:class:`BatchedRule`), and their numbers may be tensors (B, 1). A row's verdict is that of the row
+alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,8 +34,8 @@ Memory = tuple[Tensor, ...]
 class Look:
     """The active positions after a loop."""
 
-    t: int
-    """0-based index of the loop that has just run."""
+    t: int | Tensor
+    """0-based index of the loop that has just run; (B, 1) if rows differ."""
     before_BTD: Tensor
     """State h_t before the loop."""
     after_BTD: Tensor
@@ -48,17 +52,57 @@ class ExitRule(Protocol):
         """Return (B, T), true where a position stops, and the memory for the next loop."""
 
 
+class BatchedRule(ExitRule, Protocol):
+    """A rule for rows at different loops."""
+
+    def begin(self, shape: Sequence[int], device: torch.device, dim: int) -> Memory:
+        """Return the memory for loop 0 of positions ``shape`` (B, T) with states of width ``dim``.
+
+        Its shapes are those of later loops, unless the rule uses predictions.
+        """
+
+
+class Memoryless:
+    """A rule that sees each loop by itself."""
+
+    def begin(self, shape: Sequence[int], device: torch.device, dim: int) -> Memory:
+        """Return no tensors."""
+        return ()
+
+
 @dataclass(frozen=True)
-class FixedDepth:
+class FixedDepth(Memoryless):
     """Stops every position after ``loops`` loops."""
 
-    loops: int
+    loops: int | Tensor
 
     def __post_init__(self) -> None:
-        check_count("loops", self.loops)
+        _check_count("loops", self.loops)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
-        return _all(look, look.t + 1 >= self.loops), ()
+        stop_BT = torch.ones(
+            look.after_BTD.shape[:2], dtype=torch.bool, device=look.after_BTD.device
+        )
+        return stop_BT & (look.t + 1 >= self.loops), ()
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Another rule, which sees every loop but stops no position before ``loops`` loops."""
+
+    rule: BatchedRule
+    loops: int | Tensor
+
+    def __post_init__(self) -> None:
+        _check_count("loops", self.loops)
+
+    def begin(self, shape: Sequence[int], device: torch.device, dim: int) -> Memory:
+        """Return the memory of the rule."""
+        return self.rule.begin(shape, device, dim)
+
+    def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
+        stop_BT, memory = self.rule(look, memory)
+        return stop_BT & (look.t + 1 >= self.loops), memory
 
 
 @dataclass(frozen=True)
@@ -69,14 +113,19 @@ class GateExit:
     """
 
     gate: ACTHalting
-    threshold: float
+    threshold: float | Tensor
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, gt=0, le=1)
+        _check_number("threshold", self.threshold, gt=0, le=1)
+
+    def begin(self, shape: Sequence[int], device: torch.device, dim: int) -> Memory:
+        """Return probability 1 (B, T) of not having halted."""
+        return (torch.ones(*shape, device=device),)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
         lambda_BT = self.gate(look.after_BTD)
-        running_BT = (1 - lambda_BT) * (1.0 if memory is None else memory[0])
+        (before_BT,) = _begun(self, look, memory)
+        running_BT = (1 - lambda_BT) * before_BT
         return 1 - running_BT >= self.threshold, (running_BT,)
 
 
@@ -90,34 +139,37 @@ class KLExit:
     values run deeper.
     """
 
-    kl: float = 0.01
-    entropy: float = 1.0
+    kl: float | Tensor = 0.01
+    entropy: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
-        check_number("kl", self.kl, gt=0)
-        check_number("entropy", self.entropy, gt=0)
+        _check_number("kl", self.kl, gt=0)
+        _check_number("entropy", self.entropy, gt=0)
+
+    def begin(self, shape: Sequence[int], device: torch.device, dim: int) -> Memory:
+        """Return a NaN for all log-probabilities (B, T, 1): there is no earlier prediction."""
+        return (torch.full((*shape, 1), torch.nan, device=device),)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
+        (last_BTV,) = _begun(self, look, memory)
         log_p_BTV = look.predict().float().log_softmax(-1)
-        if memory is None:
-            return _all(look, False), (log_p_BTV,)
         p_BTV = log_p_BTV.exp()
-        kl_BT = (p_BTV * (log_p_BTV - memory[0])).sum(-1)
+        kl_BT = (p_BTV * (log_p_BTV - last_BTV)).sum(-1)
         entropy_BT = -(p_BTV * log_p_BTV).sum(-1)
         return (kl_BT < self.kl) & (entropy_BT < self.entropy), (log_p_BTV,)
 
 
 @dataclass(frozen=True)
-class StateChange:
+class StateChange(Memoryless):
     """Stops when the state has converged: ||h_t+1 - h_t|| < ``threshold`` ||h_t+1||.
 
     A smaller threshold runs deeper.
     """
 
-    threshold: float = 0.05
+    threshold: float | Tensor = 0.05
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, gt=0)
+        _check_number("threshold", self.threshold, gt=0)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
         change_BT = (look.after_BTD.float() - look.before_BTD.float()).norm(dim=-1)
@@ -132,19 +184,22 @@ class Acceleration:
     premature exit (arXiv 2509.23314). A smaller threshold or more hits run deeper.
     """
 
-    threshold: float = 0.05
-    hits: int = 2
+    threshold: float | Tensor = 0.05
+    hits: int | Tensor = 2
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, gt=0)
-        check_count("hits", self.hits)
+        _check_number("threshold", self.threshold, gt=0)
+        _check_count("hits", self.hits)
+
+    def begin(self, shape: Sequence[int], device: torch.device, dim: int) -> Memory:
+        """Return updates (B, T, D) of NaN, to which no update is equal, and hits (B, T)."""
+        no_update_BTD = torch.full((*shape, dim), torch.nan, device=device)
+        return no_update_BTD, torch.zeros(*shape, device=device)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
         after_BTD = look.after_BTD.float()
         delta_BTD = after_BTD - look.before_BTD.float()
-        if memory is None:
-            return _all(look, False), (delta_BTD, torch.zeros_like(delta_BTD[..., 0]))
-        last_BTD, hits_BT = memory
+        last_BTD, hits_BT = _begun(self, look, memory)
         hit_BT = (delta_BTD - last_BTD).norm(dim=-1) < self.threshold * after_BTD.norm(dim=-1)
         hits_BT = torch.where(hit_BT, hits_BT + 1, 0.0)
         return hits_BT >= self.hits, (delta_BTD, hits_BT)
@@ -157,21 +212,37 @@ class ArgmaxStable:
     More hits run deeper. Stops too early where the answer takes longer than that to appear.
     """
 
-    hits: int = 2
+    hits: int | Tensor = 2
 
     def __post_init__(self) -> None:
-        check_count("hits", self.hits)
+        _check_count("hits", self.hits)
+
+    def begin(self, shape: Sequence[int], device: torch.device, dim: int) -> Memory:
+        """Return tokens (B, T) of -1, which is no token, and hits (B, T)."""
+        no_token_BT = torch.full(tuple(shape), -1, device=device)
+        return no_token_BT, torch.zeros_like(no_token_BT)
 
     def __call__(self, look: Look, memory: Memory | None) -> tuple[Tensor, Memory]:
+        last_BT, same_BT = _begun(self, look, memory)
         token_BT = look.predict().argmax(-1)
-        if memory is None:
-            return _all(look, False), (token_BT, torch.zeros_like(token_BT))
-        same_BT = torch.where(token_BT == memory[0], memory[1] + 1, 0)
+        same_BT = torch.where(token_BT == last_BT, same_BT + 1, 0)
         return same_BT >= self.hits, (token_BT, same_BT)
 
 
-def _all(look: Look, stop: bool) -> Tensor:
-    return torch.full(look.after_BTD.shape[:2], stop, device=look.after_BTD.device)
+def _begun(rule: BatchedRule, look: Look, memory: Memory | None) -> Memory:
+    if memory is not None:
+        return memory
+    return rule.begin(look.after_BTD.shape[:2], look.after_BTD.device, look.after_BTD.shape[-1])
+
+
+def _check_number(where: str, value: float | Tensor, **bounds: float) -> None:
+    if not isinstance(value, Tensor):  # to read a tensor could be a host-device sync
+        check_number(where, value, **bounds)
+
+
+def _check_count(where: str, value: int | Tensor) -> None:
+    if not isinstance(value, Tensor):
+        check_count(where, value)
 
 
 def _gate(model: nn.Module, threshold: float | None = None) -> GateExit:
@@ -184,7 +255,7 @@ def _gate(model: nn.Module, threshold: float | None = None) -> GateExit:
     return GateExit(gates[0], gates[0].threshold if threshold is None else threshold)
 
 
-EXIT_RULES: dict[str, tuple[Callable[..., ExitRule], tuple[type, ...], str]] = {
+EXIT_RULES: dict[str, tuple[Callable[..., BatchedRule], tuple[type, ...], str]] = {
     "fixed": (FixedDepth, (int,), "fixed:LOOPS"),
     "gate": (GateExit, (float,), "gate or gate:THRESHOLD"),
     "kl": (KLExit, (float, float), "kl, kl:KL or kl:KL,ENTROPY"),
@@ -198,7 +269,7 @@ EXIT_RULES: dict[str, tuple[Callable[..., ExitRule], tuple[type, ...], str]] = {
 """Name -> rule, types of its parameters, syntax; "gate" also takes the gate of the model."""
 
 
-def exit_rule(text: str, model: nn.Module) -> ExitRule:
+def exit_rule(text: str, model: nn.Module) -> BatchedRule:
     """Parse a rule such as "gate:0.9", "kl:0.01,1.0" or "fixed:4".
 
     Raises:

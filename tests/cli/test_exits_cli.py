@@ -163,12 +163,19 @@ class TestGenerate:
         assert err == f"{loops:.2f} of 7 loops per token, {trace.exits.numel()} tokens\n"
         assert run(capsys, *command, "--exit", RULE, "--quiet")[2] == ""
         assert run(capsys, *command)[2] == ""
+        _, _, err = run(capsys, *command, "--exit", RULE, "--min_loops", "7")
+        assert err.startswith("7.00 of 7 loops per token")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (("evaluate", "MODEL", "--exit", "never"), "gate:THRESHOLD"),
+        (("generate", "MODEL", "x", "--min_loops", "2", "--tokenizer", "byte"), "--min-loops"),
+        (
+            ("generate", "MODEL", "x", "--exit", "kl", "--min_loops", "99", "--tokenizer", "byte"),
+            "at most",
+        ),
         (("evaluate", "MODEL", "--exit", "kl:0"), "correct in --exit kl"),
         (("evaluate", "MODEL", "--exit", "kl", "--depths", "[1,2]"), "--depths"),
         (("evaluate", "MODEL", "--n_loops", "3"), "only an exit rule reads this"),

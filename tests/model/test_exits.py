@@ -18,6 +18,8 @@ from open_mythos.model.exit_rules import (
     EXIT_RULES,
     Acceleration,
     ArgmaxStable,
+    AtLeast,
+    BatchedRule,
     ExitRule,
     FixedDepth,
     GateExit,
@@ -300,6 +302,84 @@ class TestRules:
     def test_invalid_thresholds_are_rejected(self, make: Callable[[], ExitRule]):
         with pytest.raises(ConfigError):
             make()
+
+
+class TestRows:
+    """Rows with a loop, numbers and memory of their own, in one call."""
+
+    GATE = ACTHalting(6)
+    MAKERS: tuple[tuple[Callable[..., BatchedRule], tuple[tuple[float, ...], ...]], ...] = (
+        (FixedDepth, ((1, 4, 7),)),
+        (lambda t: GateExit(TestRows.GATE, t), ((0.3, 0.9, 0.999),)),
+        (StateChange, ((0.1, 0.3, 0.5),)),
+        (Acceleration, ((0.2, 0.5, 0.9), (1, 2, 3))),
+        (lambda t, n: AtLeast(StateChange(t), n), ((0.1, 0.3, 0.5), (1, 3, 6))),
+    )
+
+    @staticmethod
+    def path(seed: int) -> Tensor:
+        """A converging path (loops + 1, 6) of states."""
+        generator = torch.Generator().manual_seed(seed)
+        steps = torch.randn(13, 6, generator=generator) * 0.7 ** torch.arange(13.0).unsqueeze(1)
+        return steps.cumsum(0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("make", [maker for maker, _ in MAKERS])
+    def test_rows_of_a_mixture_equal_each_row_alone(self, make):
+        choices = dict(self.MAKERS)[make]
+        rows, dim = 24, 6
+        paths = [self.path(seed) for seed in range(rows)]
+        start = [seed * 5 % 7 for seed in range(rows)]  # calls before a row enters
+        numbers = [[column[seed % 3] for column in choices] for seed in range(rows)]
+        columns = [torch.tensor(c).view(-1, 1) for c in zip(*numbers, strict=True)]
+        together = make(*columns)
+        device = torch.device("cpu")
+        fresh = memory = together.begin((rows, 1), device, dim)
+        shapes, verdicts = [x.shape for x in memory], [[] for _ in range(rows)]
+        for call in range(19):
+            t = torch.tensor([call - first for first in start]).view(-1, 1)
+            for kept, new in zip(memory, fresh, strict=True):  # those that enter now
+                kept[(t == 0).squeeze(1)] = new[(t == 0).squeeze(1)]
+            at = [(path, int(i.clamp(0, 11))) for path, i in zip(paths, t, strict=True)]
+            before = torch.stack([path[i] for path, i in at]).unsqueeze(1)
+            after = torch.stack([path[i + 1] for path, i in at]).unsqueeze(1)
+            stop, memory = together(Look(t, before, after, _unread), memory)
+            memory = tuple(x.clone() for x in memory)
+            assert stop.shape == (rows, 1)
+            assert [x.shape for x in memory] == shapes
+            for row in range(rows):
+                if 0 <= int(t[row]) < 12:
+                    verdicts[row].append(bool(stop[row]))
+        assert len({tuple(row) for row in verdicts}) >= 3
+        for row, path in enumerate(paths):
+            rule, alone = make(*numbers[row]), []
+            own: Memory | None = None
+            for i in range(12):
+                look = Look(i, path[i].view(1, 1, -1), path[i + 1].view(1, 1, -1), _unread)
+                stop, own = rule(look, own)
+                alone.append(bool(stop))
+            assert verdicts[row] == alone
+
+    def test_at_least_lets_the_rule_see_every_loop(self):
+        path = [4.0, 5.0, 6.0, 7.0, 8.0, 20.0, 21.0]
+        assert follow(Acceleration(0.01, hits=2), path) == 4
+        assert follow(AtLeast(Acceleration(0.01, hits=2), 5), path) == 5
+        assert follow(AtLeast(Acceleration(0.01, hits=4), 5), path) is None
+        with pytest.raises(ConfigError):
+            AtLeast(StateChange(), 0)
+
+    @pytest.mark.parametrize("least", [1, 7])
+    def test_at_least_in_a_model(self, model, least):
+        ids, trace, free = random_ids(B, T), LoopTrace(), StateChange(0.2)
+        model(ids, DEPTH, exit_rule=AtLeast(free, least), trace=trace)
+        plain = LoopTrace()
+        model(ids, DEPTH, exit_rule=free, trace=plain)
+        assert trace.exits is not None
+        assert plain.exits is not None
+        assert plain.exits.min() < 7
+        if least == 1:
+            assert torch.equal(trace.exits, plain.exits)
+        assert trace.exits.min() >= least
 
 
 class TestSyntax:
