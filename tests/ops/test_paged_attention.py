@@ -108,17 +108,6 @@ def test_what_no_row_sees_may_be_anything(backend, kind, dtype):
         assert torch.equal(call(kind, q, history, backend), before)
 
 
-@kinds
-@pytest.mark.parametrize("backend", ["groups", "masked", "reference"])
-def test_a_row_of_length_zero_gets_zeros(backend, kind):
-    q, history = case(kind, [0, 5, 9])
-    history.table_RM[0] = 0
-    soil(history)
-    out = call(kind, q, history, backend)
-    assert not out[0].any()
-    assert out[1:].isfinite().all()
-
-
 @dtypes
 @kinds
 @pytest.mark.usefixtures("_threads")

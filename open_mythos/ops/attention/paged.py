@@ -1,8 +1,8 @@
 """Attention of one new token per row over a history kept in pages.
 
 All rows share one pool of pages; a table names the pages of each row, in order of position. A page
-may hold anything beyond its row's length, not-a-number included: such positions are set to zero
-before they enter a product, because zero times NaN is NaN.
+may hold anything beyond its row's length, not-a-number included, and zero times NaN is NaN. So
+such positions are never read: where a shape asks for them, the row's first position stands in.
 
 **Results of a row do not depend on the other rows** in the form "groups": rows of equal page counts
 are computed together, each over a width that is its own. With one width for all rows, the longest
@@ -11,7 +11,7 @@ row would decide in which order every row's sums are formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,10 @@ Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Keys and values, (r, G, S, K) each, of entries (r, S, W)."""
 
 
+GATHER_BYTES = 2 << 20
+"""Largest copy of pages at once on a CPU: larger ones are memory that the system maps afresh."""
+
+
 @dataclass(frozen=True)
 class PagedHistory:
     """What each row sees of one level (layer and loop) of a paged cache.
@@ -32,11 +36,9 @@ class PagedHistory:
     Attributes:
         pool_NPW: All N pages of the cache, of P positions each. Page 0 belongs to no row.
         table_RM: (R, M) int64 pages of each row, in order of position; 0 beyond its own.
-        lengths_R: (R,) int64 positions that a row sees, its new token included. A row of length 0
-            gets zeros.
-        groups: Runs of rows with equal page counts: first row, end row, pages; they cover all rows,
-            and the rows of a run fill all of its pages but the last. None: one width for all rows,
-            so that no shape depends on the lengths.
+        lengths_R: (R,) int64 positions that a row sees, at least 1: its new token is included.
+        groups: Runs of rows with equal page counts, which cover all rows: first row, end row,
+            pages. None: one width for all rows, so that no shape depends on the lengths.
     """
 
     pool_NPW: Tensor
@@ -52,24 +54,24 @@ class PagedHistory:
         """Positions of a page."""
         return self.pool_NPW.shape[1]
 
-    def gather(self, first: int, end: int, pages: int, full: int = 0) -> tuple[Tensor, Tensor]:
-        """Copy the first ``pages`` pages of rows ``first`` .. ``end``.
-
-        Args:
-            full: Number of leading pages that all of these rows are known to fill.
+    def places(self, pages: int) -> tuple[Tensor, Tensor]:
+        """Return where the entries of the first ``pages`` pages of every row lie.
 
         Returns:
-            (r, S, W) entries, zero where a row sees nothing; (r, S) boolean, true where it sees.
+            (R, S) indices into the flattened pool, of the row's first entry where it sees none;
+            (R, S) boolean, true where it sees one.
         """
-        table = self.table_RM[first:end, :pages]
-        entry_RSW = self.pool_NPW.index_select(0, table.reshape(-1)).view(
-            end - first, pages * self.page, self.pool_NPW.shape[-1]
-        )
-        position = torch.arange(pages * self.page, device=table.device)
-        seen_RS = position < self.lengths_R[first:end, None]
-        start = full * self.page
-        entry_RSW[:, start:].masked_fill_(~seen_RS[:, start:, None], 0.0)
-        return entry_RSW, seen_RS
+        device, table_RM = self.table_RM.device, self.table_RM[:, :pages]
+        within = torch.arange(self.page, device=device)
+        place_RS = (table_RM.unsqueeze(-1) * self.page + within).flatten(1)
+        position = torch.arange(place_RS.shape[1], device=device)
+        seen_RS = position < self.lengths_R.unsqueeze(1)
+        return torch.where(seen_RS, place_RS, place_RS[:, :1]), seen_RS
+
+    def gather(self, place_RS: Tensor) -> Tensor:
+        """Copy the entries (R, S, W) of these places."""
+        entry = self.pool_NPW.flatten(0, 1).index_select(0, place_RS.flatten())
+        return entry.view(*place_RS.shape, -1)
 
 
 def latent_paged(q_RHW: Tensor, history: PagedHistory, rank: int, backend: str = "auto") -> Tensor:
@@ -138,21 +140,33 @@ def _reference(q_RGHK: Tensor, history: PagedHistory, split: Split, scale: float
 def _groups(q_RGHK: Tensor, history: PagedHistory, split: Split, scale: float) -> Tensor:
     """One fused call per run of rows with equal page counts."""
     assert history.groups is not None, "the rows' page counts are not known on the host"
-    runs = [
-        _fused(q_RGHK[first:end], *history.gather(first, end, pages, pages - 1), split, scale)
-        for first, end, pages in history.groups
-    ]
-    return runs[0] if len(runs) == 1 else torch.cat(runs)
+    place_RS, seen_RS = history.places(max(pages for _, _, pages in history.groups))
+    # as it would be converted for every run
+    bias_RS = torch.zeros_like(seen_RS, dtype=q_RGHK.dtype).masked_fill_(~seen_RS, -torch.inf)
+    parts = []
+    for first, end, pages in history.groups:
+        width = pages * history.page
+        for rows in _pieces(history, first, end, width):
+            entry_RSW = history.gather(place_RS[rows, :width])
+            parts.append(_fused(q_RGHK[rows], entry_RSW, bias_RS[rows, :width], split, scale))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pieces(history: PagedHistory, first: int, end: int, width: int) -> Iterator[slice]:
+    """Split a run of rows whose entries, copied at once, would be too large."""
+    row_bytes = width * history.pool_NPW.shape[-1] * history.pool_NPW.itemsize
+    rows = max(1, GATHER_BYTES // row_bytes)
+    return (slice(start, min(start + rows, end)) for start in range(first, end, rows))
 
 
 def _masked(q_RGHK: Tensor, history: PagedHistory, split: Split, scale: float) -> Tensor:
     """One fused call over all pages of the table: constant shape, and nothing read on the host."""
-    gathered = history.gather(0, *history.table_RM.shape)
-    return _fused(q_RGHK, *gathered, split, scale)
+    place_RS, seen_RS = history.places(history.table_RM.shape[1])
+    return _fused(q_RGHK, history.gather(place_RS), seen_RS, split, scale)
 
 
 def _fused(
-    q_RGHK: Tensor, entry_RSW: Tensor, seen_RS: Tensor, split: Split, scale: float
+    q_RGHK: Tensor, entry_RSW: Tensor, mask_RS: Tensor, split: Split, scale: float
 ) -> Tensor:
     """PyTorch's kernel; the query heads that share a key head stand as its query positions."""
     rows, heads = q_RGHK.shape[0], q_RGHK.shape[2]
@@ -161,9 +175,10 @@ def _fused(
         q_RGHK = F.pad(q_RGHK, (0, 0, 0, -heads % 8))
         if rows == 1:  # threads would share the products of a single head
             q_RGHK, entry_RSW = q_RGHK.expand(2, -1, -1, -1), entry_RSW.expand(2, -1, -1)
-            seen_RS = seen_RS.expand(2, -1)
-    mask = seen_RS[:, None, None]
-    mixed = F.scaled_dot_product_attention(q_RGHK, *split(entry_RSW), attn_mask=mask, scale=scale)
+            mask_RS = mask_RS.expand(2, -1)
+    mixed = F.scaled_dot_product_attention(
+        q_RGHK, *split(entry_RSW), attn_mask=mask_RS[:, None, None], scale=scale
+    )
     return mixed[:rows, :, :heads]
 
 
