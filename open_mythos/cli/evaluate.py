@@ -54,10 +54,11 @@ def evaluate(
     from rich.console import Console
     from rich.progress import track
 
-    from open_mythos.cli.run_data import evaluation_source, load_model
+    from open_mythos.cli.run_data import evaluation_source
     from open_mythos.cli.tables import depth_table, exit_tables
     from open_mythos.devices import resolve_dtype
     from open_mythos.evaluation import evaluate_depths, evaluate_exits
+    from open_mythos.inference.loading import load_model
     from open_mythos.model.exit_rules import exit_rule
 
     _reject_ignored(depths, exit, n_loops, repeats)

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from open_mythos.checks import check_count
 from open_mythos.data import TokenShards
-from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.hub.pretrained import from_pretrained, model_directory, stored_tokenizer
-from open_mythos.inference.quantization import quantize
+from open_mythos.hub.pretrained import model_directory, stored_tokenizer
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import AtLeast, exit_rule
@@ -25,20 +23,6 @@ from open_mythos.train.text import (
     training_batches,
     validation_batches,
 )
-
-
-def load_model(checkpoint: str, device: str, bits: str) -> CausalLM:
-    """Load a model, quantized to ``bits`` ("int8", "int4" or "int4:GROUP") unless it is empty."""
-    model = from_pretrained(checkpoint, resolve_device(device))
-    if not bits:
-        return model
-    kind, colon, group = bits.partition(":")
-    if colon and not group.isdecimal():
-        raise ConfigError(
-            "not a group size", where="--quantize", value=bits,
-            allowed="int8, int4, or int4 with a group size: int4:64",
-        )  # fmt: skip
-    return quantize(model, kind, group_size=int(group) if colon else None)
 
 
 def depth_of(
