@@ -14,6 +14,7 @@ from open_mythos.ops.experts.looped_stack import LoopedStack
 from open_mythos.ops.experts.operation import backward, forward
 from open_mythos.ops.experts.routed import BATCHED_TOKENS, _resolve, routed_experts
 from open_mythos.ops.experts.rows import expert_load, padded
+from open_mythos.ops.experts.tiles import TILE, tiles
 
 SHAPES = {  # N, D, F, E, C
     "plain": (40, 16, 8, 8, 2),
@@ -349,3 +350,96 @@ def test_gpu_equals_cpu(name, dtype):
     x, gate_up, down, weights = (leaf.detach().cuda() for leaf in leaves)
     out = routed_experts(x, gate_up.to(dtype), down.to(dtype), experts.cuda(), weights)
     assert (out.cpu().float() - expected).abs().max() < 0.05 * expected.abs().max() + 1e-3
+
+
+class TestTiles:
+    """Matmuls of one size: the bits of a token do not depend on the other tokens."""
+
+    D, F, E, C = 512, 128, 16, 2
+
+    def weights(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        gate_up = torch.randn(self.E, self.D, 2 * self.F, generator=generator) / self.D**0.5
+        down = torch.randn(self.E, self.F, self.D, generator=generator) / self.F**0.5
+        return gate_up.to(dtype), down.to(dtype)
+
+    def tokens(self, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, chosen experts and weights; uneven, so that experts have 0 to many tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        liked = torch.randn(self.E, generator=generator) * (seed % 3)
+        noise = -torch.rand(n, self.E, generator=generator).log().neg().log()
+        x = torch.randn(n, self.D, generator=generator)
+        return x, (liked + noise).topk(self.C).indices, torch.rand(n, self.C, generator=generator)
+
+    def rows_that_differ(self, backend: str, cases: int, dtype: torch.dtype) -> int:
+        """Count the tokens whose bits change among others, elsewhere in the batch."""
+        stacks, differ = self.weights(dtype), 0
+        x, experts, w = (each.to(dtype) if each.is_floating_point() else each
+                         for each in self.tokens(6, 99))  # fmt: skip
+        solo = torch.cat([
+            routed_experts(x[i : i + 1], *stacks, experts[i : i + 1], w[i : i + 1], backend=backend)
+            for i in range(len(x))
+        ])  # fmt: skip
+        for seed in range(cases):
+            others = self.tokens(seed % 15 + 1, seed)
+            order = torch.randperm(len(x) + len(others[0]))
+            mixed = [
+                torch.cat((own, other.to(own.dtype)))[order]
+                for own, other in zip((x, experts, w), others, strict=True)
+            ]
+            out = routed_experts(mixed[0], *stacks, *mixed[1:], backend=backend)
+            out = torch.empty_like(out).index_copy_(0, order, out)[: len(x)]
+            differ += int((out != solo).any(1).sum())
+        return differ
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_bits_do_not_depend_on_other_tokens(self, dtype):
+        assert self.rows_that_differ("tiles", 60, dtype) == 0
+
+    def test_bits_of_the_grouped_form_do(self):
+        """Control. A matmul library with one kernel for all sizes would not show it."""
+        if not self.rows_that_differ("grouped", 60, torch.float32):
+            pytest.skip("on this processor grouped matmuls do not depend on the number of rows")
+
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("n", [0, 1, 2, 16, 50])
+    def test_equal_the_reference(self, n, seed):
+        x, experts, w = self.tokens(n, seed)
+        call = x, *self.weights(), experts, w
+        expected = routed_experts(*call, backend="reference")
+        torch.testing.assert_close(
+            routed_experts(*call, backend="tiles"), expected, rtol=1e-4, atol=1e-4
+        )
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_a_token_that_is_not_finite_stays_alone(self, bad):
+        x, experts, w = self.tokens(16, 1)
+        before = routed_experts(x, *self.weights(), experts, w, backend="tiles")
+        for row in range(16):
+            broken, weight = x.clone(), w.clone()
+            broken[row] = weight[row] = bad
+            out = routed_experts(broken, *self.weights(), experts, weight, backend="tiles")
+            others = torch.arange(16) != row
+            assert torch.equal(out[others], before[others])
+            assert not out[row].isfinite().all()
+
+    def test_an_infinite_expert_stays_with_its_tokens(self):
+        x, experts, w = self.tokens(16, 1)
+        gate_up, down = self.weights()
+        before = routed_experts(x, gate_up, down, experts, w, backend="tiles")
+        used = int(experts[0, 0])
+        gate_up[used] = torch.inf
+        out = routed_experts(x, gate_up, down, experts, w, backend="tiles")
+        others = (experts != used).all(1)
+        assert torch.equal(out[others], before[others])
+
+    def test_every_row_has_one_place(self):
+        experts, source = tiles([0, 3, 3, 5, 6])
+        assert experts == [1, 1, 3, 4]
+        assert source == [0, 1, 2, -1, 3, 4, 5, -1]
+        assert len(source) == TILE * len(experts)
+
+    def test_a_gradient_is_rejected(self):
+        x, experts, w = self.tokens(4, 0)
+        with pytest.raises(ConfigError, match="no gradient"):
+            routed_experts(x.requires_grad_(), *self.weights(), experts, w, backend="tiles")

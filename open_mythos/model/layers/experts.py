@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.devices import as_autocast
+from open_mythos.errors import ConfigError
 from open_mythos.ops.experts.looped_stack import LoopedStack
 from open_mythos.ops.experts.routed import deferring_pays, routed_experts
 
@@ -33,6 +34,20 @@ class Experts(nn.Module):
             memo: Cache of the call, shared by all loops and mixtures.
         """
         raise NotImplementedError
+
+    def exactly(
+        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
+    ) -> Tensor:
+        """Compute the same as a call, with bits of a token that do not depend on other tokens.
+
+        Raises:
+            ConfigError: This implementation cannot.
+        """
+        raise ConfigError(
+            "these experts have no exact form", where="Context.exact", value=type(self).__name__,
+            allowed="experts that are neither quantized nor distributed",
+            fix="call the model without exact",
+        )  # fmt: skip
 
 
 class RoutedExperts(Experts):
@@ -74,3 +89,10 @@ class RoutedExperts(Experts):
         """Sum over the chosen experts (N, C) of weight (N, C) times expert output, (N, D)."""
         call = x_ND, gate_up, down, experts_NC, weights_NC
         return routed_experts(*call, backend=self.backend)
+
+    def exactly(
+        self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
+    ) -> Tensor:
+        """Compute the experts in matmuls of one size; see :meth:`Experts.exactly`."""
+        call = x_ND, gate_up, down, experts_NC, weights_NC
+        return routed_experts(*call, backend="tiles")

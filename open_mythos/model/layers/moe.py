@@ -94,7 +94,9 @@ class MoEFFN(nn.Module):
         scores_NE, experts_NC, weights_NC = self.route(x_ND)
         # cast once, for routed and shared experts; only the router reads float32
         x_ND = as_autocast(x_ND)
-        y_ND = self.experts(x_ND, experts_NC, weights_NC, *operands)
+        exact = ctx is not None and ctx.exact
+        experts = self.experts.exactly if exact else self.experts
+        y_ND = experts(x_ND, experts_NC, weights_NC, *operands)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         y_BTD, routing = y_ND.view_as(x_BTD), Routing(scores_NE, experts_NC)

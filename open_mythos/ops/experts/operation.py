@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
-from open_mythos.ops.experts import batched, grouped
+from open_mythos.ops.experts import batched, grouped, tiles
 from open_mythos.ops.experts.rows import Call, sort_choices, to_tokens
 
-KINDS = ("batched", "grouped", "sorted")
+KINDS = ("batched", "grouped", "sorted", "tiles")
 
 
 def forward(
@@ -44,7 +44,7 @@ def forward(
             ``gate_up_EDF``, or None.
         down_token: The same of ``down_EFD``.
         kind: One of :data:`KINDS`.
-        keep: Whether a backward pass follows.
+        keep: Whether a backward pass follows; "tiles" has none.
 
     Returns:
         (N, D) results; (N C, 2F) gate and up projections in expert order, empty unless kept; (N C,)
@@ -52,8 +52,12 @@ def forward(
     """
     top_k, (order, ends_E) = experts_NC.shape[1], sort_choices(experts_NC, gate_up_EDF.shape[0])
     w = weights_NC.reshape(-1, 1).index_select(0, order)
-    run = batched.forward if kind == "batched" else partial(grouped.forward, kind)
-    y, gate_up = run(Call(x_ND, gate_up_EDF, down_EFD, order // top_k, w, ends_E), keep)
+    call = Call(x_ND, gate_up_EDF, down_EFD, order // top_k, w, ends_E)
+    if kind == "tiles":
+        y, gate_up = tiles.forward(call), x_ND.new_empty(0)
+    else:
+        run = batched.forward if kind == "batched" else partial(grouped.forward, kind)
+        y, gate_up = run(call, keep)
     return to_tokens(y, order, top_k), gate_up, order, ends_E
 
 

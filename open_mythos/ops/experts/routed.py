@@ -61,7 +61,8 @@ def routed_experts(
         experts_NC: Chosen experts, int64, distinct within a token.
         weights_NC: Their weights.
         backend: "batched", "grouped", "sorted", "reference", or "auto": batched for many tokens on
-            a CPU in bfloat16, else grouped where the shapes allow it, else sorted.
+            a CPU in bfloat16, else grouped where the shapes allow it, else sorted; or "tiles", for
+            inference on a CPU: a token's bits do not depend on the other tokens.
 
     Returns:
         (N, D), in the dtype of the projections.
@@ -80,9 +81,15 @@ def routed_experts(
         each is not None and each.requires_grad
         for each in (x_ND, weights_NC, gate_up, down, *tokens)
     )
+    if keep and backend == "tiles":
+        raise ConfigError(
+            "experts in tiles have no gradient", where="Context.exact", value=True,
+            allowed="inference", fix="call the model in torch.no_grad()",
+        )  # fmt: skip
     operands = x_ND, gate_up, down, weights_NC, experts_NC
     compiling = torch.compiler.is_compiling()
-    if len(x_ND) == 1 and x_ND.device.type == "cpu" and not (keep or compiling):
+    alone = len(x_ND) == 1 and backend != "tiles"
+    if alone and x_ND.device.type == "cpu" and not (keep or compiling):
         # decoding: takes two thirds of the time of sorting and grouping
         return one_token(*operands)
     run: Callable[..., tuple[Tensor, ...]] = experts_op if keep or compiling else forward
@@ -114,6 +121,12 @@ def _resolve(backend: str, n_choices: int, gate_up_EDF: Tensor, down_EFD: Tensor
             "batched matmuls cannot serve these experts", where="moe_backend",
             value=f"{gate_up_EDF.dtype} weights on {gate_up_EDF.device.type}",
             allowed="weights on a CPU, of any dtype but float16", fix='set moe_backend to "auto"',
+        )  # fmt: skip
+    if backend == "tiles" and kernel_device(gate_up_EDF) != "cpu":
+        raise ConfigError(
+            "experts in tiles need a CPU", where="Context.exact",
+            value=f"weights on {gate_up_EDF.device.type}", allowed="weights on a CPU",
+            fix="call the model without exact",
         )  # fmt: skip
     return pick_backend("expert", backend, {name: name for name in BACKENDS}, where="moe_backend")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_differs, assert_same, randomise, small_config
 from torch import Tensor
 
-from open_mythos import LoopTrace, MoEFFN
+from open_mythos import ConfigError, LoopTrace, MoEFFN
+from open_mythos.model.context import Context
+from open_mythos.model.layers.experts import Experts
 
 
 def mixture(seed: int = 0, **changes: object) -> MoEFFN:
@@ -166,3 +170,39 @@ def test_shared_experts_see_every_token():
     torch.nn.init.zeros_(layer.down)
     torch.testing.assert_close(layer(x), layer.shared(x))
     assert_differs(mixture()(x).detach(), layer.shared(x).detach())
+
+
+class TestExact:
+    """With ``Context.exact`` and a constant number of rows, bits do not depend on other rows."""
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("changes", [{}, {"n_shared_experts": 0}, {"n_experts_per_tok": 1}])
+    def test_a_row_among_others(self, changes):
+        layer, own = mixture(**changes), torch.randn(1, 1, 32)
+        ctx = replace(Context.of(own, small_config()), exact=True)
+        found = []
+        for seed in range(40):
+            others = torch.randn(15, 1, 32, generator=torch.Generator().manual_seed(seed))
+            at = seed % 16
+            x = torch.cat((others[:at], own, others[at:]))
+            found.append(layer(x, ctx)[at])
+        assert all(torch.equal(each, found[0]) for each in found)
+        torch.testing.assert_close(found[0], layer(own)[0], rtol=1e-4, atol=1e-5)
+
+    def test_it_is_the_context_that_asks(self, monkeypatch):
+        layer, x, asked = mixture(), torch.randn(4, 1, 32), []
+        exactly = layer.experts.exactly
+        monkeypatch.setattr(layer.experts, "exactly", lambda *a: asked.append(1) or exactly(*a))
+        ctx = Context.of(x, small_config())
+        with torch.no_grad():
+            layer(x, ctx)
+            assert not asked
+            layer(x, replace(ctx, exact=True))
+        assert asked
+
+    def test_other_experts_refuse(self):
+        layer, x = mixture(), torch.randn(4, 1, 32)
+        layer.experts = Experts()
+        layer.experts.operands = lambda *_: (None, None)
+        with pytest.raises(ConfigError, match="no exact form"):
+            layer(x, replace(Context.of(x, small_config()), exact=True))
