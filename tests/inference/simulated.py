@@ -162,3 +162,11 @@ class Engine:
         for level, row in enumerate(sequence.pages):
             for i in range(stop):
                 assert self.pool[row[i // page], i % page] == self._content(sequence, level, i)
+
+
+def served(*requests, **options) -> Engine:
+    """An engine that has run some requests, added together."""
+    engine = Engine(scheduler(**options))
+    for each in requests:
+        engine.scheduler.add(each, engine.now)
+    return engine.run()
