@@ -121,8 +121,8 @@ class Host:
 
     Attributes:
         facts: What the engine says of its model: vocabulary, context, depths, slots, ...
-        beat: The last beat: the engine's statistics, ``ticks`` since its start, ``last_tick``
-            (seconds of the wall clock) and ``live``, whether work is left.
+        beat: The last beat: the engine's statistics, ``ticks`` since its start,
+            ``last_tick_timestamp`` (Unix time) and ``busy``, whether work is left.
         failure: Why the process died last; empty if it never did.
         on_dead: Set when the process died twice within ``restart_window``, or once while it was
             started again: there will be no other.

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any, BinaryIO, NoReturn, Protocol
 
-from open_mythos.errors import ConfigError, InternalError, MythosError
+from open_mythos.errors import ConfigError, EnvironmentError_, InternalError, MythosError
 from open_mythos.inference.request import Event, Finished, Outcome, Request, event_to_json
 
 MAX_LINE_BYTES = 1 << 26
@@ -46,29 +46,34 @@ class ServedEngine(Protocol):
     def cancel(self, id: str, outcome: Outcome = ...) -> None: ...
     def step(self) -> list[Event]: ...
     def stats(self) -> Mapping[str, Any]: ...
-    def facts(self) -> Mapping[str, Any]: ...
 
 
 Send = Callable[[Mapping[str, Any]], None]
 
 
-def build_engine(options: Mapping[str, Any]) -> ServedEngine:
-    """Load a model and build its engine.
+def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, Any]]:
+    """Load a model and build its engine; return it with the facts of ``{"ready": facts}``.
 
     Args:
-        options: ``checkpoint``, ``device`` and ``quantize`` as :func:`load_model` takes them, and
-            ``engine``, the engine's own options.
+        options: ``checkpoint``, ``device`` and ``quantize`` as ``load_model`` takes them, and
+            ``engine``, keyword arguments of the engine.
 
     Raises:
         MythosError: The model cannot be loaded, or the engine refuses an option.
     """
     from open_mythos.inference.engine import Engine  # type: ignore[import-untyped]
+    from open_mythos.inference.facts import SPEED_CONTEXT, measured_speed, served_facts
     from open_mythos.inference.loading import load_model
 
-    model = load_model(
-        options["checkpoint"], options.get("device", "auto"), options.get("quantize", "")
-    )
-    return Engine(model, **options.get("engine", {}))
+    checkpoint, bits = options["checkpoint"], options.get("quantize", "")
+    arguments = options.get("engine", {})
+    model = load_model(checkpoint, options.get("device", "auto"), bits)
+    # an engine of its own, with little memory: statistics begin with the first real request
+    context = min(arguments.get("context") or model.cfg.max_seq_len, SPEED_CONTEXT)
+    speed = measured_speed(Engine(model, **{**arguments, "context": context}))
+    engine = Engine(model, **arguments)
+    facts = served_facts(model, engine, checkpoint, bits)
+    return engine, {**facts, "loop_tokens_per_s": speed}
 
 
 def serve(
@@ -101,7 +106,7 @@ def serve(
         if events:
             send({"events": [event_to_json(event) for event in events]})
         if clock() >= due:
-            own = {"ticks": ticks, "last_tick": last_tick, "live": engine.busy}
+            own = {"busy": engine.busy, "ticks": ticks, "last_tick_timestamp": last_tick}
             send({"beat": {**engine.stats(), **own}})
             due = clock() + beat_seconds
 
@@ -112,7 +117,7 @@ def _apply(engine: ServedEngine, message: dict[str, Any]) -> Iterator[Event]:
         case {"add": {"id": str(id)} as request}:
             try:
                 engine.add(Request.from_json(request, time.monotonic()))
-            except ConfigError as error:
+            except (ConfigError, EnvironmentError_) as error:
                 yield Finished(id, Outcome.REFUSED, str(error))
         case {"cancel": str(id), "outcome": outcome}:
             engine.cancel(id, Outcome(outcome))
@@ -222,8 +227,8 @@ def run(options: Mapping[str, Any], requests: BinaryIO, answers: BinaryIO) -> No
     factory = options.get("factory")
     build = resolve_name(factory) if factory else build_engine
     try:
-        engine = build(options)
-        send({"ready": dict(engine.facts())})
+        engine, facts = build(options)
+        send({"ready": facts})
         serve(engine, inbox.take, send, beat_seconds=options.get("beat_seconds", BEAT_SECONDS))
     except BaseException as error:
         send(fatal_message(error))

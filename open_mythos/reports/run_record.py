@@ -23,11 +23,13 @@ from open_mythos.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     METRICS_FILE,
+    STATE_FILE,
+    VALIDATED_DEPTHS,
     read_config,
     step_folders,
 )  # fmt: skip
 from open_mythos.train.config import DepthConfig
-from open_mythos.train.monitoring.validated import STATE_KEY, depth_record
+from open_mythos.train.monitoring.validated import depth_record
 
 Series = list[tuple[int, float]]
 """(step, value); NaN for logged values that are not finite."""
@@ -96,7 +98,7 @@ class RunRecord:
     @property
     def depths(self) -> dict[str, Any] | None:
         """Record of validated depths: stored, logged, or computed from the last evaluation."""
-        stored = self.checkpoint.state.get(STATE_KEY) if self.checkpoint else None
+        stored = self.checkpoint.state.get(VALIDATED_DEPTHS) if self.checkpoint else None
         for found in (stored, self.latest("eval/validated")):
             if isinstance(found, dict) and isinstance(found.get("rows"), list):
                 return found
@@ -290,7 +292,7 @@ def _newest_checkpoint(folder: Path) -> Checkpoint | None:
     step, path = found[-1]
     problem, state, decays = "", dict[str, Any](), list[float]()
     try:
-        state = read_object(path / "state.json", "the checkpoint's state cannot be read")
+        state = read_object(path / STATE_FILE, "the checkpoint's state cannot be read")
         decays = _decays(path)
     except (OSError, ValueError, MythosError) as error:
         problem = str(error).splitlines()[0]

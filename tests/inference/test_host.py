@@ -109,7 +109,7 @@ async def test_requests_side_by_side():
             assert ended(events, Outcome.LENGTH)
         assert host.open == 0
         await until(lambda: host.beat)
-        assert host.beat.keys() == {"running", "ticks", "last_tick", "live"}
+        assert host.beat.keys() == {"running", "ticks", "last_tick_timestamp", "busy"}
 
 
 @in_loop

@@ -203,7 +203,7 @@ def test_idle_waits_from_beat_to_beat():
     assert script.waits == [0.0, 1.0, 1.0, 1.0, 1.0]
     assert kinds(script.sent) == ["beat"] * 4
     assert script.sent[-1]["beat"]["ticks"] == 0
-    assert script.sent[-1]["beat"]["live"] is False
+    assert script.sent[-1]["beat"]["busy"] is False
 
 
 def test_all_events_of_a_tick_are_one_line():
@@ -215,7 +215,7 @@ def test_all_events_of_a_tick_are_one_line():
     lines = [message["events"] for message in script.sent if "events" in message]
     assert [len(line) for line in lines] == [2] * 9 + [4]
     assert [m["beat"]["ticks"] for m in script.sent if "beat" in m] == [1, 5, 9]
-    assert [m["beat"]["live"] for m in script.sent if "beat" in m] == [True, True, True]
+    assert [m["beat"]["busy"] for m in script.sent if "beat" in m] == [True, True, True]
 
 
 def test_a_cancellation_in_the_same_tick():

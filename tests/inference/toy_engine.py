@@ -35,9 +35,6 @@ class Toy:
     def busy(self) -> bool:
         return bool(self.running or self.ended)
 
-    def facts(self) -> dict[str, Any]:
-        return {"vocab_size": 97, "pid": os.getpid()}
-
     def stats(self) -> dict[str, float]:
         return {"running": len(self.running)}
 
@@ -69,10 +66,10 @@ class Toy:
         return events
 
 
-def build(options: Mapping[str, Any]) -> Toy:
+def build(options: Mapping[str, Any]) -> tuple[Toy, dict[str, Any]]:
     """Build a toy; ``fails`` names an error to raise, ``once`` a file that must be absent."""
     if "fails" in options:
         raise getattr(errors, options["fails"], RuntimeError)("no such model")
     if "once" in options:
         os.close(os.open(options["once"], os.O_CREAT | os.O_EXCL))
-    return Toy(**options.get("toy", {}))
+    return Toy(**options.get("toy", {})), {"vocab_size": 97, "pid": os.getpid()}

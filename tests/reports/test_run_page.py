@@ -15,8 +15,9 @@ from open_mythos.cli.pages import report
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.reports.run_page import page
 from open_mythos.reports.run_record import Alarm, read_run
+from open_mythos.run_folder import VALIDATED_DEPTHS
 from open_mythos.train import DepthConfig, RunConfig, TrainConfig
-from open_mythos.train.monitoring.validated import STATE_KEY, depth_record
+from open_mythos.train.monitoring.validated import depth_record
 from tests.reports.html_reader import HOSTILE, Reader, assert_self_contained
 
 ALARM = {"name": "state_collapse", "what": "all alike", "fix": "wait", "loop": 2}
@@ -78,7 +79,7 @@ def whole(tmp_path_factory) -> Path:
         line(100), {"step": 100, "eval/depths": ROWS},
     ]  # fmt: skip
     write_lines(folder, lines)
-    state = {"config": config.to_dict(), STATE_KEY: depth_record(ROWS, 4.0)}
+    state = {"config": config.to_dict(), VALIDATED_DEPTHS: depth_record(ROWS, 4.0)}
     write_checkpoint(folder, 100, small_model(), state)
     return folder
 
@@ -248,7 +249,7 @@ def test_a_dense_run(tmp_path):
     rows = [{"depth": None, "loss": 2.5, "bits_per_byte": 1.25}]
     write_lines(tmp_path, [dense, {"step": 100, "eval/depths": rows}])
     model = DenseTransformer(small_config(), n_layers=2)
-    write_checkpoint(tmp_path, 100, model, {"config": config, STATE_KEY: None})
+    write_checkpoint(tmp_path, 100, model, {"config": config, VALIDATED_DEPTHS: None})
     read = Reader(page(read_run(tmp_path)))
     count = sum(p.numel() for p in model.parameters())
     assert f"A dense model of {count:,} parameters" in read.text

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.errors import DataError, EnvironmentError_
-from open_mythos.run_folder import CHECKPOINTS_FOLDER
+from open_mythos.run_folder import CHECKPOINTS_FOLDER, STATE_FILE
 from open_mythos.train.checkpoint.manifest import read_json, verify_checkpoint
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "state.json"
 OLD = ".old"
 """Suffix of a checkpoint that is being replaced."""
 _NAME = re.compile(rf"step_(\d{{8,}})({re.escape(OLD)})?")

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from open_mythos.hub.pretrained import CONFIG_FILE, WEIGHTS_FILE, describe, model_tensors
+from open_mythos.run_folder import STATE_FILE
 from open_mythos.train.build import Model
-from open_mythos.train.checkpoint.find import STATE_FILE
 from open_mythos.train.checkpoint.manifest import as_json
 
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-STATE_KEY = "validated_depths"
-"""Key of the record in a checkpoint's ``state.json``."""
 TOLERANCE = 0.05
 """Nats per token by which a validated depth may be worse than the best one."""
 

@@ -1,0 +1,107 @@
+"""What a served model is: the answer of the engine's process when it is ready."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from open_mythos.files import hash_blocks, read_object
+from open_mythos.hub.pretrained import CONFIG_FILE, model_directory
+from open_mythos.inference.engine import Engine  # type: ignore[import-untyped]
+from open_mythos.inference.request import RULES, Request, Token
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.layers.halting import ACTHalting
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.run_folder import STATE_FILE, VALIDATED_DEPTHS
+
+SPEED_CONTEXT = 64
+"""Context of an engine that measures speed."""
+_PROMPT, _NEW = 15, 8
+"""Tokens of the requests that measure speed: too few to be kept as a prefix."""
+
+
+def served_facts(model: CausalLM, engine: Engine, checkpoint: str, bits: str) -> dict[str, Any]:
+    """Return facts of a model and its engine, of JSON types.
+
+    Args:
+        model: The model.
+        engine: Its engine.
+        checkpoint: Where the model was loaded from.
+        bits: How it was quantized; empty if it was not.
+
+    Returns:
+        ``fingerprint`` (hexadecimal, of weights and quantization), ``dense``, ``vocab_size``,
+        ``context``, ``trained_depth``, ``validated_depth`` ([low, high], None if unknown),
+        ``max_loops``, ``rules``, ``gate_threshold``, ``slots``, ``pages``, ``exact``, ``device``.
+    """
+    folder, looped = model_directory(checkpoint), isinstance(model, OpenMythos)
+    gate = next((each for each in model.modules() if isinstance(each, ACTHalting)), None)
+    return {
+        "fingerprint": _fingerprint(folder, bits),
+        "dense": not looped,
+        "vocab_size": model.cfg.vocab_size,
+        "context": engine.context,
+        "trained_depth": model.cfg.max_loop_iters if looped else None,
+        "validated_depth": _validated_depth(folder) if looped else None,
+        "max_loops": engine.max_loops,
+        "rules": list(RULES[1:]) if looped else [],
+        "gate_threshold": None if gate is None else gate.threshold,
+        "slots": engine.slots,
+        "pages": engine.stats()["pages"],
+        "exact": engine.exact,
+        "device": model.final_norm.weight.device.type,
+    }
+
+
+def measured_speed(
+    engine: Engine, seconds: float = 1.0, clock: Callable[[], float] = time.monotonic
+) -> float:
+    """Return loop-tokens per second with all slots in use, prompts included.
+
+    Args:
+        engine: An idle engine; its statistics count the requests, so do not serve with it.
+        seconds: About how long to measure; one tick at least.
+        clock: Seconds.
+    """
+    loops, draw = max(engine.max_loops, 1), random.Random(0)
+    length = min(_PROMPT, engine.context - _NEW)
+
+    def add(id: str, n_new: int) -> None:
+        prompt = (draw.randrange(engine.model.cfg.vocab_size) for _ in range(length))
+        engine.add(
+            Request(id, tuple(prompt), n_new, max_loops=engine.max_loops, min_loops=loops, key=1)
+        )
+
+    add("warm", 2)
+    while engine.busy:
+        engine.step()
+    for i in range(engine.slots):
+        add(str(i), _NEW)
+    start, done = clock(), 0
+    prompts: set[str] = set()
+    while engine.busy and (not done or clock() - start < seconds):
+        for event in engine.step():
+            if isinstance(event, Token):
+                done += max(event.loops, 1)
+                prompts.add(event.id)
+    # the first new token is chosen by the loops of the prompt's last one
+    return (done + len(prompts) * (length - 1) * loops) / (clock() - start)
+
+
+def _fingerprint(folder: Path, bits: str) -> str:
+    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + bits.encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update("".join([path.name, *hash_blocks(path)]).encode())
+    return digest.hexdigest()
+
+
+def _validated_depth(folder: Path) -> list[int] | None:
+    if not (folder / STATE_FILE).is_file():
+        return None
+    state = read_object(folder / STATE_FILE, "the checkpoint's state cannot be read")
+    record = state.get(VALIDATED_DEPTHS) or {}
+    return None if record.get("low") is None else [record["low"], record["high"]]
