@@ -61,8 +61,12 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
     Raises:
         MythosError: The model cannot be loaded, or the engine refuses an option.
     """
+<<<<<<< Updated upstream
     from open_mythos.inference.engine import Engine  # type: ignore[import-untyped]
     from open_mythos.inference.facts import SPEED_CONTEXT, measured_speed, served_facts
+=======
+    from open_mythos.inference.engine import Engine
+>>>>>>> Stashed changes
     from open_mythos.inference.loading import load_model
 
     checkpoint, bits = options["checkpoint"], options.get("quantize", "")

@@ -225,6 +225,21 @@ class KVCache:
         active.put(slot[:, start:end], entry_BTW)
         return slot[:, :end].index_select(0, active.rows)  # twice as fast as indexing
 
+    def entries(self, layer: int, loop: int) -> Tensor:
+        """Return the (B, S, W) entries of a loop, or of the deepest one below it that ran."""
+        while (layer, loop) not in self._slots and loop > 0:
+            loop -= 1
+        return self._slots[layer, loop][:, : self.length]
+
+    def fill(self, slots: dict[tuple[int, int], Tensor], length: int) -> None:
+        """Set the entries (B, S, W) of the first ``length`` positions, by (layer, loop)."""
+        for key, entry_BSW in slots.items():
+            batch, _, width = entry_BSW.shape
+            slot = entry_BSW.new_zeros((batch, max(self._capacity, length), width))
+            slot[:, :length] = entry_BSW[:, :length]
+            self._slots[key] = slot
+        self.columns = Columns(length)
+
     def static(self, loop: int, n_columns: int, column_1: Tensor) -> StaticCache:
         """Return the slots of ``loop`` for decoding steps of constant shape.
 

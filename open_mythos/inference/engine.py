@@ -1,0 +1,356 @@
+"""Continuous batching at the granularity of loops.
+
+Rows at different loops, of different requests, share every tick; a row that exits frees its place
+at once. A tick is plan -> run -> commit: the scheduler decides without torch, the runner computes
+without policy, and nothing but :meth:`Engine.step` changes their state.
+
+Every request gets the tokens, finish reason and loops that plain ``generate`` gives its prompt
+alone. In exact mode its log-probabilities do not depend, in any bit, on what else is running.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from open_mythos.checks import check_count, check_number
+from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.inference.offline import Completion, Prompts, generate_all
+from open_mythos.inference.pages import PAGE, Layout
+from open_mythos.inference.request import (
+    RULES,
+    Event,
+    Finished,
+    Outcome,
+    PromptScored,
+    Request,
+    Started,
+    Token,
+)
+from open_mythos.inference.runner import Chosen, Runner
+from open_mythos.inference.scheduler import CHUNK_LOOP_TOKENS, Scheduler
+from open_mythos.inference.sequence import Chunk, Sequence, Work
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.depth import Depth
+from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.ops.sampling import SamplingParams
+from open_mythos.tokenizer import Tokenizer
+
+
+class Engine:
+    """Generates for many requests at once.
+
+    Args:
+        model: Any :class:`CausalLM`, in evaluation mode. Its weights must not change while requests
+            run.
+        slots: Sequences that run at the same time.
+        context: Most positions of a request; the model's ``max_seq_len`` by default.
+        max_loops: Deepest request; the model's ``max_loop_iters`` by default.
+        exact: Make a request's bits independent of the others; by default on a CPU only.
+        kv_memory: Bytes of the cache if above 1, else the part of the free memory that it may take.
+            At most what all slots need at their full length is allocated.
+        overcommit: Admit more than fits at full length; requests are swapped to host memory if the
+            pages run out.
+        prefill_exits: Apply a request's exit rule to its prompt too, as ``generate`` does.
+        chunk_loop_tokens: Positions times loops of a prompt chunk; smaller chunks stall others
+            less.
+        ticks_per_chunk: Ticks between two chunks while rows loop.
+        edge_fraction: Part of the rows that must wait before coda and head run.
+        max_queued: Requests that may wait for admission.
+        page: Positions of a page, a power of two.
+        clock: Seconds, for deadlines and statistics.
+
+    Raises:
+        ConfigError: An argument is out of range, or the model is in training mode.
+    """
+
+    def __init__(
+        self, model: CausalLM, *, slots: int = 16, context: int | None = None,
+        max_loops: int | None = None, exact: bool | None = None, kv_memory: float = 0.8,
+        overcommit: bool = False, prefill_exits: bool = True,
+        chunk_loop_tokens: int = CHUNK_LOOP_TOKENS, ticks_per_chunk: int = 4,
+        edge_fraction: float = 0.5, max_queued: int = 256, page: int = PAGE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        if model.training:
+            raise ConfigError(
+                "the engine needs a model in evaluation mode", where="model.training", value=True,
+                allowed="False", fix="call model.eval() first",
+            )  # fmt: skip
+        cfg, weight = model.cfg, model.final_norm.weight
+        looped = isinstance(model, OpenMythos)
+        self.model, self._clock = model, clock
+        self.context = min(check_count("context", context or cfg.max_seq_len), cfg.max_seq_len)
+        self.max_loops = check_count("max_loops", max_loops or cfg.max_loop_iters) if looped else 0
+        self.exact = weight.device.type == "cpu" if exact is None else exact
+        self.layout = layout_of(model, page)
+        n_pages = self._pages(check_count("slots", slots), kv_memory)
+        facts = (str(weight.dtype), self.exact, prefill_exits)
+        self.scheduler = Scheduler(
+            self.layout, slots, n_pages, self.context, chunk_loop_tokens=chunk_loop_tokens,
+            ticks_per_chunk=ticks_per_chunk, edge_fraction=edge_fraction, overcommit=overcommit,
+            max_queued=max_queued, facts=facts,
+        )  # fmt: skip
+        self.runner = Runner(
+            model, self.layout, n_slots=slots, n_pages=n_pages, context=self.context,
+            max_loops=self.max_loops, exact=self.exact, prefill_exits=prefill_exits,
+        )  # fmt: skip
+        self._saved: dict[int, Any] = {}
+        self._scores: dict[int, list[Any]] = {}
+        self._loops_per_token: Counter[int] = Counter()
+        self._totals: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is not finished."""
+        return self.scheduler.busy
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return self.scheduler.counts()["slots"]
+
+    @property
+    def queued(self) -> int:
+        """Number of requests that wait for admission."""
+        return self.scheduler.counts()["queued"]
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ConfigError: It could never run.
+            EnvironmentError_: The queue is full.
+        """
+        vocabulary, deepest = self.model.cfg.vocab_size, self.max_loops
+        outside = [token for token in request.prompt if not 0 <= token < vocabulary]
+        if outside:
+            raise ConfigError(
+                "a token id is outside the vocabulary", where="prompt", value=outside[0],
+                allowed=f"0 .. {vocabulary - 1}", fix="check that the tokenizer matches the model",
+            )  # fmt: skip
+        if request.max_loops > deepest or (deepest and request.max_loops < 1):
+            raise ConfigError(
+                "the request is deeper than the engine", where="max_loops",
+                value=request.max_loops,
+                allowed=f"1 .. {deepest}" if deepest else "0: a dense model has no loops",
+                fix="lower max_loops, or start the engine with a larger max_loops",
+            )  # fmt: skip
+        self.scheduler.add(request, self._clock())
+
+    def cancel(self, id: str, outcome: Outcome = Outcome.CANCELLED) -> None:
+        """End a request at the next step; an unknown id is ignored."""
+        self.scheduler.cancel(id, outcome)
+
+    def step(self) -> list[Event]:
+        """Run one tick and return what happened, in order; [] if there is nothing to do."""
+        if not self.busy:
+            return []
+        work = self.scheduler.plan(self._clock())
+        events = self._move(work)
+        entering: list[Sequence] = []
+        if work.chunk is not None:
+            with self._timed("prefill"):
+                events += self._prefill(work.chunk, entering)
+        if rows := self.scheduler.edge():
+            with self._timed("edge"):
+                for sequence, chosen in self.runner.leave(rows):
+                    events += self._commit(sequence, chosen, self.scheduler.left, entering)
+            self._totals["edge_rows"] += len(rows)
+            self._totals["edges"] += 1
+        if entering:
+            with self._timed("edge"):
+                self.runner.enter(entering)
+        if rows := self.scheduler.looping():
+            with self._timed("loop"):
+                self.scheduler.stopped(self.runner.loop(rows))
+            self._totals["loop_rows"] += len(rows)
+            self._totals["loop_ticks"] += 1
+        if not self.busy:
+            self.scheduler.check()
+        return events
+
+    def _move(self, work: Work) -> list[Event]:
+        """Follow the scheduler's decisions about slots and pages."""
+        events: list[Event] = []
+        for sequence, outcome in work.ended:
+            events.append(self._end(sequence, outcome))
+        for moved in work.swap_out:
+            self._saved[moved.sequence.serial] = self.runner.take_out(moved.slot, moved.pages)
+        for sequence in work.swap_in:
+            self.runner.put_back(sequence, self._saved.pop(sequence.serial))
+        for sequence in work.admitted:
+            self.runner.place(sequence)
+            events.append(Started(sequence.request.id, sequence.n_cached))
+        for sequence in work.changed:
+            assert sequence.slot is not None
+            self.runner.cache.assign(sequence.slot, sequence.pages)
+        return events
+
+    def _prefill(self, chunk: Chunk, entering: list[Sequence]) -> list[Event]:
+        sequence, request = chunk.sequence, chunk.sequence.request
+        chosen, scores = self.runner.prefill(chunk)
+        events: list[Event] = []
+        self._totals["prompt_tokens"] += chunk.stop - chunk.start
+        self._totals["prefill_loops"] += (chunk.stop - chunk.start) * request.max_loops
+        if request.prompt_logprobs:
+            scored = self._scores.setdefault(sequence.serial, [(None, ())])
+            scored += scores
+            if chunk.last:
+                logprobs, top = zip(*self._scores.pop(sequence.serial), strict=True)
+                events.append(PromptScored(request.id, logprobs, top))
+        outcome = self.scheduler.prefilled(chunk)
+        if outcome is not None:
+            return [*events, self._end(sequence, outcome)]
+        if chosen is not None:
+            events += self._commit(sequence, chosen, self.scheduler.entered, entering)
+        return events
+
+    def _commit(
+        self, sequence: Sequence, chosen: Chosen, take: Callable[..., Outcome | None],
+        entering: list[Sequence],
+    ) -> list[Event]:  # fmt: skip
+        """Give a chosen token to the scheduler; sequences that go on are added to ``entering``."""
+        id = sequence.request.id
+        if not chosen.finite:
+            self.scheduler.fail(sequence, "nonfinite_logits")
+            return [self._end(sequence, Outcome.FAILED, sequence.error)]
+        outcome = take(sequence, chosen.token, chosen.loops, self._clock())
+        events: list[Event] = [
+            Token(id, chosen.token, chosen.loops, chosen.logprob, chosen.top),
+        ]
+        self._totals["generated_tokens"] += 1
+        self._totals["decode_loops"] += chosen.loops
+        self._loops_per_token[chosen.loops] += 1
+        if outcome is None:
+            entering.append(sequence)
+        else:
+            events.append(self._end(sequence, outcome))
+        return events
+
+    def _end(self, sequence: Sequence, outcome: Outcome, error: str = "") -> Event:
+        self._saved.pop(sequence.serial, None)
+        self._scores.pop(sequence.serial, None)
+        self.runner.release(sequence)
+        return Finished(sequence.request.id, outcome, error)
+
+    def generate(
+        self,
+        prompts: Prompts,
+        params: SamplingParams | None = None,
+        depth: Depth | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        logprobs: int | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Continue many prompts, of any number and length.
+
+        Args:
+            prompts: Lists of token ids, or texts.
+            params: Sampling parameters and stop criteria of all prompts. Row i draws as row i of
+                ``generate`` on the whole batch.
+            depth: Loops of all prompts or of each, and the exit rule; by default ``max_loops``.
+            tokenizer: Required for texts and for stop strings.
+            logprobs: Alternatives whose log-probabilities are returned with each token's own.
+            progress: Show a progress bar.
+
+        Returns:
+            One completion per prompt, in order.
+
+        Raises:
+            ConfigError: An argument is out of range, or a prompt does not fit.
+        """
+        return generate_all(
+            self, prompts, params, depth, tokenizer=tokenizer, logprobs=logprobs, progress=progress
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counts of the scheduler and what ticks have done so far (JSON types).
+
+        ``*_seconds`` are seconds spent in loops, edges and prompts; ``loops_per_token`` maps loops
+        to tokens that ran so many.
+        """
+        return {
+            **self.scheduler.counts(),
+            **self._totals,
+            **{f"{stage}_seconds": seconds for stage, seconds in self._seconds.items()},
+            "loops_per_token": {str(k): n for k, n in sorted(self._loops_per_token.items())},
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a client of the engine must know (JSON types)."""
+        cfg = self.model.cfg
+        return {
+            "vocab_size": cfg.vocab_size, "context": self.context, "max_loops": self.max_loops,
+            "trained_depth": cfg.max_loop_iters if self.max_loops else 0,
+            "dense": not self.max_loops, "gate_threshold": cfg.act_threshold,
+            "rules": list(RULES) if self.max_loops else ["none"], "exact": self.exact,
+            "slots": self.slots, "pages": self.scheduler.counts()["pages"],
+            "dtype": str(self.model.final_norm.weight.dtype).removeprefix("torch."),
+        }  # fmt: skip
+
+    def self_check(self, n_tokens: int = 8) -> float:
+        """Run a prompt alone and among others; return the measured loop-tokens per second.
+
+        A loop-token is one loop of one position.
+
+        Raises:
+            EnvironmentError_: In exact mode, the two runs differ in a bit on this machine.
+        """
+        length = max(1, min(self.context // 2, 24))
+        ids = [i * 7919 % self.model.cfg.vocab_size for i in range(length)]
+        params = SamplingParams(min(n_tokens, self.context - length), temperature=0.0)
+        depth = Depth(self.max_loops) if self.max_loops else Depth()
+        (alone,) = self.generate([ids], params, depth, logprobs=1)
+        start, crowd = time.perf_counter(), [ids[: 1 + i % length] for i in range(self.slots)]
+        others = self.generate([ids, *crowd], params, depth, logprobs=1)
+        seconds = time.perf_counter() - start
+        if self.exact and (others[0].logprobs, others[0].top) != (alone.logprobs, alone.top):
+            raise EnvironmentError_(
+                "log-probabilities depend on other requests on this machine", where="exact",
+                value=[alone.logprobs, others[0].logprobs], allowed="equal bits",
+                fix="start the engine with exact=False (--fast)",
+            )  # fmt: skip
+        run = sum(len(each.prompt) * max(self.max_loops, 1) + sum(each.loops) for each in others)
+        return run / seconds
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[stage] += time.perf_counter() - start
+
+    def _pages(self, slots: int, kv_memory: float) -> int:
+        """Return the pages that the slots need at full length, as far as memory allows."""
+        check_number("kv_memory", kv_memory, gt=0)
+        weight = self.model.final_norm.weight
+        needed = slots * self.layout.pages(self.max_loops, self.context)
+        page_bytes = self.layout.page * self.model.cfg.cache_width * weight.element_size()
+        budget = kv_memory if kv_memory > 1 else kv_memory * _free_memory(weight.device)
+        return max(1, min(needed, int(budget // page_bytes)))
+
+
+def layout_of(model: CausalLM, page: int = PAGE) -> Layout:
+    """Return the levels of a model's cache."""
+    cfg = model.cfg
+    if not isinstance(model, OpenMythos):
+        return Layout(sum(isinstance(m, TransformerBlock) for m in model.modules()), page=page)
+    return Layout(
+        cfg.prelude_layers, cfg.recurrent_layers, cfg.coda_layers, cfg.kv_share == "last", page
+    )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,369 @@
+"""Computes the rows of the engine's slots. It holds no policy.
+
+A token of a slot *enters* (embedding, prelude, h_0), runs *loops*, and *leaves* (coda, head, choice
+of the next token). Every call computes one batch of rows, each at its own position, loop and depth,
+through the model's own ``embed``, ``RecurrentBlock.step`` and ``final_hidden``.
+
+**Exact mode.** A row's bits do not depend on the other rows, because matmuls always have the same
+number of rows (:data:`TILE`, filled up with the dummy slot), experts use matmuls of fixed size
+(``Context.exact``), and attention reads a width that is the row's own (groups of equal pages).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from open_mythos.inference.levels import Groups, LevelCache, LevelRows
+from open_mythos.inference.pages import Layout
+from open_mythos.inference.request import RULES, Request
+from open_mythos.inference.sequence import Chunk, Sequence
+from open_mythos.inference.slot_rules import SlotRules
+from open_mythos.inference.slots import FREE, LOOPING, WAITING, Slots
+from open_mythos.model.cache import Columns, KVCache
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.context import Context
+from open_mythos.model.depth import Depth
+from open_mythos.model.exit_rules import Look
+from open_mythos.model.recurrent import RecurrentBlock
+from open_mythos.model.trace import LoopTrace
+from open_mythos.ops.rope import rope_table
+from open_mythos.ops.sampling import log_probabilities
+
+TILE = 16
+"""Rows of a batch in exact mode, and granularity of batches in half precision on a CPU, where
+every new number of rows compiles a kernel."""
+
+
+Scored = tuple[float | None, tuple[tuple[int, float], ...]]
+"""Log-probability of a token, and the most likely tokens with theirs."""
+
+
+class Chosen(NamedTuple):
+    """The next token of a row."""
+
+    token: int
+    loops: int
+    """Loops that the row ran to choose it."""
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    """Most likely tokens and their log-probabilities."""
+    finite: bool
+    """Whether all logits were finite."""
+
+
+class Saved(NamedTuple):
+    """A sequence that was taken out of its slot."""
+
+    state: list[Tensor]
+    counts: list[int]
+    """Pages of each level."""
+    entries: Tensor
+    """Content of the pages, level by level."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are computed together: dummies first, then sequences, by number of pages."""
+
+    sequences: list[Sequence]
+    slots_R: Tensor
+    groups: Groups | None
+
+    @property
+    def n_dummies(self) -> int:
+        """Rows that pad the batch."""
+        return len(self.slots_R) - len(self.sequences)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Requests of the rows that are not dummies."""
+        return [sequence.request for sequence in self.sequences]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Exit rules of the rows."""
+        return sorted({request.rule for request in self.requests})
+
+
+class Runner:
+    """Computes prompts and rows on the slots of one model.
+
+    Args:
+        model: Any :class:`CausalLM`, in evaluation mode.
+        layout: Layers and page size of the cache.
+        n_slots: Number of slots.
+        n_pages: Pages of the cache.
+        context: Most positions of a sequence.
+        max_loops: Deepest request; 0 for a dense model.
+        exact: See above.
+        prefill_exits: Apply a request's exit rule to its prompt too, as ``generate`` does.
+    """
+
+    def __init__(
+        self, model: CausalLM, layout: Layout, *, n_slots: int, n_pages: int, context: int,
+        max_loops: int, exact: bool, prefill_exits: bool = True,
+    ) -> None:  # fmt: skip
+        cfg, weight = model.cfg, model.final_norm.weight
+        self.model, self.layout, self.exact = model, layout, exact
+        self._recurrent: RecurrentBlock | None = getattr(model, "recurrent", None)
+        self._prefill_exits = prefill_exits
+        self._device, self._dummy = weight.device, n_slots
+        dtype = torch.float32 if self._recurrent is not None else weight.dtype
+        self.slots = Slots.empty(n_slots, context, cfg.dim, dtype, self._device)
+        self.cache = LevelCache(
+            layout, n_slots, n_pages, max_loops, context, cfg.cache_width,
+            weight.dtype, self._device,
+        )  # fmt: skip
+        self.rules = SlotRules(model, n_slots + 1, cfg.dim, self._device)
+        self._rope_rows = rope_table(
+            torch.arange(context, device=self._device), cfg.rope_dim, cfg.rope_theta
+        )
+        self._prompts: dict[int, KVCache] = {}
+        self._whole_tiles = exact or (self._device.type == "cpu" and dtype != torch.float32)
+
+    def place(self, sequence: Sequence) -> None:
+        """Give a sequence its slot; its prompt has still to run."""
+        assert sequence.slot is not None
+        self.cache.assign(sequence.slot, sequence.pages)
+        self.slots.place(sequence.slot, sequence.request, RULES.index(sequence.request.rule))
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended: its slot is computed no longer."""
+        self._prompts.pop(sequence.serial, None)
+        if sequence.slot is not None:
+            self.slots.phase[sequence.slot] = FREE
+
+    def take_out(self, slot: int, pages: list[list[int]]) -> Saved:
+        """Return the state of a slot and the content of its pages, in host memory."""
+        flat = torch.tensor([page for own in pages for page in own], device=self._device)
+        saved = [x[slot].to("cpu", copy=True) for x in self._state()]
+        self.slots.phase[slot] = FREE
+        return Saved(saved, [len(own) for own in pages], self.cache.pool_NPW[flat].cpu())
+
+    def put_back(self, sequence: Sequence, saved: Saved) -> None:
+        """Give a sequence a slot and pages again, with what :meth:`take_out` saved."""
+        assert sequence.slot is not None
+        self.cache.assign(sequence.slot, sequence.pages)
+        kept = zip(sequence.pages, saved.counts, strict=True)
+        flat = [page for own, count in kept for page in own[:count]]
+        self.cache.pool_NPW[torch.tensor(flat, device=self._device)] = saved.entries.to(
+            self._device
+        )
+        for tensor, value in zip(self._state(), saved.state, strict=True):
+            tensor[sequence.slot] = value.to(self._device)
+
+    def _state(self) -> list[Tensor]:
+        """Return all tensors with a row per slot."""
+        return [*self.slots.tensors(), *self.rules.tensors()]
+
+    @torch.no_grad()
+    def prefill(self, chunk: Chunk) -> tuple[Chosen | None, list[Scored]]:
+        """Run a chunk of a prompt.
+
+        Returns:
+            The first token, after the last chunk; and the scores of the tokens that follow the
+            chunk's positions in the prompt, if the request wants them.
+        """
+        sequence, request = chunk.sequence, chunk.sequence.request
+        slot, serial = sequence.slot, sequence.serial
+        assert slot is not None
+        if serial not in self._prompts:
+            n_prompt = len(request.prompt)
+            self._prompts[serial] = self.cache.restore(
+                slot, chunk.start, request.max_loops, n_prompt
+            )
+        cache = self._prompts[serial]
+        ids_1T = self.slots.ids[slot : slot + 1, chunk.start : chunk.stop]
+        rule = self.rules.of(request) if self._prefill_exits else None
+        trace = None if rule is None else LoopTrace()
+        ctx = self.model.context(ids_1T, cache, chunk.start)
+        hidden_1TD = self.model.hidden(ids_1T, ctx, Depth(request.max_loops or None, rule), trace)
+        self.cache.store(slot, cache, chunk.start, chunk.stop, request.max_loops)
+        scores = self._score(request, chunk, hidden_1TD) if request.prompt_logprobs else []
+        if not chunk.last:
+            return None, scores
+        del self._prompts[serial]
+        loops = request.max_loops
+        if trace is not None and trace.exits is not None:
+            loops = int(trace.exits[0, -1])
+        slots_1 = torch.tensor([slot], device=self._device)
+        self.slots.t[slot], self.slots.phase[slot] = loops, WAITING
+        batch = Batch([sequence], slots_1, None)
+        (chosen,) = self._choose(batch, self.model.head(hidden_1TD[:, -1]))
+        return chosen, scores
+
+    def _score(self, request: Request, chunk: Chunk, hidden_1TD: Tensor) -> list[Scored]:
+        """Return the log-probabilities of the prompt's tokens that follow the chunk's positions."""
+        target = torch.tensor(request.prompt[chunk.start + 1 : chunk.stop + 1], dtype=torch.long)
+        if not len(target):
+            return []
+        logits_TV = self.model.head(hidden_1TD[0, : len(target)])
+        n_top = request.logprobs or 0
+        scored = log_probabilities(logits_TV, target.to(self._device), n_top)
+        rows = zip(*(x.tolist() for x in scored), strict=True)
+        return [_scored(n_top, *row) for row in rows]
+
+    @torch.no_grad()
+    def enter(self, sequences: Rows[Sequence]) -> None:
+        """Start the newest token of every sequence: embedding, prelude, h_0."""
+        for batch in self._batches(sequences):
+            self._enter(batch)
+
+    @torch.no_grad()
+    def loop(self, sequences: Rows[Sequence]) -> list[Sequence]:
+        """Run one loop of every sequence; return those that are done with their token's loops."""
+        stopped = []
+        for batch in self._batches(sequences):
+            stops = self._loop(batch)[batch.n_dummies :].tolist()
+            stopped += [s for s, stop in zip(batch.sequences, stops, strict=True) if stop]
+        return stopped
+
+    @torch.no_grad()
+    def leave(self, sequences: Rows[Sequence]) -> list[tuple[Sequence, Chosen]]:
+        """Run coda and head of every sequence and choose its next token."""
+        left: list[tuple[Sequence, Chosen]] = []
+        for batch in self._batches(sequences):
+            left += zip(batch.sequences, self._choose(batch, self._logits(batch)), strict=True)
+        return left
+
+    def _enter(self, batch: Batch) -> None:
+        slots_R, state = batch.slots_R, self.slots
+        real_R = state.phase[slots_R] == WAITING
+        state.position[slots_R] += real_R
+        ctx = self._context(batch, real_R)
+        token_R1 = state.token[slots_R].unsqueeze(1)
+        state.ids[slots_R, state.position[slots_R]] = torch.where(
+            real_R, token_R1[:, 0], state.ids[slots_R, state.position[slots_R]]
+        )
+        state.left[slots_R] -= real_R.long()
+        e_R1D = self.model.embed(token_R1, ctx)
+        if self._recurrent is None:
+            state.h[slots_R] = e_R1D
+            return
+        kept = real_R.view(-1, 1, 1)
+        h_R1D = self._recurrent.initial_state(e_R1D, ctx)
+        drive_R1D = self._recurrent.injection.drive(e_R1D)
+        state.h[slots_R] = torch.where(kept, h_R1D, state.h[slots_R])
+        state.drive[slots_R] = torch.where(kept, drive_R1D, state.drive[slots_R])
+        state.t[slots_R] *= (~real_R).long()
+        state.phase[slots_R] = torch.where(real_R, LOOPING, state.phase[slots_R])
+        self.rules.begin(slots_R, batch.kinds)
+
+    def _loop(self, batch: Batch) -> Tensor:
+        """Run one loop; return (R,) true where a row is done with its loops."""
+        assert self._recurrent is not None
+        slots_R, state = batch.slots_R, self.slots
+        real_R = state.phase[slots_R] == LOOPING
+        t_R, before_R1D = state.t[slots_R], state.h[slots_R]
+        ctx = self._context(batch, real_R)
+        after_R1D = self._recurrent.step(before_R1D, state.drive[slots_R], t_R, ctx)
+        look = Look(t_R.unsqueeze(1), before_R1D, after_R1D, _no_predictions)
+        stop_R = self.rules.stops(
+            batch.kinds, slots_R, state.rule[slots_R], state.numbers[slots_R], look
+        )
+        done_R = (t_R + 1 >= state.most[slots_R]) | (stop_R & (t_R + 1 >= state.least[slots_R]))
+        done_R = done_R & real_R
+        state.h[slots_R] = torch.where(real_R.view(-1, 1, 1), after_R1D, before_R1D)
+        state.t[slots_R] = t_R + real_R
+        state.phase[slots_R] = torch.where(done_R, WAITING, state.phase[slots_R])
+        return done_R
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """Run the coda and return the logits (R, V) of a batch."""
+        slots_R, state = batch.slots_R, self.slots
+        real_R = state.phase[slots_R] == WAITING
+        ctx = self._context(batch, real_R)
+        hidden_R1D = self.model.final_hidden(state.h[slots_R], ctx)
+        if self._recurrent is not None:
+            assert isinstance(ctx.cache, LevelRows)
+            self.cache.copy_on_exit(ctx.cache, state.t[slots_R], state.most[slots_R])
+        return self.model.head(hidden_R1D)[:, 0]
+
+    def _choose(self, batch: Batch, logits_RV: Tensor) -> list[Chosen]:
+        """Choose the next token of every row; return those of the sequences."""
+        slots_R, state, requests = batch.slots_R, self.slots, batch.requests
+        logits_RV = logits_RV.float()
+        real_R = state.phase[slots_R] == WAITING
+        sampling = state.sampling(slots_R, requests)
+        token_R = sampling.choose(
+            logits_RV, state.ids[slots_R], state.n_prompt[slots_R], state.key[slots_R],
+            state.draw[slots_R], self._bias(batch, logits_RV.shape[1]),
+        )  # fmt: skip
+        state.token[slots_R] = torch.where(real_R, token_R, state.token[slots_R])
+        state.draw[slots_R] += real_R
+        skip = batch.n_dummies
+        columns = [token_R, state.t[slots_R], logits_RV.isfinite().all(1)]
+        token, loops, finite = (x[skip:].tolist() for x in columns)
+        wanted = [request.logprobs for request in requests]
+        n_top = max((n for n in wanted if n is not None), default=None)
+        if n_top is None:
+            return [
+                Chosen(*row[:2], None, (), row[2]) for row in zip(token, loops, finite, strict=True)
+            ]
+        logprob_R, top_RK, value_RK = log_probabilities(logits_RV, token_R, n_top)
+        own, ids, values = (x[skip:].tolist() for x in (logprob_R, top_RK, value_RK))
+        return [
+            Chosen(token[i], loops[i], *_scored(n, own[i], ids[i], values[i]), finite[i])
+            for i, n in enumerate(wanted)
+        ]
+
+    def _bias(self, batch: Batch, n_tokens: int) -> Tensor | None:
+        """Return (R, V) what is added to the logits, or None."""
+        if not any(request.logit_bias for request in batch.requests):
+            return None
+        bias_RV = torch.zeros(len(batch.slots_R), n_tokens)
+        for row, request in enumerate(batch.requests, batch.n_dummies):
+            for token, value in request.logit_bias:
+                bias_RV[row, token] = value
+        return bias_RV.to(self._device)
+
+    def _context(self, batch: Batch, real_R: Tensor) -> Context:
+        """Return positions and cache of the rows' current tokens."""
+        position_R = self.slots.position[batch.slots_R]
+        return Context(
+            positions=position_R.unsqueeze(1),
+            rope=self._rope_rows[:, position_R].unsqueeze(2),
+            mask=None,
+            columns=Columns(0),
+            cache=self.cache.at(batch.slots_R, position_R, real_R, batch.groups),
+            exact=self.exact,
+        )
+
+    def _batches(self, sequences: Rows[Sequence]) -> Iterator[Batch]:
+        """Split sequences into batches of the size that the mode asks for."""
+        page = self.layout.page
+        rows = sorted(sequences, key=lambda s: s.position // page)
+        size = TILE if self.exact else max(1, len(rows))
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            pad = -len(some) % TILE if self._whole_tiles else 0
+            slots = [self._dummy] * pad + [s.slot for s in some]
+            pages = [1] * pad + [s.position // page + 1 for s in some]
+            groups = tuple(_runs(pages))
+            yield Batch(some, torch.tensor(slots, device=self._device), groups)
+
+
+def _runs(pages: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (first row, end row, pages) of the runs of equal numbers."""
+    start = 0
+    for end in range(1, len(pages) + 1):
+        if end == len(pages) or pages[end] != pages[start]:
+            yield start, end, pages[start]
+            start = end
+
+
+def _scored(n: int | None, own: float, ids: list[int], values: list[float]) -> Scored:
+    """Return a row's log-probability and its ``n`` alternatives, or nothing."""
+    if n is None:
+        return None, ()
+    return own, tuple(zip(ids[:n], values[:n], strict=True))
+
+
+def _no_predictions() -> Tensor:
+    raise AssertionError("rules of the engine do not predict")
