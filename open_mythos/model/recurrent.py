@@ -81,7 +81,8 @@ class RecurrentBlock(nn.Module):
             ctx: Positions, masks and cache of the call.
             trace: Receives state norms and routing; requires an integer t.
         """
-        x_BTD = self.injection.hold(h_BTD) + drive_BTD
+        decay = None if torch.is_grad_enabled() else ctx.memo.get(self.injection)
+        x_BTD = self.injection.hold(h_BTD, decay) + drive_BTD
         if self.cfg.loop_embedding:
             x_BTD = loop_index_embedding(
                 x_BTD, capped(t, self.cfg.max_loop_iters), self.cfg.dim // 8
@@ -95,6 +96,15 @@ class RecurrentBlock(nn.Module):
             if trace.keep_states:
                 trace.halting[loop] = self.halting(x_BTD.detach())
         return x_BTD
+
+    def sharing(self, ctx: Context) -> Context:
+        """Return a context for several calls of :meth:`step` with the same weights.
+
+        It holds what they share; with gradient, every loop computes it again.
+        """
+        if torch.is_grad_enabled():
+            return ctx
+        return replace(ctx, memo={**ctx.memo, self.injection: self.injection.decay()})
 
     def initial_state(self, e_BTD: Tensor, ctx: Context) -> Tensor:
         """Return h_0 in float32: zero, the encoded input, or normal with variance 2/5.
@@ -138,7 +148,7 @@ class RecurrentBlock(nn.Module):
             trace: Receives diagnostics.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
-        drive_BTD = self.injection.drive(e_BTD)
+        drive_BTD, ctx = self.injection.drive(e_BTD), self.sharing(ctx)
         for t in range(first_loop, first_loop + n_loops):
             if grad_loops is not None and 0 < t - first_loop == n_loops - grad_loops:
                 h_BTD = h_BTD.detach()
@@ -165,7 +175,7 @@ class RecurrentBlock(nn.Module):
             read_out: Maps states to logits, for exit rules that use predictions.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
-        drive_BTD = self.injection.drive(e_BTD)
+        drive_BTD, ctx = self.injection.drive(e_BTD), self.sharing(ctx)
         depths = depth.of_rows(len(h_BTD), self.cfg.max_loop_iters)
         if depth.exit_rule is not None:
             return self._until_all_stop(

@@ -278,6 +278,50 @@ class TestManyLoops:
         assert norms[512:].max() < 1.5 * norms[:512].max()
 
 
+class TestShared:
+    """What loops share is computed once per call without gradient, and never outlives the call."""
+
+    @pytest.mark.parametrize("rule", [None, LeaveAfter([5, 3])])
+    def test_decay_is_computed_once(self, model, monkeypatch, rule):
+        injection, calls = model.recurrent.injection, []
+        decay = injection.decay
+        monkeypatch.setattr(injection, "decay", lambda: calls.append(1) or decay())
+        ids = random_ids(2, T)
+        with torch.no_grad():
+            once = model(ids, 5, exit_rule=rule)
+        assert len(calls) == 1
+        monkeypatch.setattr(model.recurrent, "sharing", lambda ctx: ctx)
+        with torch.no_grad():
+            assert torch.equal(model(ids, 5, exit_rule=rule), once)
+        assert len(calls) == 1 + 5
+
+    def test_a_call_sees_the_weights_of_now(self, attn_type):
+        model = small_model(attn_type)
+        block, ids = model.recurrent, random_ids(2, T)
+        with torch.no_grad():
+            ctx = model.context(ids)
+            e = model.embed(ids, ctx)
+            before = block(e, ctx, Depth(3))
+            block.injection.log_A.data.add_(0.5)  # counted by no version
+            after = block(e, ctx, Depth(3))
+            assert_differs(after, before)
+            assert torch.equal(after, block(e, model.context(ids), Depth(3)))
+            h = block.step(before, block.injection.drive(e), 0, ctx)
+            assert torch.equal(
+                h, block.step(before, block.injection.drive(e), 0, model.context(ids))
+            )
+        block.step(before, block.injection.drive(e), 0, block.sharing(ctx)).sum().backward()
+        assert block.injection.log_A.grad.abs().sum() > 0
+
+    def test_a_context_may_be_shared_by_steps(self, model):
+        block, ids = model.recurrent, random_ids(2, T)
+        with torch.no_grad():
+            ctx = model.context(ids)
+            e = model.embed(ids, ctx)
+            drive, shared = block.injection.drive(e), block.sharing(ctx)
+            assert torch.equal(block.step(e, drive, 1, shared), block.step(e, drive, 1, ctx))
+
+
 class TestStep:
     def test_linear_part(self, attn_type):
         """With every branch at zero a loop is exactly A h + B e."""

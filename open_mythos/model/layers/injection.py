@@ -40,8 +40,17 @@ class Injection(nn.Module):
         super().__init__()
         self.dim, self.with_input = dim, with_input
 
-    def hold(self, h_BTD: Tensor) -> Tensor:
-        """Return A h, the part of x that depends on the state, float32."""
+    def decay(self) -> Tensor | None:
+        """Return A (D,) if :meth:`hold` would otherwise compute it at every loop, else None."""
+        return None
+
+    def hold(self, h_BTD: Tensor, decay: Tensor | None = None) -> Tensor:
+        """Return A h, the part of x that depends on the state, float32.
+
+        Args:
+            h_BTD: The state.
+            decay: Result of :meth:`decay`, if it is known.
+        """
         return h_BTD.float()
 
     def drive(self, e_BTD: Tensor) -> Tensor:
@@ -108,9 +117,13 @@ class LTIInjection(Injection):
         """Return B e, float32."""
         return _times(e_BTD, self.B).float() * self.coefficients()[1]
 
-    def hold(self, h_BTD: Tensor) -> Tensor:
+    def decay(self) -> Tensor:
+        """Return A (D,), float32."""
+        return self.coefficients()[0]
+
+    def hold(self, h_BTD: Tensor, decay: Tensor | None = None) -> Tensor:
         """Return A h, float32."""
-        return self.coefficients()[0] * h_BTD.float()
+        return (self.decay() if decay is None else decay) * h_BTD.float()
 
 
 class ConcatInjection(Injection):
@@ -160,7 +173,7 @@ class ConcatInjection(Injection):
         driven = _times(e_BTD, self.B).float()
         return driven if self.bias is None else driven + self.bias.float()
 
-    def hold(self, h_BTD: Tensor) -> Tensor:
+    def hold(self, h_BTD: Tensor, decay: Tensor | None = None) -> Tensor:
         """Return A h, float32; a full A is applied in the dtype of the model."""
         return h_BTD.float() if self.A is None else _times(h_BTD, self.A).float()
 
