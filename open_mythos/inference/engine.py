@@ -24,7 +24,6 @@ from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.inference.offline import Completion, Prompts, generate_all
 from open_mythos.inference.pages import PAGE, Layout
 from open_mythos.inference.request import (
-    RULES,
     Event,
     Finished,
     Outcome,
@@ -286,22 +285,8 @@ class Engine:
             "loops_per_token": {str(k): n for k, n in sorted(self._loops_per_token.items())},
         }
 
-    def facts(self) -> dict[str, Any]:
-        """Return what a client of the engine must know (JSON types)."""
-        cfg = self.model.cfg
-        return {
-            "vocab_size": cfg.vocab_size, "context": self.context, "max_loops": self.max_loops,
-            "trained_depth": cfg.max_loop_iters if self.max_loops else 0,
-            "dense": not self.max_loops, "gate_threshold": cfg.act_threshold,
-            "rules": list(RULES) if self.max_loops else ["none"], "exact": self.exact,
-            "slots": self.slots, "pages": self.scheduler.counts()["pages"],
-            "dtype": str(self.model.final_norm.weight.dtype).removeprefix("torch."),
-        }  # fmt: skip
-
-    def self_check(self, n_tokens: int = 8) -> float:
-        """Run a prompt alone and among others; return the measured loop-tokens per second.
-
-        A loop-token is one loop of one position.
+    def self_check(self, n_tokens: int = 8) -> None:
+        """Run a prompt alone and among others.
 
         Raises:
             EnvironmentError_: In exact mode, the two runs differ in a bit on this machine.
@@ -309,19 +294,15 @@ class Engine:
         length = max(1, min(self.context // 2, 24))
         ids = [i * 7919 % self.model.cfg.vocab_size for i in range(length)]
         params = SamplingParams(min(n_tokens, self.context - length), temperature=0.0)
-        depth = Depth(self.max_loops) if self.max_loops else Depth()
-        (alone,) = self.generate([ids], params, depth, logprobs=1)
-        start, crowd = time.perf_counter(), [ids[: 1 + i % length] for i in range(self.slots)]
-        others = self.generate([ids, *crowd], params, depth, logprobs=1)
-        seconds = time.perf_counter() - start
-        if self.exact and (others[0].logprobs, others[0].top) != (alone.logprobs, alone.top):
+        crowd = [ids[: 1 + i % length] for i in range(self.slots)]
+        (alone,) = self.generate([ids], params, logprobs=1)
+        among = self.generate([ids, *crowd], params, logprobs=1)[0]
+        if self.exact and (among.logprobs, among.top) != (alone.logprobs, alone.top):
             raise EnvironmentError_(
                 "log-probabilities depend on other requests on this machine", where="exact",
-                value=[alone.logprobs, others[0].logprobs], allowed="equal bits",
+                value=[alone.logprobs, among.logprobs], allowed="equal bits",
                 fix="start the engine with exact=False (--fast)",
             )  # fmt: skip
-        run = sum(len(each.prompt) * max(self.max_loops, 1) + sum(each.loops) for each in others)
-        return run / seconds
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

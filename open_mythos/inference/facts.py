@@ -11,7 +11,7 @@ from typing import Any
 
 from open_mythos.files import hash_blocks, read_object
 from open_mythos.hub.pretrained import CONFIG_FILE, model_directory
-from open_mythos.inference.engine import Engine  # type: ignore[import-untyped]
+from open_mythos.inference.engine import Engine
 from open_mythos.inference.request import RULES, Request, Token
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.layers.halting import ACTHalting

@@ -61,12 +61,8 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
     Raises:
         MythosError: The model cannot be loaded, or the engine refuses an option.
     """
-<<<<<<< Updated upstream
-    from open_mythos.inference.engine import Engine  # type: ignore[import-untyped]
-    from open_mythos.inference.facts import SPEED_CONTEXT, measured_speed, served_facts
-=======
     from open_mythos.inference.engine import Engine
->>>>>>> Stashed changes
+    from open_mythos.inference.facts import SPEED_CONTEXT, measured_speed, served_facts
     from open_mythos.inference.loading import load_model
 
     checkpoint, bits = options["checkpoint"], options.get("quantize", "")
@@ -74,7 +70,9 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
     model = load_model(checkpoint, options.get("device", "auto"), bits)
     # an engine of its own, with little memory: statistics begin with the first real request
     context = min(arguments.get("context") or model.cfg.max_seq_len, SPEED_CONTEXT)
-    speed = measured_speed(Engine(model, **{**arguments, "context": context}))
+    trial = Engine(model, **{**arguments, "context": context})
+    trial.self_check()
+    speed = measured_speed(trial)
     engine = Engine(model, **arguments)
     facts = served_facts(model, engine, checkpoint, bits)
     return engine, {**facts, "loop_tokens_per_s": speed}

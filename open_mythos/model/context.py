@@ -33,14 +33,9 @@ class Context:
         cache: Keys and values of earlier calls.
         active: Rows and positions that this context is restricted to; None for all.
         keys_B: Random key of each sequence.
-<<<<<<< Updated upstream
         exact: A row's result may not depend, in any bit, on other rows' values or number: experts
             use matmuls of fixed size. Dense matmuls keep their bits if the number of rows is
             constant, which is the caller's part. Inference on a CPU only.
-=======
-        exact: A row's result may not depend on the values or the number of other rows: experts use
-            matmuls of fixed size.
->>>>>>> Stashed changes
         memo: Values that layers compute once per call, by layer; shared by all contexts of a
             call.
     """
