@@ -359,6 +359,12 @@ class Host:
         return None
 
     def _begin(self, facts: dict[str, Any]) -> None:
+        before = self.facts.get("fingerprint")
+        if before is not None and before != facts.get("fingerprint"):
+            raise EnvironmentError_(
+                "the model was replaced while it was served", where="fingerprint",
+                value=facts.get("fingerprint"), allowed=str(before), fix="restart the server",
+            )  # fmt: skip
         self.facts, self.beat = facts, {}
         self._starts += 1
         if self._phase == "starting":

@@ -14,6 +14,7 @@ This module loads no torch before it builds an engine.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import queue
@@ -249,6 +250,7 @@ def _own_channel() -> tuple[BinaryIO, BinaryIO]:
 
 def main() -> NoReturn:
     """Run the process that :class:`open_mythos.inference.host.Host` starts."""
+    faulthandler.enable()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ DIED = "engine died"
 
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a test as a coroutine that must end within 20 seconds and leave no task."""
+    """Run a test as a coroutine that must end within 20 seconds and leave no task or file."""
 
     @wraps(test)
     def run(*args: Any, **named: Any) -> None:
@@ -43,9 +44,15 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
                 await test(*args, **named)
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
+        before = open_files()
         asyncio.run(bounded())
+        assert open_files() == before
 
     return run
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 class Time:
@@ -100,7 +107,7 @@ def alive(pid: int) -> bool:
 async def test_requests_side_by_side():
     async with running() as host:
         assert host.state == "ready"
-        assert host.facts == {"vocab_size": 97, "pid": host.pid}
+        assert host.facts == {"vocab_size": 97, "pid": host.pid, "fingerprint": ""}
         requests = [request(f"r{i}", prompt=i, max_tokens=1 + i) for i in range(40)]
         answers = await asyncio.gather(*(read(host.submit(each)) for each in requests))
         for each, events in zip(requests, answers, strict=True):
@@ -224,6 +231,20 @@ async def test_an_engine_that_cannot_be_started_again(tmp_path: Path):
 
 
 @in_loop
+async def test_another_model_is_not_served_instead(tmp_path: Path):
+    weights = tmp_path / "weights"
+    weights.write_text("one")
+    host = Host(command(weights=str(weights)))
+    await host.start()
+    weights.write_text("two")
+    os.kill(host.facts["pid"], signal.SIGKILL)
+    await host.on_dead.wait()
+    assert "replaced" in host.failure
+    assert host.facts["fingerprint"] == "one"
+    await host.stop()
+
+
+@in_loop
 async def test_a_crash_in_a_tick():
     async with running() as host:
         crashes, other = host.submit(request("a", prompt=CRASH)), host.submit(request("b"))
@@ -294,6 +315,28 @@ async def test_cancel(seen_before: int):
         assert host.open == 0
 
 
+@pytest.mark.parametrize("n", [200, pytest.param(4000, marks=pytest.mark.slow)])
+@in_loop
+async def test_many_cancelled_at_random(n: int):
+    """Every one ends once, those not cancelled with all their tokens."""
+    draw = random.Random(n)
+    async with running() as host:
+
+        async def one(i: int) -> bool:
+            each = request(f"r{i}", prompt=i % 97, max_tokens=draw.randrange(1, 20))
+            ticket, patience, events = host.submit(each), draw.randrange(40), []
+            async for event in ticket.events:
+                events.append(event)
+                if len(events) == patience:
+                    host.cancel(each.id)
+            whole = tokens(events) == expected(each) and ended(events, Outcome.LENGTH)
+            return whole or (patience <= len(events) and ended(events, Outcome.CANCELLED))
+
+        for start in range(0, n, 100):
+            assert all(await asyncio.gather(*map(one, range(start, start + 100))))
+        assert host.open == 0
+
+
 @in_loop
 async def test_cancel_after_a_death_and_while_draining():
     async with running({"step_seconds": 0.002}) as host:
@@ -358,6 +401,19 @@ async def test_stop_leaves_no_process(how: str):
     await host.stop()
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.02, 0.05, 0.1])
+@in_loop
+async def test_stop_at_any_time_of_the_start(seconds: float):
+    host = Host(command())
+    start = asyncio.create_task(host.start())
+    await asyncio.sleep(seconds)
+    pid = host.pid
+    await host.stop()
+    assert host.pid is None
+    assert pid is None or not alive(pid)
+    await asyncio.gather(start, return_exceptions=True)
+
+
 @in_loop
 async def test_a_host_that_was_never_started():
     host = Host(command())
@@ -371,17 +427,15 @@ async def test_a_host_that_was_never_started():
 @pytest.mark.parametrize("cycles", [4, pytest.param(50, marks=pytest.mark.slow)])
 @in_loop
 async def test_starts_and_stops_leave_nothing(cycles: int):
-    """Neither a process nor an open file; closed transports warn of nothing."""
-    before = len(os.listdir("/proc/self/fd"))
+    """No process; of open files and tasks, see ``in_loop``."""
     pids = []
     for i in range(cycles):
         async with running() as host:
             pids.append(host.pid)
             ticket = host.submit(request(max_tokens=10**6 if i % 2 else 3))
             await anext(ticket.events)
-    gc.collect()
+    gc.collect()  # a transport that was not closed warns
     assert not any(map(alive, filter(None, pids)))
-    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_killed_server_leaves_no_engine():

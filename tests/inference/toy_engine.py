@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from open_mythos import errors
@@ -66,10 +67,17 @@ class Toy:
         return events
 
 
+def fingerprint(options: Mapping[str, Any]) -> str:
+    """Content of the file that stands for the weights."""
+    return Path(options["weights"]).read_text() if "weights" in options else ""
+
+
 def build(options: Mapping[str, Any]) -> tuple[Toy, dict[str, Any]]:
     """Build a toy; ``fails`` names an error to raise, ``once`` a file that must be absent."""
     if "fails" in options:
         raise getattr(errors, options["fails"], RuntimeError)("no such model")
     if "once" in options:
         os.close(os.open(options["once"], os.O_CREAT | os.O_EXCL))
-    return Toy(**options.get("toy", {})), {"vocab_size": 97, "pid": os.getpid()}
+    return Toy(**options.get("toy", {})), {
+        "vocab_size": 97, "pid": os.getpid(), "fingerprint": fingerprint(options),
+    }  # fmt: skip
