@@ -15,12 +15,13 @@ from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM, forward_call
 from open_mythos.model.context import Context
 from open_mythos.model.depth import Depth
-from open_mythos.model.generation import Detokenizer, generate
+from open_mythos.model.generation import generate
 from open_mythos.model.init import init_weights
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.sampling import SamplingParams
+from open_mythos.tokenizer.interface import Detokenizer
 
 if TYPE_CHECKING:
     from open_mythos.inference.static_decoder import StaticDecoder

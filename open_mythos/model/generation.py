@@ -19,13 +19,8 @@ from open_mythos.model.causal_lm import MASKS, CausalLM, check_tensor
 from open_mythos.model.depth import Depth
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.sampling import SamplingParams
-
-
-class Detokenizer(Protocol):
-    """The part of a tokenizer that stop strings require."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids``."""
+from open_mythos.tokenizer.interface import Detokenizer
+from open_mythos.tokenizer.stream import StreamDecoder
 
 
 class Decoder(Protocol):
@@ -158,6 +153,9 @@ def generate(
         )  # fmt: skip
     source = decoder(model, batch, n_prompt + params.max_new_tokens)
     tokens: list[Tensor] = []
+    watch = None
+    if params.stop and tokenizer is not None:
+        watch = StopStrings(tokenizer, params.stop, batch)
     was_training = model.training
     model.eval()
     try:
@@ -165,13 +163,38 @@ def generate(
             tokens.append(token_B)
             if on_token is not None:
                 on_token(i, token_B)
-            if params.stop and tokenizer is not None:
-                texts = [tokenizer.decode(row) for row in torch.stack(tokens, dim=1).tolist()]
-                runs = [not any(stop in text for stop in params.stop) for text in texts]
+            if watch is not None:
+                runs = watch.push(token_B.tolist())
                 source.running_B.logical_and_(torch.tensor(runs, device=token_B.device))
     finally:
         model.train(was_training)
     return torch.cat((input_ids, *(token_B.unsqueeze(1) for token_B in tokens)), dim=1)
+
+
+class StopStrings:
+    """Watches the new text of every row; the time per token does not depend on its length.
+
+    A character counts once its last token is there.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        stops: Strings that end a row.
+        batch: Number of rows.
+    """
+
+    def __init__(self, tokenizer: Detokenizer, stops: Sequence[str], batch: int) -> None:
+        self._stops, self._reach = tuple(stops), max(map(len, stops)) - 1
+        self._decoders = [StreamDecoder(tokenizer) for _ in range(batch)]
+        self._tails, self._runs = [""] * batch, [True] * batch
+
+    def push(self, tokens: Sequence[int]) -> list[bool]:
+        """Take the next token of every row; return which rows have no stop string yet."""
+        for row, (token, decoder) in enumerate(zip(tokens, self._decoders, strict=True)):
+            if self._runs[row]:
+                text = self._tails[row] + decoder.push(token)
+                self._runs[row] = not any(stop in text for stop in self._stops)
+                self._tails[row] = text[max(0, len(text) - self._reach) :]
+        return self._runs
 
 
 def _tokens(

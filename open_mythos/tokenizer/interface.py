@@ -13,6 +13,13 @@ SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>"}
 
 
 @runtime_checkable
+class Detokenizer(Protocol):
+    """The part of a tokenizer that stop strings require."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``."""
+
+
 class Tokenizer(Protocol):
     """What the library needs of a tokenizer."""
 

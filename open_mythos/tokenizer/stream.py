@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from open_mythos.tokenizer.interface import Tokenizer
+from open_mythos.tokenizer.interface import Detokenizer
 
 
 class StreamDecoder:
@@ -12,7 +12,7 @@ class StreamDecoder:
     all pieces joined equal ``tokenizer.decode`` of all ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Detokenizer) -> None:
         self._tokenizer = tokenizer
         # decoders such as SentencePiece's drop a leading space: decode with the previous tokens
         self._context: list[int] = []

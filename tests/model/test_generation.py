@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import random_ids, randomise, small_config, small_model
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos import ByteTokenizer, ConfigError, DenseTransformer, Depth, OpenMythos
 from open_mythos.inference.decoding import decoder_factory
 from open_mythos.model.exit_rules import FixedDepth
-from open_mythos.model.generation import generate
+from open_mythos.model.generation import StopStrings, generate
 from open_mythos.ops.sampling import SamplingParams
 
 B, T, NEW = 3, 5, 10
@@ -211,6 +213,33 @@ class TestEnd:
         given = ["never", stop] if several else stop
         out = model.generate(ids, NEW, 4, seed=2, stop=given, tokenizer=Letters())
         assert torch.equal(out, free[:, : T + end])
+
+    @given(
+        text=st.text("ab€\U0001f600 ", max_size=60),
+        stops=st.lists(st.text("ab€ ", min_size=1, max_size=4), min_size=1, max_size=3),
+        cut=st.integers(0, 3),
+    )
+    def test_stop_strings_are_found_as_in_the_whole_text(self, text, stops, cut):
+        tokenizer = ByteTokenizer()
+        ids = tokenizer.encode(text)[cut:]  # may begin inside a character
+        watch = StopStrings(tokenizer, stops, 2)
+        for end, token in enumerate(ids, 1):
+            expected = not any(stop in tokenizer.decode(ids[:end]) for stop in stops)
+            assert watch.push([token, tokenizer.eos_id]) == [expected, True]
+
+    def test_the_work_per_token_does_not_grow(self):
+        longest = 0
+
+        class Counting(ByteTokenizer):
+            def decode(self, ids):
+                nonlocal longest
+                longest = max(longest, len(ids))
+                return super().decode(ids)
+
+        tokenizer = Counting()
+        watch = StopStrings(tokenizer, ["never"], 1)
+        assert all(watch.push([token])[0] for token in tokenizer.encode("n€ve " * 500))
+        assert longest < 10
 
     def test_stop_strings_do_not_look_at_the_prompt(self, model):
         ids = random_ids(1, T)
