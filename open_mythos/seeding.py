@@ -2,13 +2,16 @@
 
 All randomness of the library is a pure function of (seed, stream name, indices), never of call
 order, rank or local batch shape: resuming, changing the world size and batching change no draw.
+Deriving a seed loads no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, stream: str, *indices: int) -> int:
@@ -25,4 +28,6 @@ def derive_seed(seed: int, stream: str, *indices: int) -> int:
 
 def seeded_generator(seed: int, stream: str, *indices: int) -> torch.Generator:
     """Return a CPU ``torch.Generator`` seeded by :func:`derive_seed`."""
+    import torch
+
     return torch.Generator().manual_seed(derive_seed(seed, stream, *indices))

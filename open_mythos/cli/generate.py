@@ -49,7 +49,7 @@ def generate(
     import torch
 
     from open_mythos.cli.run_data import depth_of
-    from open_mythos.hub.pretrained import stored_tokenizer
+    from open_mythos.hub.places import stored_tokenizer
     from open_mythos.inference.loading import load_model
     from open_mythos.model import generation
     from open_mythos.model.trace import LoopTrace

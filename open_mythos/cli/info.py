@@ -57,7 +57,7 @@ def described_model(model: str) -> tuple[MythosConfig, int | None]:
         return variant(model), None
     path = Path(model)
     if path.is_dir():
-        from open_mythos.hub.pretrained import CONFIG_FILE, model_directory
+        from open_mythos.hub.places import CONFIG_FILE, model_directory
 
         path = model_directory(path) / CONFIG_FILE
     if not path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -41,13 +42,20 @@ def new_parser(prog: str, description: str) -> Parser:
 
 
 def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str, Any]:
-    """Parse a command line; boolean options of ``command`` need no value."""
+    """Parse a command line; boolean options of ``command`` need no value.
+
+    An argument whose type is a dataclass has an option per field: ``--limits.body-bytes 1000``.
+    """
     flags = {name for name, kind in get_type_hints(command).items() if kind is bool}
     pairs = zip(words, [*words[1:], ""], strict=False)
     normal = [with_underscores(word, flags, following) for word, following in pairs]
     values = parser.parse_args(normal)
     values.pop("config", None)
-    return values.as_dict()
+    arguments = values.as_dict()
+    for name, kind in get_type_hints(command).items():
+        if is_dataclass(kind) and name in arguments:
+            arguments[name] = kind(**arguments[name])
+    return arguments
 
 
 def with_underscores(word: str, flags: Iterable[str] = (), following: str = "") -> str:

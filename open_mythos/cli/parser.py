@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("open_mythos.cli.train:train", "Train a model."),
     "train gate": ("open_mythos.cli.gate:train_gate", "Train the halting gate of a trained model."),
     "generate": ("open_mythos.cli.generate:generate", "Continue a text with a trained model."),
+    "serve": ("open_mythos.cli.serve:serve", "Serve a trained model over HTTP (OpenAI API)."),
     "evaluate": ("open_mythos.cli.evaluate:evaluate", "Measure loss by depth, or with exits."),
     "trace": ("open_mythos.cli.pages:trace", "Write an HTML page of a prompt, loop by loop."),
     "plan": ("open_mythos.cli.plan:plan", "Estimate memory, layout, time and cost of training."),

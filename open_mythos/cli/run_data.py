@@ -8,7 +8,7 @@ from pathlib import Path
 from open_mythos.checks import check_count
 from open_mythos.data import TokenShards
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.hub.pretrained import model_directory, stored_tokenizer
+from open_mythos.hub.places import model_directory, stored_tokenizer
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import AtLeast, exit_rule

@@ -156,7 +156,7 @@ def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
         config.model = variant(first.variant)
     if first.checkpoint:
         from open_mythos.cli.info import described_model
-        from open_mythos.hub.pretrained import model_directory  # loads torch
+        from open_mythos.hub.places import model_directory
 
         config.model, n_layers = described_model(str(model_directory(first.checkpoint)))
         config.architecture = "looped" if n_layers is None else "dense"

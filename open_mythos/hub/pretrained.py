@@ -23,13 +23,10 @@ from open_mythos.checks import is_int
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.files import read_object, sync_to_disk
+from open_mythos.hub.places import CONFIG_FILE, WEIGHTS_FILE, model_directory
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, find_beside, step_folders
-from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1
 LIBRARY = "open-mythos"
 
@@ -39,7 +36,6 @@ _IN_SHARDS = "model/"
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_CONFIG_BYTES = 1 << 20
 _SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrained"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path) -> None:
@@ -137,82 +133,6 @@ def describe(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
         "config": model.cfg.to_dict(),
         **({"n_layers": model.n_layers} if isinstance(model, DenseTransformer) else {}),
     }
-
-
-def stored_tokenizer(directory: str | Path) -> Tokenizer:
-    """Load the tokenizer stored with a model or with its training run.
-
-    Raises:
-        DataError: There is no model or no tokenizer.
-    """
-    found = find_beside(model_directory(directory), TOKENIZER_FOLDER)
-    if found is None:
-        raise DataError(
-            f"no {TOKENIZER_FOLDER} is stored with the model", where=str(directory),
-            value=TOKENIZER_FOLDER, fix="name one with --tokenizer",
-        )  # fmt: skip
-    return load_tokenizer(found)
-
-
-def model_directory(directory: str | Path) -> Path:
-    """Resolve ``directory`` to the folder of a model, as :func:`from_pretrained` does.
-
-    Raises:
-        DataError: There is no model.
-        EnvironmentError_: The hub cannot be reached, or has no such model.
-    """
-    folder = Path(directory)
-    if not folder.exists() and isinstance(directory, str) and _HUB_ID.fullmatch(directory):
-        return _download(directory)
-    if not folder.is_dir():
-        raise DataError(
-            "no model there", where="from_pretrained", value=str(directory),
-            allowed=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, a training run, owner/name",
-            fix="check the path; a model on the hub has the form owner/name",
-        )  # fmt: skip
-    if _holds_model(folder):
-        return folder
-    for parent in (folder, folder / CHECKPOINTS_FOLDER):
-        steps = [path for _, path in step_folders(parent) if _holds_model(path)]
-        if steps:
-            return steps[-1]
-    raise DataError(
-        "the folder holds no model", where="from_pretrained", value=str(directory),
-        allowed=f"{CONFIG_FILE} and {WEIGHTS_FILE} in it or in its newest checkpoint",
-        fix="pickled weights (.bin, .pt, .pth) are never read: convert them to safetensors first",
-    )  # fmt: skip
-
-
-def _holds_model(folder: Path) -> bool:
-    if not (folder / CONFIG_FILE).is_file():
-        return False
-    if (folder / WEIGHTS_FILE).is_file():
-        return True
-    # this import takes about half as long as that of torch
-    from open_mythos.hub.sharded_tensors import is_sharded
-
-    return is_sharded(folder)
-
-
-def _download(model_id: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except Exception as error:  # many types: the client's, its HTTP library's, OSError
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise EnvironmentError_(
-            f"neither a local folder nor an accessible model on the hub: {reason[0]}",
-            where="from_pretrained", value=model_id, allowed="an existing folder or hub model",
-            fix=f"check the name, or load DIR after: hf download {model_id} --local-dir DIR",
-        ) from error  # fmt: skip
-    if not _holds_model(folder):
-        raise DataError(
-            "the hub's model was not saved by this library", where="from_pretrained",
-            value=model_id, allowed=f"{CONFIG_FILE} and {WEIGHTS_FILE}",
-            fix="load models of other libraries with the library that saved them",
-        )  # fmt: skip
-    return folder
 
 
 def model_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:

@@ -29,13 +29,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from open_mythos.distributed import rank
 from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.hub.places import SHARDS, is_sharded
 
-PATTERN = "shard-*.safetensors"
-
-
-def is_sharded(folder: str | Path) -> bool:
-    """Return whether ``folder`` holds sharded tensors."""
-    return any(Path(folder).glob(PATTERN))
 
 
 def write_shards(
@@ -64,7 +59,7 @@ def write_shards(
             "the shards could not be written", where=str(folder), value=_reason(error),
             fix="check disk space and permissions; all processes must share the folder",
         ) from error  # fmt: skip
-    return sorted(folder.glob(PATTERN.replace("*", f"{rank() + 1:05d}-*")))
+    return sorted(folder.glob(SHARDS.replace("*", f"{rank() + 1:05d}-*")))
 
 
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.files import hash_blocks, read_object
-from open_mythos.hub.pretrained import CONFIG_FILE, model_directory
+from open_mythos.hub.places import CONFIG_FILE, model_directory
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.request import RULES, Request, Token
 from open_mythos.model.causal_lm import CausalLM

@@ -15,7 +15,8 @@ from open_mythos.checks import check_count
 from open_mythos.devices import resolve_device
 from open_mythos.dynamics import Trajectory, logit_lens, run_trajectory
 from open_mythos.errors import ConfigError
-from open_mythos.hub.pretrained import from_pretrained, model_directory, stored_tokenizer
+from open_mythos.hub.places import model_directory, stored_tokenizer
+from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.model.exit_rules import ExitRule, exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from open_mythos.tokenizer.files import write_config
-from open_mythos.tokenizer.interface import checked_text, id_list
+from open_mythos.tokenizer.interface import SPECIALS, checked_text, id_list
 
 
 class ByteTokenizer:
@@ -17,6 +17,11 @@ class ByteTokenizer:
     bos_id, eos_id, pad_id = 256, 257, 258
     vocab_size = 320
     fingerprint = hashlib.sha256(b"open-mythos byte tokenizer 1").hexdigest()
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling -> id of bos, eos and pad."""
+        return {token: getattr(self, f"{role}_id") for role, token in SPECIALS.items()}
 
     def __len__(self) -> int:
         return 259

@@ -44,6 +44,10 @@ class Tokenizer(Protocol):
         """``len(self)`` rounded up to a multiple of 64: the vocabulary of a model."""
 
     @property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling -> id of the tokens that no text is encoded to, bos, eos and pad among them."""
+
+    @property
     def fingerprint(self) -> str:
         """64 hex digits; equal for tokenizers that produce the same ids."""
 

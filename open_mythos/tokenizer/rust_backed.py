@@ -62,6 +62,12 @@ class RustBacked:
         """``len(self)`` rounded up to a multiple of 64."""
         return -(-self._length // 64) * 64
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling -> id of the tokens that no text is encoded to, bos, eos and pad among them."""
+        added = self._rust.get_added_tokens_decoder().items()
+        return {token.content: id for id, token in added if token.special}
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the vocabulary, the special ids and the encoding of a fixed text.

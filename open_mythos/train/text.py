@@ -23,7 +23,7 @@ from open_mythos.data import (
 from open_mythos.data.index import INDEX_FILE
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError
-from open_mythos.hub.pretrained import model_directory, stored_tokenizer
+from open_mythos.hub.places import model_directory, stored_tokenizer
 from open_mythos.run_folder import DATA_FOLDER, TOKENIZER_FOLDER, find_beside
 from open_mythos.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from open_mythos.train.config import DataConfig, RunConfig, no_text

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError
-from open_mythos.hub.pretrained import CONFIG_FILE, describe, model_tensors
+from open_mythos.hub.places import CONFIG_FILE
+from open_mythos.hub.pretrained import describe, model_tensors
 from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
 from open_mythos.train.build import Model
 from open_mythos.train.checkpoint.find import read_state

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos.hub.pretrained import CONFIG_FILE, WEIGHTS_FILE, describe, model_tensors
+from open_mythos.hub.places import CONFIG_FILE, WEIGHTS_FILE
+from open_mythos.hub.pretrained import describe, model_tensors
 from open_mythos.run_folder import STATE_FILE
 from open_mythos.train.build import Model
 from open_mythos.train.checkpoint.manifest import as_json

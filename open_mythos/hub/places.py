@@ -1,0 +1,93 @@
+"""Where models are: local folders, training runs, the hub (this module loads no torch)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, find_beside, step_folders
+from open_mythos.tokenizer import Tokenizer, load_tokenizer
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+SHARDS = "shard-*.safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def stored_tokenizer(directory: str | Path) -> Tokenizer:
+    """Load the tokenizer stored with a model or with its training run.
+
+    Raises:
+        DataError: There is no model or no tokenizer.
+    """
+    found = find_beside(model_directory(directory), TOKENIZER_FOLDER)
+    if found is None:
+        raise DataError(
+            f"no {TOKENIZER_FOLDER} is stored with the model", where=str(directory),
+            value=TOKENIZER_FOLDER, fix="name one with --tokenizer",
+        )  # fmt: skip
+    return load_tokenizer(found)
+
+
+def model_directory(directory: str | Path) -> Path:
+    """Resolve ``directory`` to the folder of a model, as :func:`from_pretrained` does.
+
+    Raises:
+        DataError: There is no model.
+        EnvironmentError_: The hub cannot be reached, or has no such model.
+    """
+    folder = Path(directory)
+    if not folder.exists() and isinstance(directory, str) and _HUB_ID.fullmatch(directory):
+        return _download(directory)
+    if not folder.is_dir():
+        raise DataError(
+            "no model there", where="from_pretrained", value=str(directory),
+            allowed=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, a training run, owner/name",
+            fix="check the path; a model on the hub has the form owner/name",
+        )  # fmt: skip
+    if _holds_model(folder):
+        return folder
+    for parent in (folder, folder / CHECKPOINTS_FOLDER):
+        steps = [path for _, path in step_folders(parent) if _holds_model(path)]
+        if steps:
+            return steps[-1]
+    raise DataError(
+        "the folder holds no model", where="from_pretrained", value=str(directory),
+        allowed=f"{CONFIG_FILE} and {WEIGHTS_FILE} in it or in its newest checkpoint",
+        fix="pickled weights (.bin, .pt, .pth) are never read: convert them to safetensors first",
+    )  # fmt: skip
+
+
+def _holds_model(folder: Path) -> bool:
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    if (folder / WEIGHTS_FILE).is_file():
+        return True
+    return is_sharded(folder)
+
+
+def _download(model_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:  # many types: the client's, its HTTP library's, OSError
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise EnvironmentError_(
+            f"neither a local folder nor an accessible model on the hub: {reason[0]}",
+            where="from_pretrained", value=model_id, allowed="an existing folder or hub model",
+            fix=f"check the name, or load DIR after: hf download {model_id} --local-dir DIR",
+        ) from error  # fmt: skip
+    if not _holds_model(folder):
+        raise DataError(
+            "the hub's model was not saved by this library", where="from_pretrained",
+            value=model_id, allowed=f"{CONFIG_FILE} and {WEIGHTS_FILE}",
+            fix="load models of other libraries with the library that saved them",
+        )  # fmt: skip
+    return folder
+
+
+def is_sharded(folder: str | Path) -> bool:
+    """Return whether ``folder`` holds sharded tensors."""
+    return any(Path(folder).glob(SHARDS))

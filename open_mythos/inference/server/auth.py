@@ -1,0 +1,83 @@
+"""API keys: kept as hashes, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from pathlib import Path
+
+from open_mythos.errors import ConfigError, DataError
+
+
+class Keys:
+    """The accepted keys; none means that everybody is let in.
+
+    Args:
+        keys: The keys; only their SHA-256 is kept.
+    """
+
+    def __init__(self, keys: list[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @classmethod
+    def read(cls, path: str) -> Keys:
+        """Read a file of one key per line; empty lines and lines that begin with # are skipped.
+
+        Raises:
+            DataError: The file cannot be read or holds no key.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                "the API keys cannot be read", where=path, value=type(error).__name__,
+                fix="check the path and permissions of --api-key-file",
+            ) from error  # fmt: skip
+        keys = [word for line in lines if (word := line.strip()) and not word.startswith("#")]
+        if not keys:
+            raise DataError(
+                "the file holds no API key", where=path, allowed="one key per line",
+                fix="write a long random key into it",
+            )  # fmt: skip
+        return cls(keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def name_of(self, authorization: bytes) -> str | None:
+        """Return a name for the key of an ``Authorization`` header; None if it is not accepted.
+
+        The name is the beginning of the key's hash, and "" where no keys are set.
+        """
+        if not self._digests:
+            return ""
+        scheme, _, key = authorization.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # all of them, so that the time does not tell which one matched
+        matches = [hmac.compare_digest(digest, each) for each in self._digests]
+        return digest.hex()[:16] if any(matches) and scheme.lower() == b"bearer" else None
+
+
+def check_address(host: str, keys: Keys, insecure: bool) -> None:
+    """Refuse to listen beyond this machine without keys.
+
+    Raises:
+        ConfigError: ``host`` is not a loopback address, there are no keys, and ``insecure`` is not
+            set.
+    """
+    if keys or insecure or host == "localhost":
+        return
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise ConfigError(
+            "a server that other machines can reach needs API keys", where="--host", value=host,
+            allowed="127.0.0.1, or --api-key-file FILE",
+            fix="set --api-key-file, or --insecure if a proxy in front checks keys",
+        )  # fmt: skip

@@ -1,0 +1,92 @@
+"""HTTP connections: limits that lie before the application, answered in the same format."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from open_mythos.inference.server.errors import ApiError, to_json
+from open_mythos.inference.server.limits import Limits
+
+
+def protocol_of(limits: Limits) -> type[H11Protocol]:
+    """Return the class of connections under ``limits``."""
+
+    class Connection(H11Protocol):
+        """Refuses headers that are too long, too slow or invalid, and too many connections."""
+
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            """Begin."""
+            super().connection_made(transport)
+            # for the application: closing would first send what a client does not take
+            self.app_state = {**self.app_state, "abort": transport.abort}
+            if len(self.connections) > limits.connections:
+                self._refuse(ApiError(503, "too many connections", headers={"Retry-After": "5"}))
+            else:
+                self._watch_headers()
+
+        def data_received(self, data: bytes) -> None:
+            """Take bytes."""
+            super().data_received(data)
+            self._watch_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """End."""
+            self._unwatch()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """Answer what is no valid HTTP."""
+            error = sys.exc_info()[1]
+            if getattr(error, "error_status_hint", 400) == 431:
+                most = limits.header_bytes
+                self._refuse(ApiError(431, f"path and headers are longer than {most} bytes"))
+            else:
+                self._refuse(ApiError(400, "this is not a valid HTTP request", code="invalid_http"))
+
+        @property
+        def _awaits_headers(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def _watch_headers(self) -> None:
+            """Give the client a limited time for the headers of a request."""
+            if not self._awaits_headers or self.transport.is_closing():
+                self._unwatch()
+            elif self._timer is None:
+                self._timer = self.loop.call_later(limits.body_seconds, self._too_slow)
+
+        def _unwatch(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _too_slow(self) -> None:
+            self._timer = None
+            if self._awaits_headers and not self.transport.is_closing():
+                self._refuse(ApiError(408, "the headers did not come in time"))
+
+        def _refuse(self, error: ApiError) -> None:
+            """Answer and close; an answer that has begun is cut."""
+            body = to_json(error.content())
+            headers = {
+                **error.headers, "Content-Type": "application/json",
+                "Content-Length": str(len(body)), "Connection": "close",
+            }  # fmt: skip
+            try:
+                response = h11.Response(
+                    status_code=error.status, headers=list(headers.items()),
+                    reason=STATUS_PHRASES[error.status],
+                )  # fmt: skip
+                for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(event) or b"")
+            except h11.LocalProtocolError:
+                pass
+            self.transport.close()
+
+    return Connection
