@@ -54,7 +54,8 @@ def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str,
     arguments = values.as_dict()
     for name, kind in get_type_hints(command).items():
         if is_dataclass(kind) and name in arguments:
-            arguments[name] = kind(**arguments[name])
+            make: Any = kind
+            arguments[name] = make(**arguments[name])
     return arguments
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from open_mythos.checks import is_int
 from open_mythos.config import MythosConfig
-from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+from open_mythos.errors import ConfigError, DataError
 from open_mythos.files import read_object, sync_to_disk
 from open_mythos.hub.places import CONFIG_FILE, WEIGHTS_FILE, model_directory
 from open_mythos.model.dense import DenseTransformer

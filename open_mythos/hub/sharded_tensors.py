@@ -32,7 +32,6 @@ from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.hub.places import SHARDS, is_sharded
 
 
-
 def write_shards(
     folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> list[Path]:

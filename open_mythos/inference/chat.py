@@ -63,7 +63,7 @@ class ChatTemplate:
         self._tokenizer, self._specials = tokenizer, tokenizer.special_tokens
         spelled = {id: token for token, id in self._specials.items()}
         names = {f"{r}_token": spelled.get(getattr(tokenizer, f"{r}_id"), "") for r in SPECIALS}
-        self._setup = {
+        self._setup: dict[str, Any] = {
             "template": source, "names": names, "seconds": seconds, "bytes": most_bytes,
         }  # fmt: skip
         # no letters, which a template might change; nobody outside can guess it

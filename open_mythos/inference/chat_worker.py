@@ -50,7 +50,9 @@ def render(template: Template, values: dict[str, Any], most: int) -> str:
     return "".join(pieces)
 
 
-def limited(template: Template, values: dict[str, Any], seconds: float, most: int) -> dict[str, str]:
+def limited(
+    template: Template, values: dict[str, Any], seconds: float, most: int
+) -> dict[str, str]:
     """Render within ``seconds`` of CPU time; beyond them the system ends this process."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:

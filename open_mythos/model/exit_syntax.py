@@ -27,7 +27,10 @@ EXIT_SYNTAX: dict[str, tuple[tuple[Number, ...], str]] = {
         (Number("threshold", float, None, {"gt": 0, "le": 1}),),
         "gate or gate:THRESHOLD",
     ),
-    "kl": ((Number("kl", float, 0.01), Number("entropy", float, 1.0)), "kl, kl:KL or kl:KL,ENTROPY"),
+    "kl": (
+        (Number("kl", float, 0.01), Number("entropy", float, 1.0)),
+        "kl, kl:KL or kl:KL,ENTROPY",
+    ),
     "change": ((_THRESHOLD,), "change or change:THRESHOLD"),
     "acceleration": (
         (_THRESHOLD, _HITS),
@@ -50,7 +53,11 @@ def parse_exit(text: str, where: str) -> tuple[str, tuple[float, ...]]:
     """
     name, colon, rest = text.partition(":")
     given = rest.split(",") if colon else []
-    if name in EXIT_SYNTAX and len(given) <= len(EXIT_SYNTAX[name][0]) and (given or name != "fixed"):
+    if (
+        name in EXIT_SYNTAX
+        and len(given) <= len(EXIT_SYNTAX[name][0])
+        and (given or name != "fixed")
+    ):
         try:
             numbers = zip(EXIT_SYNTAX[name][0], given, strict=False)
             return name, tuple(check(each, each.kind(word), where) for each, word in numbers)

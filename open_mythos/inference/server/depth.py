@@ -37,7 +37,8 @@ class DepthPolicy:
 
         Args:
             body: The request.
-            facts: Of the model: trained_depth, validated_depth, rules, gate_threshold, dense.
+            facts: Of the model: trained_depth, validated_depth, max_loops, rules, gate_threshold,
+                dense.
 
         Raises:
             ApiError: 400; ``param`` names the field.
@@ -69,8 +70,9 @@ class DepthPolicy:
 
     def _check_range(self, param: str, loops: int, facts: Mapping[str, Any]) -> None:
         low, high = facts.get("validated_depth") or (1, facts["trained_depth"])
-        if loops > self.most:
-            raise invalid(param, f"must not be above {self.most}")
+        most = min(self.most, facts["max_loops"])
+        if loops > most:
+            raise invalid(param, f"this server runs at most {most} loops")
         if not self.allow_unvalidated and not low <= loops <= high:
             raise invalid(
                 param, f"this model is validated at {low} to {high} loops",
@@ -91,7 +93,10 @@ class DepthPolicy:
             if body.exit_threshold is not None:
                 if name == "fixed":
                     raise invalid("exit_threshold", "fixed has no threshold")
-                given = (check(EXIT_SYNTAX[name][0][0], body.exit_threshold, "exit_rule"), *given[1:])
+                given = (
+                    check(EXIT_SYNTAX[name][0][0], body.exit_threshold, "exit_rule"),
+                    *given[1:],
+                )
         except ConfigError as error:
             raise from_mythos(error, error_field(error, body)) from None
         if name == "fixed":
@@ -113,8 +118,8 @@ def check_default(rule: str) -> None:
     if name in _READ_PREDICTIONS:
         raise ConfigError(
             "the rule reads predictions, which the server computes once per token",
-            where="--exit-rule", value=rule, allowed="none, gate, change, acceleration, fixed:LOOPS",
-            fix="choose another rule",
+            where="--exit-rule", value=rule,
+            allowed="none, gate, change, acceleration, fixed:LOOPS", fix="choose another rule",
         )  # fmt: skip
 
 
@@ -132,10 +137,7 @@ def _check_served(name: str, facts: Mapping[str, Any]) -> None:
             "use gate, change or acceleration",
         )
     if name not in facts["rules"]:
-        raise invalid(
-            "exit_rule", f"this model does not have {name}",
-            f"it has {', '.join(['none', *facts['rules']])}",
-        )  # fmt: skip
+        raise invalid("exit_rule", f"this model has {', '.join(facts['rules'])}")
 
 
 def _dense(body: Common) -> DepthChoice:

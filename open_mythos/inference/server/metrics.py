@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.core import SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 PREFIX = "open_mythos_"
@@ -57,7 +61,8 @@ class BeatCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family for each name that the heartbeat has."""
-        beat, families = self._beat(), {}
+        beat = self._beat()
+        families: dict[str, Any] = {}
         for table, kind in ((_GAUGES, GaugeMetricFamily), (_COUNTERS, CounterMetricFamily)):
             for key, (name, text, labels) in table.items():
                 if key in beat:

@@ -197,9 +197,9 @@ class CompletionRequest(Common):
         """All prompts, as texts or as ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        first = self.prompt[0] if self.prompt else None
+        many: Any = [self.prompt] if isinstance(first, int) else self.prompt
+        return many
 
     def check(self, limits: Limits) -> None:
         """See the base."""

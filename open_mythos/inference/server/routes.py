@@ -22,7 +22,10 @@ from open_mythos.inference.server.errors import ApiError, to_json
 from open_mythos.inference.server.limits import Limits
 from open_mythos.inference.server.metrics import CONTENT_TYPE
 from open_mythos.inference.server.protocol import (
-    ChatRequest, Common, CompletionRequest, parse_body,
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    parse_body,
 )  # fmt: skip
 from open_mythos.inference.server.service import Service
 from open_mythos.inference.server.streams import Answer, Delta
@@ -107,7 +110,7 @@ def _models(service: Service) -> dict[str, Any]:
     model = {
         "id": service.model, "object": "model", "created": service.created,
         "owned_by": "open-mythos", "max_model_len": facts["context"],
-        "exit_rules": ["none", *facts["rules"]], "system_fingerprint": service.fingerprint,
+        "exit_rules": ["none", *(x for x in facts["rules"] if x != "none")], "system_fingerprint": service.fingerprint,
         **{name: facts.get(name) for name in names},
     }  # fmt: skip
     return {"object": "list", "data": [model]}

@@ -1,11 +1,10 @@
-"""From the body of a request to running sequences: depth, place in the queue, tokens, submission."""
+"""From the body of a request to running sequences: depth, place in the queue, tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +105,9 @@ class Service:
 
     def submit_error(self, error: MythosError) -> ApiError:
         """Return the answer where the engine does not take a request."""
-        return self.not_ready() if isinstance(error, EnvironmentError_) else from_mythos(error, None)
+        return (
+            self.not_ready() if isinstance(error, EnvironmentError_) else from_mythos(error, None)
+        )
 
     async def _prepare(
         self, body: Common, key: str, depth: DepthChoice, place: Place

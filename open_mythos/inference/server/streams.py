@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from open_mythos.inference.request import (
-    Finished, Outcome, PromptScored, Request, Started, Token,
+    Finished,
+    Outcome,
+    PromptScored,
+    Request,
+    Started,
+    Token,
 )  # fmt: skip
 from open_mythos.inference.server.errors import ApiError, log_bug, shorten
 from open_mythos.inference.server.limits import Limits, Place
@@ -23,15 +28,20 @@ Clock = Callable[[], float]
 class Ticket(Protocol):
     """A submitted request; its events end with a ``Finished``."""
 
-    events: AsyncIterator[Any]
+    @property
+    def events(self) -> AsyncIterator[Any]:
+        """What happens, in order."""
 
 
 class Host(Protocol):
     """The engine as the HTTP process sees it."""
 
     facts: dict[str, Any]
-    state: str
     beat: dict[str, Any]
+
+    @property
+    def state(self) -> str:
+        """One of starting, ready, draining, stalled and dead; dead is for good."""
 
     async def start(self) -> None:
         """Start the engine; return when it is ready."""

@@ -9,12 +9,18 @@ from typing import Any
 
 from open_mythos.errors import EnvironmentError_
 from open_mythos.inference.request import (
-    Event, Finished, Outcome, PromptScored, Request, Started, Token,
+    Event,
+    Finished,
+    Outcome,
+    PromptScored,
+    Request,
+    Started,
+    Token,
 )  # fmt: skip
 
 FACTS: dict[str, Any] = {
     "vocab_size": 320, "context": 256, "trained_depth": 8, "validated_depth": (2, 12),
-    "rules": ["gate", "change", "acceleration"], "gate_threshold": 0.8, "slots": 8, "pages": 64,
+    "rules": ["gate", "change", "acceleration"], "gate_threshold": 0.8, "slots": 8, "pages": 64, "max_loops": 16,
     "loop_tokens_per_s": 1000.0, "fingerprint": "ab" * 32, "exact": True, "dense": False,
 }  # fmt: skip
 

@@ -110,8 +110,8 @@ def test_streamed_logprobs_belong_to_the_text(client: openai.OpenAI) -> None:
     fields = asked(prompt="a€b", max_tokens=9, logprobs=0)
     whole = client.completions.create(**fields).choices[0]
     chunks = [c.choices[0] for c in client.completions.create(**fields, stream=True)]
-    assert sum((c.logprobs.tokens for c in chunks), []) == whole.logprobs.tokens
-    assert sum((c.logprobs.text_offset for c in chunks), []) == whole.logprobs.text_offset
+    assert [token for c in chunks for token in c.logprobs.tokens] == whole.logprobs.tokens
+    assert [at for c in chunks for at in c.logprobs.text_offset] == whole.logprobs.text_offset
     at = 0
     for chunk in chunks:
         assert all(at <= offset <= at + len(chunk.text) for offset in chunk.logprobs.text_offset)
