@@ -106,11 +106,12 @@ def _models(service: Service) -> dict[str, Any]:
     if not service.host.facts:
         raise service.not_ready()
     facts = service.host.facts
-    names = ("context", "trained_depth", "validated_depth", "vocab_size", "slots")
+    names = ("context", "trained_depth", "validated_depth", "max_loops", "vocab_size", "slots")
+    rules = ["none", *(each for each in facts["rules"] if each != "none")]
     model = {
         "id": service.model, "object": "model", "created": service.created,
         "owned_by": "open-mythos", "max_model_len": facts["context"],
-        "exit_rules": ["none", *(x for x in facts["rules"] if x != "none")], "system_fingerprint": service.fingerprint,
+        "exit_rules": rules, "system_fingerprint": service.fingerprint,
         **{name: facts.get(name) for name in names},
     }  # fmt: skip
     return {"object": "list", "data": [model]}

@@ -20,8 +20,9 @@ from open_mythos.inference.request import (
 
 FACTS: dict[str, Any] = {
     "vocab_size": 320, "context": 256, "trained_depth": 8, "validated_depth": (2, 12),
-    "rules": ["gate", "change", "acceleration"], "gate_threshold": 0.8, "slots": 8, "pages": 64, "max_loops": 16,
-    "loop_tokens_per_s": 1000.0, "fingerprint": "ab" * 32, "exact": True, "dense": False,
+    "rules": ["none", "gate", "change", "acceleration"], "gate_threshold": 0.8, "slots": 8,
+    "pages": 64, "max_loops": 16, "loop_tokens_per_s": 1000.0, "fingerprint": "ab" * 32,
+    "exact": True, "dense": False,
 }  # fmt: skip
 
 
