@@ -156,10 +156,12 @@ class Engine:
         work = self.scheduler.plan(self._clock())
         events = self._move(work)
         entering: list[Sequence] = []
+        # before the chunk: a dense model's new row would be in the edge without having entered
+        rows = self.scheduler.edge()
         if work.chunk is not None:
             with self._timed("prefill"):
                 events += self._prefill(work.chunk, entering)
-        if rows := self.scheduler.edge():
+        if rows:
             with self._timed("edge"):
                 for sequence, chosen in self.runner.leave(rows):
                     events += self._commit(sequence, chosen, self.scheduler.left, entering)
