@@ -21,6 +21,7 @@ import torch
 
 from open_mythos.checks import check_count, check_number
 from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.inference.batch import Chosen
 from open_mythos.inference.offline import Completion, Prompts, generate_all
 from open_mythos.inference.pages import PAGE, Layout
 from open_mythos.inference.request import (
@@ -32,7 +33,7 @@ from open_mythos.inference.request import (
     Started,
     Token,
 )
-from open_mythos.inference.runner import Chosen, Runner
+from open_mythos.inference.runner import Runner
 from open_mythos.inference.scheduler import CHUNK_LOOP_TOKENS, Scheduler
 from open_mythos.inference.sequence import Chunk, Sequence, Work
 from open_mythos.model.causal_lm import CausalLM

@@ -13,13 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from open_mythos.inference.levels import Groups, LevelCache, LevelRows
+from open_mythos.inference.batch import (
+    Batch,
+    Choice,
+    Chosen,
+    Saved,
+    Scored,
+    read_choices,
+    runs,
+)
+from open_mythos.inference.levels import LevelCache, LevelRows
 from open_mythos.inference.pages import Layout
 from open_mythos.inference.request import RULES, Request
 from open_mythos.inference.sequence import Chunk, Sequence
@@ -38,57 +45,6 @@ from open_mythos.ops.sampling import log_probabilities
 TILE = 16
 """Rows of a batch in exact mode, and granularity of batches in half precision on a CPU, where
 every new number of rows compiles a kernel."""
-
-
-Scored = tuple[float | None, tuple[tuple[int, float], ...]]
-"""Log-probability of a token, and the most likely tokens with theirs."""
-
-
-class Chosen(NamedTuple):
-    """The next token of a row."""
-
-    token: int
-    loops: int
-    """Loops that the row ran to choose it."""
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
-    """Most likely tokens and their log-probabilities."""
-    finite: bool
-    """Whether all logits were finite."""
-
-
-class Saved(NamedTuple):
-    """A sequence that was taken out of its slot."""
-
-    state: list[Tensor]
-    counts: list[int]
-    """Pages of each level."""
-    entries: Tensor
-    """Content of the pages, level by level."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows that are computed together: dummies first, then sequences, by number of pages."""
-
-    sequences: list[Sequence]
-    slots_R: Tensor
-    groups: Groups | None
-
-    @property
-    def n_dummies(self) -> int:
-        """Rows that pad the batch."""
-        return len(self.slots_R) - len(self.sequences)
-
-    @property
-    def requests(self) -> list[Request]:
-        """Requests of the rows that are not dummies."""
-        return [sequence.request for sequence in self.sequences]
-
-    @property
-    def kinds(self) -> list[str]:
-        """Exit rules of the rows."""
-        return sorted({request.rule for request in self.requests})
 
 
 class Runner:
@@ -125,13 +81,25 @@ class Runner:
             torch.arange(context, device=self._device), cfg.rope_dim, cfg.rope_theta
         )
         self._prompts: dict[int, KVCache] = {}
+        self._bias_BV: Tensor | None = None
         self._whole_tiles = exact or (self._device.type == "cpu" and dtype != torch.float32)
 
     def place(self, sequence: Sequence) -> None:
         """Give a sequence its slot; its prompt has still to run."""
         assert sequence.slot is not None
         self.cache.assign(sequence.slot, sequence.pages)
-        self.slots.place(sequence.slot, sequence.request, RULES.index(sequence.request.rule))
+        self.place_request(sequence.slot, sequence.request)
+
+    def place_request(self, slot: int, request: Request) -> None:
+        """Set what a slot's rows depend on besides the cache."""
+        self.slots.place(slot, request, RULES.index(request.rule))
+        if request.logit_bias and self._bias_BV is None:
+            shape = len(self.slots.phase), self.model.cfg.vocab_size
+            self._bias_BV = torch.zeros(shape, device=self._device)
+        if self._bias_BV is not None:
+            self._bias_BV[slot] = 0
+            for token, value in request.logit_bias:
+                self._bias_BV[slot, token] = value
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended: its slot is computed no longer."""
@@ -194,8 +162,8 @@ class Runner:
             loops = int(trace.exits[0, -1])
         slots_1 = torch.tensor([slot], device=self._device)
         self.slots.t[slot], self.slots.phase[slot] = loops, WAITING
-        batch = Batch([sequence], slots_1, None)
-        (chosen,) = self._choose(batch, self.model.head(hidden_1TD[:, -1]))
+        batch = Batch(slots_1, [request], [sequence])
+        (chosen,) = read_choices(batch, self.choose(batch, self.model.head(hidden_1TD[:, -1])))
         return chosen, scores
 
     def _score(self, request: Request, chunk: Chunk, hidden_1TD: Tensor) -> list[Scored]:
@@ -207,20 +175,20 @@ class Runner:
         n_top = request.logprobs or 0
         scored = log_probabilities(logits_TV, target.to(self._device), n_top)
         rows = zip(*(x.tolist() for x in scored), strict=True)
-        return [_scored(n_top, *row) for row in rows]
+        return [scored(n_top, *row) for row in rows]
 
     @torch.no_grad()
     def enter(self, sequences: Rows[Sequence]) -> None:
         """Start the newest token of every sequence: embedding, prelude, h_0."""
         for batch in self._batches(sequences):
-            self._enter(batch)
+            self.enter_rows(batch)
 
     @torch.no_grad()
     def loop(self, sequences: Rows[Sequence]) -> list[Sequence]:
         """Run one loop of every sequence; return those that are done with their token's loops."""
         stopped = []
         for batch in self._batches(sequences):
-            stops = self._loop(batch)[batch.n_dummies :].tolist()
+            stops = self.loop_rows(batch)[batch.n_dummies :].tolist()
             stopped += [s for s, stop in zip(batch.sequences, stops, strict=True) if stop]
         return stopped
 
@@ -229,34 +197,34 @@ class Runner:
         """Run coda and head of every sequence and choose its next token."""
         left: list[tuple[Sequence, Chosen]] = []
         for batch in self._batches(sequences):
-            left += zip(batch.sequences, self._choose(batch, self._logits(batch)), strict=True)
+            left += zip(batch.sequences, read_choices(batch, self.leave_rows(batch)), strict=True)
         return left
 
-    def _enter(self, batch: Batch) -> None:
+    def enter_rows(self, batch: Batch) -> None:
+        """Start the newest token of the rows that wait."""
         slots_R, state = batch.slots_R, self.slots
         real_R = state.phase[slots_R] == WAITING
         state.position[slots_R] += real_R
-        ctx = self._context(batch, real_R)
-        token_R1 = state.token[slots_R].unsqueeze(1)
-        state.ids[slots_R, state.position[slots_R]] = torch.where(
-            real_R, token_R1[:, 0], state.ids[slots_R, state.position[slots_R]]
+        position_R, token_R = state.position[slots_R], state.token[slots_R]
+        state.ids[slots_R, position_R] = torch.where(
+            real_R, token_R, state.ids[slots_R, position_R]
         )
-        state.left[slots_R] -= real_R.long()
-        e_R1D = self.model.embed(token_R1, ctx)
-        if self._recurrent is None:
-            state.h[slots_R] = e_R1D
-            return
+        ctx = self._context(batch, real_R)
+        e_R1D = self.model.embed(token_R.unsqueeze(1), ctx)
         kept = real_R.view(-1, 1, 1)
+        if self._recurrent is None:
+            state.h[slots_R] = torch.where(kept, e_R1D, state.h[slots_R])
+            return
         h_R1D = self._recurrent.initial_state(e_R1D, ctx)
         drive_R1D = self._recurrent.injection.drive(e_R1D)
         state.h[slots_R] = torch.where(kept, h_R1D, state.h[slots_R])
         state.drive[slots_R] = torch.where(kept, drive_R1D, state.drive[slots_R])
-        state.t[slots_R] *= (~real_R).long()
+        state.t[slots_R] *= ~real_R
         state.phase[slots_R] = torch.where(real_R, LOOPING, state.phase[slots_R])
-        self.rules.begin(slots_R, batch.kinds)
+        self.rules.begin(slots_R, batch.kinds, real_R)
 
-    def _loop(self, batch: Batch) -> Tensor:
-        """Run one loop; return (R,) true where a row is done with its loops."""
+    def loop_rows(self, batch: Batch) -> Tensor:
+        """Run a loop of the rows that loop; return (R,) true where one is done with its loops."""
         assert self._recurrent is not None
         slots_R, state = batch.slots_R, self.slots
         real_R = state.phase[slots_R] == LOOPING
@@ -274,54 +242,36 @@ class Runner:
         state.phase[slots_R] = torch.where(done_R, WAITING, state.phase[slots_R])
         return done_R
 
-    def _logits(self, batch: Batch) -> Tensor:
-        """Run the coda and return the logits (R, V) of a batch."""
+    def leave_rows(self, batch: Batch) -> Choice:
+        """Run the coda of the rows that wait, and choose their next token."""
         slots_R, state = batch.slots_R, self.slots
-        real_R = state.phase[slots_R] == WAITING
-        ctx = self._context(batch, real_R)
+        ctx = self._context(batch, state.phase[slots_R] == WAITING)
         hidden_R1D = self.model.final_hidden(state.h[slots_R], ctx)
         if self._recurrent is not None:
             assert isinstance(ctx.cache, LevelRows)
             self.cache.copy_on_exit(ctx.cache, state.t[slots_R], state.most[slots_R])
-        return self.model.head(hidden_R1D)[:, 0]
+        return self.choose(batch, self.model.head(hidden_R1D)[:, 0])
 
-    def _choose(self, batch: Batch, logits_RV: Tensor) -> list[Chosen]:
-        """Choose the next token of every row; return those of the sequences."""
-        slots_R, state, requests = batch.slots_R, self.slots, batch.requests
+    def choose(self, batch: Batch, logits_RV: Tensor) -> Choice:
+        """Choose the next token of the rows that wait; those that end are free."""
+        slots_R, state = batch.slots_R, self.slots
         logits_RV = logits_RV.float()
-        real_R = state.phase[slots_R] == WAITING
-        sampling = state.sampling(slots_R, requests)
-        token_R = sampling.choose(
-            logits_RV, state.ids[slots_R], state.n_prompt[slots_R], state.key[slots_R],
-            state.draw[slots_R], self._bias(batch, logits_RV.shape[1]),
+        real_R, draw_R = state.phase[slots_R] == WAITING, state.draw[slots_R]
+        biased = self._bias_BV is not None and any(each.logit_bias for each in batch.requests)
+        token_R = state.sampling(slots_R, batch.requests).choose(
+            logits_RV, state.ids[slots_R], state.n_prompt[slots_R], state.key[slots_R], draw_R,
+            self._bias_BV[slots_R] if biased and self._bias_BV is not None else None,
         )  # fmt: skip
+        ends_R = (token_R.unsqueeze(1) == state.ends[slots_R]).any(1)
+        ends_R = (ends_R | (draw_R + 1 >= state.max_tokens[slots_R])) & real_R
         state.token[slots_R] = torch.where(real_R, token_R, state.token[slots_R])
-        state.draw[slots_R] += real_R
-        skip = batch.n_dummies
-        columns = [token_R, state.t[slots_R], logits_RV.isfinite().all(1)]
-        token, loops, finite = (x[skip:].tolist() for x in columns)
-        wanted = [request.logprobs for request in requests]
-        n_top = max((n for n in wanted if n is not None), default=None)
-        if n_top is None:
-            return [
-                Chosen(*row[:2], None, (), row[2]) for row in zip(token, loops, finite, strict=True)
-            ]
-        logprob_R, top_RK, value_RK = log_probabilities(logits_RV, token_R, n_top)
-        own, ids, values = (x[skip:].tolist() for x in (logprob_R, top_RK, value_RK))
-        return [
-            Chosen(token[i], loops[i], *_scored(n, own[i], ids[i], values[i]), finite[i])
-            for i, n in enumerate(wanted)
-        ]
-
-    def _bias(self, batch: Batch, n_tokens: int) -> Tensor | None:
-        """Return (R, V) what is added to the logits, or None."""
-        if not any(request.logit_bias for request in batch.requests):
-            return None
-        bias_RV = torch.zeros(len(batch.slots_R), n_tokens)
-        for row, request in enumerate(batch.requests, batch.n_dummies):
-            for token, value in request.logit_bias:
-                bias_RV[row, token] = value
-        return bias_RV.to(self._device)
+        state.draw[slots_R] = draw_R + real_R
+        state.phase[slots_R] = torch.where(ends_R, FREE, state.phase[slots_R])
+        wanted = [each.logprobs for each in batch.requests if each.logprobs is not None]
+        scores: tuple[Tensor | None, ...] = (None, None, None)
+        if wanted:
+            scores = log_probabilities(logits_RV, token_R, max(wanted))
+        return Choice(real_R, token_R, state.t[slots_R], logits_RV.isfinite().all(1), *scores)
 
     def _context(self, batch: Batch, real_R: Tensor) -> Context:
         """Return positions and cache of the rows' current tokens."""
@@ -331,7 +281,7 @@ class Runner:
             rope=self._rope_rows[:, position_R].unsqueeze(2),
             mask=None,
             columns=Columns(0),
-            cache=self.cache.at(batch.slots_R, position_R, real_R, batch.groups),
+            cache=self.cache.at(batch.slots_R, position_R, real_R, batch.groups, batch.n_blocks),
             exact=self.exact,
         )
 
@@ -345,24 +295,8 @@ class Runner:
             pad = -len(some) % TILE if self._whole_tiles else 0
             slots = [self._dummy] * pad + [s.slot for s in some]
             pages = [1] * pad + [s.position // page + 1 for s in some]
-            groups = tuple(_runs(pages))
-            yield Batch(some, torch.tensor(slots, device=self._device), groups)
-
-
-def _runs(pages: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, end row, pages) of the runs of equal numbers."""
-    start = 0
-    for end in range(1, len(pages) + 1):
-        if end == len(pages) or pages[end] != pages[start]:
-            yield start, end, pages[start]
-            start = end
-
-
-def _scored(n: int | None, own: float, ids: list[int], values: list[float]) -> Scored:
-    """Return a row's log-probability and its ``n`` alternatives, or nothing."""
-    if n is None:
-        return None, ()
-    return own, tuple(zip(ids[:n], values[:n], strict=True))
+            slots_R = torch.tensor(slots, device=self._device)
+            yield Batch(slots_R, [s.request for s in some], some, tuple(runs(pages)))
 
 
 def _no_predictions() -> Tensor:

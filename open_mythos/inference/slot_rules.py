@@ -41,13 +41,13 @@ class SlotRules:
             for kind, memory in self._begin.items()
         }
 
-    def begin(self, slots_R: Tensor, kinds: Collection[str]) -> None:
-        """Reset the memory of rows whose token is at its first loop."""
+    def begin(self, slots_R: Tensor, kinds: Collection[str], real_R: Tensor) -> None:
+        """Reset the memory of the real rows, whose token is at its first loop."""
         for kind in kinds:
-            for kept, fresh in zip(
-                self._memory.get(kind, ()), self._begin.get(kind, ()), strict=True
-            ):
-                kept[slots_R] = fresh
+            kept, fresh = self._memory.get(kind, ()), self._begin.get(kind, ())
+            for tensor, value in zip(kept, fresh, strict=True):
+                real = real_R.view(-1, *[1] * (tensor.dim() - 1))
+                tensor[slots_R] = torch.where(real, value, tensor[slots_R])
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors with a row per slot."""

@@ -45,8 +45,8 @@ class Slots:
     """The current token."""
     draw: Tensor
     """Number of earlier draws."""
-    left: Tensor
-    """New tokens still allowed."""
+    max_tokens: Tensor
+    """New tokens that end the request."""
     key: Tensor
     """Random key of the draws."""
     age: Tensor
@@ -107,8 +107,8 @@ class Slots:
         self.numbers[slot] = torch.tensor([*request.numbers, 0.0, 0.0][:2])
         values = {
             "phase": FREE, "t": 0, "most": request.max_loops, "least": request.min_loops,
-            "position": n_prompt - 1, "draw": 0, "left": request.max_tokens, "key": request.key,
-            "n_prompt": n_prompt, "rule": rule,
+            "position": n_prompt - 1, "n_prompt": n_prompt, "max_tokens": request.max_tokens,
+            "draw": 0, "key": request.key, "rule": rule,
             **{name: getattr(request, name) for name in SAMPLING},
         }  # fmt: skip
         for name, value in values.items():
