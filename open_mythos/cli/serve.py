@@ -78,7 +78,9 @@ def serve(
         policy=DepthPolicy(exit_rule, allow_unvalidated_depth, limits.loops), keys=keys,
         version=open_mythos.__version__,
     )  # fmt: skip
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
+    # of our own alone: at INFO and below, others write addresses and what they send
+    logging.getLogger("open_mythos").setLevel(logging.INFO)
     return asyncio.run(
         serve_until_signal(
             service, listen(host, port), drain_seconds=drain_seconds, port_file=port_file

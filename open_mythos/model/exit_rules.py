@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_count, check_number
 from open_mythos.errors import ConfigError
+from open_mythos.model.exit_syntax import parse_exit
 from open_mythos.model.layers.halting import ACTHalting
 
 Memory = tuple[Tensor, ...]
@@ -255,18 +256,11 @@ def _gate(model: nn.Module, threshold: float | None = None) -> GateExit:
     return GateExit(gates[0], gates[0].threshold if threshold is None else threshold)
 
 
-EXIT_RULES: dict[str, tuple[Callable[..., BatchedRule], tuple[type, ...], str]] = {
-    "fixed": (FixedDepth, (int,), "fixed:LOOPS"),
-    "gate": (GateExit, (float,), "gate or gate:THRESHOLD"),
-    "kl": (KLExit, (float, float), "kl, kl:KL or kl:KL,ENTROPY"),
-    "change": (StateChange, (float,), "change or change:THRESHOLD"),
-    "acceleration": (
-        Acceleration, (float, int),
-        "acceleration, acceleration:THRESHOLD or acceleration:THRESHOLD,HITS",
-    ),
-    "stable": (ArgmaxStable, (int,), "stable or stable:HITS"),
+EXIT_RULES: dict[str, Callable[..., BatchedRule]] = {
+    "fixed": FixedDepth, "gate": GateExit, "kl": KLExit, "change": StateChange,
+    "acceleration": Acceleration, "stable": ArgmaxStable,
 }  # fmt: skip
-"""Name -> rule, types of its parameters, syntax; "gate" also takes the gate of the model."""
+"""Name -> rule; "gate" also takes the gate of the model. How they are written: ``EXIT_SYNTAX``."""
 
 
 def exit_rule(text: str, model: nn.Module) -> BatchedRule:
@@ -275,22 +269,5 @@ def exit_rule(text: str, model: nn.Module) -> BatchedRule:
     Raises:
         ConfigError: The name is unknown, or a parameter is invalid.
     """
-    name, _, numbers = text.partition(":")
-    if name in EXIT_RULES:
-        make, kinds, _ = EXIT_RULES[name]
-        given = numbers.split(",") if numbers else []
-        try:
-            values = [kind(each) for kind, each in zip(kinds, given, strict=False)]
-            if len(given) <= len(kinds) and (values or name != "fixed"):
-                return _gate(model, *values) if name == "gate" else make(*values)
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise ConfigError(
-                    error.what, where=f"exit rule (--exit) {text!r}", value=error.value,
-                    allowed=error.allowed, fix=error.fix.replace("the argument", "in --exit"),
-                ) from error  # fmt: skip
-    raise ConfigError(
-        "not an exit rule", where="exit rule (--exit)", value=text,
-        allowed="; ".join(form for _, _, form in EXIT_RULES.values()),
-        fix="write the name, a colon, and its numbers separated by commas",
-    )  # fmt: skip
+    name, numbers = parse_exit(text, "exit rule (--exit)")
+    return _gate(model, *numbers) if name == "gate" else EXIT_RULES[name](*numbers)

@@ -53,18 +53,16 @@ def parse_exit(text: str, where: str) -> tuple[str, tuple[float, ...]]:
     """
     name, colon, rest = text.partition(":")
     given = rest.split(",") if colon else []
-    if (
-        name in EXIT_SYNTAX
-        and len(given) <= len(EXIT_SYNTAX[name][0])
-        and (given or name != "fixed")
-    ):
+    numbers = EXIT_SYNTAX[name][0] if name in EXIT_SYNTAX else ()
+    if numbers and len(given) <= len(numbers) and (given or name != "fixed"):
         try:
-            numbers = zip(EXIT_SYNTAX[name][0], given, strict=False)
-            return name, tuple(check(each, each.kind(word), where) for each, word in numbers)
-        except ConfigError:
-            raise
+            values = [each.kind(word) for each, word in zip(numbers, given, strict=False)]
         except ValueError:
             pass
+        else:
+            for number, value in zip(numbers, values, strict=False):
+                check(number, value, where)
+            return name, tuple(values)
     raise ConfigError(
         "not an exit rule", where=where, value=text,
         allowed="; ".join(form for _, form in EXIT_SYNTAX.values()),
@@ -72,13 +70,18 @@ def parse_exit(text: str, where: str) -> tuple[str, tuple[float, ...]]:
     )  # fmt: skip
 
 
-def check(number: Number, value: float, where: str) -> float:
-    """Return ``value`` if it is within the bounds of ``number``; raise a ConfigError otherwise."""
-    place = f"{number.name} of {where}"
-    if number.kind is int:
-        return check_count(place, value)
-    check_number(place, value, **number.bounds)
-    return value
+def check(number: Number, value: float, where: str) -> None:
+    """Raise a ConfigError unless ``value`` is within the bounds of ``number``."""
+    try:
+        if number.kind is int:
+            check_count(number.name, value)
+        else:
+            check_number(number.name, value, **number.bounds)
+    except ConfigError as error:
+        raise ConfigError(
+            error.what, where=where, value=value, allowed=error.allowed,
+            fix=f"correct {number.name} in {where}",
+        ) from error  # fmt: skip
 
 
 def complete(name: str, given: tuple[float, ...], gate: float | None) -> tuple[float, ...]:

@@ -176,7 +176,7 @@ class TestGenerate:
             ("generate", "MODEL", "x", "--exit", "kl", "--min_loops", "99", "--tokenizer", "byte"),
             "at most",
         ),
-        (("evaluate", "MODEL", "--exit", "kl:0"), "correct in --exit kl"),
+        (("evaluate", "MODEL", "--exit", "kl:0"), "correct kl in exit rule (--exit)"),
         (("evaluate", "MODEL", "--exit", "kl", "--depths", "[1,2]"), "--depths"),
         (("evaluate", "MODEL", "--n_loops", "3"), "only an exit rule reads this"),
         (("evaluate", "MODEL", "--repeats", "3"), "only an exit rule reads this"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from importlib import resources
 from typing import Any
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from open_mythos.inference.server.errors import CLOSED, LOG, ApiError, log_bug, to_json
-from open_mythos.inference.server.routes import ClientGone, make_routes
+from open_mythos.inference.server.routes import ClientGone, add_routes
 from open_mythos.inference.server.service import Service
 
 OPEN_PATHS = ("/", "/health", "/health/live", "/health/ready")
@@ -26,8 +27,8 @@ def make_app(service: Service, page: str | None = None) -> FastAPI:
         service: What the routes share.
         page: HTML of the start page; by default the package's ``page.html``, if there is one.
     """
-    app = FastAPI(title="OpenMythos", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(make_routes(service, read_page() if page is None else page))
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    add_routes(app, service, read_page() if page is None else page)
     app.add_exception_handler(HTTPException, _routing_error)
     app.add_exception_handler(ApiError, _api_error)
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
@@ -130,7 +131,8 @@ class Gate:
         if status in (429, 503):
             metrics.rejected.labels(outcome).inc()
         method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD") else "other"
-        LOG.info("%s %s %d %s %.3f s", method, route, status, outcome, seconds)
+        level = logging.DEBUG if route in OPEN_PATHS and status < 500 else logging.INFO
+        LOG.log(level, "%s %s %d %s %.3f s", method, route, status, outcome, seconds)
 
 
 async def _hang_up(scope: Scope) -> None:

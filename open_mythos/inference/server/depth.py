@@ -90,15 +90,10 @@ class DepthPolicy:
             return "none", (), None
         try:
             name, given = parse_exit(text, "exit_rule")
-            if body.exit_threshold is not None:
-                if name == "fixed":
-                    raise invalid("exit_threshold", "fixed has no threshold")
-                given = (
-                    check(EXIT_SYNTAX[name][0][0], body.exit_threshold, "exit_rule"),
-                    *given[1:],
-                )
         except ConfigError as error:
-            raise from_mythos(error, error_field(error, body)) from None
+            raise from_mythos(error, "exit_rule") from None
+        if body.exit_threshold is not None:
+            given = (_threshold(name, body.exit_threshold), *given[1:])
         if name == "fixed":
             return "none", (), int(given[0])
         _check_served(name, facts)
@@ -123,10 +118,15 @@ def check_default(rule: str) -> None:
         )  # fmt: skip
 
 
-def error_field(error: ConfigError, body: Common) -> str:
-    """Return the field at fault: the threshold, if it was given apart from the rule."""
-    apart = body.exit_threshold is not None and error.value == body.exit_threshold
-    return "exit_threshold" if apart else "exit_rule"
+def _threshold(name: str, value: float) -> float:
+    """Return the threshold that was given apart from its rule."""
+    if name == "fixed":
+        raise invalid("exit_threshold", "fixed has no threshold")
+    try:
+        check(EXIT_SYNTAX[name][0][0], value, "exit_threshold")
+    except ConfigError as error:
+        raise from_mythos(error, "exit_threshold") from None
+    return value
 
 
 def _check_served(name: str, facts: Mapping[str, Any]) -> None:

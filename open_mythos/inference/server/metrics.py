@@ -25,35 +25,44 @@ _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _LONG = (*_SHORT[2:], 5, 10, 30, 60, 120, 300)
 _LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
-_GAUGES = {
-    "slots": ("slots", "Places for running sequences.", {}),
-    "slots_used": ("slots_used", "Running sequences.", {}),
-    "tick_rows": ("tick_rows", "Rows of the last tick.", {}),
-    "edge_rows": ("edge_rows", "Rows of the last edge.", {}),
-    **{
-        f"pages_{state}": ("pages", "Pages of the cache.", {"state": state})
+_SLOTS = (("slots", "Places for running sequences."), ("slots_used", "Running sequences."))
+_Row = tuple[str, str, dict[str, str], str]
+
+_GAUGES: tuple[_Row, ...] = (
+    *((name, text, {}, name) for name, text in _SLOTS),
+    *(
+        ("pages", "Pages of the cache.", {"state": state}, f"pages_{state}")
         for state in ("free", "cached", "held")
-    },
-    "last_tick_timestamp": (
-        "engine_last_tick_timestamp_seconds", "When the last tick ended, Unix time.", {},
     ),
-}  # fmt: skip
-_COUNTERS = {
-    "loops_prefill": ("loops", "Loops run, by phase, in tokens.", {"phase": "prefill"}),
-    "loops_decode": ("loops", "Loops run, by phase, in tokens.", {"phase": "decode"}),
-    "prefix_hit_tokens": ("prefix_tokens", "Prompt tokens, by cache result.", {"result": "hit"}),
-    "prefix_miss_tokens": ("prefix_tokens", "Prompt tokens, by cache result.", {"result": "miss"}),
-    "preemptions": ("preemptions", "Sequences taken out to make room.", {}),
-    "ledger_violations": ("ledger_violations", "Books that did not balance.", {}),
-}
-_STAGES = ("loop", "edge", "prefill", "host")
+    (
+        "engine_last_tick_timestamp_seconds", "When the last tick ended, Unix time.", {},
+        "last_tick_timestamp",
+    ),
+)  # fmt: skip
+"""Name, text, labels, key of the heartbeat."""
+_COUNTERS: tuple[_Row, ...] = (
+    ("loops", "Loop-tokens run, by phase.", {"phase": "prefill"}, "prefill_loops"),
+    ("loops", "Loop-tokens run, by phase.", {"phase": "decode"}, "decode_loops"),
+    ("prefix_tokens", "Prompt tokens, by cache result.", {"result": "hit"}, "prefix_hit_tokens"),
+    ("prefix_tokens", "Prompt tokens, by cache result.", {"result": "miss"}, "prefix_miss_tokens"),
+    ("preemptions", "Sequences taken out to make room.", {}, "preemptions"),
+    ("ledger_violations", "Books that did not balance.", {}, "ledger_violations"),
+)  # fmt: skip
+_SUMMARIES: tuple[tuple[str, str, dict[str, str], tuple[str, str]], ...] = (
+    ("tick_seconds", "Time by stage.", {"stage": "loop"}, ("loop_ticks", "loop_seconds")),
+    ("tick_seconds", "Time by stage.", {"stage": "edge"}, ("edges", "edge_seconds")),
+    ("tick_seconds", "Time by stage.", {"stage": "prefill"}, ("prefills", "prefill_seconds")),
+    ("tick_rows", "Rows per loop.", {}, ("loop_ticks", "loop_rows")),
+    ("edge_rows", "Rows per edge.", {}, ("edges", "edge_rows")),
+)
+"""Name, text, labels, keys of count and sum."""
 
 
 class BeatCollector(Collector):
-    """Turns the newest heartbeat of the engine into metrics.
+    """Turns the newest heartbeat of the engine into metrics; absent keys are left out.
 
-    Its keys are those of the tables above, and ``tick_seconds_STAGE_sum`` and ``_count``; keys
-    that are absent are left out.
+    Args:
+        beat: Returns the heartbeat.
     """
 
     def __init__(self, beat: Callable[[], Mapping[str, Any]]) -> None:
@@ -63,18 +72,20 @@ class BeatCollector(Collector):
         """Yield one family for each name that the heartbeat has."""
         beat = self._beat()
         families: dict[str, Any] = {}
-        for table, kind in ((_GAUGES, GaugeMetricFamily), (_COUNTERS, CounterMetricFamily)):
-            for key, (name, text, labels) in table.items():
-                if key in beat:
-                    family = families.setdefault(name, kind(PREFIX + name, text, labels=[*labels]))
-                    family.add_metric([*labels.values()], float(beat[key]))
+
+        def add(kind: Any, name: str, text: str, labels: dict[str, str], *keys: str) -> None:
+            if all(key in beat for key in keys):
+                make = kind(PREFIX + name, text, labels=[*labels])
+                family = families.setdefault(name, make)
+                family.add_metric([*labels.values()], *(float(beat[key]) for key in keys))
+
+        for gauge in _GAUGES:
+            add(GaugeMetricFamily, *gauge)
+        for counter in _COUNTERS:
+            add(CounterMetricFamily, *counter)
+        for name, text, labels, keys in _SUMMARIES:
+            add(SummaryMetricFamily, name, text, labels, *keys)
         yield from families.values()
-        ticks = SummaryMetricFamily(PREFIX + "tick_seconds", "Time of ticks.", labels=["stage"])
-        for stage in _STAGES:
-            count, total = (beat.get(f"tick_seconds_{stage}_{x}") for x in ("count", "sum"))
-            if count is not None and total is not None:
-                ticks.add_metric([stage], count, total)
-        yield ticks
 
 
 class Metrics:

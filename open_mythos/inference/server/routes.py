@@ -9,7 +9,7 @@ import re
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
@@ -42,50 +42,48 @@ def json_response(content: Any, status: int = 200) -> Response:
     return Response(to_json(content), status, media_type="application/json")
 
 
-def make_routes(service: Service, page: str | None) -> APIRouter:
-    """Return the routes.
+def add_routes(app: FastAPI, service: Service, page: str | None) -> None:
+    """Add all routes to the application.
 
     Args:
-        service: What they share.
+        app: The application.
+        service: What the routes share.
         page: HTML of the start page, if there is one.
     """
-    router = APIRouter(redirect_slashes=False)
 
-    @router.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> Response:
         return await _generate(service, request, CompletionRequest)
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request) -> Response:
         return await _generate(service, request, ChatRequest)
 
-    @router.get("/v1/models", response_model=None)
+    @app.get("/v1/models", response_model=None)
     async def models() -> Response:
         return json_response(_models(service))
 
-    @router.get("/health/live", response_model=None)
+    @app.get("/health/live", response_model=None)
     async def live() -> Response:
         return json_response({"status": "live"})
 
-    @router.get("/health", response_model=None)
-    @router.get("/health/ready", response_model=None)
+    @app.get("/health", response_model=None)
+    @app.get("/health/ready", response_model=None)
     async def ready() -> Response:
         if not service.is_ready:
             raise service.not_ready()
         return json_response({"status": "ready"})
 
-    @router.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)
 
     if page is not None:
         headers = {"Content-Security-Policy": policy_of(page), "X-Content-Type-Options": "nosniff"}
 
-        @router.get("/", response_model=None)
+        @app.get("/", response_model=None)
         async def start_page() -> Response:
             return Response(page, headers=headers, media_type="text/html; charset=utf-8")
-
-    return router
 
 
 def policy_of(page: str) -> str:
