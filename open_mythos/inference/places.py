@@ -84,13 +84,13 @@ class Places:
         sequence.slot, self.slots[slot] = slot, sequence
         return True
 
-    def share(self, sequence: Sequence, hits: tuple[bytes, ...], start: int = 0) -> None:
-        """Let the pages of units ``start`` and following be those of the entered units ``hits``.
+    def share(self, sequence: Sequence, hits: tuple[bytes, ...]) -> None:
+        """Let the first pages be those of the entered units ``hits``.
 
         A sequence that has pages of its own there gives them back.
         """
         per_unit = sequence.unit // self.layout.page
-        for k, key in enumerate(hits[start:], start):
+        for k, key in enumerate(hits):
             own, pages = self.unit(sequence, k), self.pages.hold(key)
             for level, row in enumerate(sequence.pages):
                 row[k * per_unit : (k + 1) * per_unit] = pages[
@@ -125,9 +125,7 @@ class Places:
         allowed = (
             each
             for each in self.running()
-            if each.preemptions < MOST_PREEMPTIONS
-            and each.serial >= sequence.serial
-            and not each.between
+            if each.preemptions < MOST_PREEMPTIONS and not each.between
         )
         return max(allowed, key=lambda each: each.serial, default=sequence)
 

@@ -213,7 +213,7 @@ class Scheduler:
         phases = Counter(each.phase for each in self.places.running())
         waiting, looping = phases[Phase.WAITING], phases[Phase.LOOPING]
         enough = max(1, math.ceil(self.edge_fraction * (waiting + looping)))
-        if looping and waiting < enough:
+        if waiting < enough:  # never when none loops, because the fraction is at most 1
             return []
         ready = [each for each in self.places.running() if each.phase is Phase.WAITING]
         return sorted(ready, key=lambda each: (each.waited_since, each.serial))
@@ -351,9 +351,8 @@ class Scheduler:
     def _begin(self, sequence: Sequence, work: Work) -> None:
         """Look again for cached units: those of prompts computed since its admission."""
         hits = self._hits(sequence)
-        known = sequence.n_cached // sequence.unit
-        if len(hits) > known:
-            self.places.share(sequence, hits, known)
+        if len(hits) * sequence.unit > sequence.n_cached:
+            self.places.share(sequence, hits)
             sequence.n_cached = sequence.n_prefilled = len(hits) * sequence.unit
             work.changed.append(sequence)
             self._settled = False

@@ -124,7 +124,7 @@ def test_histories():
 
 @pytest.mark.slow
 def test_many_histories():
-    run_state_machine_as_test(History, settings=settings(QUICK, max_examples=1000))
+    run_state_machine_as_test(History, settings=settings(QUICK, max_examples=300))
 
 
 def breaks(monkeypatch, owner, name, broken) -> None:

@@ -115,6 +115,38 @@ def test_after_three_times_it_waits_for_all_its_pages():
     engine.run()
 
 
+def test_one_that_was_taken_out_often_stays():
+    """The older one, which lacks pages, goes itself."""
+    engine = Engine(scheduler(2, 22 * LEVELS, overcommit=True))
+    old = engine.scheduler.add(request("old", [1], 60, key=1, ends=()), 0)
+    young = engine.scheduler.add(request("young", [2], 50, key=2, ends=()), 0)
+    for _ in range(MOST_PREEMPTIONS):
+        while young.phase is not Phase.LOOPING:
+            engine.step()
+        engine.scheduler.preempt("young")
+        engine.step()
+    engine.run()
+    assert young.preemptions == MOST_PREEMPTIONS
+    assert old.preemptions >= 1
+    assert set(engine.outcomes) == {"old", "young"}
+
+
+def test_the_oldest_comes_back_first():
+    """Whatever their slots were."""
+    engine = Engine(scheduler(2))
+    a, b, c = (engine.scheduler.add(request(i, [1], 60, key=ord(i), ends=()), 0) for i in "abc")
+    for _ in range(8):
+        engine.step()
+    engine.scheduler.cancel("a")
+    for _ in range(8):
+        engine.step()
+    assert (a.phase, b.slot, c.slot) == (Phase.DONE, 1, 0)
+    engine.scheduler.preempt("b")
+    engine.scheduler.preempt("c")
+    engine.step()
+    assert engine.step().swap_in == [b, c]
+
+
 @pytest.mark.parametrize("overcommit", [False, True])
 def test_taken_out_at_any_tick(overcommit):
     """In the prompt and in the loop: the request goes on where it was."""

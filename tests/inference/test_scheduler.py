@@ -130,6 +130,21 @@ def test_a_begun_prompt_is_finished_first():
     assert len(order) == 16
 
 
+def test_a_begun_prompt_comes_before_an_older_one():
+    """One that was passed by, and admitted later."""
+    engine = Engine(scheduler(n_slots=3, n_pages=40 * LEVELS))
+    engine.scheduler.add(request("first", [1], 60, ends=()), 0)
+    engine.scheduler.add(request("large", [2], 104, ends=()), 0)
+    engine.scheduler.add(request("small", [3] * 50, 2, ends=()), 0)
+    chunks: list[str] = []
+    while engine.scheduler.busy:
+        if chunk := engine.step().chunk:
+            chunks.append(chunk.sequence.request.id)
+            if chunks == ["first", "small"]:
+                engine.scheduler.cancel("first")
+    assert chunks == ["first", "small", "small", "small", "small", "large"]
+
+
 @pytest.mark.parametrize("ticks", [1, 2, 4])
 def test_loops_run_between_chunks(ticks):
     """While something loops, two chunks are at least ``ticks_per_chunk`` ticks apart."""
