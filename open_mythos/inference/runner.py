@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,8 @@ class Runner:
             torch.arange(context, device=self._device), cfg.rope_dim, cfg.rope_theta
         )
         self._prompts: dict[int, KVCache] = {}
+        self._memo: dict[Any, Any] = {}
+        """What all loops share, where shapes follow the rows: a captured step computes it."""
         self._bias_BV: Tensor | None = None
         self._whole_tiles = exact or (self._device.type == "cpu" and dtype != torch.float32)
 
@@ -89,6 +92,9 @@ class Runner:
         assert sequence.slot is not None
         self.cache.assign(sequence.slot, sequence.pages)
         self.place_request(sequence.slot, sequence.request)
+        if self._recurrent is not None:
+            with torch.no_grad():  # weights may have changed since the last request
+                self._memo = {self._recurrent.injection: self._recurrent.injection.decay()}
 
     def place_request(self, slot: int, request: Request) -> None:
         """Set what a slot's rows depend on besides the cache."""
@@ -173,8 +179,8 @@ class Runner:
             return []
         logits_TV = self.model.head(hidden_1TD[0, : len(target)])
         n_top = request.logprobs or 0
-        scored = log_probabilities(logits_TV, target.to(self._device), n_top)
-        rows = zip(*(x.tolist() for x in scored), strict=True)
+        scores = log_probabilities(logits_TV, target.to(self._device), n_top)
+        rows = zip(*(x.tolist() for x in scores), strict=True)
         return [scored(n_top, *row) for row in rows]
 
     @torch.no_grad()
@@ -283,6 +289,7 @@ class Runner:
             columns=Columns(0),
             cache=self.cache.at(batch.slots_R, position_R, real_R, batch.groups, batch.n_blocks),
             exact=self.exact,
+            memo=dict(self._memo if batch.groups is not None else {}),
         )
 
     def _batches(self, sequences: Rows[Sequence]) -> Iterator[Batch]:
