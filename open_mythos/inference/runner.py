@@ -26,6 +26,7 @@ from open_mythos.inference.batch import (
     Scored,
     read_choices,
     runs,
+    scored,
 )
 from open_mythos.inference.levels import LevelCache, LevelRows
 from open_mythos.inference.pages import Layout
@@ -85,7 +86,7 @@ class Runner:
         self._memo: dict[Any, Any] = {}
         """What all loops share, where shapes follow the rows: a captured step computes it."""
         self._bias_BV: Tensor | None = None
-        self._whole_tiles = exact or (self._device.type == "cpu" and dtype != torch.float32)
+        self._whole_tiles = exact or (self._device.type == "cpu" and weight.dtype != torch.float32)
 
     def place(self, sequence: Sequence) -> None:
         """Give a sequence its slot; its prompt has still to run."""
@@ -99,6 +100,9 @@ class Runner:
     def place_request(self, slot: int, request: Request) -> None:
         """Set what a slot's rows depend on besides the cache."""
         self.slots.place(slot, request, RULES.index(request.rule))
+        self._place_bias(slot, request)
+
+    def _place_bias(self, slot: int, request: Request) -> None:
         if request.logit_bias and self._bias_BV is None:
             shape = len(self.slots.phase), self.model.cfg.vocab_size
             self._bias_BV = torch.zeros(shape, device=self._device)
@@ -131,6 +135,7 @@ class Runner:
         )
         for tensor, value in zip(self._state(), saved.state, strict=True):
             tensor[sequence.slot] = value.to(self._device)
+        self._place_bias(sequence.slot, sequence.request)
 
     def _state(self) -> list[Tensor]:
         """Return all tensors with a row per slot."""
