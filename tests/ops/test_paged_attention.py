@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.errors import ConfigError
+from open_mythos.ops.attention import paged
 from open_mythos.ops.attention.attend import attend
 from open_mythos.ops.attention.latent import latent_attend
 from open_mythos.ops.attention.paged import PagedHistory, kv_paged, latent_paged
@@ -112,10 +113,10 @@ def test_what_no_row_sees_may_be_anything(backend, kind, dtype):
 @kinds
 @pytest.mark.usefixtures("_threads")
 def test_bits_of_a_row_do_not_depend_on_the_other_rows(kind, dtype):
-    for pages in range(1, 9):
+    for pages, page in [*((pages, 8) for pages in range(1, 9)), (3, 64), (9, 64)]:
         for rows in (1, 2, 7, 16):
-            first = (pages - 1) * 8 + 1
-            q, history = case(kind, [first + row % 8 for row in range(rows)], dtype)
+            first = (pages - 1) * page + 1
+            q, history = case(kind, [first + row % page for row in range(rows)], dtype, page)
             whole = call(kind, q, history)
             for row in {0, rows // 2, rows - 1}:
                 alone = call(kind, q[row : row + 1], some(history, row, row + 1, pages))
@@ -135,6 +136,27 @@ def test_bits_depend_on_a_width_that_is_not_the_rows_own(kind, dtype):
         return torch.equal(padded, call(kind, q, history))
 
     assert not all(same() for _ in range(20))
+
+
+@kinds
+def test_large_runs_go_in_pieces_of_the_same_bits(kind, monkeypatch):
+    q, history = case(kind, [3, 9, 12, 13, 15])
+    whole = call(kind, q, history)
+    for limit in (1, 2 * 16 * 48 * 4):
+        monkeypatch.setattr(paged, "GATHER_BYTES", limit)
+        assert torch.equal(call(kind, q, history), whole)
+
+
+@kinds
+def test_the_form_of_constant_shape_reads_nothing_on_the_host(kind):
+    """Lengths and pages may change under one captured or compiled step."""
+    q, history = case(kind, [3, 9, 30])
+    history = some(history, 0, 3, None)
+    step = torch.compile(lambda: call(kind, q, history), fullgraph=True, backend="eager")
+    step()
+    history.lengths_R.copy_(torch.tensor([8, 4, 25]))
+    history.table_RM[2] = history.table_RM[2].flip(0)
+    torch.testing.assert_close(step(), call(kind, q, history, "reference"))
 
 
 def test_groups_need_page_counts_and_names_are_known():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from open_mythos.ops.attention.latent_decode import kernel_serves, latent_decode
+from open_mythos.ops.attention.paged import decode, kernel_serves
 from open_mythos.ops.backend import pick_backend
 
 
@@ -41,7 +41,7 @@ def latent_attend(
     if backend == "auto":
         backend = "rows" if _rows_pay(entry_BSW) else "batched"
         single = q_BTHW.is_cuda and q_BTHW.shape[1] == 1
-        if single and kernel_serves(q_BTHW[:, 0], entry_BSW.unsqueeze(0), rank):
+        if single and kernel_serves(q_BTHW, entry_BSW, rank):
             backend = "triton"
     run = pick_backend("latent attention", backend, _BACKENDS)
     if causal:
@@ -117,14 +117,12 @@ def _softmax(scores_BSN: Tensor, n_new: int, mask: Tensor | None, dtype: torch.d
 
 
 def _triton(q_BTHW: Tensor, entry_BSW: Tensor, mask: Tensor | None, rank: int) -> Tensor:
-    """One kernel for scores, softmax and mixing: the history is read once."""
+    """One kernel for scores, softmax and mixing, which reads a row's history as one page."""
     batch, n_new, positions = *q_BTHW.shape[:2], entry_BSW.shape[1]
     assert n_new == 1, "the Triton kernel serves one query per row"
+    kernel_serves(q_BTHW, entry_BSW, rank, "triton")
     valid_BS = None if mask is None else mask.expand(batch, 1, 1, positions)[:, 0, 0]
-    out_BHR = latent_decode(
-        q_BTHW[:, 0], entry_BSW.unsqueeze(0), None, None, rank, valid_BS=valid_BS, backend="triton"
-    )
-    return out_BHR.unsqueeze(1)
+    return decode(q_BTHW, entry_BSW, None, None, valid_BS, rank, 1.0)
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {

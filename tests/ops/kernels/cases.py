@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from open_mythos.ops.attention.latent_decode import latent_decode
+from open_mythos.ops.attention.latent import latent_attend
+from open_mythos.ops.attention.paged import PagedHistory, kv_paged, latent_paged
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,35 +42,50 @@ def check_weight_gradient(xs: list[Tensor], grads: list[Tensor], ends: list[Tens
     return got
 
 
-def slots(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu", strided: bool = False
-) -> Tensor:
-    """(L, B, S, W) entries; strided ones are part of a larger tensor that holds rows first."""
-    n_loops, batch, positions, width = shape
-    if not strided:
-        return torch.randn(shape, device=device).to(dtype)
-    whole = torch.randn(batch, n_loops, positions + 3, width + 8, device=device).to(dtype)
-    return whole[:, :, 1:-2, :width].transpose(0, 1)
+def pages(
+    lengths: list[int], width: int, page: int, dtype: torch.dtype, device: str = "cpu"
+) -> PagedHistory:
+    """A history whose pages lie in random order, with NaN wherever no row looks."""
+    counts = [-(-length // page) for length in lengths]
+    order = (torch.randperm(sum(counts)) + 1).split(counts)
+    table = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True)
+    pool = torch.full((sum(counts) + 1, page, width), torch.nan)
+    for numbers, length in zip(order, lengths, strict=True):
+        at = torch.arange(length)
+        pool[numbers[at // page], at % page] = torch.randn(length, width)
+    return PagedHistory(pool.to(device, dtype), table.to(device), torch.tensor(lengths).to(device))
 
 
-def check_decode(
-    heads: int,
-    slots_LBSW: Tensor,
-    loops: list[int] | None,
-    lengths: list[int] | None,
-    rank: int,
-    valid_BS: Tensor | None = None,
+def check_latents(heads: int, history: PagedHistory, rank: int) -> Tensor:
+    """Assert that kernel and reference agree on latents; return the kernel's result."""
+    rows, width = len(history), history.pool_NPW.shape[-1]
+    q_RHW = queries((rows, heads, width), history.pool_NPW) / width**0.5
+    return _agree(lambda name: latent_paged(q_RHW, history, rank, name))
+
+
+def check_keys_and_values(heads: int, history: PagedHistory, kv_heads: int) -> Tensor:
+    """The same for keys and values."""
+    width = history.pool_NPW.shape[-1] // (2 * kv_heads)
+    q_RHK = queries((len(history), heads, width), history.pool_NPW)
+    return _agree(lambda name: kv_paged(q_RHK, history, kv_heads, name))
+
+
+def check_unpaged(
+    heads: int, entry_BSW: Tensor, rank: int, valid_BS: Tensor | None = None
 ) -> Tensor:
-    """Assert that kernel and reference agree; return the kernel's result."""
-    device, (_, batch, _, width) = slots_LBSW.device, slots_LBSW.shape
-    q_BHW = torch.randn(batch, heads, width, device=device).mul(3 / width**0.5).to(slots_LBSW.dtype)
-    loops_B, lengths_B = (
-        None if part is None else torch.tensor(part, device=device) for part in (loops, lengths)
-    )
-    got, expected = (
-        latent_decode(q_BHW, slots_LBSW, loops_B, lengths_B, rank, valid_BS=valid_BS, backend=name)
-        for name in ("triton", "reference")
-    )
+    """The same for one slot of contiguous latents per row."""
+    batch, positions, width = entry_BSW.shape
+    q_B1HW = queries((batch, 1, heads, width), entry_BSW) / width**0.5
+    mask = None if valid_BS is None else valid_BS.view(batch, 1, 1, positions)
+    return _agree(lambda name: latent_attend(q_B1HW, entry_BSW, mask, rank=rank, backend=name))
+
+
+def queries(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return (3 * torch.randn(shape, device=like.device)).to(like.dtype)
+
+
+def _agree(call: Callable[[str], Tensor]) -> Tensor:
+    got, expected = call("triton"), call("reference")
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
     assert error(got, expected) <= TOLERANCE[expected.dtype]
     return got

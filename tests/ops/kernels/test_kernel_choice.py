@@ -13,12 +13,12 @@ import torch
 
 from open_mythos.errors import ConfigError
 from open_mythos.ops import backend as choice
-from open_mythos.ops.attention import latent_decode as decoding
+from open_mythos.ops.attention import paged
 from open_mythos.ops.attention.latent import latent_attend
-from open_mythos.ops.attention.latent_decode import latent_decode
+from open_mythos.ops.attention.paged import kv_paged, latent_paged
 from open_mythos.ops.experts.looped_stack import Rows, Use, weight_gradient
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
-from tests.ops.kernels.cases import error, expert_rows, slots
+from tests.ops.kernels.cases import error, expert_rows, pages
 
 PACKAGE = Path(choice.__file__).parents[1]
 
@@ -27,13 +27,28 @@ def sum_up(backend: str, dtype: torch.dtype = torch.float32, loops: int = 2) -> 
     return grouped_weight_gradient(*expert_rows([[2, 1]] * loops, 4, 4, dtype), backend=backend)
 
 
-def decode(backend: str, dtype: torch.dtype = torch.float32, rank: int = 4) -> object:
-    entries = slots((1, 2, 5, rank + 2), dtype)
-    return latent_decode(entries[0, :, :2], entries, None, None, rank, backend=backend)
+def latents(backend: str, dtype: torch.dtype = torch.float32, rank: int = 4) -> object:
+    history = pages([5, 2], rank + 2, 4, dtype)
+    return latent_paged(torch.randn(2, 3, rank + 2), history, rank, backend)
 
 
-OPS = {"grouped_weight_gradient": sum_up, "latent_decode": decode}
-ops = pytest.mark.parametrize(("name", "op"), OPS.items(), ids=list(OPS))
+def keys_and_values(backend: str, dtype: torch.dtype = torch.float32, width: int = 4) -> object:
+    history = pages([5, 2], 4 * width, 4, dtype)
+    return kv_paged(torch.randn(2, 6, width), history, 2, backend)
+
+
+def contiguous(backend: str) -> object:
+    return latent_attend(torch.randn(2, 1, 3, 6), torch.randn(2, 5, 6), rank=4, backend=backend)
+
+
+OPS = {
+    "weight gradient": (sum_up, "grouped_weight_gradient", "grouped_weight_gradient: reference"),
+    "latents": (latents, "paged_decode", "paged attention: masked"),
+    "keys and values": (keys_and_values, "paged_decode", "paged attention: masked"),
+    "contiguous latents": (contiguous, "paged_decode", "latent attention: batched"),
+}
+"""By case: the op, the name of its kernel, and what serves a call on a CPU."""
+ops = pytest.mark.parametrize(("op", "kernel", "other"), OPS.values(), ids=list(OPS))
 
 
 @pytest.fixture
@@ -43,22 +58,24 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
 
 
 @ops
-def test_unknown_backend(name: str, op: Callable[..., object]) -> None:
-    with pytest.raises(ConfigError, match="auto, triton, reference"):
+def test_unknown_backend(op: Callable[..., object], kernel: str, other: str) -> None:
+    with pytest.raises(ConfigError, match="triton, reference"):
         op("cutlass")
 
 
 @ops
-def test_without_triton(name: str, op: Callable[..., object], machine) -> None:
+def test_without_triton(op: Callable[..., object], kernel: str, other: str, machine) -> None:
     machine("Triton is not installed")
     op("auto")
     with pytest.raises(ConfigError, match="Triton is not installed") as raised:
         op("triton")
-    assert name in str(raised.value)
+    assert kernel in str(raised.value)
 
 
 @ops
-def test_on_a_cpu(name: str, op: Callable[..., object], caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_cpu(
+    op: Callable[..., object], kernel: str, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("triton", reason="otherwise it is Triton that is missing")
     with pytest.raises(ConfigError, match="tensors on cpu"):
         op("triton")
@@ -66,7 +83,7 @@ def test_on_a_cpu(name: str, op: Callable[..., object], caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, logger=choice.logger.name):
         op("auto")
         op("auto")
-    assert caplog.messages == [f"{name} backend: reference"]
+    assert caplog.messages == [other.replace(":", " backend:")]
 
 
 @pytest.fixture
@@ -117,7 +134,7 @@ def test_on_a_gpu(machine, small_case) -> None:
         choice.triton_serves("op", "triton", gpu, None)
     # tensors that are not on it
     assert not kernel_serves(*expert_rows([[1, 1]], 4, 4, torch.float32)[:2])
-    assert not decoding.kernel_serves(torch.randn(2, 3, 6), slots((1, 2, 5, 6), torch.float32), 4)
+    assert not paged.kernel_serves(torch.randn(2, 1, 3, 6), torch.randn(2, 5, 6), 4)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +142,9 @@ def test_on_a_gpu(machine, small_case) -> None:
     [
         (lambda: sum_up("triton", torch.float64), "rows of torch.float64"),
         (lambda: sum_up("triton", loops=257), "257 loops"),
-        (lambda: decode("triton", torch.float64), "slots of torch.float64"),
-        (lambda: decode("triton", rank=513), "latent of 513, wider than 512"),
-        (lambda: decode("triton", torch.bfloat16, rank=1025), "wider than 1024"),
+        (lambda: latents("triton", torch.float64), "entries of torch.float64"),
+        (lambda: latents("triton", rank=513), "values of 513, wider than 512"),
+        (lambda: keys_and_values("triton", torch.bfloat16, width=1025), "wider than 1024"),
     ],
 )
 def test_what_a_kernel_cannot_serve(call: Callable[[], object], problem: str, machine) -> None:
@@ -136,28 +153,13 @@ def test_what_a_kernel_cannot_serve(call: Callable[[], object], problem: str, ma
         call()
 
 
-def test_a_decode_that_needs_a_gradient_uses_the_reference(machine) -> None:
+def test_a_call_that_needs_a_gradient_takes_no_kernel(machine) -> None:
     machine(None)
-    entries = slots((1, 2, 5, 6), torch.float32).requires_grad_()
+    entry_BSW = torch.randn(2, 5, 6).requires_grad_()
     with pytest.raises(ConfigError, match="needs a gradient"):
-        latent_decode(torch.randn(2, 3, 6), entries, None, None, 4, backend="triton")
-    latent_decode(torch.randn(2, 3, 6), entries, None, torch.tensor([0, 4]), 4).sum().backward()
-    assert entries.grad.isfinite().all()
-    assert not entries.grad[:, 0].any()  # it sees nothing
-    assert not entries.grad[:, 1, 4:].any()
-
-
-def test_mismatched_shapes_are_rejected() -> None:
-    entries, q = slots((2, 3, 5, 6), torch.float32), torch.randn(3, 2, 6)
-    three = torch.ones(3, dtype=torch.long)
-    for arguments in (
-        (q[:2], entries, None, None, 4), (q, entries[0], None, None, 4),
-        (q, entries, three[:2], None, 4), (q, entries, None, three[:1], 4),
-        (q, entries, None, None, 7), (q, entries, None, None, 0),
-        (q[..., :5], entries, None, None, 4),
-    ):  # fmt: skip
-        with pytest.raises((AssertionError, ValueError)):
-            latent_decode(*arguments)
+        latent_attend(torch.randn(2, 1, 3, 6), entry_BSW, rank=4, backend="triton")
+    latent_attend(torch.randn(2, 1, 3, 6), entry_BSW, rank=4).sum().backward()
+    assert entry_BSW.grad.isfinite().all()
 
 
 def test_nothing_imports_triton_before_a_kernel_is_used() -> None:
@@ -177,13 +179,3 @@ def test_weight_gradient_reference_equals_the_looped_stack() -> None:
     assert (
         error(grouped_weight_gradient(xs, grads, ends), weight_gradient(uses, torch.float32)) < 1e-6
     )
-
-
-def test_decode_reference_equals_latent_attention() -> None:
-    q_BHW, entries = torch.randn(3, 2, 6), slots((2, 3, 7, 6), torch.float32)
-    for row, (loop, length) in enumerate([(0, 7), (1, 4), (1, 1)]):
-        entry_BSW = entries[loop, row : row + 1, :length]
-        expected = latent_attend(q_BHW[row, None, None], entry_BSW, rank=4)[0, 0]
-        loops, lengths = torch.tensor([0, 1, 1]), torch.tensor([7, 4, 1])
-        got = latent_decode(q_BHW, entries, loops, lengths, 4)[row]
-        torch.testing.assert_close(got, expected)

@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton", reason="kernels are compiled where Triton
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
-from open_mythos.ops.kernels import latent_decode, weight_gradient  # noqa: E402
+from open_mythos.ops.kernels import paged_decode, weight_gradient  # noqa: E402
 
 SHARED_BYTES = 227 << 10  # what one program may have on an H100
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -104,22 +104,28 @@ def test_weight_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", compiled.asm["ptx"])  # 16 bytes
 
 
-@pytest.mark.parametrize(("heads", "rank", "rotary"), [(16, 512, 64), (24, 384, 32)])
-def test_latent_decode(
-    heads: int, rank: int, rotary: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entries = empty(4, 2, 64, rank + rotary, dtype=torch.bfloat16)
-    rows = torch.zeros(2, dtype=torch.int64)
-    monkeypatch.setattr(latent_decode, "_device", lambda device: (132, SHARED_BYTES))
-    monkeypatch.setattr(latent_decode, "_splits", lambda *_: 4)
-    join = Launch(latent_decode._join)
-    monkeypatch.setattr(latent_decode, "_join", join)
+@pytest.mark.parametrize(
+    ("heads", "width", "rank"),
+    [((1, 16), 576, 512), ((1, 24), 416, 384), ((8, 4), 128, None), ((2, 16), 64, None)],
+)
+@pytest.mark.parametrize("paged", [True, False])
+def test_paged_decode(
+    heads: tuple[int, int], width: int, rank: int | None, paged: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    entry = width if rank is not None else 2 * heads[0] * width
+    pool = empty(2, 64 if paged else 512, entry, dtype=torch.bfloat16)
+    table, lengths = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    monkeypatch.setattr(paged_decode, "_shared_memory", lambda device: SHARED_BYTES)
+    merge = Launch(paged_decode._merge)
+    monkeypatch.setattr(paged_decode, "_merge", merge)
     compiled = launched(
-        monkeypatch, latent_decode, "_attend", latent_decode.decode,
-        entries[0, :, :heads], entries, rows, rows, rank, None,
+        monkeypatch, paged_decode, "_attend", paged_decode.decode,
+        empty(2, *heads, width, dtype=torch.bfloat16), pool,
+        *((table, lengths) if paged else (None, None)), None, rank, width**-0.5,
     )  # fmt: skip
     assert resources(compiled, tmp_path)["STACK"] == 0
     assert compiled.metadata.shared <= SHARED_BYTES // 2  # two programs to a multiprocessor
     assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", compiled.asm["ptx"])
     assert re.search(r"mma\.sync", compiled.asm["ptx"])
-    assert resources(join.compiled, tmp_path)["STACK"] == 0
+    assert resources(merge.compiled, tmp_path)["STACK"] == 0
