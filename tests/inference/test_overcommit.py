@@ -193,3 +193,14 @@ def test_cancelled_while_taken_out(outcome):
     assert engine.step().swap_in == []
     assert engine.outcomes == {"a": outcome}
     engine.scheduler.check()
+
+
+def test_nothing_moves_while_a_first_token_is_chosen():
+    """The token may come a tick late: its sequence stays where it is."""
+    plan = scheduler(overcommit=True)
+    sequence = plan.add(request("a"), 0)
+    plan.prefilled(plan.plan(0).chunk)
+    plan.preempt("a")
+    done = plan.plan(1)
+    assert (done.swap_out, done.chunk, sequence.between) == ([], None, True)
+    assert plan.entered(sequence, 5, 4, 1) is None

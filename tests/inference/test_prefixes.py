@@ -101,3 +101,15 @@ def test_the_engine_without_a_model_reads_what_it_checks(monkeypatch):
     engine.scheduler.add(request("warm", [9] * 40), 0)
     with pytest.raises(AssertionError):
         engine.run()
+
+
+def test_the_end_of_a_prefix_gives_way_first():
+    """Two units of four rows are cached; a request that needs one of them leaves the first."""
+    engine = Engine(scheduler(n_pages=12 * LEVELS))
+    engine.scheduler.add(request("cold", range(33), 2), 0)
+    engine.run()
+    engine.scheduler.add(request("other", [9], 32, ends=()), 0)
+    engine.run()
+    engine.scheduler.add(request("warm", range(33), 2), 0)
+    engine.run()
+    assert engine.cached["warm"] == 16
