@@ -47,7 +47,7 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     allowed = (error.headers or {}).get("Allow", "")
     texts = {404: "no such route", 405: f"the method must be {allowed}".rstrip()}
     what = texts.get(error.status_code, "the request is not accepted")
-    return error_response(ApiError(error.status_code, what, headers=error.headers))
+    return await _api_error(request, ApiError(error.status_code, what, headers=error.headers))
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
