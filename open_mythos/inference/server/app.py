@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from importlib import resources
@@ -143,3 +144,4 @@ async def _hang_up(scope: Scope) -> None:
     abort: Any = scope.get("state", {}).get("abort")
     if abort is not None:
         abort()
+        await asyncio.sleep(0)  # until the connection knows

@@ -226,6 +226,8 @@ class EventStream(EventSourceResponse):
             raise ClientGone from None
         finally:
             self._answer.close()
+        if "outcome" not in scope:  # the client has closed the connection
+            raise ClientGone
 
     @staticmethod
     async def _events(answer: Answer, shape: Shape, scope: Scope) -> AsyncIterator[dict[str, str]]:

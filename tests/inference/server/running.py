@@ -40,6 +40,7 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
         self.code: int | None = None
+        self._error: Exception | None = None
         self._up = threading.Event()
         self._make = lambda: Service(
             host, tok, "toy", template=template and ChatTemplate(template, tok, seconds=5), **parts
@@ -53,10 +54,13 @@ class Running:
         self.service = self._make()
         self.life = Life(self.service, self.sock, self.drain_seconds)
         life = asyncio.create_task(self.life.run())
-        while self.host.state == "starting":
+        while self.host.state == "starting" and not life.done():
             await asyncio.sleep(0.005)
         self._up.set()
-        self.code = await life
+        try:
+            self.code = await life
+        except Exception as error:
+            self._error = error
 
     def do(self, act: Callable[[], object]) -> None:
         """Run ``act`` in the server's thread and wait for it."""
@@ -86,6 +90,8 @@ class Running:
         self._thread.join(30)
         assert not self._thread.is_alive()
         self.client.close()
+        if self._error is not None:
+            raise self._error
 
 
 def wait_for(what: Callable[[], object], seconds: float = 10.0) -> None:
