@@ -57,6 +57,7 @@ def serve(
     from pathlib import Path
 
     import open_mythos
+    from open_mythos.checks import check_number
     from open_mythos.hub.places import model_directory, stored_tokenizer
     from open_mythos.inference.host import Host, worker_command
     from open_mythos.inference.server.auth import Keys, check_address
@@ -68,6 +69,7 @@ def serve(
     keys = Keys.read(api_key_file) if api_key_file else Keys([])
     check_address(host, keys, insecure)
     check_default(exit_rule)
+    check_number("drain_seconds", drain_seconds, ge=0)
     folder = model_directory(checkpoint)
     tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
     options = {"checkpoint": checkpoint, "device": device, "quantize": quantize}

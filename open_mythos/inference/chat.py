@@ -160,7 +160,8 @@ class ChatTemplate:
         for token in self._specials:
             text = text.replace(token, token[0] + self._mark + token[1:])
         inner = text.strip()
-        if any(inner.startswith(end) for end in self._parts(ends=True)):
+        is_inside = bool(inner) and any(inner in token for token in self._specials)
+        if is_inside or any(inner.startswith(end) for end in self._parts(ends=True)):
             text = text.replace(inner, self._mark + inner, 1)
         if any(inner.endswith(start) for start in self._parts(ends=False)):
             length = len(text.rstrip())
