@@ -10,7 +10,6 @@ from typing import Any
 
 from open_mythos.inference.server.protocol import ChatRequest, Common
 from open_mythos.inference.server.streams import Delta
-from open_mythos.inference.text import token_texts
 from open_mythos.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -26,6 +25,16 @@ class Scored:
     top: tuple[tuple[int, float], ...]
     offset: int
     """Where its text begins in the text of the choice."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and ids."""
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: Sequence[int] = ()
+    """Where the text of each token begins; only if the prompt is echoed with log-probabilities."""
 
 
 class Words:
@@ -58,9 +67,8 @@ class Shape:
     fingerprint: str
     seed: int
     words: Words
-    tokenizer: Tokenizer
-    prompts: Sequence[tuple[str, tuple[int, ...]]]
-    """Text and ids of each prompt, for echo."""
+    prompts: Sequence[Prompt]
+    """For echo."""
     spoken: set[int] = field(default_factory=set)
     """Choices whose first chunk has been sent."""
 
@@ -95,7 +103,7 @@ class Shape:
         """Return an element of ``choices``."""
         text, prompt = delta.piece.text, self.prompts[delta.index // self.body.n]
         if delta.echo:
-            text = prompt[0] + text
+            text = prompt.text + text
         found: dict[str, Any] = {"index": delta.index}
         if not self.is_chat:
             found["text"] = text
@@ -132,10 +140,10 @@ class Shape:
         usage = {"usage": None} if self.body.wants_usage else {}
         return {**self._head(kind), "choices": choices, **usage}
 
-    def _logprobs(self, delta: Delta, prompt: tuple[str, tuple[int, ...]]) -> Any:
+    def _logprobs(self, delta: Delta, prompt: Prompt) -> Any:
         if self.body.alternatives is None:
             return None
-        before = len(prompt[0]) if getattr(self.body, "echo", False) else 0
+        before = len(prompt.text) if getattr(self.body, "echo", False) else 0
         scored = self._scored_prompt(delta, prompt) if delta.echo else []
         scored += [
             Scored(token.token, token.logprob, token.top, before + offset)
@@ -143,13 +151,12 @@ class Shape:
         ]
         return self._chat_logprobs(scored) if self.is_chat else self._text_logprobs(scored)
 
-    def _scored_prompt(self, delta: Delta, prompt: tuple[str, tuple[int, ...]]) -> list[Scored]:
+    def _scored_prompt(self, delta: Delta, prompt: Prompt) -> list[Scored]:
         if delta.scored is None:
             return []
-        ids, logprobs = prompt[1], delta.scored.logprobs
-        tops = delta.scored.top or [()] * len(ids)
-        _, offsets = token_texts(self.tokenizer, ids)
-        return [Scored(*each) for each in zip(ids, logprobs, tops, offsets, strict=True)]
+        logprobs, tops = delta.scored.logprobs, delta.scored.top or [()] * len(prompt.ids)
+        found = zip(prompt.ids, logprobs, tops, prompt.offsets, strict=True)
+        return [Scored(*each) for each in found]
 
     def _text_logprobs(self, scored: Sequence[Scored]) -> dict[str, Any]:
         """Return log-probabilities as ``/v1/completions`` has them."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from open_mythos.errors import DataError, EnvironmentError_, MythosError
 from open_mythos.inference.chat import ChatTemplate
 from open_mythos.inference.request import Request
-from open_mythos.inference.server.answers import Shape, Words
+from open_mythos.inference.server.answers import Prompt, Shape, Words
 from open_mythos.inference.server.auth import Keys
 from open_mythos.inference.server.depth import DepthChoice, DepthPolicy
 from open_mythos.inference.server.errors import ApiError, from_mythos, invalid
@@ -20,6 +21,7 @@ from open_mythos.inference.server.limits import Admission, Limits, Place
 from open_mythos.inference.server.metrics import Metrics
 from open_mythos.inference.server.protocol import ChatRequest, Common, CompletionRequest
 from open_mythos.inference.server.streams import Answer, Clock, Host, Pace
+from open_mythos.inference.text import token_texts
 from open_mythos.seeding import derive_seed
 from open_mythos.tokenizer import Tokenizer
 
@@ -27,9 +29,6 @@ _LONG_TEXT = 8192
 """Characters from which a text is encoded in a thread, so that streams go on."""
 _WORDS_OF_A_TEMPLATE = 64
 """Bytes that a template adds to a message, at a guess; for the estimate of cost alone."""
-
-Prompts = list[tuple[str, tuple[int, ...]]]
-"""Text and ids of each prompt."""
 
 
 @dataclass
@@ -116,7 +115,7 @@ class Service:
         prompts = await self._encode(body)
         most = self._new_tokens(body, prompts)
         loops = max(1, depth.max_loops)
-        place.correct(body.n * loops * sum(len(ids) + most for _, ids in prompts))
+        place.correct(body.n * loops * sum(len(prompt.ids) + most for prompt in prompts))
         seed = secrets.randbits(63) if body.seed is None else body.seed
         seconds = min(body.timeout or self.limits.timeout_seconds, self.limits.timeout_seconds)
         id = f"{'chatcmpl' if isinstance(body, ChatRequest) else 'cmpl'}-{secrets.token_hex(12)}"
@@ -127,7 +126,7 @@ class Service:
         }  # fmt: skip
         requests = [
             Request(f"{id}-{i}", ids, key=derive_seed(seed, "sample", i), **common)
-            for i, ids in enumerate(ids for _, ids in prompts for _ in range(body.n))
+            for i, ids in enumerate(prompt.ids for prompt in prompts for _ in range(body.n))
         ]
         answer = Answer(
             self.host, requests, self.tokenizer, body.stops, echo=echo, place=place,
@@ -135,8 +134,7 @@ class Service:
             clock=self.clock,
         )  # fmt: skip
         shape = Shape(
-            id, body, self.model, int(time.time()), self.fingerprint, seed, self.words,
-            self.tokenizer, prompts,
+            id, body, self.model, int(time.time()), self.fingerprint, seed, self.words, prompts,
         )  # fmt: skip
         return answer, shape
 
@@ -173,11 +171,12 @@ class Service:
         new = context if body.most_tokens is None else body.most_tokens
         return body.n * max(1, depth.max_loops) * sum(min(size + new, context) for size in sizes)
 
-    async def _encode(self, body: Common) -> Prompts:
+    async def _encode(self, body: Common) -> list[Prompt]:
         if isinstance(body, ChatRequest):
             return [await self._encode_chat(body)]
         assert isinstance(body, CompletionRequest)
-        vocab_size, found = self.host.facts["vocab_size"], []
+        vocab_size = self.host.facts["vocab_size"]
+        found: list[Prompt] = []
         for prompt in body.prompts:
             if isinstance(prompt, str):
                 ids = await self._encode_text(prompt)
@@ -186,7 +185,10 @@ class Service:
             else:
                 ids = prompt
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
-            found.append((text, tuple(ids)))
+            offsets: Sequence[int] = ()
+            if body.echo and body.logprobs is not None:
+                _, offsets = await asyncio.to_thread(token_texts, self.tokenizer, ids)
+            found.append(Prompt(text, tuple(ids), offsets))
         return found
 
     async def _encode_text(self, text: str) -> list[int]:
@@ -197,7 +199,7 @@ class Service:
         except DataError as error:
             raise from_mythos(error, "prompt") from None
 
-    async def _encode_chat(self, body: ChatRequest) -> tuple[str, tuple[int, ...]]:
+    async def _encode_chat(self, body: ChatRequest) -> Prompt:
         if self.template is None:
             raise invalid(
                 "messages", "this model has no chat template",
@@ -208,11 +210,11 @@ class Service:
             ids = await self.template.encode([message.plain() for message in body.messages])
         except DataError as error:
             raise from_mythos(error, "messages") from None
-        return "", tuple(ids)
+        return Prompt("", tuple(ids))
 
-    def _new_tokens(self, body: Common, prompts: Prompts) -> int:
+    def _new_tokens(self, body: Common, prompts: list[Prompt]) -> int:
         """Return the limit of new tokens, checked against the context."""
-        context, longest = self.host.facts["context"], max(len(ids) for _, ids in prompts)
+        context, longest = self.host.facts["context"], max(len(prompt.ids) for prompt in prompts)
         field_of_prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
         most = context - longest if body.most_tokens is None else body.most_tokens
         if longest + (most > 0) > context:

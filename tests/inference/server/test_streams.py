@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -15,7 +16,10 @@ import pytest
 
 from open_mythos.inference.request import Outcome
 from open_mythos.inference.server.limits import Limits
-from open_mythos.inference.server.streams import Pace
+from open_mythos.inference.server.protocol import CompletionRequest, parse_body
+from open_mythos.inference.server.service import Service
+from open_mythos.inference.server.streams import Delta, Pace
+from open_mythos.tokenizer import ByteTokenizer
 from tests.inference.server.fake_host import FakeHost
 from tests.inference.server.running import Running, wait_for
 
@@ -212,3 +216,34 @@ def test_a_bug_while_following_ends_the_request(
     assert server.post().status_code == 500
     assert time.monotonic() - begin < 5
     wait_for(lambda: is_clean(server))
+
+
+def test_a_slow_client_finds_joined_tokens() -> None:
+    """Events that wait beyond the limit are joined; nothing is lost."""
+    limits = Limits(waiting_events=4)
+
+    async def run() -> list[Delta]:
+        host = FakeHost()
+        await host.start()
+        service = Service(host, ByteTokenizer(), "toy", limits=limits)
+        body = parse_body(
+            CompletionRequest,
+            b'{"model": "toy", "prompt": "abc", "n": 3, "max_tokens": 50, "temperature": 0}',
+            limits,
+        )
+        answer, _ = await service.prepare(body, "")
+        await answer.start()
+        while host.live:
+            await asyncio.sleep(0.001)
+        batches = [batch async for batch in answer.deltas()]
+        answer.close()
+        assert service.admission.open == 0
+        return batches[0]
+
+    batch = asyncio.run(run())
+    assert len(batch) <= 4 + 3
+    for index in range(3):
+        own = [delta for delta in batch if delta.index == index]
+        assert "".join(delta.piece.text for delta in own) == ("abc" * 17)[:50]
+        assert sum(len(delta.piece.tokens) for delta in own) == 50
+        assert own[-1].finish_reason == "length"
