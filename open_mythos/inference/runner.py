@@ -141,7 +141,7 @@ class Runner:
         """Return all tensors with a row per slot."""
         return [*self.slots.tensors(), *self.rules.tensors()]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(self, chunk: Chunk) -> tuple[Chosen | None, list[Scored]]:
         """Run a chunk of a prompt.
 
@@ -188,13 +188,13 @@ class Runner:
         rows = zip(*(x.tolist() for x in scores), strict=True)
         return [scored(n_top, *row) for row in rows]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def enter(self, sequences: Rows[Sequence]) -> None:
         """Start the newest token of every sequence: embedding, prelude, h_0."""
         for batch in self._batches(sequences):
             self.enter_rows(batch)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def loop(self, sequences: Rows[Sequence]) -> list[Sequence]:
         """Run one loop of every sequence; return those that are done with their token's loops."""
         stopped = []
@@ -203,7 +203,7 @@ class Runner:
             stopped += [s for s, stop in zip(batch.sequences, stops, strict=True) if stop]
         return stopped
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def leave(self, sequences: Rows[Sequence]) -> list[tuple[Sequence, Chosen]]:
         """Run coda and head of every sequence and choose its next token."""
         left: list[tuple[Sequence, Chosen]] = []
