@@ -41,10 +41,18 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         EnvironmentError_: The address is taken, or not one of this machine.
     """
+    sock: socket.socket | None = None
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # with its protocol named, asyncio lets connections send small packets at once
+        sock = socket.socket(family, kind, socket.IPPROTO_TCP)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+        return sock
     except OSError as error:
+        if sock is not None:
+            sock.close()
         raise EnvironmentError_(
             "the server cannot listen there", where="--host, --port", value=f"{host}:{port}",
             allowed="a free port of this machine", fix=f"choose another one ({error.strerror})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable
@@ -137,8 +138,6 @@ def test_a_signal_while_the_engine_starts() -> None:
         async def start(self) -> None:
             self.state = "loading"
             while self.state == "loading":
-                import asyncio
-
                 await asyncio.sleep(0.01)
 
     server = Running(Slow())
@@ -148,6 +147,29 @@ def test_a_signal_while_the_engine_starts() -> None:
     assert server.post().status_code == 503
     server.end()
     assert server.code == 0
+
+
+def test_small_packets_are_sent_at_once() -> None:
+    """Otherwise each answer waits 40 ms for an acknowledgement."""
+
+    class Seen(asyncio.Protocol):
+        no_delay: int | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            sock = transport.get_extra_info("socket")
+            Seen.no_delay = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            transport.close()
+
+    async def run() -> None:
+        sock = listen("127.0.0.1", 0)
+        server = await asyncio.get_running_loop().create_server(Seen, sock=sock)
+        reader, writer = await asyncio.open_connection(*sock.getsockname())
+        await reader.read()
+        writer.close()
+        server.close()
+
+    asyncio.run(run())
+    assert Seen.no_delay
 
 
 def test_addresses_that_are_taken(start: Start) -> None:
