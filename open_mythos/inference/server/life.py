@@ -127,6 +127,7 @@ class Life:
         if self._service.template is not None:
             await self._service.template.start()
         await self._service.host.start()
+        self._service.check_model()
 
     async def _watch(self) -> None:
         """Return when the engine has died for good; measure how late timers are meanwhile."""

@@ -81,6 +81,19 @@ class Service:
             raise self.not_ready()
         self.admission.check_room(key)
 
+    def check_model(self) -> None:
+        """Check that model and tokenizer fit.
+
+        Raises:
+            DataError: The model may choose tokens that the tokenizer does not have.
+        """
+        if self.host.facts["vocab_size"] > self.tokenizer.vocab_size:
+            raise DataError(
+                "the model's vocabulary is larger than the tokenizer's", where="--tokenizer",
+                value=self.tokenizer.name, fix="serve the model with its own tokenizer",
+                allowed=f"at least {self.host.facts['vocab_size']} ids",
+            )  # fmt: skip
+
     def not_ready(self) -> ApiError:
         """Return the 503."""
         state = "draining" if self.draining else self.host.state
@@ -175,15 +188,10 @@ class Service:
         if isinstance(body, ChatRequest):
             return [await self._encode_chat(body)]
         assert isinstance(body, CompletionRequest)
-        vocab_size = self.host.facts["vocab_size"]
         found: list[Prompt] = []
         for prompt in body.prompts:
-            if isinstance(prompt, str):
-                ids = await self._encode_text(prompt)
-            elif max(prompt) >= vocab_size:
-                raise invalid("prompt", f"token ids must be below {vocab_size}")
-            else:
-                ids = prompt
+            ids = await self._encode_text(prompt) if isinstance(prompt, str) else prompt
+            self._check_ids("prompt", ids)
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
             offsets: Sequence[int] = ()
             if body.echo and body.logprobs is not None:
@@ -210,7 +218,15 @@ class Service:
             ids = await self.template.encode([message.plain() for message in body.messages])
         except DataError as error:
             raise from_mythos(error, "messages") from None
+        self._check_ids("messages", ids)
         return Prompt("", tuple(ids))
+
+    def _check_ids(self, param: str, ids: Sequence[int]) -> None:
+        vocab_size = self.host.facts["vocab_size"]
+        if not ids:
+            raise invalid(param, "has no tokens")
+        if max(ids) >= vocab_size:
+            raise invalid(param, f"token ids must be below {vocab_size}, the model's vocabulary")
 
     def _new_tokens(self, body: Common, prompts: list[Prompt]) -> int:
         """Return the limit of new tokens, checked against the context."""

@@ -133,6 +133,12 @@ def test_a_template_that_is_not_valid() -> None:
         server.join()
 
 
+def test_a_tokenizer_of_another_model() -> None:
+    server = Running(FakeHost(vocab_size=321))
+    with pytest.raises(DataError, match="vocabulary"):
+        server.join()
+
+
 def test_a_signal_while_the_engine_starts() -> None:
     class Slow(FakeHost):
         async def start(self) -> None:

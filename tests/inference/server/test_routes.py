@@ -246,6 +246,15 @@ def test_context(shared: Running) -> None:
     assert error_of(shared.post(logit_bias={"320": 1}), 400)["param"] == "logit_bias"
 
 
+def test_a_vocabulary_smaller_than_the_tokenizers(start: Start) -> None:
+    host = FakeHost(vocab_size=120)
+    server = start(host)
+    assert server.post(prompt="ax").status_code == 400
+    assert server.post("/v1/chat/completions").status_code == 400, "bos is 256"
+    assert server.post(prompt="aw").status_code == 200
+    assert host.requests[0].ends == ()
+
+
 def test_no_template(start: Start) -> None:
     server = start(template=None)
     error = error_of(server.post("/v1/chat/completions"), 400)
