@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
+from open_mythos.errors import InternalError
 from open_mythos.hub.pretrained import save_pretrained
 from open_mythos.inference.engine import Engine, layout_of
 from open_mythos.inference.levels import Groups, LevelRows
@@ -38,6 +39,8 @@ RULES = (
 PAGE, CHUNK_LOOP_TOKENS = 8, 64
 """Of the engines of checks: small, so that short prompts have several pages and chunks."""
 MOST_SLOTS = 16
+MOST_TICKS = 5000
+"""Ticks of :func:`play` at most; the requests of checks end far earlier."""
 
 
 def write_checkpoint(folder: str, attn: str, experts: int, seed: int) -> None:
@@ -181,6 +184,9 @@ def play(
 
     Returns:
         Id -> what was generated; cancelled requests up to there.
+
+    Raises:
+        InternalError: The books are wrong, or the requests do not end.
     """
     done: dict[str, Completion] = {}
     tick, last = 0, max(joins, default=-1)
@@ -195,6 +201,8 @@ def play(
         for event in engine.step():
             done[event.id].take(event)
         tick += 1
+        if tick > MOST_TICKS:
+            raise InternalError("requests do not end", where="Engine", value=engine.stats())
     engine.scheduler.check()
     return done
 
@@ -229,10 +237,10 @@ def _one_width(engine: Engine) -> None:
     at = engine.runner.cache.at
 
     def widest(
-        slots_R: Tensor, positions_R: Tensor, real_R: Tensor | None, groups: Groups, **more: Any
+        slots_R: Tensor, positions_R: Tensor, real_R: Tensor | None, groups: Groups, *more: Any
     ) -> LevelRows:
         most = max(pages for _, _, pages in groups)
-        return at(slots_R, positions_R, real_R, ((0, len(slots_R), most),), **more)
+        return at(slots_R, positions_R, real_R, ((0, len(slots_R), most),), *more)
 
     setattr(engine.runner.cache, "at", widest)  # noqa: B010
 
