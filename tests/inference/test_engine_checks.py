@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from helpers import small_model
 
 from open_mythos.errors import InternalError
+from open_mythos.hub.places import stored_tokenizer
+from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.inference import check, oracle, runner, scheduler
 from open_mythos.inference.batch import Batch
 from open_mythos.inference.levels import LevelCache, LevelRows
@@ -123,12 +126,23 @@ def test_parity_notices(name, mla, monkeypatch):
     assert noticed(check.parity(mla, 40, 6))
 
 
-def test_schedules_notice_a_live_row_as_padding(mla, monkeypatch):
-    monkeypatch.setattr(runner, "TILE", 2)  # so that a row that runs is outside of a batch
-    assert not noticed(check.schedules(mla, 1, 0))
+def differ_from_generate(model: CausalLM) -> Iterator[str | None]:
+    """Requests that all run at the same time."""
+    draw = Random(5)
+    asked = [oracle.random_request(draw, f"{i}", model) for i in range(10)]
+    asked = [replace(each, max_tokens=8, ends=()) for each in asked]
+    engine = oracle.small_engine(model, slots=10, exact=True, ticks_per_chunk=1)
+    done = oracle.together(engine, asked)
+    for each in asked:
+        yield "tokens" if done[each.id].tokens != oracle.alone(model, each).tokens else None
+
+
+def test_a_live_row_as_padding_is_noticed(mla, monkeypatch):
+    monkeypatch.setattr(runner, "TILE", 4)  # so that a row that runs is outside of a batch
+    assert not noticed(differ_from_generate(mla))
     monkeypatch.setattr(oracle, "MOST_TICKS", 500)
     monkeypatch.setattr(Runner, "_batches", pad_with_a_live_row)
-    assert noticed(check.schedules(mla, 1, 0))
+    assert noticed(differ_from_generate(mla))
 
 
 def test_schedules_notice_a_leak(mla, monkeypatch):
@@ -165,10 +179,6 @@ def test_help_loads_no_torch():
 
 def test_the_made_model_varies(tmp_path):
     """Exits, tokens and ends of a checkpoint for checks are not all alike."""
-    from random import Random
-
-    from open_mythos.hub.pretrained import from_pretrained, stored_tokenizer
-
     folder = str(tmp_path)
     oracle.write_checkpoint(folder, "gqa", 0, 1)
     model, draw = from_pretrained(folder), Random(0)
