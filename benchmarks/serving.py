@@ -58,14 +58,16 @@ def _plain(model: OpenMythos, batch: int, context: int, loops: int) -> Callable[
 
 
 def _constant(model: OpenMythos, batch: int, context: int, loops: int) -> Callable[[], object]:
-    """Return the same with the static decoder, which reads all columns, filled or not."""
-    return _started(model, batch, context, loops).step
+    """Return the same with the static decoder."""
+    return _started(model, batch, context, loops, context - (WARM + STEPS + 3)).step
 
 
-def _started(model: OpenMythos, batch: int, context: int, loops: int) -> StaticDecoder:
+def _started(
+    model: OpenMythos, batch: int, context: int, loops: int, n_prompt: int
+) -> StaticDecoder:
     mode = "graph" if device().type == "cuda" else "static"
-    found = StaticDecoder(model, batch, context + 1, mode=mode, bucket=context)
-    ids = random_ids(batch, GATE_PROMPT, model.cfg.vocab_size)
+    found = StaticDecoder(model, batch, context + 1, mode=mode)
+    ids = random_ids(batch, n_prompt, model.cfg.vocab_size)
     found.start(ids, SamplingParams(temperature=0), Depth(loops))
     return found
 
@@ -113,7 +115,7 @@ def _gate(model: OpenMythos) -> float:
     ]  # fmt: skip
     ids = random_ids(GATE_BATCH, GATE_PROMPT, model.cfg.vocab_size)
     expected = exact.generate(ids, GATE_TOKENS, GATE_LOOPS, temperature=0)[:, GATE_PROMPT:]
-    found = _started(exact, GATE_BATCH, GATE_POSITIONS, GATE_LOOPS)
+    found = _started(exact, GATE_BATCH, GATE_POSITIONS, GATE_LOOPS, GATE_PROMPT)
     for i in range(GATE_TOKENS - 1):
         if not torch.equal(found.step(), expected[:, i + 1]):
             raise GateError(f"serving: the decoder's token {i + 1} is not that of generate()")

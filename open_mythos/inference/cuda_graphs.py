@@ -19,6 +19,10 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
+    def clear(self) -> None:
+        """Forget all graphs: their memory is gone."""
+        self._graphs.clear()
+
     def run(self, key: Hashable, piece: Callable[[], None]) -> None:
         """Run ``piece``; equal keys must mean the same work on the same memory."""
         if key not in self._graphs:

@@ -2,7 +2,7 @@
 
 - "eager": the reference, op by op on a growing history; supports every call.
 - "static", "graph", "compile": static-shape steps, run eagerly, as CUDA graphs, or through
-  ``torch.compile``; without exit rules or autocast, and with a cache.
+  ``torch.compile``; without autocast, with a cache, and with exit rules that look at the state.
 - a :class:`StaticDecoder`, whose buffers, graphs and compiled code are reused.
 """
 
@@ -14,27 +14,22 @@ from functools import partial
 from open_mythos.checks import pick
 from open_mythos.inference.static_decoder import MODES, StaticDecoder, check_no_autocast, reject
 from open_mythos.model.causal_lm import CausalLM
-from open_mythos.model.depth import Depth
 from open_mythos.model.generation import Decoder, GrowingDecoder
 
 DecoderFactory = Callable[[CausalLM, int, int], Decoder]
 """``factory(model, batch, capacity)``."""
 
 
-def decoder_factory(
-    mode: str | StaticDecoder, depth: Depth | None = None, *, use_cache: bool = True
-) -> DecoderFactory:
+def decoder_factory(mode: str | StaticDecoder, *, use_cache: bool = True) -> DecoderFactory:
     """Return the factory of the decoder for ``mode``.
 
     Raises:
-        ConfigError: ``mode`` is unknown, or does not support the exit rule or ``use_cache=False``.
+        ConfigError: ``mode`` is unknown, or does not support ``use_cache=False``.
     """
     if not isinstance(mode, StaticDecoder):
         pick(("eager", *MODES), mode, "mode", what="decoding mode", fix='leave it at "eager"')
     if mode == "eager":
         return partial(GrowingDecoder, use_cache=use_cache)
-    if depth is not None and depth.exit_rule is not None:
-        reject("an exit rule changes shapes", "exit_rule", "calls without one")
     if not use_cache:
         reject("constant shapes need a cache", "use_cache=False", "calls with a cache")
     if isinstance(mode, StaticDecoder):

@@ -22,8 +22,9 @@ import torch
 from open_mythos.checks import check_count, check_number
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.inference.batch import Chosen
+from open_mythos.inference.levels import layout_of
 from open_mythos.inference.offline import Completion, Prompts, generate_all
-from open_mythos.inference.pages import PAGE, Layout
+from open_mythos.inference.pages import PAGE
 from open_mythos.inference.request import (
     Event,
     Finished,
@@ -38,7 +39,6 @@ from open_mythos.inference.scheduler import CHUNK_LOOP_TOKENS, Scheduler
 from open_mythos.inference.sequence import Chunk, Sequence, Work
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
-from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.sampling import SamplingParams
 from open_mythos.tokenizer import Tokenizer
@@ -186,12 +186,11 @@ class Engine:
         for sequence, outcome in work.ended:
             events.append(self._end(sequence, outcome))
         for moved in work.swap_out:
-            self._saved[moved.sequence.serial] = self.runner.take_out(moved.slot, moved.pages)
+            self._saved[moved.sequence.serial] = self.runner.take_out(moved)
         for sequence in work.swap_in:
             self.runner.put_back(sequence, self._saved.pop(sequence.serial))
         for sequence in work.admitted:
             self.runner.place(sequence)
-            events.append(Started(sequence.request.id, sequence.n_cached))
         for sequence in work.changed:
             assert sequence.slot is not None
             self.runner.cache.assign(sequence.slot, sequence.pages)
@@ -201,6 +200,8 @@ class Engine:
         sequence, request = chunk.sequence, chunk.sequence.request
         chosen, scores = self.runner.prefill(chunk)
         events: list[Event] = []
+        if chunk.start == sequence.n_cached:  # the first one
+            events.append(Started(request.id, sequence.n_cached))
         self._totals["prompt_tokens"] += chunk.stop - chunk.start
         self._totals["prefill_loops"] += (chunk.stop - chunk.start) * request.max_loops
         if request.prompt_logprobs:
@@ -321,16 +322,6 @@ class Engine:
         page_bytes = self.layout.page * self.model.cfg.cache_width * weight.element_size()
         budget = kv_memory if kv_memory > 1 else kv_memory * _free_memory(weight.device)
         return max(1, min(needed, int(budget // page_bytes)))
-
-
-def layout_of(model: CausalLM, page: int = PAGE) -> Layout:
-    """Return the levels of a model's cache."""
-    cfg = model.cfg
-    if not isinstance(model, OpenMythos):
-        return Layout(sum(isinstance(m, TransformerBlock) for m in model.modules()), page=page)
-    return Layout(
-        cfg.prelude_layers, cfg.recurrent_layers, cfg.coda_layers, cfg.kv_share == "last", page
-    )
 
 
 def _free_memory(device: torch.device) -> int:

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.inference.pages import Layout
+from open_mythos.inference.pages import PAGE, Layout
 from open_mythos.model.active import Active
 from open_mythos.model.cache import KVCache
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.ops.attention.paged import PagedHistory
 
 Groups = tuple[tuple[int, int, int], ...]
@@ -129,13 +131,13 @@ class LevelCache:
             pool[page_T * page + position_T % page] = entry_TW.to(pool.dtype)
 
     def restore(self, slot: int, n_positions: int, n_loops: int, capacity: int) -> KVCache:
-        """Return a prompt's cache with the first positions of a slot (a prefix hit)."""
+        """Return a prompt's cache with a slot's first positions: after a prefix hit or a swap."""
         cache = KVCache(capacity, self.layout.share_loops)
         if not n_positions:
             return cache
-        n_pages = n_positions // self.layout.page
+        n_pages = self.layout.rows(n_positions)
         slots = {
-            key: self.pool_NPW[self.table_BLM[slot, level, :n_pages]].flatten(0, 1).unsqueeze(0)
+            key: self.pool_NPW[self.table_BLM[slot, level, :n_pages]].flatten(0, 1)[None]
             for level, key in enumerate(cache_slots(self.layout, n_loops))
         }
         cache.fill(slots, n_positions)
@@ -197,3 +199,13 @@ def cache_slots(layout: Layout, n_loops: int) -> list[tuple[int, int]]:
     levels = [(layer, 0) for layer in range(inner)]
     levels += [(outer + layer, 0) for layer in range(layout.coda)]
     return levels + [(inner + layer, t) for t in range(loops) for layer in range(layout.recurrent)]
+
+
+def layout_of(model: CausalLM, page: int = PAGE) -> Layout:
+    """Return the levels of a model's cache."""
+    cfg = model.cfg
+    if not hasattr(model, "recurrent"):
+        return Layout(sum(isinstance(m, TransformerBlock) for m in model.modules()), page=page)
+    return Layout(
+        cfg.prelude_layers, cfg.recurrent_layers, cfg.coda_layers, cfg.kv_share == "last", page
+    )

@@ -31,7 +31,7 @@ from open_mythos.inference.batch import (
 from open_mythos.inference.levels import LevelCache, LevelRows
 from open_mythos.inference.pages import Layout
 from open_mythos.inference.request import RULES, Request
-from open_mythos.inference.sequence import Chunk, Sequence
+from open_mythos.inference.sequence import Chunk, Moved, Sequence
 from open_mythos.inference.slot_rules import SlotRules
 from open_mythos.inference.slots import FREE, LOOPING, WAITING, Slots
 from open_mythos.model.cache import Columns, KVCache
@@ -69,6 +69,7 @@ class Runner:
     ) -> None:  # fmt: skip
         cfg, weight = model.cfg, model.final_norm.weight
         self.model, self.layout, self.exact = model, layout, exact
+        self.max_loops = max_loops
         self._recurrent: RecurrentBlock | None = getattr(model, "recurrent", None)
         self._prefill_exits = prefill_exits
         self._device, self._dummy = weight.device, n_slots
@@ -117,12 +118,13 @@ class Runner:
         if sequence.slot is not None:
             self.slots.phase[sequence.slot] = FREE
 
-    def take_out(self, slot: int, pages: list[list[int]]) -> Saved:
+    def take_out(self, moved: Moved) -> Saved:
         """Return the state of a slot and the content of its pages, in host memory."""
-        flat = torch.tensor([page for own in pages for page in own], device=self._device)
-        saved = [x[slot].to("cpu", copy=True) for x in self._state()]
-        self.slots.phase[slot] = FREE
-        return Saved(saved, [len(own) for own in pages], self.cache.pool_NPW[flat].cpu())
+        flat = torch.tensor([page for own in moved.pages for page in own], device=self._device)
+        saved = [x[moved.slot].to("cpu", copy=True) for x in self._state()]
+        self.slots.phase[moved.slot] = FREE
+        self._prompts.pop(moved.sequence.serial, None)
+        return Saved(saved, [len(own) for own in moved.pages], self.cache.pool_NPW[flat].cpu())
 
     def put_back(self, sequence: Sequence, saved: Saved) -> None:
         """Give a sequence a slot and pages again, with what :meth:`take_out` saved."""
@@ -239,7 +241,8 @@ class Runner:
         assert self._recurrent is not None
         slots_R, state = batch.slots_R, self.slots
         real_R = state.phase[slots_R] == LOOPING
-        t_R, before_R1D = state.t[slots_R], state.h[slots_R]
+        ran_R, before_R1D = state.t[slots_R], state.h[slots_R]
+        t_R = ran_R * real_R  # rows that wait may have no level for another loop
         ctx = self._context(batch, real_R)
         after_R1D = self._recurrent.step(before_R1D, state.drive[slots_R], t_R, ctx)
         look = Look(t_R.unsqueeze(1), before_R1D, after_R1D, _no_predictions)
@@ -249,7 +252,7 @@ class Runner:
         done_R = (t_R + 1 >= state.most[slots_R]) | (stop_R & (t_R + 1 >= state.least[slots_R]))
         done_R = done_R & real_R
         state.h[slots_R] = torch.where(real_R.view(-1, 1, 1), after_R1D, before_R1D)
-        state.t[slots_R] = t_R + real_R
+        state.t[slots_R] = ran_R + real_R
         state.phase[slots_R] = torch.where(done_R, WAITING, state.phase[slots_R])
         return done_R
 

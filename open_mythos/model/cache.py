@@ -10,7 +10,7 @@ reach holds the entry of the previous loop. A row never depends on the depth of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -169,12 +169,6 @@ class KVCache:
         self._slots.clear()
         self._readout = None
 
-    def clear(self) -> None:
-        """Remove all positions; keep the memory, zeroed."""
-        self.columns, self._readout = Columns(0), None
-        for slot in self._slots.values():
-            slot.zero_()
-
     def truncate(self, length: int) -> None:
         """Remove all positions from ``length`` on."""
         if not isinstance(length, int) or not 0 <= length <= self.length:
@@ -240,17 +234,6 @@ class KVCache:
             self._slots[key] = slot
         self.columns = Columns(length)
 
-    def static(self, loop: int, n_columns: int, column_1: Tensor) -> StaticCache:
-        """Return the slots of ``loop`` for decoding steps of constant shape.
-
-        They must have been allocated, with at least ``n_columns``, by an earlier call of as many
-        loops, and must not be reallocated while the result is in use.
-        """
-        own = 0 if self._share_loops else loop
-        slots = {layer: slot[:, :n_columns] for (layer, t), slot in self._slots.items() if t == own}
-        last = {layer: self._slots[layer, max(0, own - 1)][:, :n_columns] for layer in slots}
-        return StaticCache(slots, last if own else slots, column_1)
-
     def commit(self, columns: Columns) -> None:
         """Keep the current call's positions; copy their last entries to deeper slots.
 
@@ -285,42 +268,6 @@ class KVCache:
             grown[:, : slot.shape[1]] = slot
             self._slots[key] = grown
         return self._slots[key]
-
-
-class StaticCache:
-    """One loop's slots of a :class:`KVCache`, for decoding steps of constant shape.
-
-    A step writes one token per row to the column given by a tensor, and reads all columns; a mask
-    must hide the unused ones. No shape depends on the number of tokens, so the step can be captured
-    or compiled once. The memory belongs to the original cache.
-
-    Args:
-        slots: Layer -> (B, S, W) slot of the loop.
-        last: Layer -> slot of the previous loop, or the same slot at the first one.
-        column_1: (1,) int64 column of the new token.
-    """
-
-    def __init__(self, slots: dict[int, Tensor], last: dict[int, Tensor], column_1: Tensor) -> None:
-        self._by_layer, self._last_by_layer, self._column_1 = slots, last, column_1
-
-    def slots(self) -> Iterator[Tensor]:
-        """Yield all slots that a step may read."""
-        yield from self._by_layer.values()
-        yield from self._last_by_layer.values()
-
-    def write(
-        self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
-    ) -> Tensor:
-        """Store the new token's entries (B, 1, W); return the slot (B, S, W), all columns.
-
-        Rows that ``active.real`` discards keep the entry of their last computed loop.
-        """
-        slot = self._by_layer[layer]
-        entry_BTW = entry_BTW.to(slot.dtype)
-        if active is not None and active.real is not None:
-            last_BTW = self._last_by_layer[layer].index_select(1, self._column_1)
-            entry_BTW = torch.where(active.real.unsqueeze(-1), entry_BTW, last_BTW)
-        return slot.index_copy_(1, self._column_1, entry_BTW)
 
 
 class Cache(Protocol):

@@ -212,5 +212,5 @@ class OpenMythos(CausalLM):
         return generate(
             self, input_ids, params, depth, attention_mask=attention_mask,
             tokenizer=tokenizer, on_token=on_token,
-            decoder=decoder_factory(mode, depth, use_cache=use_cache),
+            decoder=decoder_factory(mode, use_cache=use_cache),
         )  # fmt: skip

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from open_mythos import ConfigError, DenseTransformer, KVCache, OpenMythos
+from open_mythos import ConfigError, DenseTransformer, OpenMythos
 from open_mythos.errors import EnvironmentError_
 from open_mythos.inference import decoding
-from open_mythos.inference.static_decoder import StaticDecoder, static_problem
+from open_mythos.inference.static_decoder import StaticDecoder, capture_problem
 from open_mythos.model import generation
-from open_mythos.model.active import Active
 from open_mythos.model.depth import Depth
-from open_mythos.model.exit_rules import FixedDepth
+from open_mythos.model.exit_rules import AtLeast, FixedDepth, GateExit, KLExit, StateChange
 from open_mythos.ops.sampling import SamplingParams
 
 B, T, NEW = 3, 5, 9
@@ -38,7 +37,7 @@ def padded(batch: int = B) -> tuple[Tensor, Tensor]:
 
 
 def decoder_of(model: Any, batch: int = B, capacity: int = T + NEW, **how: Any) -> StaticDecoder:
-    return StaticDecoder(model, batch, capacity, bucket=BUCKET, **how)
+    return StaticDecoder(model, batch, capacity, page=BUCKET, **how)
 
 
 def generate(
@@ -59,7 +58,7 @@ def generate(
     return generation.generate(
         model, ids, SamplingParams(max_new_tokens, temperature, **sampling), depth,
         attention_mask=attention_mask, tokenizer=tokenizer, on_token=on_token,
-        decoder=decoding.decoder_factory(mode, depth, use_cache=use_cache),
+        decoder=decoding.decoder_factory(mode, use_cache=use_cache),
     )  # fmt: skip
 
 
@@ -96,6 +95,9 @@ class Tapes:
     def __init__(self) -> None:
         self.tapes: dict[Hashable, Tape | None] = {}
         self.replays = 0
+
+    def clear(self) -> None:
+        self.tapes.clear()
 
     def run(self, key: Hashable, piece: Callable[[], None]) -> None:
         if key not in self.tapes:
@@ -182,8 +184,8 @@ class TestTokens:
         loops = arguments["depth"].n_loops
         most = loops if isinstance(loops, int) else max(loops)
         buckets = {key[1] for key in tapes.tapes}
-        assert buckets == {6, 8, 12, T + NEW - 1}
-        assert len(tapes.tapes) == len(buckets) * (2 + most)
+        assert buckets == {2, 3, 4}
+        assert len(tapes.tapes) == len(buckets) * 3
         assert tapes.replays >= 2 * (NEW - 1) * (2 + most) - 2 * len(tapes.tapes)
 
     def test_a_tape_keeps_what_python_decided(self):
@@ -228,6 +230,20 @@ class TestTokens:
         plain = model.generate(ids, params, attention_mask=mask)
         assert torch.equal(model.generate(ids, params, attention_mask=mask, mode=decoder), plain)
         assert tapes.replays > 0
+
+    @pytest.mark.parametrize("captured", [False, True])
+    def test_exit_rules(self, model, captured):
+        """Every row stops by itself, and keeps its state while the others run."""
+        (ids, mask), gate = padded(), model.recurrent.halting
+        for rule in (GateExit(gate, 0.7), AtLeast(StateChange(0.3), 2), FixedDepth(3)):
+            depth, sampling = Depth(6, rule), {"seed": 3, "attention_mask": mask, "eos_token_id": 4}
+            decoder = decoder_of(model)
+            if captured:
+                decoder._graphs = Tapes()
+            plain = generate(model, ids, NEW, 0.8, depth=depth, **sampling)
+            assert torch.equal(
+                generate(model, ids, NEW, 0.8, depth=depth, mode=decoder, **sampling), plain
+            )
 
     def test_half_precision(self, attn_type):
         model, ids = small_model(attn_type).bfloat16(), random_ids(B, T)
@@ -286,8 +302,7 @@ class TestReuse:
                 for mode in ("eager", decoder)
             )
             assert torch.equal(static, plain)
-            for slot in decoder._cache._slots.values():
-                slot.fill_(torch.nan)
+            decoder._runner.cache.pool_NPW.fill_(torch.nan)
 
     def test_weights_may_change_in_place(self, attn_type):
         model, ids = small_model(attn_type), random_ids(B, T)
@@ -306,7 +321,8 @@ class TestReuse:
         decoder, places = decoder_of(model), []
         for loops in (6, 2):
             generate(model, random_ids(B, T), NEW, depth=Depth(loops), mode=decoder)
-            places.append({key: slot.data_ptr() for key, slot in decoder._cache._slots.items()})
+            cache = decoder._runner.cache
+            places.append((cache.pool_NPW.data_ptr(), cache.table_BLM.data_ptr()))
         assert places[0] == places[1]
 
 
@@ -360,48 +376,15 @@ class TestEnd:
         assert set(static[0, T + text.index(text[4:6]) + 2 :].tolist()) <= {eos_token_id or 0}
 
 
-class TestCacheOfAStep:
-    @pytest.mark.parametrize("share", [False, True])
-    def test_rows_that_are_done_keep_their_last_entry(self, share):
-        cache, entry = KVCache(6, share), torch.arange(4.0).view(2, 2, 1)
-        for loop in range(3):
-            cache.write(1, loop, entry + 10 * loop)
-        column_1, active = torch.tensor([3]), Active(real=torch.tensor([[True], [False]]))
-        seen = []
-        for loop in range(3):
-            step, new = cache.static(loop, 4, column_1), torch.full((2, 1, 1), 50.0 + loop)
-            seen.append(step.write(1, loop, new, active if loop else None).clone())
-        assert [slots.shape for slots in seen] == [(2, 4, 1)] * 3
-        assert torch.stack(seen)[:, :, 3, 0].tolist() == [[50, 50], [51, 50], [52, 50]]
-        expected = entry + 10 * torch.tensor([2 if share else t for t in range(3)]).view(3, 1, 1, 1)
-        assert torch.equal(torch.stack(seen)[:, :, :2], expected)
-
-    def test_it_writes_to_the_memory_of_the_cache(self):
-        cache = KVCache(6)
-        cache.write(0, 0, torch.zeros(1, 2, 3))
-        held = cache.nbytes
-        cache.static(0, 4, torch.tensor([2])).write(0, 0, torch.ones(1, 1, 3))
-        assert cache._slots[0, 0][0, :, 0].tolist() == [0, 0, 1, 0, 0, 0]
-        assert cache.nbytes == held
-
-    def test_clear_keeps_the_memory(self, model):
-        cache = KVCache(T)
-        model(random_ids(2, T), 3, cache)
-        places = [slot.data_ptr() for slot in cache._slots.values()]
-        cache.clear()
-        assert cache.length == 0
-        assert [slot.data_ptr() for slot in cache._slots.values()] == places
-        assert not any(slot.any() for slot in cache._slots.values())
-
-
 class TestBuckets:
     def test_widths(self, model):
         decoder = decoder_of(model, capacity=50)
-        assert [decoder._width(n) for n in (1, 4, 5, 9, 48, 49)] == [4, 4, 8, 12, 48, 49]
+        assert [decoder._blocks(n) for n in (1, 4, 5, 9, 48, 49)] == [1, 1, 2, 3, 12, 13]
         decoder._graphs = Tapes()
-        widths = [decoder._width(n) for n in range(1, 50)]
-        assert sorted(set(widths)) == [4, 6, 8, 12, 16, 24, 32, 48, 49]
-        assert all(n <= width <= max(4, 3 * n // 2) for n, width in enumerate(widths, 1))
+        blocks = [decoder._blocks(n) for n in range(1, 51)]
+        assert sorted(set(blocks)) == [1, 2, 3, 4, 6, 8, 12, 13]
+        needed = [-(-n // BUCKET) for n in range(1, 51)]
+        assert all(n <= m <= 3 * n // 2 for n, m in zip(needed, blocks, strict=True) if n > 1)
 
 
 def start(decoder: StaticDecoder, ids: Tensor) -> Tensor:
@@ -413,7 +396,7 @@ class TestRefusals:
     def test_calls_that_need_the_reference(self, model, mode):
         ids = random_ids(1, T)
         with pytest.raises(ConfigError, match="exit_rule"):
-            generate(model, ids, 2, depth=Depth(exit_rule=FixedDepth(2)), mode=mode)
+            generate(model, ids, 2, depth=Depth(exit_rule=KLExit()), mode=mode)
         with pytest.raises(ConfigError, match="use_cache=False"):
             generate(model, ids, 2, use_cache=False, mode=mode)
         with (
@@ -464,12 +447,6 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="evaluation mode"):
             start(decoder, random_ids(B, T))
 
-    def test_models_that_need_other_shapes(self):
-        flash = small_model("gqa", attn_backend="flash")
-        assert "flash" in static_problem(flash, captured=False)
-        with pytest.raises(ConfigError, match="takes no mask"):
-            StaticDecoder(flash, 1, 8)
-
     def test_experts_with_host_syncs_are_not_captured(self):
         """Grouped matmuls need bfloat16 and aligned widths; the device does not matter here."""
         for changes, dtype, captured in (
@@ -480,8 +457,7 @@ class TestRefusals:
             ({"n_experts": 0}, torch.float32, True),
         ):
             model = OpenMythos(small_config(**changes)).to(dtype)
-            assert static_problem(model, captured=False) is None
-            assert (static_problem(model, captured=True) is None) == captured
+            assert (capture_problem(model) is None) == captured
 
 
 class TestPlain:

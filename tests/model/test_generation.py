@@ -81,7 +81,7 @@ class TestTokens:
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         params = SamplingParams(20, temperature=0.0, **penalties, logit_bias={7: 0.5})
-        decoder = decoder_factory(mode, Depth(3), use_cache=True)
+        decoder = decoder_factory(mode)
         out = generate(model, ids, params, Depth(3), attention_mask=mask, decoder=decoder)
         for end in range(T, T + 20):
             context = {"attention_mask": torch.ones(3, end, dtype=torch.long)}
