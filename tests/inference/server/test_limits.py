@@ -105,6 +105,22 @@ def test_keys(tmp_path: Path) -> None:
         Keys.read(str(tmp_path / "nowhere"))
 
 
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hmac, and with all keys, whichever matches."""
+    compared = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return a == b
+
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    keys = Keys(["a", "b", "c"])
+    for key in (b"a", b"c", b"x"):
+        compared.clear()
+        keys.name_of(b"Bearer " + key)
+        assert len(compared) == 3
+
+
 def test_addresses() -> None:
     for host in ("127.0.0.1", "::1", "localhost", "127.5.5.5"):
         check_address(host, Keys([]), insecure=False)

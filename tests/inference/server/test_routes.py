@@ -209,7 +209,11 @@ def test_expensive_requests_wait_their_turn(start: Start) -> None:
     body: dict[str, Any] = {"max_tokens": 61, "n_loops": 8}
     with send(server, **body):
         wait_for(lambda: len(host.requests) == 1)
+        tokenizer, server.service.tokenizer = server.service.tokenizer, None
         assert error_of(server.post(**body), 429)["code"] == "queued_seconds"
+        chat = server.post("/v1/chat/completions", n_loops=8)
+        assert error_of(chat, 429)["code"] == "queued_seconds"
+        server.service.tokenizer = tokenizer
         with send(server, max_tokens=58, n_loops=8):  # 488: the limit itself
             wait_for(lambda: len(host.requests) == 2)
             assert error_of(server.post(max_tokens=1, n_loops=2), 429)
