@@ -60,6 +60,14 @@ class DepthPolicy:
             raise invalid("min_loops", f"must not be above the {most} loops of a token")
         return DepthChoice(most, least if rule != "none" else most, rule, numbers)
 
+    def allowed(self, facts: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the least and the most loops that a request may name, for a looped model."""
+        most = min(self.most, facts["max_loops"])
+        if self.allow_unvalidated:
+            return 1, most
+        low, high = facts.get("validated_depth") or (1, facts["trained_depth"])
+        return low, min(high, most)
+
     def _check_n_loops_alone(self, body: Common) -> None:
         for other in ("max_loops", "min_loops", "exit_rule", "exit_threshold"):
             if getattr(body, other) is not None:

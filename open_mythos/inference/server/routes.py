@@ -110,6 +110,8 @@ def _models(service: Service) -> dict[str, Any]:
         "id": service.model, "object": "model", "created": service.created,
         "owned_by": "open-mythos", "max_model_len": facts["context"],
         "exit_rules": rules, "system_fingerprint": service.fingerprint,
+        "allowed_depth": None if facts["dense"] else service.policy.allowed(facts),
+        "chat_template": service.template is not None,
         **{name: facts.get(name) for name in names},
     }  # fmt: skip
     return {"object": "list", "data": [model]}
