@@ -202,6 +202,7 @@ class Engine:
         events: list[Event] = []
         if chunk.start == sequence.n_cached:  # the first one
             events.append(Started(request.id, sequence.n_cached))
+        self._totals["prefills"] += 1
         self._totals["prompt_tokens"] += chunk.stop - chunk.start
         self._totals["prefill_loops"] += (chunk.stop - chunk.start) * request.max_loops
         if request.prompt_logprobs:

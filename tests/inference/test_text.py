@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,8 +37,8 @@ def joined(pieces: list[Piece]) -> Piece:
     return whole
 
 
-@pytest.fixture(scope="module")
-def bpe() -> BPETokenizer:
+@cache
+def small_bpe() -> BPETokenizer:
     return BPETokenizer.train(SAMPLE, 290)
 
 
@@ -61,7 +63,7 @@ def test_invalid_bytes_and_special_tokens(ids: list[int]) -> None:
 )
 def test_a_stop_string_ends_the_text_where_it_first_completes(text: str, stops: list[str]) -> None:
     """Against searching the whole text after each token."""
-    for tok in (BYTES, BPETokenizer.train(SAMPLE, 280)):
+    for tok in (BYTES, small_bpe()):
         ids = tok.encode(text)
         stream = TextStream(tok, stops)
         whole = joined(run(stream, ids))
@@ -86,14 +88,14 @@ def test_only_what_may_become_a_stop_string_is_held() -> None:
     assert stream.stopped_by == "abab!"
 
 
-def test_tokens_wait_for_their_text(bpe: BPETokenizer) -> None:
+def test_tokens_wait_for_their_text() -> None:
     stream = TextStream(BYTES)
     pieces = run(stream, BYTES.encode("a€b"))
     assert [(p.text, len(p.tokens)) for p in pieces] == [
         ("a", 1), ("", 0), ("", 0), ("€", 3), ("b", 1), ("", 0),
     ]  # fmt: skip
-    held = TextStream(bpe, ["the mat"])
-    for piece in run(held, bpe.encode("on the cat")):
+    held = TextStream(small_bpe(), ["the mat"])
+    for piece in run(held, small_bpe().encode("on the cat")):
         assert bool(piece.tokens) <= bool(piece.text), "a token never runs ahead of its text"
 
 

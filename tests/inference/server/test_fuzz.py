@@ -40,7 +40,7 @@ def canary(server: Running) -> Any:
     return server.client.post(PATHS[0], json=CANARY).json()["choices"]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(PATHS),
     st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(VALUES), max_size=6),
@@ -68,7 +68,7 @@ def mutated(draw: random.Random) -> bytes:
 
 def test_damaged_bodies(shared: Running) -> None:
     before, draw = canary(shared), random.Random(0)
-    for i in range(150):
+    for i in range(100):
         body = mutated(draw)
         answer = shared.client.post(PATHS[0], content=body, headers=HEAD, timeout=5)
         assert is_sound(answer), (i, body)
