@@ -109,6 +109,9 @@ class Scheduler:
                 allowed=f"at most {self.max_queued}", fix="send the request again later",
             )  # fmt: skip
         chunk = chunk_positions(request.max_loops, self.chunk_loop_tokens)
+        if self.layout.share_loops:
+            # within a call, loop t sees entries of loop t; of earlier calls, those of the last
+            chunk = 1 << (self.context - 1).bit_length()
         unit = max(chunk, self.layout.page)
         depth = (request.max_loops, request.rule, request.numbers, request.min_loops)
         sequence = Sequence(
