@@ -16,8 +16,8 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.errors import InternalError
 from open_mythos.hub.pretrained import save_pretrained
-from open_mythos.inference.engine import Engine, layout_of
-from open_mythos.inference.levels import Groups, LevelRows
+from open_mythos.inference.engine import Engine
+from open_mythos.inference.levels import Groups, LevelRows, layout_of
 from open_mythos.inference.offline import Completion
 from open_mythos.inference.places import written
 from open_mythos.inference.request import Outcome, Request
