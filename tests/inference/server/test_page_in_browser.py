@@ -175,6 +175,8 @@ def test_errors_are_shown(start, open_page, after):
     assert ("not finite" if after else "exceed the context of 256") in shown
     assert browser.js("document.querySelectorAll('.t').length") == (after or 0)
     assert browser.js("!document.querySelector('#send').hidden")
+    # what failed before it began can be corrected and sent again
+    assert browser.js("document.querySelector('#prompt').value") == ("" if after else "abc")
 
 
 def test_a_key_is_asked_for(start, open_page):
