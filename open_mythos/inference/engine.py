@@ -131,12 +131,15 @@ class Engine:
             EnvironmentError_: The queue is full.
         """
         vocabulary, deepest = self.model.cfg.vocab_size, self.max_loops
-        outside = [token for token in request.prompt if not 0 <= token < vocabulary]
-        if outside:
-            raise ConfigError(
-                "a token id is outside the vocabulary", where="prompt", value=outside[0],
-                allowed=f"0 .. {vocabulary - 1}", fix="check that the tokenizer matches the model",
-            )  # fmt: skip
+        biased = tuple(token for token, _ in request.logit_bias)
+        for where, ids in (("prompt", request.prompt), ("logit_bias", biased)):
+            outside = [token for token in ids if not 0 <= token < vocabulary]
+            if outside:
+                raise ConfigError(
+                    "a token id is outside the vocabulary", where=where, value=outside[0],
+                    allowed=f"0 .. {vocabulary - 1}",
+                    fix="check that the tokenizer matches the model",
+                )  # fmt: skip
         if request.max_loops > deepest or (deepest and request.max_loops < 1):
             raise ConfigError(
                 "the request is deeper than the engine", where="max_loops",

@@ -9,6 +9,7 @@ from typing import Any
 
 from open_mythos.checks import check_count, check_number, pick, unknown_key
 from open_mythos.errors import ConfigError
+from open_mythos.model.exit_syntax import EXIT_SYNTAX, check
 
 MOST_ENDS = 4
 """Most end tokens of a request; every slot has room for so many."""
@@ -101,7 +102,13 @@ class Request:
         for name, least in (("top_k", 0), ("max_loops", 0), ("min_loops", 0), ("key", 0)):
             check_count(name, getattr(self, name), least)
         check_count("max_tokens", self.max_tokens, 0 if self.prompt_logprobs else 1)
-        pick(RULES, self.rule, "rule", what="exit rule")
+        for name in ("top_k", "key"):
+            check_number(name, getattr(self, name), lt=1 << 63)
+        for end in self.ends:
+            check_number("ends", end, ge=0, lt=1 << 63)
+        for _, value in self.logit_bias:
+            check_number("logit_bias", value)
+        self._check_rule()
         if self.min_loops > max(self.max_loops, 1):
             raise ConfigError(
                 "min_loops is above max_loops", where="min_loops", value=self.min_loops,
@@ -114,6 +121,19 @@ class Request:
             )  # fmt: skip
         if self.deadline is not None:
             check_number("deadline", self.deadline)
+
+    def _check_rule(self) -> None:
+        pick(RULES, self.rule, "rule", what="exit rule")
+        expected = EXIT_SYNTAX[self.rule][0] if self.rule != "none" else ()
+        if len(self.numbers) != len(expected):
+            raise ConfigError(
+                "the rule has other numbers", where="numbers", value=self.numbers,
+                allowed=", ".join(each.name for each in expected) or "none",
+                fix="name every number of the rule",
+            )  # fmt: skip
+        for number, value in zip(expected, self.numbers, strict=True):
+            whole = number.kind is int and value == value // 1
+            check(number, int(value) if whole else value, "numbers")
 
     def to_json(self, now: float = 0.0) -> dict[str, Any]:
         """Return the fields as JSON types; the deadline as ``timeout``, seconds from ``now``.

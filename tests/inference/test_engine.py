@@ -194,9 +194,12 @@ def test_deadlines_and_refusals(mla):
     assert outcomes == {"late": Outcome.TIMEOUT, "early": Outcome.LENGTH}
     for wrong in (
         ask(n_prompt=CONTEXT), ask(max_loops=5), ask(max_loops=0),
-        replace(ask(), prompt=(61,)), ask(max_tokens=0),
+        replace(ask(), prompt=(61,)), ask(max_tokens=0), ask(logit_bias=((61, 1.0),)),
+        ask(logit_bias=((0, float("nan")),)), ask(numbers=()), ask(numbers=(float("nan"),)),
+        ask(numbers=(1.5,)), ask(rule="acceleration", numbers=(0.5,)), ask(key=1 << 63),
+        ask(rule="acceleration", numbers=(0.5, 1.5)), ask(top_k=1 << 63), ask(ends=(1 << 63,)),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"prompt|max_loops|max_tokens|min_loops|token"):
+        with pytest.raises(ValueError, match=r"where:"):
             engine.add(wrong)
     assert not engine.busy
 

@@ -73,7 +73,7 @@ def test_events_travel(event):
         ("max_loops", 4, -1),
         ("max_loops", 4, True),
         ("max_loops", 4, 2.5),
-        ("rule", "gate", "kl"),
+        ("rule", "none", "kl"),
         ("logprobs", 20, 21),
         ("logprobs", 0, -1),
         ("deadline", 0.0, float("nan")),
