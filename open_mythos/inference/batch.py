@@ -12,6 +12,7 @@ from torch import Tensor
 from open_mythos.inference.levels import Groups
 from open_mythos.inference.request import Request
 from open_mythos.inference.sequence import Sequence
+from open_mythos.ops.sampling import Stages
 
 Scored = tuple[float | None, tuple[tuple[int, float], ...]]
 """Log-probability of a token, and the most likely tokens with theirs."""
@@ -41,6 +42,29 @@ class Saved(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What the requests of a batch ask for; the rest is not computed."""
+
+    kinds: tuple[str, ...]
+    """Exit rules."""
+    stages: Stages
+    """Stages of sampling."""
+    biased: bool
+    """Some request has a logit bias."""
+    n_top: int | None
+    """Most alternatives of any request; None if none wants log-probabilities."""
+
+    @classmethod
+    def of(cls, requests: Rows[Request]) -> Needs:
+        """Return the needs of a batch of these requests."""
+        wanted = [each.logprobs for each in requests if each.logprobs is not None]
+        return cls(
+            tuple(sorted({each.rule for each in requests})), Stages.of(requests),
+            any(each.logit_bias for each in requests), max(wanted, default=None),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows that are computed together: on a CPU dummies first, then sequences by number of pages.
 
@@ -49,8 +73,7 @@ class Batch:
     """
 
     slots_R: Tensor
-    requests: Rows[Request]
-    """Requests of all rows that may run; they decide which rules and sampling stages do."""
+    needs: Needs
     sequences: Rows[Sequence] = ()
     groups: Groups | None = None
     n_blocks: int | None = None
@@ -60,11 +83,6 @@ class Batch:
     def n_dummies(self) -> int:
         """Rows before the sequences."""
         return len(self.slots_R) - len(self.sequences)
-
-    @property
-    def kinds(self) -> list[str]:
-        """Exit rules of the rows."""
-        return sorted({request.rule for request in self.requests})
 
 
 class Choice(NamedTuple):
@@ -118,3 +136,11 @@ def scored(n: int | None, own: float, ids: list[int], values: list[float]) -> Sc
     if n is None:
         return None, ()
     return own, tuple(zip(ids[:n], values[:n], strict=True))
+
+
+def few_sizes(n: int) -> int:
+    """Round up to 1, 2, 3, 4, 6, 8, 12, ...: at most half more, where each size is a capture."""
+    octave = 1
+    while 2 * octave < n:
+        octave *= 2
+    return next(size for size in (octave, octave * 3 // 2, octave * 2) if size >= n)

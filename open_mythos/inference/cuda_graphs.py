@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 import torch
+from torch import Tensor
+
+from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.layers.moe import MoEFFN
 
 
 class Graphs:
@@ -39,3 +43,23 @@ class Graphs:
                 piece()
             self._graphs[key] = graph
         graph.replay()
+
+
+def capture_problem(model: CausalLM) -> str | None:
+    """Return why steps of ``model`` cannot be captured, or None: experts may not sync."""
+    for module in model.modules():
+        if isinstance(module, MoEFFN):
+            backend = getattr(module.experts, "backend", "auto")
+            if backend not in ("auto", "grouped"):
+                return f'moe_backend="{backend}", whose load is read on the host'
+            for name, stack in module.named_parameters(recurse=False):
+                if not _grouped_without_sync(stack):
+                    return f"experts whose grouped matmuls read the load on the host ({name})"
+    return None
+
+
+def _grouped_without_sync(stack: Tensor) -> bool:
+    """Return whether PyTorch has a grouped matmul kernel: bfloat16, capability 9.0 and above."""
+    aligned = all(width * stack.element_size() % 16 == 0 for width in stack.shape[1:])
+    capable = not stack.is_cuda or torch.cuda.get_device_capability(stack.device) >= (9, 0)
+    return aligned and capable and stack.dtype == torch.bfloat16

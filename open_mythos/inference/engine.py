@@ -21,7 +21,9 @@ import torch
 
 from open_mythos.checks import check_count, check_number
 from open_mythos.errors import ConfigError, EnvironmentError_
-from open_mythos.inference.batch import Chosen
+from open_mythos.inference.batch import Chosen, Needs, few_sizes
+from open_mythos.inference.cuda_graphs import capture_problem
+from open_mythos.inference.device_ticks import DeviceTicks, Launched
 from open_mythos.inference.levels import layout_of
 from open_mythos.inference.offline import Completion, Prompts, generate_all
 from open_mythos.inference.pages import PAGE
@@ -36,7 +38,7 @@ from open_mythos.inference.request import (
 )
 from open_mythos.inference.runner import Runner
 from open_mythos.inference.scheduler import CHUNK_LOOP_TOKENS, Scheduler
-from open_mythos.inference.sequence import Chunk, Sequence, Work
+from open_mythos.inference.sequence import Chunk, Phase, Sequence, Work
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
@@ -65,6 +67,8 @@ class Engine:
         edge_fraction: Part of the rows that must wait before coda and head run.
         max_queued: Requests that may wait for admission.
         page: Positions of a page, a power of two.
+        constant_shapes: Let the device decide which rows run, so that a tick needs no values on the
+            host; by default on CUDA only, where a tick is a CUDA graph.
         clock: Seconds, for deadlines and statistics.
 
     Raises:
@@ -77,6 +81,7 @@ class Engine:
         overcommit: bool = False, prefill_exits: bool = True,
         chunk_loop_tokens: int = CHUNK_LOOP_TOKENS, ticks_per_chunk: int = 4,
         edge_fraction: float = 0.5, max_queued: int = 256, page: int = PAGE,
+        constant_shapes: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         if model.training:
@@ -102,6 +107,17 @@ class Engine:
             model, self.layout, n_slots=slots, n_pages=n_pages, context=self.context,
             max_loops=self.max_loops, exact=self.exact, prefill_exits=prefill_exits,
         )  # fmt: skip
+        self._ticks: DeviceTicks | None = None
+        on_device = weight.device.type == "cuda" if constant_shapes is None else constant_shapes
+        if on_device:
+            if weight.is_cuda and (problem := capture_problem(model)) is not None:
+                raise ConfigError(
+                    "steps of this model cannot be captured", where="constant_shapes",
+                    value=problem, allowed="models whose steps read no value on the host",
+                    fix="pass constant_shapes=False, or use a bfloat16 model",
+                )  # fmt: skip
+            self._ticks = DeviceTicks(self.runner, slots, max(1, slots // 8) if looped else slots)
+        self._launched: tuple[Launched, int | None] | None = None
         self._saved: dict[int, Any] = {}
         self._scores: dict[int, list[Any]] = {}
         self._loops_per_token: Counter[int] = Counter()
@@ -157,6 +173,8 @@ class Engine:
         """Run one tick and return what happened, in order; [] if there is nothing to do."""
         if not self.busy:
             return []
+        if self._ticks is not None:
+            return self._device_step(self._ticks)
         work = self.scheduler.plan(self._clock())
         events = self._move(work)
         entering: list[Sequence] = []
@@ -183,6 +201,52 @@ class Engine:
             self.scheduler.check()
         return events
 
+    def _device_step(self, ticks: DeviceTicks) -> list[Event]:
+        """Launch a tick of constant shape, and take the tokens of the one before."""
+        events: list[Event] = []
+        if (
+            self.scheduler.places.overcommit
+        ):  # a sequence that is taken out may not have tokens in flight
+            events += self._collect()
+        work = self.scheduler.plan(self._clock())
+        events += self._move(work)
+        entering: list[Sequence] = []
+        if work.chunk is not None:
+            with self._timed("prefill"):
+                events += self._prefill(work.chunk, entering)
+        if entering:
+            self.runner.enter(entering)
+        running = [s for s in self.scheduler.places.running() if s.tokens]
+        launched = None
+        if running:
+            needs = Needs.of([sequence.request for sequence in running])
+            # a token may be in flight
+            longest = max(sequence.position for sequence in running) + 2
+            blocks = few_sizes(self.layout.rows(min(longest, self.context)))
+            n_blocks = min(blocks, self.layout.rows(self.context))
+            launched = ticks.launch(needs, n_blocks), needs.n_top
+            self._totals["loop_ticks"] += 1
+        events += self._collect()
+        self._launched = launched
+        if not self.busy:
+            self.scheduler.check()
+        return events
+
+    def _collect(self) -> list[Event]:
+        """Take the tokens of the last tick; those of sequences that have ended are dropped."""
+        events: list[Event] = []
+        if self._launched is not None:
+            launched, n_top = self._launched
+            self._launched = None
+            by_serial = {s.serial: s for s in self.scheduler.places.running()}
+            for serial, chosen in launched.read(n_top):
+                if (sequence := by_serial.get(serial)) is not None:
+                    if sequence.phase is Phase.LOOPING:
+                        self.scheduler.stopped([sequence])
+                    events += self._commit(sequence, chosen, self.scheduler.left, [])
+                    self._totals["edge_rows"] += 1
+        return events
+
     def _move(self, work: Work) -> list[Event]:
         """Follow the scheduler's decisions about slots and pages."""
         events: list[Event] = []
@@ -194,6 +258,9 @@ class Engine:
             self.runner.put_back(sequence, self._saved.pop(sequence.serial))
         for sequence in work.admitted:
             self.runner.place(sequence)
+        for sequence in (*work.swap_in, *work.admitted):
+            if self._ticks is not None and sequence.slot is not None:
+                self._ticks.place(sequence.slot, sequence.serial)
         for sequence in work.changed:
             assert sequence.slot is not None
             self.runner.cache.assign(sequence.slot, sequence.pages)

@@ -22,6 +22,7 @@ from open_mythos.inference.batch import (
     Batch,
     Choice,
     Chosen,
+    Needs,
     Saved,
     Scored,
     read_choices,
@@ -175,7 +176,7 @@ class Runner:
             loops = int(trace.exits[0, -1])
         slots_1 = torch.tensor([slot], device=self._device)
         self.slots.t[slot], self.slots.phase[slot] = loops, WAITING
-        batch = Batch(slots_1, [request], [sequence])
+        batch = Batch(slots_1, Needs.of([request]), [sequence])
         (chosen,) = read_choices(batch, self.choose(batch, self.model.head(hidden_1TD[:, -1])))
         return chosen, scores
 
@@ -234,7 +235,7 @@ class Runner:
         state.drive[slots_R] = torch.where(kept, drive_R1D, state.drive[slots_R])
         state.t[slots_R] *= ~real_R
         state.phase[slots_R] = torch.where(real_R, LOOPING, state.phase[slots_R])
-        self.rules.begin(slots_R, batch.kinds, real_R)
+        self.rules.begin(slots_R, batch.needs.kinds, real_R)
 
     def loop_rows(self, batch: Batch) -> Tensor:
         """Run a loop of the rows that loop; return (R,) true where one is done with its loops."""
@@ -247,7 +248,7 @@ class Runner:
         after_R1D = self._recurrent.step(before_R1D, state.drive[slots_R], t_R, ctx)
         look = Look(t_R.unsqueeze(1), before_R1D, after_R1D, _no_predictions)
         stop_R = self.rules.stops(
-            batch.kinds, slots_R, state.rule[slots_R], state.numbers[slots_R], look
+            batch.needs.kinds, slots_R, state.rule[slots_R], state.numbers[slots_R], look
         )
         done_R = (t_R + 1 >= state.most[slots_R]) | (stop_R & (t_R + 1 >= state.least[slots_R]))
         done_R = done_R & real_R
@@ -271,20 +272,21 @@ class Runner:
         slots_R, state = batch.slots_R, self.slots
         logits_RV = logits_RV.float()
         real_R, draw_R = state.phase[slots_R] == WAITING, state.draw[slots_R]
-        biased = self._bias_BV is not None and any(each.logit_bias for each in batch.requests)
-        token_R = state.sampling(slots_R, batch.requests).choose(
+        bias_RV = None
+        if batch.needs.biased and self._bias_BV is not None:
+            bias_RV = self._bias_BV[slots_R]
+        token_R = state.sampling(slots_R, batch.needs.stages).choose(
             logits_RV, state.ids[slots_R], state.n_prompt[slots_R], state.key[slots_R], draw_R,
-            self._bias_BV[slots_R] if biased and self._bias_BV is not None else None,
+            bias_RV,
         )  # fmt: skip
         ends_R = (token_R.unsqueeze(1) == state.ends[slots_R]).any(1)
         ends_R = (ends_R | (draw_R + 1 >= state.max_tokens[slots_R])) & real_R
         state.token[slots_R] = torch.where(real_R, token_R, state.token[slots_R])
         state.draw[slots_R] = draw_R + real_R
         state.phase[slots_R] = torch.where(ends_R, FREE, state.phase[slots_R])
-        wanted = [each.logprobs for each in batch.requests if each.logprobs is not None]
         scores: tuple[Tensor | None, ...] = (None, None, None)
-        if wanted:
-            scores = log_probabilities(logits_RV, token_R, max(wanted))
+        if batch.needs.n_top is not None:
+            scores = log_probabilities(logits_RV, token_R, batch.needs.n_top)
         return Choice(real_R, token_R, state.t[slots_R], logits_RV.isfinite().all(1), *scores)
 
     def _context(self, batch: Batch, real_R: Tensor) -> Context:
@@ -311,7 +313,8 @@ class Runner:
             slots = [self._dummy] * pad + [s.slot for s in some]
             pages = [1] * pad + [s.position // page + 1 for s in some]
             slots_R = torch.tensor(slots, device=self._device)
-            yield Batch(slots_R, [s.request for s in some], some, tuple(runs(pages)))
+            needs = Needs.of([s.request for s in some])
+            yield Batch(slots_R, needs, some, tuple(runs(pages)))
 
 
 def _no_predictions() -> Tensor:

@@ -6,7 +6,6 @@ captured once. The last row is the dummy that pads batches: it never runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -114,7 +113,7 @@ class Slots:
         for name, value in values.items():
             getattr(self, name)[slot] = value
 
-    def sampling(self, slots_R: Tensor, requests: Sequence[Request]) -> RowSampling:
-        """Return the sampling values of rows; ``requests`` decide which stages run."""
+    def sampling(self, slots_R: Tensor, stages: Stages) -> RowSampling:
+        """Return the sampling values of rows."""
         columns = (getattr(self, name)[slots_R] for name in SAMPLING)
-        return RowSampling(*columns, stages=Stages.of(requests))
+        return RowSampling(*columns, stages=stages)

@@ -24,18 +24,16 @@ from torch import Tensor
 
 from open_mythos.checks import check_count, pick
 from open_mythos.errors import ConfigError, EnvironmentError_
-from open_mythos.inference.batch import Batch, runs
-from open_mythos.inference.cuda_graphs import Graphs
+from open_mythos.inference.batch import Batch, Needs, few_sizes, runs
+from open_mythos.inference.cuda_graphs import Graphs, capture_problem
 from open_mythos.inference.levels import layout_of
 from open_mythos.inference.offline import requests_of
 from open_mythos.inference.pages import PAGE
-from open_mythos.inference.request import Request
 from open_mythos.inference.runner import Runner
 from open_mythos.inference.slots import FREE, WAITING
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
-from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.sampling import SamplingParams
 
@@ -88,8 +86,9 @@ class StaticDecoder:
         self._graphs = Graphs(device) if captured else None
         self._runner: Runner | None = None
         self._pieces: dict[str, Callable[[Batch], Any]] = {}
-        self._most = self._held = 0
-        self._request = Request("", (0,), 1)
+        self._most = self._held = self._end = 0
+        self._needs = Needs.of(())
+        self._lengths = [0] * batch
         self.running_B = torch.ones(batch, dtype=torch.bool, device=device)
         self._token_B = torch.zeros(batch, dtype=torch.long, device=device)
         self._rows_B = torch.arange(batch, device=device)
@@ -136,7 +135,8 @@ class StaticDecoder:
                 runner.cache.store(
                     row, cache, 0, len(request.prompt), self._most, row, n_prompt - real_B[row]
                 )
-            self._held, self._request = max(real_B), requests[0]
+            self._held, self._needs = max(real_B), Needs.of(requests)
+            self._end = params.eos_token_id or 0
             self._lengths = real_B
             self.running_B.fill_(True)
             runner.slots.phase[:-1] = WAITING
@@ -182,8 +182,7 @@ class StaticDecoder:
     def _finish(self, token_B: Tensor) -> None:
         """Keep the tokens; rows that have ended are filled."""
         assert self._runner is not None
-        end = self._request.ends[0] if self._request.ends else 0
-        self._token_B.copy_(token_B.masked_fill(~self.running_B, end))
+        self._token_B.copy_(token_B.masked_fill(~self.running_B, self._end))
         self.running_B.logical_and_(self._runner.slots.phase[:-1] == WAITING)
 
     def _run(self, name: str, batch: Batch) -> None:
@@ -191,25 +190,21 @@ class StaticDecoder:
         if self._graphs is None:
             piece(batch)
         else:
-            key = name, batch.n_blocks, replace(self._request, prompt=(0,), key=0)
-            self._graphs.run(key, lambda: piece(batch))
+            self._graphs.run((name, batch.n_blocks, batch.needs), lambda: piece(batch))
 
     def _batch(self) -> Batch:
         """Return all rows, over as many pages as they need."""
         if self._graphs is None and self.mode == "static" and self._rows_B.device.type == "cpu":
             pages = [self._layout.rows(length) for length in self._lengths]
-            return Batch(self._rows_B, [self._request], groups=tuple(runs(pages)))
-        return Batch(self._rows_B, [self._request], n_blocks=self._blocks(self._held))
+            return Batch(self._rows_B, self._needs, groups=tuple(runs(pages)))
+        return Batch(self._rows_B, self._needs, n_blocks=self._blocks(self._held))
 
     def _blocks(self, positions: int) -> int:
         """Return the pages that a step reads: few and wide ones where each costs a capture."""
         needed, most = self._layout.rows(positions), self._layout.rows(self.capacity)
         if self._graphs is None:
             return needed
-        octave = 1
-        while 2 * octave < needed:
-            octave *= 2
-        return min(most, next(n for n in (octave, octave * 3 // 2, octave * 2) if n >= needed))
+        return min(most, few_sizes(needed))
 
     def _runner_of(self, most: int) -> Runner:
         """Return the runner, a new one if ``most`` loops are more than ever before."""
@@ -265,26 +260,6 @@ def check_no_autocast(device: torch.device) -> None:
             "static-shape decoding does not support autocast", "autocast is on",
             "a model converted to its dtype, such as model.to(torch.bfloat16)",
         )  # fmt: skip
-
-
-def capture_problem(model: CausalLM) -> str | None:
-    """Return why steps of ``model`` cannot be captured, or None: experts may not sync."""
-    for module in model.modules():
-        if isinstance(module, MoEFFN):
-            backend = getattr(module.experts, "backend", "auto")
-            if backend not in ("auto", "grouped"):
-                return f'moe_backend="{backend}", whose load is read on the host'
-            for name, stack in module.named_parameters(recurse=False):
-                if not _grouped_without_sync(stack):
-                    return f"experts whose grouped matmuls read the load on the host ({name})"
-    return None
-
-
-def _grouped_without_sync(stack: Tensor) -> bool:
-    """Return whether PyTorch has a grouped matmul kernel: bfloat16, capability 9.0 and above."""
-    aligned = all(width * stack.element_size() % 16 == 0 for width in stack.shape[1:])
-    capable = not stack.is_cuda or torch.cuda.get_device_capability(stack.device) >= (9, 0)
-    return aligned and capable and stack.dtype == torch.bfloat16
 
 
 def reject(
