@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.devices import HostCopy
-from open_mythos.inference.batch import Batch, Chosen, Needs, scored
+from open_mythos.inference.batch import Batch, Chosen, Needs
 from open_mythos.inference.cuda_graphs import Graphs
 from open_mythos.inference.runner import Runner
 from open_mythos.inference.slots import LOOPING, WAITING
@@ -28,15 +28,15 @@ class Launched:
     scores: HostCopy | None
     """(P, 1 + K) float32 log-probabilities."""
 
-    def read(self, n_top: int | None) -> list[tuple[int, Chosen]]:
-        """Wait for the tick; return serial numbers and tokens."""
+    def read(self) -> list[tuple[int, Chosen]]:
+        """Wait for the tick; return serial numbers and tokens, with all scores that there are."""
         rows = self.whole.read().tolist()
         scores = [[0.0]] * len(rows) if self.scores is None else self.scores.read().tolist()
         chosen = []
         for (serial, token, loops, finite, *top), (own, *values) in zip(rows, scores, strict=True):
             if serial >= 0:
-                logprob, likely = scored(n_top, own, top, values)
-                chosen.append((serial, Chosen(token, loops, logprob, likely, bool(finite))))
+                likely = tuple(zip(top, values, strict=True))
+                chosen.append((serial, Chosen(token, loops, own, likely, bool(finite))))
         return chosen
 
 

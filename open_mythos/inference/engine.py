@@ -117,7 +117,7 @@ class Engine:
                     fix="pass constant_shapes=False, or use a bfloat16 model",
                 )  # fmt: skip
             self._ticks = DeviceTicks(self.runner, slots, max(1, slots // 8) if looped else slots)
-        self._launched: tuple[Launched, int | None] | None = None
+        self._launched: Launched | None = None
         self._saved: dict[int, Any] = {}
         self._scores: dict[int, list[Any]] = {}
         self._loops_per_token: Counter[int] = Counter()
@@ -224,7 +224,7 @@ class Engine:
             longest = max(sequence.position for sequence in running) + 2
             blocks = few_sizes(self.layout.rows(min(longest, self.context)))
             n_blocks = min(blocks, self.layout.rows(self.context))
-            launched = ticks.launch(needs, n_blocks), needs.n_top
+            launched = ticks.launch(needs, n_blocks)
             self._totals["loop_ticks"] += 1
         events += self._collect()
         self._launched = launched
@@ -236,13 +236,15 @@ class Engine:
         """Take the tokens of the last tick; those of sequences that have ended are dropped."""
         events: list[Event] = []
         if self._launched is not None:
-            launched, n_top = self._launched
-            self._launched = None
+            launched, self._launched = self._launched, None
             by_serial = {s.serial: s for s in self.scheduler.places.running()}
-            for serial, chosen in launched.read(n_top):
+            for serial, chosen in launched.read():
                 if (sequence := by_serial.get(serial)) is not None:
                     if sequence.phase is Phase.LOOPING:
                         self.scheduler.stopped([sequence])
+                    n_top = sequence.request.logprobs
+                    logprob = None if n_top is None else chosen.logprob
+                    chosen = chosen._replace(logprob=logprob, top=chosen.top[: n_top or 0])
                     events += self._commit(sequence, chosen, self.scheduler.left, [])
                     self._totals["edge_rows"] += 1
         return events
