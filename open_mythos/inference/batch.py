@@ -88,8 +88,8 @@ class Batch:
 class Choice(NamedTuple):
     """The next token of every row of a batch, on the device."""
 
-    real_R: Tensor
-    """False on rows that are not computed."""
+    real_R: Tensor | None
+    """False on rows that are not computed; None if they are the dummies."""
     token_R: Tensor
     loops_R: Tensor
     """Loops that the row ran to choose it."""

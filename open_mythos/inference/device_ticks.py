@@ -94,6 +94,7 @@ class DeviceTicks:
         slots_P = order.topk(self._width, largest=False).indices
         batch = Batch(slots_P, needs, n_blocks=n_blocks)
         choice = runner.leave_rows(batch)
+        assert choice.real_R is not None
         serial_P = torch.where(choice.real_R, self._serial[slots_P], -1)
         columns = [serial_P, choice.token_R, choice.loops_R, choice.finite_R.long()]
         whole = torch.stack(columns, dim=1)

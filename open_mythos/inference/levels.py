@@ -75,12 +75,13 @@ class LevelCache:
             groups: Runs of rows with equally many pages, where the host knows them.
             n_blocks: Pages of a level to read at most; all by default.
         """
-        table_RLM = self.table_BLM[slots_R]
-        block_R = positions_R // self.layout.page
-        page_RL = table_RLM.take_along_dim(block_R.view(-1, 1, 1), dim=2).squeeze(2)
+        table_RLM, page = self.table_BLM.index_select(0, slots_R), self.layout.page
+        block_R = positions_R >> page.bit_length() - 1  # a power of two
+        index_RL1 = block_R.view(-1, 1, 1).expand(-1, table_RLM.shape[1], 1)
+        page_RL = table_RLM.gather(2, index_RL1).squeeze(2)
         if real_R is not None:
             page_RL = page_RL * real_R.unsqueeze(1)
-        at_RL = page_RL * self.layout.page + (positions_R % self.layout.page).unsqueeze(1)
+        at_RL = page_RL * page + (positions_R & page - 1).unsqueeze(1)
         return LevelRows(
             self.layout, self.pool_NPW, table_RLM[..., :n_blocks], at_RL, positions_R + 1, groups
         )

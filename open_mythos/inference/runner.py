@@ -216,52 +216,53 @@ class Runner:
 
     def enter_rows(self, batch: Batch) -> None:
         """Start the newest token of the rows that wait."""
-        slots_R, state = batch.slots_R, self.slots
-        real_R = state.phase[slots_R] == WAITING
-        state.position[slots_R] += real_R
-        position_R, token_R = state.position[slots_R], state.token[slots_R]
-        state.ids[slots_R, position_R] = torch.where(
-            real_R, token_R, state.ids[slots_R, position_R]
-        )
+        slots_R, state, real_R = batch.slots_R, self.slots, self._real(batch, WAITING)
+        _put(state.position, batch, state.position.index_select(0, slots_R) + 1, real_R)
+        position_R, token_R = (x.index_select(0, slots_R) for x in (state.position, state.token))
+        kept_R = token_R
+        if real_R is not None:
+            kept_R = torch.where(real_R, token_R, state.ids[slots_R, position_R])
+        state.ids[slots_R, position_R] = kept_R
         ctx = self._context(batch, real_R)
         e_R1D = self.model.embed(token_R.unsqueeze(1), ctx)
-        kept = real_R.view(-1, 1, 1)
         if self._recurrent is None:
-            state.h[slots_R] = torch.where(kept, e_R1D, state.h[slots_R])
+            _put(state.h, batch, e_R1D, real_R)
             return
-        h_R1D = self._recurrent.initial_state(e_R1D, ctx)
-        drive_R1D = self._recurrent.injection.drive(e_R1D)
-        state.h[slots_R] = torch.where(kept, h_R1D, state.h[slots_R])
-        state.drive[slots_R] = torch.where(kept, drive_R1D, state.drive[slots_R])
-        state.t[slots_R] *= ~real_R
-        state.phase[slots_R] = torch.where(real_R, LOOPING, state.phase[slots_R])
+        _put(state.h, batch, self._recurrent.initial_state(e_R1D, ctx), real_R)
+        _put(state.drive, batch, self._recurrent.injection.drive(e_R1D), real_R)
+        _put(state.t, batch, torch.zeros_like(slots_R), real_R)
+        _put(state.phase, batch, torch.full_like(slots_R, LOOPING), real_R)
         self.rules.begin(slots_R, batch.needs.kinds, real_R)
 
     def loop_rows(self, batch: Batch) -> Tensor:
         """Run a loop of the rows that loop; return (R,) true where one is done with its loops."""
         assert self._recurrent is not None
-        slots_R, state = batch.slots_R, self.slots
-        real_R = state.phase[slots_R] == LOOPING
-        ran_R, before_R1D = state.t[slots_R], state.h[slots_R]
-        t_R = ran_R * real_R  # rows that wait may have no level for another loop
-        ctx = self._context(batch, real_R)
-        after_R1D = self._recurrent.step(before_R1D, state.drive[slots_R], t_R, ctx)
-        look = Look(t_R.unsqueeze(1), before_R1D, after_R1D, _no_predictions)
-        stop_R = self.rules.stops(
-            batch.needs.kinds, slots_R, state.rule[slots_R], state.numbers[slots_R], look
+        slots_R, state, real_R = batch.slots_R, self.slots, self._real(batch, LOOPING)
+        t_R, before_R1D, drive_R1D, most_R = (
+            x.index_select(0, slots_R) for x in (state.t, state.h, state.drive, state.most)
         )
-        done_R = (t_R + 1 >= state.most[slots_R]) | (stop_R & (t_R + 1 >= state.least[slots_R]))
-        done_R = done_R & real_R
-        state.h[slots_R] = torch.where(real_R.view(-1, 1, 1), after_R1D, before_R1D)
-        state.t[slots_R] = ran_R + real_R
-        state.phase[slots_R] = torch.where(done_R, WAITING, state.phase[slots_R])
-        return done_R
+        if real_R is not None:
+            t_R = t_R * real_R  # rows that wait may have no level for another loop
+        ctx = self._context(batch, real_R)
+        after_R1D = self._recurrent.step(before_R1D, drive_R1D, t_R, ctx)
+        next_R = t_R + 1
+        done_R = next_R >= most_R
+        if batch.needs.kinds != ("none",):
+            look = Look(t_R.unsqueeze(1), before_R1D, after_R1D, _no_predictions)
+            stop_R = self.rules.stops(
+                batch.needs.kinds, slots_R, state.rule[slots_R], state.numbers[slots_R], look
+            )
+            done_R = done_R | (stop_R & (next_R >= state.least[slots_R]))
+        _put(state.h, batch, after_R1D, real_R)
+        _put(state.t, batch, next_R, real_R)
+        _put(state.phase, batch, torch.where(done_R, WAITING, LOOPING), real_R)
+        return done_R if real_R is None else done_R & real_R
 
     def leave_rows(self, batch: Batch) -> Choice:
         """Run the coda of the rows that wait, and choose their next token."""
         slots_R, state = batch.slots_R, self.slots
-        ctx = self._context(batch, state.phase[slots_R] == WAITING)
-        hidden_R1D = self.model.final_hidden(state.h[slots_R], ctx)
+        ctx = self._context(batch, self._real(batch, WAITING))
+        hidden_R1D = self.model.final_hidden(state.h.index_select(0, slots_R), ctx)
         if self._recurrent is not None:
             assert isinstance(ctx.cache, LevelRows)
             self.cache.copy_on_exit(ctx.cache, state.t[slots_R], state.most[slots_R])
@@ -271,7 +272,7 @@ class Runner:
         """Choose the next token of the rows that wait; those that end are free."""
         slots_R, state = batch.slots_R, self.slots
         logits_RV = logits_RV.float()
-        real_R, draw_R = state.phase[slots_R] == WAITING, state.draw[slots_R]
+        real_R, draw_R = self._real(batch, WAITING), state.draw[slots_R]
         bias_RV = None
         if batch.needs.biased and self._bias_BV is not None:
             bias_RV = self._bias_BV[slots_R]
@@ -280,21 +281,27 @@ class Runner:
             bias_RV,
         )  # fmt: skip
         ends_R = (token_R.unsqueeze(1) == state.ends[slots_R]).any(1)
-        ends_R = (ends_R | (draw_R + 1 >= state.max_tokens[slots_R])) & real_R
-        state.token[slots_R] = torch.where(real_R, token_R, state.token[slots_R])
-        state.draw[slots_R] = draw_R + real_R
-        state.phase[slots_R] = torch.where(ends_R, FREE, state.phase[slots_R])
+        ends_R = ends_R | (draw_R + 1 >= state.max_tokens[slots_R])
+        _put(state.token, batch, token_R, real_R)
+        _put(state.draw, batch, draw_R + 1, real_R)
+        _put(state.phase, batch, torch.where(ends_R, FREE, WAITING), real_R)
         scores: tuple[Tensor | None, ...] = (None, None, None)
         if batch.needs.n_top is not None:
             scores = log_probabilities(logits_RV, token_R, batch.needs.n_top)
         return Choice(real_R, token_R, state.t[slots_R], logits_RV.isfinite().all(1), *scores)
 
-    def _context(self, batch: Batch, real_R: Tensor) -> Context:
+    def _real(self, batch: Batch, phase: int) -> Tensor | None:
+        """Return (R,) true on the rows in a phase; None if they are all rows but the dummies."""
+        if batch.sequences and batch.groups is not None:
+            return None
+        return self.slots.phase[batch.slots_R] == phase
+
+    def _context(self, batch: Batch, real_R: Tensor | None) -> Context:
         """Return positions and cache of the rows' current tokens."""
-        position_R = self.slots.position[batch.slots_R]
+        position_R = self.slots.position.index_select(0, batch.slots_R)
         return Context(
             positions=position_R.unsqueeze(1),
-            rope=self._rope_rows[:, position_R].unsqueeze(2),
+            rope=self._rope_rows.index_select(1, position_R).unsqueeze(2),
             mask=None,
             columns=Columns(0),
             cache=self.cache.at(batch.slots_R, position_R, real_R, batch.groups, batch.n_blocks),
@@ -315,6 +322,16 @@ class Runner:
             slots_R = torch.tensor(slots, device=self._device)
             needs = Needs.of([s.request for s in some])
             yield Batch(slots_R, needs, some, tuple(runs(pages)))
+
+
+def _put(tensor: Tensor, batch: Batch, new: Tensor, real_R: Tensor | None) -> None:
+    """Write the slots of a batch: of the real rows, or (None) of all but the dummies."""
+    if real_R is None:
+        skip = batch.n_dummies
+        tensor.index_copy_(0, batch.slots_R[skip:], new[skip:])
+    else:
+        real = real_R.view(-1, *[1] * (new.dim() - 1))
+        tensor[batch.slots_R] = torch.where(real, new, tensor[batch.slots_R])
 
 
 def _no_predictions() -> Tensor:

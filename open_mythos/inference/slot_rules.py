@@ -41,11 +41,14 @@ class SlotRules:
             for kind, memory in self._begin.items()
         }
 
-    def begin(self, slots_R: Tensor, kinds: Collection[str], real_R: Tensor) -> None:
-        """Reset the memory of the real rows, whose token is at its first loop."""
+    def begin(self, slots_R: Tensor, kinds: Collection[str], real_R: Tensor | None) -> None:
+        """Reset the memory of the real rows (None: all), whose token is at its first loop."""
         for kind in kinds:
             kept, fresh = self._memory.get(kind, ()), self._begin.get(kind, ())
             for tensor, value in zip(kept, fresh, strict=True):
+                if real_R is None:
+                    tensor[slots_R] = value
+                    continue
                 real = real_R.view(-1, *[1] * (tensor.dim() - 1))
                 tensor[slots_R] = torch.where(real, value, tensor[slots_R])
 
