@@ -1,4 +1,4 @@
-"""``open-mythos evaluate``: loss by depth, or with an early-exit rule."""
+"""``open-mythos evaluate``: loss or answers by depth, or with an early-exit rule."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ def evaluate(
     data: str = "",
     depths: list[int] | None = None,
     exit: str = "",
+    questions: str = "",
     n_loops: int | None = None,
     repeats: int = 0,
     split: str = "val",
@@ -24,8 +25,9 @@ def evaluate(
 ) -> int:
     """Measure loss and bits per byte at several depths, or with an early-exit rule.
 
-    ``--exit`` compares the rule with the same exits assigned to random positions, with its mean
-    depth at every position, and with full depth.
+    ``--questions`` measures how often the right answer is generated instead. ``--exit`` compares
+    the rule with the same exits assigned to random positions, with its mean depth at every
+    position, and with full depth.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
@@ -34,6 +36,7 @@ def evaluate(
             model's max_loop_iters.
         exit: Early-exit rule: gate, kl, change, acceleration, stable, with optional parameters
             such as gate:0.9 or kl:0.01,1.0.
+        questions: File of questions to answer, a line of JSON each: {"prompt": ..., "answer": ...}.
         n_loops: With exit: maximum loops; by default the model's max_loop_iters.
         repeats: With exit: interleaved passes that time each depth; 0 for no timing.
         split: "val" or "train".
@@ -47,9 +50,7 @@ def evaluate(
         out: Also write the rows to this file, as JSON.
         quiet: Show no progress bar.
     """
-    import json
     from dataclasses import asdict
-    from pathlib import Path
 
     from rich.console import Console
     from rich.progress import track
@@ -63,6 +64,9 @@ def evaluate(
 
     _reject_ignored(depths, exit, n_loops, repeats)
     model = load_model(checkpoint, device, quantize)
+    if questions:
+        answers = _answers(model, checkpoint, questions, depths, exit, n_loops, quiet)
+        return _write(out, answers)
     source = evaluation_source(
         checkpoint, data, split, seq_len=seq_len, windows=windows, batch=batch
     )
@@ -87,6 +91,39 @@ def evaluate(
         rows = evaluate_depths(model, batches, depths, **options)
         Console().print(depth_table(rows, checkpoint, source.name))
         content["depths"] = [asdict(row) for row in rows]
+    return _write(out, content)
+
+
+def _answers(
+    model: Any, checkpoint: str, questions: str, depths: list[int] | None, exit: str,
+    n_loops: int | None, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from open_mythos.cli.tables import answer_table
+    from open_mythos.evaluation import evaluate_answers, read_questions
+    from open_mythos.hub.places import stored_tokenizer
+    from open_mythos.model.exit_rules import exit_rule
+
+    most = model.cfg.max_loop_iters
+    if depths is None:
+        depths = [n_loops or most] if exit else [2**k for k in range(most.bit_length())]
+    rows = evaluate_answers(
+        model, read_questions(questions), stored_tokenizer(checkpoint), depths,
+        exit_rule=exit_rule(exit, model) if exit else None, progress=not quiet,
+    )  # fmt: skip
+    Console().print(answer_table(rows, checkpoint, questions))
+    return {"checkpoint": checkpoint, "questions": questions, "exit": exit,
+            "depths": [asdict(row) for row in rows]}  # fmt: skip
+
+
+def _write(out: str, content: dict[str, Any]) -> int:
+    """Write the rows to ``--out``, if it is given."""
+    import json
+    from pathlib import Path
+
     if out:
         try:
             Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

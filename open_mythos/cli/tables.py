@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from open_mythos.evaluation import DepthRow, ExitReport, ExitRow
+    from open_mythos.evaluation import AnswerRow, DepthRow, ExitReport, ExitRow
     from open_mythos.train.gate import GateReport
 
 _BAR = 30
@@ -56,6 +56,17 @@ def depth_table(rows: list[DepthRow], checkpoint: str, split: str) -> Table:
         bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
         depth = "-" if row.depth is None else str(row.depth)
         table.add_row(depth, f"{row.loss:.4f}", bits, f"{row.perplexity:.3f}")
+    return table
+
+
+def answer_table(rows: list[AnswerRow], checkpoint: str, questions: str) -> Table:
+    """Show the accuracy of generated answers at each depth."""
+    headings = ("loops", "correct", "accuracy", "loops per token")
+    title = f"{checkpoint}, {questions}: {rows[0].questions:,} questions"
+    table = new_table(title, headings, first="right")
+    for row in rows:
+        depth = "-" if row.depth is None else str(row.depth)
+        table.add_row(depth, f"{row.correct:,}", f"{row.accuracy:.1%}", f"{row.mean_loops:.2f}")
     return table
 
 
