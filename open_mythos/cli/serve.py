@@ -72,7 +72,9 @@ def serve(
     check_number("drain_seconds", drain_seconds, ge=0)
     folder = model_directory(checkpoint)
     tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
-    options = {"checkpoint": checkpoint, "device": device, "quantize": quantize}
+    options = {
+        "checkpoint": checkpoint, "device": device, "quantize": quantize, "tokenizer": tokenizer,
+    }  # fmt: skip
     service = Service(
         Host(worker_command({**options, "engine": engine or {}})), tok,
         model_name or Path(checkpoint).resolve().name,

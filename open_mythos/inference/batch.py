@@ -50,7 +50,7 @@ class Needs:
     stages: Stages
     """Stages of sampling."""
     biased: bool
-    """Some request has a logit bias."""
+    """Some request has a logit bias or a schema."""
     n_top: int | None
     """Most alternatives of any request; None if none wants log-probabilities."""
 
@@ -60,7 +60,8 @@ class Needs:
         wanted = [each.logprobs for each in requests if each.logprobs is not None]
         return cls(
             tuple(sorted({each.rule for each in requests})), Stages.of(requests),
-            any(each.logit_bias for each in requests), max(wanted, default=None),
+            any(each.logit_bias or each.schema is not None for each in requests),
+            max(wanted, default=None),
         )  # fmt: skip
 
 

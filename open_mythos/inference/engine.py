@@ -24,6 +24,7 @@ from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.inference.batch import Chosen, Needs, few_sizes
 from open_mythos.inference.cuda_graphs import capture_problem
 from open_mythos.inference.device_ticks import DeviceTicks, Launched
+from open_mythos.inference.guided import NO_TOKEN_FITS, Guides
 from open_mythos.inference.levels import layout_of
 from open_mythos.inference.offline import Completion, Prompts, generate_all
 from open_mythos.inference.pages import PAGE
@@ -69,6 +70,7 @@ class Engine:
         page: Positions of a page, a power of two.
         constant_shapes: Let the device decide which rows run, so that a tick needs no values on the
             host; by default on CUDA only, where a tick is a CUDA graph.
+        tokenizer: Required for requests with a JSON schema.
         clock: Seconds, for deadlines and statistics.
 
     Raises:
@@ -81,7 +83,7 @@ class Engine:
         overcommit: bool = False, prefill_exits: bool = True,
         chunk_loop_tokens: int = CHUNK_LOOP_TOKENS, ticks_per_chunk: int = 4,
         edge_fraction: float = 0.5, max_queued: int = 256, page: int = PAGE,
-        constant_shapes: bool | None = None,
+        constant_shapes: bool | None = None, tokenizer: Tokenizer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         if model.training:
@@ -120,6 +122,7 @@ class Engine:
         self._launched: Launched | None = None
         self._saved: dict[int, Any] = {}
         self._scores: dict[int, list[Any]] = {}
+        self._guides = Guides(tokenizer, cfg.vocab_size, follows_rows=not on_device)
         self._loops_per_token: Counter[int] = Counter()
         self._totals: Counter[str] = Counter()
         self._seconds: dict[str, float] = defaultdict(float)
@@ -163,7 +166,8 @@ class Engine:
                 allowed=f"1 .. {deepest}" if deepest else "0: a dense model has no loops",
                 fix="lower max_loops, or start the engine with a larger max_loops",
             )  # fmt: skip
-        self.scheduler.add(request, self._clock())
+        guide = self._guides.make(request)
+        self._guides.start(self.scheduler.add(request, self._clock()), guide)
 
     def cancel(self, id: str, outcome: Outcome = Outcome.CANCELLED) -> None:
         """End a request at the next step; an unknown id is ignored."""
@@ -185,6 +189,7 @@ class Engine:
                 events += self._prefill(work.chunk, entering)
         if rows:
             with self._timed("edge"):
+                self._guides.restrict(rows, self.runner.restrict)
                 for sequence, chosen in self.runner.leave(rows):
                     events += self._commit(sequence, chosen, self.scheduler.left, entering)
             self._totals["edge_rows"] += len(rows)
@@ -270,6 +275,7 @@ class Engine:
 
     def _prefill(self, chunk: Chunk, entering: list[Sequence]) -> list[Event]:
         sequence, request = chunk.sequence, chunk.sequence.request
+        self._guides.restrict([sequence], self.runner.restrict)
         chosen, scores = self.runner.prefill(chunk)
         events: list[Event] = []
         if chunk.start == sequence.n_cached:  # the first one
@@ -306,15 +312,19 @@ class Engine:
         self._totals["generated_tokens"] += 1
         self._totals["decode_loops"] += chosen.loops
         self._loops_per_token[chosen.loops] += 1
+        if outcome is None and not self._guides.take(sequence, chosen.token):
+            self.scheduler.fail(sequence, NO_TOKEN_FITS)
+            outcome = Outcome.FAILED
         if outcome is None:
             entering.append(sequence)
         else:
-            events.append(self._end(sequence, outcome))
+            events.append(self._end(sequence, outcome, sequence.error))
         return events
 
     def _end(self, sequence: Sequence, outcome: Outcome, error: str = "") -> Event:
         self._saved.pop(sequence.serial, None)
         self._scores.pop(sequence.serial, None)
+        self._guides.end(sequence)
         self.runner.release(sequence)
         return Finished(sequence.request.id, outcome, error)
 
@@ -326,6 +336,7 @@ class Engine:
         *,
         tokenizer: Tokenizer | None = None,
         logprobs: int | None = None,
+        schema: str | None = None,
         progress: bool = False,
     ) -> list[Completion]:
         """Continue many prompts, of any number and length.
@@ -337,6 +348,7 @@ class Engine:
             depth: Loops of all prompts or of each, and the exit rule; by default ``max_loops``.
             tokenizer: Required for texts and for stop strings.
             logprobs: Alternatives whose log-probabilities are returned with each token's own.
+            schema: JSON schema that every new text follows; requires ``eos_token_id``.
             progress: Show a progress bar.
 
         Returns:
@@ -346,8 +358,9 @@ class Engine:
             ConfigError: An argument is out of range, or a prompt does not fit.
         """
         return generate_all(
-            self, prompts, params, depth, tokenizer=tokenizer, logprobs=logprobs, progress=progress
-        )
+            self, prompts, params, depth, tokenizer=tokenizer, logprobs=logprobs, schema=schema,
+            progress=progress,
+        )  # fmt: skip
 
     def stats(self) -> dict[str, Any]:
         """Return the counts of the scheduler and what ticks have done so far (JSON types).

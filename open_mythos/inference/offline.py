@@ -79,6 +79,7 @@ def generate_all(
     *,
     tokenizer: Tokenizer | None = None,
     logprobs: int | None = None,
+    schema: str | None = None,
     progress: bool = False,
 ) -> list[Completion]:
     """Continue all prompts; see ``Engine.generate``."""
@@ -90,7 +91,7 @@ def generate_all(
             allowed="stop strings together with tokenizer=",
             fix="pass tokenizer=, or use eos_token_id",
         )  # fmt: skip
-    requests = requests_of(ids, params, depth or Depth(), engine.max_loops, logprobs)
+    requests = requests_of(ids, params, depth or Depth(), engine.max_loops, logprobs, schema)
     done = {request.id: Completion(request.prompt) for request in requests}
     streams = {}
     if tokenizer is not None:
@@ -105,7 +106,7 @@ def generate_all(
 
 def requests_of(
     ids: Sequence[Sequence[int]], params: SamplingParams, depth: Depth, max_loops: int,
-    logprobs: int | None = None,
+    logprobs: int | None = None, schema: str | None = None,
 ) -> list[Request]:  # fmt: skip
     """Return the requests of a batch of prompts; rows draw as in ``generate`` of the batch."""
     rule, numbers, least, most = describe_rule(depth.exit_rule)
@@ -123,7 +124,7 @@ def requests_of(
             ends=() if end is None else (end,),
             max_loops=loops[row] if most is None else min(loops[row], most),
             min_loops=min(least, max(loops[row], 1)), rule=rule, numbers=numbers,
-            logprobs=logprobs,
+            logprobs=logprobs, schema=schema,
         )
         for row, prompt in enumerate(ids)
     ]  # fmt: skip

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from open_mythos.inference.batch import (
@@ -105,13 +107,23 @@ class Runner:
         self._place_bias(slot, request)
 
     def _place_bias(self, slot: int, request: Request) -> None:
-        if request.logit_bias and self._bias_BV is None:
+        biased = request.logit_bias or request.schema is not None
+        if biased and self._bias_BV is None:
             shape = len(self.slots.phase), self.model.cfg.vocab_size
             self._bias_BV = torch.zeros(shape, device=self._device)
         if self._bias_BV is not None:
             self._bias_BV[slot] = 0
             for token, value in request.logit_bias:
                 self._bias_BV[slot, token] = value
+
+    def restrict(self, sequence: Sequence, allowed_V: NDArray[np.bool_]) -> None:
+        """Let a sequence's next token be one of those where ``allowed_V`` is true."""
+        assert sequence.slot is not None
+        self._place_bias(sequence.slot, sequence.request)
+        assert self._bias_BV is not None
+        self._bias_BV[sequence.slot].masked_fill_(
+            ~torch.from_numpy(allowed_V).to(self._device), -torch.inf
+        )
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended: its slot is computed no longer."""

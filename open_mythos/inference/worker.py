@@ -25,10 +25,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pkgutil import resolve_name
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Protocol
 
 from open_mythos.errors import ConfigError, EnvironmentError_, InternalError, MythosError
 from open_mythos.inference.request import Event, Finished, Outcome, Request, event_to_json
+
+if TYPE_CHECKING:
+    from open_mythos.tokenizer import Tokenizer
 
 MAX_LINE_BYTES = 1 << 26
 """Longest line in either direction, its end included."""
@@ -56,8 +59,9 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
     """Load a model and build its engine; return it with the facts of ``{"ready": facts}``.
 
     Args:
-        options: ``checkpoint``, ``device`` and ``quantize`` as ``load_model`` takes them, and
-            ``engine``, keyword arguments of the engine.
+        options: ``checkpoint``, ``device`` and ``quantize`` as ``load_model`` takes them;
+            ``tokenizer``, by default the one stored with the model; and ``engine``, keyword
+            arguments of the engine.
 
     Raises:
         MythosError: The model cannot be loaded, or the engine refuses an option.
@@ -74,9 +78,20 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
     trial = Engine(model, **{**arguments, "context": context})
     trial.self_check()
     speed = measured_speed(trial)
-    engine = Engine(model, **arguments)
+    engine = Engine(model, tokenizer=_tokenizer(checkpoint, options), **arguments)
     facts = served_facts(model, engine, checkpoint, bits)
     return engine, {**facts, "loop_tokens_per_s": speed}
+
+
+def _tokenizer(checkpoint: str, options: Mapping[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer that schemas need, if there is one."""
+    from open_mythos.hub.places import model_directory
+    from open_mythos.run_folder import TOKENIZER_FOLDER, find_beside
+    from open_mythos.tokenizer import load_tokenizer
+
+    stored = find_beside(model_directory(checkpoint), TOKENIZER_FOLDER)
+    name = options.get("tokenizer") or stored
+    return None if name is None else load_tokenizer(name)
 
 
 def serve(

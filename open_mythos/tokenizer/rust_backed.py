@@ -108,12 +108,16 @@ class RustBacked:
         """
         return self._rust.decode(id_list(ids, self.vocab_size), skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """Return the content of ``tokenizer.json``."""
+        return self._rust.to_str(pretty=True)
+
     def save(self, directory: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""
         config = {f"{role}_token": token for role, token in self._specials.items()}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "name_or_path": self.name}
         write_config(Path(directory), config)
-        write_text(Path(directory) / "tokenizer.json", self._rust.to_str(pretty=True))
+        write_text(Path(directory) / "tokenizer.json", self.to_json())
 
 
 class BPETokenizer(RustBacked):

@@ -6,6 +6,7 @@ import asyncio
 from importlib.util import find_spec
 from typing import Any
 
+from open_mythos.inference.guided import grammar_of
 from open_mythos.inference.server.errors import invalid, shorten, to_json
 from open_mythos.inference.server.limits import Limits
 
@@ -40,6 +41,6 @@ def _fault(schema: str) -> str:
     from llguidance import LLMatcher
 
     try:
-        return str(LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema)) or "")
+        return str(LLMatcher.validate_grammar(grammar_of(schema)) or "")
     except ValueError as error:
         return str(error) or "not a JSON schema"
