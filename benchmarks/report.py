@@ -19,8 +19,8 @@ from benchmarks.measure import time_text
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "speed.md"
 ORDER = (
-    "experts", "training", "loops", "prefill", "decoding", "context", "batch", "exits", "quantized",
-    "compiled", "start", "pretraining", "serving", "kernels", "cache",
+    "experts", "training", "loops", "prefill", "decoding", "context", "batch", "exits", "engine",
+    "quantized", "compiled", "start", "pretraining", "serving", "kernels", "cache",
 )  # fmt: skip
 DISTURBED = 0.05
 """Share of all cores used by other processes above which a table carries a note."""

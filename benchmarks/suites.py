@@ -9,8 +9,8 @@ from typing import Any, Protocol, cast
 from benchmarks.models import Scale
 
 CPU = (
-    "experts", "training", "loops", "prefill", "decoding", "context", "batch", "exits", "quantized",
-    "compiled", "start", "cache",
+    "experts", "training", "loops", "prefill", "decoding", "context", "batch", "exits", "engine",
+    "quantized", "compiled", "start", "cache",
 )  # fmt: skip
 """Suites of `make bench`."""
 CUDA = {

@@ -1,0 +1,156 @@
+"""The serving engine against static batches, at recorded depths."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.clock import release, threads
+from benchmarks.depths import depths, jobs
+from benchmarks.engine_forms import (
+    COMPACT,
+    ENGINE,
+    EXACT,
+    FULL,
+    LOCKSTEP,
+    TURNS,
+    Comparison,
+    compare_forms,
+    own_seconds,
+)
+from benchmarks.measure import Finding, Measured, dtype_name
+from benchmarks.models import FULL as FULL_SCALE
+from benchmarks.models import Scale, build
+from benchmarks.static_batch import Job
+from open_mythos.model.mythos import OpenMythos
+
+LOOPS, MEAN, PROMPT = 16, 6.0, 8
+OWN_MILLISECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Jobs on a model, and the goals of their ratios."""
+
+    name: str
+    dim: int
+    experts: tuple[int, int]
+    shape: str
+    """Distribution of depths, or "all loops"."""
+    lengths: tuple[int, ...]
+    """New tokens of every job."""
+    goals: dict[str, float]
+    dtype: torch.dtype = torch.float32
+
+
+def title(scale: Scale) -> str:
+    """Return a heading for the rows."""
+    return (
+        f"serving {_slots(scale)} rows at a time, mean depth {MEAN:g} of {LOOPS} loops replayed, "
+        "MLA, 1 + 1 + 1 layers, greedy, one thread, CPU seconds without prompts"
+    )
+
+
+def _slots(scale: Scale) -> int:
+    return 16 if scale is FULL_SCALE else 4
+
+
+def _lengths(least: int, most: int, n: int) -> tuple[int, ...]:
+    generator = random.Random(3)
+    return tuple(generator.randint(least, most) for _ in range(n))
+
+
+def cases(scale: Scale) -> list[Case]:
+    """Return all cases of a scale."""
+    if scale is not FULL_SCALE:
+        return [
+            Case("equal lengths, geometric", scale.dim, (4, 2), "geometric", (4,) * 6, {}),
+            Case("all loops", scale.dim, (4, 2), "all loops", (4,) * 4, {}),
+        ]
+    few, equal, mixed = (17,) * 32, (64,) * 32, _lengths(4, 32, 96)
+    moe, fast = (16, 2), {"exact": 0.75}
+    return [
+        Case("equal lengths, geometric", 512, moe, "geometric", equal,
+             {"lockstep": 1.4, "bound": 80.0} | fast),
+        Case("equal lengths, lognormal", 512, moe, "lognormal", equal, {"bound": 80.0} | fast),
+        Case("equal lengths, two depths", 512, moe, "two depths", equal, {"bound": 80.0} | fast),
+        Case("lengths 4 to 32, lognormal", 512, moe, "lognormal", mixed,
+             {"lockstep": 2.0, "compact": 1.25} | fast),
+        Case("lengths 4 to 32, geometric", 512, moe, "geometric", mixed,
+             {"lockstep": 2.0, "compact": 1.25} | fast),
+        Case("all loops", 512, moe, "all loops", few, {"static": 0.95}),
+        Case("dense, equal lengths, geometric", 512, (0, 0), "geometric", equal,
+             {"lockstep": 1.4, "bound": 80.0} | fast),
+        Case("dim 1024, equal lengths, geometric", 1024, moe, "geometric", (33,) * 32,
+             {"lockstep": 1.4, "bound": 90.0} | fast),
+        Case("equal lengths, geometric", 512, moe, "geometric", equal, {}, torch.bfloat16),
+    ]  # fmt: skip
+
+
+def rows(scale: Scale) -> Iterator[Measured]:
+    """Measure the ratios of every case."""
+    turns = TURNS if scale is FULL_SCALE else 1
+    for case in cases(scale):
+        sized = replace(scale, dim=case.dim, n_loops=LOOPS)
+        model = build(sized, "mla", case.experts).to(case.dtype).eval()
+        with threads(1):
+            yield from _of(case, scale, model, turns)
+        del model
+        release()
+
+
+def _of(case: Case, scale: Scale, model: OpenMythos, turns: int) -> Iterator[Finding]:
+    work, slots = _jobs(case, model), _slots(scale)
+    if case.shape == "all loops":
+        found = compare_forms(model, work, LOOPS, slots, forms=(FULL, ENGINE), turns=turns)
+        yield _finding(case, found, "engine over a static batch", "static", (ENGINE, FULL))
+        seconds = own_seconds(model, work[:slots], LOOPS, slots)
+        yield Finding(
+            f"{case.name}: a tick of {slots} rows beside the model's loop", dtype_name(case.dtype),
+            1e3 * seconds, "ms", seconds=seconds, at_most=True,
+            goal=OWN_MILLISECONDS if case.goals else None,
+        )  # fmt: skip
+        return
+    found = compare_forms(model, work, LOOPS, slots, turns=turns)
+    for name, goal, pair in (
+        ("engine over full depth", "", (ENGINE, FULL)),
+        ("engine over lockstep", "lockstep", (ENGINE, LOCKSTEP)),
+        ("engine over compact", "compact", (ENGINE, COMPACT)),
+        ("exact engine over the fast one", "exact", (EXACT, ENGINE)),
+    ):
+        yield _finding(case, found, name, goal, pair)
+    if "bound" in case.goals or not case.goals:
+        yield Finding(
+            f"{case.name}: part of the bound", dtype_name(case.dtype), 100 * found.of_bound, "%",
+            goal=case.goals.get("bound"), numbers=found.numbers(),
+            why=f"bound {found.bound:.2f}x of full depth; {_why(found)}",
+        )  # fmt: skip
+
+
+def _finding(case: Case, found: Comparison, name: str, goal: str, pair: tuple[str, str]) -> Finding:
+    return Finding(
+        f"{case.name}: {name}", dtype_name(case.dtype), found.ratio(*pair), "x",
+        goal=case.goals.get(goal), seconds=found.taken[pair[0]].median, numbers=found.numbers(),
+        why=_why(found),
+    )  # fmt: skip
+
+
+def _why(found: Comparison) -> str:
+    """Format tokens per second of all forms and where the engine's time goes."""
+    speeds = ", ".join(
+        f"{name} {found.n_tokens / taken.median:.0f}" for name, taken in found.taken.items()
+    )
+    stages = ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in found.stages.items())
+    return (
+        f"tokens per CPU second: {speeds}; full batch: {stages}; the engine has "
+        f"{found.rows['loop']:.1f} rows in a loop and {found.rows['edge']:.1f} in an edge"
+    )
+
+
+def _jobs(case: Case, model: OpenMythos) -> list[Job]:
+    n = sum(case.lengths)
+    given = [LOOPS] * n if case.shape == "all loops" else depths(case.shape, n, MEAN, LOOPS)
+    return jobs(case.lengths, given, PROMPT, LOOPS, model.cfg.vocab_size)
