@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import GateError
 from benchmarks.static_batch import Job
 from benchmarks.stopwatch import Stopwatch
 from open_mythos.inference.engine import Engine
@@ -70,7 +71,11 @@ class EngineForm:
         self.engine.runner.prefill = self.prompts.around(self.engine.runner.prefill)  # type: ignore[method-assign]
 
     def run(self) -> list[list[int]]:
-        """Return the tokens of every job."""
+        """Return the tokens of every job.
+
+        Raises:
+            GateError: A token ran other loops than recorded.
+        """
         self.runs += 1
         for i, job in enumerate(self._jobs):
             self.engine.add(
@@ -83,5 +88,8 @@ class EngineForm:
         while self.engine.busy:
             for event in self.engine.step():
                 if isinstance(event, Token):
-                    found[int(event.id)].append(event.token)
+                    tokens, depths = found[int(event.id)], self._jobs[int(event.id)].depths
+                    if event.loops != depths[len(tokens)]:
+                        raise GateError(f"a token ran {event.loops} loops, not as recorded")
+                    tokens.append(event.token)
         return found
