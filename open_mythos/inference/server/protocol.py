@@ -82,7 +82,8 @@ class ResponseFormat(Strict):
 class Common(Strict):
     """Fields of both routes."""
 
-    model: str
+    model: str | None = None
+    """By default the one that is served."""
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -105,7 +105,7 @@ class Service:
         Raises:
             ApiError: The request is refused; no place is kept.
         """
-        if body.model != self.model:
+        if body.model not in (None, self.model):
             raise ApiError(404, "no such model", param="model", code="model_not_found")
         depth = self.policy.resolve(body, self.host.facts)
         place = self.admission.enter(key, self._estimate(body, depth))

@@ -235,6 +235,11 @@ def test_not_ready(start: Start) -> None:
     assert server.client.get("/health").status_code == 200
 
 
+def test_the_served_model_is_the_default(shared: Running) -> None:
+    answer = shared.client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2})
+    assert (answer.status_code, answer.json()["model"]) == (200, "toy")
+
+
 def test_context(shared: Running) -> None:
     assert shared.post(prompt="x" * 200, max_tokens=56).status_code == 200
     error = error_of(shared.post(prompt="x" * 200, max_tokens=57), 400)
