@@ -24,7 +24,7 @@ def _lognormal(quantile: float, scale: float) -> float:
     return scale * math.exp(WIDTH * _NORMAL.inv_cdf(quantile))
 
 
-def depths(shape: str, n: int, mean: float, deepest: int) -> list[int]:
+def depths(shape: str, n: int, mean: float, deepest: int, seed: int = 0) -> list[int]:
     """Return ``n`` depths in 1 .. ``deepest``, shuffled, with mean ``mean`` after the cut.
 
     Args:
@@ -32,6 +32,7 @@ def depths(shape: str, n: int, mean: float, deepest: int) -> list[int]:
         n: Number of depths.
         mean: Mean depth.
         deepest: Largest depth.
+        seed: Of the order.
     """
     if shape == "two depths":
         deep = round(n * (mean - SHALLOW) / (deepest - SHALLOW))
@@ -39,7 +40,7 @@ def depths(shape: str, n: int, mean: float, deepest: int) -> list[int]:
     else:
         inverse = _geometric if shape == "geometric" else _lognormal
         found = _with_mean(inverse, n, mean, deepest)
-    random.Random(0).shuffle(found)
+    random.Random(seed).shuffle(found)
     return found
 
 
@@ -57,8 +58,9 @@ def _with_mean(
 
 
 def jobs(
-    lengths: Sequence[int], found: Sequence[int], n_prompt: int, deepest: int, vocabulary: int
-) -> list[Job]:
+    lengths: Sequence[int], found: Sequence[int], n_prompt: int, deepest: int, vocabulary: int,
+    seed: int = 1,
+) -> list[Job]:  # fmt: skip
     """Return a job per length, with random prompts and consecutive depths of ``found``.
 
     Args:
@@ -67,8 +69,9 @@ def jobs(
         n_prompt: Tokens of a prompt.
         deepest: All loops.
         vocabulary: Number of token ids.
+        seed: Of the prompts.
     """
-    generator, given = random.Random(1), iter(found)
+    generator, given = random.Random(seed), iter(found)
     return [
         Job(
             tuple(generator.randrange(vocabulary) for _ in range(n_prompt)),

@@ -17,13 +17,13 @@ CLAIMS = {
     "c3": "c3_half_the_parameters",
     "c5": "c5_saturation",
     "c6": "c6_cache",
+    "c7": "c7_serving",
     "c9": "c9_looped_experts",
     "systematic": "systematic",
 }
 """Id -> subpackage."""
 
 PENDING = {
-    "c7": ("Depth-wise batching serves 2-3x as many tokens", "the serving engine"),
     "c8": (
         "Optimal recurrence and tokens follow power laws",
         "runs over four compute budgets, hours on a GPU",

@@ -38,7 +38,7 @@ _ACT: dict[str, Any] = {
     "hops": ASKED_HOPS, "rows": 256, "drawn": 16384, "loops": 24, "allowed": [10, 24],
     "ponder": 0.03, "bias": -2.0,
 }  # fmt: skip
-_TEXT_RUN: dict[str, Any] = {
+TEXT_RUN: dict[str, Any] = {
     "model": {
         "vocab_size": VOCABULARY, "dim": 96, "n_heads": 4, "n_kv_heads": 4, "attn_type": "gqa",
         "max_seq_len": 64, "max_loop_iters": 8, "n_experts": 0, "lora_rank": 0,
@@ -52,7 +52,7 @@ _TEXT_RUN: dict[str, Any] = {
     },
 }  # fmt: skip
 _TEXT: dict[str, Any] = {
-    "run": _TEXT_RUN, "save_every": 0, "val_windows": 128, "loops": 12,
+    "run": TEXT_RUN, "save_every": 0, "val_windows": 128, "loops": 12,
     "gates": {REMAINING: "remaining", MARGINAL: "marginal"}, "gate": {"n_loops": 12},
     "thresholds": ["gate:0.5", "gate:0.7", "gate:0.9"],
     "rules": {
