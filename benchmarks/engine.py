@@ -10,21 +10,11 @@ import torch
 
 from benchmarks.clock import release, threads
 from benchmarks.depths import depths, jobs
-from benchmarks.engine_forms import (
-    COMPACT,
-    ENGINE,
-    EXACT,
-    FULL,
-    LOCKSTEP,
-    TURNS,
-    Comparison,
-    compare_forms,
-    own_seconds,
-)
+from benchmarks.engine_forms import ENGINE, EXACT, TURNS, Comparison, compare_forms, own_seconds
 from benchmarks.measure import Finding, Measured, dtype_name
 from benchmarks.models import FULL as FULL_SCALE
 from benchmarks.models import Scale, build
-from benchmarks.static_batch import Job
+from benchmarks.static_batch import COMPACT, FULL, LOCKSTEP, Job
 from open_mythos.model.mythos import OpenMythos
 
 LOOPS, MEAN, PROMPT = 16, 6.0, 8
@@ -70,23 +60,23 @@ def cases(scale: Scale) -> list[Case]:
             Case("equal lengths, geometric", scale.dim, (4, 2), "geometric", (4,) * 6, {}),
             Case("all loops", scale.dim, (4, 2), "all loops", (4,) * 4, {}),
         ]
-    few, equal, mixed = (17,) * 32, (64,) * 32, _lengths(4, 32, 96)
+    few, equal, half, mixed = (17,) * 32, (64,) * 32, (64,) * 16, _lengths(4, 32, 64)
     moe, fast = (16, 2), {"exact": 0.75}
     return [
         Case("equal lengths, geometric", 512, moe, "geometric", equal,
              {"lockstep": 1.4, "bound": 80.0} | fast),
-        Case("equal lengths, lognormal", 512, moe, "lognormal", equal, {"bound": 80.0} | fast),
-        Case("equal lengths, two depths", 512, moe, "two depths", equal, {"bound": 80.0} | fast),
+        Case("equal lengths, lognormal", 512, moe, "lognormal", half, {"bound": 80.0} | fast),
+        Case("equal lengths, two depths", 512, moe, "two depths", half, {"bound": 80.0} | fast),
         Case("lengths 4 to 32, lognormal", 512, moe, "lognormal", mixed,
              {"lockstep": 2.0, "compact": 1.25} | fast),
         Case("lengths 4 to 32, geometric", 512, moe, "geometric", mixed,
              {"lockstep": 2.0, "compact": 1.25} | fast),
         Case("all loops", 512, moe, "all loops", few, {"static": 0.95}),
-        Case("dense, equal lengths, geometric", 512, (0, 0), "geometric", equal,
+        Case("dense, equal lengths, geometric", 512, (0, 0), "geometric", half,
              {"lockstep": 1.4, "bound": 80.0} | fast),
-        Case("dim 1024, equal lengths, geometric", 1024, moe, "geometric", (33,) * 32,
+        Case("dim 1024, equal lengths, geometric", 1024, moe, "geometric", (33,) * 16,
              {"lockstep": 1.4, "bound": 90.0} | fast),
-        Case("equal lengths, geometric", 512, moe, "geometric", equal, {}, torch.bfloat16),
+        Case("equal lengths, geometric", 512, moe, "geometric", half, {}, torch.bfloat16),
     ]  # fmt: skip
 
 

@@ -12,17 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.depths import depths, jobs
-from benchmarks.engine_forms import (
-    COMPACT,
-    ENGINE,
-    EXACT,
-    FULL,
-    LOCKSTEP,
-    Comparison,
-    compare_forms,
-)
+from benchmarks.engine_forms import ENGINE, EXACT, Comparison, compare_forms
 from benchmarks.models import QUICK as QUICK_SCALE
 from benchmarks.models import build
+from benchmarks.static_batch import COMPACT, FULL, LOCKSTEP
 from experiments.c1_depth.recipe import recipe
 from experiments.c4_halting.cells import TEXT_RUN
 from experiments.c7_serving.gates import of_chains, of_text

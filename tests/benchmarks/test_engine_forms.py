@@ -6,11 +6,11 @@ from statistics import fmean
 import pytest
 
 from benchmarks import depths
-from benchmarks.engine_forms import ENGINE, FULL, LOCKSTEP, compare_forms
+from benchmarks.engine_forms import ENGINE, compare_forms
 from benchmarks.measure import GateError
 from benchmarks.models import QUICK, build
 from benchmarks.replay import RecordedDepths
-from benchmarks.static_batch import StaticBatch
+from benchmarks.static_batch import FULL, LOCKSTEP, StaticBatch
 
 
 @pytest.mark.parametrize("shape", ["geometric", "lognormal", "two depths"])
