@@ -60,7 +60,7 @@ def cases(scale: Scale) -> list[Case]:
             Case("equal lengths, geometric", scale.dim, (4, 2), "geometric", (4,) * 6, {}),
             Case("all loops", scale.dim, (4, 2), "all loops", (4,) * 4, {}),
         ]
-    few, equal, half, mixed = (17,) * 32, (64,) * 32, (64,) * 16, _lengths(4, 32, 64)
+    few, equal, half, mixed = (17,) * 32, (64,) * 32, (64,) * 16, _lengths(4, 32, 96)
     moe, fast = (16, 2), {"exact": 0.75}
     return [
         Case("equal lengths, geometric", 512, moe, "geometric", equal,
@@ -68,8 +68,6 @@ def cases(scale: Scale) -> list[Case]:
         Case("equal lengths, lognormal", 512, moe, "lognormal", half, {"bound": 80.0} | fast),
         Case("equal lengths, two depths", 512, moe, "two depths", half, {"bound": 80.0} | fast),
         Case("lengths 4 to 32, lognormal", 512, moe, "lognormal", mixed,
-             {"lockstep": 2.0, "compact": 1.25} | fast),
-        Case("lengths 4 to 32, geometric", 512, moe, "geometric", mixed,
              {"lockstep": 2.0, "compact": 1.25} | fast),
         Case("all loops", 512, moe, "all loops", few, {"static": 0.95}),
         Case("dense, equal lengths, geometric", 512, (0, 0), "geometric", half,
