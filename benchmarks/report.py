@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "speed.md"
 ORDER = (
     "experts", "training", "loops", "prefill", "decoding", "context", "batch", "exits", "engine",
-    "quantized", "compiled", "start", "pretraining", "serving", "kernels", "cache",
+    "http", "quantized", "compiled", "start", "pretraining", "serving", "kernels", "cache",
 )  # fmt: skip
 DISTURBED = 0.05
 """Share of all cores used by other processes above which a table carries a note."""

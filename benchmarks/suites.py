@@ -10,7 +10,7 @@ from benchmarks.models import Scale
 
 CPU = (
     "experts", "training", "loops", "prefill", "decoding", "context", "batch", "exits", "engine",
-    "quantized", "compiled", "start", "cache",
+    "http", "quantized", "compiled", "start", "cache",
 )  # fmt: skip
 """Suites of `make bench`."""
 CUDA = {
@@ -19,7 +19,7 @@ CUDA = {
     "compiled": 20.0,
 }  # fmt: skip
 """Suites of `make bench-gpu` by importance, with seconds; unused time goes to later ones."""
-MODULES = {"cache": "caches"}
+MODULES = {"cache": "caches", "http": "http_load"}
 """Suites whose module is named differently."""
 
 

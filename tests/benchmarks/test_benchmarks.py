@@ -35,7 +35,7 @@ from open_mythos.model.layers.experts import RoutedExperts
 from open_mythos.model.layers.mla import MLAttention
 from open_mythos.model.layers.moe import MoEFFN
 
-OWN = tuple(name for name in suites.CPU if name not in ("quantized", "compiled"))
+OWN = tuple(name for name in suites.CPU if name not in ("http", "quantized", "compiled"))
 
 
 @pytest.fixture(autouse=True)
