@@ -70,7 +70,7 @@ class Engine:
         page: Positions of a page, a power of two.
         constant_shapes: Let the device decide which rows run, so that a tick needs no values on the
             host; by default on CUDA only, where a tick is a CUDA graph.
-        tokenizer: Required for requests with a JSON schema.
+        tokenizer: For texts, and for requests with a JSON schema.
         clock: Seconds, for deadlines and statistics.
 
     Raises:
@@ -93,7 +93,7 @@ class Engine:
             )  # fmt: skip
         cfg, weight = model.cfg, model.final_norm.weight
         looped = isinstance(model, OpenMythos)
-        self.model, self._clock = model, clock
+        self.model, self.tokenizer, self._clock = model, tokenizer, clock
         self.context = min(check_count("context", context or cfg.max_seq_len), cfg.max_seq_len)
         self.max_loops = check_count("max_loops", max_loops or cfg.max_loop_iters) if looped else 0
         self.exact = weight.device.type == "cpu" if exact is None else exact
@@ -346,7 +346,7 @@ class Engine:
             params: Sampling parameters and stop criteria of all prompts. Row i draws as row i of
                 ``generate`` on the whole batch.
             depth: Loops of all prompts or of each, and the exit rule; by default ``max_loops``.
-            tokenizer: Required for texts and for stop strings.
+            tokenizer: Required for texts and for stop strings; the engine's by default.
             logprobs: Alternatives whose log-probabilities are returned with each token's own.
             schema: JSON schema that every new text follows; requires ``eos_token_id``.
             progress: Show a progress bar.
@@ -358,8 +358,8 @@ class Engine:
             ConfigError: An argument is out of range, or a prompt does not fit.
         """
         return generate_all(
-            self, prompts, params, depth, tokenizer=tokenizer, logprobs=logprobs, schema=schema,
-            progress=progress,
+            self, prompts, params, depth, tokenizer=tokenizer or self.tokenizer, logprobs=logprobs,
+            schema=schema, progress=progress,
         )  # fmt: skip
 
     def stats(self) -> dict[str, Any]:

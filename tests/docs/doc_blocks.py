@@ -20,13 +20,23 @@ from experiments.c6_cache.cache_rows import cache_rows
 from experiments.demo.report import hop_summary, text_summary
 from experiments.demo.results import DemoResults
 from experiments.listing import lines
-from open_mythos import OpenMythos, RecurrentBlock, config
+from open_mythos import OpenMythos, RecurrentBlock
 from open_mythos.accounting import account
 from open_mythos.config import MythosConfig
+from open_mythos.inference.pages import Layout
+from open_mythos.inference.server import metrics as beat_metrics
+from open_mythos.inference.server.errors import ApiError
+from open_mythos.inference.server.limits import Limits
+from open_mythos.inference.server.metrics import Metrics
 from open_mythos.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+BEAT_KEYS = {
+    *(row[-1] for row in (*beat_metrics._GAUGES, *beat_metrics._COUNTERS)),
+    *(key for row in beat_metrics._SUMMARIES for key in row[-1]),
+}
+"""What a heartbeat of the engine may hold."""
 _MADE = re.compile(r"(<!-- made: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -38,10 +48,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
 
 
-def field_docs() -> dict[str, str]:
-    """The line of documentation under each field of MythosConfig."""
-    tree = ast.parse(inspect.getsource(config))
-    (cls,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "MythosConfig")
+def field_docs(of: type = MythosConfig) -> dict[str, str]:
+    """The line of documentation under each field of a class."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(of)))
+    cls = tree.body[0]
+    assert isinstance(cls, ast.ClassDef)
     docs = {}
     for field, text in zip(cls.body, cls.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
@@ -121,6 +132,62 @@ def demo_summary() -> str:
     )
 
 
+def limits_table() -> str:
+    """Every limit of the server."""
+    docs = field_docs(Limits)
+    rows = ((f"`{f.name}`", f"{f.default:,}", docs[f.name]) for f in fields(Limits))
+    return table(("limit", "default", "what"), rows)
+
+
+def statuses_table() -> str:
+    """Statuses of errors, with the words that programs read."""
+    codes = {
+        status: ApiError(status, "").content()["error"] for status in range(400, 600)
+        if ApiError(status, "").code != "error"
+    }  # fmt: skip
+    rows = ((status, f"`{e['type']}`", f"`{e['code']}`") for status, e in codes.items())
+    return table(("status", "type", "code, if there is no better one"), rows)
+
+
+def metric_names() -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """Name -> kind, text and labels of every metric of the server."""
+    beat = dict.fromkeys(BEAT_KEYS, 0.0)
+    metrics = Metrics(
+        running=lambda: 0, waiting=lambda: 0, is_up=lambda: True, beat=lambda: beat, version=""
+    )
+    metrics.requests.labels("", "")
+    metrics.rejected.labels("")
+    found = {}
+    for family in metrics.registry.collect():
+        labels = {label for sample in family.samples for label in sample.labels}
+        suffix = "_total" if family.type == "counter" else ""
+        shown = tuple(sorted(labels - {"le", "version"}))
+        found[family.name + suffix] = (family.type, family.documentation, shown)
+    return found
+
+
+def metrics_table() -> str:
+    rows = (
+        (f"`{name}`", kind, ", ".join(f"`{label}`" for label in labels) or "-", text)
+        for name, (kind, text, labels) in metric_names().items()
+    )
+    return table(("metric", "kind", "labels", "what"), rows)
+
+
+def memory_example() -> str:
+    """The bytes of a cache, from the layout that the engine uses."""
+    cfg, n, requests, size = VARIANTS["1b"](), 4096, 64, 2
+    layout = Layout(cfg.prelude_layers, cfg.recurrent_layers, cfg.coda_layers)
+    loops, page_bytes = cfg.max_loop_iters, layout.page * cfg.cache_width * size
+    total = requests * layout.pages(loops, n) * page_bytes
+    return (
+        f"`mythos_1b` at {loops} loops in bfloat16: ({layout.prelude} + {layout.coda} + "
+        f"{layout.recurrent} x {loops}) levels x {cfg.cache_width} numbers x {size} bytes = "
+        f"{layout.levels(loops) * cfg.cache_width * size / 1024:.2f} KiB a token; {requests} "
+        f"requests of {n:,} tokens: {layout.pages(loops, n):,} pages each, {total / 1e9:.2f} GB.\n"
+    )
+
+
 def claims_table() -> str:
     """List every claim with its verdicts and the deciding metrics."""
     rows = (
@@ -137,6 +204,10 @@ def claims_table() -> str:
 MADE: dict[str, Callable[[], str]] = {
     "claims": claims_table,
     "config": config_table,
+    "serving.limits": limits_table,
+    "serving.memory": memory_example,
+    "serving.metrics": metrics_table,
+    "serving.statuses": statuses_table,
     "demo.summary": demo_summary,
     "variants": variants_table,
     "cache": cache_table,
