@@ -45,9 +45,7 @@ def microseconds(tokenizer: Tokenizer) -> list[float]:
     guides = Guides(tokenizer, tokenizer.vocab_size, follows_rows=True)
     draw, spent = random.Random(0), []
     for i in range(TEXTS):
-        request = Request(
-            str(i), (1,), TOKENS, ends=(tokenizer.eos_id,), schema=json.dumps(SCHEMA)
-        )
+        request = Request(str(i), (1,), TOKENS, ends=(tokenizer.eos_id,), schema=json.dumps(SCHEMA))
         guide = guides.make(request)
         assert guide is not None
         for _ in range(TOKENS):

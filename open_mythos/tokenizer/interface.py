@@ -20,6 +20,7 @@ class Detokenizer(Protocol):
         """Return the text of ``ids``."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the library needs of a tokenizer."""
 
