@@ -38,7 +38,7 @@ def title(scale: Scale) -> str:
     n_slots, n_prompt, _, seconds = _sizes(scale)
     return (
         f"open-mythos serve, dim {_dim(scale)}, 8 loops, 16 experts top-2, {n_slots} slots, "
-        f"prompts of {n_prompt} tokens, {NEW_TOKENS} new ones, arrivals at random for {seconds:g} s "
+        f"prompts of {n_prompt} tokens, {NEW_TOKENS} new ones, random arrivals for {seconds:g} s "
         "each; engine on one thread, client on the same machine; seconds of wall clock"
     )
 

@@ -23,7 +23,7 @@ from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, verdic
 from experiments.figure import COLOURS, MUTED, panels
 from experiments.spread import by_arm, over_seeds, shown
 
-SLOTS, MEAN, TURNS = 16, 6.0, 3
+SLOTS, MEAN, TURNS = 16, 6.0, 2
 FASTER, OF_BOUND = 2.0, 0.9
 CHAINS, TEXT = "gate on chains", "gate on text"
 RANDOM = ("geometric", "lognormal", "two depths")
@@ -33,7 +33,7 @@ CLAIM = Claim.read(__file__, vars())
 
 _SIZE: dict[str, Any] = {
     "dim": 512, "experts": [16, 2], "slots": SLOTS, "prompt": 8, "turns": TURNS, "loops": 16,
-    "mean": MEAN, "shape": "", "jobs": 32, "tokens": [32, 32],
+    "mean": MEAN, "shape": "", "jobs": 16, "tokens": [48, 48],
 }  # fmt: skip
 
 
@@ -44,10 +44,10 @@ def cells(scale: str) -> list[Cell]:
                  "mean": 2.0, "tokens": [3, 5], "shape": "geometric"}  # fmt: skip
         return [Cell("geometric", 0, _SIZE | small)]
     arms = {shape: _SIZE | {"shape": shape} for shape in RANDOM}
-    arms[MIXED] = _SIZE | {"shape": "lognormal", "jobs": 80, "tokens": [4, 32]}
+    arms[MIXED] = _SIZE | {"shape": "lognormal", "jobs": 64, "tokens": [4, 32]}
     arms[CHAINS] = _SIZE | {
         "run": recipe().to_dict(), "gate_rows": 256, "gate": {"n_loops": 16},
-        "threshold": "gate:0.99", "tokens": [34, 34],
+        "threshold": "gate:0.99", "tokens": [45, 45],
     }  # fmt: skip
     arms[TEXT] = _SIZE | {
         "run": TEXT_RUN, "save_every": 0, "val_windows": 32, "gate": {"n_loops": 12},
