@@ -18,6 +18,12 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "speed"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Distinguishable without colour vision (Okabe and Ito, 2008)."""
 MARKS = "osD^vP"
+FORMS = {
+    "full": "static batch, all loops", "lockstep": "static batch, as deep as the deepest row",
+    "compact": "rows leave, nobody joins", "engine": "engine",
+}  # fmt: skip
+"""How tokens with a depth each are generated, from the slowest on."""
+RATE = ", tokens per CPU s"
 LONG, SHORTER = "against a loop over choices and experts", "choice by choice"
 """What would take a third of the picture, and what is written instead."""
 COMPARED = ("experts", "training", "decoding")
@@ -55,12 +61,13 @@ def of(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> Iterator[Plot
     rows = {suite: content["rows"] for suite, content in contents.items()}
     for name, make in (
         ("ratios", _ratios), ("experts", _experts), ("loops", _loops), ("context", _context),
-        ("batch", _batch),
+        ("batch", _batch), ("engine", _engine),
     ):  # fmt: skip
         made = make(rows)
         if made is not None:
             title, data, paint = made
-            height = max(3.0, 1.2 + 0.3 * len(data)) if name == "ratios" else 4.5
+            long = 0.3 if name == "ratios" else 0.9 if name == "engine" else 0.0
+            height = max(3.0, 1.2 + long * len(data)) if long else 4.5
             yield Plot(FOLDER / f"{folder.name}_{name}.png", title, data, paint, height)
 
 
@@ -271,3 +278,31 @@ def _batch(rows: Mapping[str, Rows]) -> Made:
             axes, data, "rows decoded together", "tokens per second", log="x"
         ),
     )
+
+
+def _engine(rows: Mapping[str, Rows]) -> Made:
+    """Tokens per second of every form of serving, by the depths and lengths of the requests."""
+    data, gains = [], []
+    for row in rows.get("engine", ()):
+        numbers, (case, _, what) = row.get("numbers", {}), row["name"].rpartition(": ")
+        if what == "engine over full depth":
+            speeds = {form: numbers[form + RATE] for form in FORMS if form + RATE in numbers}
+            data.append([f"{case}, {SHORT.get(row['dtype'], row['dtype'])}", speeds])
+            gains.append(row["value"])
+    if not data:
+        return None
+    title = f"The engine: {min(gains):.1f}x to {max(gains):.1f}x the tokens of full depth"
+    return title, data, _paint_engine
+
+
+def _paint_engine(axes: Any, data: Any) -> None:
+    width = 0.8 / len(FORMS)
+    for k, (form, label) in enumerate(FORMS.items()):
+        places = [i + (k - 1.5) * width for i, (_, speeds) in enumerate(data) if form in speeds]
+        speeds = [speeds[form] for _, speeds in data if form in speeds]
+        axes.barh(places, speeds, height=0.9 * width, color=COLOURS[k], label=label)
+    axes.set_yticks(range(len(data)), [case for case, _ in data])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("tokens per second of CPU time")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2, fontsize=9)

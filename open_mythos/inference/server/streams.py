@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from open_mythos.inference.guided import NO_TOKEN_FITS
 from open_mythos.inference.request import (
     Finished,
     Outcome,
@@ -287,6 +288,13 @@ class Answer:
                 self._host.cancel(choice.request.id, outcome)
 
 
+_FAULTS = {
+    "nonfinite_logits": "the model computed logits that are not finite",
+    NO_TOKEN_FITS: "the model's vocabulary has no token that the schema allows next",
+}
+"""Failures of one sequence, which another try would meet again."""
+
+
 def failure_of(event: Finished) -> ApiError:
     """Return the answer to a request that the engine did not complete."""
     reason = shorten(event.error)
@@ -294,8 +302,7 @@ def failure_of(event: Finished) -> ApiError:
         return ApiError(504, "the request took longer than its timeout")
     if event.outcome is Outcome.REFUSED:
         return ApiError(400, f"the engine cannot serve this request: {reason}", code="refused")
-    if event.outcome is Outcome.FAILED and reason == "nonfinite_logits":
-        what = "the model computed logits that are not finite"
-        return ApiError(500, what, code="nonfinite_logits")
+    if event.outcome is Outcome.FAILED and reason in _FAULTS:
+        return ApiError(500, _FAULTS[reason], code=reason)
     what = reason or "the server is shutting down"
     return ApiError(503, f"the request was ended: {what}", headers={"Retry-After": "1"})

@@ -63,7 +63,11 @@ def test_a_refusal_before_the_stream_has_a_status(start: Start) -> None:
 
 @pytest.mark.parametrize(
     ("failure", "status", "code"),
-    [("nonfinite_logits", 500, "nonfinite_logits"), ("engine died", 503, "not_ready")],
+    [
+        ("nonfinite_logits", 500, "nonfinite_logits"),
+        ("engine died", 503, "not_ready"),
+        ("no_token_fits_schema", 500, "no_token_fits_schema"),
+    ],
 )
 def test_a_failure_in_the_middle(start: Start, failure: str, status: int, code: str) -> None:
     host = FakeHost()
