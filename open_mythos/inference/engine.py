@@ -225,8 +225,8 @@ class Engine:
         launched = None
         if running:
             needs = Needs.of([sequence.request for sequence in running])
-            # a token may be in flight
-            longest = max(sequence.position for sequence in running) + 2
+            # a token may be in flight, which leaves after one loop: the next one enters, too
+            longest = max(sequence.position for sequence in running) + 3
             blocks = few_sizes(self.layout.rows(min(longest, self.context)))
             n_blocks = min(blocks, self.layout.rows(self.context))
             launched = ticks.launch(needs, n_blocks)

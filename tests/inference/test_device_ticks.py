@@ -52,6 +52,15 @@ def test_dense_models(attn_type):
     assert_as_generate(model, done, given)
 
 
+def test_a_token_at_every_tick():
+    """A row that leaves after one loop is two positions ahead of what the host has read."""
+    model = small_model("mla", n_experts=0, max_seq_len=CONTEXT)
+    one_loop = {"max_loops": 1, "min_loops": 1, "rule": "none", "numbers": ()}
+    given = requests(model, 2, **one_loop, max_tokens=30, ends=())
+    done = together(small_engine(model, slots=1, exact=False, constant_shapes=True), given)
+    assert_as_generate(model, done, given)
+
+
 def test_replayed_ticks():
     """What a graph holds: a tick of equal needs and pages runs in Python but twice."""
     model = small_model("gqa", n_experts=0, max_seq_len=CONTEXT)
