@@ -1,4 +1,4 @@
-"""``python -m benchmarks.guided``: what a JSON schema costs for every token of a row."""
+"""``python -m benchmarks.guided``: what a JSON schema costs: to compile, and for every token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -59,13 +60,38 @@ def microseconds(tokenizer: Tokenizer) -> list[float]:
     return spent
 
 
+def compile_milliseconds(tokenizer: Tokenizer) -> Iterator[tuple[str, int, float]]:
+    """Yield what large schemas are, their bytes, and the time to compile one."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=10)) for _ in range(4500)]
+    large: dict[str, Any] = {
+        "the small one": SCHEMA,
+        "choice of texts": {"enum": words},
+        "object of texts": {"type": "object", "properties": dict.fromkeys(words[:1500], WORD)},
+        "choice of objects": {"anyOf": [
+            {"type": "object", "properties": {word: {"type": "integer", "maximum": i}}}
+            for i, word in enumerate(words[:800])
+        ]},
+    }  # fmt: skip
+    for name, schema in large.items():
+        text = json.dumps(schema)
+        guides = Guides(tokenizer, tokenizer.vocab_size, follows_rows=True)
+        begin = time.perf_counter()
+        guides.make(Request("a", (1,), 1, ends=(tokenizer.eos_id,), schema=text))
+        yield name, len(text), 1e3 * (time.perf_counter() - begin)
+
+
 def main() -> None:
-    """Print a table."""
+    """Print two tables."""
     table = Table("tokens", "median, us", "mean, us", "p99, us")
     for tokenizer in tokenizers():
         spent = sorted(microseconds(tokenizer))
         values = statistics.median(spent), statistics.mean(spent), spent[len(spent) * 99 // 100]
         table.add_row(str(len(tokenizer)), *(f"{value:.0f}" for value in values))
+    Console().print(table)
+    table = Table("schema", "bytes", "compile, ms")
+    for name, n_bytes, spent_ms in compile_milliseconds(ByteTokenizer()):
+        table.add_row(name, str(n_bytes), f"{spent_ms:.0f}")
     Console().print(table)
 
 

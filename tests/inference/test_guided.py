@@ -132,6 +132,17 @@ def test_cut_by_max_tokens(model, tokenizer):
     assert text_of(done, tokenizer).startswith("{")
 
 
+def test_only_ends_of_the_request_end_it(model, tokenizer):
+    """The tokenizer's own end token is none of them, whatever the bias."""
+    bias = ((tokenizer.eos_id, 1e30),)
+    request = ask("a", SCHEMAS[7], tokenizer, ends=(tokenizer.pad_id,), logit_bias=bias)
+    done = run(model, tokenizer, request)["a"]
+    assert done.outcome is Outcome.STOP
+    assert done.tokens[-1] == tokenizer.pad_id
+    assert tokenizer.eos_id not in done.tokens
+    assert jsonschema.is_valid(SCHEMAS[7], json.loads(text_of(done, tokenizer)))
+
+
 def test_biases_go_with_masks(model, tokenizer):
     (true,), (f,) = tokenizer.encode("t"), tokenizer.encode("f")
     for token, other in ((true, f), (f, true)):
