@@ -101,8 +101,8 @@ def test_nginx(behind: tuple[httpx.Client, Running, Running]) -> None:
 
     # tokens come one by one, although all of them would fit into a buffer
     for server in (first, second):
-        server.host.delay = 0.02
-    body = {"prompt": "abc", "max_tokens": 200, "stream": True}
+        server.host.delay = 0.2
+    body = {"prompt": "abc", "max_tokens": 8, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()  # dropped, it would close the connection
         assert next(lines).startswith("data: {")
