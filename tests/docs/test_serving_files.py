@@ -102,10 +102,12 @@ def test_nginx(behind: tuple[httpx.Client, Running, Running]) -> None:
     # tokens come one by one, although all of them would fit into a buffer
     for server in (first, second):
         server.host.delay = 0.2
-    body = {"prompt": "abc", "max_tokens": 8, "stream": True}
+    body = {"prompt": "abc", "max_tokens": 6, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()  # dropped, it would close the connection
-        assert next(lines).startswith("data: {")
+        events = (line for line in lines if line.startswith("data: {"))
+        for _ in range(3):
+            next(events)
         assert first.host.live or second.host.live, "the last token is still to come"
     wait_for(lambda: first.host.cancelled or second.host.cancelled)
 
