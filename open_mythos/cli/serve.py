@@ -64,6 +64,7 @@ def serve(
     from open_mythos.inference.server.depth import DepthPolicy, check_default
     from open_mythos.inference.server.life import listen, serve_until_signal
     from open_mythos.inference.server.service import Service
+    from open_mythos.inference.worker import MAX_WAITING
     from open_mythos.tokenizer import load_tokenizer
 
     keys = Keys.read(api_key_file) if api_key_file else Keys([])
@@ -75,12 +76,14 @@ def serve(
     options = {
         "checkpoint": checkpoint, "device": device, "quantize": quantize, "tokenizer": tokenizer,
     }  # fmt: skip
+    # the server admits requests: what it has accepted, the engine's own queue never refuses
+    arguments = {"max_queued": MAX_WAITING, **(engine or {})}
     service = Service(
-        Host(worker_command({**options, "engine": engine or {}})), tok,
+        Host(worker_command({**options, "engine": arguments})), tok,
         model_name or Path(checkpoint).resolve().name,
         template=_template(chat_template, folder, tok, limits), limits=limits,
         policy=DepthPolicy(exit_rule, allow_unvalidated_depth, limits.loops), keys=keys,
-        version=open_mythos.__version__,
+        address=None if insecure else host, version=open_mythos.__version__,
     )  # fmt: skip
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     # of our own alone: at INFO and below, others write addresses and what they send

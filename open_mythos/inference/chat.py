@@ -12,7 +12,7 @@ import re
 import secrets
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,10 @@ class ChatTemplate:
         self._one_at_a_time = asyncio.Lock()
         self._wall = seconds * _WALL_PER_CPU
 
-    async def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Return the ids of a chat up to where the assistant's answer begins.
+    async def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """Return a chat as text up to where the assistant's answer begins, for :meth:`ids`.
+
+        Special tokens that messages spell out are marked: they are text.
 
         Args:
             messages: Each with role and content, perhaps with a name.
@@ -92,7 +94,8 @@ class ChatTemplate:
                 "the chat template refuses the messages", where="messages",
                 value=answer["error"].replace(self._mark, ""),
             )  # fmt: skip
-        return self._ids(answer["text"])
+        text: str = answer["text"]
+        return text
 
     async def start(self) -> None:
         """Start the process, so that the first chat need not wait.
@@ -174,12 +177,28 @@ class ChatTemplate:
             for n in range(1, len(token)):
                 yield token[n:] if ends else token[:n]
 
-    def _ids(self, text: str) -> list[int]:
-        ordered = sorted(self._specials, key=len, reverse=True)
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a rendered chat.
+
+        Raises:
+            DataError: The tokenizer refuses the text.
+        """
         ids: list[int] = []
+        for part in self._divide(text):
+            ids += [part] if isinstance(part, int) else self._tokenizer.encode(part)
+        return ids
+
+    def n_bytes(self, text: str) -> int:
+        """Return the bytes of a rendered chat besides its special tokens."""
+        parts = self._divide(text)
+        # a lone surrogate is an error of the tokenizer's
+        return sum(len(x.encode(errors="replace")) for x in parts if isinstance(x, str))
+
+    def _divide(self, text: str) -> Iterator[int | str]:
+        """Yield ids of special tokens, and the plain text between them."""
+        ordered = sorted(self._specials, key=len, reverse=True)
         for part in re.split(f"({'|'.join(map(re.escape, ordered))})", text):
             if part in self._specials:
-                ids.append(self._specials[part])
+                yield self._specials[part]
             elif plain := part.replace(self._mark, ""):
-                ids += self._tokenizer.encode(plain)
-        return ids
+                yield plain

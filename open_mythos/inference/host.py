@@ -26,6 +26,7 @@ from open_mythos.errors import (
     InternalError,
     MythosError,
 )
+from open_mythos.inference.ledger import LedgerError
 from open_mythos.inference.request import (
     Event,
     Finished,
@@ -45,7 +46,8 @@ MOST_WAITING = 256
 _EXIT_SECONDS = 1.0
 _BYTES_PER_SCORE = 32
 _ERRORS = {
-    each.__name__: each for each in (ConfigError, DataError, EnvironmentError_, InternalError)
+    each.__name__: each
+    for each in (ConfigError, DataError, EnvironmentError_, InternalError, LedgerError)
 }
 _SHUTTING_DOWN = "the server is shutting down"
 
@@ -124,6 +126,7 @@ class Host:
         beat: The last beat: the engine's statistics, ``ticks`` since its start,
             ``last_tick_timestamp`` (Unix time) and ``busy``, whether work is left.
         failure: Why the process died last; empty if it never did.
+        ledger_violations: How often it died because its books did not balance.
         on_dead: Set when the process died twice within ``restart_window``, or once while it was
             started again: there will be no other.
     """
@@ -154,6 +157,7 @@ class Host:
         self.facts: dict[str, Any] = {}
         self.beat: dict[str, Any] = {}
         self.failure = ""
+        self.ledger_violations = 0
         self.on_dead = asyncio.Event()
         self._clock = clock
         self._heard = clock()
@@ -281,6 +285,7 @@ class Host:
                 if self._phase == "draining" or not self._starts:
                     return
                 self.failure = str(self._error)
+                self.ledger_violations += isinstance(self._error, LedgerError)
                 logger.error("the engine's process died: %s", self.failure)
                 now = self._clock()
                 if self._starts == starts or now - died_before <= self.restart_window:

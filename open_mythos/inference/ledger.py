@@ -13,6 +13,11 @@ from open_mythos.inference.places import Places
 from open_mythos.inference.request import Outcome
 from open_mythos.inference.sequence import Phase, Sequence
 
+
+class LedgerError(InternalError):
+    """The books do not balance: the engine must not go on, and the server counts its death."""
+
+
 _FINISHED = (Outcome.STOP, Outcome.LENGTH, Outcome.STOP_STRING)
 _CANCELLED = (Outcome.CANCELLED, Outcome.TIMEOUT)
 
@@ -56,11 +61,11 @@ class Ledger:
             places: Slots and pages of the others.
 
         Raises:
-            InternalError: A request, slot or page is lost or counted twice.
+            LedgerError: A request, slot or page is lost or counted twice.
         """
         live = list(live)
         if self.admitted != self.ended.total() + len(live):
-            raise InternalError(
+            raise LedgerError(
                 "admitted is not finished + cancelled + failed + live", where="Ledger",
                 value={**self.counts(), "live": len(live)},
             )  # fmt: skip
@@ -70,11 +75,14 @@ class Ledger:
             found += [Phase.SWAPPED] * sum(each is sequence for each in swapped)
             outside = sequence.phase in (Phase.QUEUED, Phase.SWAPPED)
             if found != [sequence.phase if outside else sequence.slot]:
-                raise InternalError(
+                raise LedgerError(
                     "a sequence is in several places, or in none",
                     where=f"request {sequence.request.id}", value=found,
                     allowed=sequence.phase.value,
                 )  # fmt: skip
         if len(queue) + len(swapped) + len(places.running()) != len(live):
-            raise InternalError("a place is kept by nobody", where="Ledger", value=len(live))
-        places.pages.check([page for row in each.pages for page in row] for each in live)
+            raise LedgerError("a place is kept by nobody", where="Ledger", value=len(live))
+        try:
+            places.pages.check([page for row in each.pages for page in row] for each in live)
+        except InternalError as error:
+            raise LedgerError(str(error)) from error

@@ -387,6 +387,6 @@ class Scheduler:
         """Check that no request, slot or page is lost or counted twice.
 
         Raises:
-            InternalError: One is.
+            LedgerError: One is.
         """
         self.ledger.check(self._live.values(), self._queue, self._swapped, self.places)

@@ -16,6 +16,7 @@ class ByteTokenizer:
     name = "byte"
     bos_id, eos_id, pad_id = 256, 257, 258
     vocab_size = 320
+    most_token_bytes = 1
     fingerprint = hashlib.sha256(b"open-mythos byte tokenizer 1").hexdigest()
 
     @property

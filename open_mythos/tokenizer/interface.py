@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
         """Spelling -> id of the tokens that no text is encoded to, bos, eos and pad among them."""
 
     @property
+    def most_token_bytes(self) -> int | None:
+        """Most bytes of a text in UTF-8 that one token stands for; None if there is no bound."""
+
+    @property
     def fingerprint(self) -> str:
         """64 hex digits; equal for tokenizers that produce the same ids."""
 

@@ -78,6 +78,31 @@ class RustBacked:
         content = [vocabulary, [self.bos_id, self.eos_id, self.pad_id], self.encode(_PROBE)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @cached_property
+    def most_token_bytes(self) -> int | None:
+        """Most bytes of a text in UTF-8 that one token stands for; None if there is no bound.
+
+        Only a byte-level vocabulary that keeps every byte has one: normalizers, removed white
+        space and unknown words let a token stand for any number of bytes.
+        """
+        layout = json.loads(self._rust.to_str())
+        before = layout["pre_tokenizer"] or {}
+        steps = before.get("pretokenizers", [before])
+        vocabulary = self._rust.get_vocab(with_added_tokens=True)
+        strips = any(
+            (each["lstrip"] or each["rstrip"]) and not each["special"]
+            for each in layout["added_tokens"]
+        )
+        if (
+            layout["normalizer"] is not None or layout["model"]["type"] != "BPE" or strips
+            or not any(step.get("type") == "ByteLevel" for step in steps)
+            or any(step.get("behavior") == "Removed" for step in steps)
+            or not all(letter in vocabulary for letter in _byte_letters())
+        ):  # fmt: skip
+            return None
+        # a letter stands for a byte, and in an added token for itself
+        return max(len(token.encode()) for token in vocabulary)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without bos or eos.
 
@@ -153,6 +178,13 @@ class BPETokenizer(RustBacked):
         )
         rust.train_from_iterator(map(checked_text, texts), trainer)
         return cls(rust, f"bpe-{rust.get_vocab_size()}", SPECIALS)
+
+
+def _byte_letters() -> list[str]:
+    """Return the letters that stand for bytes in a byte-level vocabulary."""
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel.alphabet()
 
 
 def _register(rust: RustTokenizer, tokens: list[str]) -> None:

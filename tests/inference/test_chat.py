@@ -21,13 +21,17 @@ SIMPLE = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{%
 SECONDS = 20.0
 
 
+async def tokens_of(template: ChatTemplate, messages: list[dict[str, str]]) -> list[int]:
+    return template.ids(await template.render(messages))
+
+
 def encode(
     source: str, *contents: str, tok: Tokenizer = BYTES, role: str = "user", **options: Any
 ) -> list[int]:
     async def run() -> list[int]:
         template = ChatTemplate(source, tok, **{"seconds": SECONDS, **options})
         try:
-            return await template.encode([{"role": role, "content": text} for text in contents])
+            return await tokens_of(template, [{"role": role, "content": text} for text in contents])
         finally:
             await template.close()
 
@@ -70,7 +74,7 @@ def test_no_message_makes_a_special_token(source: str, contents: list[str]) -> N
 def test_text_of_messages_is_kept(contents: list[str]) -> None:
     template = ChatTemplate("", BYTES)
     guarded = [template._guard(text) for text in contents]
-    assert template._ids("".join(guarded)) == BYTES.encode("".join(contents))
+    assert template.ids("".join(guarded)) == BYTES.encode("".join(contents))
 
 
 def test_control_structures_and_white_space() -> None:
@@ -126,17 +130,17 @@ def test_a_template_that_takes_long_is_ended_and_the_next_chat_served() -> None:
     async def run() -> None:
         template = ChatTemplate(slow, BYTES, seconds=0.3)
         user = {"role": "user"}
-        assert await template.encode([{**user, "content": "a"}]) == [97]
+        assert await tokens_of(template, [{**user, "content": "a"}]) == [97]
         with pytest.raises(DataError) as caught:
-            await template.encode([{**user, "content": "slow"}])
+            await tokens_of(template, [{**user, "content": "slow"}])
         assert "too long" in str(caught.value)
-        assert await template.encode([{**user, "content": "b"}]) == [98]
-        waiting = asyncio.create_task(template.encode([{**user, "content": "c"}]))
+        assert await tokens_of(template, [{**user, "content": "b"}]) == [98]
+        waiting = asyncio.create_task(tokens_of(template, [{**user, "content": "c"}]))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait({waiting})
-        assert await template.encode([{**user, "content": "d"}]) == [100], "not the answer to c"
-        both = [template.encode([{**user, "content": each}]) for each in "ef"]
+        assert await tokens_of(template, [{**user, "content": "d"}]) == [100], "not the answer to c"
+        both = [tokens_of(template, [{**user, "content": each}]) for each in "ef"]
         assert await asyncio.gather(*both) == [[101], [102]]
         await template.close()
 

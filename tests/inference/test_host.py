@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from inference.test_worker import command, request
-from inference.toy_engine import CRASH, HANG, REFUSE, expected
+from inference.toy_engine import CRASH, HANG, LOSE, REFUSE, expected
 
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.inference.host import MOST_WAITING, Host, HostNotReady, Ticket, worker_command
@@ -126,6 +126,18 @@ async def test_refused_by_the_engine():
         assert isinstance(end, Finished)
         assert end.outcome is Outcome.REFUSED
         assert "can never fit" in end.error
+
+
+@in_loop
+async def test_books_that_do_not_balance_are_counted():
+    """The engine ends, and its successor's beats do not lose the count."""
+    async with running() as host:
+        (*_, end) = await read(host.submit(request(prompt=LOSE)))
+        assert isinstance(end, Finished)
+        assert end.outcome is Outcome.FAILED
+        await until(lambda: host.state == "ready")
+        assert host.ledger_violations == 1
+        assert ended(await read(host.submit(request())), Outcome.LENGTH)
 
 
 @in_loop

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos import errors
+from open_mythos.inference.ledger import LedgerError
 from open_mythos.inference.request import Event, Finished, Outcome, Request, Started, Token
 
-CRASH, HANG, REFUSE = 666, 667, 668
-"""A prompt that starts with one of these crashes a tick, hangs in one, or is refused."""
+CRASH, HANG, REFUSE, LOSE = 666, 667, 668, 669
+"""A prompt that starts with one of these crashes a tick, hangs in one, is refused, or is lost."""
 
 
 def expected(request: Request) -> list[int]:
@@ -58,6 +59,8 @@ class Toy:
         for id, (request, done) in list(self.running.items()):
             if request.prompt[0] == CRASH:
                 raise ZeroDivisionError("the device is gone")
+            if request.prompt[0] == LOSE:
+                raise LedgerError("pages are lost")
             time.sleep(3600 * (request.prompt[0] == HANG))
             events.append(Started(id, 0) if done < 0 else Token(id, expected(request)[done], 3))
             self.running[id] = request, done + 1

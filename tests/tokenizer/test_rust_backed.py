@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import models
 
 from open_mythos.errors import DataError
-from open_mythos.tokenizer import MythosTokenizer, get_vocab_size
+from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, MythosTokenizer, get_vocab_size
+from open_mythos.tokenizer.rust_backed import RustBacked
 from tokenizer.samples import foreign
 
 
@@ -65,3 +66,21 @@ def test_bos_eos_and_pad_that_cannot_differ_are_rejected(tmp_path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|bos|>"}')
     with pytest.raises(DataError, match="differ"):
         MythosTokenizer(tmp_path)
+
+
+def test_the_most_bytes_of_a_token() -> None:
+    """Bounds the tokens of a text from below; None where nothing does."""
+    bpe = BPETokenizer.train(["hello hello hello é é é 東京 東京 東京"] * 9, 300)
+    most = bpe.most_token_bytes
+    assert most is not None
+    for text in ("hello" * 50, "東京" * 50, " \n\t" * 50, "\0" * 50, "👩‍🔬" * 20):
+        assert len(bpe.encode(text)) * most >= len(text.encode())
+    assert ByteTokenizer().most_token_bytes == 1
+    for change in (
+        lambda rust: setattr(rust, "normalizer", normalizers.NFC()),
+        lambda rust: setattr(rust, "pre_tokenizer", pre_tokenizers.Whitespace()),
+        lambda rust: rust.add_tokens([AddedToken("x", lstrip=True)]),
+    ):
+        rust = RustTokenizer.from_str(bpe._rust.to_str())
+        change(rust)
+        assert RustBacked(rust, "changed", {}).most_token_bytes is None

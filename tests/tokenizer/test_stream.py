@@ -53,3 +53,29 @@ def test_streaming_gives_the_whole_characters_of_a_token_once() -> None:
     stream = StreamDecoder(Chunks())
     assert [stream.push(i) for i in range(5)] == ["a", "", "€", "€b", ""]
     assert stream.flush() == "\ufffd"
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.sampled_from([0xFF, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0x41, 257])))
+def test_streaming_any_bytes(ids: list[int]) -> None:
+    stream = StreamDecoder(BYTE)
+    pieces = [stream.push(i) for i in ids * 3]
+    assert "".join(pieces) + stream.flush() == BYTE.decode(ids * 3)
+
+
+def test_endless_bytes_of_no_character_are_not_held() -> None:
+    class Counting:
+        most = 0
+
+        def decode(self, ids: list[int]) -> str:
+            self.most = max(self.most, len(ids))
+            return BYTE.decode(ids)
+
+    for endless in ([0xFF], [0x80], [0xE2], [0xF0, 0x9F], [0xFF, 257]):
+        counting = Counting()
+        stream = StreamDecoder(counting)
+        ids = [65, *endless * 200]
+        pieces = [stream.push(i) for i in ids]
+        assert counting.most < 100
+        assert len(BYTE.decode(ids)) - len("".join(pieces)) <= 3
+        assert "".join(pieces) + stream.flush() == BYTE.decode(ids)

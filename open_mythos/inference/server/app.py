@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from open_mythos.inference.server.auth import is_own_name
 from open_mythos.inference.server.errors import CLOSED, LOG, ApiError, log_bug, to_json
 from open_mythos.inference.server.routes import ClientGone, add_routes
 from open_mythos.inference.server.service import Service
@@ -114,6 +115,7 @@ class Gate:
             raise ApiError(431, f"path and headers are longer than {most} bytes")
         if scope["path"] in OPEN_PATHS:
             return ""
+        self._check_host(headers)
         given = next((value for name, value in headers if name == b"authorization"), b"")
         name = self._service.keys.name_of(given)
         if name is None:
@@ -122,6 +124,17 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
         return name
+
+    def _check_host(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Refuse what only a browser that was led astray would send."""
+        address = self._service.address
+        if self._service.keys or address is None:
+            return
+        if not all(is_own_name(value, address) for name, value in headers if name == b"host"):
+            raise ApiError(
+                403, f"the Host header must name this server: {address}, localhost, or an "
+                "IP address", code="wrong_host",
+            )  # fmt: skip
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = scope["path"] if scope["path"] in self._paths else "other"

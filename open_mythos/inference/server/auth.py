@@ -62,6 +62,26 @@ class Keys:
         return digest.hex()[:16] if any(matches) and scheme.lower() == b"bearer" else None
 
 
+def is_own_name(header: bytes, host: str) -> bool:
+    """Whether a ``Host`` header names this server, which listens on ``host``.
+
+    A page of another site may have its own name lead here (DNS rebinding): its browser then sends
+    requests as if to that site, with its name. Addresses cannot be rebound.
+    """
+    text = header.decode("latin-1").strip().lower()
+    name = text.rpartition(":")[0] if text.rpartition(":")[2].isdecimal() else text
+    if name in (host.lower(), "localhost") or name.endswith(".localhost"):
+        return True
+    return _address(name.removeprefix("[").removesuffix("]")) is not None
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
 def check_address(host: str, keys: Keys, insecure: bool) -> None:
     """Refuse to listen beyond this machine without keys.
 
@@ -71,11 +91,8 @@ def check_address(host: str, keys: Keys, insecure: bool) -> None:
     """
     if keys or insecure or host == "localhost":
         return
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
+    address = _address(host)
+    if address is None or not address.is_loopback:
         raise ConfigError(
             "a server that other machines can reach needs API keys", where="--host", value=host,
             allowed="127.0.0.1, or --api-key-file FILE",

@@ -17,13 +17,20 @@ def protocol_of(limits: Limits) -> type[H11Protocol]:
     """Return the class of connections under ``limits``."""
 
     class Connection(H11Protocol):
-        """Refuses headers that are too long, too slow or invalid, and too many connections."""
+        """Refuses headers that are too long, too slow or invalid, and too many connections.
+
+        Cuts clients that do not take what they are sent: an answer that waits here outlives its
+        request, and closing would wait for it, too.
+        """
 
         _timer: asyncio.TimerHandle | None = None
+        _unsent: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             """Begin."""
             super().connection_made(transport)
+            # so that writing is paused as soon as anything waits
+            transport.set_write_buffer_limits(high=0)
             # for the application: closing would first send what a client does not take
             self.app_state = {**self.app_state, "abort": transport.abort}
             if len(self.connections) > limits.connections:
@@ -39,7 +46,18 @@ def protocol_of(limits: Limits) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             """End."""
             self._unwatch()
+            self._stop_waiting()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            """Note that the client takes less than it is sent."""
+            super().pause_writing()
+            self._wait_for_client(self.loop.time() + limits.timeout_seconds)
+
+        def resume_writing(self) -> None:
+            """Note that the client has taken everything."""
+            self._stop_waiting()
+            super().resume_writing()
 
         def send_400_response(self, msg: str) -> None:
             """Answer what is no valid HTTP."""
@@ -65,6 +83,23 @@ def protocol_of(limits: Limits) -> type[H11Protocol]:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+
+        def _wait_for_client(self, end: float) -> None:
+            """Look again after a while whether the client has taken anything."""
+            self._unsent = self.loop.call_later(
+                limits.send_seconds, self._look, self.transport.get_write_buffer_size(), end
+            )
+
+        def _look(self, unsent: int, end: float) -> None:
+            if self.transport.get_write_buffer_size() < unsent and self.loop.time() < end:
+                self._wait_for_client(end)
+            else:
+                self.transport.abort()
+
+        def _stop_waiting(self) -> None:
+            if self._unsent is not None:
+                self._unsent.cancel()
+                self._unsent = None
 
         def _too_slow(self) -> None:
             self._timer = None

@@ -53,7 +53,8 @@ class Limits:
     template_seconds: float = within(0.1, gt=0)
     """CPU time to render a chat."""
     queued_requests: int = within(256, ge=1)
-    """Requests that wait for the engine: beyond them, 429."""
+    """Requests that wait for the engine, each of a request's choices counted: beyond them, 429. A
+    request that finds an empty queue is accepted with any number of choices."""
     queued_seconds: float = within(60.0, gt=0)
     """Work that waits, in seconds at the engine's measured speed: beyond it, 429. A request that
     finds an empty queue is accepted at any cost."""
@@ -83,6 +84,7 @@ class Place:
     admission: Admission
     key: str
     cost: int
+    choices: int = 1
     is_waiting: bool = True
 
     def correct(self, cost: int) -> None:
@@ -96,6 +98,7 @@ class Place:
         if self.is_waiting:
             self.is_waiting = False
             self.admission.waiting -= 1
+            self.admission.waiting_choices -= self.choices
             self.admission.cost -= self.cost
 
     def release(self) -> None:
@@ -118,6 +121,7 @@ class Admission:
     speed: Callable[[], float]
     """Loop-tokens per second of the engine."""
     waiting: int = 0
+    waiting_choices: int = 0
     open: int = 0
     cost: int = 0
     """Loop-tokens that wait."""
@@ -125,23 +129,26 @@ class Admission:
 
     def check_room(self, key: str) -> None:
         """Raise the 429 that a request of ``key`` would get whatever it costs."""
-        if self.waiting >= self.limits.queued_requests:
+        if self.waiting_choices >= self.limits.queued_requests:
             raise self.full("queued_requests", "too many requests wait")
         if key and self.by_key[key] >= self.limits.requests_per_key:
             raise self.full("requests_per_key", "too many requests of this key wait or run")
 
-    def enter(self, key: str, cost: int) -> Place:
-        """Take a place for a request of ``cost`` loop-tokens.
+    def enter(self, key: str, cost: int, choices: int = 1) -> Place:
+        """Take a place for a request of ``cost`` loop-tokens, all its choices together.
 
         Raises:
             ApiError: 429, with the time after which to try again.
         """
         self.check_room(key)
+        if self.waiting and self.waiting_choices + choices > self.limits.queued_requests:
+            raise self.full("queued_requests", "too many requests wait")
         if self.cost and self.cost + cost > self.limits.queued_seconds * self.speed():
             raise self.full("queued_seconds", "too much work waits")
         self.waiting, self.open, self.cost = self.waiting + 1, self.open + 1, self.cost + cost
+        self.waiting_choices += choices
         self.by_key[key] += 1
-        return Place(self, key, cost)
+        return Place(self, key, cost, choices)
 
     def full(self, reason: str, what: str) -> ApiError:
         """Return the 429; a client may try again when the queue has been worked off."""

@@ -6,6 +6,7 @@ No label holds anything that a client sent.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ _COUNTERS: tuple[_Row, ...] = (
     ("prefix_tokens", "Prompt tokens, by cache result.", {"result": "hit"}, "prefix_hit_tokens"),
     ("prefix_tokens", "Prompt tokens, by cache result.", {"result": "miss"}, "prefix_miss_tokens"),
     ("preemptions", "Sequences taken out to make room.", {}, "preemptions"),
-    ("ledger_violations", "Books that did not balance.", {}, "ledger_violations"),
+    ("ledger_violations", "Engines whose books did not balance.", {}, "ledger_violations"),
 )  # fmt: skip
 _SUMMARIES: tuple[tuple[str, str, dict[str, str], tuple[str, str]], ...] = (
     ("tick_seconds", "Time by stage.", {"stage": "loop"}, ("loop_ticks", "loop_seconds")),
@@ -88,6 +89,14 @@ class BeatCollector(Collector):
         yield from families.values()
 
 
+def _n_tasks() -> int:
+    """Return the number of tasks in the running event loop."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # nothing runs
+        return 0
+
+
 class Metrics:
     """What the HTTP side counts.
 
@@ -95,7 +104,7 @@ class Metrics:
         running: Number of requests whose first token may come.
         waiting: Number of requests in the queue.
         is_up: Whether the engine is ready.
-        beat: The newest heartbeat of the engine.
+        beat: The newest heartbeat of the engine, and ``ledger_violations``.
         version: Of the library.
     """
 
@@ -124,6 +133,7 @@ class Metrics:
             ("requests_running", "Requests that run.", running),
             ("requests_waiting", "Requests that wait.", waiting),
             ("engine_up", "1 if the engine is ready.", is_up),
+            ("http_tasks", "Tasks of the HTTP process.", _n_tasks),
         ):
             Gauge(PREFIX + name, text, registry=self.registry).set_function(read)
         info = Gauge(PREFIX + "build_info", "Version.", ["version"], registry=self.registry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,9 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     policy: DepthPolicy = field(default_factory=DepthPolicy)
     keys: Keys = field(default_factory=lambda: Keys([]))
+    address: str | None = "127.0.0.1"
+    """Where the server listens: without keys, requests must name it. None: behind a proxy, which
+    may pass on any name."""
     clock: Clock = time.monotonic
     version: str = ""
     draining: bool = False
@@ -56,7 +59,10 @@ class Service:
             running=lambda: self.admission.open - self.admission.waiting,
             waiting=lambda: self.admission.waiting,
             is_up=lambda: self.host.state == "ready",
-            beat=lambda: self.host.beat,
+            beat=lambda: {
+                **self.host.beat,
+                "ledger_violations": self.host.ledger_violations,
+            },
             version=self.version,
         )
 
@@ -108,7 +114,8 @@ class Service:
         if body.model not in (None, self.model):
             raise ApiError(404, "no such model", param="model", code="model_not_found")
         depth = self.policy.resolve(body, self.host.facts)
-        place = self.admission.enter(key, self._estimate(body, depth))
+        n_prompts = len(body.prompts) if isinstance(body, CompletionRequest) else 1
+        place = self.admission.enter(key, self._estimate(body, depth), body.n * n_prompts)
         try:
             return await self._prepare(body, key, depth, place)
         except BaseException:
@@ -200,10 +207,10 @@ class Service:
         return found
 
     async def _encode_text(self, text: str) -> list[int]:
+        # a lone surrogate is an error of the tokenizer's
+        self._check_size("prompt", len(text.encode(errors="replace")))
         try:
-            if len(text) < _LONG_TEXT:
-                return self.tokenizer.encode(text)
-            return await asyncio.to_thread(self.tokenizer.encode, text)
+            return await _in_thread_if_long(text, self.tokenizer.encode)
         except DataError as error:
             raise from_mythos(error, "prompt") from None
 
@@ -215,11 +222,22 @@ class Service:
                 "--chat-template FILE; /v1/completions needs none",
             )  # fmt: skip
         try:
-            ids = await self.template.encode([message.plain() for message in body.messages])
+            text = await self.template.render([message.plain() for message in body.messages])
+            self._check_size("messages", self.template.n_bytes(text))
+            ids = await _in_thread_if_long(text, self.template.ids)
         except DataError as error:
             raise from_mythos(error, "messages") from None
         self._check_ids("messages", ids)
         return Prompt("", tuple(ids))
+
+    def _check_size(self, param: str, size: int) -> None:
+        """Refuse a text that is too long however it is divided into tokens, before dividing it."""
+        per_token, context = self.tokenizer.most_token_bytes, self.host.facts["context"]
+        if per_token is not None and size > per_token * context:
+            raise ApiError(
+                400, f"{param}: {size} bytes do not fit into the context of {context} tokens",
+                param=param, code="context_length_exceeded",
+            )  # fmt: skip
 
     def _check_ids(self, param: str, ids: Sequence[int]) -> None:
         vocab_size = self.host.facts["vocab_size"]
@@ -247,3 +265,8 @@ class Service:
                 f"{context}", param=named, code="context_length_exceeded",
             )  # fmt: skip
         return most
+
+
+async def _in_thread_if_long(text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """Return ``encode(text)``; meanwhile streams go on."""
+    return encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(encode, text)

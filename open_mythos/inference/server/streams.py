@@ -39,6 +39,8 @@ class Host(Protocol):
 
     facts: dict[str, Any]
     beat: dict[str, Any]
+    ledger_violations: int
+    """Engines that died because their books did not balance."""
 
     @property
     def state(self) -> str:

@@ -78,6 +78,7 @@ class FakeHost:
 
     def __init__(self, **facts: Any) -> None:
         self.facts: dict[str, Any] = {}
+        self.ledger_violations = 0
         self._facts = {**FACTS, **facts}
         self.state = "starting"
         self.beat: dict[str, Any] = {}

@@ -31,6 +31,18 @@ def test_the_number_of_waiting_requests() -> None:
     queue.enter("", 1)
 
 
+def test_choices_are_counted_as_requests() -> None:
+    queue = admission(queued_requests=8)
+    first = queue.enter("", 1, choices=100)
+    assert refusal(queue, "", 1).code == "queued_requests"
+    first.leave()
+    queue.enter("", 1, choices=5)
+    with pytest.raises(ApiError):
+        queue.enter("", 1, choices=4)
+    queue.enter("", 1, choices=3).release()
+    assert queue.waiting_choices == 5
+
+
 def test_the_cost_that_waits() -> None:
     queue = admission(queued_seconds=10)
     first = queue.enter("", 400)

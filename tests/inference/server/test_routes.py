@@ -16,6 +16,7 @@ from open_mythos.inference.server.auth import Keys
 from open_mythos.inference.server.errors import MOST_BYTES
 from open_mythos.inference.server.limits import Limits
 from open_mythos.inference.server.routes import policy_of
+from open_mythos.tokenizer import ByteTokenizer
 from tests.inference.server.fake_host import FakeHost
 from tests.inference.server.running import Running, wait_for
 
@@ -88,7 +89,7 @@ def read_all(connection: socket.socket) -> bytes:
 def send(server: Running, **body: Any) -> socket.socket:
     """Send a request and leave its answer to be read."""
     data = json.dumps({"model": "toy", "prompt": "abc", **body}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     connection.sendall(head.encode() + data)
@@ -107,7 +108,7 @@ def test_header_length(start: Start) -> None:
 
     assert sent(2000).status_code == 200
     assert error_of(sent(2001), 431)["code"] == "headers_too_long"
-    raw = exchange(server, b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 100_000)
+    raw = exchange(server, b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"x" * 100_000)
     assert raw.startswith(b"HTTP/1.1 431 ")
     assert b'"code":"headers_too_long"' in raw
 
@@ -116,9 +117,9 @@ def test_header_length(start: Start) -> None:
     "data",
     [
         b"\x16\x03\x01\x00\xa5\x01\0\0", b"GET /\r\n\r\n", b"\r\n\r\n\r\nhello\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
     ],
 )  # fmt: skip
 def test_what_is_no_http(shared: Running, data: bytes) -> None:
@@ -130,7 +131,7 @@ def test_what_is_no_http(shared: Running, data: bytes) -> None:
 def test_slow_clients(start: Start) -> None:
     server = start(limits=Limits(body_seconds=0.2))
     assert exchange(server, b"GET / HTTP/1.1\r\n").startswith(b"HTTP/1.1 408 ")
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     raw = exchange(server, head + b"Content-Length: 9\r\n\r\n{")
     assert raw.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"request_timeout"' in raw
@@ -250,9 +251,47 @@ def test_context(shared: Running) -> None:
     chat = "/v1/chat/completions"
     long = [{"role": "user", "content": "x" * 300}]
     assert error_of(shared.post(chat, messages=long), 400)["param"] == "messages"
+    assert shared.post(chat, messages=long[:0] + [{"role": "user", "content": "x" * 150}],
+                       max_tokens=1).status_code == 200  # fmt: skip
     answer = shared.post(chat, max_completion_tokens=300)
     assert error_of(answer, 400)["param"] == "max_completion_tokens"
     assert error_of(shared.post(logit_bias={"320": 1}), 400)["param"] == "logit_bias"
+
+
+def test_a_text_beyond_the_context_is_not_divided_into_tokens(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: 1 / 0)
+    long = "x" * 100_000
+    for answer in (
+        server.post(prompt=long),
+        server.post("/v1/chat/completions", messages=[{"role": "user", "content": long}]),
+    ):
+        assert error_of(answer, 400)["code"] == "context_length_exceeded"
+
+
+def test_names_of_the_server(start: Start) -> None:
+    """A page whose own name leads here may not use it."""
+
+    def status(server: Running, host: str) -> int:
+        raw = exchange(server, f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        return int(raw.split()[1])
+
+    server = start()
+    for host in ("127.0.0.1", f"127.0.0.1:{server.port}", "LOCALHOST:1", "a.localhost", "[::1]:5"):
+        assert status(server, host) == 200
+    for host in (
+        "evil.example",
+        f"evil.example:{server.port}",
+        "localhost.evil.example",
+        "",
+        "1.a",
+    ):
+        assert status(server, host) == 403
+    assert status(start(keys=Keys(["k"])), "evil.example") == 401
+    assert status(start(address=None), "evil.example") == 200
+    assert status(start(address="box.local"), "box.local:80") == 200
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(start: Start) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ def stream(server: Running, **body: Any) -> Any:
 def request_of(**body: Any) -> bytes:
     """A request as bytes."""
     data = json.dumps({"model": "toy", "prompt": "abc", **body}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
@@ -153,6 +154,30 @@ def test_a_client_that_takes_nothing(start: Start, caplog: pytest.LogCaptureFixt
                 received += part
         assert len(received) < 300_000
     assert not caplog.records
+    assert server.post().status_code == 200
+
+
+@pytest.mark.parametrize("keeps", ["close", "keep-alive"])
+def test_a_client_that_does_not_take_a_whole_answer(start: Start, keeps: str) -> None:
+    """The request has ended, its answer waits in the connection, which is dropped, too."""
+    host = FakeHost(context=10**6)
+    server = start(host, limits=Limits(send_seconds=0.2))
+    server.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    assert is_clean(server)
+    n_files = len(os.listdir("/proc/self/fd"))
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        data = request_of(prompt="x" * 300_000, echo=True, max_tokens=1)
+        connection.sendall(data.replace(b"Host", f"Connection: {keeps}\r\nHost".encode(), 1))
+        connection.settimeout(10)
+        received = connection.recv(10)
+        wait_for(lambda: is_clean(server))
+        wait_for(lambda: len(os.listdir("/proc/self/fd")) == n_files + 1)  # this end
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(65536):
+                received += part
+        assert len(received) < 300_000
     assert server.post().status_code == 200
 
 
