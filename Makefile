@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow chaos lint format bench bench-gpu clean
+.PHONY: help setup demo test test-slow chaos soak lint format bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ test-slow: $(READY)  ## slow tests: real training runs, the demo, all sizes
 
 chaos: $(READY)  ## failure injection: crashes, corruption, divergence (10 minutes)
 	@$(BIN)/python -m pytest tests/chaos -m "not short" --chaos-json chaos.json
+
+soak: $(READY)  ## the server under mixed load: memory, books, errors, a canary (30 minutes)
+	@PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m chaos.serving.soak
 
 lint: $(READY)  ## formatter, linter, type checker
 	@$(BIN)/ruff format --check .

@@ -21,14 +21,15 @@ MOST_BYTES = 2048
 MOST_INPUT = 100
 _MOST_ERRORS = 1000
 _TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
-    500: "server_error", 503: "service_unavailable_error", 504: "timeout_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error",
+    504: "timeout_error",
 }  # fmt: skip
 _CODES = {
-    400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-    408: "request_timeout", 413: "body_too_long", 415: "unsupported_media_type",
-    429: "queue_full", 431: "headers_too_long", 500: "internal_error", 503: "not_ready",
-    504: "timeout",
+    400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found",
+    405: "method_not_allowed", 408: "request_timeout", 413: "body_too_long",
+    415: "unsupported_media_type", 429: "queue_full", 431: "headers_too_long",
+    500: "internal_error", 503: "not_ready", 504: "timeout",
 }  # fmt: skip
 CLOSED = 499
 """Status, for logs and metrics alone, of a request whose client left."""

@@ -251,8 +251,8 @@ def test_context(shared: Running) -> None:
     chat = "/v1/chat/completions"
     long = [{"role": "user", "content": "x" * 300}]
     assert error_of(shared.post(chat, messages=long), 400)["param"] == "messages"
-    assert shared.post(chat, messages=long[:0] + [{"role": "user", "content": "x" * 150}],
-                       max_tokens=1).status_code == 200  # fmt: skip
+    short = [{"role": "user", "content": "x" * 150}]
+    assert shared.post(chat, messages=short, max_tokens=1).status_code == 200
     answer = shared.post(chat, max_completion_tokens=300)
     assert error_of(answer, 400)["param"] == "max_completion_tokens"
     assert error_of(shared.post(logit_bias={"320": 1}), 400)["param"] == "logit_bias"
