@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from open_mythos.inference.levels import Groups
-from open_mythos.inference.request import Request
+from open_mythos.inference.request import MOST_LOGPROBS, Request
 from open_mythos.inference.sequence import Sequence
 from open_mythos.ops.sampling import Stages
 
@@ -52,16 +52,18 @@ class Needs:
     biased: bool
     """Some request has a logit bias or a schema."""
     n_top: int | None
-    """Most alternatives of any request; None if none wants log-probabilities."""
+    """Alternatives to compute; None if no request wants log-probabilities."""
 
     @classmethod
     def of(cls, requests: Rows[Request]) -> Needs:
         """Return the needs of a batch of these requests."""
         wanted = [each.logprobs for each in requests if each.logprobs is not None]
+        # always the most: which of equally likely tokens come first depends on the number
+        n_top = MOST_LOGPROBS if any(wanted) else 0
         return cls(
             tuple(sorted({each.rule for each in requests})), Stages.of(requests),
             any(each.logit_bias or each.schema is not None for each in requests),
-            max(wanted, default=None),
+            n_top if wanted else None,
         )  # fmt: skip
 
 

@@ -279,6 +279,16 @@ def test_an_id_may_be_used_again(mla):
     assert play(engine, {0: [ask()]})["a"].tokens == alone(mla, ask()).tokens
 
 
+def test_equally_likely_alternatives():
+    """Which of them are returned does not depend on how many others ask for."""
+    model = small_model("gqa", n_experts=0, max_seq_len=CONTEXT, vocab_size=512)
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight[:4].repeat(128, 1))
+    few, many = ask("few", max_tokens=20, logprobs=2), ask("many", max_tokens=20, logprobs=20)
+    (own,) = together(small_engine(model), [few]).values()
+    assert bits(together(small_engine(model), [few, many])["few"]) == bits(own)
+
+
 def test_self_check(mla, monkeypatch):
     engine = small_engine(mla, slots=4)
     engine.self_check()
