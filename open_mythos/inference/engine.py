@@ -10,22 +10,19 @@ alone. In exact mode its log-probabilities do not depend, in any bit, on what el
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from open_mythos.checks import check_count, check_number
+from open_mythos.checks import check_count
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.inference.batch import Chosen, Needs, few_sizes
 from open_mythos.inference.cuda_graphs import capture_problem
 from open_mythos.inference.device_ticks import DeviceTicks, Launched
 from open_mythos.inference.guided import NO_TOKEN_FITS, Guides
-from open_mythos.inference.levels import layout_of
+from open_mythos.inference.levels import layout_of, pages_in_memory
 from open_mythos.inference.offline import Completion, Prompts, generate_all
 from open_mythos.inference.pages import PAGE
 from open_mythos.inference.request import (
@@ -40,6 +37,7 @@ from open_mythos.inference.request import (
 from open_mythos.inference.runner import Runner
 from open_mythos.inference.scheduler import CHUNK_LOOP_TOKENS, Scheduler
 from open_mythos.inference.sequence import Chunk, Phase, Sequence, Work
+from open_mythos.inference.weights import weights_mark
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
@@ -51,8 +49,8 @@ class Engine:
     """Generates for many requests at once.
 
     Args:
-        model: Any :class:`CausalLM`, in evaluation mode. Its weights must not change while requests
-            run.
+        model: Any :class:`CausalLM`, in evaluation mode. Its weights may change in place, but not
+            while requests run; it must not be moved or cast.
         slots: Sequences that run at the same time.
         context: Most positions of a request; the model's ``max_seq_len`` by default.
         max_loops: Deepest request; the model's ``max_loop_iters`` by default.
@@ -98,7 +96,8 @@ class Engine:
         self.max_loops = check_count("max_loops", max_loops or cfg.max_loop_iters) if looped else 0
         self.exact = weight.device.type == "cpu" if exact is None else exact
         self.layout = layout_of(model, page)
-        n_pages = self._pages(check_count("slots", slots), kv_memory)
+        needed = check_count("slots", slots) * self.layout.pages(self.max_loops, self.context)
+        n_pages = pages_in_memory(self.layout, needed, cfg.cache_width, weight, kv_memory)
         facts = (str(weight.dtype), self.exact, prefill_exits)
         self.scheduler = Scheduler(
             self.layout, slots, n_pages, self.context, chunk_loop_tokens=chunk_loop_tokens,
@@ -119,6 +118,7 @@ class Engine:
                     fix="pass constant_shapes=False, or use a bfloat16 model",
                 )  # fmt: skip
             self._ticks = DeviceTicks(self.runner, slots, max(1, slots // 8) if looped else slots)
+        self._weights = weights_mark(model)
         self._launched: Launched | None = None
         self._saved: dict[int, Any] = {}
         self._scores: dict[int, list[Any]] = {}
@@ -167,6 +167,9 @@ class Engine:
                 fix="lower max_loops, or start the engine with a larger max_loops",
             )  # fmt: skip
         guide = self._guides.make(request)
+        if not self.busy and (weights := weights_mark(self.model)) != self._weights:
+            self.scheduler.forget_prefixes()
+            self._weights = weights
         self._guides.start(self.scheduler.add(request, self._clock()), guide)
 
     def cancel(self, id: str, outcome: Outcome = Outcome.CANCELLED) -> None:
@@ -399,19 +402,3 @@ class Engine:
         start = time.perf_counter()
         yield
         self._seconds[stage] += time.perf_counter() - start
-
-    def _pages(self, slots: int, kv_memory: float) -> int:
-        """Return the pages that the slots need at full length, as far as memory allows."""
-        check_number("kv_memory", kv_memory, gt=0)
-        weight = self.model.final_norm.weight
-        needed = slots * self.layout.pages(self.max_loops, self.context)
-        page_bytes = self.layout.page * self.model.cfg.cache_width * weight.element_size()
-        budget = kv_memory if kv_memory > 1 else kv_memory * _free_memory(weight.device)
-        return max(1, min(needed, int(budget // page_bytes)))
-
-
-def _free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

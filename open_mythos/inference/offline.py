@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -83,6 +84,11 @@ def generate_all(
     progress: bool = False,
 ) -> list[Completion]:
     """Continue all prompts; see ``Engine.generate``."""
+    if engine.busy:
+        raise ConfigError(
+            "the engine runs other requests", where="generate", value=f"{engine.queued} queued",
+            allowed="an idle engine", fix="wait for them, or add() these requests to them",
+        )  # fmt: skip
     ids = [_ids(prompt, tokenizer) for prompt in prompts]
     params = params or SamplingParams()
     if params.stop and tokenizer is None:
@@ -131,14 +137,20 @@ def requests_of(
 
 
 def _events(engine: Source, requests: Sequence[Request]) -> Iterator[Event]:
-    """Run the requests; no more are queued than the engine can soon admit."""
-    waiting = iter(requests)
-    for request in waiting:
-        engine.add(request)
-        while engine.busy and engine.queued >= engine.slots:
+    """Run the requests; no more are queued than the engine can soon admit, and none is left."""
+    try:
+        for request in requests:
+            engine.add(request)
+            while engine.busy and engine.queued >= engine.slots:
+                yield from engine.step()
+        while engine.busy:
             yield from engine.step()
-    while engine.busy:
-        yield from engine.step()
+    except BaseException:
+        for request in requests:
+            engine.cancel(request.id)
+        with suppress(Exception):  # an engine that failed may fail again
+            engine.step()
+        raise
 
 
 def _take(engine: Source, event: Event, completion: Completion, stream: TextStream | None) -> None:

@@ -170,6 +170,11 @@ class Pages:
             self._units[key] = tuple(pages)
             self._key_of.update(dict.fromkeys(self._units[key], key))
 
+    def forget(self) -> None:
+        """Give up all cached units."""
+        while self._idle:
+            self._forget(next(iter(self._idle)))
+
     def _forget(self, key: bytes) -> None:
         pages = self._units.pop(key)
         del self._idle[key]

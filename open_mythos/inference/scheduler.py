@@ -142,6 +142,11 @@ class Scheduler:
         sequence.error = error
         self._finish(sequence, Outcome.FAILED)
 
+    def forget_prefixes(self) -> None:
+        """Give up all cached prefixes that nobody holds: the weights have changed."""
+        self.pages.forget()
+        self._settled = False
+
     def preempt(self, id: str) -> None:
         """Take a running request out at the next plan, as if its pages were needed.
 

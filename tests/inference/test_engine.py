@@ -12,6 +12,7 @@ import torch
 from helpers import random_ids, randomise, small_config, small_model
 
 from open_mythos import DenseTransformer
+from open_mythos.errors import ConfigError
 from open_mythos.inference import check
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.oracle import alone, bits, play, random_request, small_engine, together
@@ -277,6 +278,33 @@ def test_an_id_may_be_used_again(mla):
     first = play(engine, {0: [ask()]}, cancels={3: ["a", "unknown"]})
     assert first["a"].outcome is Outcome.CANCELLED
     assert play(engine, {0: [ask()]})["a"].tokens == alone(mla, ask()).tokens
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_prefixes_of_other_weights_are_forgotten(fused):
+    model, ids = small_model("gqa", n_experts=0, max_seq_len=CONTEXT), random_ids(1, 40, seed=3)
+    engine, params = small_engine(model), SamplingParams(8, temperature=0.0)
+    engine.generate(ids.tolist(), params)
+    assert engine.generate(ids.tolist(), params)[0].cached_tokens == 32
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
+    model(ids).square().mean().backward()
+    optimizer.step()
+    (done,) = engine.generate(ids.tolist(), params)
+    assert done.cached_tokens == 0
+    assert done.tokens == generate(model, ids, params)[0, 40:].tolist()
+
+
+def test_a_call_that_fails_leaves_no_requests(mla):
+    engine, params = small_engine(mla, slots=2), SamplingParams(8, seed=1)
+    with pytest.raises(ConfigError, match="vocabulary"):
+        engine.generate([[1, 2, 3]] * 5 + [[10**6]], params)
+    assert not engine.busy
+    engine.scheduler.check()
+    fresh = small_engine(mla, slots=2).generate([[1, 2, 3]], params)
+    assert engine.generate([[1, 2, 3]], params)[0].tokens == fresh[0].tokens
+    engine.add(ask())
+    with pytest.raises(ConfigError, match="runs other requests"):
+        engine.generate([[1, 2, 3]], params)
 
 
 def test_equally_likely_alternatives():
