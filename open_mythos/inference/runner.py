@@ -90,6 +90,8 @@ class Runner:
         self._memo: dict[Any, Any] = {}
         """What all loops share, where shapes follow the rows: a captured step computes it."""
         self._bias_BV: Tensor | None = None
+        self._needs: dict[int, Needs] = {}
+        """Of every sequence that was placed, equal ones as the same object; by serial number."""
         self._whole_tiles = exact or (self._device.type == "cpu" and weight.dtype != torch.float32)
 
     def place(self, sequence: Sequence) -> None:
@@ -97,6 +99,8 @@ class Runner:
         assert sequence.slot is not None
         self.cache.assign(sequence.slot, sequence.pages)
         self.place_request(sequence.slot, sequence.request)
+        needs = Needs.of([sequence.request])
+        self._needs[sequence.serial] = next((n for n in self._needs.values() if n == needs), needs)
         if self._recurrent is not None:
             with torch.no_grad():  # weights may have changed since the last request
                 self._memo = {self._recurrent.injection: self._recurrent.injection.decay()}
@@ -128,6 +132,7 @@ class Runner:
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended: its slot is computed no longer."""
         self._prompts.pop(sequence.serial, None)
+        self._needs.pop(sequence.serial, None)
         if sequence.slot is not None:
             self.slots.phase[sequence.slot] = FREE
 
@@ -285,13 +290,7 @@ class Runner:
         slots_R, state = batch.slots_R, self.slots
         logits_RV = logits_RV.float()
         real_R, draw_R = self._real(batch, WAITING), state.draw[slots_R]
-        bias_RV = None
-        if batch.needs.biased and self._bias_BV is not None:
-            bias_RV = self._bias_BV[slots_R]
-        token_R = state.sampling(slots_R, batch.needs.stages).choose(
-            logits_RV, state.ids[slots_R], state.n_prompt[slots_R], state.key[slots_R], draw_R,
-            bias_RV,
-        )  # fmt: skip
+        token_R = self._tokens(batch, logits_RV, draw_R)
         ends_R = (token_R.unsqueeze(1) == state.ends[slots_R]).any(1)
         ends_R = ends_R | (draw_R + 1 >= state.max_tokens[slots_R])
         _put(state.token, batch, token_R, real_R)
@@ -301,6 +300,19 @@ class Runner:
         if batch.needs.n_top is not None:
             scores = log_probabilities(logits_RV, token_R, batch.needs.n_top)
         return Choice(real_R, token_R, state.t[slots_R], logits_RV.isfinite().all(1), *scores)
+
+    def _tokens(self, batch: Batch, logits_RV: Tensor, draw_R: Tensor) -> Tensor:
+        """Choose a token (R,) of every row."""
+        slots_R, state, stages = batch.slots_R, self.slots, batch.needs.stages
+        bias_RV = None
+        if batch.needs.biased and self._bias_BV is not None:
+            bias_RV = self._bias_BV[slots_R]
+        elif stages.plain:
+            return logits_RV.argmax(-1)
+        return state.sampling(slots_R, stages).choose(
+            logits_RV, state.ids[slots_R], state.n_prompt[slots_R], state.key[slots_R], draw_R,
+            bias_RV,
+        )  # fmt: skip
 
     def _real(self, batch: Batch, phase: int) -> Tensor | None:
         """Return (R,) true on the rows in a phase; None if they are all rows but the dummies."""
@@ -332,8 +344,14 @@ class Runner:
             slots = [self._dummy] * pad + [s.slot for s in some]
             pages = [1] * pad + [s.position // page + 1 for s in some]
             slots_R = torch.tensor(slots, device=self._device)
-            needs = Needs.of([s.request for s in some])
-            yield Batch(slots_R, needs, some, tuple(runs(pages)))
+            yield Batch(slots_R, self._needs_of(some), some, tuple(runs(pages)))
+
+    def _needs_of(self, sequences: Rows[Sequence]) -> Needs:
+        """Return the needs of some sequences; as a rule, all of them have the same."""
+        first, *others = (self._needs[s.serial] for s in sequences)
+        if all(each is first for each in others):
+            return first
+        return Needs.of([s.request for s in sequences])
 
 
 def _put(tensor: Tensor, batch: Batch, new: Tensor, real_R: Tensor | None) -> None:

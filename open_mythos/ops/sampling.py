@@ -214,6 +214,11 @@ class Stages:
     min_p: bool = True
     """Some row has min-p above 0."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether every row takes its most likely token."""
+        return not (self.sampled or self.repetition or self.generated)
+
     @classmethod
     def of(cls, rows: Iterable[SamplingValues]) -> Stages:
         """Return the stages of a batch of these rows."""
