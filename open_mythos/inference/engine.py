@@ -52,7 +52,7 @@ class Engine:
         model: Any :class:`CausalLM`, in evaluation mode. Its weights may change in place, but not
             while requests run; it must not be moved or cast.
         slots: Sequences that run at the same time.
-        context: Most positions of a request; the model's ``max_seq_len`` by default.
+        context: Most positions of a request; the model's ``max_seq_len`` by default and at most.
         max_loops: Deepest request; the model's ``max_loop_iters`` by default.
         exact: Make a request's bits independent of the others; by default on a CPU only.
         kv_memory: Bytes of the cache if above 1, else the part of the free memory that it may take.
@@ -92,8 +92,10 @@ class Engine:
         cfg, weight = model.cfg, model.final_norm.weight
         looped = isinstance(model, OpenMythos)
         self.model, self.tokenizer, self._clock = model, tokenizer, clock
-        self.context = min(check_count("context", context or cfg.max_seq_len), cfg.max_seq_len)
-        self.max_loops = check_count("max_loops", max_loops or cfg.max_loop_iters) if looped else 0
+        most = cfg.max_seq_len if context is None else check_count("context", context)
+        self.context = min(most, cfg.max_seq_len)
+        deepest = cfg.max_loop_iters if max_loops is None else check_count("max_loops", max_loops)
+        self.max_loops = deepest if looped else 0
         self.exact = weight.device.type == "cpu" if exact is None else exact
         self.layout = layout_of(model, page)
         needed = check_count("slots", slots) * self.layout.pages(self.max_loops, self.context)

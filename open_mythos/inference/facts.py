@@ -68,19 +68,20 @@ def measured_speed(
         clock: Seconds.
     """
     loops, draw = max(engine.max_loops, 1), random.Random(0)
-    length = min(_PROMPT, engine.context - _NEW)
+    length = max(1, min(_PROMPT, engine.context // 2))
+    n_new = min(_NEW, engine.context - length)
 
-    def add(id: str, n_new: int) -> None:
+    def add(id: str, most: int) -> None:
         prompt = (draw.randrange(engine.model.cfg.vocab_size) for _ in range(length))
         engine.add(
-            Request(id, tuple(prompt), n_new, max_loops=engine.max_loops, min_loops=loops, key=1)
+            Request(id, tuple(prompt), most, max_loops=engine.max_loops, min_loops=loops, key=1)
         )
 
-    add("warm", 2)
+    add("warm", min(2, n_new))
     while engine.busy:
         engine.step()
     for i in range(engine.slots):
-        add(str(i), _NEW)
+        add(str(i), n_new)
     start, done = clock(), 0
     prompts: set[str] = set()
     while engine.busy and (not done or clock() - start < seconds):

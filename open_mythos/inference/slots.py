@@ -48,8 +48,6 @@ class Slots:
     """New tokens that end the request."""
     key: Tensor
     """Random key of the draws."""
-    age: Tensor
-    """Tick at which the slot began to wait."""
     ends: Tensor
     """(B, 4) EOS ids; -1 fills up."""
     ids: Tensor

@@ -307,6 +307,12 @@ def test_a_call_that_fails_leaves_no_requests(mla):
         engine.generate([[1, 2, 3]], params)
 
 
+@pytest.mark.parametrize("size", ["slots", "context", "max_loops", "page", "kv_memory"])
+def test_zero_is_no_size(mla, size):
+    with pytest.raises(ConfigError, match=f"{size} is out of range"):
+        Engine(mla, **{size: 0})
+
+
 def test_equally_likely_alternatives():
     """Which of them are returned does not depend on how many others ask for."""
     model = small_model("gqa", n_experts=0, max_seq_len=CONTEXT, vocab_size=512)

@@ -82,6 +82,13 @@ def test_speed_counts_prompts_and_loops():
     assert not engine.busy
 
 
+@pytest.mark.parametrize("context", [2, 8, 9])
+def test_speed_in_a_short_context(context):
+    engine = Engine(small_model("mla"), slots=2, context=context)
+    engine.self_check()
+    assert measured_speed(engine, 0.0) > 0
+
+
 def test_a_dense_model_in_the_engine():
     """A row that has just got its first token waits for its place in the edge."""
     model = randomise(DenseTransformer(small_config(), 2)).eval()
