@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from open_mythos.inference.options import EngineOptions
 from open_mythos.inference.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def serve(
     exit_rule: str = "none",
     allow_unvalidated_depth: bool = False,
     drain_seconds: float = 30.0,
-    engine: dict[str, Any] | None = None,
+    engine: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     limits: Limits = Limits(),  # noqa: B008 (frozen)
 ) -> int:
     """Serve the model of CHECKPOINT until SIGTERM: completions, chat, health and metrics.
@@ -49,7 +51,7 @@ def serve(
         exit_rule: Rule of requests that name none: none, gate, change, acceleration, fixed:LOOPS.
         allow_unvalidated_depth: Accept depths at which the model has not been validated.
         drain_seconds: Time for running requests after SIGTERM.
-        engine: Options of the engine, as '{"slots": 16}'.
+        engine: How the engine runs.
         limits: Limits of requests and connections.
     """
     import asyncio
@@ -77,7 +79,7 @@ def serve(
         "checkpoint": checkpoint, "device": device, "quantize": quantize, "tokenizer": tokenizer,
     }  # fmt: skip
     # the server admits requests: what it has accepted, the engine's own queue never refuses
-    arguments = {"max_queued": MAX_WAITING, **(engine or {})}
+    arguments = {**asdict(engine), "max_queued": MAX_WAITING}
     service = Service(
         Host(worker_command({**options, "engine": arguments})), tok,
         model_name or Path(checkpoint).resolve().name,

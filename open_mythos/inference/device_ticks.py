@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from open_mythos.devices import HostCopy
+from open_mythos.errors import ConfigError
 from open_mythos.inference.batch import Batch, Chosen, Needs
-from open_mythos.inference.cuda_graphs import Graphs
+from open_mythos.inference.cuda_graphs import Graphs, capture_problem
 from open_mythos.inference.runner import Runner
 from open_mythos.inference.slots import LOOPING, WAITING
 
@@ -45,12 +46,21 @@ class DeviceTicks:
 
     Args:
         runner: The runner; its slots must be placed by :meth:`place` as well.
-        n_slots: Number of slots.
-        width: Most slots that leave in a tick.
+        n_slots: Number of slots. An eighth of them may leave in a tick, or all of a dense model.
+
+    Raises:
+        ConfigError: On CUDA, steps of the model read values on the host.
     """
 
-    def __init__(self, runner: Runner, n_slots: int, width: int) -> None:
+    def __init__(self, runner: Runner, n_slots: int) -> None:
         device = runner.slots.phase.device
+        if device.type == "cuda" and (problem := capture_problem(runner.model)) is not None:
+            raise ConfigError(
+                "steps of this model cannot be captured", where="constant_shapes", value=problem,
+                allowed="models whose steps read no value on the host",
+                fix="pass constant_shapes=False, or use a bfloat16 model",
+            )  # fmt: skip
+        width = max(1, n_slots // 8) if runner.max_loops else n_slots
         self._runner, self._width, self._n_slots = runner, width, n_slots
         self._graphs = Graphs(device) if device.type == "cuda" else None
         with torch.device(device):

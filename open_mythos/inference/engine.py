@@ -14,17 +14,18 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from open_mythos.checks import check_count
-from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.checks import unknown_key
+from open_mythos.errors import ConfigError
 from open_mythos.inference.batch import Chosen, Needs, few_sizes
-from open_mythos.inference.cuda_graphs import capture_problem
 from open_mythos.inference.device_ticks import DeviceTicks, Launched
 from open_mythos.inference.guided import NO_TOKEN_FITS, Guides
 from open_mythos.inference.levels import layout_of, pages_in_memory
 from open_mythos.inference.offline import Completion, Prompts, generate_all
-from open_mythos.inference.pages import PAGE
+from open_mythos.inference.options import EngineOptions
+from open_mythos.inference.quantization import is_quantized
 from open_mythos.inference.request import (
     Event,
     Finished,
@@ -35,7 +36,7 @@ from open_mythos.inference.request import (
     Token,
 )
 from open_mythos.inference.runner import Runner
-from open_mythos.inference.scheduler import CHUNK_LOOP_TOKENS, Scheduler
+from open_mythos.inference.scheduler import Scheduler
 from open_mythos.inference.sequence import Chunk, Phase, Sequence, Work
 from open_mythos.inference.weights import weights_mark
 from open_mythos.model.causal_lm import CausalLM
@@ -51,39 +52,26 @@ class Engine:
     Args:
         model: Any :class:`CausalLM`, in evaluation mode. Its weights may change in place, but not
             while requests run; it must not be moved or cast.
-        slots: Sequences that run at the same time.
-        context: Most positions of a request; the model's ``max_seq_len`` by default and at most.
-        max_loops: Deepest request; the model's ``max_loop_iters`` by default.
-        exact: Make a request's bits independent of the others; by default on a CPU only.
-        kv_memory: Bytes of the cache if above 1, else the part of the free memory that it may take.
-            At most what all slots need at their full length is allocated.
-        overcommit: Admit more than fits at full length; requests are swapped to host memory if the
-            pages run out.
-        prefill_exits: Apply a request's exit rule to its prompt too, as ``generate`` does.
-        chunk_loop_tokens: Positions times loops of a prompt chunk; smaller chunks stall others
-            less.
-        ticks_per_chunk: Ticks between two chunks while rows loop.
-        edge_fraction: Part of the rows that must wait before coda and head run.
+        options: How the engine runs.
         max_queued: Requests that may wait for admission.
-        page: Positions of a page, a power of two.
-        constant_shapes: Let the device decide which rows run, so that a tick needs no values on the
-            host; by default on CUDA only, where a tick is a CUDA graph.
         tokenizer: For texts, and for requests with a JSON schema.
         clock: Seconds, for deadlines and statistics.
+        changes: Options that differ from ``options``: ``Engine(model, slots=8)``.
 
     Raises:
         ConfigError: An argument is out of range, or the model is in training mode.
     """
 
     def __init__(
-        self, model: CausalLM, *, slots: int = 16, context: int | None = None,
-        max_loops: int | None = None, exact: bool | None = None, kv_memory: float = 0.8,
-        overcommit: bool = False, prefill_exits: bool = True,
-        chunk_loop_tokens: int = CHUNK_LOOP_TOKENS, ticks_per_chunk: int = 4,
-        edge_fraction: float = 0.5, max_queued: int = 256, page: int = PAGE,
-        constant_shapes: bool | None = None, tokenizer: Tokenizer | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, model: CausalLM, options: EngineOptions = EngineOptions(), *,  # noqa: B008 (frozen)
+        max_queued: int = 256,
+        tokenizer: Tokenizer | None = None, clock: Callable[[], float] = time.monotonic,
+        **changes: Any,
     ) -> None:  # fmt: skip
+        for name in changes:
+            if name not in EngineOptions.__dataclass_fields__:
+                raise unknown_key(name, EngineOptions.__dataclass_fields__, "Engine")
+        options = replace(options, **changes)
         if model.training:
             raise ConfigError(
                 "the engine needs a model in evaluation mode", where="model.training", value=True,
@@ -92,34 +80,26 @@ class Engine:
         cfg, weight = model.cfg, model.final_norm.weight
         looped = isinstance(model, OpenMythos)
         self.model, self.tokenizer, self._clock = model, tokenizer, clock
-        most = cfg.max_seq_len if context is None else check_count("context", context)
-        self.context = min(most, cfg.max_seq_len)
-        deepest = cfg.max_loop_iters if max_loops is None else check_count("max_loops", max_loops)
-        self.max_loops = deepest if looped else 0
-        self.exact = weight.device.type == "cpu" if exact is None else exact
-        self.layout = layout_of(model, page)
-        needed = check_count("slots", slots) * self.layout.pages(self.max_loops, self.context)
-        n_pages = pages_in_memory(self.layout, needed, cfg.cache_width, weight, kv_memory)
-        facts = (str(weight.dtype), self.exact, prefill_exits)
+        self.context = min(options.context or cfg.max_seq_len, cfg.max_seq_len)
+        self.max_loops = (options.max_loops or cfg.max_loop_iters) if looped else 0
+        self.exact = exactness(model, options.exact)
+        self.layout = layout_of(model, options.page)
+        needed = options.slots * self.layout.pages(self.max_loops, self.context)
+        n_pages = pages_in_memory(self.layout, needed, cfg.cache_width, weight, options.kv_memory)
         self.scheduler = Scheduler(
-            self.layout, slots, n_pages, self.context, chunk_loop_tokens=chunk_loop_tokens,
-            ticks_per_chunk=ticks_per_chunk, edge_fraction=edge_fraction, overcommit=overcommit,
-            max_queued=max_queued, facts=facts,
+            self.layout, options.slots, n_pages, self.context,
+            chunk_loop_tokens=options.chunk_loop_tokens, ticks_per_chunk=options.ticks_per_chunk,
+            edge_fraction=options.edge_fraction, overcommit=options.overcommit,
+            max_queued=max_queued,
+            facts=(str(weight.dtype), self.exact, options.prefill_exits),
         )  # fmt: skip
         self.runner = Runner(
-            model, self.layout, n_slots=slots, n_pages=n_pages, context=self.context,
-            max_loops=self.max_loops, exact=self.exact, prefill_exits=prefill_exits,
+            model, self.layout, n_slots=options.slots, n_pages=n_pages, context=self.context,
+            max_loops=self.max_loops, exact=self.exact, prefill_exits=options.prefill_exits,
         )  # fmt: skip
-        self._ticks: DeviceTicks | None = None
-        on_device = weight.device.type == "cuda" if constant_shapes is None else constant_shapes
-        if on_device:
-            if weight.is_cuda and (problem := capture_problem(model)) is not None:
-                raise ConfigError(
-                    "steps of this model cannot be captured", where="constant_shapes",
-                    value=problem, allowed="models whose steps read no value on the host",
-                    fix="pass constant_shapes=False, or use a bfloat16 model",
-                )  # fmt: skip
-            self._ticks = DeviceTicks(self.runner, slots, max(1, slots // 8) if looped else slots)
+        on_device = options.constant_shapes
+        on_device = weight.is_cuda if on_device is None else on_device
+        self._ticks = DeviceTicks(self.runner, options.slots) if on_device else None
         self._weights = weights_mark(model)
         self._launched: Launched | None = None
         self._saved: dict[int, Any] = {}
@@ -380,27 +360,24 @@ class Engine:
             "loops_per_token": {str(k): n for k, n in sorted(self._loops_per_token.items())},
         }
 
-    def self_check(self, n_tokens: int = 8) -> None:
-        """Run a prompt alone and among others.
-
-        Raises:
-            EnvironmentError_: In exact mode, the two runs differ in a bit on this machine.
-        """
-        length = max(1, min(self.context // 2, 24))
-        ids = [i * 7919 % self.model.cfg.vocab_size for i in range(length)]
-        params = SamplingParams(min(n_tokens, self.context - length), temperature=0.0)
-        crowd = [ids[: 1 + i % length] for i in range(self.slots)]
-        (alone,) = self.generate([ids], params, logprobs=1)
-        among = self.generate([ids, *crowd], params, logprobs=1)[0]
-        if self.exact and (among.logprobs, among.top) != (alone.logprobs, alone.top):
-            raise EnvironmentError_(
-                "log-probabilities depend on other requests on this machine", where="exact",
-                value=[alone.logprobs, among.logprobs], allowed="equal bits",
-                fix="start the engine with exact=False (--fast)",
-            )  # fmt: skip
-
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self._seconds[stage] += time.perf_counter() - start
+
+
+def exactness(model: CausalLM, exact: bool | None) -> bool:
+    """Return whether to run in exact mode: by default on a CPU, unless weights are quantized.
+
+    Raises:
+        ConfigError: Exact mode is asked for, and the model has no exact form.
+    """
+    on_cpu, quantized = model.final_norm.weight.device.type == "cpu", is_quantized(model)
+    if exact and (quantized or not on_cpu):
+        raise ConfigError(
+            "this model has no exact form", where="exact",
+            value="quantized weights" if quantized else "a model on CUDA",
+            allowed="float weights on a CPU", fix="leave exact out, or set it to false",
+        )  # fmt: skip
+    return on_cpu and not quantized if exact is None else exact

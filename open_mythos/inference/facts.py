@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from open_mythos.errors import EnvironmentError_
 from open_mythos.files import hash_blocks, read_object
 from open_mythos.hub.places import CONFIG_FILE, model_directory
 from open_mythos.inference.engine import Engine
@@ -16,6 +17,7 @@ from open_mythos.inference.request import RULES, Request, Token
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.ops.sampling import SamplingParams
 from open_mythos.run_folder import STATE_FILE, VALIDATED_DEPTHS
 
 SPEED_CONTEXT = 64
@@ -91,6 +93,26 @@ def measured_speed(
                 prompts.add(event.id)
     # the first new token is chosen by the loops of the prompt's last one
     return (done + len(prompts) * (length - 1) * loops) / (clock() - start)
+
+
+def self_check(engine: Engine, n_tokens: int = 8) -> None:
+    """Run a prompt alone and among others.
+
+    Raises:
+        EnvironmentError_: In exact mode, the two runs differ in a bit on this machine.
+    """
+    length = max(1, min(engine.context // 2, 24))
+    ids = [i * 7919 % engine.model.cfg.vocab_size for i in range(length)]
+    params = SamplingParams(min(n_tokens, engine.context - length), temperature=0.0)
+    crowd = [ids[: 1 + i % length] for i in range(engine.slots)]
+    (alone,) = engine.generate([ids], params, logprobs=1)
+    among = engine.generate([ids, *crowd], params, logprobs=1)[0]
+    if engine.exact and (among.logprobs, among.top) != (alone.logprobs, alone.top):
+        raise EnvironmentError_(
+            "log-probabilities depend on other requests on this machine", where="exact",
+            value=[alone.logprobs, among.logprobs], allowed="equal bits",
+            fix="start the engine with exact=False (--engine.exact false)",
+        )  # fmt: skip
 
 
 def _fingerprint(folder: Path, bits: str) -> str:

@@ -67,7 +67,7 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
         MythosError: The model cannot be loaded, or the engine refuses an option.
     """
     from open_mythos.inference.engine import Engine
-    from open_mythos.inference.facts import SPEED_CONTEXT, measured_speed, served_facts
+    from open_mythos.inference.facts import SPEED_CONTEXT, measured_speed, self_check, served_facts
     from open_mythos.inference.loading import load_model
 
     checkpoint, bits = options["checkpoint"], options.get("quantize", "")
@@ -76,7 +76,7 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
     # an engine of its own, with little memory: statistics begin with the first real request
     context = min(arguments.get("context") or model.cfg.max_seq_len, SPEED_CONTEXT)
     trial = Engine(model, **{**arguments, "context": context})
-    trial.self_check()
+    self_check(trial)
     speed = measured_speed(trial)
     engine = Engine(model, tokenizer=_tokenizer(checkpoint, options), **arguments)
     facts = served_facts(model, engine, checkpoint, bits)

@@ -10,6 +10,7 @@ import pytest
 
 from open_mythos.cli import main
 from open_mythos.cli.parser import parse
+from open_mythos.inference.options import EngineOptions
 from open_mythos.inference.server.limits import Limits
 
 LIGHT = """
@@ -37,10 +38,10 @@ def test_what_is_loaded(code: str) -> None:
 
 def test_options() -> None:
     words = ["serve", "T", "--port", "0", "--limits.body-bytes", "5", "--limits.choices=2"]
-    _, values = parse([*words, "--insecure", "--drain-seconds", "1.5", "--engine", "{slots: 3}"])
+    _, values = parse([*words, "--insecure", "--drain-seconds", "1.5", "--engine.slots", "3"])
     assert values["limits"] == Limits(body_bytes=5, choices=2)
     assert (values["port"], values["insecure"], values["drain_seconds"]) == (0, True, 1.5)
-    assert values["engine"] == {"slots": 3}
+    assert values["engine"] == EngineOptions(slots=3)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from open_mythos import DenseTransformer
 from open_mythos.errors import ConfigError
 from open_mythos.inference import check
 from open_mythos.inference.engine import Engine
+from open_mythos.inference.facts import self_check
 from open_mythos.inference.oracle import alone, bits, play, random_request, small_engine, together
 from open_mythos.inference.request import Finished, Outcome, PromptScored, Request, Token
 from open_mythos.inference.sequence import Phase
@@ -325,5 +326,5 @@ def test_equally_likely_alternatives():
 
 def test_self_check(mla, monkeypatch):
     engine = small_engine(mla, slots=4)
-    engine.self_check()
+    self_check(engine)
     assert not engine.busy
