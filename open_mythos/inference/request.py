@@ -107,7 +107,7 @@ class Request:
         for end in self.ends:
             check_number("ends", end, ge=0, lt=1 << 63)
         for _, value in self.logit_bias:
-            check_number("logit_bias", value)
+            check_number("logit_bias", value, ge=-_LARGEST, le=_LARGEST)
         self._check_rule()
         if self.min_loops > max(self.max_loops, 1):
             raise ConfigError(
@@ -160,9 +160,13 @@ class Request:
         return cls(**given)
 
 
+_LARGEST = 1e30
+"""Bound of what becomes float32."""
 _BOUNDS: dict[str, dict[str, float]] = {
-    "temperature": {"ge": 0}, "top_p": {"gt": 0, "le": 1}, "min_p": {"ge": 0, "le": 1},
-    "repetition_penalty": {"gt": 0}, "presence_penalty": {}, "frequency_penalty": {},
+    "temperature": {"ge": 0, "le": _LARGEST}, "top_p": {"gt": 0, "le": 1},
+    "min_p": {"ge": 0, "le": 1}, "repetition_penalty": {"gt": 0, "le": _LARGEST},
+    "presence_penalty": {"ge": -_LARGEST, "le": _LARGEST},
+    "frequency_penalty": {"ge": -_LARGEST, "le": _LARGEST},
 }  # fmt: skip
 
 
