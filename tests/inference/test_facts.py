@@ -12,7 +12,7 @@ from helpers import randomise, small_config, small_model
 
 from open_mythos import DenseTransformer, from_pretrained, save_pretrained
 from open_mythos.inference.engine import Engine
-from open_mythos.inference.facts import measured_speed, served_facts
+from open_mythos.inference.facts import measured_speed, self_check, served_facts
 from open_mythos.inference.host import Host, worker_command
 from open_mythos.inference.request import Finished, Outcome, Request, Token
 from open_mythos.inference.worker import build_engine
@@ -85,7 +85,7 @@ def test_speed_counts_prompts_and_loops():
 @pytest.mark.parametrize("context", [2, 8, 9])
 def test_speed_in_a_short_context(context):
     engine = Engine(small_model("mla"), slots=2, context=context)
-    engine.self_check()
+    self_check(engine)
     assert measured_speed(engine, 0.0) > 0
 
 
