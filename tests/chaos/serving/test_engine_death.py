@@ -11,11 +11,10 @@ from statistics import median
 
 import pytest
 
-from chaos.outcome_table import sizes
 from chaos.serving.client import Connection, Reply
 from chaos.serving.server import MODEL, START_SECONDS, Server, children, is_alive
 
-STREAMS = 32
+STREAMS, TIMES = 32, 50
 STALL_SECONDS, ERROR_SECONDS, DRAIN_SECONDS, MARGIN = 6.0, 1.0, 1.0, 2.0
 LONG = {
     "model": MODEL, "prompt": "abc", "max_tokens": 250, "logit_bias": {"257": -100},
@@ -106,12 +105,12 @@ def test_the_server_is_killed(served_model, tmp_path, row):
 
 
 @pytest.mark.goal("R24", "SIGTERM while 16 streams run")
-@sizes(1, 50)
-def test_sigterm(served_model, tmp_path, row, times):
+@pytest.mark.chaos
+def test_sigterm(served_model, tmp_path, row):
     over, done = [], 0
-    for i in range(times):
+    for i in range(TIMES):
         # some end by themselves, some are ended
-        drain = DRAIN_SECONDS * (i % 2 if times > 1 else 1)
+        drain = DRAIN_SECONDS * (i % 2)
         server = Server(served_model, tmp_path / str(i), "--drain-seconds", str(drain))
         pids, begin = children(server.process.pid), 0.0
 
@@ -131,6 +130,6 @@ def test_sigterm(served_model, tmp_path, row, times):
         row.count()
     assert median(over) <= MARGIN, "of all, because other programs may hold up one"
     row.outcome = (
-        f"every client has an end ({done} of {16 * times} whole); exit 0, "
+        f"every client has an end ({done} of {16 * TIMES} whole); exit 0, "
         f"{median(over):.1f} s after the drain (at most {max(over):.1f}); port free, nothing left"
     )

@@ -7,7 +7,6 @@ import time
 from random import Random
 from typing import Any
 
-import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -130,10 +129,10 @@ def test_schemathesis(server, row):
             )
             @given(cases)
             def check(case: Any) -> None:
-                answer: httpx.Response = case.call(session=None, timeout=60)
+                answer = case.call(session=None, timeout=60)
                 assert answer.status_code in EXPECTED, answer.text
                 # a body that does not fit may ask for hundreds of tokens, which take their time
-                assert answer.status_code == 200 or answer.elapsed.total_seconds() <= MOST_SECONDS
+                assert answer.status_code == 200 or answer.elapsed <= MOST_SECONDS
                 seen.add(answer.status_code)
                 row.count()
 
