@@ -19,6 +19,9 @@ from open_mythos.errors import ConfigError
 
 T = TypeVar("T")
 
+COLDEST = 1e-4
+"""Lowest sampling temperature above 0; below it logit differences would be lost to rounding."""
+
 
 def whole(value: Any) -> int | None:
     """Return ``value`` as an integer, or None if it is not one (a bool is not)."""

@@ -20,6 +20,7 @@ from typing import Any
 from open_mythos.checks import unknown_key
 from open_mythos.errors import ConfigError
 from open_mythos.inference.batch import Chosen, Needs, few_sizes
+from open_mythos.inference.cuda_graphs import capture_problem
 from open_mythos.inference.device_ticks import DeviceTicks, Launched
 from open_mythos.inference.guided import NO_TOKEN_FITS, Guides
 from open_mythos.inference.levels import layout_of, pages_in_memory
@@ -98,7 +99,8 @@ class Engine:
             max_loops=self.max_loops, exact=self.exact, prefill_exits=options.prefill_exits,
         )  # fmt: skip
         on_device = options.constant_shapes
-        on_device = weight.is_cuda if on_device is None else on_device
+        if on_device is None:
+            on_device = weight.is_cuda and capture_problem(model) is None
         self._ticks = DeviceTicks(self.runner, options.slots) if on_device else None
         self._weights = weights_mark(model)
         self._launched: Launched | None = None

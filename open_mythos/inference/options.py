@@ -43,7 +43,7 @@ class EngineOptions:
     """Positions of a page, a power of two."""
     constant_shapes: bool | None = None
     """Let the device decide which rows run, so that a tick needs no values on the host; by default
-    on CUDA only, where a tick is a CUDA graph."""
+    on CUDA, where a tick is a CUDA graph, if the model's steps can be captured."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "chunk_loop_tokens", "ticks_per_chunk", "page"):

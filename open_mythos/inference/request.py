@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from open_mythos.checks import check_count, check_number, pick, unknown_key
+from open_mythos.checks import COLDEST, check_count, check_number, pick, unknown_key
 from open_mythos.errors import ConfigError
 from open_mythos.model.exit_syntax import EXIT_SYNTAX, check
 
@@ -99,6 +99,8 @@ class Request:
             )  # fmt: skip
         for name, bounds in _BOUNDS.items():
             check_number(name, getattr(self, name), **bounds)
+        if 0 < self.temperature < COLDEST:
+            check_number("temperature", self.temperature, ge=COLDEST)
         for name, least in (("top_k", 0), ("max_loops", 0), ("min_loops", 0), ("key", 0)):
             check_count(name, getattr(self, name), least)
         check_count("max_tokens", self.max_tokens, 0 if self.prompt_logprobs else 1)

@@ -113,7 +113,8 @@ class Scheduler:
             # within a call, loop t sees entries of loop t; of earlier calls, those of the last
             chunk = 1 << (self.context - 1).bit_length()
         unit = max(chunk, self.layout.page)
-        depth = (request.max_loops, request.rule, request.numbers, request.min_loops)
+        least = 0 if request.rule == "none" else request.min_loops  # nothing reads it then
+        depth = (request.max_loops, request.rule, request.numbers, least)
         sequence = Sequence(
             request, self.ledger.admitted, chunk, unit,
             unit_keys((*self.facts, *depth, request.salt), request.prompt, unit),

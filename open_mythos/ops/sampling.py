@@ -8,19 +8,16 @@ gives each the tokens that it gets alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from open_mythos.checks import is_number, whole
+from open_mythos.checks import COLDEST, is_number, whole
 from open_mythos.errors import ConfigError
 from open_mythos.ops.random import counter_uniform
 from open_mythos.seeding import derive_seed
-
-COLDEST = 1e-4
-"""Lowest temperature above 0, below which logit differences would be lost to rounding."""
 
 
 class SamplingValues(Protocol):
@@ -140,11 +137,6 @@ class SamplingParams:
     def biases(self) -> tuple[tuple[int, float], ...]:
         """``logit_bias`` as pairs."""
         return cast("tuple[tuple[int, float], ...]", self.logit_bias)
-
-    @property
-    def of_a_step(self) -> SamplingParams:
-        """The parameters of a single step: without length, seed and stop strings."""
-        return replace(self, max_new_tokens=0, seed=None, stop=())
 
     def row_keys(self, batch: int) -> Tensor:
         """Return the int64 random keys (B,) of the rows."""

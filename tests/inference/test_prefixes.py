@@ -32,7 +32,7 @@ def test_units_are_no_shorter_than_pages():
 @pytest.mark.parametrize(
     "other",
     [
-        {"salt": "mine"}, {"max_loops": 5}, {"max_loops": 3}, {"min_loops": 2},
+        {"salt": "mine"}, {"max_loops": 5}, {"max_loops": 3},
         {"rule": "gate", "numbers": (0.5,)}, {"prompt_logprobs": True},
     ],
 )  # fmt: skip
@@ -41,6 +41,16 @@ def test_what_parts_prompts(other):
     engine.scheduler.add(request("warm", range(40), **other), 0)
     engine.run()
     assert engine.cached["warm"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "hit"), [({"rule": "gate", "numbers": (0.5,)}, False), ({}, True)]
+)
+def test_fewest_loops_part_prompts_under_a_rule_only(rule, hit):
+    engine = served(request("cold", range(40), **rule))
+    engine.scheduler.add(request("warm", range(40), min_loops=2, **rule), 0)
+    engine.run()
+    assert (engine.cached["warm"] > 0) == hit
 
 
 def test_prompts_that_begin_alike():

@@ -10,11 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from open_mythos.checks import COLDEST
 from open_mythos.inference.server.errors import ApiError, from_validation, invalid
 from open_mythos.inference.server.limits import Limits
-
-COLDEST = 1e-4
-"""Lowest temperature above 0, as of the sampler."""
 
 Many = Field(fail_fast=True)
 """Stops at the first invalid element: a list of a million of them costs no more."""
