@@ -274,8 +274,10 @@ def test_a_text_beyond_the_context_is_not_divided_into_tokens(
 def test_names_of_the_server(start: Start) -> None:
     """A page whose own name leads here may not use it."""
 
+    get = "GET /v1/models HTTP/1.1\r\nConnection: close\r\n"
+
     def status(server: Running, host: str) -> int:
-        raw = exchange(server, f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        raw = exchange(server, f"{get}Host: {host}\r\n\r\n".encode())
         return int(raw.split()[1])
 
     server = start()
