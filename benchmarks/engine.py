@@ -6,12 +6,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-
 from benchmarks.clock import release, threads
 from benchmarks.depths import depths, jobs
 from benchmarks.engine_forms import ENGINE, EXACT, TURNS, Comparison, compare_forms, own_seconds
-from benchmarks.measure import Finding, Measured, dtype_name
+from benchmarks.measure import Finding, Measured
 from benchmarks.models import FULL as FULL_SCALE
 from benchmarks.models import Scale, build
 from benchmarks.static_batch import COMPACT, FULL, LOCKSTEP, Job
@@ -33,7 +31,6 @@ class Case:
     lengths: tuple[int, ...]
     """New tokens of every job."""
     goals: dict[str, float]
-    dtype: torch.dtype = torch.float32
 
 
 def title(scale: Scale) -> str:
@@ -74,7 +71,6 @@ def cases(scale: Scale) -> list[Case]:
              {"lockstep": 1.4, "bound": 80.0} | fast),
         Case("dim 1024, equal lengths, geometric", 1024, moe, "geometric", (33,) * 16,
              {"lockstep": 1.4, "bound": 90.0} | fast),
-        Case("equal lengths, geometric", 512, moe, "geometric", half, {}, torch.bfloat16),
     ]  # fmt: skip
 
 
@@ -83,7 +79,7 @@ def rows(scale: Scale) -> Iterator[Measured]:
     turns = TURNS if scale is FULL_SCALE else 1
     for case in cases(scale):
         sized = replace(scale, dim=case.dim, n_loops=LOOPS)
-        model = build(sized, "mla", case.experts).to(case.dtype).eval()
+        model = build(sized, "mla", case.experts).eval()
         with threads(1):
             yield from _of(case, scale, model, turns)
         del model
@@ -97,7 +93,7 @@ def _of(case: Case, scale: Scale, model: OpenMythos, turns: int) -> Iterator[Fin
         yield _finding(case, found, "engine over a static batch", "static", (ENGINE, FULL))
         seconds = own_seconds(model, work[:slots], LOOPS, slots)
         yield Finding(
-            f"{case.name}: a tick of {slots} rows beside the model's loop", dtype_name(case.dtype),
+            f"{case.name}: a tick of {slots} rows beside the model's loop", "float32",
             1e3 * seconds, "ms", seconds=seconds, at_most=True,
             goal=OWN_MILLISECONDS if case.goals else None,
         )  # fmt: skip
@@ -112,7 +108,7 @@ def _of(case: Case, scale: Scale, model: OpenMythos, turns: int) -> Iterator[Fin
         yield _finding(case, found, name, goal, pair)
     if "bound" in case.goals or not case.goals:
         yield Finding(
-            f"{case.name}: part of the bound", dtype_name(case.dtype), 100 * found.of_bound, "%",
+            f"{case.name}: part of the bound", "float32", 100 * found.of_bound, "%",
             goal=case.goals.get("bound"), numbers=found.numbers(),
             why=f"bound {found.bound:.2f}x of full depth; {_why(found)}",
         )  # fmt: skip
@@ -120,7 +116,7 @@ def _of(case: Case, scale: Scale, model: OpenMythos, turns: int) -> Iterator[Fin
 
 def _finding(case: Case, found: Comparison, name: str, goal: str, pair: tuple[str, str]) -> Finding:
     return Finding(
-        f"{case.name}: {name}", dtype_name(case.dtype), found.ratio(*pair), "x",
+        f"{case.name}: {name}", "float32", found.ratio(*pair), "x",
         goal=case.goals.get(goal), seconds=found.taken[pair[0]].median, numbers=found.numbers(),
         why=_why(found),
     )  # fmt: skip
