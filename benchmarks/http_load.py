@@ -137,7 +137,7 @@ def _throughput(
     prompts = [body["prompt"] for body in _take(generator, n)]
     with threads(1):
         engine = Engine(model, **options, max_queued=n)
-        engine.self_check()
+        engine.generate(prompts[:1], SamplingParams(2, temperature=0.0))  # warm-up
         begin = time.perf_counter()
         done = engine.generate(prompts, SamplingParams(NEW_TOKENS, temperature=0.0))
         seconds = time.perf_counter() - begin
