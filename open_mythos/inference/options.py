@@ -37,7 +37,7 @@ class EngineOptions:
     """Positions times loops of a prompt chunk; smaller chunks stall others less."""
     ticks_per_chunk: int = 4
     """Ticks between two chunks while rows loop."""
-    edge_fraction: float = 0.5
+    edge_fraction: float = 0.625
     """Part of the rows that must wait before coda and head run."""
     page: int = PAGE
     """Positions of a page, a power of two."""

@@ -63,7 +63,7 @@ class Scheduler:
     def __init__(
         self, layout: Layout, n_slots: int, n_pages: int, context: int, *,
         chunk_loop_tokens: int = CHUNK_LOOP_TOKENS, ticks_per_chunk: int = 4,
-        edge_fraction: float = 0.5, overcommit: bool = False, max_queued: int = 256,
+        edge_fraction: float = 0.625, overcommit: bool = False, max_queued: int = 256,
         facts: tuple[Any, ...] = (),
     ) -> None:  # fmt: skip
         check_number("edge_fraction", edge_fraction, ge=0, le=1)

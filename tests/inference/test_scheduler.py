@@ -184,6 +184,26 @@ def test_width_of_the_edge(fraction, enough):
         assert len(plan.edge()) == (n if n >= enough else 0)
 
 
+def test_rows_of_equal_depth_fall_into_step():
+    """Started at different ticks, they end up in edges of all rows."""
+    plan, depth, n = looping(8).scheduler, 5, 8
+    done = {each.serial: each.serial % depth for each in plan.looping()}  # loops so far
+    widths = []
+    for _ in range(12 * depth):
+        for each in (rows := plan.edge()):
+            plan.left(each, 5, depth, 0)
+            done[each.serial] = 0
+        widths += [len(rows)] if rows else []
+        for each in plan.looping():
+            done[each.serial] += 1
+        plan.stopped([each for each in plan.looping() if done[each.serial] == depth])
+        plan.plan(0)
+        if len(widths) == 4:
+            break
+    assert widths[0] < n
+    assert widths[-2:] == [n, n]
+
+
 def test_the_edge_runs_when_nobody_loops():
     """Sequences in their prompts do not count."""
     engine = looping(1, edge_fraction=1)
