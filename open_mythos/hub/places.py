@@ -38,8 +38,8 @@ def model_directory(directory: str | Path) -> Path:
         EnvironmentError_: The hub cannot be reached, or has no such model.
     """
     folder = Path(directory)
-    if not folder.exists() and isinstance(directory, str) and _HUB_ID.fullmatch(directory):
-        return _download(directory)
+    if not folder.exists() and is_hub_id(directory):
+        return _download(str(directory))
     if not folder.is_dir():
         raise DataError(
             "no model there", where="from_pretrained", value=str(directory),
@@ -57,6 +57,11 @@ def model_directory(directory: str | Path) -> Path:
         allowed=f"{CONFIG_FILE} and {WEIGHTS_FILE} in it or in its newest checkpoint",
         fix="pickled weights (.bin, .pt, .pth) are never read: convert them to safetensors first",
     )  # fmt: skip
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Return whether ``name`` has the form "owner/name"."""
+    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
 
 
 def _holds_model(folder: Path) -> bool:
