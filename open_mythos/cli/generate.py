@@ -80,8 +80,8 @@ def generate(
         eos_token_id=eos_id, stop=stop or (),
     )  # fmt: skip
     out = generation.generate(
-        model, torch.tensor([ids], device=model.head.weight.device), params, depth, tokenizer=tok,
-        on_token=show, decoder=partial(generation.GrowingDecoder, trace=trace),
+        model, torch.tensor([ids], device=model.final_norm.weight.device), params, depth,
+        tokenizer=tok, on_token=show, decoder=partial(generation.GrowingDecoder, trace=trace),
     )  # fmt: skip
     print(tok.decode(out[0, len(ids) :].tolist()) if quiet else stream.flush())
     if tokens and not quiet:

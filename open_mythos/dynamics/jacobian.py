@@ -59,13 +59,13 @@ class StepJacobian:
                 value=f"{tuple(h_BTD.shape)} for ids {tuple(input_ids.shape)}",
                 allowed=f"{expected}", fix="take one row: ids[:1], states[t, :1]",
             )  # fmt: skip
-        if model.head.weight.dtype != torch.float32:
+        if model.final_norm.weight.dtype != torch.float32:
             raise ConfigError(
-                "a Jacobian needs float32", where="model", value=model.head.weight.dtype,
+                "a Jacobian needs float32", where="model", value=model.final_norm.weight.dtype,
                 allowed="float32 weights", fix="load the model with dtype=torch.float32",
             )  # fmt: skip
         self._t, self._loops = check_count("t", t, least=0), check_count("loops", loops)
-        self._model, self._ids = model, input_ids.to(model.head.weight.device)
+        self._model, self._ids = model, input_ids.to(model.final_norm.weight.device)
         self._h_BTD = h_BTD.detach().to(self._ids.device, torch.float32)
         self.tokens, self.dim = expected[1], expected[2]
         self.size = self.tokens * self.dim

@@ -173,7 +173,7 @@ def fixed_point(
 def _start(
     model: OpenMythos, input_ids: Tensor, h_BTD: Tensor | None
 ) -> tuple[Tensor, Tensor, Context]:
-    input_ids = input_ids.to(model.head.weight.device)
+    input_ids = input_ids.to(model.final_norm.weight.device)
     ctx = model.context(input_ids)
     e_BTD = model.embed(input_ids, ctx)
     h_BTD = model.recurrent.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD.to(e_BTD.device)

@@ -209,7 +209,7 @@ def wall_clock(
 
 
 def token_scores(
-    hidden_ND: Tensor, head: nn.Linear, targets_N: Tensor, chunk: int | None = None
+    hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the loss (N,) in nats of every target, and whether it is the most likely token.
 
@@ -217,8 +217,9 @@ def token_scores(
     :func:`open_mythos.ops.cross_entropy.chunk_rows`.
     """
     losses, right = [], []
-    chunk = chunk or chunk_rows(len(targets_N), head.out_features, torch.float32, targets_N.device)
     with torch.no_grad():
+        vocab = head(hidden_ND[:1]).shape[-1]
+        chunk = chunk or chunk_rows(len(targets_N), vocab, torch.float32, targets_N.device)
         for rows_ND, rows_N in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
             logits_NV = head(rows_ND).float()
             losses.append(F.cross_entropy(logits_NV, rows_N, reduction="none"))

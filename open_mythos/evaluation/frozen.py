@@ -16,7 +16,7 @@ from open_mythos.model.causal_lm import CausalLM
 @contextmanager
 def frozen(model: CausalLM, dtype: torch.dtype) -> Iterator[torch.device]:
     """Evaluate without gradients, with matmuls in ``dtype``; yields the model's device."""
-    device, was_training = model.head.weight.device, model.training
+    device, was_training = model.final_norm.weight.device, model.training
     model.eval()
     try:
         with torch.no_grad(), autocast(device, dtype):

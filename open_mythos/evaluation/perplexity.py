@@ -15,8 +15,8 @@ from open_mythos.distributed import over_ranks
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import bits_per_byte, frozen, no_targets
 from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.layers.head import head_loss
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.ops.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,9 @@ def loss_sums(model: CausalLM, batch: Batch, depths: Sequence[int | None]) -> Te
 
     ``depths`` is ``[None]`` for a model without loops. Call it inside :func:`frozen`.
     """
+    states = _final_states(model, batch, depths)
     return torch.stack([
-        linear_cross_entropy(
-            hidden_BTD, model.head.weight, batch.targets,
-            ignore_index=IGNORE_INDEX, reduction="sum", scale=model.head.scale,
-            softcap=model.head.softcap,
-        )
-        for hidden_BTD in _final_states(model, batch, depths)
+        head_loss(model.head, hidden_BTD, batch.targets, IGNORE_INDEX) for hidden_BTD in states
     ])  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def quantize(
     """
     group = _group_of(kind, group_size)
     pick(BACKENDS, backend, "quantize(backend)", what="backend", fix='leave it at "auto"')
-    device = model.head.weight.device
+    device = model.final_norm.weight.device
     if backend == "auto":
         backend = "torchao" if device.type == "cuda" else "aten"
     targets = _targets(model)

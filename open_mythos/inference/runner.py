@@ -246,7 +246,7 @@ class Runner:
             _put(state.h, batch, e_R1D, real_R)
             return
         _put(state.h, batch, self._recurrent.initial_state(e_R1D, ctx), real_R)
-        _put(state.drive, batch, self._recurrent.injection.drive(e_R1D), real_R)
+        _put(state.drive, batch, self._recurrent.injection(None, e_R1D), real_R)
         _put(state.t, batch, torch.zeros_like(slots_R), real_R)
         _put(state.phase, batch, torch.full_like(slots_R, LOOPING), real_R)
         self.rules.begin(slots_R, batch.needs.kinds, real_R)

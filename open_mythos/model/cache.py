@@ -82,7 +82,7 @@ class KVCache:
     def __init__(self, capacity: int = 0, share_loops: bool = False) -> None:
         self.columns = Columns(0)
         self._capacity = capacity
-        self._share_loops = share_loops
+        self.share_loops = share_loops
         self._slots: dict[tuple[int, int], Tensor] = {}
         self._readout: KVCache | None = None
         self._was_read = False  # by the current call
@@ -101,7 +101,7 @@ class KVCache:
             if not kv_cache:
                 kv_cache[_KEY] = cls(share_loops=share_loops)
             cache = kv_cache.get(_KEY)
-        if isinstance(cache, KVCache) and cache._share_loops == share_loops:
+        if isinstance(cache, KVCache) and cache.share_loops == share_loops:
             return cache
         raise ConfigError(
             "not a cache of this model", where="kv_cache", value=type(kv_cache).__name__,
@@ -126,7 +126,7 @@ class KVCache:
             ConfigError: Earlier calls made no predictions.
         """
         if self._readout is None:
-            self._readout = KVCache(self._capacity, self._share_loops)
+            self._readout = KVCache(self._capacity, self.share_loops)
         if self._readout.length != self.length:
             raise ConfigError(
                 "earlier calls on this cache made no predictions per loop", where="exit_rule",
@@ -213,7 +213,7 @@ class KVCache:
         if active is None or active.rows is None:
             slot[:, start:end] = entry_BTW
             return slot[:, :end]
-        if loop > 0 and not self._share_loops:
+        if loop > 0 and not self.share_loops:
             # exited tokens keep the entry of their last computed loop
             slot[:, start:end] = self._slots[layer, loop - 1][:, start:end]
         active.put(slot[:, start:end], entry_BTW)
@@ -241,7 +241,7 @@ class KVCache:
         """
         start, end = self.length, columns.length
         for layer, loop in sorted(self._slots, key=lambda key: key[1]):
-            if not self._share_loops and loop > self._written.get(layer, loop):
+            if not self.share_loops and loop > self._written.get(layer, loop):
                 last = self._slots[layer, loop - 1]
                 self._grown((layer, loop), end)[:, start:end] = last[:, start:end]
         if self._readout is not None and self._was_read:
@@ -250,7 +250,7 @@ class KVCache:
 
     def _slot(self, layer: int, loop: int, entry_BTW: Tensor, end: int) -> Tensor:
         """Return the slot of (layer, loop), allocated for at least ``end`` positions."""
-        key = (layer, 0 if self._share_loops else loop)
+        key = (layer, 0 if self.share_loops else loop)
         if key not in self._slots and key[1] > 0:
             # positions that exited before this loop enter it with their last entry
             self._slots[key] = self._slots[layer, loop - 1].clone()

@@ -29,25 +29,32 @@ MASKS = (torch.bool, *INTEGERS)
 class CausalLM(nn.Module):
     """Token embedding, final norm and output head; subclasses add the layers.
 
+    Args:
+        cfg: The configuration; it is validated and copied.
+        head: Whether there is an output head. Without one, ``hidden`` works and ``logits`` do not.
+
     Raises:
         ConfigError: The configuration is invalid.
     """
 
     embed: Callable[..., Tensor]
     """``embed(input_ids, ctx)``: (B, T) ids -> (B, T, D), everything before the loop."""
+    head: OutputHead
+    """Absent from a model that was built with ``head=False``."""
     final_hidden: Callable[..., Tensor]
     """``final_hidden(h, ctx)``: (B, T, D) -> (B, T, D), everything between loop and head."""
     hidden: Callable[..., Tensor]
     """``hidden(input_ids, ctx, depth, trace)``: the whole forward pass before the head."""
 
-    def __init__(self, cfg: MythosConfig) -> None:
+    def __init__(self, cfg: MythosConfig, head: bool = True) -> None:
         super().__init__()
         cfg.validate()
         self.cfg = replace(cfg)  # a copy, so that later changes of ``cfg`` do not affect the model
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.head = OutputHead(cfg)
-        if cfg.tie_embeddings:
+        if head:
+            self.head = OutputHead(cfg)
+        if head and cfg.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     def context(
@@ -62,20 +69,22 @@ class CausalLM(nn.Module):
     ) -> Context:
         """Build the positions, masks and cache of a call.
 
-        Checks the arguments, which are those of :meth:`OpenMythos.forward`.
+        Checks the arguments, which are those of :meth:`OpenMythos.forward`. Embeddings (B, T, D)
+        of tokens may take the place of their ids, here, in :meth:`embed` and in :meth:`hidden`.
 
         Raises:
             ConfigError: A shape, type or value is wrong, or the context is too short.
         """
-        self.check_ids(input_ids)
-        batch, n_new = input_ids.shape
+        check = self._check_embeddings if _is_embedded(input_ids) else self.check_ids
+        check(input_ids)
+        batch, n_new = shape = input_ids.shape[:2]
         cache = KVCache.of(kv_cache, self.cfg)
         if cache is not None:
             cache.admit(batch)
         self._check_span(start_pos, n_new, cache)
-        check_tensor("attention_mask", attention_mask, input_ids.shape, MASKS)
-        check_tensor("document_ids", document_ids, input_ids.shape, INTEGERS)
-        check_tensor("sample_seeds", sample_seeds, input_ids.shape[:1], INTEGERS)
+        check_tensor("attention_mask", attention_mask, shape, MASKS)
+        check_tensor("document_ids", document_ids, shape, INTEGERS)
+        check_tensor("sample_seeds", sample_seeds, shape[:1], INTEGERS)
         if sample_seeds is None and self.training:
             sample_seeds = to_device(torch.randint(1 << 62, (batch,)), input_ids.device)
         return Context.build(
@@ -86,8 +95,8 @@ class CausalLM(nn.Module):
         )  # fmt: skip
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """Embed tokens (B, T, D), scaled by ``embedding_scale``."""
-        x_BTD = self.embedding(input_ids)
+        """Embed tokens (B, T, D), or take their embeddings, and scale by ``embedding_scale``."""
+        x_BTD = input_ids if _is_embedded(input_ids) else self.embedding(input_ids)
         return x_BTD if self.cfg.embedding_scale == 1 else x_BTD * self.cfg.embedding_scale
 
     @torch.no_grad()
@@ -133,6 +142,14 @@ class CausalLM(nn.Module):
                 fix="check that the tokenizer matches the model",
             )  # fmt: skip
 
+    def _check_embeddings(self, x_BTD: Tensor) -> None:
+        if x_BTD.dim() != 3 or 0 in x_BTD.shape or x_BTD.shape[-1] != self.cfg.dim:
+            raise ConfigError(
+                "not a batch of embeddings", where="input_ids", value=_shown(x_BTD),
+                allowed=f"a non-empty tensor (B, T, {self.cfg.dim}) of floats, or ids (B, T)",
+                fix="pass rows of the embedding, before embedding_scale",
+            )  # fmt: skip
+
 
 def check_tensor(name: str, given: Any, shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> None:
     """Check that an optional argument is a tensor of this shape and one of these dtypes."""
@@ -144,6 +161,11 @@ def check_tensor(name: str, given: Any, shape: torch.Size, dtypes: tuple[torch.d
             allowed=f"None, or a tensor {tuple(shape)} of {kinds}",
             fix="pass values for the tokens of this call only; the cache holds the earlier ones",
         )  # fmt: skip
+
+
+def _is_embedded(given: Any) -> bool:
+    """Return whether an input is embeddings of tokens, not their ids."""
+    return isinstance(given, Tensor) and given.dim() == 3 and given.is_floating_point()
 
 
 def _shown(value: Any) -> str:

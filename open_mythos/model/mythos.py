@@ -28,7 +28,7 @@ from open_mythos.model.generation import generate
 from open_mythos.model.init import init_weights
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.norm import RMSNorm
-from open_mythos.model.recurrent import RecurrentBlock
+from open_mythos.model.recurrent import ReadOut, RecurrentBlock
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.sampling import SamplingParams
 from open_mythos.tokenizer.interface import Detokenizer
@@ -44,13 +44,15 @@ class OpenMythos(CausalLM):
 
     Args:
         cfg: The configuration; it is validated and copied.
+        head: Whether there is an output head; without one, the final states are the output of
+            :meth:`hidden`.
 
     Raises:
         ConfigError: The configuration is invalid.
     """
 
-    def __init__(self, cfg: MythosConfig) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: MythosConfig, head: bool = True) -> None:
+        super().__init__(cfg, head)
         loop, coda = cfg.prelude_layers, cfg.prelude_layers + cfg.recurrent_layers
         self.prelude = nn.ModuleList(TransformerBlock(cfg, layer=i) for i in range(loop))
         self.prelude_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.prelude_norm else nn.Identity()
@@ -113,17 +115,21 @@ class OpenMythos(CausalLM):
         ctx: Context,
         depth: Depth | None = None,
         trace: LoopTrace | None = None,
+        read_out: ReadOut | None = None,
     ) -> Tensor:
         """Return the final hidden state (B, T, D) of :meth:`forward`, before the head.
 
-        Losses use it with ``head.weight``, without materializing the logits of a whole batch.
+        Losses use it with the head, without materializing the logits of a whole batch.
 
         ``ctx`` is the result of :meth:`context`; the depth is ``max_loop_iters`` by default.
+        ``input_ids`` may also be embeddings of tokens (B, T, D), before ``embedding_scale``.
+        ``read_out`` maps states to logits, for exit rules that use predictions; by default
+        :meth:`logits`.
         """
         depth = depth or Depth()
         with forward_call(input_ids, ctx, depth):
             e_BTD = self.embed(input_ids, ctx)
-            h_BTD = self.recurrent(e_BTD, ctx, depth, read_out=self.logits, trace=trace)
+            h_BTD = self.recurrent(e_BTD, ctx, depth, read_out=read_out or self.logits, trace=trace)
             return self.final_hidden(h_BTD, ctx)
 
     def unroll(
@@ -158,7 +164,7 @@ class OpenMythos(CausalLM):
     ) -> Tensor:
         """Run one loop, h_t -> h_{t+1} (B, T, D); see :meth:`RecurrentBlock.step`."""
         ctx = ctx or Context.of(e_BTD, self.cfg)
-        return self.recurrent.step(h_BTD, self.recurrent.injection.drive(e_BTD), t, ctx, trace)
+        return self.recurrent.step(h_BTD, self.recurrent.injection(None, e_BTD), t, ctx, trace)
 
     def logits(self, h_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
         """Decode a state through coda and head, (B, T, D) -> logits (B, T, vocab_size)."""
@@ -170,7 +176,7 @@ class OpenMythos(CausalLM):
         ``loop`` selects the cache slots of the coda for predictions inside the loop.
         """
         ctx = ctx or Context.of(h_BTD, self.cfg)
-        x_BTD = self.readout(h_BTD.to(self.head.weight.dtype))
+        x_BTD = self.readout(h_BTD.to(self.final_norm.weight.dtype))
         for block in self.coda:
             x_BTD = block(x_BTD, ctx, loop)
         return self.final_norm(x_BTD)

@@ -25,7 +25,7 @@ from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import ExitRule, Look
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.halting import ACTHalting
-from open_mythos.model.layers.injection import injection_of
+from open_mythos.model.layers.injection import Injection, injection_of
 from open_mythos.model.layers.loop_embedding import loop_index_embedding
 from open_mythos.model.layers.lora import LoRAAdapter, capped
 from open_mythos.model.layers.norm import RMSNorm
@@ -74,7 +74,7 @@ class RecurrentBlock(nn.Module):
 
         Args:
             h_BTD: State h_t, float32 for any model dtype.
-            drive_BTD: B e from ``injection.drive(e)``, constant over loops.
+            drive_BTD: B e from ``injection(None, e)``, constant over loops.
             t: 0-based loop index; or an int64 tensor, (B,) per row or (1,) for all, so that one
                 captured graph serves any loop. Beyond the trained depth, LoRA and loop embedding
                 keep their last index.
@@ -82,7 +82,7 @@ class RecurrentBlock(nn.Module):
             trace: Receives state norms and routing; requires an integer t.
         """
         decay = None if torch.is_grad_enabled() else ctx.memo.get(self.injection)
-        x_BTD = self.injection.hold(h_BTD, decay) + drive_BTD
+        x_BTD = self.injection(h_BTD, decay=decay) + drive_BTD
         if self.cfg.loop_embedding:
             x_BTD = loop_index_embedding(
                 x_BTD, capped(t, self.cfg.max_loop_iters), self.cfg.dim // 8
@@ -102,7 +102,7 @@ class RecurrentBlock(nn.Module):
 
         It holds what they share; with gradient, every loop computes it again.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not isinstance(self.injection, Injection):
             return ctx
         return replace(ctx, memo={**ctx.memo, self.injection: self.injection.decay()})
 
@@ -148,7 +148,7 @@ class RecurrentBlock(nn.Module):
             trace: Receives diagnostics.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
-        drive_BTD, ctx = self.injection.drive(e_BTD), self.sharing(ctx)
+        drive_BTD, ctx = self.injection(None, e_BTD), self.sharing(ctx)
         for t in range(first_loop, first_loop + n_loops):
             if grad_loops is not None and 0 < t - first_loop == n_loops - grad_loops:
                 h_BTD = h_BTD.detach()
@@ -175,7 +175,7 @@ class RecurrentBlock(nn.Module):
             read_out: Maps states to logits, for exit rules that use predictions.
         """
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
-        drive_BTD, ctx = self.injection.drive(e_BTD), self.sharing(ctx)
+        drive_BTD, ctx = self.injection(None, e_BTD), self.sharing(ctx)
         depths = depth.of_rows(len(h_BTD), self.cfg.max_loop_iters)
         if depth.exit_rule is not None:
             return self._until_all_stop(

@@ -79,7 +79,10 @@ def linear_cross_entropy(
     rows = chunk or chunk_rows(len(hidden_ND), len(weight_VD), dtype, served_by)
     hidden_ND = hidden_ND if scale == 1 else hidden_ND * scale
     if softcap:
-        total = _recomputed(hidden_ND, weight_VD, targets_N, rows, ignore_index, softcap)
+        head = partial(_capped, weight_VD=weight_VD, softcap=softcap)
+        total = chunked_cross_entropy(
+            head, hidden_ND, targets_N, ignore_index=ignore_index, chunk=rows
+        )
     else:
         implementation = pick_backend("loss", backend, {"chunked": _chunked, "liger": _liger})
         find = partial(implementation, dtype=dtype, ignore=ignore_index, rows=rows)
@@ -109,17 +112,31 @@ def cap_logits(logits: Tensor, softcap: float) -> Tensor:
     return softcap * (logits / softcap).tanh() if softcap else logits
 
 
-def _recomputed(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, ignore: int, softcap: float
+def chunked_cross_entropy(
+    head: Callable[[Tensor], Tensor],
+    hidden_BTD: Tensor,
+    targets_BT: Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk: int = 1024,
 ) -> Tensor:
-    """Sum the losses of ``rows`` positions at a time; the backward pass recomputes each chunk."""
+    """Sum the cross-entropy of ``softmax(head(hidden))`` in nats, float32.
+
+    The form for heads that are not one matmul. ``chunk`` positions have logits at a time; the
+    backward pass recomputes each chunk.
+    """
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = cap_logits(F.linear(hidden, weight_VD).float(), softcap)
-        return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")
+        logits = head(hidden).float()
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
-    chunks = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
-    return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    parts = hidden_BTD.flatten(0, -2).split(chunk), targets_BT.flatten().split(chunk)
+    losses = [checkpoint(loss, *each, use_reentrant=False) for each in zip(*parts, strict=True)]
+    return torch.stack(losses).sum()
+
+
+def _capped(hidden_ND: Tensor, weight_VD: Tensor, softcap: float) -> Tensor:
+    return cap_logits(F.linear(hidden_ND, weight_VD).float(), softcap)
 
 
 def chunk_rows(n_rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -158,7 +158,7 @@ def _tokens(
 ) -> tuple[list[TokenTrace], tuple[float, float]]:  # fmt: skip
     """Run the prompt at full depth and again with the exit rule; return traces and variances."""
     name = partial(_named, tokenizer)
-    ids_BT = torch.tensor([ids], device=model.head.weight.device)
+    ids_BT = torch.tensor([ids], device=model.final_norm.weight.device)
     routing, stopped = LoopTrace(keep_routing=True), LoopTrace()
     path = run_trajectory(model, ids_BT, n_loops, trace=routing)
     if rule is not None:

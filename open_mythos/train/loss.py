@@ -15,8 +15,8 @@ from open_mythos.data.batch import IGNORE_INDEX
 from open_mythos.errors import ConfigError
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
+from open_mythos.model.layers.head import head_loss
 from open_mythos.model.trace import LoopTrace
-from open_mythos.ops.cross_entropy import linear_cross_entropy
 
 
 class LossOutput(NamedTuple):
@@ -65,10 +65,7 @@ def next_token_loss(
     """
     ctx = model.context(input_ids, document_ids=document_ids, sample_seeds=sample_seeds)
     hidden_BTD = model.hidden(input_ids, ctx, depth, trace)
-    nll = linear_cross_entropy(
-        hidden_BTD, model.head.weight, targets, ignore_index=IGNORE_INDEX, reduction="sum",
-        scale=model.head.scale, softcap=model.head.softcap,
-    ) / max(1, step_tokens)  # fmt: skip
+    nll = head_loss(model.head, hidden_BTD, targets, IGNORE_INDEX) / max(1, step_tokens)
     if not balance_coefficient:
         return LossOutput(nll, nll.detach(), torch.zeros_like(nll, requires_grad=False))
     assert trace is not None

@@ -199,6 +199,6 @@ def _evaluate(source: Source, dtype: str, model: Model, depths: list[int]) -> di
     """Return loss and bits per byte at the given depths."""
     rows = evaluate_depths(
         model, source.batches, depths, bytes_per_token=source.bytes_per_token,
-        dtype=training_dtype(dtype, model.head.weight.device),
+        dtype=training_dtype(dtype, model.final_norm.weight.device),
     )  # fmt: skip
     return {"depths": [asdict(row) for row in rows]}

@@ -8,7 +8,7 @@ from helpers import assert_differs, assert_same, random_ids, randomise, small_co
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos import Depth, LoopTrace, OpenMythos, mythos_nano
+from open_mythos import ConfigError, Depth, LoopTrace, OpenMythos, exit_rule, mythos_nano
 
 B, T = 3, 7
 
@@ -59,6 +59,31 @@ class TestParts:
         assert model.head.weight is model.embedding.weight
         names = [name for name, _ in model.named_parameters()]
         assert "head.weight" not in names
+
+    def test_without_a_head(self, attn_type):
+        """The states are those of a whole model, exit rules that predict included."""
+        whole = small_model(attn_type)
+        core = OpenMythos(whole.cfg, head=False).eval()
+        state = {k: v for k, v in whole.state_dict().items() if k != "head.weight"}
+        core.load_state_dict(state)
+        ids, rule = random_ids(B, T), exit_rule("kl:0.5,3", whole)
+        with torch.no_grad():
+            want = whole.hidden(ids, whole.context(ids), Depth(4))
+            assert torch.equal(core.hidden(ids, core.context(ids), Depth(4)), want)
+            want = whole.hidden(ids, whole.context(ids), Depth(4, rule))
+
+            def read_out(h, ctx, t):
+                return whole.head(core.final_hidden(h, ctx, t))
+
+            got = core.hidden(ids, core.context(ids), Depth(4, rule), read_out=read_out)
+        assert torch.equal(got, want)
+
+    def test_embeddings_take_the_place_of_ids(self, attn_type):
+        model = small_model(attn_type, embedding_scale=1.7)
+        ids = random_ids(B, T)
+        assert torch.equal(full(model, model.embedding(ids)), full(model, ids))
+        with pytest.raises(ConfigError, match="embeddings"):
+            model(torch.zeros(B, T, 31))
 
     def test_int32_ids(self, model):
         ids = random_ids(B, T)

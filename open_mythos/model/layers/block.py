@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class TransformerBlock(nn.Module):
         self.cfg, self.layer, self.use_moe = cfg, layer, use_moe
         self.compiled = None
         placed = cfg.block_norms.split("+")
+        self.pre_norm = "in" in placed
 
         def norm(place: str) -> nn.Module:
             if place not in placed:
@@ -100,10 +102,10 @@ class TransformerBlock(nn.Module):
 
     def _branch_input(self, norm: nn.Module, x_BTD: Tensor) -> Tensor:
         """Normalize the input of a branch, or cast it to the dtype of the weights."""
-        if isinstance(norm, RMSNorm):
+        if self.pre_norm:
             return norm(x_BTD)
-        norms = (self.attn_out_norm, self.attn_sum_norm)
-        return x_BTD.to(next(each.weight.dtype for each in norms if isinstance(each, RMSNorm)))
+        norms = chain(self.attn_out_norm.parameters(), self.attn_sum_norm.parameters())
+        return x_BTD.to(next(norms).dtype)
 
     def _drop(self, x_BTD: Tensor, ctx: Context, loop: int | Tensor, site: int) -> Tensor:
         if self.cfg.dropout == 0 or not self.training:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from open_mythos.model.layers.float32 import in_float32
 
 
 class ACTHalting(nn.Module):
@@ -25,9 +26,7 @@ class ACTHalting(nn.Module):
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         """Return the probability (...) of halting at states (..., D), given no earlier halt."""
-        with torch.autocast(h_BTD.device.type, enabled=False):
-            logit = F.linear(h_BTD.float(), self.gate.weight.float(), self.gate.bias.float())
-        return logit.squeeze(-1).sigmoid()
+        return in_float32(self.gate, h_BTD).squeeze(-1).sigmoid()
 
     def exit_loops(self, lambda_L: Tensor, depth: Tensor | None = None) -> Tensor:
         """Return the loop index after which each position halts: see :func:`exit_loops`."""

@@ -65,9 +65,16 @@ class Injection(nn.Module):
         """Return rho(A), the largest absolute eigenvalue."""
         return torch.ones(())
 
-    def forward(self, h_BTD: Tensor, e_BTD: Tensor) -> Tensor:
-        """Return x (B, T, D), float32."""
-        return self.hold(h_BTD) + self.drive(e_BTD)
+    def forward(
+        self, h_BTD: Tensor | None, e_BTD: Tensor | None = None, decay: Tensor | None = None
+    ) -> Tensor:
+        """Return x (B, T, D), float32: ``hold(h, decay)``, ``drive(e)``, or their sum.
+
+        Whoever calls the parts calls this method, so that wrappers such as adapters act.
+        """
+        parts = [] if h_BTD is None else [self.hold(h_BTD, decay)]
+        parts += [] if e_BTD is None else [self.drive(e_BTD)]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 class LTIInjection(Injection):

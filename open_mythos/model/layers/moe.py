@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from open_mythos.config import MythosConfig
 from open_mythos.devices import as_autocast
@@ -14,6 +13,7 @@ from open_mythos.model.context import Context
 from open_mythos.model.init import init_weights
 from open_mythos.model.layers.experts import Experts, Operands, RoutedExperts
 from open_mythos.model.layers.feed_forward import Expert
+from open_mythos.model.layers.float32 import in_float32
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.experts.rows import expert_load
 
@@ -39,6 +39,8 @@ class MoEFFN(nn.Module):
     router_bias: Tensor
     experts: Experts
     """Computes the routed experts; may be replaced (:mod:`open_mythos.model.layers.experts`)."""
+    is_transposed = True
+    """The layout of the experts' weights is (E, in, out); PEFT reads it."""
     gate_up: nn.Parameter | None
     down: nn.Parameter | None
 
@@ -57,8 +59,7 @@ class MoEFFN(nn.Module):
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores (N, E), chosen experts (N, C) and weights (N, C); floats are float32."""
-        with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = _in_float32(self.router, x_ND)
+        logits_NE = in_float32(self.router, x_ND)
         scores_NE = logits_NE.sigmoid()
         experts_NC = (scores_NE + self.router_bias).topk(self.top_k, dim=-1, sorted=False).indices
         weights_NC = scores_NE.gather(-1, experts_NC)
@@ -134,12 +135,3 @@ def record_routing(
         scores_NE.view(*shape, scores_NE.shape[-1]),
         experts_NC.view(*shape, experts_NC.shape[-1]),
     )  # fmt: skip
-
-
-def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
-    """Call ``module``, wrappers included, with weights and input in float32."""
-    weights = dict(module.named_parameters())
-    if all(weight.dtype == torch.float32 for weight in weights.values()):
-        return module(x.float())
-    upcast = {name: weight.float() for name, weight in weights.items()}
-    return functional_call(module, upcast, (x.float(),))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from open_mythos.model.context import Context
 from open_mythos.model.layers.block import TransformerBlock
-from open_mythos.model.layers.moe import Routing
+from open_mythos.model.layers.moe import MoEFFN, Routing
 from open_mythos.ops.attention.visibility import Visibility
 
 MOST_GRAPHS = 32
@@ -42,7 +42,9 @@ def compile_block(block: TransformerBlock, *, rows_leave: bool, backend: str = "
     def compiled(x_BTD: Tensor, ctx: Context, loop: int | Tensor) -> tuple[Tensor, Routing | None]:
         if ctx.cache is not None or not x_BTD.numel():
             return block.compute(x_BTD, ctx, loop)
-        operands = block.ffn.operands(x_BTD, ctx) if block.use_moe else None
+        # an adapter around the mixture changes its weights during the call alone
+        mixture = block.ffn if isinstance(block.ffn, MoEFFN) else None
+        operands = None if mixture is None else mixture.operands(x_BTD, ctx)
         drops = block.cfg.dropout > 0 and block.training
         loop = torch.as_tensor(loop, device=x_BTD.device) if drops else 0
         if rows_leave and len(x_BTD) > 1:

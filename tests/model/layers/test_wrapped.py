@@ -10,8 +10,12 @@ from helpers import assert_differs, assert_same, random_ids, small_model
 from torch import nn
 from torch.nn.utils import parametrize
 
-from open_mythos import KVCache, LoopTrace
+from open_mythos import ACTHalting, Depth, FixedDepth, KVCache, LoopTrace, RMSNorm
+from open_mythos.data.batch import Batch
+from open_mythos.evaluation import evaluate_depths, evaluate_exits
 from open_mythos.model.layers.moe import MoEFFN
+from open_mythos.train.loss import next_token_loss
+from open_mythos.train.parallel.compile import compile_block
 
 LOOPS = 3
 
@@ -91,6 +95,84 @@ def test_an_adapter_has_gradients(name):
     adapters = [module for module in adapted.modules() if isinstance(module, Adapter)]
     assert adapters
     assert all(each.a.grad.any() and each.b.grad.any() for each in adapters)
+
+
+@pytest.mark.parametrize("block_norms", ["in", "in+out", "out", "in+sum"])
+def test_wrapped_norms_act(block_norms):
+    """Where a norm stands follows from the configuration, not from the type of the module."""
+    plain = small_model(block_norms=block_norms)
+    model = copy.deepcopy(plain)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, RMSNorm) and name.startswith(("attn_", "ffn_")):
+                setattr(module, name, Wrapper(child))
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        assert torch.equal(model(ids, LOOPS), plain(ids, LOOPS))
+
+
+def test_a_wrapped_injection_is_called():
+    """An adapter may change its weights during the call alone."""
+    plain = small_model()
+    model = copy.deepcopy(plain)
+    model.recurrent.injection = Wrapper(model.recurrent.injection)
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        assert torch.equal(model(ids, LOOPS), plain(ids, LOOPS))
+        assert torch.equal(list(model.unroll(ids, 2))[-1][1], list(plain.unroll(ids, 2))[-1][1])
+        assert_same(cached(model, ids), plain(ids, LOOPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_halting_gate_is_called(dtype):
+    halting = ACTHalting(32)
+    adapter = halting.gate = Adapter(halting.gate)
+    states = torch.randn(2, 3, 32)
+    merged = halting.to(dtype).gate.base_layer.weight.float() + (
+        adapter.b.float() @ adapter.a.float()
+    )
+    want = (states @ merged.mT + adapter.base_layer.bias.float()).squeeze(-1).sigmoid()
+    assert_same(halting(states).detach(), want.detach())
+
+
+def batch_of(ids):
+    return Batch.from_windows(ids, torch.arange(len(ids)), eos_id=None)
+
+
+def test_an_adapter_on_the_head_counts_in_every_loss():
+    """And so do the scale and the cap of the logits."""
+    scaled = small_model(logit_scale=0.7, logit_softcap=2.0)
+    plain = small_model()
+    ids = random_ids(2, 9)
+    batch = batch_of(ids)
+    for model, head in ((scaled, scaled.head), (plain, Adapter(plain.head))):
+        model.head = head
+        logits = model(batch.input_ids, LOOPS).float().detach()
+        want = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).item()
+        n = batch.targets.numel()
+        out = next_token_loss(
+            model, batch.input_ids, batch.targets, step_tokens=n, step_sequences=2,
+            depth=Depth(LOOPS),
+        )  # fmt: skip
+        assert out.nll.item() == pytest.approx(want, rel=1e-5)
+        (row,) = evaluate_depths(model, [batch], [LOOPS])
+        assert row.loss == pytest.approx(want, rel=1e-5)
+        report = evaluate_exits(model, [batch], FixedDepth(LOOPS), LOOPS)
+        assert report.adaptive.loss == pytest.approx(want, rel=1e-5)
+        out.total.backward()
+        assert all(p.grad.any() for p in head.parameters() if p.requires_grad)
+
+
+def test_an_adapter_on_a_compiled_mixture_acts():
+    """Its weights exist during the call alone: they cannot be prepared before."""
+    plain = small_model()
+    model = copy.deepcopy(plain)
+    for block in model.recurrent.blocks:
+        block.ffn = Wrapper(block.ffn)
+        compile_block(block, rows_leave=True, backend="eager")
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        assert_same(model(ids, LOOPS), plain(ids, LOOPS))
 
 
 def test_a_wrapped_mixture_routes_and_is_recorded():

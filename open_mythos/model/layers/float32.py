@@ -1,0 +1,17 @@
+"""Calls of a module in float32, whatever the dtype of its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """Call ``module``, wrappers such as adapters included, with weights and input in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        weights = dict(module.named_parameters())
+        if all(weight.dtype == torch.float32 for weight in weights.values()):
+            return module(x.float())
+        upcast = {name: weight.float() for name, weight in weights.items()}
+        return functional_call(module, upcast, (x.float(),))
