@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NoReturn
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple, NoReturn
 
-from open_mythos.checks import check_fields, one_of, reject, unknown_key, within
+from open_mythos.checks import check_fields, is_number, one_of, reject, unknown_key, within
+
+SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""``rope_type`` of ``rope_scaling`` -> its numbers."""
+OVERRIDES = ("rope_theta", "rope_scaling", "window")
+"""Fields that a layer may have of its own."""
+
+
+class Rotary(NamedTuple):
+    """A rotary embedding: width K of a head, base (0 rotates nothing), scaling as pairs."""
+
+    dim: int
+    theta: float
+    scaling: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass
@@ -55,8 +71,8 @@ class MythosConfig:
     """Hidden width F of one routed expert."""
     act_threshold: float = within(0.99, gt=0, le=1)
     """Cumulative halting probability at which a position counts as finished, in (0, 1]."""
-    rope_theta: float = within(500000.0, gt=1)
-    """Base of the rotary frequencies."""
+    rope_theta: float = within(500000.0, ge=0)
+    """Base of the rotary frequencies, above 1; 0 leaves queries and keys without position."""
     lora_rank: int = within(16, ge=0)
     """Rank of the per-loop LoRA adapter; 0 disables it."""
     max_output_tokens: int = within(4096, ge=1)
@@ -118,6 +134,15 @@ class MythosConfig:
     """Factor on the logits."""
     logit_softcap: float = within(0.0, ge=0)
     """Bound c of the logits, applied as c tanh(logits / c); 0 leaves them unbounded."""
+    attn_scale: float = within(0.0, ge=0)
+    """Factor on the attention scores of "gqa"; 0 means head_dim^-0.5."""
+    rope_scaling: dict[str, Any] | None = None
+    """Rotary frequencies for a longer context: {"rope_type": "linear", "factor": f}, or "llama3" with
+    factor, low_freq_factor, high_freq_factor and original_max_position_embeddings."""
+    window: int = within(0, ge=0)
+    """Positions that a token attends to, itself included; 0 for all earlier ones."""
+    layer_overrides: dict[int, dict[str, Any]] | None = None
+    """Stored layer (prelude, loop, coda, from 0) -> its own rope_theta, rope_scaling, window."""
 
     @property
     def head_dim(self) -> int:
@@ -128,6 +153,25 @@ class MythosConfig:
     def rope_dim(self) -> int:
         """Rotary width of a key, for either attention type."""
         return self.qk_rope_head_dim if self.attn_type == "mla" else self.head_dim
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embedding of layers without an override."""
+        return Rotary(
+            self.rope_dim, float(self.rope_theta), tuple(sorted((self.rope_scaling or {}).items()))
+        )
+
+    @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """Every rotary embedding of the model once, its default first."""
+        layers = (self.at(layer).rotary for layer in self.layer_overrides or ())
+        return tuple(dict.fromkeys((self.rotary, *layers)))
+
+    def at(self, layer: int) -> MythosConfig:
+        """Return the configuration of one stored layer, its overrides applied."""
+        if not self.layer_overrides:
+            return self
+        return replace(self, layer_overrides=None, **self.layer_overrides.get(layer, {}))
 
     @property
     def hidden_dim(self) -> int:
@@ -175,11 +219,31 @@ class MythosConfig:
             self._reject("dim", "at least 16 with loop_embedding, which uses dim / 8 channels")
         concat, lti = self.injection == "concat", self.injection == "lti"
         self._only(gqa, 'attn_type="gqa"', "gqa_head_dim", "qk_norm", "qk_norm_eps", "qkv_bias")
+        self._only(gqa, 'attn_type="gqa"', "attn_scale")
         self._only(self.qk_norm != "none", "a qk_norm", "qk_norm_eps")
         self._only(not self.n_experts, "n_experts=0: experts are SwiGLU", "ffn_kind")
         self._only(concat, 'injection="concat"', "identity_carry", "injection_bias")
         self._only(lti, 'injection="lti"', "injection_rule")
         self._only(concat or lti, 'injection="lti" or "concat"', "injection_matrix")
+
+        if 0 < self.rope_theta <= 1:
+            self._reject("rope_theta", "0, or a finite number > 1")
+        if self.rope_scaling is not None and not _is_scaling(self.rope_scaling):
+            kinds = "; ".join(f"{name!r} with {', '.join(SCALINGS[name])}" for name in SCALINGS)
+            self._reject("rope_scaling", f"None, or rope_type {kinds}, all > 0")
+        if self.layer_overrides is not None:
+            self._check_overrides(self.layer_overrides)
+
+    def _check_overrides(self, overrides: Any) -> None:
+        stored = self.prelude_layers + self.recurrent_layers + self.coda_layers
+        allowed = f"layer 0 .. {stored - 1} -> some of {', '.join(OVERRIDES)}"
+        if not isinstance(overrides, dict):
+            self._reject("layer_overrides", allowed)
+        for layer, own in overrides.items():
+            known = isinstance(own, dict) and own.keys() <= set(OVERRIDES)
+            if not known or type(layer) is not int or not 0 <= layer < stored:
+                self._reject("layer_overrides", allowed)
+            replace(self, layer_overrides=None, **own).validate()
 
     def _only(self, used: bool, condition: str, *names: str) -> None:
         """Reject fields that are set although nothing reads them unless ``condition`` holds."""
@@ -207,5 +271,20 @@ class MythosConfig:
             if key not in known:
                 raise unknown_key(key, known, "MythosConfig")
         config = cls(**values)
+        if isinstance(config.layer_overrides, dict):  # keys of JSON are strings
+            config.layer_overrides = {
+                int(key) if isinstance(key, str) and key.isdecimal() else key: own
+                for key, own in config.layer_overrides.items()
+            }
         config.validate()
         return config
+
+
+def _is_scaling(value: Any) -> bool:
+    """Return whether ``value`` is a ``rope_scaling``."""
+    if not isinstance(value, dict) or value.get("rope_type") not in SCALINGS:
+        return False
+    numbers = SCALINGS[value["rope_type"]]
+    return value.keys() == {"rope_type", *numbers} and all(
+        is_number(value[name]) and value[name] > 0 for name in numbers
+    )

@@ -105,7 +105,8 @@ def test_config_fields_and_defaults_in_order():
         "prelude_norm", "readout", "loop_embedding", "tie_embeddings", "norm_eps", "kv_share",
         "attn_backend", "moe_backend", "injection", "identity_carry", "injection_bias",
         "block_norms", "gqa_head_dim", "qk_norm", "qk_norm_eps", "qkv_bias", "ffn_kind",
-        "embedding_scale", "logit_scale", "logit_softcap",
+        "embedding_scale", "logit_scale", "logit_softcap", "attn_scale", "rope_scaling", "window",
+        "layer_overrides",
     ]  # fmt: skip
 
 

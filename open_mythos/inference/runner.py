@@ -39,12 +39,11 @@ from open_mythos.inference.slot_rules import SlotRules
 from open_mythos.inference.slots import FREE, LOOPING, WAITING, Slots
 from open_mythos.model.cache import Columns, KVCache
 from open_mythos.model.causal_lm import CausalLM
-from open_mythos.model.context import Context
+from open_mythos.model.context import Context, rope_tables
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import Look
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.trace import LoopTrace
-from open_mythos.ops.rope import rope_table
 from open_mythos.ops.sampling import log_probabilities
 
 TILE = 16
@@ -83,9 +82,7 @@ class Runner:
             weight.dtype, self._device,
         )  # fmt: skip
         self.rules = SlotRules(model, n_slots + 1, cfg.dim, self._device)
-        self._rope_rows = rope_table(
-            torch.arange(context, device=self._device), cfg.rope_dim, cfg.rope_theta
-        )
+        self._rope_rows = rope_tables(torch.arange(context, device=self._device), cfg.rotaries)
         self._prompts: dict[int, KVCache] = {}
         self._memo: dict[Any, Any] = {}
         """What all loops share, where shapes follow the rows: a captured step computes it."""
@@ -325,7 +322,10 @@ class Runner:
         position_R = self.slots.position.index_select(0, batch.slots_R)
         return Context(
             positions=position_R.unsqueeze(1),
-            rope=self._rope_rows.index_select(1, position_R).unsqueeze(2),
+            ropes={
+                rotary: rows.index_select(1, position_R).unsqueeze(2)
+                for rotary, rows in self._rope_rows.items()
+            },
             mask=None,
             columns=Columns(0),
             cache=self.cache.at(batch.slots_R, position_R, real_R, batch.groups, batch.n_blocks),

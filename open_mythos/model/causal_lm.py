@@ -88,7 +88,7 @@ class CausalLM(nn.Module):
         if sample_seeds is None and self.training:
             sample_seeds = to_device(torch.randint(1 << 62, (batch,)), input_ids.device)
         return Context.build(
-            n_new, self.cfg.rope_dim, self.cfg.rope_theta, input_ids.device,
+            n_new, self.cfg.rotaries, input_ids.device,
             start_pos=start_pos, cache=cache, document_BT=document_ids,
             keys_B=None if sample_seeds is None else sample_seeds.long(),
             valid_BT=None if attention_mask is None else attention_mask.bool(),

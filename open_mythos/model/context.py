@@ -5,6 +5,7 @@ Built once per call and passed to every layer and loop.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.config import MythosConfig
+from open_mythos.config import MythosConfig, Rotary
 from open_mythos.model.active import Active
 from open_mythos.model.cache import Cache, Columns, KVCache
 from open_mythos.ops.attention.visibility import Visibility
@@ -25,7 +26,7 @@ class Context:
 
     Attributes:
         positions: (T,) or (B, T) position of each token within its document, excluding padding.
-        rope: Rotary table of these positions.
+        ropes: Rotary tables of these positions, that of most layers first.
         mask: Attention mask: a :class:`Visibility`, or a boolean tensor (B or 1, 1, T, S), true
             where attention is allowed. None if ``causal``, or if a single new token attends to all.
         columns: All positions, cached and new.
@@ -41,7 +42,7 @@ class Context:
     """
 
     positions: Tensor
-    rope: Tensor
+    ropes: dict[Rotary, Tensor]
     mask: Visibility | Tensor | None
     columns: Columns
     valid_BT: Tensor | None = None
@@ -54,14 +55,13 @@ class Context:
     @classmethod
     def of(cls, x_BTD: Tensor, cfg: MythosConfig) -> Context:
         """Build the context of a causal call on ``x_BTD`` alone."""
-        return cls.build(x_BTD.shape[1], cfg.rope_dim, cfg.rope_theta, x_BTD.device)
+        return cls.build(x_BTD.shape[1], cfg.rotaries, x_BTD.device)
 
     @classmethod
     def build(
         cls,
         n_new: int,
-        rope_dim: int,
-        rope_theta: float,
+        rotaries: Sequence[Rotary],
         device: torch.device,
         *,
         start_pos: int = 0,
@@ -83,13 +83,18 @@ class Context:
         positions = _positions(columns, run_BS, n_new, device) + (start_pos - past.length)
         return cls(
             positions=positions,
-            rope=rope_table(positions, rope_dim, rope_theta),
+            ropes=rope_tables(positions, rotaries),
             mask=mask,
             columns=columns,
             valid_BT=valid_BT,
             cache=cache,
             keys_B=keys_B,
         )
+
+    @property
+    def rope(self) -> Tensor:
+        """The rotary table of most layers."""
+        return next(iter(self.ropes.values()))
 
     @property
     def causal(self) -> bool:
@@ -110,7 +115,10 @@ class Context:
         ctx = replace(
             self,
             positions=self.positions[rows_R] if self.positions.dim() == 2 else self.positions,
-            rope=self.rope[:, rows_R] if self.rope.dim() == 4 else self.rope,
+            ropes={
+                rotary: rope[:, rows_R] if rope.dim() == 4 else rope
+                for rotary, rope in self.ropes.items()
+            },
             mask=mask,
             valid_BT=None if self.valid_BT is None else self.valid_BT[rows_R],
             keys_B=None if self.keys_B is None else self.keys_B[rows_R],
@@ -121,16 +129,29 @@ class Context:
         valid_RW = active.real
         if ctx.valid_BT is not None and valid_RW is not None:
             valid_RW = ctx.valid_BT.gather(1, columns_RW) & valid_RW
-        rope = ctx.rope
-        if rope.dim() == 3:
-            rope = rope[:, None].expand(-1, len(rows_R), -1, -1)
         return replace(
             ctx,
             positions=ctx.positions.expand(len(rows_R), -1).gather(1, columns_RW),
-            rope=rope.take_along_dim(columns_RW[None, ..., None], dim=2),
+            ropes={
+                rotary: _rows(rope, len(rows_R)).take_along_dim(columns_RW[None, ..., None], dim=2)
+                for rotary, rope in ctx.ropes.items()
+            },
             mask=ctx._mask_of(columns_RW),
             valid_BT=valid_RW,
         )
+
+    def sliding(self, window: int) -> Context:
+        """Restrict every query to the last ``window`` positions, itself included; 0 for all."""
+        n_new, total = self.positions.shape[-1], self.columns.length
+        if not window or window >= total:
+            return self
+        if self.mask is not None:
+            assert isinstance(self.mask, Visibility), "a window of queries has its mask"
+            return replace(self, mask=self.mask.within(window))
+        mask = Visibility(n_new, total, self.positions.device, window=window)
+        if not torch.compiler.is_compiling():  # its masks serve all layers and loops
+            mask = self.memo.setdefault((window, n_new, total), mask)
+        return replace(self, mask=mask)
 
     def window(self, start: int, stop: int) -> Context:
         """Restrict ``mask`` to queries ``start`` .. ``stop``, as a tensor; nothing else is sliced.
@@ -155,6 +176,20 @@ class Context:
             return None
         mask = self.mask or Visibility(n_new, total, columns_RT.device)
         return mask.at(columns_RT)
+
+
+def rope_tables(positions: Tensor, rotaries: Sequence[Rotary]) -> dict[Rotary, Tensor]:
+    """Return the rotary tables of ``positions``; a base of 0 has none."""
+    return {
+        rotary: rope_table(positions, rotary.dim, rotary.theta, dict(rotary.scaling))
+        for rotary in rotaries
+        if rotary.theta
+    }
+
+
+def _rows(rope: Tensor, n_rows: int) -> Tensor:
+    """Return a table with an axis of rows."""
+    return rope if rope.dim() == 4 else rope[:, None].expand(-1, n_rows, -1, -1)
 
 
 def _positions(columns: Columns, run_BS: Tensor | None, n_new: int, device: torch.device) -> Tensor:

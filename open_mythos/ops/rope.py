@@ -7,17 +7,24 @@ off by up to 0.06 radians, and stored as float32 cosines and sines.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def rope_table(positions: Tensor, dim: int, theta: float) -> Tensor:
+def rope_table(
+    positions: Tensor, dim: int, theta: float, scaling: Mapping[str, Any] | None = None
+) -> Tensor:
     """Compute cosines and sines for integer ``positions``.
 
     Args:
         positions: (T,) or (B, T) positions.
         dim: Rotary width K of a head, even.
         theta: Base of the frequencies.
+        scaling: Of the frequencies, as ``rope_scaling`` of the configuration.
 
     Returns:
         (2, T, K/2) or (2, B, T, K/2) float32: cosines, then sines.
@@ -25,8 +32,27 @@ def rope_table(positions: Tensor, dim: int, theta: float) -> Tensor:
     # Apple's GPU backend has no float64
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=wide) / dim
-    angles = positions.to(wide).unsqueeze(-1) * theta**-exponents
+    frequencies = theta**-exponents
+    if scaling:
+        frequencies = _SCALED[scaling["rope_type"]](frequencies, scaling)
+    angles = positions.to(wide).unsqueeze(-1) * frequencies
     return torch.stack((angles.cos(), angles.sin())).float()
+
+
+def _linear(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Position interpolation (arXiv 2306.15595): every frequency divided by the factor."""
+    return frequencies / scaling["factor"]
+
+
+def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Llama 3.1: long wavelengths divided by the factor, short ones kept, the middle blended."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
+
+
+_SCALED = {"linear": _linear, "llama3": _llama3}
 
 
 def precompute_rope_freqs(dim: int, max_len: int, theta: float = 500000.0) -> Tensor:

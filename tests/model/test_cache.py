@@ -55,10 +55,7 @@ def slow_row(
     cache, logits, start = SlowCache(share_loops), [], 0
     for n_new, n_loops in calls:
         new = ids[None, start : start + n_new]
-        ctx = Context.build(
-            n_new, model.cfg.rope_dim, model.cfg.rope_theta, ids.device, start_pos=start,
-            cache=cache,
-        )  # fmt: skip
+        ctx = Context.build(n_new, model.cfg.rotaries, ids.device, start_pos=start, cache=cache)
         e = model.embed(new, ctx)
         h = model.recurrent.initial_state(e, ctx)
         for t in range(n_loops):

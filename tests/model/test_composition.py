@@ -49,6 +49,29 @@ CHOICES: dict[str, dict] = {
     "embedding scale": {"embedding_scale": 3.0},
     "logit scale": {"logit_scale": 0.5},
     "logit cap": {"logit_softcap": 0.7},
+    "attention scale": {"attn_type": "gqa", "attn_scale": 0.9},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 50.0},
+    "llama3 rope": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        "rope_theta": 50.0,
+    },
+    "no rope": {"rope_theta": 0},
+    "window": {"window": 3},
+    "window, gqa": {"window": 3, "attn_type": "gqa"},
+    "layers of their own": {
+        "attn_type": "gqa",
+        "layer_overrides": {
+            0: {"window": 4, "rope_theta": 20.0, "rope_scaling": None},
+            1: {"rope_theta": 0},
+            2: {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "window": 2},
+        },
+    },
 }
 B, T, LOOPS = 3, 11, 3
 choices = pytest.mark.parametrize("name", CHOICES)
@@ -64,7 +87,7 @@ def test_every_new_field_is_tested():
     new = [field.name for field in fields(MythosConfig)]
     new = new[new.index("injection") :]
     assert set(new) == {name for choice in CHOICES.values() for name in choice} - {
-        "attn_type", "n_experts", "initial_state", "injection_matrix",
+        "attn_type", "n_experts", "initial_state", "injection_matrix", "rope_theta",
     }  # fmt: skip
 
 
@@ -81,6 +104,7 @@ def test_it_differs_from_the_default(name):
         field: MythosConfig.__dataclass_fields__[field].default
         for field in CHOICES[name]
         if field not in ("attn_type", "n_experts", "initial_state")
+        and (field != "rope_theta" or not CHOICES[name][field])
     }
     plain = OpenMythos(small_config(**{"attn_type": "mla", **CHOICES[name], **reset})).eval()
     shapes = {key: value.shape for key, value in plain.state_dict().items()}
@@ -235,6 +259,19 @@ def test_a_capped_loss_does_not_depend_on_the_chunk():
         ({"ffn_kind": "relu2"}, "ffn_kind"),
         ({"embedding_scale": 0.0}, "embedding_scale"),
         ({"logit_softcap": -1.0}, "logit_softcap"),
+        ({"attn_scale": 0.5}, "attn_scale"),
+        ({"attn_type": "gqa", "attn_scale": -0.5}, "attn_scale"),
+        ({"rope_theta": 0.5}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"window": -1}, "window"),
+        ({"layer_overrides": {3: {"window": 2}}}, "layer_overrides"),
+        ({"layer_overrides": {"a": {"window": 2}}}, "layer_overrides"),
+        ({"layer_overrides": {0: {"dim": 2}}}, "layer_overrides"),
+        ({"layer_overrides": {0: {"window": -2}}}, "window"),
+        ({"layer_overrides": [0]}, "layer_overrides"),
     ],
 )
 def test_unsupported_choices_are_rejected(choice, field):

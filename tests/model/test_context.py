@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos import KVCache
+from open_mythos.config import Rotary
 from open_mythos.model.active import Active
 from open_mythos.model.context import Context
 from open_mythos.ops.attention.visibility import Visibility
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def build(n_new: int, **arguments: object) -> Context:
-    return Context.build(n_new, 4, 1e4, CPU, **arguments)
+    return Context.build(n_new, [Rotary(4, 1e4)], CPU, **arguments)
 
 
 def slow(valid: list[bool], document: list[int]) -> tuple[list[int], list[list[bool]]]:

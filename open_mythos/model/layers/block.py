@@ -47,6 +47,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, cfg: MythosConfig, use_moe: bool = False, layer: int = 0) -> None:
         super().__init__()
+        cfg = cfg.at(layer)
         self.cfg, self.layer, self.use_moe = cfg, layer, use_moe
         self.compiled = None
         placed = cfg.block_norms.split("+")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,8 @@ class GQAttention(nn.Module):
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
         super().__init__()
-        self.cfg, self.layer = cfg, layer
+        self.cfg, self.layer, self.rotary = cfg, layer, cfg.rotary
+        self.scale = cfg.attn_scale or cfg.head_dim**-0.5
         kv_width = cfg.n_kv_heads * cfg.head_dim
         self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.kv_proj = nn.Linear(cfg.dim, 2 * kv_width, bias=cfg.qkv_bias)
@@ -36,7 +39,7 @@ class GQAttention(nn.Module):
     def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D); without a context, causally over the T tokens."""
         cfg = self.cfg
-        ctx = ctx or Context.of(x_BTD, cfg)
+        ctx = (ctx or Context.of(x_BTD, cfg)).sliding(cfg.window)
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.n_heads, cfg.head_dim))
         k_BTGK, v_BTGK = self.kv_proj(x_BTD).unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
         if cfg.qk_norm == "width":
@@ -44,7 +47,9 @@ class GQAttention(nn.Module):
             k_BTGK = self.k_norm(k_BTGK.flatten(2)).view_as(k_BTGK)
         elif cfg.qk_norm == "head":
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        q_BTHK, k_BTGK = apply_rope(q_BTHK, ctx.rope), apply_rope(k_BTGK, ctx.rope)
+        if self.rotary.theta:
+            rope = ctx.ropes[self.rotary]
+            q_BTHK, k_BTGK = apply_rope(q_BTHK, rope), apply_rope(k_BTGK, rope)
         if cfg.qk_norm == "head_after_rope":
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         k_BSGK, v_BSGK = k_BTGK, v_BTGK
@@ -53,10 +58,12 @@ class GQAttention(nn.Module):
             history = ctx.cache.write(self.layer, loop, entry_BTW, ctx.active)
             if isinstance(history, PagedHistory):
                 assert x_BTD.shape[1] == 1, "one new token per row"
-                y_BHK = kv_paged(q_BTHK[:, 0], history, cfg.n_kv_heads)
+                history = replace(history, window=cfg.window) if cfg.window else history
+                y_BHK = kv_paged(q_BTHK[:, 0], history, cfg.n_kv_heads, scale=self.scale)
                 return self.out_proj(y_BHK.flatten(1).unsqueeze(1))
             k_BSGK, v_BSGK = history.unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
         y_BTHK = attend(
-            q_BTHK, k_BSGK, v_BSGK, ctx.mask, causal=ctx.causal, backend=cfg.attn_backend
-        )
+            q_BTHK, k_BSGK, v_BSGK, ctx.mask,
+            causal=ctx.causal, scale=self.scale, backend=cfg.attn_backend,
+        )  # fmt: skip
         return self.out_proj(y_BTHK.flatten(2))

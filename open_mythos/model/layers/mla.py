@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -36,7 +37,7 @@ class MLAttention(nn.Module):
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
         super().__init__()
-        self.cfg, self.layer = cfg, layer
+        self.cfg, self.layer, self.rotary = cfg, layer, cfg.rotary
         heads, key_width = cfg.n_heads, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
         if cfg.q_lora_rank:
             self.q_down = nn.Linear(cfg.dim, cfg.q_lora_rank, bias=False)
@@ -52,12 +53,14 @@ class MLAttention(nn.Module):
     def forward(self, x_BTD: Tensor, ctx: Context | None = None, loop: int = 0) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D); without a context, causally over the T tokens."""
         cfg = self.cfg
-        ctx = ctx or Context.of(x_BTD, cfg)
-        q_BTHK = self.query(x_BTD, ctx.rope)
-        entry_BSW = self.entry(x_BTD, ctx.rope)
+        ctx = (ctx or Context.of(x_BTD, cfg)).sliding(cfg.window)
+        rope = ctx.ropes[self.rotary] if self.rotary.theta else None
+        q_BTHK = self.query(x_BTD, rope)
+        entry_BSW = self.entry(x_BTD, rope)
         if ctx.cache is not None:
             history = ctx.cache.write(self.layer, loop, entry_BSW, ctx.active)
             if isinstance(history, PagedHistory):
+                history = replace(history, window=cfg.window) if cfg.window else history
                 return self.out_proj(self.paged(q_BTHK, history, ctx).flatten(2))
             entry_BSW = history
         absorb = self.absorbing_is_cheaper(x_BTD.shape[1], entry_BSW.shape[1])
@@ -67,19 +70,22 @@ class MLAttention(nn.Module):
         attend_latent = self._absorbed_in_blocks if absorb else self.expanded
         return self.out_proj(attend_latent(q_BTHK, entry_BSW, ctx).flatten(2))
 
-    def query(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        """Return (B, T, H, nope + rope) queries, the last part rotated."""
+    def query(self, x_BTD: Tensor, rope: Tensor | None) -> Tensor:
+        """Return (B, T, H, nope + rope) queries, the last part rotated if there is a table."""
         low = self.q_norm(self.q_down(x_BTD)) if self.cfg.q_lora_rank else x_BTD
         q_BTHK = self.q_up(low).unflatten(-1, (self.cfg.n_heads, -1))
+        if rope is None:
+            return q_BTHK
         nope, rotary = q_BTHK.split([self.cfg.qk_nope_head_dim, self.cfg.qk_rope_head_dim], dim=-1)
         return torch.cat((nope, apply_rope(rotary, rope)), dim=-1)
 
-    def entry(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+    def entry(self, x_BTD: Tensor, rope: Tensor | None) -> Tensor:
         """Return the (B, T, R + rope) cache entries."""
         latent, key = self.kv_down(x_BTD).split(
             [self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], dim=-1
         )
-        key = apply_rope(key.unsqueeze(2), rope).squeeze(2)
+        if rope is not None:
+            key = apply_rope(key.unsqueeze(2), rope).squeeze(2)
         return torch.cat((self.kv_norm(latent).to(key.dtype), key), dim=-1)
 
     def expanded(self, q_BTHK: Tensor, entry_BSW: Tensor, ctx: Context) -> Tensor:

@@ -177,7 +177,7 @@ def _flash(
         raise ConfigError(
             "flash attention cannot serve this call", where="attn_backend", value=problem,
             allowed="float16 or bfloat16 on CUDA; whole sequences, or new tokens after a past "
-            "without padding and documents",
+            "without padding and documents; no window",
             fix='set attn_backend to "auto"',
         )  # fmt: skip
     from flash_attn import flash_attn_func, flash_attn_varlen_func
@@ -206,6 +206,8 @@ def _flash_problem(q_BTHK: Tensor, mask: Mask) -> str | None:
         return "a mask"
     if mask is None or mask.plain:
         return None
+    if mask.window:
+        return "a window"
     if mask.first or mask.columns_BT is not None:
         return "padding or documents, and queries that are not the whole sequence"
     return "padding or documents while compiling" if torch.compiler.is_compiling() else None

@@ -66,8 +66,22 @@ def visible_blocks(seen: Visibility) -> tuple[Tensor, Tensor]:
         full = full & same & (least == most).unsqueeze(2)
     if seen.valid_BS is not None:
         full = full & _ends(seen.valid_BS.int())[0].bool().unsqueeze(1)
+    if seen.window:
+        number = _numbers(seen)
+        each = number.expand(max(len(query), len(number)), -1)
+        least, most = _ends(seen.of_queries(each, 0, seen.n_queries))
+        low, high = _ends(number)
+        some = some & (high.unsqueeze(1) > least.unsqueeze(2) - seen.window)
+        full = full & (low.unsqueeze(1) > most.unsqueeze(2) - seen.window)
     some, full = torch.broadcast_tensors(some, full)
     return some, full & some
+
+
+def _numbers(seen: Visibility) -> Tensor:
+    """Return (B or 1, S): how many real columns there are up to each."""
+    if seen.valid_BS is None:
+        return torch.arange(seen.n_columns, device=seen.device).unsqueeze(0)
+    return seen.valid_BS.long().cumsum(1)
 
 
 def _ends(x_BN: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +101,9 @@ def _listed(blocks_BQK: Tensor) -> tuple[Tensor, Tensor]:
 def _rule(seen: Visibility) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the ``mask_mod``: whether query ``q`` of row ``b`` attends to column ``k``."""
     valid_BS, run_BS, columns_BT, first = seen.valid_BS, seen.run_BS, seen.columns_BT, seen.first
+    number_BS = _numbers(seen) if seen.window else None
+
+    window = seen.window
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         at = q + first if columns_BT is None else columns_BT[b, q]
@@ -95,6 +112,9 @@ def _rule(seen: Visibility) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor
             seen = seen & valid_BS[b, k]
         if run_BS is not None:
             seen = seen & (run_BS[b, at] == run_BS[b, k])
+        if number_BS is not None:
+            row = b if len(number_BS) > 1 else 0
+            seen = seen & (number_BS[row, at] - number_BS[row, k] < window)
         return seen if valid_BS is None else seen | (k == at)
 
     return sees

@@ -38,12 +38,14 @@ class PagedHistory:
         lengths_R: (R,) int64 positions that a row sees, at least 1: its new token is included.
         groups: Runs of rows with equal page counts, which cover all rows: first row, end row,
             pages. None: one width for all rows, so that no shape depends on the lengths.
+        window: Positions that a row sees at most, the newest ones; 0 for all.
     """
 
     pool_NPW: Tensor
     table_RM: Tensor
     lengths_R: Tensor
     groups: tuple[tuple[int, int, int], ...] | None = None
+    window: int = 0
 
     def __len__(self) -> int:
         return len(self.table_RM)
@@ -65,6 +67,8 @@ class PagedHistory:
         place_RS = (table_RM.unsqueeze(-1) * self.page + within).flatten(1)
         position = torch.arange(place_RS.shape[1], device=device)
         seen_RS = position < self.lengths_R.unsqueeze(1)
+        if self.window:
+            seen_RS = seen_RS & (position >= self.lengths_R.unsqueeze(1) - self.window)
         return torch.where(seen_RS, place_RS, place_RS[:, :1]), seen_RS
 
     def gather(self, place_RS: Tensor) -> Tensor:
@@ -92,8 +96,9 @@ def latent_paged(q_RHW: Tensor, history: PagedHistory, rank: int, backend: str =
 
 
 def kv_paged(
-    q_RHK: Tensor, history: PagedHistory, n_kv_heads: int, backend: str = "auto"
-) -> Tensor:
+    q_RHK: Tensor, history: PagedHistory, n_kv_heads: int, backend: str = "auto",
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attend to keys and values of ``n_kv_heads`` heads: an entry is (2, G, K), keys first.
 
     Args:
@@ -101,6 +106,7 @@ def kv_paged(
         history: What each row sees.
         n_kv_heads: G.
         backend: As for :func:`latent_paged`.
+        scale: Factor on the scores; 1 / sqrt(K) by default.
 
     Returns:
         (R, H, K), in the dtype of the queries.
@@ -109,7 +115,8 @@ def kv_paged(
         ConfigError: As :func:`latent_paged`.
     """
     q_RGHK = q_RHK.unflatten(1, (n_kv_heads, -1))
-    return _attend(q_RGHK, history, None, q_RHK.shape[-1] ** -0.5, backend).flatten(1, 2)
+    scale = q_RHK.shape[-1] ** -0.5 if scale is None else scale
+    return _attend(q_RGHK, history, None, scale, backend).flatten(1, 2)
 
 
 def decode(
@@ -174,10 +181,13 @@ def _attend(
     pool_NPW = history.pool_NPW
     if backend == "auto":
         backend = "masked" if history.groups is None else "groups"
-        if pool_NPW.is_cuda and kernel_serves(q_RGHK, pool_NPW, rank):
+        if pool_NPW.is_cuda and not history.window and kernel_serves(q_RGHK, pool_NPW, rank):
             backend = "triton"
     elif backend == "triton":
-        kernel_serves(q_RGHK, pool_NPW, rank, backend)
+        triton_serves(
+            "paged_decode", backend, pool_NPW,
+            "a window" if history.window else _problem(q_RGHK, pool_NPW, rank),
+        )  # fmt: skip
     run = pick_backend("paged attention", backend, BACKENDS)
     return run(q_RGHK.to(pool_NPW.dtype), history, rank, scale).to(q_RGHK.dtype)
 
@@ -195,7 +205,8 @@ def _reference(q_RGHK: Tensor, history: PagedHistory, rank: int | None, scale: f
     """Reference implementation, row by row: scores in float32, softmax, weighted sum."""
     rows = []
     for q_GHK, table, length in zip(q_RGHK, history.table_RM, history.lengths_R, strict=True):
-        entry_SW = history.pool_NPW[table].flatten(0, 1)[: int(length)].float()
+        first = max(0, int(length) - history.window) if history.window else 0
+        entry_SW = history.pool_NPW[table].flatten(0, 1)[first : int(length)].float()
         k_GSK, v_GSK = (part[0] for part in _split(entry_SW.unsqueeze(0), rank, len(q_GHK)))
         rows.append((q_GHK.float() @ k_GSK.mT * scale).softmax(-1) @ v_GSK)
     return torch.stack(rows)[..., :rank].to(q_RGHK.dtype)

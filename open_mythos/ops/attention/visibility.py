@@ -18,6 +18,8 @@ from torch import Tensor
 class Visibility:
     """Mask of T queries over S columns: non-padding columns of the same document, causally.
 
+    With a window, only the last ``window`` of these, counted without padding.
+
     A query always attends to its own column, even if that is padding: a softmax over nothing would
     be NaN.
 
@@ -28,6 +30,7 @@ class Visibility:
         valid_BS: False on columns that are padding; None when all are real.
         run_BS: Document index of each column, ascending; None for a single document.
         columns_BT: Column of each query; None when the queries are the last T columns in order.
+        window: Positions that a query attends to, itself included; 0 for all.
     """
 
     n_queries: int
@@ -36,7 +39,11 @@ class Visibility:
     valid_BS: Tensor | None = None
     run_BS: Tensor | None = None
     columns_BT: Tensor | None = None
+    window: int = 0
     _made: dict[torch.dtype, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _windows: dict[int, Visibility] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -54,7 +61,8 @@ class Visibility:
     @property
     def plain(self) -> bool:
         """Whether the mask is purely causal, aligned to the lower right."""
-        return self.valid_BS is None and self.run_BS is None and self.columns_BT is None
+        parts = (self.valid_BS, self.run_BS, self.columns_BT)
+        return not self.window and all(part is None for part in parts)
 
     @property
     def n_pairs(self) -> int:
@@ -79,9 +87,28 @@ class Visibility:
         if self.run_BS is not None:
             mask = mask & (self.of_queries(self.run_BS, start, stop).unsqueeze(-1)
                            == self.run_BS[:, None, low:high])  # fmt: skip
+        if self.window:
+            mask = mask & (self._ahead(start, stop, low, high) < self.window)
         if self.valid_BS is not None:
             mask |= key == query
         return (mask if mask.dim() == 3 else mask.unsqueeze(0)).unsqueeze(1)
+
+    def within(self, window: int) -> Visibility:
+        """Return the mask with a window; the same object at every call."""
+        if torch.compiler.is_compiling():
+            return replace(self, window=window)
+        if window not in self._windows:
+            self._windows[window] = replace(self, window=window)
+        return self._windows[window]
+
+    def _ahead(self, start: int, stop: int, low: int, high: int) -> Tensor:
+        """Count the real columns from each of ``low .. high`` to each query, (t, s) or (B, t, s)."""
+        if self.valid_BS is None:
+            key = torch.arange(low, high, device=self.device)
+            return self.columns(start, stop).unsqueeze(-1) - key
+        number_BS = self.valid_BS.long().cumsum(1)
+        query_BT = self.of_queries(number_BS, start, stop)
+        return query_BT.unsqueeze(-1) - number_BS[:, None, low:high]
 
     def whole(self) -> Tensor:
         """Materialize the full mask once for all layers and loops; for small masks."""
@@ -121,10 +148,14 @@ class Visibility:
         starts = range(0, self.n_queries, size)
         blocks = [(start, min(start + size, self.n_queries)) for start in starts]
         if self.device.type != "cpu" or (self.run_BS is None and self.columns_BT is None):
+            tight = self.window and self.valid_BS is None and self.columns_BT is None
             return [
-                (start, stop, 0, self.first + stop if self.columns_BT is None else self.n_columns)
+                (
+                    start, stop, max(0, self.first + start + 1 - self.window) if tight else 0,
+                    self.first + stop if self.columns_BT is None else self.n_columns,
+                )
                 for start, stop in blocks
-            ]
+            ]  # fmt: skip
         low, high = self._reach
         return [
             (start, stop, int(low[start:stop].min()), int(high[start:stop].max()) + 1)
@@ -138,7 +169,7 @@ class Visibility:
         None where this does not determine the mask: with cached columns, with selected queries, or
         with padding inside a document.
         """
-        if self.plain or self.first or self.columns_BT is not None:
+        if self.plain or self.window or self.first or self.columns_BT is not None:
             return None
         begins, ends, run_BS = self._borders()
         row, start = begins.nonzero(as_tuple=True)

@@ -65,12 +65,13 @@ def _bare(ctx: Context, rows_leave: bool) -> Context:
         torch._dynamo.maybe_mark_dynamic(alias, axis)
         return alias
 
-    positions, rope, mask = ctx.positions, ctx.rope, ctx.mask
+    positions, ropes, mask = ctx.positions, ctx.ropes, ctx.mask
     if positions.dim() == 2:
-        positions, rope = of_rows(positions), of_rows(rope, 1)
+        positions = of_rows(positions)
+        ropes = {rotary: of_rows(rope, 1) for rotary, rope in ropes.items()}
     if isinstance(mask, Visibility):
         marks = (of_rows(x) for x in (mask.valid_BS, mask.run_BS, mask.columns_BT))
         mask = Visibility(mask.n_queries, mask.n_columns, mask.device, *marks)
     else:
         mask = of_rows(mask)
-    return Context(positions, rope, mask, ctx.columns, keys_B=of_rows(ctx.keys_B))
+    return Context(positions, ropes, mask, ctx.columns, keys_B=of_rows(ctx.keys_B))

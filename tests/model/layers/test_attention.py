@@ -26,9 +26,7 @@ B, T = 2, 9
 
 
 def context(n_new: int, layer: GQAttention | MLAttention, **arguments: object) -> Context:
-    return Context.build(
-        n_new, layer.cfg.rope_dim, layer.cfg.rope_theta, torch.device("cpu"), **arguments
-    )
+    return Context.build(n_new, layer.cfg.rotaries, torch.device("cpu"), **arguments)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -237,5 +235,5 @@ def test_a_new_token_attends_to_pages_as_to_a_cache_of_its_own(attn_type):
         pages.put(row, 0, cache._slots[0, 0][0, :length])
     rope = torch.cat([context(1, layer, start_pos=n).rope for n in lengths], dim=1).unsqueeze(2)
     new = torch.stack([x[n : n + 1] for x, n in zip(x_BTD, lengths, strict=True)])
-    ctx = replace(context(1, layer), rope=rope, cache=pages)
+    ctx = replace(context(1, layer), ropes={layer.cfg.rotary: rope}, cache=pages)
     assert_same(layer(new, ctx), torch.stack(expected))

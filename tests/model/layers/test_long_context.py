@@ -88,7 +88,7 @@ def layer_of(attn_type: str, **changes: object) -> GQAttention | MLAttention:
 
 
 def context(layer: GQAttention | MLAttention, n: int, **arguments: object) -> Context:
-    return Context.build(n, layer.cfg.rope_dim, layer.cfg.rope_theta, CPU, **arguments)
+    return Context.build(n, layer.cfg.rotaries, CPU, **arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)
