@@ -3,7 +3,8 @@
 Parameters are counted on a model built on the meta device, which allocates no memory: a trillion
 takes a fraction of a second. FLOPs are two per multiply-add of a token's matmuls with weights and
 of its attention; norms, activations, softmax, the diagonal decay and the embedding lookup (together
-below 1 %) are not counted. Tests compare them with PyTorch's FLOP counter.
+below 1 %) are not counted. Attention is counted without windows. Tests compare with PyTorch's FLOP
+counter.
 """
 
 from __future__ import annotations

@@ -137,8 +137,8 @@ class MythosConfig:
     attn_scale: float = within(0.0, ge=0)
     """Factor on the attention scores of "gqa"; 0 means head_dim^-0.5."""
     rope_scaling: dict[str, Any] | None = None
-    """Rotary frequencies for a longer context: {"rope_type": "linear", "factor": f}, or "llama3" with
-    factor, low_freq_factor, high_freq_factor and original_max_position_embeddings."""
+    """Scaled rotary frequencies: {"rope_type": "linear", "factor": f}, or "llama3" with factor,
+    low_freq_factor, high_freq_factor and original_max_position_embeddings."""
     window: int = within(0, ge=0)
     """Positions that a token attends to, itself included; 0 for all earlier ones."""
     layer_overrides: dict[int, dict[str, Any]] | None = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_count, pick
 from open_mythos.config import MythosConfig
+from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM, forward_call
 from open_mythos.model.context import Context
@@ -63,6 +64,12 @@ class DenseTransformer(CausalLM):
             n_loops: Loops to unroll for "depth"; ``max_loop_iters`` by default.
         """
         pick(("parameters", "depth"), match, "DenseTransformer.like", what="match")
+        if match == "depth" and cfg.layer_overrides:
+            raise ConfigError(
+                "layers with overrides cannot be unrolled", where="DenseTransformer.like",
+                value=cfg.layer_overrides, allowed='match="parameters", or no layer_overrides',
+                fix="the overrides number stored layers; give DenseTransformer its own",
+            )  # fmt: skip
         if match == "depth":
             loops = check_count("n_loops", cfg.max_loop_iters if n_loops is None else n_loops)
             layers = cfg.prelude_layers + cfg.recurrent_layers * loops + cfg.coda_layers

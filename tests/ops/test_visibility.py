@@ -62,6 +62,12 @@ def kinds(n: int) -> dict[str, Visibility]:
         "places of documents": Visibility(n, n, CPU, left, documents).at(some),
         "places of a chunk": Visibility(new, n, CPU, run_BS=documents).at(some[:, :3] % new),
         "one token": Visibility(1, n, CPU, valid_BS=right),
+        "window": Visibility(n, n, CPU).within(4),
+        "window of a chunk": Visibility(new, n, CPU).within(3),
+        "window of documents": Visibility(n, n, CPU, left, documents).within(3),
+        "window with holes": Visibility(n, n, CPU, valid_BS=holes).within(3),
+        "window of a chunk with padding": Visibility(new, n, CPU, valid_BS=left).within(4),
+        "places in a window": Visibility(n, n, CPU).within(5).at(some),
     }
 
 
@@ -73,7 +79,9 @@ def slow(seen: Visibility) -> Tensor:
         at = total - n + i if seen.columns_BT is None else int(seen.columns_BT[b, i])
         real = seen.valid_BS is None or seen.valid_BS[b, k]
         own = seen.run_BS is None or seen.run_BS[b, k] == seen.run_BS[b, at]
-        mask[b, i, k] = k == at or (k < at and real and own)
+        valid = torch.ones(B, total) if seen.valid_BS is None else seen.valid_BS
+        near = not seen.window or int(valid[b, k + 1 : at + 1].sum()) < seen.window
+        mask[b, i, k] = k == at or (k < at and real and own and near)
     return mask
 
 

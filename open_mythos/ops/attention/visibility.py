@@ -102,7 +102,7 @@ class Visibility:
         return self._windows[window]
 
     def _ahead(self, start: int, stop: int, low: int, high: int) -> Tensor:
-        """Count the real columns from each of ``low .. high`` to each query, (t, s) or (B, t, s)."""
+        """Count real columns from each of ``low .. high`` to each query, (t, s) or (B, t, s)."""
         if self.valid_BS is None:
             key = torch.arange(low, high, device=self.device)
             return self.columns(start, stop).unsqueeze(-1) - key
