@@ -12,11 +12,14 @@ from benchmarks.engine_forms import ENGINE, EXACT, TURNS, Comparison, compare_fo
 from benchmarks.measure import Finding, Measured
 from benchmarks.models import FULL as FULL_SCALE
 from benchmarks.models import Scale, build
+from benchmarks.plots import BY_DEPTH
 from benchmarks.static_batch import COMPACT, FULL, LOCKSTEP, Job
 from open_mythos.model.mythos import OpenMythos
 
 LOOPS, MEAN, PROMPT = 16, 6.0, 8
 OWN_MILLISECONDS = 0.2
+MEANS = (2.0, 4.0, 6.0, 9.0, 12.0)
+"""Mean depths of the comparison against depth."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,14 @@ def cases(scale: Scale) -> list[Case]:
 def rows(scale: Scale) -> Iterator[Measured]:
     """Measure the ratios of every case."""
     turns = TURNS if scale is FULL_SCALE else 1
-    for case in cases(scale):
+    every = cases(scale)
+    for case in every:
         sized = replace(scale, dim=case.dim, n_loops=LOOPS)
         model = build(sized, "mla", case.experts).eval()
         with threads(1):
             yield from _of(case, scale, model, turns)
+            if case is every[0]:
+                yield from _against_depth(case, scale, model)
         del model
         release()
 
@@ -112,6 +118,18 @@ def _of(case: Case, scale: Scale, model: OpenMythos, turns: int) -> Iterator[Fin
             goal=case.goals.get("bound"), numbers=found.numbers(),
             why=f"bound {found.bound:.2f}x of full depth; {_why(found)}",
         )  # fmt: skip
+
+
+def _against_depth(case: Case, scale: Scale, model: OpenMythos) -> Iterator[Finding]:
+    """The engine and static batches at geometric depths of several means."""
+    forms, full = (FULL, LOCKSTEP, ENGINE), scale is FULL_SCALE
+    for mean in MEANS if full else MEANS[:1]:
+        lengths = (33,) * _slots(scale) if full else case.lengths
+        given = depths(case.shape, sum(lengths), mean, LOOPS)
+        work = jobs(lengths, given, PROMPT, LOOPS, model.cfg.vocab_size)
+        found = compare_forms(model, work, LOOPS, _slots(scale), forms=forms, turns=2)
+        named = replace(case, name=f"{BY_DEPTH} {mean:g}", goals={})
+        yield _finding(named, found, "engine over full depth", "", (ENGINE, FULL))
 
 
 def _finding(case: Case, found: Comparison, name: str, goal: str, pair: tuple[str, str]) -> Finding:

@@ -24,6 +24,8 @@ FORMS = {
 }  # fmt: skip
 """How tokens with a depth each are generated, from the slowest on."""
 RATE = ", tokens per CPU s"
+BY_DEPTH = "geometric, mean depth"
+"""Begins the names of rows that differ in the mean depth alone."""
 LONG, SHORTER = "against a loop over choices and experts", "choice by choice"
 """What would take a third of the picture, and what is written instead."""
 COMPARED = ("experts", "training", "decoding")
@@ -61,7 +63,7 @@ def of(folder: Path, contents: Mapping[str, Mapping[str, Any]]) -> Iterator[Plot
     rows = {suite: content["rows"] for suite, content in contents.items()}
     for name, make in (
         ("ratios", _ratios), ("experts", _experts), ("loops", _loops), ("context", _context),
-        ("batch", _batch), ("engine", _engine),
+        ("batch", _batch), ("engine", _engine), ("engine_depth", _engine_depth),
     ):  # fmt: skip
         made = make(rows)
         if made is not None:
@@ -285,7 +287,7 @@ def _engine(rows: Mapping[str, Rows]) -> Made:
     data, gains = [], []
     for row in rows.get("engine", ()):
         numbers, (case, _, what) = row.get("numbers", {}), row["name"].rpartition(": ")
-        if what == "engine over full depth":
+        if what == "engine over full depth" and not case.startswith(BY_DEPTH):
             speeds = {form: numbers[form + RATE] for form in FORMS if form + RATE in numbers}
             data.append([f"{case}, {SHORT.get(row['dtype'], row['dtype'])}", speeds])
             gains.append(row["value"])
@@ -293,6 +295,32 @@ def _engine(rows: Mapping[str, Rows]) -> Made:
         return None
     title = f"The engine: {min(gains):.1f}x to {max(gains):.1f}x the tokens of full depth"
     return title, data, _paint_engine
+
+
+def _engine_depth(rows: Mapping[str, Rows]) -> Made:
+    """Tokens per second of the engine and of static batches, against the mean depth."""
+    found = [
+        (row["numbers"], row["value"]) for row in rows.get("engine", ())
+        if row["name"].startswith(BY_DEPTH)
+    ]  # fmt: skip
+    if not found:
+        return None
+    lines = {
+        form: [[numbers["mean_depth"], numbers[form + RATE]] for numbers, _ in found]
+        for form in FORMS if form + RATE in found[0][0]
+    }  # fmt: skip
+    gains = [gain for _, gain in found]
+    title = f"A batch of requests, 16 loops at most: {max(gains):.1f}x to {min(gains):.1f}x as fast"
+    return title, lines, _paint_engine_depth
+
+
+def _paint_engine_depth(axes: Any, lines: Any) -> None:
+    names = list(FORMS)
+    for form, points in lines.items():
+        k = names.index(form)
+        axes.plot(*zip(*points, strict=True), f"{MARKS[k]}-", color=COLOURS[k], label=FORMS[form])
+    axes.set(xlabel="mean loops per token", ylabel="tokens per second of CPU time", xlim=0, ylim=0)
+    axes.legend()
 
 
 def _paint_engine(axes: Any, data: Any) -> None:

@@ -11,7 +11,7 @@ from open_mythos.inference.server.limits import Limits
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from open_mythos.inference.chat import ChatTemplate
+    from open_mythos.inference.server.chat import ChatTemplate
     from open_mythos.tokenizer import Tokenizer
 
 
@@ -61,9 +61,9 @@ def serve(
     import open_mythos
     from open_mythos.checks import check_number
     from open_mythos.hub.places import model_directory, stored_tokenizer
-    from open_mythos.inference.host import Host, worker_command
     from open_mythos.inference.server.auth import Keys, check_address
     from open_mythos.inference.server.depth import DepthPolicy, check_default
+    from open_mythos.inference.server.host import Host, worker_command
     from open_mythos.inference.server.life import listen, serve_until_signal
     from open_mythos.inference.server.service import Service
     from open_mythos.inference.worker import MAX_WAITING
@@ -101,7 +101,7 @@ def _template(file: str, folder: Path, tok: Tokenizer, limits: Limits) -> ChatTe
     """Return the chat template in ``file``, or the one stored with the model."""
     from pathlib import Path
 
-    from open_mythos.inference.chat import TEMPLATE_FILE, ChatTemplate, read_template
+    from open_mythos.inference.server.chat import TEMPLATE_FILE, ChatTemplate, read_template
     from open_mythos.run_folder import find_beside
 
     path = Path(file) if file else find_beside(folder, TEMPLATE_FILE)

@@ -46,6 +46,8 @@ from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.sampling import SamplingParams
 from open_mythos.tokenizer import Tokenizer
 
+_TICKS_PER_CHECK = 1024
+
 
 class Engine:
     """Generates for many requests at once.
@@ -81,7 +83,12 @@ class Engine:
         cfg, weight = model.cfg, model.final_norm.weight
         looped = isinstance(model, OpenMythos)
         self.model, self.tokenizer, self._clock = model, tokenizer, clock
-        self.context = min(options.context or cfg.max_seq_len, cfg.max_seq_len)
+        if options.context is not None and options.context > cfg.max_seq_len:
+            raise ConfigError(
+                "the model's context is shorter", where="context", value=options.context,
+                allowed=f"at most {cfg.max_seq_len}", fix="leave context out for all of it",
+            )  # fmt: skip
+        self.context = options.context or cfg.max_seq_len
         self.max_loops = (options.max_loops or cfg.max_loop_iters) if looped else 0
         self.exact = exactness(model, options.exact)
         self.layout = layout_of(model, options.page)
@@ -154,7 +161,7 @@ class Engine:
         if not self.busy and (weights := weights_mark(self.model)) != self._weights:
             self.scheduler.forget_prefixes()
             self._weights = weights
-        self._guides.start(self.scheduler.add(request, self._clock()), guide)
+        self._guides.start(self.scheduler.add(request), guide)
 
     def cancel(self, id: str, outcome: Outcome = Outcome.CANCELLED) -> None:
         """End a request at the next step; an unknown id is ignored."""
@@ -189,8 +196,7 @@ class Engine:
                 self.scheduler.stopped(self.runner.loop(rows))
             self._totals["loop_rows"] += len(rows)
             self._totals["loop_ticks"] += 1
-        if not self.busy:
-            self.scheduler.check()
+        self._check_books()
         return events
 
     def _device_step(self, ticks: DeviceTicks) -> list[Event]:
@@ -220,9 +226,13 @@ class Engine:
             self._totals["loop_ticks"] += 1
         events += self._collect()
         self._launched = launched
-        if not self.busy:
-            self.scheduler.check()
+        self._check_books()
         return events
+
+    def _check_books(self) -> None:
+        """Check the ledger when all is done, and now and then on the way."""
+        if not self.busy or self.scheduler.tick % _TICKS_PER_CHECK == 0:
+            self.scheduler.check()
 
     def _collect(self) -> list[Event]:
         """Take the tokens of the last tick; those of sequences that have ended are dropped."""
@@ -292,7 +302,7 @@ class Engine:
         if not chosen.finite:
             self.scheduler.fail(sequence, "nonfinite_logits")
             return [self._end(sequence, Outcome.FAILED, sequence.error)]
-        outcome = take(sequence, chosen.token, chosen.loops, self._clock())
+        outcome = take(sequence, chosen.token, chosen.loops)
         events: list[Event] = [
             Token(id, chosen.token, chosen.loops, chosen.logprob, chosen.top),
         ]

@@ -8,7 +8,7 @@ coda, head, choice of the token, and prelude of the next. The engine calls, once
     rows = scheduler.looping()      # one loop each; stopped(those whose loops are done)
     rows = scheduler.edge()         # choose a token for each: left(...)
 
-The scheduler has no clock: methods that need the time take it, in seconds.
+The scheduler has no clock: :meth:`Scheduler.plan` takes the time, in seconds, for deadlines.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Scheduler:
         """Nothing happened since an admission found no more that fits."""
         self.ledger = Ledger()
 
-    def add(self, request: Request, now: float) -> Sequence:
+    def add(self, request: Request) -> Sequence:
         """Queue a request.
 
         Raises:
@@ -118,7 +118,7 @@ class Scheduler:
         sequence = Sequence(
             request, self.ledger.admitted, chunk, unit,
             unit_keys((*self.facts, *depth, request.salt), request.prompt, unit),
-            self.layout.levels(request.max_loops), now,
+            self.layout.levels(request.max_loops),
         )  # fmt: skip
         self.ledger.admitted += 1
         self._live[request.id] = sequence
@@ -168,7 +168,7 @@ class Scheduler:
         if not work.swap_out:
             self._swap_in(work)
         if not self._swapped:
-            self._admit(work, now)
+            self._admit(work)
         work.chunk = self._next_chunk(work)
         return work
 
@@ -187,21 +187,19 @@ class Scheduler:
             self._finish(sequence, Outcome.LENGTH)
         return sequence.outcome
 
-    def entered(self, sequence: Sequence, token: int, loops: int, now: float) -> Outcome | None:
+    def entered(self, sequence: Sequence, token: int, loops: int) -> Outcome | None:
         """Take the first token of a sequence whose prompt is done.
 
         Args:
             sequence: The sequence of the last chunk.
             token: The token chosen from the prompt's last logits.
             loops: Loops of the prompt's last position.
-            now: Time.
 
         Returns:
             Why the sequence ended, its slot and pages are then free; None if it goes on.
         """
         self._expect(sequence, Phase.PREFILL)
-        sequence.first_token = now
-        return self._take(sequence, token, loops, now)
+        return self._take(sequence, token, loops)
 
     def looping(self) -> list[Sequence]:
         """Return the sequences that run a loop in this tick, in the order of their slots."""
@@ -227,15 +225,14 @@ class Scheduler:
         ready = [each for each in self.places.running() if each.phase is Phase.WAITING]
         return sorted(ready, key=lambda each: (each.waited_since, each.serial))
 
-    def left(self, sequence: Sequence, token: int, loops: int, now: float) -> Outcome | None:
+    def left(self, sequence: Sequence, token: int, loops: int) -> Outcome | None:
         """Take the token that the edge chose; arguments and result as of :meth:`entered`."""
         self._expect(sequence, Phase.WAITING)
-        return self._take(sequence, token, loops, now)
+        return self._take(sequence, token, loops)
 
-    def _take(self, sequence: Sequence, token: int, loops: int, now: float) -> Outcome | None:
+    def _take(self, sequence: Sequence, token: int, loops: int) -> Outcome | None:
         sequence.tokens.append(token)
         sequence.loops.append(loops)
-        sequence.last_token = now
         request = sequence.request
         if token in request.ends:
             self._finish(sequence, Outcome.STOP)
@@ -273,7 +270,7 @@ class Scheduler:
         self.ledger.ended[outcome] += 1
         self._settled = False
 
-    def _admit(self, work: Work, now: float) -> None:
+    def _admit(self, work: Work) -> None:
         """First come, first served; one that does not fit may be passed by a few later ones."""
         if self._settled:
             return
@@ -291,7 +288,7 @@ class Scheduler:
             for each in too_large:
                 each.passed_by += 1
             self._queue.remove(sequence)
-            sequence.phase, sequence.admitted = Phase.PREFILL, now
+            sequence.phase = Phase.PREFILL
             sequence.n_cached = sequence.n_prefilled = len(hits) * sequence.unit
             work.admitted.append(sequence)
         self._settled = True

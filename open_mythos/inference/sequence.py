@@ -39,8 +39,6 @@ class Sequence:
     """Key of each whole unit of the prompt in the prefix cache."""
     levels: int
     """Levels of the cache that it uses."""
-    arrived: float
-    """Time of ``add``, in seconds of the scheduler's clock, as all times."""
     phase: Phase = Phase.QUEUED
     slot: int | None = None
     """Kept after the end, so that the runner can clear it."""
@@ -54,9 +52,6 @@ class Sequence:
     """Generated ids."""
     loops: list[int] = field(default_factory=list)
     """Loops of the position that chose each of them."""
-    admitted: float | None = None
-    first_token: float | None = None
-    last_token: float | None = None
     waited_since: int = 0
     """Tick at which it began to wait for the edge."""
     passed_by: int = 0

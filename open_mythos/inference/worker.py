@@ -1,10 +1,11 @@
 """The engine's process: JSON lines in on stdin, JSON lines out on stdout.
 
-Started by :class:`open_mythos.inference.host.Host` as ``python -m open_mythos.inference.worker
-OPTIONS``. To the worker: ``{"add": request}`` and ``{"cancel": id, "outcome": outcome}``. From it:
-``{"ready": facts}`` once; ``{"events": [...]}``, all events of a tick in one line; ``{"beat":
-stats}`` at least every second, also while nothing runs, but never during a tick: a tick that
-hangs shows as silence; ``{"fatal": text, "kind": class}`` before it exits with 1.
+Started by :class:`open_mythos.inference.server.host.Host` as
+``python -m open_mythos.inference.worker OPTIONS``. To the worker: ``{"add": request}`` and
+``{"cancel": id, "outcome": outcome}``. From it: ``{"ready": facts}`` once; ``{"events": [...]}``,
+all events of a tick in one line; ``{"beat": stats}`` at least every second, also while nothing
+runs, but never during a tick: a tick that hangs shows as silence; ``{"fatal": text, "kind":
+class}`` before it exits with 1.
 
 The end of stdin ends the process, so that it never outlives the process that started it. The
 signals of a terminal or a service manager do not: the parent first lets running requests finish.
@@ -264,7 +265,7 @@ def _own_channel() -> tuple[BinaryIO, BinaryIO]:
 
 
 def main() -> NoReturn:
-    """Run the process that :class:`open_mythos.inference.host.Host` starts."""
+    """Run the process that :class:`open_mythos.inference.server.host.Host` starts."""
     faulthandler.enable()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)

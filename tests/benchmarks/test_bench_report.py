@@ -57,7 +57,8 @@ def made_up():
         "engine": [
             Finding(f"{case}: engine over full depth", "float32", 2.0, "x",
                     numbers={"full, tokens per CPU s": 100.0, "engine, tokens per CPU s": 200.0,
-                             "lockstep, tokens per CPU s": 150.0}) for case in ("short", "long")
+                             "lockstep, tokens per CPU s": 150.0, "mean_depth": 6.0})
+            for case in ("short", "long", f"{plots.BY_DEPTH} 6")
         ],
         "batch": [
             Finding(f"batch {n}", "float32", 10.0 * n, "tok/s", seconds=0.1,
@@ -105,15 +106,16 @@ def test_every_plot_is_drawn_and_carries_its_figures(tmp_path, monkeypatch):
     results = made_up()
     drawn = list(plots.of(tmp_path / "chip", results))
     assert [plot.path.stem for plot in drawn] == [
-        f"chip_{name}" for name in ("ratios", "experts", "loops", "context", "batch", "engine")
+        f"chip_{name}"
+        for name in ("ratios", "experts", "loops", "context", "batch", "engine", "engine_depth")
     ]
     assert drawn[0].title == "1.5x to 3.0x as fast as the reference; 1 of 2 goals met"
     for plot in drawn:
         plot.draw()
         assert plots.stored_digest(plot.path) == plot.digest
-    assert drawn[-1].title == "The engine: 2.0x to 2.0x the tokens of full depth"
+    assert drawn[-2].title == "The engine: 2.0x to 2.0x the tokens of full depth"
     results["batch"]["rows"][0]["value"] += 1
-    assert list(plots.of(tmp_path / "chip", results))[-2].digest != drawn[-2].digest
+    assert list(plots.of(tmp_path / "chip", results))[-3].digest != drawn[-3].digest
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ sys.exit(bool(heavy & set(sys.modules)))
 NO_TORCH = """
 import sys
 import open_mythos.inference.server.life
-import open_mythos.inference.host
+import open_mythos.inference.server.host
 import open_mythos.hub.places
 sys.exit("torch" in sys.modules)
 """

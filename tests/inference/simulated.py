@@ -128,7 +128,7 @@ class Engine:
 
     def _next(self, sequence: Sequence, take: Callable[..., Outcome | None]) -> None:
         token, loops = chosen(sequence)
-        if take(sequence, token, loops, self.now) is None:
+        if take(sequence, token, loops) is None:
             self.left[sequence.serial] = chosen(sequence)[1]
         else:
             self._note(sequence)
@@ -168,5 +168,5 @@ def served(*requests, **options) -> Engine:
     """An engine that has run some requests, added together."""
     engine = Engine(scheduler(**options))
     for each in requests:
-        engine.scheduler.add(each, engine.now)
+        engine.scheduler.add(each)
     return engine.run()

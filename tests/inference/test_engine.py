@@ -314,6 +314,21 @@ def test_zero_is_no_size(mla, size):
         Engine(mla, **{size: 0})
 
 
+def test_context_above_the_model_s_is_refused(mla):
+    assert Engine(mla, context=CONTEXT).context == CONTEXT
+    with pytest.raises(ConfigError, match="the model's context is shorter"):
+        Engine(mla, context=CONTEXT + 1)
+
+
+def test_books_are_checked_while_requests_run(mla, monkeypatch):
+    monkeypatch.setattr("open_mythos.inference.engine._TICKS_PER_CHECK", 3)
+    engine, checked = small_engine(mla, slots=2), []
+    monkeypatch.setattr(engine.scheduler, "check", lambda: checked.append(engine.busy))
+    together(engine, [ask(max_tokens=8)])
+    assert checked.count(True) >= 2
+    assert checked[-1] is False
+
+
 def test_equally_likely_alternatives():
     """Which of them are returned does not depend on how many others ask for."""
     model = small_model("gqa", n_experts=0, max_seq_len=CONTEXT, vocab_size=512)

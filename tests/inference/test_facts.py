@@ -13,8 +13,8 @@ from helpers import randomise, small_config, small_model
 from open_mythos import DenseTransformer, from_pretrained, save_pretrained
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.facts import measured_speed, self_check, served_facts
-from open_mythos.inference.host import Host, worker_command
 from open_mythos.inference.request import Finished, Outcome, Request, Token
+from open_mythos.inference.server.host import Host, worker_command
 from open_mythos.inference.worker import build_engine
 from open_mythos.ops.sampling import SamplingParams
 from open_mythos.run_folder import STATE_FILE, VALIDATED_DEPTHS

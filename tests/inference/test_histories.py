@@ -58,7 +58,7 @@ class History(RuleBasedStateMachine):
                 deadline=None if late is None else self.engine.now + late,
             )  # fmt: skip
             try:
-                self.plan.add(asked, self.engine.now)
+                self.plan.add(asked)
                 self.added += 1
             except (ConfigError, EnvironmentError_):
                 self.refused += 1

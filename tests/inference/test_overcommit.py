@@ -43,7 +43,7 @@ def test_every_request_ends(sizes, n_slots, spare, overcommit):
     most = max(LAYOUT.pages(each.max_loops, len(each.prompt) + each.max_tokens) for each in asked)
     engine = Engine(scheduler(n_slots, most + spare, overcommit=overcommit))
     for each in asked:
-        engine.scheduler.add(each, 0)
+        engine.scheduler.add(each)
     moves = 2 * MOST_PREEMPTIONS * len(asked)
     engine.run(sum(work(each, engine) for each in asked) + moves + len(asked))
     assert engine.outcomes == {each.id: Outcome.LENGTH for each in asked}
@@ -57,7 +57,7 @@ def crowded() -> tuple[Engine, Counter[str]]:
     """Eight requests that grow from 2 to 11 rows, in a pool of 30; and who was taken out."""
     engine, out = Engine(scheduler(8, 30 * LEVELS, overcommit=True)), Counter[str]()
     for i in range(8):
-        engine.scheduler.add(request(str(i), [i], 42, key=i, ends=()), 0)
+        engine.scheduler.add(request(str(i), [i], 42, key=i, ends=()))
     while engine.scheduler.busy:
         done = engine.step()
         out.update(moved.sequence.request.id for moved in done.swap_out)
@@ -78,7 +78,7 @@ def test_more_run_together_than_with_reservations():
     """What overcommitting is for."""
     engine = Engine(scheduler(8, 30 * LEVELS))
     for i in range(8):
-        engine.scheduler.add(request(str(i), [i], 42, key=i, ends=()), 0)
+        engine.scheduler.add(request(str(i), [i], 42, key=i, ends=()))
     assert len(engine.step().admitted) == 2
     engine.run()
     assert crowded()[0].scheduler.tick < engine.scheduler.tick
@@ -87,7 +87,7 @@ def test_more_run_together_than_with_reservations():
 def test_one_taken_out_comes_back_before_anyone_is_admitted():
     engine = Engine(scheduler(2, 400))
     for id in "abc":
-        engine.scheduler.add(request(id, [1], 30, key=ord(id), ends=()), 0)
+        engine.scheduler.add(request(id, [1], 30, key=ord(id), ends=()))
     for _ in range(12):
         engine.step()
     engine.scheduler.preempt("b")
@@ -101,7 +101,7 @@ def test_one_taken_out_comes_back_before_anyone_is_admitted():
 
 def test_after_three_times_it_waits_for_all_its_pages():
     engine = Engine(scheduler(2, 400, overcommit=True))
-    sequence = engine.scheduler.add(request("a", [1], 60, ends=()), 0)
+    sequence = engine.scheduler.add(request("a", [1], 60, ends=()))
     rows = []
     for _ in range(MOST_PREEMPTIONS):
         for _ in range(10):
@@ -118,8 +118,8 @@ def test_after_three_times_it_waits_for_all_its_pages():
 def test_one_that_was_taken_out_often_stays():
     """The older one, which lacks pages, goes itself."""
     engine = Engine(scheduler(2, 22 * LEVELS, overcommit=True))
-    old = engine.scheduler.add(request("old", [1], 60, key=1, ends=()), 0)
-    young = engine.scheduler.add(request("young", [2], 50, key=2, ends=()), 0)
+    old = engine.scheduler.add(request("old", [1], 60, key=1, ends=()))
+    young = engine.scheduler.add(request("young", [2], 50, key=2, ends=()))
     for _ in range(MOST_PREEMPTIONS):
         while young.phase is not Phase.LOOPING:
             engine.step()
@@ -134,7 +134,7 @@ def test_one_that_was_taken_out_often_stays():
 def test_the_oldest_comes_back_first():
     """Whatever their slots were."""
     engine = Engine(scheduler(2))
-    a, b, c = (engine.scheduler.add(request(i, [1], 60, key=ord(i), ends=()), 0) for i in "abc")
+    a, b, c = (engine.scheduler.add(request(i, [1], 60, key=ord(i), ends=())) for i in "abc")
     for _ in range(8):
         engine.step()
     engine.scheduler.cancel("a")
@@ -155,7 +155,7 @@ def test_taken_out_at_any_tick(overcommit):
     phases = set()
     for tick in range(1, alone.scheduler.tick):
         engine = Engine(scheduler(overcommit=overcommit))
-        sequence = engine.scheduler.add(asked, 0)
+        sequence = engine.scheduler.add(asked)
         for _ in range(tick):
             engine.step()
         phases.add(sequence.phase)
@@ -169,7 +169,7 @@ def test_taken_out_at_any_tick(overcommit):
 def test_taken_out_while_it_waits_for_the_edge():
     asked = [request(id, max_tokens=9, key=ord(id), ends=()) for id in "ab"]
     engine = Engine(scheduler(edge_fraction=1))
-    a, b = (engine.scheduler.add(each, 0) for each in asked)
+    a, b = (engine.scheduler.add(each) for each in asked)
     while Phase.WAITING not in (a.phase, b.phase) or Phase.LOOPING not in (a.phase, b.phase):
         engine.step()
     waiting = a if a.phase is Phase.WAITING else b
@@ -183,7 +183,7 @@ def test_taken_out_while_it_waits_for_the_edge():
 @pytest.mark.parametrize("outcome", [Outcome.CANCELLED, Outcome.TIMEOUT])
 def test_cancelled_while_taken_out(outcome):
     engine = Engine(scheduler(1, 400, overcommit=True))
-    engine.scheduler.add(request("a", max_tokens=60, ends=()), 0)
+    engine.scheduler.add(request("a", max_tokens=60, ends=()))
     for _ in range(10):
         engine.step()
     engine.scheduler.preempt("a")
@@ -198,9 +198,9 @@ def test_cancelled_while_taken_out(outcome):
 def test_nothing_moves_while_a_first_token_is_chosen():
     """The token may come a tick late: its sequence stays where it is."""
     plan = scheduler(overcommit=True)
-    sequence = plan.add(request("a"), 0)
+    sequence = plan.add(request("a"))
     plan.prefilled(plan.plan(0).chunk)
     plan.preempt("a")
     done = plan.plan(1)
     assert (done.swap_out, done.chunk, sequence.between) == ([], None, True)
-    assert plan.entered(sequence, 5, 4, 1) is None
+    assert plan.entered(sequence, 5, 4) is None

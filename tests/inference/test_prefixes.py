@@ -15,7 +15,7 @@ LEVELS = LAYOUT.levels(4)
 def test_a_hit_is_whole_units_and_leaves_a_token(length):
     """Chunks and units are 16 positions here, pages 4."""
     engine = served(request("cold", range(length), key=1))
-    engine.scheduler.add(request("warm", range(length), key=1), 0)
+    engine.scheduler.add(request("warm", range(length), key=1))
     engine.run()
     assert engine.cached == {"cold": 0, "warm": (length - 1) // 16 * 16}
     assert engine.texts["cold"] == engine.texts["warm"]
@@ -24,7 +24,7 @@ def test_a_hit_is_whole_units_and_leaves_a_token(length):
 def test_units_are_no_shorter_than_pages():
     layout = Layout(1, 1, 1, page=64)
     engine = served(request("cold", range(100)), layout=layout)
-    engine.scheduler.add(request("warm", range(100)), 0)
+    engine.scheduler.add(request("warm", range(100)))
     engine.run()
     assert engine.cached["warm"] == 64
 
@@ -38,7 +38,7 @@ def test_units_are_no_shorter_than_pages():
 )  # fmt: skip
 def test_what_parts_prompts(other):
     engine = served(request("cold", range(40)))
-    engine.scheduler.add(request("warm", range(40), **other), 0)
+    engine.scheduler.add(request("warm", range(40), **other))
     engine.run()
     assert engine.cached["warm"] == 0
 
@@ -48,14 +48,14 @@ def test_what_parts_prompts(other):
 )
 def test_fewest_loops_part_prompts_under_a_rule_only(rule, hit):
     engine = served(request("cold", range(40), **rule))
-    engine.scheduler.add(request("warm", range(40), min_loops=2, **rule), 0)
+    engine.scheduler.add(request("warm", range(40), min_loops=2, **rule))
     engine.run()
     assert (engine.cached["warm"] > 0) == hit
 
 
 def test_prompts_that_begin_alike():
     engine = served(request("cold", range(64)))
-    engine.scheduler.add(request("warm", [*range(40), *range(24)]), 0)
+    engine.scheduler.add(request("warm", [*range(40), *range(24)]))
     engine.run()
     assert engine.cached["warm"] == 32
 
@@ -63,7 +63,7 @@ def test_prompts_that_begin_alike():
 def test_generated_tokens_are_not_entered():
     engine = served(request("cold", range(10), 60, ends=()))
     prompt = [*range(10), *engine.texts["cold"][0]]
-    engine.scheduler.add(request("warm", prompt), 0)
+    engine.scheduler.add(request("warm", prompt))
     engine.run()
     assert engine.cached["warm"] == 0
 
@@ -78,10 +78,10 @@ def test_equal_prompts_that_come_together():
 def test_shared_pages_are_reserved_once():
     """Two prompts of ten pages in a pool of sixteen run together, thanks to their eight."""
     engine = Engine(scheduler(n_pages=16 * LEVELS))
-    engine.scheduler.add(request("cold", range(33), 2), 0)
+    engine.scheduler.add(request("cold", range(33), 2))
     engine.run()
     for i in range(2):
-        engine.scheduler.add(request(str(i), range(33), 8, key=i), 0)
+        engine.scheduler.add(request(str(i), range(33), 8, key=i))
     assert len(engine.step().admitted) == 2
     engine.run()
 
@@ -89,7 +89,7 @@ def test_shared_pages_are_reserved_once():
 def test_cached_pages_give_way():
     engine = Engine(scheduler(n_pages=12 * LEVELS))
     for i in range(5):
-        engine.scheduler.add(request(str(i), [i] * 40, 4), 0)
+        engine.scheduler.add(request(str(i), [i] * 40, 4))
     engine.run()
     counts = engine.scheduler.counts()
     assert counts["pages_free"] + counts["pages_cached"] == counts["pages"]
@@ -108,7 +108,7 @@ def test_the_engine_without_a_model_reads_what_it_checks(monkeypatch):
     """Units that all have one key: a hit has the wrong content."""
     monkeypatch.setattr(module, "unit_keys", lambda facts, prompt, unit: (b"a", b"b"))
     engine = served(request("cold", range(40)))
-    engine.scheduler.add(request("warm", [9] * 40), 0)
+    engine.scheduler.add(request("warm", [9] * 40))
     with pytest.raises(AssertionError):
         engine.run()
 
@@ -116,10 +116,10 @@ def test_the_engine_without_a_model_reads_what_it_checks(monkeypatch):
 def test_the_end_of_a_prefix_gives_way_first():
     """Two units of four rows are cached; a request that needs one of them leaves the first."""
     engine = Engine(scheduler(n_pages=12 * LEVELS))
-    engine.scheduler.add(request("cold", range(33), 2), 0)
+    engine.scheduler.add(request("cold", range(33), 2))
     engine.run()
-    engine.scheduler.add(request("other", [9], 32, ends=()), 0)
+    engine.scheduler.add(request("other", [9], 32, ends=()))
     engine.run()
-    engine.scheduler.add(request("warm", range(33), 2), 0)
+    engine.scheduler.add(request("warm", range(33), 2))
     engine.run()
     assert engine.cached["warm"] == 16

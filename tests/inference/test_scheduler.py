@@ -17,9 +17,9 @@ LEVELS = LAYOUT.levels(4)
 
 def test_a_request_as_long_as_the_context_is_served_and_one_longer_refused():
     engine = Engine(scheduler(context=20))
-    engine.scheduler.add(request("a", range(10), 10), 0)
+    engine.scheduler.add(request("a", range(10), 10))
     with pytest.raises(ConfigError, match="context"):
-        engine.scheduler.add(request("b", range(10), 11), 0)
+        engine.scheduler.add(request("b", range(10), 11))
     assert set(engine.run().outcomes) == {"a"}
 
 
@@ -27,30 +27,30 @@ def test_a_request_as_long_as_the_context_is_served_and_one_longer_refused():
 def test_a_request_that_fills_the_pool_is_served_and_one_larger_refused(overcommit):
     """20 + 13 - 1 positions: the last token is never written."""
     engine = Engine(scheduler(n_pages=8 * LEVELS, overcommit=overcommit))
-    engine.scheduler.add(request("a", range(20), 13, ends=()), 0)
+    engine.scheduler.add(request("a", range(20), 13, ends=()))
     with pytest.raises(ConfigError, match="pages"):
-        engine.scheduler.add(request("b", range(20), 14), 0)
+        engine.scheduler.add(request("b", range(20), 14))
     assert engine.run().outcomes == {"a": Outcome.LENGTH}
     assert len(engine.texts["a"][0]) == 13
 
 
 def test_ids_are_unique_while_they_live():
     engine = Engine(scheduler())
-    engine.scheduler.add(request("a"), 0)
+    engine.scheduler.add(request("a"))
     with pytest.raises(ConfigError, match="id"):
-        engine.scheduler.add(request("a"), 0)
+        engine.scheduler.add(request("a"))
     engine.run()
-    engine.scheduler.add(request("a"), 0)
+    engine.scheduler.add(request("a"))
 
 
 def test_the_queue_has_an_end():
     plan = scheduler(n_slots=1, max_queued=2)
-    plan.add(request("a"), 0)
-    plan.add(request("b"), 0)
+    plan.add(request("a"))
+    plan.add(request("b"))
     with pytest.raises(EnvironmentError_, match="full"):
-        plan.add(request("c"), 0)
+        plan.add(request("c"))
     plan.plan(0)
-    plan.add(request("c"), 0)
+    plan.add(request("c"))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_options_are_checked(option):
 def test_first_come_first_served():
     engine = Engine(scheduler(n_slots=2))
     for i in range(6):
-        engine.scheduler.add(request(str(i), key=i), 0)
+        engine.scheduler.add(request(str(i), key=i))
     admitted = []
     while engine.scheduler.busy:
         admitted += [each.request.id for each in engine.step().admitted]
@@ -78,10 +78,10 @@ def test_first_come_first_served():
 def passed(small: int) -> list[str]:
     """Order of admission: one runs, a large one that needs the whole pool waits, small ones."""
     engine = Engine(scheduler(n_slots=3, n_pages=40 * LEVELS))
-    engine.scheduler.add(request("first", [1], 100, ends=()), 0)
-    engine.scheduler.add(request("large", [2], 160, ends=()), 0)
+    engine.scheduler.add(request("first", [1], 100, ends=()))
+    engine.scheduler.add(request("large", [2], 160, ends=()))
     for i in range(small):
-        engine.scheduler.add(request(str(i), [3], 2, ends=(), key=i), 0)
+        engine.scheduler.add(request(str(i), [3], 2, ends=(), key=i))
     admitted = []
     while engine.scheduler.busy:
         admitted += [each.request.id for each in engine.step().admitted]
@@ -95,7 +95,7 @@ def test_a_large_request_is_passed_by_eight_at_most():
 
 def test_an_admitted_request_has_all_its_pages():
     plan = scheduler()
-    sequence = plan.add(request("a", range(30), 11), 0)
+    sequence = plan.add(request("a", range(30), 11))
     assert plan.plan(0).admitted == [sequence]
     assert [len(row) for row in sequence.pages] == [10] * LEVELS
     assert sequence.slot == 0
@@ -112,7 +112,7 @@ def test_chunk_lengths(loops, positions):
 
 def test_prompts_are_cut_at_multiples_of_the_chunk():
     engine, cuts = Engine(scheduler()), []
-    engine.scheduler.add(request("a", range(40)), 0)
+    engine.scheduler.add(request("a", range(40)))
     while engine.scheduler.busy:
         if chunk := engine.step().chunk:
             cuts.append((chunk.start, chunk.stop, chunk.last))
@@ -122,7 +122,7 @@ def test_prompts_are_cut_at_multiples_of_the_chunk():
 def test_a_begun_prompt_is_finished_first():
     engine, order = Engine(scheduler(n_slots=8)), []
     for i in range(4):
-        engine.scheduler.add(request(str(i), [i] * 50), 0)
+        engine.scheduler.add(request(str(i), [i] * 50))
     while engine.scheduler.busy:
         if chunk := engine.step().chunk:
             order.append(chunk.sequence.request.id)
@@ -133,9 +133,9 @@ def test_a_begun_prompt_is_finished_first():
 def test_a_begun_prompt_comes_before_an_older_one():
     """One that was passed by, and admitted later."""
     engine = Engine(scheduler(n_slots=3, n_pages=40 * LEVELS))
-    engine.scheduler.add(request("first", [1], 60, ends=()), 0)
-    engine.scheduler.add(request("large", [2], 104, ends=()), 0)
-    engine.scheduler.add(request("small", [3] * 50, 2, ends=()), 0)
+    engine.scheduler.add(request("first", [1], 60, ends=()))
+    engine.scheduler.add(request("large", [2], 104, ends=()))
+    engine.scheduler.add(request("small", [3] * 50, 2, ends=()))
     chunks: list[str] = []
     while engine.scheduler.busy:
         if chunk := engine.step().chunk:
@@ -149,9 +149,9 @@ def test_a_begun_prompt_comes_before_an_older_one():
 def test_loops_run_between_chunks(ticks):
     """While something loops, two chunks are at least ``ticks_per_chunk`` ticks apart."""
     engine = Engine(scheduler(ticks_per_chunk=ticks))
-    engine.scheduler.add(request("a", [1], 60, ends=()), 0)
+    engine.scheduler.add(request("a", [1], 60, ends=()))
     engine.step()
-    engine.scheduler.add(request("b", range(90), 2), 0)
+    engine.scheduler.add(request("b", range(90), 2))
     engine.run()
     gaps = {b - a for a, b in zip(engine.chunk_ticks, engine.chunk_ticks[1:], strict=False)}
     assert gaps == {ticks}
@@ -159,7 +159,7 @@ def test_loops_run_between_chunks(ticks):
 
 def test_without_loops_running_every_tick_has_a_chunk():
     engine = Engine(scheduler(ticks_per_chunk=4))
-    engine.scheduler.add(request("a", range(90)), 0)
+    engine.scheduler.add(request("a", range(90)))
     engine.run()
     assert engine.chunk_ticks == [1, 2, 3, 4, 5, 6]
 
@@ -168,11 +168,11 @@ def looping(n: int, **options) -> Engine:
     """An engine with ``n`` sequences that loop."""
     engine = Engine(scheduler(n_slots=n, ticks_per_chunk=1, **options))
     for i in range(n):
-        engine.scheduler.add(request(str(i), max_tokens=9, ends=()), 0)
+        engine.scheduler.add(request(str(i), max_tokens=9, ends=()))
         plan = engine.scheduler.plan(0)
         assert plan.chunk
         engine.scheduler.prefilled(plan.chunk)
-        assert engine.scheduler.entered(plan.chunk.sequence, 5, 4, 0) is None
+        assert engine.scheduler.entered(plan.chunk.sequence, 5, 4) is None
     return engine
 
 
@@ -191,7 +191,7 @@ def test_rows_of_equal_depth_fall_into_step():
     widths = []
     for _ in range(12 * depth):
         for each in (rows := plan.edge()):
-            plan.left(each, 5, depth, 0)
+            plan.left(each, 5, depth)
             done[each.serial] = 0
         widths += [len(rows)] if rows else []
         for each in plan.looping():
@@ -227,13 +227,12 @@ def test_ends():
     a, b, _ = sequences = plan.looping()
     plan.stopped(sequences)
     free = plan.pages.free
-    assert plan.left(a, 7, 2, 9.0) is None
+    assert plan.left(a, 7, 2) is None
     assert (a.phase, a.tokens, a.loops, a.position) == (Phase.LOOPING, [5, 7], [4, 2], 4)
-    assert (a.first_token, a.last_token) == (0, 9.0)
-    assert plan.left(b, 7, 2, 9.0) is None
+    assert plan.left(b, 7, 2) is None
     for _ in range(7):
         plan.stopped([a])
-        outcome = plan.left(a, 7, 2, 9.0)
+        outcome = plan.left(a, 7, 2)
     assert outcome is Outcome.LENGTH
     assert (len(a.tokens), a.phase, a.pages) == (9, Phase.DONE, [])
     assert plan.pages.free == free + 3 * LEVELS
@@ -242,12 +241,12 @@ def test_ends():
 
 def test_the_first_token_may_be_the_last():
     plan = scheduler()
-    one = plan.add(request("one", max_tokens=1), 0)
+    one = plan.add(request("one", max_tokens=1))
     plan.prefilled(plan.plan(0).chunk)
-    assert plan.entered(one, 7, 4, 1.0) is Outcome.LENGTH
-    end = plan.add(request("end"), 0)
+    assert plan.entered(one, 7, 4) is Outcome.LENGTH
+    end = plan.add(request("end"))
     plan.prefilled(plan.plan(0).chunk)
-    assert plan.entered(end, END, 4, 1.0) is Outcome.STOP
+    assert plan.entered(end, END, 4) is Outcome.STOP
     assert not plan.busy
 
 
@@ -269,9 +268,9 @@ def test_wrong_calls_are_found():
     plan = looping(2).scheduler
     a, _ = plan.looping()
     with pytest.raises(InternalError, match="should be"):
-        plan.left(a, 5, 1, 0)
+        plan.left(a, 5, 1)
     with pytest.raises(InternalError, match="should be"):
-        plan.entered(a, 5, 1, 0)
+        plan.entered(a, 5, 1)
     plan.stopped([a])
     with pytest.raises(InternalError, match="should be"):
         plan.stopped([a])
@@ -285,8 +284,8 @@ def test_wrong_calls_are_found():
 def test_cancelled_at_any_time(ticks, outcome):
     """Queued, in a prompt, looping, waiting: everything is free at the next plan."""
     engine = Engine(scheduler(n_slots=1))
-    engine.scheduler.add(request("first", max_tokens=2, ends=()), 0)
-    engine.scheduler.add(request("a", range(40), 99, ends=()), 0)
+    engine.scheduler.add(request("first", max_tokens=2, ends=()))
+    engine.scheduler.add(request("a", range(40), 99, ends=()))
     for _ in range(ticks):
         engine.step()
     engine.scheduler.cancel("a", outcome)
@@ -307,20 +306,20 @@ def test_a_mark_does_not_reach_the_next_of_that_name():
     (a,) = plan.looping()
     plan.cancel("0")
     plan.fail(a, "first")
-    plan.add(request("0"), 1)
+    plan.add(request("0"))
     assert plan.plan(1).ended == []
 
 
 def test_deadlines():
     """Of the running, the queued, and of a name that is used again."""
     engine = Engine(scheduler(n_slots=1))
-    engine.scheduler.add(request("runs", max_tokens=200, ends=(), deadline=20.0), 0)
-    engine.scheduler.add(request("waits", deadline=10.0), 0)
-    engine.scheduler.add(request("again", deadline=15.0), 0)
+    engine.scheduler.add(request("runs", max_tokens=200, ends=(), deadline=20.0))
+    engine.scheduler.add(request("waits", deadline=10.0))
+    engine.scheduler.add(request("again", deadline=15.0))
     engine.scheduler.cancel("again")
     engine.step()
     assert engine.outcomes.pop("again") is Outcome.CANCELLED
-    engine.scheduler.add(request("again", deadline=30.0), 0)
+    engine.scheduler.add(request("again", deadline=30.0))
     seen = {}
     while engine.scheduler.busy:
         engine.step()

@@ -169,7 +169,7 @@ def test_a_broken_stdout_ends_the_process():
 
 
 def test_no_torch_before_the_engine():
-    code = "import sys, open_mythos.inference.worker, open_mythos.inference.host\n"
+    code = "import sys, open_mythos.inference.worker, open_mythos.inference.server.host\n"
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from open_mythos.errors import DataError, EnvironmentError_, MythosError
-from open_mythos.inference.chat import ChatTemplate
 from open_mythos.inference.request import Request
 from open_mythos.inference.server.answers import Prompt, Shape, Words
 from open_mythos.inference.server.auth import Keys
+from open_mythos.inference.server.chat import ChatTemplate
 from open_mythos.inference.server.depth import DepthChoice, DepthPolicy
 from open_mythos.inference.server.errors import ApiError, from_mythos, invalid
 from open_mythos.inference.server.guided import checked_schema

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 
-from open_mythos.inference.chat import ChatTemplate
+from open_mythos.inference.server.chat import ChatTemplate
 from open_mythos.inference.server.life import Life, listen
 from open_mythos.inference.server.service import Service
 from open_mythos.tokenizer import ByteTokenizer

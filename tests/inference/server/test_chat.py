@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from open_mythos.errors import DataError
-from open_mythos.inference.chat import MOST_TEMPLATE_BYTES, ChatTemplate, read_template
-from open_mythos.inference.chat_worker import environment, render
+from open_mythos.inference.server.chat import MOST_TEMPLATE_BYTES, ChatTemplate, read_template
+from open_mythos.inference.server.chat_worker import environment, render
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
 BYTES = ByteTokenizer()

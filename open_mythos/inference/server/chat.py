@@ -106,8 +106,9 @@ class ChatTemplate:
         if self._process is not None:
             return
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "open_mythos.inference.chat_worker", stdin=PIPE, stdout=PIPE,
-            limit=8 * self._setup["bytes"] + (1 << 16), start_new_session=True,
+            sys.executable, "-m", "open_mythos.inference.server.chat_worker",
+            stdin=PIPE, stdout=PIPE, limit=8 * self._setup["bytes"] + (1 << 16),
+            start_new_session=True,
         )  # fmt: skip
         answer = await self._exchange(self._setup, _START_SECONDS)
         if "error" in answer:

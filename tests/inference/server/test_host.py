@@ -20,7 +20,6 @@ from inference.test_worker import command, request
 from inference.toy_engine import CRASH, HANG, LOSE, REFUSE, expected
 
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
-from open_mythos.inference.host import MOST_WAITING, Host, HostNotReady, Ticket, worker_command
 from open_mythos.inference.request import (
     Event,
     Finished,
@@ -29,6 +28,13 @@ from open_mythos.inference.request import (
     Request,
     Started,
     Token,
+)
+from open_mythos.inference.server.host import (
+    MOST_WAITING,
+    Host,
+    HostNotReady,
+    Ticket,
+    worker_command,
 )
 
 DIED = "engine died"
@@ -454,7 +460,7 @@ def test_a_killed_server_leaves_no_engine():
     """The engine sees the end of its stdin; its tick hangs."""
     script = f"""
 import asyncio, sys
-from open_mythos.inference.host import Host
+from open_mythos.inference.server.host import Host
 from open_mythos.inference.request import Request
 async def main():
     host = Host({command()!r})
