@@ -193,7 +193,7 @@ def account(
         stored[part] += parameter.numel()
         active[part] += used
         # only matmuls count, and the halting gate is optional
-        if parameter.dim() > 1 and first not in ("embedding", "head") and ".halting." not in name:
+        if parameter.dim() > 1 and first not in _READ_BY_ROW and ".halting." not in name:
             in_loop = first == "recurrent" and not name.endswith("injection.B")
             weights["loop" if in_loop else "once"] += read
     outer = cfg.prelude_layers + cfg.coda_layers if n_layers is None else n_layers
@@ -210,9 +210,16 @@ def account(
     )  # fmt: skip
 
 
+_READ_BY_ROW = ("embedding", "value_embeddings", "head")
+"""Modules whose matmuls are none, or counted apart."""
 _LOOPED_PARTS = ("embedding", "prelude", "recurrent", "coda", "head")
 _DENSE_PARTS = ("embedding", "blocks", "head")
-_PART = {"prelude_norm": "prelude", "readout": "coda", "final_norm": "head"}
+_PART = {
+    "value_embeddings": "embedding",
+    "prelude_norm": "prelude",
+    "readout": "coda",
+    "final_norm": "head",
+}
 """First component of a parameter's name -> part of the model, where different."""
 
 

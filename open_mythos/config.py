@@ -13,8 +13,10 @@ SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """``rope_type`` of ``rope_scaling`` -> its numbers."""
-OVERRIDES = ("rope_theta", "rope_scaling", "window")
+OVERRIDES = ("rope_theta", "rope_scaling", "window", "value_embedding")
 """Fields that a layer may have of its own."""
+VALUE_GATE_CHANNELS = 32
+"""First channels of a layer's input, which the gate of its value embedding reads."""
 
 
 class Rotary(NamedTuple):
@@ -141,8 +143,22 @@ class MythosConfig:
     low_freq_factor, high_freq_factor and original_max_position_embeddings."""
     window: int = within(0, ge=0)
     """Positions that a token attends to, itself included; 0 for all earlier ones."""
-    layer_overrides: dict[int, dict[str, Any]] | None = None
-    """Stored layer (prelude, loop, coda, from 0) -> its own rope_theta, rope_scaling, window."""
+    layer_overrides: dict[str, dict[str, Any]] | None = None
+    """Stored layer (prelude, loop, coda, from "0") -> its own rope_theta, rope_scaling, window and
+    value_embedding."""
+    state_norm: str = one_of("none", ("none", "loop", "exit"))
+    """RMSNorm of the state: "loop" after every loop, "exit" once, before read-out and coda."""
+    state_norm_weight: str = one_of("final", ("final", "plain"))
+    """Weight of state_norm: "final" is that of the final norm, which is then not applied again to a
+    state that neither read-out nor coda changes; "plain" is none."""
+    value_embedding: bool = False
+    """Add to the values of "gqa" an embedding of the token, times a gate per head."""
+    initial_state_std: float = within(0.0, ge=0)
+    """Standard deviation of initial_state="normal"; 0 means sqrt(2/5)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer_overrides, dict):  # as JSON stores it
+            self.layer_overrides = {str(layer): own for layer, own in self.layer_overrides.items()}
 
     @property
     def head_dim(self) -> int:
@@ -162,16 +178,32 @@ class MythosConfig:
         )
 
     @property
+    def ends_normed(self) -> bool:
+        """Whether the last state is normalized by the final norm and goes to the head as it is."""
+        by_final = self.state_norm != "none" and self.state_norm_weight == "final"
+        return by_final and not self.readout and not self.coda_layers
+
+    @property
+    def stored_layers(self) -> int:
+        """Blocks of prelude, loop and coda, each counted once."""
+        return self.prelude_layers + self.recurrent_layers + self.coda_layers
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Stored layers with a value embedding."""
+        return tuple(i for i in range(self.stored_layers) if self.at(i).value_embedding)
+
+    @property
     def rotaries(self) -> tuple[Rotary, ...]:
         """Every rotary embedding of the model once, its default first."""
-        layers = (self.at(layer).rotary for layer in self.layer_overrides or ())
+        layers = (self.at(int(layer)).rotary for layer in self.layer_overrides or ())
         return tuple(dict.fromkeys((self.rotary, *layers)))
 
     def at(self, layer: int) -> MythosConfig:
         """Return the configuration of one stored layer, its overrides applied."""
         if not self.layer_overrides:
             return self
-        return replace(self, layer_overrides=None, **self.layer_overrides.get(layer, {}))
+        return replace(self, layer_overrides=None, **self.layer_overrides.get(str(layer), {}))
 
     @property
     def hidden_dim(self) -> int:
@@ -219,7 +251,9 @@ class MythosConfig:
             self._reject("dim", "at least 16 with loop_embedding, which uses dim / 8 channels")
         concat, lti = self.injection == "concat", self.injection == "lti"
         self._only(gqa, 'attn_type="gqa"', "gqa_head_dim", "qk_norm", "qk_norm_eps", "qkv_bias")
-        self._only(gqa, 'attn_type="gqa"', "attn_scale")
+        self._only(gqa, 'attn_type="gqa"', "attn_scale", "value_embedding")
+        self._only(self.state_norm != "none", "a state_norm", "state_norm_weight")
+        self._only(self.initial_state == "normal", 'initial_state="normal"', "initial_state_std")
         self._only(self.qk_norm != "none", "a qk_norm", "qk_norm_eps")
         self._only(not self.n_experts, "n_experts=0: experts are SwiGLU", "ffn_kind")
         self._only(concat, 'injection="concat"', "identity_carry", "injection_bias")
@@ -233,15 +267,17 @@ class MythosConfig:
             self._reject("rope_scaling", f"None, or rope_type {kinds}, all > 0")
         if self.layer_overrides is not None:
             self._check_overrides(self.layer_overrides)
+        if self.value_layers and self.dim < VALUE_GATE_CHANNELS:
+            self._reject("dim", f"at least {VALUE_GATE_CHANNELS} with value_embedding")
 
     def _check_overrides(self, overrides: Any) -> None:
-        stored = self.prelude_layers + self.recurrent_layers + self.coda_layers
-        allowed = f"layer 0 .. {stored - 1} -> some of {', '.join(OVERRIDES)}"
+        stored = [str(layer) for layer in range(self.stored_layers)]
+        allowed = f'layer "0" .. "{stored[-1]}" -> some of {", ".join(OVERRIDES)}'
         if not isinstance(overrides, dict):
             self._reject("layer_overrides", allowed)
         for layer, own in overrides.items():
             known = isinstance(own, dict) and own.keys() <= set(OVERRIDES)
-            if not known or type(layer) is not int or not 0 <= layer < stored:
+            if not known or layer not in stored:
                 self._reject("layer_overrides", allowed)
             replace(self, layer_overrides=None, **own).validate()
 
@@ -271,11 +307,6 @@ class MythosConfig:
             if key not in known:
                 raise unknown_key(key, known, "MythosConfig")
         config = cls(**values)
-        if isinstance(config.layer_overrides, dict):  # keys of JSON are strings
-            config.layer_overrides = {
-                int(key) if isinstance(key, str) and key.isdecimal() else key: own
-                for key, own in config.layer_overrides.items()
-            }
         config.validate()
         return config
 

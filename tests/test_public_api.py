@@ -106,7 +106,8 @@ def test_config_fields_and_defaults_in_order():
         "attn_backend", "moe_backend", "injection", "identity_carry", "injection_bias",
         "block_norms", "gqa_head_dim", "qk_norm", "qk_norm_eps", "qkv_bias", "ffn_kind",
         "embedding_scale", "logit_scale", "logit_softcap", "attn_scale", "rope_scaling", "window",
-        "layer_overrides",
+        "layer_overrides", "state_norm", "state_norm_weight", "value_embedding",
+        "initial_state_std",
     ]  # fmt: skip
 
 

@@ -320,6 +320,10 @@ class Runner:
     def _context(self, batch: Batch, real_R: Tensor | None) -> Context:
         """Return positions and cache of the rows' current tokens."""
         position_R = self.slots.position.index_select(0, batch.slots_R)
+        values: dict[int, Tensor] = {}
+        if len(self.model.value_embeddings):
+            token_R = self.slots.token.index_select(0, batch.slots_R)
+            values = self.model.token_values(token_R.unsqueeze(1))
         return Context(
             positions=position_R.unsqueeze(1),
             ropes={
@@ -330,6 +334,7 @@ class Runner:
             columns=Columns(0),
             cache=self.cache.at(batch.slots_R, position_R, real_R, batch.groups, batch.n_blocks),
             exact=self.exact,
+            values=values,
             memo=dict(self._memo if batch.groups is not None else {}),
         )
 

@@ -51,6 +51,9 @@ class CausalLM(nn.Module):
         cfg.validate()
         self.cfg = replace(cfg)  # a copy, so that later changes of ``cfg`` do not affect the model
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.value_embeddings = nn.ModuleList(
+            nn.Embedding(cfg.vocab_size, cfg.n_kv_heads * cfg.head_dim) for _ in cfg.value_layers
+        )
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         if head:
             self.head = OutputHead(cfg)
@@ -94,10 +97,31 @@ class CausalLM(nn.Module):
             valid_BT=None if attention_mask is None else attention_mask.bool(),
         )  # fmt: skip
 
-    def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """Embed tokens (B, T, D), or take their embeddings, and scale by ``embedding_scale``."""
+    def embed_tokens(self, input_ids: Tensor, ctx: Context) -> Tensor:
+        """Embed tokens (B, T, D), or take their embeddings, and scale by ``embedding_scale``.
+
+        What layers with ``value_embedding`` add to their values is kept in ``ctx``.
+        """
+        ctx.values.update(self.token_values(input_ids))
         x_BTD = input_ids if _is_embedded(input_ids) else self.embedding(input_ids)
         return x_BTD if self.cfg.embedding_scale == 1 else x_BTD * self.cfg.embedding_scale
+
+    def token_values(self, input_ids: Tensor) -> dict[int, Tensor]:
+        """Return the value embeddings (B, T, G K) of tokens, by layer.
+
+        Raises:
+            ConfigError: Embeddings stand for the tokens.
+        """
+        if len(self.value_embeddings) and _is_embedded(input_ids):
+            raise ConfigError(
+                "value embeddings need the ids of the tokens", where="input_ids",
+                value=_shown(input_ids), allowed="token ids (B, T)",
+                fix="embeddings in their place work for models without value_embedding",
+            )  # fmt: skip
+        if not len(self.value_embeddings):
+            return {}
+        tables = zip(self.cfg.value_layers, self.value_embeddings, strict=True)
+        return {layer: table(input_ids) for layer, table in tables}
 
     @torch.no_grad()
     def update_router_bias(self, trace: LoopTrace, speed: float | Tensor) -> None:

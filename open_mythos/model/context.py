@@ -37,6 +37,7 @@ class Context:
         exact: A row's result may not depend, in any bit, on other rows' values or number: experts
             use matmuls of fixed size. Dense matmuls keep their bits if the number of rows is
             constant, which is the caller's part. Inference on a CPU only.
+        values: What the layers with ``value_embedding`` add to their values, (B, T, G K).
         memo: Values that layers compute once per call, by layer; shared by all contexts of a
             call.
     """
@@ -50,6 +51,7 @@ class Context:
     active: Active | None = None
     keys_B: Tensor | None = None
     exact: bool = False
+    values: dict[int, Tensor] = field(default_factory=dict, repr=False)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -122,6 +124,7 @@ class Context:
             mask=mask,
             valid_BT=None if self.valid_BT is None else self.valid_BT[rows_R],
             keys_B=None if self.keys_B is None else self.keys_B[rows_R],
+            values={layer: values[rows_R] for layer, values in self.values.items()},
             active=active,
         )
         if columns_RW is None:
@@ -138,6 +141,10 @@ class Context:
             },
             mask=ctx._mask_of(columns_RW),
             valid_BT=valid_RW,
+            values={
+                layer: values.take_along_dim(columns_RW.unsqueeze(-1), dim=1)
+                for layer, values in ctx.values.items()
+            },
         )
 
     def sliding(self, window: int) -> Context:

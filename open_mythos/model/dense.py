@@ -64,11 +64,11 @@ class DenseTransformer(CausalLM):
             n_loops: Loops to unroll for "depth"; ``max_loop_iters`` by default.
         """
         pick(("parameters", "depth"), match, "DenseTransformer.like", what="match")
-        if match == "depth" and cfg.layer_overrides:
+        if match == "depth" and (cfg.layer_overrides or cfg.value_embedding):
             raise ConfigError(
-                "layers with overrides cannot be unrolled", where="DenseTransformer.like",
-                value=cfg.layer_overrides, allowed='match="parameters", or no layer_overrides',
-                fix="the overrides number stored layers; give DenseTransformer its own",
+                "layers of their own cannot be unrolled", where="DenseTransformer.like",
+                value=cfg.layer_overrides, allowed='match="parameters", or no layer_overrides and '
+                "no value_embedding", fix="number the layers of a DenseTransformer yourself",
             )  # fmt: skip
         if match == "depth":
             loops = check_count("n_loops", cfg.max_loop_iters if n_loops is None else n_loops)
@@ -111,7 +111,7 @@ class DenseTransformer(CausalLM):
 
     def embed(self, input_ids: Tensor, ctx: Context) -> Tensor:
         """Run embedding and blocks: (B, T) ids -> (B, T, D)."""
-        x_BTD = self.embed_tokens(input_ids)
+        x_BTD = self.embed_tokens(input_ids, ctx)
         for block in self.blocks:
             x_BTD = block(x_BTD, ctx)
         return x_BTD

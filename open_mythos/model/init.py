@@ -18,7 +18,7 @@ from torch import nn
 TABLE = (
     (r"norm\.weight$|injection\.|gate\.bias$", "keep"),
     (r"readout\.weight$", "identity"),
-    (r"_proj\.bias$", "zero"),
+    (r"_proj\.bias$|value_gate\.weight$", "zero"),
     # these open a bottleneck, they do not end a residual branch
     (r"(q_down|kv_down)\.weight$|lora\.down$", "normal"),
     (r"lora\.up$", "zero"),

@@ -56,7 +56,7 @@ class OpenMythos(CausalLM):
         loop, coda = cfg.prelude_layers, cfg.prelude_layers + cfg.recurrent_layers
         self.prelude = nn.ModuleList(TransformerBlock(cfg, layer=i) for i in range(loop))
         self.prelude_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.prelude_norm else nn.Identity()
-        self.recurrent = RecurrentBlock(cfg, first_layer=loop)
+        self.recurrent = RecurrentBlock(cfg, loop, self.final_norm)
         self.readout = nn.Linear(cfg.dim, cfg.dim, bias=False) if cfg.readout else nn.Identity()
         self.coda = nn.ModuleList(
             TransformerBlock(cfg, layer=coda + i) for i in range(cfg.coda_layers)
@@ -149,7 +149,7 @@ class OpenMythos(CausalLM):
     def embed(self, input_ids: Tensor, ctx: Context | None = None) -> Tensor:
         """Compute the encoded input e (B, T, D): embedding, prelude, norm."""
         ctx = ctx or self.context(input_ids)
-        x_BTD = self.embed_tokens(input_ids)
+        x_BTD = self.embed_tokens(input_ids, ctx)
         for block in self.prelude:
             x_BTD = block(x_BTD, ctx)
         return self.prelude_norm(x_BTD)
@@ -176,10 +176,12 @@ class OpenMythos(CausalLM):
         ``loop`` selects the cache slots of the coda for predictions inside the loop.
         """
         ctx = ctx or Context.of(h_BTD, self.cfg)
+        if self.cfg.state_norm == "exit":
+            h_BTD = self.recurrent.normed(h_BTD)
         x_BTD = self.readout(h_BTD.to(self.final_norm.weight.dtype))
         for block in self.coda:
             x_BTD = block(x_BTD, ctx, loop)
-        return self.final_norm(x_BTD)
+        return x_BTD if self.cfg.ends_normed else self.final_norm(x_BTD)
 
     def generate(
         self,

@@ -24,12 +24,14 @@ from open_mythos.model.context import Context
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import ExitRule, Look
 from open_mythos.model.layers.block import TransformerBlock
+from open_mythos.model.layers.float32 import in_float32
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.layers.injection import Injection, injection_of
 from open_mythos.model.layers.loop_embedding import loop_index_embedding
 from open_mythos.model.layers.lora import LoRAAdapter, capped
 from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.model.trace import LoopTrace
+from open_mythos.ops.norm import rms_norm
 from open_mythos.ops.random import counter_normal
 
 ReadOut = Callable[[Tensor, Context, int], Tensor]
@@ -46,11 +48,16 @@ class RecurrentBlock(nn.Module):
 
     Args:
         first_layer: Index of the first block in the model.
+        final_norm: Final norm of the model, whose weight ``state_norm`` may share.
     """
 
-    def __init__(self, cfg: MythosConfig, first_layer: int = 0) -> None:
+    def __init__(
+        self, cfg: MythosConfig, first_layer: int = 0, final_norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.cfg, self.checkpoint = cfg, False
+        # in a tuple it is no submodule: the model stores and shards its weight, once
+        self._final_norm = (final_norm or RMSNorm(cfg.dim, cfg.norm_eps),)
         self.injection = injection_of(cfg)
         self.blocks = nn.ModuleList(
             TransformerBlock(cfg, use_moe=cfg.n_experts > 0, layer=first_layer + i)
@@ -91,11 +98,20 @@ class RecurrentBlock(nn.Module):
             x_BTD = block(x_BTD, ctx, t, trace)
         if self.lora is not None and self.lora_norm is not None:
             x_BTD = x_BTD + self.lora(self.lora_norm(x_BTD), t)
+        if self.cfg.state_norm == "loop":
+            x_BTD = self.normed(x_BTD)
         if trace is not None:
             loop = trace.record_state(t, h_BTD, x_BTD, ctx.active)
             if trace.keep_states:
                 trace.halting[loop] = self.halting(x_BTD.detach())
         return x_BTD
+
+    def normed(self, h_BTD: Tensor) -> Tensor:
+        """Normalize a state as ``state_norm_weight`` says; float32 for any model dtype."""
+        if self.cfg.state_norm_weight == "plain":
+            ones_D = torch.ones(self.cfg.dim, device=h_BTD.device)
+            return rms_norm(h_BTD.float(), ones_D, self.cfg.norm_eps)
+        return in_float32(self._final_norm[0], h_BTD)
 
     def sharing(self, ctx: Context) -> Context:
         """Return a context for several calls of :meth:`step` with the same weights.
@@ -107,7 +123,7 @@ class RecurrentBlock(nn.Module):
         return replace(ctx, memo={**ctx.memo, self.injection: self.injection.decay()})
 
     def initial_state(self, e_BTD: Tensor, ctx: Context) -> Tensor:
-        """Return h_0 in float32: zero, the encoded input, or normal with variance 2/5.
+        """Return h_0 in float32: zero, the encoded input, or normal.
 
         The normal one is a function of sequence key and position, so it does not depend on batch,
         rank or chunking.
@@ -120,7 +136,7 @@ class RecurrentBlock(nn.Module):
         if keys_B is None:
             keys_B = torch.zeros(e_BTD.shape[0], dtype=torch.long, device=e_BTD.device)
         normal = counter_normal(keys_B, ctx.positions, e_BTD.shape[-1], _INITIAL_STATE_SALT)
-        return (2 / 5) ** 0.5 * normal
+        return (self.cfg.initial_state_std or (2 / 5) ** 0.5) * normal
 
     def unroll(
         self,

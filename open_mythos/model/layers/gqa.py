@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from open_mythos.config import MythosConfig
+from open_mythos.config import VALUE_GATE_CHANNELS, MythosConfig
+from open_mythos.errors import ConfigError
 from open_mythos.model.context import Context
 from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.ops.attention.attend import attend
@@ -19,6 +20,8 @@ class GQAttention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary embedding.
 
     The cache entry of a token is its normalized and rotated keys and its values, 2 G K elements.
+    With ``value_embedding``, a layer adds 2 sigmoid(gate x) times an embedding of the token to each
+    value head, with x the first channels of its input (Parcae, arXiv 2604.12946).
     """
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
@@ -29,6 +32,9 @@ class GQAttention(nn.Module):
         self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.kv_proj = nn.Linear(cfg.dim, 2 * kv_width, bias=cfg.qkv_bias)
         self.out_proj = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+        self.value_gate = None
+        if cfg.value_embedding:
+            self.value_gate = nn.Linear(VALUE_GATE_CHANNELS, cfg.n_kv_heads, bias=False)
         if cfg.qk_norm != "none":
             eps = cfg.qk_norm_eps or cfg.norm_eps
             heads = (cfg.n_heads, cfg.n_kv_heads) if cfg.qk_norm == "width" else (1, 1)
@@ -42,6 +48,8 @@ class GQAttention(nn.Module):
         ctx = (ctx or Context.of(x_BTD, cfg)).sliding(cfg.window)
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.n_heads, cfg.head_dim))
         k_BTGK, v_BTGK = self.kv_proj(x_BTD).unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
+        if self.value_gate is not None:
+            v_BTGK = v_BTGK + self._token_values(x_BTD, ctx, self.value_gate)
         if cfg.qk_norm == "width":
             q_BTHK = self.q_norm(q_BTHK.flatten(2)).view_as(q_BTHK)
             k_BTGK = self.k_norm(k_BTGK.flatten(2)).view_as(k_BTGK)
@@ -67,3 +75,14 @@ class GQAttention(nn.Module):
             causal=ctx.causal, scale=self.scale, backend=cfg.attn_backend,
         )  # fmt: skip
         return self.out_proj(y_BTHK.flatten(2))
+
+    def _token_values(self, x_BTD: Tensor, ctx: Context, gate: nn.Module) -> Tensor:
+        """Return the gated embeddings of the tokens (B, T, G, K)."""
+        if self.layer not in ctx.values:
+            raise ConfigError(
+                "value embeddings need the tokens", where="ctx", value="a context of states alone",
+                allowed="the context that embed() got with the tokens",
+                fix="pass ctx to embed() and to this call",
+            )  # fmt: skip
+        gate_BTG1 = 2 * gate(x_BTD[..., :VALUE_GATE_CHANNELS]).sigmoid().unsqueeze(-1)
+        return gate_BTG1 * ctx.values[self.layer].unflatten(-1, (self.cfg.n_kv_heads, -1))

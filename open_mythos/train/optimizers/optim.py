@@ -50,7 +50,7 @@ RULES = (
         "are as large in every direction, would leave it fast",
     ),
     Rule(
-        r"embedding\.", "embedding, and the head if tied to it", False, 0,
+        r"embeddings?\.", "embedding, and the head if tied to it", False, 0,
         "a table of rows; those of rare tokens would shrink at every step without the token",
     ),
     Rule(

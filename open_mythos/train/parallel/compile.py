@@ -74,4 +74,5 @@ def _bare(ctx: Context, rows_leave: bool) -> Context:
         mask = Visibility(mask.n_queries, mask.n_columns, mask.device, *marks)
     else:
         mask = of_rows(mask)
-    return Context(positions, ropes, mask, ctx.columns, keys_B=of_rows(ctx.keys_B))
+    values = {layer: of_rows(each) for layer, each in ctx.values.items()}
+    return Context(positions, ropes, mask, ctx.columns, keys_B=of_rows(ctx.keys_B), values=values)
