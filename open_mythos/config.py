@@ -155,6 +155,9 @@ class MythosConfig:
     """Add to the values of "gqa" an embedding of the token, times a gate per head."""
     initial_state_std: float = within(0.0, ge=0)
     """Standard deviation of initial_state="normal"; 0 means sqrt(2/5)."""
+    relaxation: str = one_of("none", ("none", "mean"))
+    """State after loop t: its output y_t ("none"), or the mean of y_0 .. y_t ("mean"), which damps
+    a block that was not trained to repeat."""
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_overrides, dict):  # as JSON stores it

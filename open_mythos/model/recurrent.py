@@ -100,6 +100,8 @@ class RecurrentBlock(nn.Module):
             x_BTD = x_BTD + self.lora(self.lora_norm(x_BTD), t)
         if self.cfg.state_norm == "loop":
             x_BTD = self.normed(x_BTD)
+        if self.cfg.relaxation == "mean":
+            x_BTD = mean_so_far(h_BTD, x_BTD, t)
         if trace is not None:
             loop = trace.record_state(t, h_BTD, x_BTD, ctx.active)
             if trace.keep_states:
@@ -257,6 +259,17 @@ class RecurrentBlock(nn.Module):
             active = kept.within(active)
             now = ctx.at(active)
         return final_BTD
+
+
+def mean_so_far(h_BTD: Tensor, y_BTD: Tensor, t: int | Tensor) -> Tensor:
+    """Return the mean of the outputs y_0 .. y_t of the loops, of which ``h`` is that of t - 1.
+
+    It is exactly ``y`` in the first loop. Source: W. R. Mann, "Mean value methods in iteration",
+    1953.
+    """
+    if isinstance(t, int):
+        return torch.lerp(h_BTD.float(), y_BTD.float(), 1 / (t + 1))
+    return torch.lerp(h_BTD.float(), y_BTD.float(), (1 / (t + 1.0)).view(-1, 1, 1))
 
 
 def _predict(read_out: ReadOut | None, h_RWD: Tensor, ctx: Context, t: int) -> Tensor:

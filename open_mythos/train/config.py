@@ -14,6 +14,7 @@ from open_mythos.errors import ConfigError
 DEPTH_PLAN_NAMES = ("fixed", "uniform", "poisson", "lognormal_poisson")
 SCHEDULE_NAMES = ("cosine", "wsd", "constant")
 DECAY_SHAPES = ("linear", "sqrt")
+CURRICULUM_SHAPES = ("linear", "sqrt")
 OPTIMIZER_NAMES = ("adamw", "muon")
 
 
@@ -46,7 +47,10 @@ class DepthConfig(_Section):
     curriculum_start: float = within(1.0, ge=1, le=1024)
     """``mean`` at the first step of a curriculum."""
     curriculum_steps: int = within(0, ge=0)
-    """Steps over which ``mean`` grows linearly from ``curriculum_start``; 0 for no curriculum."""
+    """Steps over which ``mean`` grows from ``curriculum_start``; 0 for no curriculum."""
+    curriculum_shape: str = one_of("linear", CURRICULUM_SHAPES)
+    """Growth over the share s of these steps: "linear" (s), or "sqrt" (1 - sqrt(1 - s), which stays
+    shallow for longer, arXiv 2511.07384)."""
     long_share: float = within(0.0, ge=0, le=1)
     """Fraction of steps whose sequences all run extra loops, so that the model learns to hold its
     answer. With ``train.grad_loops`` they precede the loops that carry gradient: the step starts
@@ -89,6 +93,8 @@ class OptimConfig(_Section):
     the rest; its best learning rate is about four times AdamW's (docs/optimizers.md)."""
     lr: float = within(1e-3, gt=0)
     """Learning rate at the end of the warm-up."""
+    adamw_lr: float = within(0.0, ge=0)
+    """Muon only: the same for the parameters that AdamW updates; 0 means ``lr``."""
     beta1: float = within(0.9, ge=0, lt=1)
     """Decay of the first moment, in [0, 1)."""
     beta2: float = within(0.95, ge=0, lt=1)
@@ -106,6 +112,12 @@ class OptimConfig(_Section):
     ema_decay: float = within(0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights, which evaluations use, in [0, 1), e.g.
     0.999; 0 keeps none."""
+
+    def validate(self) -> None:
+        """Raise a ConfigError if a field, or a relation between fields, is out of range."""
+        super().validate()
+        if self.adamw_lr and self.name != "muon":
+            reject("optim", self, "adamw_lr", '0, or optim.name "muon"')
 
 
 @dataclass

@@ -5,6 +5,7 @@ Micro-batches, world sizes and resumed runs therefore agree on every depth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -62,6 +63,8 @@ class DepthPlan:
         """Return the mean depth at ``step``, from 0; it grows during a curriculum."""
         config = self.config
         done = min(1.0, step / config.curriculum_steps) if config.curriculum_steps else 1.0
+        if config.curriculum_shape == "sqrt":
+            done = 1 - math.sqrt(1 - done)
         return config.curriculum_start + done * (config.mean - config.curriculum_start)
 
     def depths(self, step: int, sample_index_B: Tensor | Iterable[int]) -> Tensor:

@@ -76,7 +76,7 @@ class Stepper:
         clipping = (self.config.train.clip / (norm + 1e-6)).clamp(max=1.0)
         scale_gradients(self.parameters, self.scale.unscale(clipping))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         step_if(self.optimizer, proceed)
         self.model.update_router_bias(trace, self.config.train.balance_speed * proceed)
         if self.average is not None:

@@ -77,6 +77,7 @@ CHOICES: dict[str, dict] = {
             2: {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "window": 2},
         },
     },
+    "mean of the loops": {"relaxation": "mean"},
 }
 B, T, LOOPS = 3, 11, 3
 choices = pytest.mark.parametrize("name", CHOICES)

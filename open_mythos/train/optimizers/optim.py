@@ -1,7 +1,8 @@
 """Optimizer and weight decay of each parameter, from one table: :data:`RULES`.
 
 "adamw" is AdamW for everything; "muon" is Muon for the matrices inside the blocks and AdamW for the
-rest (:mod:`open_mythos.train.optimizers.muon`), with the same learning rate and weight decay.
+rest (:mod:`open_mythos.train.optimizers.muon`), with the same weight decay and, unless
+``optim.adamw_lr`` is set, the same learning rate.
 """
 
 from __future__ import annotations
@@ -123,12 +124,15 @@ def parameter_groups(
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer of the configuration over :func:`parameter_groups`.
 
-    Its groups hold ``param_names``. Shard a model first: that replaces its parameters.
+    Its groups hold ``param_names``, and ``lr_factor``, the group's share of the learning rate. Shard a model first: that replaces its parameters.
 
     Raises:
         ConfigError: There is no such optimizer.
     """
     groups = parameter_groups(model, config.weight_decay, config.name)
+    for group in groups:
+        is_split = config.adamw_lr and "side_by_side" not in group
+        group["lr_factor"] = config.adamw_lr / config.lr if is_split else 1.0
     return OPTIMIZERS[config.name](groups, config)
 
 
