@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,15 @@ class Study:
         """Return the path of the recorded results."""
         return ROOT / "experiments" / "studies" / "results" / f"{self.name}.json"
 
-    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Parse ``arguments``; a quick run must not overwrite the recorded results."""
+    def parse(
+        self,
+        arguments: Sequence[str] | None,
+        add: Callable[[argparse.ArgumentParser], None] | None = None,
+    ) -> argparse.Namespace:
+        """Parse ``arguments``; a quick run must not overwrite the recorded results.
+
+        ``add`` adds options of the study's own.
+        """
         parser = argparse.ArgumentParser(
             prog=f"python -m experiments.studies.{self.name}", description=self.description
         )
@@ -43,6 +50,8 @@ class Study:
         parser.add_argument(
             "--work", type=Path, default=ROOT / "runs" / self.name, help="folder of prepared text"
         )
+        if add is not None:
+            add(parser)
         options = parser.parse_args(arguments)
         own = options.out != self.results
         if options.quick and not own:

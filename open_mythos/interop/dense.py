@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from open_mythos.checks import pick
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError
+from open_mythos.hub.pretrained import model_tensors
+from open_mythos.interop.names import Rule, per_block, renamed, same, stacked
 from open_mythos.model.dense import DenseTransformer
 
 if TYPE_CHECKING:
@@ -99,19 +100,24 @@ def dense_config(hf: PreTrainedConfig) -> MythosConfig:
 
 
 def from_transformers(model: PreTrainedModel) -> DenseTransformer:
-    """Return a dense model of transformers as one of this library, in evaluation mode.
+    """Return a dense model of transformers as one of this library, in float32, for evaluation.
 
     Its logits are those of ``model`` up to rounding: stacked projections sum in another order.
 
     Raises:
         ConfigError: The family is not known.
         DataError: A setting has no counterpart here, or the weights are not exactly those of the
-            family (the first few differences are named).
+            family.
     """
     cfg = dense_config(model.config)
     with torch.device("meta"):
         dense = DenseTransformer(cfg, model.config.num_hidden_layers)
-    tensors = _renamed(dict(model.state_dict()), cfg, dense.n_layers)
+    rules = weight_rules(cfg, dense.n_layers)
+    tensors = renamed(
+        {name: tensor.detach() for name, tensor in model.state_dict().items()}, rules,
+        model_tensors(dense), dropped=["lm_head.weight"] if cfg.tie_embeddings else [],
+        where=model.config.model_type,
+    )  # fmt: skip
     if cfg.tie_embeddings:
         tensors["head.weight"] = tensors["embedding.weight"]
     dense.load_state_dict(tensors, assign=True)
@@ -128,53 +134,33 @@ def _require(hf: Any, name: str, value: Any, allowed: Iterable[Any]) -> None:
         )  # fmt: skip
 
 
-def _renamed(given: dict[str, Tensor], cfg: MythosConfig, n_layers: int) -> dict[str, Tensor]:
-    """Return our name -> tensor; every tensor of ``given`` is used exactly once.
-
-    Raises:
-        DataError: One is missing or left over.
-    """
-    missing: list[str] = []
-
-    def take(name: str) -> Tensor:
-        if name not in given:
-            missing.append(name)
-            return torch.empty(0)
-        return given.pop(name).detach()
-
-    found = {"embedding.weight": take("model.embed_tokens.weight")}
-    found["final_norm.weight"] = take("model.norm.weight")
-    if cfg.tie_embeddings:
-        given.pop("lm_head.weight", None)
-    else:
-        found["head.weight"] = take("lm_head.weight")
-    for i in range(n_layers):
-        layer = _layer(cfg, lambda name, i=i: take(f"model.layers.{i}.{name}"))  # type: ignore[misc]
-        found |= {f"blocks.{i}.{name}": tensor for name, tensor in layer.items()}
-    problems = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in given]
-    if problems:
-        shown = [*problems[:5], *([f"and {len(problems) - 5} more"] if problems[5:] else [])]
-        raise DataError(
-            "the weights are not those of the family", where="model", value="; ".join(shown),
-            allowed="exactly the tensors of the family", fix="choose a model without additions",
-        )  # fmt: skip
-    return found
+def weight_rules(cfg: MythosConfig, n_layers: int) -> list[Rule]:
+    """Return the rules that make the weights of a dense model with this configuration."""
+    outer = [
+        Rule("embedding.weight", ("model.embed_tokens.weight",)),
+        Rule("final_norm.weight", ("model.norm.weight",)),
+    ]
+    if not cfg.tie_embeddings:
+        outer.append(Rule("head.weight", ("lm_head.weight",)))
+    pairs = [(f"blocks.{i}", i) for i in range(n_layers)]
+    return outer + per_block(_layer_rules(cfg), pairs)
 
 
-def _layer(cfg: MythosConfig, take: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Return our name -> tensor of one layer."""
-    found = {}
+def _layer_rules(cfg: MythosConfig) -> list[Rule]:
+    def rule(ours: str, *theirs: str) -> Rule:
+        names = tuple(f"model.layers.{{i}}.{name}" for name in theirs)
+        return Rule(f"{{block}}.{ours}", names, stacked if theirs[1:] else same)
+
+    found = [
+        rule("attn.out_proj.weight", "self_attn.o_proj.weight"),
+        rule("ffn.gate_up.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        rule("ffn.down.weight", "mlp.down_proj.weight"),
+    ]
     for kind in ("weight", "bias") if cfg.qkv_bias else ("weight",):
-        found[f"attn.q_proj.{kind}"] = take(f"self_attn.q_proj.{kind}")
-        pair = [take(f"self_attn.{name}_proj.{kind}") for name in ("k", "v")]
-        found[f"attn.kv_proj.{kind}"] = torch.cat(pair)
-    found["attn.out_proj.weight"] = take("self_attn.o_proj.weight")
+        q, k, v = (f"self_attn.{name}_proj.{kind}" for name in "qkv")
+        found += [rule(f"attn.q_proj.{kind}", q), rule(f"attn.kv_proj.{kind}", k, v)]
     if cfg.qk_norm != "none":
-        for name in ("q_norm", "k_norm"):
-            found[f"attn.{name}.weight"] = take(f"self_attn.{name}.weight")
-    pair = [take(f"mlp.{name}_proj.weight") for name in ("gate", "up")]
-    found["ffn.gate_up.weight"] = torch.cat(pair)
-    found["ffn.down.weight"] = take("mlp.down_proj.weight")
-    for name, ours in _NORMS[cfg.block_norms].items():
-        found[f"{ours}.weight"] = take(f"{name}.weight")
-    return found
+        names = ("q_norm.weight", "k_norm.weight")
+        found += [rule(f"attn.{name}", f"self_attn.{name}") for name in names]
+    norms = _NORMS[cfg.block_norms]
+    return found + [rule(f"{ours}.weight", f"{name}.weight") for name, ours in norms.items()]

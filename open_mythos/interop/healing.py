@@ -14,12 +14,7 @@ from open_mythos.interop.retrofit import Split
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer
-from open_mythos.train.config import (
-    DepthConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
+from open_mythos.train.config import DepthConfig, OptimConfig, RunConfig, TrainConfig
 
 HEAL_FILE = "heal.yaml"
 RECORD_FILE = "retrofit.json"
@@ -32,13 +27,14 @@ def healing_run(cfg: MythosConfig, folder: str, steps: int = STEPS) -> RunConfig
 
     After McLeish et al. (arXiv 2511.07384): the mean depth grows from 1 over the first quarter,
     the last 8 loops carry gradient, Muon updates the matrices of the blocks and AdamW, at a lower
-    rate, all else; warm-up, stable, decay over the last 60 %.
+    rate, all else; warm-up, stable, decay over the last 60 %. Their rate of Muon, 1e-3, is that of
+    an orthogonal update; ours is on the scale of AdamW's, on which theirs is about 1e-4.
     """
     mean = float(cfg.max_loop_iters)
     return RunConfig(
         model=cfg,
         depth=DepthConfig(plan="poisson", mean=mean, curriculum_steps=max(1, steps // 4)),
-        optim=OptimConfig(name="muon", lr=1e-3, adamw_lr=5e-5, weight_decay=1e-4),
+        optim=OptimConfig(name="muon", lr=1e-4, adamw_lr=5e-5, weight_decay=1e-4),
         train=TrainConfig(
             steps=steps, seq_len=min(1024, cfg.max_seq_len), global_batch=16, micro_batch=4,
             schedule="wsd", warmup_steps=min(50, steps // 10), decay_steps=max(1, steps * 6 // 10),
@@ -79,8 +75,7 @@ def healing_yaml(cfg: MythosConfig, folder: str, teacher: str) -> str:
     values = {k: v for k, v in healing_run(cfg, folder).to_dict().items() if k in _SECTIONS}
     lines = [
         f"# Heals {folder}: open-mythos train --config {folder}/{HEAL_FILE} --source TEXT",
-        "# Muon needs the most memory per matrix the least; optim.name: adamw is the alternative,",
-        "# with optim.adamw_lr: 0 and a learning rate of about 5e-5.",
+        "# With AdamW alone: --optim.name adamw --optim.adamw_lr 0 --optim.lr 5e-5",
     ]
     if teacher:
         lines += [

@@ -8,7 +8,7 @@ dense one and training ("healing") only has to teach the block to run again.
 |---|---|---|---|
 | "convex" | e | A h_t + (1 - A) e, zero-order hold | pulled back towards e |
 | "zero" | 0 | A h_t + e, Euler's rule | far from the dense model until healed |
-| "damped" | e | as "convex"; the state is the mean of all loops' outputs | nearest to the dense model |
+| "damped" | e | as "convex"; the state is the mean of all outputs | nearest to the dense model |
 
 Exactly equal in float32 to the same blocks run once where A + (1 - A) rounds to 1 in every product,
 as for A = 1/2 and 1/4 ("zero": for any A). Leaving layers out is the choice of McLeish et al.
@@ -106,6 +106,23 @@ class Split:
     def dropped(self) -> list[int]:
         """Indices of the layers that are left out."""
         return sorted(set(range(self.n_layers)) - set(self.places.values()))
+
+
+def default_split(
+    n_layers: int, prelude: int | None, loop: int, coda: int | None,
+    loop_from: int | None = None, drop: bool = False,
+) -> Split:  # fmt: skip
+    """Return :meth:`Split.of`; by default a quarter of the layers precedes the loop.
+
+    A block at the end of the first third tolerates repetition best (docs/retrofit.md).
+    """
+    if prelude is None:
+        room = n_layers - loop - (coda or 0)
+        prelude = max(0, min(round(n_layers / 4) if coda is None else room, room))
+    if coda is None:
+        start = prelude if loop_from is None else loop_from
+        coda = max(0, n_layers - start - loop)
+    return Split.of(n_layers, prelude, loop, coda, loop_from, drop)
 
 
 def retrofit(

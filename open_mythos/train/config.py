@@ -270,6 +270,12 @@ class TrainConfig(_Section):
     init_from: str = ""
     """Initial weights: a model, a checkpoint or a run (its newest checkpoint); empty for random
     initialization."""
+    teacher: str = ""
+    """Model whose predictions the loss also matches (a looped one at one loop); empty for none."""
+    teacher_weight: float = within(0.5, gt=0)
+    """Weight of the divergence from the teacher."""
+    teacher_temperature: float = within(2.0, gt=0)
+    """Temperature of both distributions in it."""
 
     def validate(self) -> None:
         """Raise a ConfigError if a field, or a relation between fields, is out of range."""

@@ -1,4 +1,4 @@
-"""The training loss: next-token loss at the last loop, and expert balance.
+"""The training loss: next-token loss at the last loop, expert balance, and distillation.
 
 Every term is divided by a count over the whole optimizer step, so that the sum over micro-batches
 and ranks is the loss of the global batch.
@@ -17,13 +17,14 @@ from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.layers.head import head_loss
 from open_mythos.model.trace import LoopTrace
+from open_mythos.train.distillation import Teacher
 
 
 class LossOutput(NamedTuple):
     """Contribution of one micro-batch to the loss of its step; float32 scalars."""
 
     total: Tensor
-    """``nll`` plus the weighted ``balance``, with gradient."""
+    """``nll`` plus the weighted ``balance`` and divergence from a teacher, with gradient."""
     nll: Tensor
     """Negative log-likelihood of the next tokens in nats, divided by the tokens of the step."""
     balance: Tensor
@@ -45,6 +46,7 @@ def next_token_loss(
     document_ids: Tensor | None = None,
     sample_seeds: Tensor | None = None,
     balance_coefficient: float = 0.0,
+    teacher: Teacher | None = None,
     depth: Depth | None = None,
     trace: LoopTrace | None = None,
 ) -> LossOutput:
@@ -60,17 +62,22 @@ def next_token_loss(
         sample_seeds: (B,) keys of dropout and of random initial states.
         balance_coefficient: Weight of :func:`sequence_balance_loss`; above 0 it needs a ``trace``
             with ``keep_routing``.
+        teacher: Adds the divergence from this model.
         depth: Loops of a looped model, and how many of them carry gradient.
         trace: Receives diagnostics of the loops.
     """
     ctx = model.context(input_ids, document_ids=document_ids, sample_seeds=sample_seeds)
     hidden_BTD = model.hidden(input_ids, ctx, depth, trace)
     nll = head_loss(model.head, hidden_BTD, targets, IGNORE_INDEX) / max(1, step_tokens)
-    if not balance_coefficient:
-        return LossOutput(nll, nll.detach(), torch.zeros_like(nll, requires_grad=False))
-    assert trace is not None
-    balance = sequence_balance_loss(trace, len(input_ids)).sum() / step_sequences
-    return LossOutput(nll + balance_coefficient * balance, nll.detach(), balance.detach())
+    total, balance = nll, torch.zeros_like(nll, requires_grad=False)
+    if teacher is not None:
+        apart = teacher.loss(hidden_BTD, model.head, input_ids, targets, document_ids)
+        total = total + apart / max(1, step_tokens)
+    if balance_coefficient:
+        assert trace is not None
+        balance = sequence_balance_loss(trace, len(input_ids)).sum() / step_sequences
+        total = total + balance_coefficient * balance
+    return LossOutput(total, nll.detach(), balance.detach())
 
 
 def sequence_balance_loss(trace: LoopTrace, batch: int, valid_BT: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from open_mythos.seeding import derive_seed
 from open_mythos.train.build import Model
 from open_mythos.train.config import RunConfig, TrainConfig
 from open_mythos.train.depth import DepthPlan
+from open_mythos.train.distillation import Teacher
 from open_mythos.train.loss import count_targets, next_token_loss
 from open_mythos.train.optimizers.ema import WeightAverage
 from open_mythos.train.optimizers.gradients import gradient_norm, scale_gradients, step_if
@@ -58,6 +59,7 @@ class Stepper:
         self.average = WeightAverage(self.model, decay, self.parallel.outermost) if decay else None
         self.scale = LossScale(self.device, dynamic=self.dtype == torch.float16)
         self.plan = DepthPlan(config.depth, config.train.seed)
+        self.teacher = Teacher.of(config, self.device)
 
     def take(self, step: int, batch: TokenBatch, *, correlation: bool = False) -> StepResult:
         """Queue optimizer step number ``step``, from 0, on this process's part of the global batch.
@@ -124,7 +126,8 @@ class Stepper:
                     step_tokens=counts.tokens, step_sequences=train.global_batch,
                     document_ids=here.document_ids,
                     sample_seeds=self._sample_seeds(step, part.sample_index),
-                    balance_coefficient=train.balance_coefficient, depth=loops, trace=trace,
+                    balance_coefficient=train.balance_coefficient, teacher=self.teacher,
+                    depth=loops, trace=trace,
                 )  # fmt: skip
             self.scale.apply(out.total).backward()
             loss, balance = loss + out.nll, balance + out.balance

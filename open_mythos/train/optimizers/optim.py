@@ -124,7 +124,8 @@ def parameter_groups(
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer of the configuration over :func:`parameter_groups`.
 
-    Its groups hold ``param_names``, and ``lr_factor``, the group's share of the learning rate. Shard a model first: that replaces its parameters.
+    Its groups hold ``param_names``, and ``lr_factor``, their share of the learning rate. Shard a
+    model first: that replaces its parameters.
 
     Raises:
         ConfigError: There is no such optimizer.
