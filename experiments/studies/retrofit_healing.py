@@ -103,7 +103,7 @@ def texts(scale: Scale) -> Iterator[str]:
     yield from library[:: 20 if scale.quick else 4]
     described = {each.metadata["Name"]: each for each in metadata.distributions()}
     for name in sorted(described, key=str):
-        text = str(described[name].metadata.get_payload() or "")
+        text = str(described[name].metadata.json.get("description", ""))
         if not scale.quick and len(text) > 500:
             yield text
 
@@ -200,12 +200,13 @@ def _save(path: Path, found: dict[str, Any]) -> None:
 def markdown(found: dict[str, Any]) -> str:
     """Format the losses as the table of docs/retrofit.md."""
     looped, dense = found["looped"], found["dense"]
-    rows = [("dense, once", f"{dense['before']['dense']:.3f}", f"{dense['after']['dense']:.3f}")]
-    rows += [
-        (f"looped, {n} loop{'s' if n > 1 else ''}", *(
-            f"{looped[when][str(n)]:.3f}" for when in ("before", "after")
-        )) for n in DEPTHS
-    ]  # fmt: skip
+    cells: dict[str, tuple[Any, Any]] = {
+        "dense, once": (dense["before"]["dense"], dense["after"]["dense"]),
+    }
+    for n in DEPTHS:
+        name = f"looped, {n} loop{'s' if n > 1 else ''}"
+        cells[name] = (looped["before"][str(n)], looped["after"][str(n)])
+    rows = [(name, *(f"{loss:.3f}" for loss in pair)) for name, pair in cells.items()]
     return markdown_table(("model", "before", "after healing"), rows).rstrip()
 
 

@@ -18,11 +18,12 @@ as for A = 1/2 and 1/4 ("zero": for any A). Leaving layers out is the choice of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.checks import check_count, check_number, pick
 from open_mythos.config import MythosConfig
@@ -208,15 +209,22 @@ def compare(dense: DenseTransformer, looped: OpenMythos, split: Split, seed: int
     ids_BT = torch.randint(dense.cfg.vocab_size, (2, length), generator=generator)
     ctx = looped.context(ids_BT)
     ((_, state_BTD),) = looped.unroll(ids_BT, 1, ctx)
-    run = [dense.blocks[index] for index in split.places.values()]
-    x_BTD = dense.embed_tokens(ids_BT)
-    for block in run[: split.prelude + split.loop]:
-        x_BTD = block(x_BTD, ctx)
+    before_coda = [*split.places.values()][: split.prelude + split.loop]
+    x_BTD = _part(dense, before_coda).embed(ids_BT, ctx)
     logits_BTV = dense(ids_BT)
     return Difference(
         _largest(state_BTD - x_BTD), _largest(looped.logits(state_BTD, ctx) - logits_BTV),
         _largest(logits_BTV),
     )  # fmt: skip
+
+
+def _part(dense: DenseTransformer, layers: Sequence[int]) -> DenseTransformer:
+    """Return a model of some layers of ``dense``, which shares its weights."""
+    with torch.device("meta"):
+        part = DenseTransformer(dense.cfg, len(layers))
+    part.embedding = dense.embedding
+    part.blocks = nn.ModuleList(dense.blocks[index] for index in layers)
+    return part.eval()
 
 
 def _largest(x: Tensor) -> float:

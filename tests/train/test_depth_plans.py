@@ -141,3 +141,15 @@ def test_changing_the_config_later_changes_nothing():
 def test_invalid_config_is_refused():
     with pytest.raises(ConfigError):
         DepthPlan(DepthConfig(plan="none"), 0)
+
+
+def test_a_curriculum_of_either_shape_ends_at_the_mean():
+    """ "sqrt" is 1 - sqrt(1 - s): below the straight line between the same ends."""
+    fields = {"plan": "poisson", "mean": 9.0, "curriculum_steps": 100}
+    straight, curved = (
+        DepthPlan(DepthConfig(**fields, curriculum_shape=shape), 0) for shape in ("linear", "sqrt")
+    )
+    for plan in (straight, curved):
+        assert (plan.mean_at(0), plan.mean_at(100), plan.mean_at(500)) == (1.0, 9.0, 9.0)
+    assert straight.mean_at(75) == 7.0
+    assert curved.mean_at(75) == 5.0

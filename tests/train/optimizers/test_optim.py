@@ -245,3 +245,20 @@ def test_every_rule_is_needed(make_run, attn_type):
     missing = {rule.what for rule in RULES} - hit
     assert RULES[-1].what in missing
     assert len(missing) == (2 if attn_type == "mla" else 1)  # latent attention has no kv_proj
+
+
+def test_adamw_can_have_a_rate_of_its_own(make_run):
+    """The rate of every group follows the schedule; a rate of 0 means that of Muon."""
+    for rate, expected in ((0.0, 1.0), (5e-5, 0.05)):
+        run = make_run()
+        run.optim = OptimConfig(name="muon", lr=1e-3, adamw_lr=rate)
+        optimizer = build_optimizer(build_model(run), run.optim)
+        factors = {group["name"]: group["lr_factor"] for group in optimizer.param_groups}
+        assert factors == {
+            "muon": 1.0, "muon_pairs": 1.0, "decay": expected, "no_decay": expected,
+        }  # fmt: skip
+
+
+def test_the_rate_of_adamw_needs_muon():
+    with pytest.raises(ConfigError, match="adamw_lr"):
+        OptimConfig(adamw_lr=1e-4).validate()

@@ -1,0 +1,235 @@
+"""Dense models of transformers become ours, and looped ones that equal them at one loop."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from open_mythos import ConfigError, OpenMythos
+from open_mythos.cli import main
+from open_mythos.errors import DataError
+from open_mythos.hub.pretrained import from_pretrained, save_pretrained
+from open_mythos.interop.dense import from_transformers
+from open_mythos.interop.dense_source import plain_tokenizer, read_dense
+from open_mythos.interop.healing import healing_run
+from open_mythos.interop.retrofit import MODES, Split, compare, default_split, retrofit
+from open_mythos.train import RunConfig, build_model
+
+from .dense_models import FAMILIES, SIZES, dense_model
+
+N_LAYERS = SIZES["num_hidden_layers"]
+SPLIT = Split.of(N_LAYERS, 2, 2, 2)
+IDS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return from_transformers(dense_model("llama, tied"))
+
+
+@families
+@torch.no_grad()
+def test_logits_are_those_of_transformers(family):
+    theirs = dense_model(family)
+    expected = theirs(IDS).logits
+    found = from_transformers(theirs)(IDS)
+    assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@families
+def test_one_loop_is_exactly_the_dense_model(family):
+    model = from_transformers(dense_model(family))
+    for mode in MODES:
+        found = compare(model, retrofit(model, SPLIT, mode=mode), SPLIT)
+        assert (found.state, found.logits) == (0.0, 0.0)
+
+
+@torch.no_grad()
+def test_more_loops_differ_and_each_mode_in_its_own_way(dense):
+    """Control: the loop runs again."""
+    expected = dense(IDS)
+    moved = {
+        mode: float((retrofit(dense, SPLIT, mode=mode)(IDS, 4) - expected).abs().max())
+        for mode in MODES
+    }
+    assert len(set(moved.values())) == len(MODES)
+    assert min(moved.values()) > 1e-2
+
+
+@torch.no_grad()
+def test_modes_follow_their_equations(dense):
+    ids, n_loops, a = IDS[:1], 3, 0.5
+    ctx = dense.context(ids)
+    e = dense.embed_tokens(ids)
+    for block in dense.blocks[:2]:
+        e = block(e, ctx)
+    for mode in MODES:
+        h = torch.zeros_like(e) if mode == "zero" else e
+        for t in range(n_loops):
+            y = a * h + (e if mode == "zero" else (1 - a) * e)
+            for block in dense.blocks[2:4]:
+                y = block(y, ctx)
+            h = h + (y - h) / (t + 1) if mode == "damped" else y
+        for block in dense.blocks[4:]:
+            h = block(h, ctx)
+        expected = dense.head(dense.final_norm(h))
+        found = retrofit(dense, SPLIT, mode=mode)(ids, n_loops)
+        assert (found - expected).abs().max() <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.25, 0.9])
+def test_the_start_is_dense_for_every_decay(dense, decay):
+    for mode in MODES:
+        model = retrofit(dense, SPLIT, mode=mode, decay=decay)
+        found = compare(dense, model, SPLIT)
+        assert found.logits <= 1e-5 * found.largest_logit
+        torch.testing.assert_close(model.recurrent.injection.decay(), torch.full((32,), decay))
+
+
+def test_dropping_layers_is_asked_for_and_not_dense(dense):
+    with pytest.raises(ConfigError, match="2 \\+ 2 \\+ 1 of 6 layers, without 2") as caught:
+        Split.of(N_LAYERS, 2, 2, 1)
+    assert "--drop" in str(caught.value)
+    split = Split.of(N_LAYERS, 2, 2, 1, drop=True)
+    assert split.dropped == [2]
+    assert list(split.places.values()) == [0, 1, 3, 4, 5]
+    found = compare(dense, retrofit(dense, split), split)
+    assert found.state == 0
+    assert found.logits > 1e-2
+
+
+def test_parts_do_not_overlap():
+    for parts in ((3, 2, 2), (2, 2, 2, 1), (2, 2, 2, 3)):
+        with pytest.raises(ConfigError, match="the parts overlap"):
+            Split.of(N_LAYERS, *parts, drop=True)
+
+
+def test_defaults_keep_all_layers():
+    assert default_split(30, None, 4, None) == Split(30, 8, 4, 18, 8)
+    assert default_split(30, 13, 4, None) == Split(30, 13, 4, 13, 13)
+    assert default_split(30, None, 4, 18) == Split(30, 8, 4, 18, 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+         "rope_type"),
+        ("mistral", {"sliding_window": 8}, "sliding_window"),
+    ],
+)  # fmt: skip
+def test_settings_without_a_counterpart_are_refused_by_name(family, changes, named):
+    with pytest.raises(DataError, match=f"{named} is not covered"):
+        from_transformers(dense_model(family, **changes))
+
+
+def test_other_families_are_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(ConfigError, match="family of dense models"):
+        from_transformers(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))
+
+
+def test_left_over_weights_are_refused():
+    model = dense_model("llama")
+    model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(DataError, match="left over in the source: extra"):
+        from_transformers(model)
+
+
+def words() -> object:
+    """A tokenizer of transformers without a pad token of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(90))]
+    rust = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rust, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="</s>",
+    )  # fmt: skip
+
+
+def test_the_tokenizer_does_not_outgrow_the_vocabulary():
+    found = plain_tokenizer(words(), "words")
+    assert (found.eos_id, found.bos_id, found.pad_id) == (2, 1, 0)
+    assert len(found) == 93
+    assert found.encode("w0 w2") == [3, 5]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf")
+    dense_model("llama, tied", vocab_size=128).save_pretrained(path)
+    words().save_pretrained(path)
+    return path
+
+
+def test_the_command_writes_a_model_that_trains(folder, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "looped"
+    text.write_text("\n".join(" ".join(f"w{(i * j) % 90}" for j in range(12)) for i in range(400)))
+    parts = ["--prelude", "2", "--loop", "2", "--coda", "2", "--dense", str(tmp_path / "dense")]
+    check = ["--check", str(text), "--json"]
+    assert main(["retrofit", str(folder), str(out), *parts, *check]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["difference"]["logits"] == 0
+    assert record["check"]["losses"]["1"] == pytest.approx(record["check"]["dense"], abs=1e-6)
+    assert record["layers"]["recurrent.blocks.0"] == 2
+    assert json.loads((out / "retrofit.json").read_text())["family"] == "llama"
+    model = from_pretrained(out)
+    assert isinstance(model, OpenMythos)
+    with torch.no_grad():
+        same = from_pretrained(tmp_path / "dense")(IDS)
+        assert torch.equal(model(IDS, 1), same)
+    sizes = ["steps 6", "seq_len 32", "global_batch 2", "micro_batch 1", "warmup_steps 1",
+             "decay_steps 2", "save_every 0", "eval_every 0", "eval_depths [1,2]"]  # fmt: skip
+    changes = [word for each in sizes for word in f"--train.{each}".split()]
+    teacher = ["--train.teacher", str(tmp_path / "dense"), "--train.dtype", "float32"]
+    run = ["--train.out_dir", str(tmp_path / "run"), "--data.workers", "0", "--quiet"]
+    heal = ["train", "--config", str(out / "heal.yaml"), "--source", str(text)]
+    assert main([*heal, *changes, *teacher, *run, "--held_out", "0.3"]) == 0
+    healed = from_pretrained(tmp_path / "run")
+    assert healed.cfg == model.cfg
+    assert not torch.equal(healed.coda[0].ffn.down.weight, model.coda[0].ffn.down.weight)
+
+
+def test_the_table_of_the_command(folder, tmp_path, capsys):
+    options = ["--prelude", "1", "--loop", "2", "--coda", "2", "--drop"]
+    assert main(["retrofit", str(folder), str(tmp_path / "out"), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "left out" in shown
+    assert "heal.yaml" in shown
+    assert "--train.teacher" not in (tmp_path / "out" / "heal.yaml").read_text()
+
+
+def test_heal_yaml_is_the_recipe(dense, tmp_path):
+    cfg = retrofit(dense, SPLIT).cfg
+    run = healing_run(cfg, "folder", steps=400)
+    run.validate()
+    assert (run.depth.mean, run.depth.curriculum_steps, run.train.grad_loops) == (4.0, 100, 8)
+    again = RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(run.to_dict())))
+    assert again == run
+    assert build_model(run).cfg == cfg
+
+
+@pytest.mark.parametrize(("model", "gguf"), [("nowhere", ""), ("{}", ""), ("{}", "x.gguf")])
+def test_sources_that_are_none(model, gguf, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(Exception, match=r"cannot read the model|package is missing"):
+        read_dense(model.format(tmp_path), gguf)
+
+
+def test_state_dict_round_trip(dense, tmp_path):
+    model = retrofit(dense, SPLIT, mode="damped")
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    assert again.cfg == model.cfg
+    with torch.no_grad():
+        assert torch.equal(again(IDS, 3), model(IDS, 3))
