@@ -64,7 +64,7 @@ def test_more_loops_differ_and_each_mode_in_its_own_way(dense):
 def test_modes_follow_their_equations(dense):
     ids, n_loops, a = IDS[:1], 3, 0.5
     ctx = dense.context(ids)
-    e = dense.embed_tokens(ids)
+    e = dense.embedding(ids)
     for block in dense.blocks[:2]:
         e = block(e, ctx)
     for mode in MODES:
