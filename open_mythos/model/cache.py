@@ -20,7 +20,6 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active
-from open_mythos.ops.attention.paged import PagedHistory
 
 _KEY = "open_mythos"
 
@@ -270,14 +269,41 @@ class KVCache:
         return self._slots[key]
 
 
+class History(Protocol):
+    """Keys and values that are not one tensor: in pages, or with another engine."""
+
+    def attend(self, q_BTHK: Tensor, n_kv_heads: int, scale: float, window: int = 0) -> Tensor:
+        """Return the (B, T, H, K) attention of new queries to what they may see.
+
+        Args:
+            q_BTHK: Queries, not scaled.
+            n_kv_heads: Key heads G of an entry, which is (2, G, K), keys first.
+            scale: Factor on the scores.
+            window: Newest positions that a query sees; 0 for all.
+        """
+        ...
+
+
 class Cache(Protocol):
     """What attention layers write to."""
 
     def write(
         self, layer: int, loop: int | Tensor, entry_BTW: Tensor, active: Active | None = None
-    ) -> Tensor | PagedHistory:
+    ) -> Tensor | History:
         """Store the new tokens' entries; return what they may see, themselves included."""
         ...
+
+
+def slot_index(config: MythosConfig, layer: int, loop: int) -> int:
+    """Return the place of (layer, loop) among ``config.cache_slots``: prelude, coda, then loops."""
+    inner = layer - config.prelude_layers
+    if inner < 0:
+        return layer
+    if inner >= config.recurrent_layers:
+        return layer - config.recurrent_layers
+    loop = 0 if config.kv_share == "last" else loop
+    outer = config.prelude_layers + config.coda_layers
+    return outer + loop * config.recurrent_layers + inner
 
 
 def cache_bytes(

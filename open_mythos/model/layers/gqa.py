@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +10,6 @@ from open_mythos.errors import ConfigError
 from open_mythos.model.context import Context
 from open_mythos.model.layers.norm import RMSNorm
 from open_mythos.ops.attention.attend import attend
-from open_mythos.ops.attention.paged import PagedHistory, kv_paged
 from open_mythos.ops.rope import apply_rope
 
 
@@ -64,11 +61,9 @@ class GQAttention(nn.Module):
         if ctx.cache is not None:
             entry_BTW = torch.stack((k_BTGK, v_BTGK), dim=2).flatten(2)
             history = ctx.cache.write(self.layer, loop, entry_BTW, ctx.active)
-            if isinstance(history, PagedHistory):
-                assert x_BTD.shape[1] == 1, "one new token per row"
-                history = replace(history, window=cfg.window) if cfg.window else history
-                y_BHK = kv_paged(q_BTHK[:, 0], history, cfg.n_kv_heads, scale=self.scale)
-                return self.out_proj(y_BHK.flatten(1).unsqueeze(1))
+            if not isinstance(history, Tensor):
+                y_BTHK = history.attend(q_BTHK, cfg.n_kv_heads, self.scale, cfg.window)
+                return self.out_proj(y_BTHK.flatten(2))
             k_BSGK, v_BSGK = history.unflatten(-1, (2, cfg.n_kv_heads, -1)).unbind(2)
         y_BTHK = attend(
             q_BTHK, k_BSGK, v_BSGK, ctx.mask,

@@ -62,6 +62,7 @@ class MLAttention(nn.Module):
             if isinstance(history, PagedHistory):
                 history = replace(history, window=cfg.window) if cfg.window else history
                 return self.out_proj(self.paged(q_BTHK, history, ctx).flatten(2))
+            assert isinstance(history, Tensor), "latents: one tensor, or pages"
             entry_BSW = history
         absorb = self.absorbing_is_cheaper(x_BTD.shape[1], entry_BSW.shape[1])
         if absorb and torch.is_grad_enabled():

@@ -13,7 +13,7 @@ formed. The kernel splits every row at the same positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,12 @@ class PagedHistory:
     def page(self) -> int:
         """Positions of a page."""
         return self.pool_NPW.shape[1]
+
+    def attend(self, q_R1HK: Tensor, n_kv_heads: int, scale: float, window: int = 0) -> Tensor:
+        """Return (R, 1, H, K): attention of one new token per row to keys and values."""
+        assert q_R1HK.shape[1] == 1, "one new token per row"
+        history = replace(self, window=window) if window else self
+        return kv_paged(q_R1HK[:, 0], history, n_kv_heads, scale=scale).unsqueeze(1)
 
     def places(self, pages: int) -> tuple[Tensor, Tensor]:
         """Return where the entries of the first ``pages`` pages of every row lie.
