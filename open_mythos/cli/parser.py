@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("open_mythos.cli.plan:plan", "Estimate memory, layout, time and cost of training."),
     "report": ("open_mythos.cli.pages:report", "Write an HTML page of a run's metrics."),
     "info": ("open_mythos.cli.info:info", "Count parameters, FLOPs and cache bytes by depth."),
+    "convert": ("open_mythos.cli.convert:convert", "Convert a public looped checkpoint."),
     "retrofit": ("open_mythos.cli.retrofit:retrofit", "Make a dense model a looped one."),
     "data prepare": ("open_mythos.cli.data:prepare_shards", "Tokenize text into shards."),
 }
