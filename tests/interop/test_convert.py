@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from interop.equality import (
     LOOPS,
     RESULTS,
@@ -18,8 +20,6 @@ from interop.equality import (
     write,
 )
 from interop.references import FORMS, Form, example
-from safetensors.torch import load_file, save_file
-
 from open_mythos import ConfigError, DataError, OpenMythos
 from open_mythos.accounting import account
 from open_mythos.cli.parser import parse
