@@ -30,9 +30,9 @@ def retrofit(
 ) -> int:
     """Make a looped model of a dense one: one loop gives exactly the dense model's predictions.
 
-    Layers are divided into prelude, loop and coda. Families: Llama 1 and 2, TinyLlama, SmolLM2,
-    Mistral, Qwen2, Qwen2.5, Qwen3, OLMo2. OUT also receives heal.yaml, with which ``open-mythos
-    train --config OUT/heal.yaml --source TEXT`` trains the loop.
+    Layers are divided into prelude, loop and coda. Families: Llama 1 to 3, TinyLlama, SmolLM2,
+    SmolLM3, Mistral, Qwen2, Qwen2.5, Qwen3, OLMo2, Gemma3. OUT also receives heal.yaml, with which
+    ``open-mythos train --config OUT/heal.yaml --source TEXT`` trains the loop.
 
     Args:
         model: A folder in the format of transformers, a hub model (owner/name) or a GGUF file.

@@ -173,10 +173,13 @@ def looped_config(
     dense: MythosConfig, split: Split, n_loops: int, fields: dict[str, Any]
 ) -> MythosConfig:
     """Return the configuration of the looped model."""
+    own = dense.layer_overrides or {}
+    moved = {str(i): own[str(k)] for i, k in enumerate(split.places.values()) if str(k) in own}
     return replace(
         dense, prelude_layers=split.prelude, recurrent_layers=split.loop, coda_layers=split.coda,
         max_loop_iters=n_loops, injection="lti", injection_matrix="full", lora_rank=0,
-        prelude_norm=False, readout=False, n_experts=0, dropout=0.0, **fields,
+        prelude_norm=False, readout=False, n_experts=0, dropout=0.0,
+        layer_overrides=moved or None, **fields,
     )  # fmt: skip
 
 
@@ -221,7 +224,7 @@ def compare(dense: DenseTransformer, looped: OpenMythos, split: Split, seed: int
 def _part(dense: DenseTransformer, layers: Sequence[int]) -> DenseTransformer:
     """Return a model of some layers of ``dense``, which shares its weights."""
     with torch.device("meta"):
-        part = DenseTransformer(dense.cfg, len(layers))
+        part = DenseTransformer(replace(dense.cfg, layer_overrides=None), len(layers))
     part.embedding = dense.embedding
     part.blocks = nn.ModuleList(dense.blocks[index] for index in layers)
     return part.eval()

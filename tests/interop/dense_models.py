@@ -14,21 +14,41 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# fmt: off
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True, "rope_theta": 1e5}),
+    "llama 3": ("Llama", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    }}),
+    "llama, scaled": ("Llama", {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    }),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
+    "mistral, window": ("Mistral", {"sliding_window": 7, "head_dim": 8}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2, window": ("Qwen2", {
+        "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 4,
+    }),
     "qwen3": ("Qwen3", {"head_dim": 12}),
     "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 1, 0, 1, 1]}),
+    "gemma3": ("Gemma3", {
+        "head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 20,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "final_logit_softcapping": 30.0,
+    }),
 }
 """Name -> class prefix and settings."""
+# fmt: on
 
 
 def dense_model(family: str, **changes: Any) -> Any:
     """A randomised model of ``family``: norms and biases too, so that a wrong place shows."""
     prefix, settings = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**SIZES | settings | changes)
+    suffix = "TextConfig" if prefix == "Gemma3" else "Config"
+    config = getattr(transformers, f"{prefix}{suffix}")(**SIZES | settings | changes)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

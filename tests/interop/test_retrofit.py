@@ -102,6 +102,18 @@ def test_dropping_layers_is_asked_for_and_not_dense(dense):
     assert found.logits > 1e-2
 
 
+def test_layers_keep_what_is_their_own():
+    """Left-out layers move the settings of those behind them."""
+    dense = from_transformers(dense_model("gemma3"))
+    assert sorted(dense.cfg.layer_overrides) == ["2", "5"]
+    split = Split.of(N_LAYERS, 1, 2, 1, loop_from=2, drop=True)  # layers 0, 2, 3, 5
+    looped = retrofit(dense, split)
+    assert looped.cfg.layer_overrides == {
+        "1": dense.cfg.layer_overrides["2"], "3": dense.cfg.layer_overrides["5"]
+    }  # fmt: skip
+    assert compare(dense, looped, split).state == 0
+
+
 def test_parts_do_not_overlap():
     for parts in ((3, 2, 2), (2, 2, 2, 1), (2, 2, 2, 3)):
         with pytest.raises(ConfigError, match="the parts overlap"):
@@ -119,9 +131,9 @@ def test_defaults_keep_all_layers():
     [
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"hidden_act": "relu"}, "hidden_act"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
          "rope_type"),
-        ("mistral", {"sliding_window": 8}, "sliding_window"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ],
 )  # fmt: skip
 def test_settings_without_a_counterpart_are_refused_by_name(family, changes, named):
