@@ -23,7 +23,7 @@ def logit_lens(model: OpenMythos, path: Trajectory) -> Iterator[Tensor]:
     """
     with frozen(model, torch.float32) as device:
         for h_BTD in path.states_LBTD[1:]:
-            yield model.logits(h_BTD.to(device)).float().log_softmax(-1)
+            yield model.logits(h_BTD.to(device), path.ctx).float().log_softmax(-1)
 
 
 def set_probability(model: OpenMythos, path: Trajectory, sets: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ class Trajectory:
 
     states_LBTD: Tensor
     """(L + 1, B, T, D) float32: h_0 .. h_L."""
+    ctx: Context | None = None
+    """Context of the call, for predictions from the states; None for causal sequences whose
+    predictions need the states alone."""
 
     @property
     def n_loops(self) -> int:
@@ -135,7 +138,7 @@ def run_trajectory(
         h_BTD, e_BTD, ctx = _start(model, input_ids, h_BTD)
         loops = model.recurrent.unroll(e_BTD, ctx, n_loops, h_BTD=h_BTD, trace=trace)
         states = [h_BTD.float(), *(state_BTD for _, state_BTD in loops)]
-    return Trajectory(torch.stack(states))
+    return Trajectory(torch.stack(states), ctx)
 
 
 def fixed_point(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -201,7 +202,21 @@ def claims_table() -> str:
     return table(("claim", "verdict at CPU scale", "metrics"), rows)
 
 
+def differences_table() -> str:
+    """How far converted checkpoints are from the equations of their families."""
+    file = ROOT / "docs" / "checkpoints" / "differences.json"
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    head = ("model", "", *(f"{n} loop{'s' * (n > 1)}" for n in recorded["loops"]))
+    rows = (
+        (name, kind, *(f"{value:.1e}" for value in values))
+        for name, kinds in recorded["differences"].items()
+        for kind, values in kinds.items()
+    )
+    return f"{table(head, rows)}\n{recorded['versions']}.\n"
+
+
 MADE: dict[str, Callable[[], str]] = {
+    "checkpoints.differences": differences_table,
     "claims": claims_table,
     "config": config_table,
     "serving.limits": limits_table,
