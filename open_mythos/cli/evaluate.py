@@ -1,4 +1,4 @@
-"""``open-mythos evaluate``: loss or answers by depth, or with an early-exit rule."""
+"""``open-mythos evaluate``: loss, answers or benchmark tasks by depth, or an early-exit rule."""
 
 from typing import Any
 
@@ -11,6 +11,11 @@ def evaluate(
     depths: list[int] | None = None,
     exit: str = "",
     questions: str = "",
+    tasks: str = "",
+    include: str = "",
+    fewshot: int | None = None,
+    limit: int | None = None,
+    plot: str = "",
     n_loops: int | None = None,
     repeats: int = 0,
     split: str = "val",
@@ -25,7 +30,8 @@ def evaluate(
 ) -> int:
     """Measure loss and bits per byte at several depths, or with an early-exit rule.
 
-    ``--questions`` measures how often the right answer is generated instead. ``--exit`` compares
+    ``--questions`` measures how often the right answer is generated instead, ``--tasks`` the
+    metrics of benchmark tasks (lm-evaluation-harness). ``--exit`` compares
     the rule with the same exits assigned to random positions, with its mean depth at every
     position, and with full depth.
 
@@ -37,6 +43,11 @@ def evaluate(
         exit: Early-exit rule: gate, kl, change, acceleration, stable, with optional parameters
             such as gate:0.9 or kl:0.01,1.0.
         questions: File of questions to answer, a line of JSON each: {"prompt": ..., "answer": ...}.
+        tasks: Tasks of the package lm-eval, by name or YAML file: arc_easy,my_task.yaml.
+        include: With tasks: a folder of further tasks.
+        fewshot: With tasks: examples in front of each question; by default those of the task.
+        limit: With tasks: documents of each task at most.
+        plot: With tasks: also draw every metric against depth into this file (.png, .svg, .pdf).
         n_loops: With exit: maximum loops; by default the model's max_loop_iters.
         repeats: With exit: interleaved passes that time each depth; 0 for no timing.
         split: "val" or "train".
@@ -63,7 +74,11 @@ def evaluate(
     from open_mythos.model.exit_rules import exit_rule
 
     _reject_ignored(depths, exit, n_loops, repeats)
+    _reject_without_tasks(tasks, include, fewshot, limit, plot)
     model = load_model(checkpoint, device, quantize)
+    if tasks:
+        found = _tasks(model, checkpoint, tasks, depths, include, fewshot, limit, batch, plot)
+        return _write(out, found)
     if questions:
         answers = _answers(model, checkpoint, questions, depths, exit, n_loops, quiet)
         return _write(out, answers)
@@ -119,6 +134,42 @@ def _answers(
             "depths": [asdict(row) for row in rows]}  # fmt: skip
 
 
+def _tasks(
+    model: Any, checkpoint: str, tasks: str, depths: list[int] | None, include: str,
+    fewshot: int | None, limit: int | None, batch: int, plot: str,
+) -> dict[str, Any]:  # fmt: skip
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from open_mythos.cli.tables import task_table
+    from open_mythos.hub.places import stored_tokenizer
+
+    try:
+        from open_mythos.evaluation.harness import evaluate_tasks
+    except ImportError as error:
+        raise EnvironmentError_(
+            "benchmark tasks need a package", where="--tasks", value=str(error),
+            fix="pip install 'open-mythos[eval]'",
+        ) from error  # fmt: skip
+    if plot:
+        from open_mythos.reports.task_plot import check_plot, plot_tasks
+
+        check_plot(plot)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if depths is None:
+        depths = [2**k for k in range(model.cfg.max_loop_iters.bit_length())]
+    rows = evaluate_tasks(
+        model, stored_tokenizer(checkpoint), names, depths,
+        include=include, fewshot=fewshot, limit=limit, batch=batch,
+    )  # fmt: skip
+    Console().print(task_table(rows, checkpoint))
+    if plot:
+        plot_tasks(rows, plot)
+    return {"checkpoint": checkpoint, "tasks": names, "fewshot": fewshot, "limit": limit,
+            "rows": [asdict(row) for row in rows]}  # fmt: skip
+
+
 def _write(out: str, content: dict[str, Any]) -> int:
     """Write the rows to ``--out``, if it is given."""
     import json
@@ -146,4 +197,13 @@ def _reject_ignored(depths: list[int] | None, exit: str, n_loops: int | None, re
             raise ConfigError(
                 "only an exit rule reads this", where=option, value=value,
                 allowed="together with --exit", fix="name fixed depths with --depths",
+            )  # fmt: skip
+
+
+def _reject_without_tasks(tasks: str, *values: Any) -> None:
+    for option, value in zip(("--include", "--fewshot", "--limit", "--plot"), values, strict=True):
+        if not tasks and value not in (None, ""):
+            raise ConfigError(
+                "only tasks read this", where=option, value=value, allowed="together with --tasks",
+                fix="name tasks of lm-eval with --tasks",
             )  # fmt: skip

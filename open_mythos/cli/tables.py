@@ -9,6 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from open_mythos.evaluation import AnswerRow, DepthRow, ExitReport, ExitRow
+    from open_mythos.evaluation.harness import TaskRow
     from open_mythos.train.gate import GateReport
 
 _BAR = 30
@@ -67,6 +68,21 @@ def answer_table(rows: list[AnswerRow], checkpoint: str, questions: str) -> Tabl
     for row in rows:
         depth = "-" if row.depth is None else str(row.depth)
         table.add_row(depth, f"{row.correct:,}", f"{row.accuracy:.1%}", f"{row.mean_loops:.2f}")
+    return table
+
+
+def task_table(rows: list[TaskRow], checkpoint: str) -> Table:
+    """Show every metric of every task: a line each, a column for each depth."""
+    depths = list(dict.fromkeys(row.depth for row in rows))
+    headings = ["no loops" if n is None else "1 loop" if n == 1 else f"{n} loops" for n in depths]
+    table = new_table(f"{checkpoint}: tasks by depth", ("task", "documents", "metric", *headings))
+    for task, metric in dict.fromkeys((row.task, row.metric) for row in rows):
+        own = {row.depth: row for row in rows if (row.task, row.metric) == (task, metric)}
+        cells = [
+            f"{own[n].value:.4f}" + ("" if own[n].stderr is None else f" ±{own[n].stderr:.4f}")
+            for n in depths
+        ]
+        table.add_row(task, f"{own[depths[0]].documents:,}", metric, *cells)
     return table
 
 
