@@ -270,19 +270,24 @@ class MythosConfig:
             self._reject("rope_scaling", f"None, or rope_type {kinds}, all > 0")
         if self.layer_overrides is not None:
             self._check_overrides(self.layer_overrides)
-        if self.value_layers and self.dim < VALUE_GATE_CHANNELS:
+        if self.dim < VALUE_GATE_CHANNELS and self._has_value_embedding():
             self._reject("dim", f"at least {VALUE_GATE_CHANNELS} with value_embedding")
 
     def _check_overrides(self, overrides: Any) -> None:
-        stored = [str(layer) for layer in range(self.stored_layers)]
-        allowed = f'layer "0" .. "{stored[-1]}" -> some of {", ".join(OVERRIDES)}'
+        # no loop over all layers: their number may be anything until the weights are counted
+        allowed = f'layer "0" .. "{self.stored_layers - 1}" -> some of {", ".join(OVERRIDES)}'
         if not isinstance(overrides, dict):
             self._reject("layer_overrides", allowed)
         for layer, own in overrides.items():
             known = isinstance(own, dict) and own.keys() <= set(OVERRIDES)
-            if not known or layer not in stored:
+            number = int(layer) if layer.isdecimal() else -1
+            if not known or str(number) != layer or number >= self.stored_layers:
                 self._reject("layer_overrides", allowed)
             replace(self, layer_overrides=None, **own).validate()
+
+    def _has_value_embedding(self) -> bool:
+        own = [each.get("value_embedding") for each in (self.layer_overrides or {}).values()]
+        return self.value_embedding or any(own)
 
     def _only(self, used: bool, condition: str, *names: str) -> None:
         """Reject fields that are set although nothing reads them unless ``condition`` holds."""

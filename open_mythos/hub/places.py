@@ -11,6 +11,8 @@ from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+"""Names the files of weights that ``transformers`` stored in several."""
 SHARDS = "shard-*.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -67,7 +69,7 @@ def is_hub_id(name: str | Path) -> bool:
 def _holds_model(folder: Path) -> bool:
     if not (folder / CONFIG_FILE).is_file():
         return False
-    if (folder / WEIGHTS_FILE).is_file():
+    if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
         return True
     return is_sharded(folder)
 
@@ -76,7 +78,8 @@ def _download(model_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        files = [CONFIG_FILE, INDEX_FILE, "model*.safetensors"]
+        folder = Path(snapshot_download(model_id, allow_patterns=files))
     except Exception as error:  # many types: the client's, its HTTP library's, OSError
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise EnvironmentError_(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from open_mythos.checks import is_int
+from open_mythos.checks import is_int, pick
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.files import read_object, sync_to_disk
-from open_mythos.hub.places import CONFIG_FILE, WEIGHTS_FILE, model_directory
+from open_mythos.hub import transformers_format as outer
+from open_mythos.hub.places import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, model_directory
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
 
@@ -37,7 +38,9 @@ _MAX_CONFIG_BYTES = 1 << 20
 _SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrained"
 
 
-def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path) -> None:
+def save_pretrained(
+    model: OpenMythos | DenseTransformer, directory: str | Path, *, format: str = "native"
+) -> None:
     """Write ``config.json`` and ``model.safetensors`` into ``directory``, created if missing.
 
     Writes are atomic: each file is written to a temporary path, fsynced, then renamed. A tied head
@@ -46,15 +49,28 @@ def save_pretrained(model: OpenMythos | DenseTransformer, directory: str | Path)
     Args:
         model: The model; its weights keep their dtype.
         directory: Target; files of the same names are replaced.
+        format: "native", or "hf": ``transformers`` reads the folder too, with
+            ``trust_remote_code=True`` or after :func:`open_mythos.hf.register`. Looped models only.
+
+    Raises:
+        ConfigError: The format is unknown, or has no form of this model.
     """
-    target = Path(directory)
+    pick(("native", "hf"), format, "save_pretrained(format)", what="format")
+    target, tensors, config = Path(directory), model_tensors(model), describe(model)
+    texts: dict[str, str] = {}
+    if format == "hf":
+        config = _describe_outer(model)
+        tensors = {outer.to_outer(name): tensor for name, tensor in tensors.items()}
+        texts[outer.AUTO_FILE] = outer.AUTO_TEXT
+    texts[CONFIG_FILE] = json.dumps(config, indent=2) + "\n"
     target.mkdir(parents=True, exist_ok=True)
     with _atomic(target / WEIGHTS_FILE) as path:
-        save_file(model_tensors(model), path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
         # safetensors creates files that only their owner can read
         path.chmod(target.stat().st_mode & 0o666)
-    with _atomic(target / CONFIG_FILE) as path:
-        path.write_text(json.dumps(describe(model), indent=2) + "\n", encoding="utf-8")
+    for name, text in texts.items():
+        with _atomic(target / name) as path:
+            path.write_text(text, encoding="utf-8")
     sync_to_disk(target)
 
 
@@ -76,8 +92,12 @@ def from_pretrained(
         EnvironmentError_: The hub cannot be reached, or has no such model.
     """
     folder = model_directory(directory)
-    read = _read_file if (folder / WEIGHTS_FILE).is_file() else _read_shards
-    model, tensors = read(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        model, tensors = _read_files(folder, {WEIGHTS_FILE})
+    elif (folder / INDEX_FILE).is_file():
+        model, tensors = _read_files(folder, _indexed_files(folder))
+    else:
+        model, tensors = _read_shards(folder)
     dtypes = dict.fromkeys(dict(model.named_parameters()), dtype)
     for name, tensor in tensors.items():
         # copies: truncating a mapped file would kill the process
@@ -90,20 +110,47 @@ def from_pretrained(
     return model.eval()
 
 
-def _read_file(folder: Path) -> tuple[OpenMythos | DenseTransformer, dict[str, Tensor]]:
-    path = folder / WEIGHTS_FILE
+def _read_files(
+    folder: Path, names: Iterable[str]
+) -> tuple[OpenMythos | DenseTransformer, dict[str, Tensor]]:
+    """Read a model stored whole, in one file or several, under names of either format."""
+    path = folder
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        with ExitStack() as stack:
+            files: dict[str, tuple[Any, str]] = {}
+            for path in sorted(folder / name for name in names):
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                files |= {name: (file, name) for name in file.keys()}  # noqa: SIM118
+            if any(name.startswith(outer.CORE) for name in files):
+                files = {outer.to_inner(name): each for name, each in files.items()}
+            slices = {name: file.get_slice(stored) for name, (file, stored) in files.items()}
             model = _skeleton(folder / CONFIG_FILE, len(slices))
             _check_tensors(model_tensors(model), slices, path)
-            return model, {name: file.get_tensor(name) for name in slices}
+            return model, {name: file.get_tensor(stored) for name, (file, stored) in files.items()}
     except (SafetensorError, OSError) as error:
         raise DataError(
             "not a complete safetensors file", where=str(path), value=str(error),
             allowed="the file that save_pretrained wrote",
             fix="copy the file again; pickled weights are never read",
         ) from error  # fmt: skip
+
+
+def _indexed_files(folder: Path) -> set[str]:
+    """Return the names of the files that the index of ``transformers`` lists.
+
+    Raises:
+        DataError: It lists files outside of the folder, or is no index.
+    """
+    path = folder / INDEX_FILE
+    listed = read_object(path, "the index of weights is not readable", _SAVE_AGAIN)
+    found = listed.get("weight_map")
+    names = set(found.values()) if isinstance(found, dict) else set()
+    if not names or not all(isinstance(x, str) and x == Path(x).name for x in names):
+        raise DataError(
+            "not an index of weights", where=str(path), value=listed,
+            allowed="a weight_map of file names", fix=_SAVE_AGAIN,
+        )  # fmt: skip
+    return names
 
 
 def _read_shards(folder: Path) -> tuple[OpenMythos | DenseTransformer, dict[str, Tensor]]:
@@ -134,6 +181,17 @@ def describe(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
     }
 
 
+def _describe_outer(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
+    """Return the content of ``config.json`` in the format of ``transformers``."""
+    if isinstance(model, DenseTransformer):
+        raise ConfigError(
+            "a dense model has no form in this format", where="save_pretrained(format)",
+            value="hf", allowed="looped models", fix='leave format out, or pass "native"',
+        )  # fmt: skip
+    dtype = str(model.final_norm.weight.dtype).removeprefix("torch.")
+    return outer.describe_flat(model.cfg, dtype)
+
+
 def model_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:
     """Return name -> tensor of everything that is saved; a tied weight once."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -149,6 +207,8 @@ def _skeleton(path: Path, n_tensors: int) -> OpenMythos | DenseTransformer:
     one could take forever.
     """
     values = read_object(path, "the configuration is not readable", _SAVE_AGAIN, _MAX_CONFIG_BYTES)
+    if values.get("model_type") == outer.MODEL_TYPE:
+        return _built(path, "looped", values, n_tensors)
     architecture = values.get("architecture")
     for key, choices in (("format", [FORMAT]), ("library", [LIBRARY]), ("architecture", [*_KEYS])):
         if values.get(key) not in choices:
@@ -160,8 +220,16 @@ def _skeleton(path: Path, n_tensors: int) -> OpenMythos | DenseTransformer:
         raise _unfit(path, "has missing or unknown keys", differing, ", ".join(sorted(expected)))
     if not isinstance(values["config"], dict):
         raise _unfit(path, "holds no fields", values["config"], "an object of fields")
+    return _built(path, str(architecture), values, n_tensors)
+
+
+def _built(
+    path: Path, architecture: str, values: dict[str, Any], n_tensors: int
+) -> OpenMythos | DenseTransformer:
+    """Build a model on the meta device from the checked content of ``config.json``."""
+    is_outer = values.get("model_type") == outer.MODEL_TYPE
     try:
-        config = MythosConfig.from_dict(values["config"])
+        config = outer.from_flat(values) if is_outer else MythosConfig.from_dict(values["config"])
     except ConfigError as error:
         raise DataError(
             error.what, where=f"{path}: {error.where}", value=error.value,

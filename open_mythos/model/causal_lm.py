@@ -69,11 +69,13 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         sample_seeds: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Context:
         """Build the positions, masks and cache of a call.
 
         Checks the arguments, which are those of :meth:`OpenMythos.forward`. Embeddings (B, T, D)
         of tokens may take the place of their ids, here, in :meth:`embed` and in :meth:`hidden`.
+        ``positions`` (T,) or (B, T) replace those that follow from padding and documents.
 
         Raises:
             ConfigError: A shape, type or value is wrong, or the context is too short.
@@ -88,11 +90,13 @@ class CausalLM(nn.Module):
         check_tensor("attention_mask", attention_mask, shape, MASKS)
         check_tensor("document_ids", document_ids, shape, INTEGERS)
         check_tensor("sample_seeds", sample_seeds, shape[:1], INTEGERS)
+        if positions is not None:
+            check_tensor("positions", positions, shape[2 - positions.dim() :], INTEGERS)
         if sample_seeds is None and self.training:
             sample_seeds = to_device(torch.randint(1 << 62, (batch,)), input_ids.device)
         return Context.build(
             n_new, self.cfg.rotaries, input_ids.device,
-            start_pos=start_pos, cache=cache, document_BT=document_ids,
+            start_pos=start_pos, cache=cache, document_BT=document_ids, positions=positions,
             keys_B=None if sample_seeds is None else sample_seeds.long(),
             valid_BT=None if attention_mask is None else attention_mask.bool(),
         )  # fmt: skip

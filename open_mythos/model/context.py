@@ -71,8 +71,12 @@ class Context:
         document_BT: Tensor | None = None,
         cache: KVCache | None = None,
         keys_B: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Context:
-        """Build the context of ``n_new`` tokens starting at ``start_pos``."""
+        """Build the context of ``n_new`` tokens starting at ``start_pos``.
+
+        ``positions`` (T,) or (B, T) replace those that follow from padding and documents.
+        """
         past = Columns(0) if cache is None else cache.columns
         columns = past.extend(n_new, valid_BT, document_BT)
         run_BS, document_BS = None, columns.document_BS
@@ -82,7 +86,8 @@ class Context:
         total, valid_BS, mask = columns.length, columns.valid_BS, None
         if valid_BS is not None or run_BS is not None or n_new not in (1, total):
             mask = Visibility(n_new, total, device, valid_BS, run_BS)
-        positions = _positions(columns, run_BS, n_new, device) + (start_pos - past.length)
+        if positions is None:
+            positions = _positions(columns, run_BS, n_new, device) + (start_pos - past.length)
         return cls(
             positions=positions,
             ropes=rope_tables(positions, rotaries),
