@@ -300,7 +300,8 @@ def test_a_hub_name_loads_the_downloaded_folder(saved, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert isinstance(from_pretrained("someone/some-model"), OpenMythos)
-    assert asked == [("someone/some-model", ["config.json", "model.safetensors"])]
+    files = ["config.json", "model.safetensors.index.json", "model*.safetensors"]
+    assert asked == [("someone/some-model", files)]
 
 
 def test_no_network_is_an_environment_error(monkeypatch):
