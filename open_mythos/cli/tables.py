@@ -72,17 +72,17 @@ def answer_table(rows: list[AnswerRow], checkpoint: str, questions: str) -> Tabl
 
 
 def task_table(rows: list[TaskRow], checkpoint: str) -> Table:
-    """Show every metric of every task: a line each, a column for each depth."""
-    depths = list(dict.fromkeys(row.depth for row in rows))
-    headings = ["no loops" if n is None else "1 loop" if n == 1 else f"{n} loops" for n in depths]
-    table = new_table(f"{checkpoint}: tasks by depth", ("task", "documents", "metric", *headings))
-    for task, metric in dict.fromkeys((row.task, row.metric) for row in rows):
-        own = {row.depth: row for row in rows if (row.task, row.metric) == (task, metric)}
-        cells = [
-            f"{own[n].value:.4f}" + ("" if own[n].stderr is None else f" ±{own[n].stderr:.4f}")
-            for n in depths
-        ]
-        table.add_row(task, f"{own[depths[0]].documents:,}", metric, *cells)
+    """Show every metric of every task at each depth."""
+    headings = ("task", "documents", "metric", "loops", "value", "standard error")
+    table = new_table(f"{checkpoint}: tasks by depth", headings)
+    before = None
+    for row in rows:
+        first = (row.task, f"{row.documents:,}", row.metric)
+        depth = "-" if row.depth is None else str(row.depth)
+        stderr = "" if row.stderr is None else f"{row.stderr:.4f}"
+        table.add_row(*("" if first == before else each for each in first), depth,
+                      f"{row.value:.4f}", stderr)  # fmt: skip
+        before = first
     return table
 
 

@@ -51,6 +51,8 @@ def plot_tasks(rows: Sequence[TaskRow], path: str) -> None:
     ):
         for task in tasks:
             own = [row for row in rows if (row.task, row.metric) == (task, metric)]
+            if not own:
+                continue
             colour = _COLOURS[tasks.index(task) % len(_COLOURS)]
             depths = [row.depth or 1 for row in own]
             errors = [row.stderr or 0.0 for row in own]
