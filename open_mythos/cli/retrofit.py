@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from open_mythos.interop.check import TextCheck
     from open_mythos.interop.retrofit import Difference, Split
 
-CHECK_TOKENS = 512
+CHECK_TOKENS = 1024
 """Tokens of ``--check`` at most."""
 
 
@@ -78,7 +78,7 @@ def retrofit(
         if source.tokenizer is not None:
             source.tokenizer.save(Path(dense) / "tokenizer")
     teacher = dense or ("" if split.dropped else out)
-    write_folder(Path(out), looped, source.tokenizer, record, teacher)
+    write_folder(Path(out), looped, source.tokenizer, record, teacher, source.chat_template)
     if json:
         content: dict[str, Any] = record | {"difference": asdict(difference)}
         print(json_format.dumps(content | ({"check": asdict(text)} if text else {})))

@@ -32,6 +32,8 @@ class DenseSource:
     """None if none is stored with the model."""
     gguf_sha256: str = ""
     """Of the GGUF file; "" for other sources."""
+    chat_template: str = ""
+    """Jinja template of chats; "" if there is none."""
 
 
 def read_dense(model: str, gguf: str = "") -> DenseSource:
@@ -61,11 +63,13 @@ def read_dense(model: str, gguf: str = "") -> DenseSource:
     if gguf and file.is_file():
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    name = str(file) if gguf else model
     try:
-        tokenizer = plain_tokenizer(AutoTokenizer.from_pretrained(model, **options), model)
+        hf = AutoTokenizer.from_pretrained(model, **options)
     except (OSError, ValueError, KeyError):  # the model has none
-        tokenizer = None
-    return DenseSource(str(file) if gguf else model, found.eval(), tokenizer, digest)
+        return DenseSource(name, found.eval(), None, digest)
+    template = hf.chat_template if isinstance(hf.chat_template, str) else ""
+    return DenseSource(name, found.eval(), plain_tokenizer(hf, model), digest, template)
 
 
 def plain_tokenizer(hf: Any, name: str) -> Tokenizer:

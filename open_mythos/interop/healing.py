@@ -10,6 +10,7 @@ import yaml
 
 from open_mythos.config import MythosConfig
 from open_mythos.hub.pretrained import save_pretrained
+from open_mythos.inference.server.chat import TEMPLATE_FILE
 from open_mythos.interop.retrofit import Split
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import TOKENIZER_FOLDER
@@ -51,6 +52,7 @@ def write_folder(
     tokenizer: Tokenizer | None,
     record: dict[str, Any],
     teacher: str = "",
+    chat_template: str = "",
 ) -> None:
     """Write a retrofitted model with its tokenizer, record and ``heal.yaml``.
 
@@ -61,10 +63,13 @@ def write_folder(
         record: What :func:`record_of` returns.
         teacher: Model that ``heal.yaml`` offers for distillation: the folder of the dense model, or
             of the looped one, which equals it at one loop; "" for none.
+        chat_template: Of the dense model; the server uses it.
     """
     save_pretrained(model, folder)
     if tokenizer is not None:
         tokenizer.save(folder / TOKENIZER_FOLDER)
+    if chat_template:
+        (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     text = json.dumps(record, indent=2) + "\n"
     (folder / RECORD_FILE).write_text(text, encoding="utf-8")
     (folder / HEAL_FILE).write_text(healing_yaml(model.cfg, str(folder), teacher), encoding="utf-8")

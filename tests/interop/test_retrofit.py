@@ -200,15 +200,20 @@ def test_the_command_writes_a_model_that_trains(folder, tmp_path, capsys):
     with torch.no_grad():
         same = from_pretrained(tmp_path / "dense")(IDS)
         assert torch.equal(model(IDS, 1), same)
-    sizes = ["steps 6", "seq_len 32", "global_batch 2", "micro_batch 1", "warmup_steps 1",
+    sizes = ["steps 30", "seq_len 32", "global_batch 2", "micro_batch 1", "warmup_steps 1",
              "decay_steps 2", "save_every 0", "eval_every 0", "eval_depths [1,2]"]  # fmt: skip
     changes = [word for each in sizes for word in f"--train.{each}".split()]
     teacher = ["--train.teacher", str(tmp_path / "dense"), "--train.dtype", "float32"]
     run = ["--train.out_dir", str(tmp_path / "run"), "--data.workers", "0", "--quiet"]
-    heal = ["train", "--config", str(out / "heal.yaml"), "--source", str(text)]
-    assert main([*heal, *changes, *teacher, *run, "--held_out", "0.3"]) == 0
+    rates = ["--optim.lr", "3e-3", "--optim.adamw_lr", "1e-3"]
+    heal = ["train", "--config", str(out / "heal.yaml"), "--source", str(text), *rates]
+    assert main([*heal, *changes, *teacher, *run, "--data.val", str(text)]) == 0
     healed = from_pretrained(tmp_path / "run")
     assert healed.cfg == model.cfg
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (_, two) = json.loads(lines[-1])["eval/depths"]
+    assert two["depth"] == 2
+    assert two["loss"] < record["check"]["losses"]["2"] - 0.1
     assert not torch.equal(healed.coda[0].ffn.down.weight, model.coda[0].ffn.down.weight)
 
 
