@@ -86,6 +86,8 @@ def retrofit(
     console = Console()
     for table in _tables(source.name, split, difference, text):
         console.print(table)
+    for note in source.notes:
+        console.print(note)
     console.print(f"{out}: heal it with open-mythos train --config {out}/heal.yaml --source TEXT")
     return 0
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.interop.tokenizer import fitting
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.tokenizer.interface import SPECIALS
-from open_mythos.tokenizer.rust_backed import RustBacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ class DenseSource:
     """A model of transformers, in float32, with its tokenizer."""
 
     name: str
-    """The folder, the hub's name or the GGUF file."""
+    """Name of the folder or the GGUF file, or the hub's."""
     model: PreTrainedModel
     tokenizer: Tokenizer | None
     """None if none is stored with the model."""
@@ -34,6 +34,8 @@ class DenseSource:
     """Of the GGUF file; "" for other sources."""
     chat_template: str = ""
     """Jinja template of chats; "" if there is none."""
+    notes: tuple[str, ...] = ()
+    """What differs from the tokenizer of the source."""
 
 
 def read_dense(model: str, gguf: str = "") -> DenseSource:
@@ -63,42 +65,24 @@ def read_dense(model: str, gguf: str = "") -> DenseSource:
     if gguf and file.is_file():
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    name = str(file) if gguf else model
+    local = Path(model).exists()
+    name = gguf or (Path(model).resolve().name if local else model)
     try:
         hf = AutoTokenizer.from_pretrained(model, **options)
     except (OSError, ValueError, KeyError):  # the model has none
         return DenseSource(name, found.eval(), None, digest)
+    tokenizer, notes = _tokenizer(hf, name, found.config.vocab_size)
     template = hf.chat_template if isinstance(hf.chat_template, str) else ""
-    return DenseSource(name, found.eval(), plain_tokenizer(hf, model), digest, template)
+    return DenseSource(name, found.eval(), tokenizer, digest, template, notes)
 
 
-def plain_tokenizer(hf: Any, name: str) -> Tokenizer:
-    """Return a tokenizer of transformers as one of this library.
-
-    bos, eos and pad must differ here. A role without a token of its own takes the unknown token,
-    then the first special token without a role, so that the vocabulary does not grow.
-
-    Raises:
-        DataError: The tokenizer does not run in the ``tokenizers`` library.
-    """
+def _tokenizer(hf: Any, name: str, rows: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
+    """Return a tokenizer of transformers as one of this library, and what differs."""
     rust = getattr(hf, "backend_tokenizer", None)
     if rust is None:
-        raise DataError(
-            "the model's tokenizer does not run in the `tokenizers` library", where="model",
-            value=name, fix="save it again with a tokenizer.json",
-        )  # fmt: skip
-    added = sorted(rust.get_added_tokens_decoder().items())
-    free = [hf.unk_token, *(token.content for _, token in added if token.special)]
-    specials: dict[str, str] = {}
-    for role in ("eos", "bos", "pad"):
-        declared = getattr(hf, f"{role}_token", None)
-        others = [each for each in free if each and each not in specials.values()]
-        if declared is None or declared in specials.values():
-            kept = {getattr(hf, f"{each}_token", None) for each in SPECIALS}
-            unused = [each for each in others if each not in kept]
-            declared = unused[0] if unused else SPECIALS[role]
-        specials[role] = str(declared)
-    return RustBacked(rust, name, specials)
+        return None, ("the tokenizer does not run in the `tokenizers` library: none is stored",)
+    tokens = {part: getattr(hf, f"{part}_token", None) for part in SPECIALS}
+    return fitting(rust, name, {part: str(token) for part, token in tokens.items() if token}, rows)
 
 
 def _read(name: str, read: Callable[[], T]) -> T:

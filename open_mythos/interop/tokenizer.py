@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from open_mythos.errors import MythosError
 from open_mythos.interop.read import Source
 from open_mythos.run_folder import TOKENIZER_FOLDER
+from open_mythos.tokenizer import Tokenizer
 from open_mythos.tokenizer.files import read_local
 from open_mythos.tokenizer.rust_backed import RustBacked
 
@@ -37,12 +38,29 @@ def copy_tokenizer(source: Source, out: Path, rows: int) -> tuple[str, ...]:
         rust, name, specials = read_local(source.folder)
     except MythosError as error:
         return (f"the tokenizer is not stored: {error.what}",)
+    tokenizer, notes = fitting(rust, name, specials, rows)
+    if tokenizer is not None:
+        tokenizer.save(out / TOKENIZER_FOLDER)
+    return notes
+
+
+def fitting(
+    rust: RustTokenizer, name: str, specials: dict[str, str], rows: int
+) -> tuple[Tokenizer | None, tuple[str, ...]]:
+    """Return a tokenizer with distinct bos, eos and pad, and what the caller should know.
+
+    Args:
+        rust: The tokenizer.
+        name: Its name.
+        specials: Part ("bos", "eos", "pad") -> token; parts may be missing or share one.
+        rows: Tokens that the model has; None is returned if they do not suffice.
+    """
     parts, notes = _distinct(rust, specials)
     tokenizer = RustBacked(rust, name, parts)
     if len(tokenizer) > rows:
-        return (f"the tokenizer is not stored: it has {len(tokenizer)} ids, the model {rows}",)
-    tokenizer.save(out / TOKENIZER_FOLDER)
-    return notes
+        more = f"the tokenizer is not stored: it has {len(tokenizer)} ids, the model {rows}"
+        return None, (more,)
+    return tokenizer, notes
 
 
 def _distinct(

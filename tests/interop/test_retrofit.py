@@ -13,7 +13,7 @@ from open_mythos.cli import main
 from open_mythos.errors import DataError
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.interop.dense import from_transformers
-from open_mythos.interop.dense_source import plain_tokenizer, read_dense
+from open_mythos.interop.dense_source import read_dense
 from open_mythos.interop.healing import healing_run
 from open_mythos.interop.retrofit import MODES, Split, compare, default_split, retrofit
 from open_mythos.train import RunConfig, build_model
@@ -169,19 +169,21 @@ def words() -> object:
     )  # fmt: skip
 
 
-def test_the_tokenizer_does_not_outgrow_the_vocabulary():
-    found = plain_tokenizer(words(), "words")
-    assert (found.eos_id, found.bos_id, found.pad_id) == (2, 1, 0)
-    assert len(found) == 93
-    assert found.encode("w0 w2") == [3, 5]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("hf")
     dense_model("llama, tied", vocab_size=128).save_pretrained(path)
     words().save_pretrained(path)
     return path
+
+
+def test_the_tokenizer_does_not_outgrow_the_vocabulary(folder):
+    source = read_dense(str(folder))
+    found = source.tokenizer
+    assert (found.eos_id, found.bos_id, found.pad_id) == (2, 1, 0)
+    assert len(found) == 93
+    assert found.encode("w0 w2") == [3, 5]
+    assert source.notes == ("pad is <unk>; the source has </s>",)
 
 
 def test_the_command_writes_a_model_that_trains(folder, tmp_path, capsys):
