@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active
-from open_mythos.model.cache import Columns, KVCache
+from open_mythos.model.cache import Columns, KVCache, slot_index
 
 
 class SlotCache(KVCache):
@@ -112,24 +112,14 @@ class SlotCache(KVCache):
                 loop += 1
         self.columns = columns
 
-    def _index(self, layer: int, loop: int) -> int:
-        """Return the slot of (layer, loop)."""
-        cfg, place = self.cfg, layer - self.cfg.prelude_layers
-        if place < 0:
-            return layer
-        if place >= cfg.recurrent_layers:
-            return layer - cfg.recurrent_layers
-        outer = cfg.prelude_layers + cfg.coda_layers
-        return outer + (0 if self.share_loops else loop) * cfg.recurrent_layers + place
-
     def _holds(self, layer: int, loop: int) -> bool:
         """Return whether the slot of (layer, loop) has entries."""
-        layers, index = self.cache.layers, self._index(layer, loop)
+        layers, index = self.cache.layers, slot_index(self.cfg, layer, loop)
         return index < len(layers) and int(layers[index].get_seq_length()) > 0
 
     def _place(self, layer: int, loop: int, end: int) -> int:
         """Return the slot of (layer, loop), added if missing, with room for ``end`` positions."""
-        layers, index = self.cache.layers, self._index(layer, loop)
+        layers, index = self.cache.layers, slot_index(self.cfg, layer, loop)
         most = self.cfg.max_seq_len
         if layers and isinstance(layers[-1], StaticLayer):
             most = layers[-1].max_cache_len

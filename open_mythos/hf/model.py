@@ -20,6 +20,7 @@ from open_mythos.errors import ConfigError
 from open_mythos.hf.config import OpenMythosConfig
 from open_mythos.hf.inputs import Inputs, given_cache
 from open_mythos.hf.outputs import CausalLMOutput, ModelOutput, with_cache
+from open_mythos.hf.sites import Sites, hidden_at_sites
 from open_mythos.hub.transformers_format import AUTO_FILE, AUTO_TEXT
 from open_mythos.model.context import Context
 from open_mythos.model.depth import Depth
@@ -43,6 +44,7 @@ class OpenMythosPreTrainedModel(_PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["TransformerBlock", "RecurrentBlock"]
+    _supports_attention_backend = True  # see `open_mythos.hf.sites`
     _supports_sdpa = True  # of the kinds of attention, which the core chooses by attn_backend
     # in bfloat16, any decay above 0.998 is 1
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_A", "dt_bias"]
@@ -129,11 +131,18 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
 
         Args:
             read_out: Maps states to logits, for exit rules that use predictions.
+            kwargs: With ``attention_instances``, another engine calls: see
+                :mod:`open_mythos.hf.sites`.
         """
         if output_attentions:
             raise ConfigError(
                 "attention weights are never materialized", where="output_attentions",
                 value=True, allowed="False", fix="leave it out",
+            )  # fmt: skip
+        if "attention_instances" in kwargs:
+            return self._in_another_engine(
+                input_ids if inputs_embeds is None else inputs_embeds, position_ids,
+                self._depth(n_loops, grad_loops, exit_rule), kwargs,
             )  # fmt: skip
         given = given_cache(past_key_values, cache)
         if given is None and use_cache is True:
@@ -151,6 +160,19 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
             ModelOutput, given, last_hidden_state=hidden_BTD,
             **_diagnostics(trace, hidden_BTD, output_hidden_states, output_loop_states),
         )  # fmt: skip
+
+    def _in_another_engine(
+        self,
+        tokens: Tensor | None,
+        position_ids: Tensor | None,
+        depth: Depth,
+        given: dict[str, Any],
+    ) -> ModelOutput:
+        """Return the hidden states of new tokens whose keys and values an engine keeps."""
+        sites = Sites(self.core.cfg, self.config._attn_implementation, given)
+        return ModelOutput(
+            last_hidden_state=hidden_at_sites(self.core, tokens, position_ids, depth, sites)
+        )
 
     def _depth(
         self, n_loops: int | Tensor | None, grad_loops: int | None, rule: str | ExitRule | None
