@@ -75,7 +75,8 @@ class CausalLM(nn.Module):
 
         Checks the arguments, which are those of :meth:`OpenMythos.forward`. Embeddings (B, T, D)
         of tokens may take the place of their ids, here, in :meth:`embed` and in :meth:`hidden`.
-        ``positions`` (T,) or (B, T) replace those that follow from padding and documents.
+        ``positions`` (T,) or (B, T) replace those that follow from padding and documents; a row of
+        documents may then be longer than the context, which each must fit.
 
         Raises:
             ConfigError: A shape, type or value is wrong, or the context is too short.
@@ -86,12 +87,13 @@ class CausalLM(nn.Module):
         cache = KVCache.of(kv_cache, self.cfg)
         if cache is not None:
             cache.admit(batch)
-        self._check_span(start_pos, n_new, cache)
+        if positions is not None:
+            check_tensor("positions", positions, shape[2 - positions.dim() :], INTEGERS)
+        packed = positions if document_ids is not None else None
+        self._check_span(start_pos, n_new if packed is None else _longest(packed), cache)
         check_tensor("attention_mask", attention_mask, shape, MASKS)
         check_tensor("document_ids", document_ids, shape, INTEGERS)
         check_tensor("sample_seeds", sample_seeds, shape[:1], INTEGERS)
-        if positions is not None:
-            check_tensor("positions", positions, shape[2 - positions.dim() :], INTEGERS)
         if sample_seeds is None and self.training:
             sample_seeds = to_device(torch.randint(1 << 62, (batch,)), input_ids.device)
         return Context.build(
@@ -189,6 +191,12 @@ def check_tensor(name: str, given: Any, shape: torch.Size, dtypes: tuple[torch.d
             allowed=f"None, or a tensor {tuple(shape)} of {kinds}",
             fix="pass values for the tokens of this call only; the cache holds the earlier ones",
         )  # fmt: skip
+
+
+def _longest(positions: Tensor) -> int:
+    """Return the length of the longest packed document, or 1 where reading it would wait."""
+    known = positions.device.type == "cpu" and not in_dry_run(positions)
+    return int(positions.max()) + 1 if known else 1
 
 
 def _is_embedded(given: Any) -> bool:

@@ -100,6 +100,16 @@ class TestForward:
         apart = [native_logits(model, each) for each in (one, two)]
         assert_same(got, torch.cat(apart, 1))
 
+    def test_packed_rows_may_be_longer_than_the_context(self, model, outer):
+        one, n = random_ids(1, 40), model.cfg.max_seq_len
+        positions = torch.arange(40).repeat(2)[None]
+        got = logits(outer, one.repeat(1, 2), position_ids=positions)
+        assert got.shape[1] > n
+        assert_same(got[:, 40:], native_logits(model, one))
+        longer = torch.cat([torch.arange(n + 1), torch.arange(3)])[None]
+        with pytest.raises(ConfigError, match="context"):
+            logits(outer, random_ids(1, n + 4), position_ids=longer)
+
     def test_positions_are_relative(self, outer):
         ids = random_ids(B, T)
         later = torch.arange(T)[None] + 7
