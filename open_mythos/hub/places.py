@@ -23,13 +23,22 @@ def stored_tokenizer(directory: str | Path) -> Tokenizer:
     Raises:
         DataError: There is no model or no tokenizer.
     """
-    found = find_beside(model_directory(directory), TOKENIZER_FOLDER)
+    found = tokenizer_beside(model_directory(directory))
     if found is None:
         raise DataError(
             f"no {TOKENIZER_FOLDER} is stored with the model", where=str(directory),
             value=TOKENIZER_FOLDER, fix="name one with --tokenizer",
         )  # fmt: skip
     return load_tokenizer(found)
+
+
+def tokenizer_beside(model_folder: Path) -> Path | None:
+    """Return the folder of a model's tokenizer: its own or its run's, or that of the model itself.
+
+    The last is where ``transformers`` stores one.
+    """
+    own = model_folder if (model_folder / "tokenizer.json").is_file() else None
+    return find_beside(model_folder, TOKENIZER_FOLDER) or own
 
 
 def model_directory(directory: str | Path) -> Path:

@@ -26,6 +26,8 @@ from open_mythos.hub import transformers_format as outer
 from open_mythos.hub.places import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, model_directory
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.run_folder import TOKENIZER_FOLDER
+from open_mythos.tokenizer.interface import Tokenizer
 
 FORMAT = 1
 LIBRARY = "open-mythos"
@@ -39,7 +41,11 @@ _SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrain
 
 
 def save_pretrained(
-    model: OpenMythos | DenseTransformer, directory: str | Path, *, format: str = "native"
+    model: OpenMythos | DenseTransformer,
+    directory: str | Path,
+    *,
+    format: str = "native",
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write ``config.json`` and ``model.safetensors`` into ``directory``, created if missing.
 
@@ -51,6 +57,7 @@ def save_pretrained(
         directory: Target; files of the same names are replaced.
         format: "native", or "hf": ``transformers`` reads the folder too, with
             ``trust_remote_code=True`` or after :func:`open_mythos.hf.register`. Looped models only.
+        tokenizer: Stored with the model, where each of the readers looks for it.
 
     Raises:
         ConfigError: The format is unknown, or has no form of this model.
@@ -59,10 +66,11 @@ def save_pretrained(
     target, tensors, config = Path(directory), model_tensors(model), describe(model)
     texts: dict[str, str] = {}
     if format == "hf":
-        config = _describe_outer(model)
+        config = _describe_outer(model, tokenizer)
         tensors = {outer.to_outer(name): tensor for name, tensor in tensors.items()}
         texts[outer.AUTO_FILE] = outer.AUTO_TEXT
-    texts[CONFIG_FILE] = json.dumps(config, indent=2) + "\n"
+        texts[outer.GENERATION_FILE] = _as_json(outer.describe_generation(tokenizer))
+    texts[CONFIG_FILE] = _as_json(config)
     target.mkdir(parents=True, exist_ok=True)
     with _atomic(target / WEIGHTS_FILE) as path:
         save_file(tensors, path, metadata={"format": "pt"})
@@ -71,6 +79,10 @@ def save_pretrained(
     for name, text in texts.items():
         with _atomic(target / name) as path:
             path.write_text(text, encoding="utf-8")
+    if tokenizer is not None and format == "hf":
+        outer.save_tokenizer(tokenizer, target)
+    elif tokenizer is not None:
+        tokenizer.save(target / TOKENIZER_FOLDER)
     sync_to_disk(target)
 
 
@@ -181,7 +193,13 @@ def describe(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
     }
 
 
-def _describe_outer(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
+def _as_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _describe_outer(
+    model: OpenMythos | DenseTransformer, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     """Return the content of ``config.json`` in the format of ``transformers``."""
     if isinstance(model, DenseTransformer):
         raise ConfigError(
@@ -189,7 +207,7 @@ def _describe_outer(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
             value="hf", allowed="looped models", fix='leave format out, or pass "native"',
         )  # fmt: skip
     dtype = str(model.final_norm.weight.dtype).removeprefix("torch.")
-    return outer.describe_flat(model.cfg, dtype)
+    return outer.describe_flat(model.cfg, dtype, **outer.special_ids(tokenizer))
 
 
 def model_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:

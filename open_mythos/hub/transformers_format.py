@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from open_mythos.config import MythosConfig
+from open_mythos.run_folder import TOKENIZER_FOLDER
+from open_mythos.tokenizer import ByteTokenizer, Tokenizer
 
 MODEL_TYPE = "open_mythos"
 ARCHITECTURE = "OpenMythosForCausalLM"
 CORE = "model.core."
 """Prefix of all weights but the head's."""
 HEAD = "lm_head."
+GENERATION_FILE = "generation_config.json"
 AUTO_FILE = "modeling_open_mythos.py"
 AUTO_TEXT = '''"""The classes of the installed package open-mythos, for trust_remote_code=True."""
 
@@ -71,6 +75,27 @@ def describe_flat(cfg: MythosConfig, dtype: str, **more: Any) -> dict[str, Any]:
         **to_flat(cfg),
         **more,
     }
+
+
+def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
+    """Return the fields of special tokens; none without a tokenizer."""
+    if tokenizer is None:
+        return {}
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    return {f"{role}_token_id": token for role, token in ids.items()}
+
+
+def describe_generation(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the content of ``generation_config.json``."""
+    return {"_from_model_config": True, **special_ids(tokenizer)}
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Store a tokenizer where ``transformers`` looks for it."""
+    if isinstance(tokenizer, ByteTokenizer):
+        tokenizer.save(folder / TOKENIZER_FOLDER)  # our own, beside the one for others
+        tokenizer = tokenizer.to_rust()
+    tokenizer.save(folder)
 
 
 def to_outer(name: str) -> str:

@@ -86,11 +86,10 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
 
 def _tokenizer(checkpoint: str, options: Mapping[str, Any]) -> Tokenizer | None:
     """Return the tokenizer that schemas need, if there is one."""
-    from open_mythos.hub.places import model_directory
-    from open_mythos.run_folder import TOKENIZER_FOLDER, find_beside
+    from open_mythos.hub.places import model_directory, tokenizer_beside
     from open_mythos.tokenizer import load_tokenizer
 
-    stored = find_beside(model_directory(checkpoint), TOKENIZER_FOLDER)
+    stored = tokenizer_beside(model_directory(checkpoint))
     name = options.get("tokenizer") or stored
     return None if name is None else load_tokenizer(name)
 

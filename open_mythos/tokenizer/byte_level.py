@@ -5,9 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from open_mythos.tokenizer.files import write_config
 from open_mythos.tokenizer.interface import SPECIALS, checked_text, id_list
+
+if TYPE_CHECKING:
+    from open_mythos.tokenizer.rust_backed import RustBacked
+
+_PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = tuple(byte for byte in range(256) if byte not in _PLAIN)
 
 
 class ByteTokenizer:
@@ -47,7 +54,28 @@ class ByteTokenizer:
         """
         return bytes(i for i in id_list(ids, self.vocab_size) if i < 256).decode(errors="replace")
 
+    def to_rust(self) -> RustBacked:
+        """Return the same ids as a tokenizer that other libraries read.
+
+        Each byte is a token of a byte-level vocabulary without merges.
+        """
+        from tokenizers import Tokenizer as RustTokenizer
+        from tokenizers import decoders, models, pre_tokenizers
+
+        from open_mythos.tokenizer.rust_backed import RustBacked
+
+        tokens = [_letter(byte) for byte in range(256)] + list(self.special_tokens)
+        rust = RustTokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        rust.decoder = decoders.ByteLevel()
+        return RustBacked(rust, self.name, SPECIALS)
+
     def save(self, directory: str | Path) -> None:
         """Write ``tokenizer_config.json``, which names this class."""
         config = {"tokenizer_class": type(self).__name__, "name_or_path": self.name}
         write_config(Path(directory), config)
+
+
+def _letter(byte: int) -> str:
+    """Return the letter that stands for a byte in byte-level vocabularies, as GPT-2 chose it."""
+    return chr(byte) if byte in _PLAIN else chr(256 + _OTHERS.index(byte))

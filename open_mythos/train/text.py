@@ -23,8 +23,8 @@ from open_mythos.data import (
 from open_mythos.data.index import INDEX_FILE
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError
-from open_mythos.hub.places import model_directory, stored_tokenizer
-from open_mythos.run_folder import DATA_FOLDER, TOKENIZER_FOLDER, find_beside
+from open_mythos.hub.places import model_directory, stored_tokenizer, tokenizer_beside
+from open_mythos.run_folder import DATA_FOLDER
 from open_mythos.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from open_mythos.train.config import DataConfig, RunConfig, no_text
 from open_mythos.train.parallel.process_group import first_decides
@@ -92,7 +92,7 @@ def tokenizer_of_model(tokenizer: Tokenizer, model: str, where: str) -> Tokenize
     Raises:
         DataError: Another tokenizer is stored with the model.
     """
-    stored = find_beside(model_directory(model), TOKENIZER_FOLDER) if model else None
+    stored = tokenizer_beside(model_directory(model)) if model else None
     if stored is not None and load_tokenizer(stored).fingerprint != tokenizer.fingerprint:
         raise DataError(
             "the text has another tokenizer than the model", where=where, value=tokenizer.name,

@@ -351,6 +351,36 @@ class TestGenerate:
             outer.generate(random_ids(B, T), n_lops=2, max_new_tokens=2, pad_token_id=0)
 
 
+CHOICES = [
+    {"prelude_layers": 0, "coda_layers": 0}, {"recurrent_layers": 2, "coda_layers": 2},
+    {"kv_share": "last", "recurrent_layers": 2}, {"initial_state": "normal"},
+    {"initial_state": "prelude", "injection": "none", "state_norm": "loop"},
+    {"injection": "concat", "block_norms": "in+sum", "state_norm": "exit"},
+    {"window": 4}, {"layer_overrides": {"1": {"window": 3, "rope_theta": 0}}},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"value_embedding": True}, {"n_experts": 0, "ffn_kind": "relu2"},
+    {"qk_norm": "head", "qkv_bias": True, "attn_scale": 0.3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHOICES, ids=str)
+def test_every_choice_of_architecture(change):
+    """Whole and by token, through the fields of the flat configuration."""
+    native = small_model("gqa", **change)
+    outer, ids = wrap(native), random_ids(B, T)
+    again = OpenMythosConfig.from_dict(outer.config.to_dict())
+    assert again.mythos() == outer.config.mythos()
+    want = native_logits(native, ids)
+    assert torch.equal(logits(outer, ids), want)
+    held = {}
+    parts = [native_logits(native, ids[:, :5], kv_cache=held)]
+    for i in range(5, T):
+        parts.append(native_logits(native, ids[:, i : i + 1], kv_cache=held, start_pos=i))
+    cached = torch.cat(parts, 1)
+    for cache in (DynamicCache(), StaticCache(config=outer.config, max_cache_len=12)):
+        assert_same(by_token(outer, ids, LOOPS, cache), cached)
+
+
 class TestParts:
     def test_configuration_has_every_field(self, model):
         config = OpenMythosConfig.of(model.cfg, n_loops=2)
