@@ -97,7 +97,7 @@ def convert_source(
     )  # fmt: skip
     notes = plan.notes + _check_decay(plan, tensors, source, allow_clamp)
     _assign(model, tensors)
-    name = source.name if not source.folder.samefile(source.name) else source.folder.name
+    name = source.folder.resolve().name if Path(source.name).exists() else source.name
     return model.eval(), Provenance(
         kind.name,
         name,

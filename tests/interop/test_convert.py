@@ -24,7 +24,7 @@ from open_mythos import ConfigError, DataError, OpenMythos
 from open_mythos.accounting import account
 from open_mythos.cli.parser import parse
 from open_mythos.hub.pretrained import from_pretrained
-from open_mythos.interop import families
+from open_mythos.interop import families, read
 from open_mythos.interop.convert import FAMILIES, convert
 from open_mythos.interop.provenance import PROVENANCE_FILE
 from open_mythos.model.dense import parameter_count
@@ -191,6 +191,13 @@ def test_the_record(tmp_path):
         convert(folder, tmp_path / "out")
     with pytest.raises(ConfigError, match="looped-lm, ouro"):
         convert(folder, tmp_path / "new", "urso")
+
+
+def test_a_model_of_the_hub(tmp_path, monkeypatch):
+    folder = write(example("nanbeige"), tmp_path / "snapshot")
+    monkeypatch.setattr(read, "_download", lambda name, allow_pickle: folder)
+    found = convert("owner/model", tmp_path / "out")
+    assert (found.provenance.source, found.provenance.licence) == ("owner/model", None)
 
 
 def test_bfloat16_takes_half_the_space(tmp_path):

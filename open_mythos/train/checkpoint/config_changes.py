@@ -61,11 +61,12 @@ def reject_changes(
         )  # fmt: skip
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return section.field -> value; a field that holds a mapping is one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= {f"{key}.{name}": each for name, each in value.items()}
         else:
-            flat[prefix + key] = value
+            flat[key] = value
     return flat

@@ -61,7 +61,7 @@ def _bare(ctx: Context, rows_leave: bool) -> Context:
         """Mark ``axis``, the batch, of an alias of ``x`` as dynamic; other code knows its size."""
         if x is None or not rows_leave or x.shape[axis] == 1:
             return x
-        alias = x.detach()
+        alias = x.view_as(x)  # with its gradient, if it has one
         torch._dynamo.maybe_mark_dynamic(alias, axis)
         return alias
 

@@ -240,6 +240,15 @@ def test_a_field_that_is_gone_is_a_difference(make_run):
         reject_changes(saved, make_run().to_dict())
 
 
+def test_fields_that_hold_mappings_are_compared_whole(make_run):
+    own = {"layer_overrides": {"0": {"window": 3}, "1": {"rope_theta": 0}}}
+    run = make_run(model=own).to_dict()
+    reject_changes(json.loads(json.dumps(run)), run)
+    for other in ({}, {"layer_overrides": {"0": {"window": 3}}}):
+        with pytest.raises(ConfigError, match=r"model\.layer_overrides"):
+            reject_changes(run, make_run(model=other).to_dict())
+
+
 def test_other_data_is_refused_before_anything_changes(trained, make_loader):
     _, run, _ = trained
     trainer = fresh(run, make_loader)

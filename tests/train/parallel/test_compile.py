@@ -97,6 +97,19 @@ def test_one_graph_serves_all_loops():
         assert check(models, depth) == 2
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"value_embedding": True, "state_norm": "loop"},
+        {"window": 3, "layer_overrides": {"0": {"rope_theta": 20.0, "window": 0}}},
+    ],
+)
+def test_layers_with_their_own(choice):
+    models = pair(**choice)
+    for depth in (2, RAGGED):
+        assert check(models, depth) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 def test_causes_of_further_graphs(attn_type):

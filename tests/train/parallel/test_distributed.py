@@ -51,17 +51,29 @@ EACH_ONCE = [("ddp", 2), ("fsdp", 2), ("experts", 2), ("hsdp", 4)]
 ALL = [(name, size) for name in KINDS for size in (2, 4) if (name, size) != ("hsdp", 2)]
 
 
+OWN = {
+    "model": {
+        "attn_type": "gqa", "dim": 32, "state_norm": "loop",
+        "layer_overrides": {"0": {"window": 3}, "1": {"value_embedding": True}},
+    }
+}  # fmt: skip
+"""A weight that loop and head share, and tables that a layer of the loop reads."""
+
+
 @pytest.mark.parametrize(
-    ("kinds", "train"),
+    ("kinds", "train", "own"),
     [
-        (EACH_ONCE, {"steps": 3}),
-        pytest.param(ALL, {}, marks=pytest.mark.slow),
-        pytest.param(ALL, {"micro_batch": 1, "checkpoint_loops": True}, marks=pytest.mark.slow),
+        (EACH_ONCE, {"steps": 3}, {}),
+        pytest.param(ALL, {}, {}, marks=pytest.mark.slow),
+        pytest.param(ALL, {"micro_batch": 1, "checkpoint_loops": True}, {}, marks=pytest.mark.slow),
+        pytest.param(
+            ALL, {"micro_batch": 2, "checkpoint_loops": True}, OWN, marks=pytest.mark.slow
+        ),
     ],
-    ids=["each once", "plain", "micro-batches, checkpointed"],
+    ids=["each once", "plain", "micro-batches, checkpointed", "layers with their own"],
 )
-def test_every_kind_equals_one_process(kinds, train):
-    options = RUN | {"train": RUN["train"] | train}
+def test_every_kind_equals_one_process(kinds, train, own):
+    options = RUN | own | {"train": RUN["train"] | train}
     lines, weights, state = trained(tiny_run(**options))
     found = run_ranks(4, every_kind, options, kinds)
     for key, (got, tensors, at) in found[0].items():
