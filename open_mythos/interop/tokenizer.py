@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from open_mythos.errors import MythosError
+from open_mythos.inference.server.chat import TEMPLATE_FILE
 from open_mythos.interop.read import Source
 from open_mythos.run_folder import TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer
-from open_mythos.tokenizer.files import read_local
+from open_mythos.tokenizer.files import read_config, read_local
 from open_mythos.tokenizer.rust_backed import RustBacked
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ FILE = "tokenizer.json"
 
 
 def copy_tokenizer(source: Source, out: Path, rows: int) -> tuple[str, ...]:
-    """Store the tokenizer of ``source`` in ``out``, if it fits the model.
+    """Store the tokenizer of ``source`` in ``out``, if it fits the model, and its chat template.
 
     Here bos, eos and pad are three tokens. Where a checkpoint gives one token several of these
     parts, eos keeps it, and the others get special tokens that have no part yet.
@@ -41,6 +42,11 @@ def copy_tokenizer(source: Source, out: Path, rows: int) -> tuple[str, ...]:
     tokenizer, notes = fitting(rust, name, specials, rows)
     if tokenizer is not None:
         tokenizer.save(out / TOKENIZER_FOLDER)
+    template = read_config(source.folder).get("chat_template")
+    if (source.folder / TEMPLATE_FILE).is_file():
+        template = (source.folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    if tokenizer is not None and isinstance(template, str):
+        (out / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     return notes
 
 

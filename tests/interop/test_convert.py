@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,12 @@ from interop.references import FORMS, Form, example
 from open_mythos import ConfigError, DataError, OpenMythos
 from open_mythos.accounting import account
 from open_mythos.cli.parser import parse
+from open_mythos.errors import MythosError
 from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.interop import families, read
-from open_mythos.interop.convert import FAMILIES, convert
+from open_mythos.interop.convert import FAMILIES, convert, convert_source
 from open_mythos.interop.provenance import PROVENANCE_FILE
+from open_mythos.interop.read import read_source
 from open_mythos.model.dense import parameter_count
 from open_mythos.plan.parameters import parameters
 
@@ -142,6 +146,26 @@ def test_what_is_not_covered_is_refused_by_name(name, changes, what, tmp_path):
         convert(write(form, tmp_path / "in"), tmp_path / "out")
     assert "config.json" in caught.value.where
     assert not (tmp_path / "out").exists()
+
+
+HOSTILE = [None, -1, 0, 10**9, 10**30, "x", [], {}, math.inf, math.nan, True, 1.5, [1], {"a": 1}]
+
+
+@pytest.mark.parametrize("name", ["looped-lm, linear", "ouro", "nanbeige", "huginn", "parcae"])
+def test_no_configuration_breaks_it(name, tmp_path):
+    """Each field in turn: the model is converted, or a typed error says why not."""
+    form, refused = example(name), 0
+    source = read_source(write(form, tmp_path))
+    fields = [*form.config, "rope_scaling", "rope_parameters", "init_values", "rope_settings"]
+    for number, field in enumerate(fields):
+        for value in (HOSTILE[number % len(HOSTILE)], HOSTILE[(number * 5 + 3) % len(HOSTILE)]):
+            changed = {**form.config, field: value}
+            config = {"model": changed} if "arch" in form.config else changed
+            try:
+                convert_source(replace(source, config=config))
+            except MythosError:
+                refused += 1
+    assert refused > len(fields)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from open_mythos.data.batch import Batch
 from open_mythos.dynamics import StepJacobian, run_trajectory
 from open_mythos.evaluation import evaluate_depths, evaluate_exits
 from open_mythos.hub.places import stored_tokenizer
-from open_mythos.hub.pretrained import from_pretrained
+from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.inference import check
 from open_mythos.inference.decoding import decoder_factory
 from open_mythos.inference.quantization import quantize
@@ -28,6 +28,7 @@ from open_mythos.train.loss import next_token_loss
 
 NAMES = ["looped-lm, linear", "looped-lm, parcae", "ouro", "nanbeige", "huginn", "parcae"]
 WORDS = ["a", "loop", "runs", "again", "and", "ends"]
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 every = pytest.mark.parametrize("name", NAMES)
 
 
@@ -51,6 +52,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         source = write(example(name), place / "in")
         (source / "tokenizer.json").write_text(tokenizer())
         shared = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|end|>")
+        shared["chat_template"] = TEMPLATE
         (source / "tokenizer_config.json").write_text(json.dumps(shared))
         found[name] = place / "out"
         convert(source, found[name])
@@ -140,6 +142,21 @@ def test_quantized(model, name):
 
 
 @every
+def test_through_transformers(model, name, tmp_path):
+    hf = pytest.importorskip("open_mythos.hf")
+    pytest.importorskip("transformers")
+    save_pretrained(model, tmp_path, format="hf")
+    theirs = hf.OpenMythosForCausalLM.from_pretrained(tmp_path).eval()
+    ids = ids_of()
+    with torch.no_grad():
+        assert torch.equal(theirs(ids, n_loops=3).logits, model(ids, 3))
+    mine = generate(model, ids[:, :8], SamplingParams(5, temperature=0.0), Depth(3))
+    assert torch.equal(
+        theirs.generate(ids[:, :8], max_new_tokens=5, do_sample=False, n_loops=3), mine
+    )
+
+
+@every
 def test_its_dynamics(model, name):
     path = run_trajectory(model, ids_of(), 3)
     assert path.change().isfinite().all()
@@ -162,6 +179,7 @@ def test_the_commands(folders, name, tmp_path, capsys):
     assert len({found.bos_id, found.eos_id, found.pad_id}) == 3
     assert len(found) <= VOCAB
     assert found.decode([found.eos_id, *found.encode("a loop runs")]) == "a loop runs"
+    assert (folder / "chat_template.jinja").read_text() == TEMPLATE
     record = json.loads((folder / "provenance.json").read_text())
     assert [note.split()[0] for note in record["notes"][-2:]] == ["bos", "pad"]
     assert run("trace", folder, "a loop runs again", "--n-loops", 3, "--out", out) == 0

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError
 from open_mythos.interop.families.plan import (
     Family,
@@ -46,7 +47,7 @@ def plan(source: Source) -> Plan:
     fields.only({"qk_bias": (True,), "tie_embeddings": (True,), "tie_word_embeddings": (True,)})
     dim, heads = fields.count("n_embd"), fields.count("n_heads", "num_attention_heads")
     fields.only({"num_key_value_heads": (heads,)})
-    scales = Fields("Huginn", source.config.get("init_values") or {})
+    scales = fields.part("init_values")
     std = scales.number("std", default=math.sqrt(2 / (5 * dim)))
     scale = scales.number("embed_scale", default=math.sqrt(dim))
     cfg = looped(
@@ -55,9 +56,9 @@ def plan(source: Source) -> Plan:
         ffn_dim=fields.count("intermediate_size"), norm_eps=fields.number("norm_eps"),
         rope_theta=fields.number("rope_base"), max_seq_len=fields.count("block_size"),
         max_loop_iters=fields.count("mean_recurrence"),
-        prelude_layers=fields.count("n_layers_in_prelude", least=0),
-        recurrent_layers=fields.count("n_layers_in_recurrent_block"),
-        coda_layers=fields.count("n_layers_in_coda", least=0), qkv_bias=True, injection="concat",
+        prelude_layers=fields.layers("n_layers_in_prelude", least=0),
+        recurrent_layers=fields.layers("n_layers_in_recurrent_block"),
+        coda_layers=fields.layers("n_layers_in_coda", least=0), qkv_bias=True, injection="concat",
         initial_state="normal", initial_state_std=std * scale, embedding_scale=scale,
         state_norm="exit", block_norms="in+sum", tie_embeddings=True,
     )  # fmt: skip
@@ -78,7 +79,7 @@ def plan(source: Source) -> Plan:
         *per_block(_block(dim, cfg.head_dim), zip(blocks(cfg), names, strict=True)),
         *untrained_gate(dim),
     ]
-    dropped = tied_head(source, "transformer.wte.weight") | _rotary(source, cfg.head_dim, cfg)
+    dropped = tied_head(source, "transformer.wte.weight") | _rotary(source, cfg)
     return Plan(cfg, rules, dropped)
 
 
@@ -105,18 +106,23 @@ def _block(dim: int, head_dim: int) -> list[Rule]:
     ]
 
 
-def _rotary(source: Source, head_dim: int, cfg: object) -> dict[str, str]:
+def _rotary(source: Source, cfg: MythosConfig) -> dict[str, str]:
     """Drop the stored rotary table, if it is the one of the configuration."""
     if "freqs_cis" not in source.tensors:
         return {}
     stored = source.tensors["freqs_cis"].float()
-    table = rope_table(torch.arange(stored.shape[1]), head_dim, source.config["rope_base"])
-    expected = torch.stack(tuple(table), -1).view(1, -1, 1, head_dim // 2, 2)
+    if stored.dim() == 5:
+        table = rope_table(torch.arange(stored.shape[1]), cfg.head_dim, cfg.rope_theta)
+        expected = torch.stack(tuple(table), -1).view(1, -1, 1, cfg.head_dim // 2, 2)
     # stored angles are float32 products: off by up to a position's rounding
-    if stored.shape != expected.shape or (stored - expected).abs().max() > 1e-2:
+    if (
+        stored.dim() != 5
+        or stored.shape != expected.shape
+        or (stored - expected).abs().max() > 1e-2
+    ):
         raise DataError(
             "the stored rotary table is not that of the configuration", where=source.name,
-            value="freqs_cis", allowed=f"rope_base {source.config['rope_base']}",
+            value="freqs_cis", allowed=f"rope_base {cfg.rope_theta}",
             fix="check rope_base in config.json",
         )  # fmt: skip
     return {"freqs_cis": "rotary table, which follows from the configuration"}

@@ -93,9 +93,9 @@ def _loop(fields: Fields) -> tuple[dict[str, Any], str]:
     """Return the fields of the loop, and the name of the module that injects."""
     if fields.values.get("arch") == "transformer":
         return _plain_loop(fields), "loop_input_injection_module"
-    layers, prelude = fields.count("num_layers"), fields.count("huginn_prelude_layers", default=1)
-    coda = fields.count("huginn_coda_layers", default=1)
-    recurrent = fields.count("huginn_recurrent_layers", default=layers - prelude - coda)
+    layers, prelude = fields.layers("num_layers"), fields.layers("huginn_prelude_layers", default=1)
+    coda = fields.layers("huginn_coda_layers", default=1)
+    recurrent = fields.layers("huginn_recurrent_layers", default=layers - prelude - coda)
     start = fields.values.get("huginn_state_init", "zero")
     exit_norm = fields.values.get("huginn_recurrent_exit_norm", "none") != "none"
     kind = fields.values.get("huginn_input_injection", "diagonal")
@@ -112,8 +112,11 @@ def _loop(fields: Fields) -> tuple[dict[str, Any], str]:
 
 def _plain_loop(fields: Fields) -> dict[str, Any]:
     """Return the fields of a decoder whose middle layers are repeated."""
-    layers, first = fields.count("num_layers"), fields.count("loop_start_layer", default=0, least=0)
-    end = fields.count("loop_end_layers", default=layers)
+    layers, first = (
+        fields.layers("num_layers"),
+        fields.layers("loop_start_layer", default=0, least=0),
+    )
+    end = fields.layers("loop_end_layers", default=layers)
     kind = fields.values.get("loop_input_injection", "none")
     allowed = ("none", "diagonal") if not first else ("none",)
     fields.only({"loop_input_injection": allowed}, "injections of what precedes the prelude")

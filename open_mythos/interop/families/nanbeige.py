@@ -59,7 +59,7 @@ def plan(source: Source) -> Plan:
         ffn_dim=fields.count("intermediate_size"), norm_eps=fields.number("rms_norm_eps"),
         max_seq_len=fields.count("max_position_embeddings"),
         max_loop_iters=fields.count("num_loops", default=1),
-        recurrent_layers=fields.count("num_hidden_layers"), prelude_layers=0, coda_layers=0,
+        recurrent_layers=fields.layers("num_hidden_layers"), prelude_layers=0, coda_layers=0,
         injection="none", initial_state="prelude",
         state_norm="none" if fields.flag("skip_loop_final_norm") else "loop",
         tie_embeddings=fields.flag("tie_word_embeddings"),

@@ -33,7 +33,7 @@ def plan(source: Source) -> Plan:
     fields = Fields("Ouro", source.config)
     fields.only({"hidden_act": ("silu",), "attention_bias": (False,), "attention_dropout": (0,)})
     fields.only({"use_sliding_window": (False,)}, "sliding windows were never trained")
-    fields.only({"layer_types": (["full_attention"] * fields.count("num_hidden_layers"),)})
+    fields.only({"layer_types": (["full_attention"] * fields.layers("num_hidden_layers"),)})
     dim, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     threshold = fields.number("early_exit_threshold", default=1.0)
     cfg = looped(
@@ -45,7 +45,7 @@ def plan(source: Source) -> Plan:
         ffn_dim=fields.count("intermediate_size"), norm_eps=fields.number("rms_norm_eps"),
         max_seq_len=fields.count("max_position_embeddings"),
         max_loop_iters=fields.count("total_ut_steps"),
-        recurrent_layers=fields.count("num_hidden_layers"), prelude_layers=0, coda_layers=0,
+        recurrent_layers=fields.layers("num_hidden_layers"), prelude_layers=0, coda_layers=0,
         injection="none", initial_state="prelude", state_norm="loop", block_norms="in+out",
         tie_embeddings=fields.flag("tie_word_embeddings"),
         act_threshold=threshold if 0 < threshold <= 1 else 1.0,

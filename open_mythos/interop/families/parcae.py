@@ -50,12 +50,12 @@ def plan(source: Source) -> Plan:
         "recurrent_embedding_dimension": (dim,),
         "recurrent_intermediate_embedding_dimension": (fields.count("intermediate_size"),),
     })  # fmt: skip
-    rope = Fields("Parcae", {**source.config, **(source.config.get("rope_settings") or {})})
+    rope = Fields("Parcae", {**source.config, **fields.part("rope_settings").values})
     rope.only({"use_rope": (True,), "rope_condense_ratio": (1,)})
     parts = {
-        "prelude": fields.count("n_layers_in_prelude", least=0),
-        "core_block": fields.count("n_layers_in_recurrent_block"),
-        "coda": fields.count("n_layers_in_coda", least=0),
+        "prelude": fields.layers("n_layers_in_prelude", least=0),
+        "core_block": fields.layers("n_layers_in_recurrent_block"),
+        "coda": fields.layers("n_layers_in_coda", least=0),
     }
     layers = [f"transformer.{part}.{i}" for part, count in parts.items() for i in range(count)]
     tables, gates = _value_layers(fields, parts)

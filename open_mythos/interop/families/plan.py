@@ -10,11 +10,15 @@ import torch
 
 from open_mythos.checks import is_number, whole
 from open_mythos.config import MythosConfig
-from open_mythos.errors import DataError
+from open_mythos.errors import ConfigError, DataError
 from open_mythos.interop.names import Rule, fixed, same, stacked
 from open_mythos.interop.read import Source
 
 CONFIG = "config.json"
+MOST = 1 << 24
+"""Largest width, vocabulary or context that is believed."""
+MOST_LAYERS = 10_000
+"""Most layers that are believed: a model of a forged number would never be built."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,18 @@ class Fields:
             raise _unfit(family, "the fields of the model", type(values).__name__, "an object")
         self.family, self.values = family, values
 
-    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """Return the first of some fields that is set, an integer."""
+    def count(
+        self, *names: str, default: int | None = None, least: int = 1, most: int = MOST
+    ) -> int:
+        """Return the first of some fields that is set, an integer from ``least`` to ``most``."""
         name, value = self._first(names, default)
-        if whole(value) is None or value < least:
-            raise _unfit(self.family, name, value, f"an integer >= {least}")
+        if whole(value) is None or not least <= value <= most:
+            raise _unfit(self.family, name, value, f"an integer, {least} .. {most:,}")
         return int(value)
+
+    def layers(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """Return a number of layers."""
+        return self.count(*names, default=default, least=least, most=MOST_LAYERS)
 
     def number(self, *names: str, default: float | None = None) -> float:
         """Return the first of some fields that is set, a finite number."""
@@ -87,6 +97,11 @@ class Fields:
         if not isinstance(value, bool):
             raise _unfit(self.family, name, value, "true or false")
         return value
+
+    def part(self, name: str) -> Fields:
+        """Return the fields in a field; none if it is not set."""
+        value = self.values.get(name)
+        return Fields(self.family, {} if value is None else value)
 
     def only(self, allowed: Mapping[str, tuple[Any, ...]], what: str = "") -> None:
         """Refuse fields with other values than those that the conversion covers; None is unset.
@@ -124,7 +139,14 @@ def looped(fields: Fields, **own: Any) -> MythosConfig:
     }  # fmt: skip
     cfg = MythosConfig(**{**common, **own})
     cfg.max_output_tokens = cfg.max_seq_len
-    cfg.validate()
+    try:
+        cfg.validate()
+    except ConfigError as error:
+        raise DataError(
+            f"{fields.family}: no model can have this configuration: {error.what}", where=CONFIG,
+            value=f"{error.where} = {error.value!r}", allowed=error.allowed,
+            fix="copy the folder again",
+        ) from error  # fmt: skip
     return cfg
 
 
@@ -141,8 +163,9 @@ def rotary(fields: Fields, covered: tuple[str, ...]) -> dict[str, Any]:
         fields: With ``rope_theta`` and ``rope_scaling``, or both in ``rope_parameters``.
         covered: Values of ``rope_type`` that are covered, besides "default".
     """
-    values = fields.values
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    values, rope = fields.values, dict[str, Any]()
+    for name in ("rope_scaling", "rope_parameters"):
+        rope |= fields.part(name).values
     theta = Fields(fields.family, {**values, **rope}).number("rope_theta", default=10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
