@@ -75,7 +75,9 @@ class OpenMythosPreTrainedModel(_PreTrainedModel):
         """Do nothing: folders refer to the installed package, not to copies of its files."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Do nothing: constructors initialize."""
+        """Initialize the head; the core does so itself."""
+        if module is getattr(self, "lm_head", None):
+            nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * self.config.dim)))
 
     def _set_gradient_checkpointing(
         self,
@@ -213,7 +215,6 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, _GenerationMixin):
         super().__init__(config)
         self.model = OpenMythosModel(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        nn.init.normal_(self.lm_head.weight, std=math.sqrt(2 / (5 * config.dim)))
         self.post_init()
 
     @can_return_tuple

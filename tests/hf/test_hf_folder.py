@@ -82,6 +82,21 @@ def test_written_there_read_here(native, tmp_path, size):
     assert torch.equal(logits(again, ids, None), logits(native, ids, 2))
 
 
+def test_a_folder_without_a_head(tmp_path):
+    """The base class alone, as tools save it; a new head is that of a new model."""
+    outer = from_native(small_model())
+    outer.model.save_pretrained(tmp_path)
+    base = OpenMythosModel.from_pretrained(tmp_path)
+    ids = random_ids(B, T)
+    assert torch.equal(base(ids).last_hidden_state, outer.model(ids).last_hidden_state)
+    model, info = OpenMythosForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    deviation = (2 / (5 * 32)) ** 0.5
+    assert abs(float(model.lm_head.weight.detach().std()) - deviation) < 0.1 * deviation
+    fresh = OpenMythosForCausalLM(outer.config)
+    assert abs(float(fresh.lm_head.weight.detach().std()) - deviation) < 0.1 * deviation
+
+
 def test_fields_can_be_changed_at_loading(tmp_path):
     native = small_model()
     save_pretrained(native, tmp_path, format="hf")
