@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from open_mythos.errors import DataError
+from open_mythos.files import read_object
 
 CONFIG_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -73,3 +74,14 @@ def find_beside(model_folder: Path, name: str) -> Path | None:
     folder = model_folder.resolve()
     places = (folder, folder.parent, folder.parent.parent)
     return next((place / name for place in places if (place / name).exists()), None)
+
+
+def validated_record(model_folder: Path) -> dict[str, Any] | None:
+    """Return the record of validated depths of a checkpoint, None if it has none.
+
+    Its "low" and "high" are the validated range, None if no depth was good.
+    """
+    path = model_folder / STATE_FILE
+    if not path.is_file():
+        return None
+    return read_object(path, "the checkpoint's state cannot be read").get(VALIDATED_DEPTHS)

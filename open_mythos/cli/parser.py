@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("open_mythos.cli.info:info", "Count parameters, FLOPs and cache bytes by depth."),
     "convert": ("open_mythos.cli.convert:convert", "Convert a public looped checkpoint."),
     "retrofit": ("open_mythos.cli.retrofit:retrofit", "Make a dense model a looped one."),
+    "export": ("open_mythos.cli.export:export", "Write a model for transformers, or the hub."),
     "data prepare": ("open_mythos.cli.data:prepare_shards", "Tokenize text into shards."),
 }
 """Command -> its function ("module:function") and a summary."""

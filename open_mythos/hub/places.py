@@ -6,7 +6,13 @@ import re
 from pathlib import Path
 
 from open_mythos.errors import DataError, EnvironmentError_
-from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, find_beside, step_folders
+from open_mythos.run_folder import (
+    CHECKPOINTS_FOLDER,
+    GATE_FILE,
+    TOKENIZER_FOLDER,
+    find_beside,
+    step_folders,
+)
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_FILE = "config.json"
@@ -87,7 +93,10 @@ def _download(model_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        files = [CONFIG_FILE, INDEX_FILE, "model*.safetensors"]
+        files = [
+            CONFIG_FILE, INDEX_FILE, "model*.safetensors", "tokenizer*.json", GATE_FILE,
+            f"{TOKENIZER_FOLDER}/*",
+        ]  # fmt: skip
         folder = Path(snapshot_download(model_id, allow_patterns=files))
     except Exception as error:  # many types: the client's, its HTTP library's, OSError
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.errors import EnvironmentError_
-from open_mythos.files import hash_blocks, read_object
+from open_mythos.files import hash_blocks
 from open_mythos.hub.places import CONFIG_FILE, model_directory
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.request import RULES, Request, Token
@@ -18,7 +18,7 @@ from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.sampling import SamplingParams
-from open_mythos.run_folder import STATE_FILE, VALIDATED_DEPTHS
+from open_mythos.run_folder import validated_record
 
 SPEED_CONTEXT = 64
 """Context of an engine that measures speed."""
@@ -123,8 +123,5 @@ def _fingerprint(folder: Path, bits: str) -> str:
 
 
 def _validated_depth(folder: Path) -> list[int] | None:
-    if not (folder / STATE_FILE).is_file():
-        return None
-    state = read_object(folder / STATE_FILE, "the checkpoint's state cannot be read")
-    record = state.get(VALIDATED_DEPTHS) or {}
+    record = validated_record(folder) or {}
     return None if record.get("low") is None else [record["low"], record["high"]]

@@ -1,0 +1,116 @@
+"""Folders that every tool reads, and their upload to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from open_mythos.errors import ConfigError, EnvironmentError_
+from open_mythos.files import read_object
+from open_mythos.hub.card import model_card
+from open_mythos.hub.places import is_hub_id, model_directory, tokenizer_beside
+from open_mythos.hub.pretrained import from_pretrained, save_pretrained
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.run_folder import GATE_FILE, find_beside, validated_record
+from open_mythos.tokenizer import Tokenizer, load_tokenizer
+
+CARD_FILE = "README.md"
+PROVENANCE_FILE = "provenance.json"
+_NO_HUB = "pip install 'open-mythos[data]'"
+
+
+def export_folder(
+    checkpoint: str | Path, out: str | Path, *, name: str = "", licence: str = "",
+    tokenizer: Tokenizer | None = None,
+) -> Path:  # fmt: skip
+    """Write a model as a folder that this library and ``transformers`` read.
+
+    It holds configuration, weights, tokenizer, ``generation_config.json``, a model card and, where
+    the checkpoint has them, the exit gate's record and the provenance.
+
+    Args:
+        checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
+        out: Folder to write, new or empty.
+        name: "owner/name" for the card; by default the folder's name.
+        licence: Of the weights, such as "apache-2.0".
+        tokenizer: By default the one stored with the model, if any.
+
+    Raises:
+        ConfigError: ``out`` is not empty, or the model has no loops.
+        DataError: There is no model.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(
+            "the folder is not empty", where="out", value=str(out),
+            allowed="a folder that is new or empty", fix="name another one",
+        )  # fmt: skip
+    folder, model = model_directory(checkpoint), from_pretrained(checkpoint)
+    if tokenizer is None and (stored := tokenizer_beside(folder)) is not None:
+        tokenizer = load_tokenizer(stored)
+    save_pretrained(model, target, format="hf", tokenizer=tokenizer)
+    assert isinstance(model, OpenMythos), "others have no such format"
+    if (gate := find_beside(folder, GATE_FILE)) is not None:
+        shutil.copyfile(gate, target / GATE_FILE)
+    provenance = None
+    if (folder / PROVENANCE_FILE).is_file():
+        provenance = read_object(folder / PROVENANCE_FILE, "the provenance cannot be read")
+        _write(target / PROVENANCE_FILE, provenance)
+    card = model_card(model, name or target.name, validated_record(folder), provenance, licence)
+    (target / CARD_FILE).write_text(card, encoding="utf-8")
+    return target
+
+
+def push_to_hub(
+    checkpoint: str | Path, name: str, *, private: bool = True, licence: str = "",
+    message: str = "Upload model", token: str | None = None,
+) -> str:  # fmt: skip
+    """Upload a model with a card that states its trained and validated depth.
+
+    Args:
+        checkpoint: See :func:`export_folder`.
+        name: "owner/name"; made if missing.
+        private: Whether a new repository is private.
+        licence: Of the weights.
+        message: Of the commit.
+        token: Of the hub; by default the one that ``hf auth login`` stored.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: Not a name.
+        EnvironmentError_: The hub cannot be reached, or refuses.
+    """
+    if not is_hub_id(name):
+        raise ConfigError(
+            "not a name on the hub", where="push_to_hub", value=name, allowed="owner/name",
+            fix="for a local folder use export_folder",
+        )  # fmt: skip
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise EnvironmentError_(
+            "the hub's client is not installed", where="push_to_hub", value=name, fix=_NO_HUB
+        ) from error
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = export_folder(checkpoint, Path(temporary) / "model", name=name, licence=licence)
+        try:
+            api = HfApi(token=token)
+            api.create_repo(name, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+        except Exception as error:  # many types: the client's, its HTTP library's, OSError
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise EnvironmentError_(
+                f"the hub did not take the model: {reason[0]}", where="push_to_hub", value=name,
+                allowed="a repository that you may write to",
+                fix="log in with `hf auth login`, or upload a folder of `open-mythos export`",
+            ) from error  # fmt: skip
+    return str(commit.commit_url)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
