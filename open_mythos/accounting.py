@@ -3,8 +3,7 @@
 Parameters are counted on a model built on the meta device, which allocates no memory: a trillion
 takes a fraction of a second. FLOPs are two per multiply-add of a token's matmuls with weights and
 of its attention; norms, activations, softmax, the diagonal decay and the embedding lookup (together
-below 1 %) are not counted. Attention is counted without windows. Tests compare with PyTorch's FLOP
-counter.
+below 1 %) are not counted. Tests compare them with PyTorch's FLOP counter.
 """
 
 from __future__ import annotations
@@ -27,16 +26,20 @@ class Cost:
     weights: int = 0
     """Of matmuls with weights."""
     position: int = 0
-    """Of attention, per attended position (itself included), in training and prefill."""
+    """Of a block's attention, per attended position (itself included), in training and prefill."""
     decode_position: int = 0
-    """Of attention, per attended position, in single-token decoding."""
+    """Of a block's attention, per attended position, in single-token decoding."""
+    windows: tuple[int, ...] = ()
+    """Window of each block; 0 for none."""
 
-    def flops(self, seen: float) -> float:
-        """Return the FLOPs of a token that attends to ``seen`` positions, in prefill."""
+    def flops(self, context: int) -> float:
+        """Return the FLOPs of a token in prefill, mean over a causal sequence of ``context``."""
+        seen = sum(_mean_seen(context, window) for window in self.windows)
         return 2 * (self.weights + seen * self.position)
 
-    def decode_flops(self, seen: float) -> float:
-        """Return the FLOPs of a decoded token that attends to ``seen`` cached positions."""
+    def decode_flops(self, context: int) -> float:
+        """Return the FLOPs of a decoded token with ``context`` positions, itself included."""
+        seen = sum(min(context, window or context) for window in self.windows)
         return 2 * (self.weights + seen * self.decode_position)
 
 
@@ -89,8 +92,8 @@ class Accounting:
             n_loops: Loops, possibly a mean over sequences.
             context: Sequence length; tokens attend to (context + 1) / 2 positions on average.
         """
-        seen = self._seen(context)
-        return self.once.flops(seen) + self._loops(n_loops) * self.per_loop.flops(seen)
+        context = self.context if context is None else context
+        return self.once.flops(context) + self._loops(n_loops) * self.per_loop.flops(context)
 
     def training_flops(
         self, n_loops: float | None = None, grad_loops: float | None = None,
@@ -105,16 +108,16 @@ class Accounting:
             grad_loops: How many of these carry gradient; all by default.
             context: Sequence length.
         """
-        seen, loops = self._seen(context), self._loops(n_loops)
+        context, loops = self.context if context is None else context, self._loops(n_loops)
         with_grad = loops if grad_loops is None else min(loops, grad_loops)
-        per_loop = self.per_loop.flops(seen)
-        return 3 * self.once.flops(seen) + (loops + 2 * with_grad) * per_loop
+        per_loop = self.per_loop.flops(context)
+        return 3 * self.once.flops(context) + (loops + 2 * with_grad) * per_loop
 
     def decode_flops(self, n_loops: float | None = None, context: int | None = None) -> float:
         """Return the FLOPs of decoding one token with ``context`` positions, itself included."""
-        seen = self.context if context is None else context
-        per_loop = self.per_loop.decode_flops(seen)
-        return self.once.decode_flops(seen) + self._loops(n_loops) * per_loop
+        context = self.context if context is None else context
+        per_loop = self.per_loop.decode_flops(context)
+        return self.once.decode_flops(context) + self._loops(n_loops) * per_loop
 
     def cache_elements(self, n_loops: int | None = None) -> int:
         """Return the cached elements per token."""
@@ -140,9 +143,6 @@ class Accounting:
 
     def _loops(self, n_loops: float | None) -> float:
         return self.n_loops if n_loops is None or self.architecture == "dense" else n_loops
-
-    def _seen(self, context: int | None) -> float:
-        return ((self.context if context is None else context) + 1) / 2
 
 
 def account(
@@ -198,10 +198,12 @@ def account(
             weights["loop" if in_loop else "once"] += read
     outer = cfg.prelude_layers + cfg.coda_layers if n_layers is None else n_layers
     looped = cfg.recurrent_layers if n_layers is None else 0
-    position, decode_position = _attention_cost(cfg)
+    windows = [cfg.at(layer).window for layer in range(outer + looped)]
+    begin, end = (cfg.prelude_layers, cfg.prelude_layers + looped) if looped else (0, 0)
+    inside, around = windows[begin:end], windows[:begin] + windows[end:]
     once, per_loop = (
-        Cost(weights[part], blocks * position, blocks * decode_position)
-        for part, blocks in (("once", outer), ("loop", looped))
+        Cost(weights[part], *_attention_cost(cfg), tuple(blocks))
+        for part, blocks in (("once", around), ("loop", inside))
     )
     return Accounting(
         "looped" if n_layers is None else "dense", n_loops, context, stored, active, once, per_loop,
@@ -221,6 +223,13 @@ _PART = {
     "final_norm": "head",
 }
 """First component of a parameter's name -> part of the model, where different."""
+
+
+def _mean_seen(context: int, window: int) -> float:
+    """Return the positions that a token attends to, mean over a causal sequence."""
+    if not window or window >= context:
+        return (context + 1) / 2
+    return window - window * (window - 1) / (2 * context)
 
 
 def _attention_cost(cfg: MythosConfig) -> tuple[int, int]:

@@ -127,6 +127,20 @@ def test_training_flops_are_those_that_torch_counts(name, grad_loops):
     assert 18 * account(model).training_flops(4, grad_loops, context=17) == counted
 
 
+@pytest.mark.parametrize("context", [1, 4, 5, 9])
+def test_windows_count_what_a_token_sees(context):
+    own = {"0": {"window": 4}, "1": {"window": 2}, "3": {"window": 8}}
+    plain, few = account(BASE), account(replace(BASE, layer_overrides=own, attn_type="mla"))
+    per_position = plain.forward_flops(1, 3) - plain.forward_flops(1, 1)  # 4 blocks, one more
+    seen = sum(min(i, w) for w in (4, 2, context, 8) for i in range(1, context + 1)) / context
+    without = plain.forward_flops(1, 1) - per_position
+    assert few.forward_flops(1, context) == pytest.approx(without + per_position / 4 * seen)
+    decode = plain.decode_flops(1, 2) - plain.decode_flops(1, 1)
+    seen = sum(min(context, w) for w in (4, 2, context, 8))
+    without = plain.decode_flops(1, 1) - decode
+    assert few.decode_flops(1, context) == without + decode / 4 * seen
+
+
 @pytest.mark.parametrize("name", ["mla", "gqa", "direct query", "two blocks in the loop"])
 def test_decode_flops_are_those_that_torch_counts(name):
     model, cache = OpenMythos(CONFIGS[name]).eval(), KVCache()
