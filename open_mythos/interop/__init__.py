@@ -3,6 +3,8 @@
 - ``read``: a folder of safetensors (or of pickles, on request) as a configuration and tensors.
 - ``names``: rules that make our tensors from theirs, strict both ways.
 - ``provenance``: where a converted model comes from, written beside it.
+- ``dense``, ``dense_source``, ``retrofit``, ``check``, ``healing``: dense models of transformers,
+  made looped, compared with what they were, and trained further.
 
 A family is a configuration and a list of rules::
 

@@ -7,7 +7,7 @@ dense one and training ("healing") only has to teach the block to run again.
 | mode | h_0 | input of loop t | at several loops, untrained |
 |---|---|---|---|
 | "convex" | e | A h_t + (1 - A) e, zero-order hold | pulled back towards e |
-| "zero" | 0 | A h_t + e, Euler's rule | far from the dense model until healed |
+| "zero" | 0 | A h_t + e, Euler's rule | farther from the dense model |
 | "damped" | e | as "convex"; the state is the mean of all outputs | nearest to the dense model |
 
 Exactly equal in float32 to the same blocks run once where A + (1 - A) rounds to 1 in every product,
@@ -115,7 +115,7 @@ def default_split(
 ) -> Split:  # fmt: skip
     """Return :meth:`Split.of`; by default a quarter of the layers precedes the loop.
 
-    A block at the end of the first third tolerates repetition best (docs/retrofit.md).
+    Short blocks in the first half tolerate repetition best (docs/retrofit.md).
     """
     if prelude is None:
         room = n_layers - loop - (coda or 0)

@@ -56,3 +56,17 @@ def dense_model(family: str, **changes: Any) -> Any:
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.3 * noise if "norm" in name else 0.25 * noise)
     return model.eval()
+
+
+def words() -> Any:
+    """A tokenizer of transformers without a pad token of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(90))]
+    rust = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rust, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="</s>",
+    )  # fmt: skip

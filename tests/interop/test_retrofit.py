@@ -18,7 +18,7 @@ from open_mythos.interop.healing import healing_run
 from open_mythos.interop.retrofit import MODES, Split, compare, default_split, retrofit
 from open_mythos.train import RunConfig, build_model
 
-from .dense_models import FAMILIES, SIZES, dense_model
+from .dense_models import FAMILIES, SIZES, dense_model, words
 
 N_LAYERS = SIZES["num_hidden_layers"]
 SPLIT = Split.of(N_LAYERS, 2, 2, 2)
@@ -153,20 +153,6 @@ def test_left_over_weights_are_refused():
     model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(DataError, match="left over in the source: extra"):
         from_transformers(model)
-
-
-def words() -> object:
-    """A tokenizer of transformers without a pad token of its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(90))]
-    rust = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
-    rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=rust, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        pad_token="</s>",
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

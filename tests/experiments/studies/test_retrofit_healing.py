@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from experiments.studies import retrofit_healing
-from experiments.studies.common import load
-from experiments.studies.retrofit_healing import main
+from experiments.studies.common import ROOT, load
+from experiments.studies.retrofit_healing import STUDY, main, markdown
 
 
 @pytest.fixture
@@ -46,3 +46,10 @@ def test_a_run_is_as_long_as_asked(small, tmp_path, monkeypatch):
     retrofit_healing.prepared(scale, tmp_path)
     assert retrofit_healing.steps_of(scale, tmp_path, minutes=1.0) == 30
     assert retrofit_healing.steps_of(scale, tmp_path, minutes=9.0) == 30  # kept
+
+
+@pytest.mark.skipif(not STUDY.results.exists(), reason="not recorded yet")
+def test_the_page_shows_the_recorded_results():
+    page = ROOT / "docs" / "retrofit.md"
+    assert markdown(load(STUDY.results)) in page.read_text(encoding="utf-8")
+    assert STUDY.picture.exists()

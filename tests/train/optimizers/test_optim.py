@@ -259,6 +259,24 @@ def test_adamw_can_have_a_rate_of_its_own(make_run):
         }  # fmt: skip
 
 
+def test_a_step_uses_both_rates(make_run, make_loader):
+    run = make_run(
+        optim={"name": "muon", "lr": 1e-2, "adamw_lr": 1e-4},
+        train={"schedule": "constant", "warmup_steps": 2},
+    )
+    trainer = Trainer(build_model(run), make_loader(run), run)
+    before = {name: each.clone() for name, each in trainer.model.named_parameters()}
+    trainer.train_step(0)
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == pytest.approx(
+        {"muon": 5e-3, "muon_pairs": 5e-3, "decay": 5e-5, "no_decay": 5e-5}
+    )
+    moved = {name: (each - before[name]).abs().max() for name, each in
+             trainer.model.named_parameters()}  # fmt: skip
+    assert moved["head.weight"] <= 1.1 * 5e-5
+    assert moved["recurrent.blocks.0.attn.q_proj.weight"] > 1e-4
+
+
 def test_the_rate_of_adamw_needs_muon():
     with pytest.raises(ConfigError, match="adamw_lr"):
         OptimConfig(adamw_lr=1e-4).validate()
