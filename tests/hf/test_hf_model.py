@@ -9,7 +9,7 @@ import torch
 from helpers import assert_differs, assert_same, random_ids, small_model
 from transformers import AutoModel, DynamicCache, GenerationConfig, StaticCache
 
-from open_mythos import ConfigError, Depth, exit_rule
+from open_mythos import ConfigError, Depth, KVCache, exit_rule
 from open_mythos.hf import OpenMythosConfig, OpenMythosForCausalLM, from_native, register, to_native
 
 B, T, LOOPS = 2, 9, 3
@@ -202,6 +202,17 @@ class TestCache:
                 got = outer(ids[:, start:end], n_loops=n, cache=cache).logits
             assert torch.equal(got, want)
 
+    def test_cropped_between_depths(self, model, outer):
+        """What is removed is the newest of every slot, those of deeper loops too."""
+        ids, cache, held = random_ids(B, T), DynamicCache(), KVCache()
+        for start, end, n, cut in ((0, 5, 5, 0), (5, 8, 2, 2), (6, 9, 5, 0)):
+            want = native_logits(model, ids[:, start:end], n, kv_cache=held, start_pos=start)
+            with torch.no_grad():
+                got = outer(ids[:, start:end], n_loops=n, cache=cache).logits
+            assert torch.equal(got, want)
+            cache.crop(-cut)
+            held.truncate(end - cut)
+
     def test_rows_of_their_own_depth(self, model, outer):
         ids, depths = random_ids(B, T), torch.tensor([2, 5])
         got = by_token(outer, ids, depths, DynamicCache())
@@ -255,10 +266,12 @@ class TestGenerate:
         assert torch.equal(greedy(outer, ids, cache_implementation="static"), want)
         assert torch.equal(greedy(outer, ids, prefill_chunk_size=4), want)
 
-    def test_left_padding_and_depths_per_row(self, model, outer):
+    @pytest.mark.parametrize("kind", [None, "static"])
+    def test_left_padding_and_depths_per_row(self, model, outer, kind):
         ids, mask = random_ids(B, T), torch.ones(B, T, dtype=torch.long)
         mask[1, :4] = 0
-        got = greedy(outer, ids, n_loops=[1, 4], attention_mask=mask)
+        settings = {"attention_mask": mask, "cache_implementation": kind}
+        got = greedy(outer, ids, n_loops=[1, 4], **settings)
         for row, n_loops in enumerate([1, 4]):
             real = ids[row : row + 1, mask[row].bool()]
             want = native_greedy(model, real, n_loops=n_loops)

@@ -111,6 +111,13 @@ def test_all_linear_leaves_the_head_out():
         assert any(name.endswith(part) for name in names), part
 
 
+def test_adapters_of_experts_read_their_input():
+    """A is (rank of all experts, inputs): the layout of the weights is known to PEFT."""
+    model = adapted("mla", target(target_parameters=["ffn.down"]))
+    (shape,) = [p.shape for name, p in model.named_parameters() if "lora_A" in name]
+    assert tuple(shape) == (2 * 8, 16)
+
+
 def test_generate():
     """With a cache as without, and at the depth that is asked for."""
     model = shake(adapted("mla", {"target_modules": "all-linear", "target_parameters": EXPERTS}))
