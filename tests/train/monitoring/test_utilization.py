@@ -50,7 +50,7 @@ def test_more_loops_are_more_flops_by_exactly_their_cost():
     counts = account(CONFIG, context=T)
     use = Utilization(counts)
     loop = use.step_flops([3], 1, T) - use.step_flops([2], 1, T)
-    assert loop == pytest.approx(3 * T * counts.per_loop.flops((T + 1) / 2))
+    assert loop == pytest.approx(3 * T * counts.per_loop.flops(T))
     assert use.step_flops([2, 4], 2, T) == pytest.approx(use.step_flops([3, 3], 2, T))
 
 
