@@ -26,6 +26,7 @@ def retrofit(
     gguf: str = "",
     check: str = "",
     dense: str = "",
+    dtype: str = "float32",
     json: bool = False,
 ) -> int:
     """Make a looped model of a dense one: one loop gives exactly the dense model's predictions.
@@ -48,6 +49,7 @@ def retrofit(
         gguf: Name of a GGUF file in the folder or hub model.
         check: A text, or the name of a file, whose loss is shown at 1, 2, 4 and 8 loops.
         dense: Also write the dense model as one of this library, into this folder.
+        dtype: Of the weights that are written: float32 or bfloat16. Comparisons are in float32.
         json: Print JSON instead of tables.
     """
     import json as json_format
@@ -56,6 +58,7 @@ def retrofit(
 
     from rich.console import Console
 
+    from open_mythos.devices import resolve_dtype
     from open_mythos.hub.pretrained import save_pretrained
     from open_mythos.interop import retrofit as core
     from open_mythos.interop.check import check_text
@@ -63,6 +66,7 @@ def retrofit(
     from open_mythos.interop.dense_source import read_dense
     from open_mythos.interop.healing import record_of, write_folder
 
+    stored = resolve_dtype(dtype)
     source = read_dense(model, gguf)
     before = from_transformers(source.model)
     split = core.default_split(before.n_layers, prelude, loop, coda, loop_from, drop)
@@ -74,10 +78,11 @@ def retrofit(
     family = source.model.config.model_type
     record = record_of(source.name, family, source.gguf_sha256, split, mode, decay)
     if dense:
-        save_pretrained(before, dense)
+        save_pretrained(before.to(stored), dense)
         if source.tokenizer is not None:
             source.tokenizer.save(Path(dense) / "tokenizer")
     teacher = dense or ("" if split.dropped else out)
+    looped.to(stored)
     write_folder(Path(out), looped, source.tokenizer, record, teacher, source.chat_template)
     if json:
         content: dict[str, Any] = record | {"difference": asdict(difference)}

@@ -151,22 +151,32 @@ def retrofit(
     fields = pick(MODES, mode, "--mode", what="mode of retrofit")
     check_number("--decay", decay, gt=0, le=0.99609375)
     cfg = looped_config(dense.cfg, split, check_count("--n-loops", n_loops), fields)
-    model = OpenMythos(cfg)
-    state = model.state_dict()
-    given = {name: tensor for name, tensor in dense.state_dict().items() if name in state}
-    layers = dense.state_dict()
+    with torch.device("meta"):
+        model = OpenMythos(cfg)
+    model.load_state_dict(_weights(dense, split, mode, decay), assign=True)
+    if cfg.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.to(next(dense.parameters()).dtype).eval()
+
+
+@torch.no_grad()
+def _weights(dense: DenseTransformer, split: Split, mode: str, decay: float) -> dict[str, Tensor]:
+    """Return the weights of the looped model; the halting gate says 1/2 to every state."""
+    state, dim = dense.state_dict(), dense.cfg.dim
+    found = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
     for place, index in split.places.items():
         before = f"blocks.{index}."
-        given |= {
-            f"{place}.{name.removeprefix(before)}": tensor
-            for name, tensor in layers.items()
-            if name.startswith(before)
-        }
-    new = {name for name in state if ".injection." in name or ".halting." in name}
-    assert given.keys() | new == state.keys(), given.keys() ^ (state.keys() - new)
-    model.load_state_dict(given | {name: state[name] for name in new})
-    _start_injection(model.recurrent.injection, mode, decay)
-    return model.to(next(dense.parameters()).dtype).eval()
+        for name in (each for each in state if each.startswith(before)):
+            found[f"{place}.{name.removeprefix(before)}"] = state[name]
+    injection = LTIInjection(dim)
+    # A = exp(-dt a); the gain of the input is 1 - A, or dt = 1 by Euler's rule
+    a, dt = (-math.log(decay), 1.0) if mode == "zero" else (1.0, -math.log(decay))
+    injection.log_A.fill_(math.log(a))
+    injection.dt_bias.fill_(math.log(math.expm1(dt)))
+    new = {f"injection.{name}": tensor for name, tensor in injection.state_dict().items()}
+    new |= {"halting.gate.weight": torch.zeros(1, dim), "halting.gate.bias": torch.zeros(1)}
+    copies = {name: tensor.clone() for name, tensor in found.items()}
+    return copies | {f"recurrent.{name}": tensor for name, tensor in new.items()}
 
 
 def looped_config(
@@ -181,16 +191,6 @@ def looped_config(
         prelude_norm=False, readout=False, n_experts=0, dropout=0.0,
         layer_overrides=moved or None, **fields,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def _start_injection(injection: Any, mode: str, decay: float) -> None:
-    """Set A = exp(-dt a) to ``decay`` and the gain of the input to 1 - A, or to 1 ("zero")."""
-    assert isinstance(injection, LTIInjection)
-    a, dt = (-math.log(decay), 1.0) if mode == "zero" else (1.0, -math.log(decay))
-    injection.log_A.fill_(math.log(a))
-    injection.dt_bias.fill_(math.log(math.expm1(dt)))
-    injection.B.copy_(torch.eye(injection.dim))
 
 
 @dataclass(frozen=True)
