@@ -183,7 +183,10 @@ class MythosConfig:
     @property
     def ends_normed(self) -> bool:
         """Whether the last state is normalized by the final norm and goes to the head as it is."""
-        by_final = self.state_norm != "none" and self.state_norm_weight == "final"
+        normed = self.state_norm == "exit" or (
+            self.state_norm == "loop" and self.relaxation == "none"  # a mean is not normalized
+        )
+        by_final = normed and self.state_norm_weight == "final"
         return by_final and not self.readout and not self.coda_layers
 
     @property

@@ -57,7 +57,11 @@ def test_the_final_norm_is_not_applied_twice():
     assert torch.equal(model.final_hidden(h_BTD), h_BTD)
     at_exit = small_model(state_norm="exit", **bare)
     assert_same(at_exit.final_hidden(h_BTD), at_exit.final_norm(h_BTD))
-    for other in (normed("plain", **bare), normed("final", coda_layers=0)):
+    others = (
+        normed("plain", **bare), normed("final", coda_layers=0),
+        normed("final", relaxation="mean", **bare),
+    )  # fmt: skip
+    for other in others:
         assert_same(other.final_hidden(h_BTD), other.final_norm(other.readout(h_BTD)))
 
 
