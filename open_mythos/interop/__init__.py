@@ -2,18 +2,17 @@
 
 - ``read``: a folder of safetensors (or of pickles, on request) as a configuration and tensors.
 - ``names``: rules that make our tensors from theirs, strict both ways.
-- ``provenance``: where a converted model comes from, written beside it.
-- ``dense``, ``dense_source``, ``retrofit``, ``check``, ``healing``: dense models of transformers,
-  made looped, compared with what they were, and trained further.
+- ``families``: what the configurations of looped models mean, and their rules.
+- ``convert``: the whole way, from a source to a folder; ``provenance``: the record beside it.
+- ``dense``, ``retrofit``, ``healing``: dense models made looped.
 
 A family is a configuration and a list of rules::
 
     source = read_source("folder")
-    model = OpenMythos(config_from(source.config))
     rules = [
         Rule("embedding.weight", ("model.embed_tokens.weight",)),
-        *per_block(LLAMA_BLOCK, pairs),        # pairs: ("recurrent.blocks.0", 5), ...
+        *per_block(llama_layer(norms), [("recurrent.blocks.0", 5), ("recurrent.blocks.1", 6)]),
         Rule("recurrent.halting.gate.bias", (), fixed(torch.zeros(1))),
     ]
-    model.load_state_dict(renamed(source.tensors, rules, model_tensors(model)), strict=False)
+    tensors = renamed(source.tensors, rules, model_tensors(model), dropped=["freqs_cis"])
 """
