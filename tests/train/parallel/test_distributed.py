@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from open_mythos.hub.pretrained import save_pretrained
 from open_mythos.train import Trainer, build_model
 from tests.train.conftest import CountingLoader, tiny_run
 from tests.train.ranks import run_ranks
@@ -73,7 +74,17 @@ OWN = {
     ids=["each once", "plain", "micro-batches, checkpointed", "layers with their own"],
 )
 def test_every_kind_equals_one_process(kinds, train, own):
-    options = RUN | own | {"train": RUN["train"] | train}
+    assert_equal_runs(kinds, RUN | own | {"train": RUN["train"] | train})
+
+
+@pytest.mark.slow
+def test_every_kind_follows_the_same_teacher(tmp_path):
+    save_pretrained(build_model(tiny_run(train={"seed": 7})), tmp_path)
+    train = {"steps": 3, "teacher": str(tmp_path), "micro_batch": 2}
+    assert_equal_runs(EACH_ONCE, RUN | {"train": RUN["train"] | train})
+
+
+def assert_equal_runs(kinds, options):
     lines, weights, state = trained(tiny_run(**options))
     found = run_ranks(4, every_kind, options, kinds)
     for key, (got, tensors, at) in found[0].items():
