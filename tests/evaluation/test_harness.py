@@ -200,6 +200,27 @@ def test_the_command(model, folder, tmp_path, capsys):
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_harness_s_own_command_agrees(model, folder, tmp_path):
+    """``lm_eval --model hf``: the same model through transformers."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from open_mythos.hf import register
+
+    register()
+    save_pretrained(model, tmp_path / "hf", format="hf", tokenizer=TOK)
+    tasks = [str(folder / f"{name}.yaml") for name in ("sums", "lines", "written")]
+    loops = 3
+    theirs = simple_evaluate(
+        model="hf", device="cpu", tasks=tasks, batch_size=4, bootstrap_iters=10,
+        model_args={"pretrained": str(tmp_path / "hf"), "n_loops": loops, "backend": "causal"},
+        task_manager=TaskManager(include_defaults=False),
+    )["results"]  # fmt: skip
+    for row in evaluate_tasks(model, TOK, tasks, [loops]):
+        assert theirs[row.task][f"{row.metric},none"] == pytest.approx(row.value, rel=1e-5), row
+
+
 def test_bad_input(model, folder, tmp_path, capsys):
     with pytest.raises(ConfigError, match="no such task"):
         evaluate_tasks(model, TOK, [str(folder / "absent.yaml")], [1])
