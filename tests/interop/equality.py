@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from interop.references import FORMS, VOCAB, Form, example  # noqa: E402
+from interop.checkpoints import VOCAB  # noqa: E402
+from interop.references import FORMS, Form, example  # noqa: E402
 from open_mythos.interop.convert import convert_source  # noqa: E402
 from open_mythos.interop.read import read_source  # noqa: E402
 from open_mythos.model.cache import KVCache  # noqa: E402

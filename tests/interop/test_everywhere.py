@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from interop.checkpoints import VOCAB
 from interop.equality import ids_of, write
-from interop.references import VOCAB, example
+from interop.references import example
 from open_mythos import Depth, OpenMythos, SamplingParams
 from open_mythos.cli.parser import parse
 from open_mythos.data.batch import Batch
