@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -10,6 +13,11 @@ from open_mythos.errors import ConfigError
 from open_mythos.hf.cache import SlotCache
 from open_mythos.model.context import Context
 from open_mythos.model.mythos import OpenMythos
+
+OWN_ARGUMENTS = (
+    "n_loops", "grad_loops", "exit_rule", "output_loop_states", "output_router_scores",
+)  # fmt: skip
+"""Arguments of ``forward`` that other models do not have."""
 
 
 def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -28,6 +36,21 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
             fix="pass past_key_values=DynamicCache(), or use_cache=True",
         )  # fmt: skip
     return given
+
+
+def check_spelling(others: Collection[str]) -> None:
+    """Check that no argument meant for ``transformers`` is a misspelt one of the model's own.
+
+    Raises:
+        ConfigError: One is.
+    """
+    for name in others:
+        meant = difflib.get_close_matches(name, OWN_ARGUMENTS, n=1, cutoff=0.8)
+        if meant:
+            raise ConfigError(
+                "unknown argument", where="forward", value=name, allowed=", ".join(OWN_ARGUMENTS),
+                fix=f"did you mean {meant[0]!r}?",
+            )  # fmt: skip
 
 
 class Inputs:

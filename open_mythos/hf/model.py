@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from open_mythos.errors import ConfigError
 from open_mythos.hf.config import OpenMythosConfig
-from open_mythos.hf.inputs import Inputs, given_cache
+from open_mythos.hf.inputs import Inputs, check_spelling, given_cache
 from open_mythos.hf.outputs import CausalLMOutput, ModelOutput, with_cache
 from open_mythos.hf.sites import Sites, hidden_at_sites
 from open_mythos.hub.transformers_format import AUTO_FILE, AUTO_TEXT
@@ -146,6 +146,7 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
                 input_ids if inputs_embeds is None else inputs_embeds, position_ids,
                 self._depth(n_loops, grad_loops, exit_rule), kwargs,
             )  # fmt: skip
+        check_spelling(kwargs)
         given = given_cache(past_key_values, cache)
         if given is None and use_cache is True:
             given = DynamicCache(config=self.config)
@@ -268,7 +269,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, _GenerationMixin):
             output_hidden_states=output_hidden_states, output_loop_states=output_loop_states,
             output_router_scores=output_router_scores,
             output_attentions=kwargs.pop("output_attentions", None), read_out=self._read_out,
-            return_dict=True,
+            return_dict=True, **kwargs,
         )  # fmt: skip
         hidden_BTD = out.last_hidden_state
         kept: Any = logits_to_keep

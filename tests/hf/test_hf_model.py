@@ -168,6 +168,8 @@ class TestForward:
             ({"past_key_values": [1]}, "not one cache"),
             ({"inputs_embeds": torch.zeros(B, T, 32)}, "not one input"),
             ({"n_loops": 0}, "loops"),
+            ({"n_loop": 3}, "did you mean 'n_loops'"),
+            ({"exit_rules": "gate"}, "did you mean 'exit_rule'"),
             ({"exit_rule": "gates"}, "exit rule"),
         ],
         ids=str,
