@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from doc_blocks import ROOT
+from interop.checkpoints import VOCAB
 from interop.dense_models import dense_model
 from interop.equality import write
-from interop.references import VOCAB, example
+from interop.references import example
 from interop.test_everywhere import tokenizer
 
 from open_mythos.tokenizer import ByteTokenizer
