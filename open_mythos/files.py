@@ -1,19 +1,25 @@
-"""Durable writes, block hashes and JSON files (this module loads no torch)."""
+"""The one writer of files, block hashes and JSON files (this module loads no torch)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from open_mythos.errors import DataError
+from open_mythos.errors import DataError, EnvironmentError_
 
 HASH_BLOCK_BYTES = 1 << 24
 _READ_BYTES = 1 << 20
+WRITE_ELSEWHERE = "free space, fix the permissions, or choose another folder"
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_DEVICES = (Path("/dev"), Path("/dev/fd"))
 
 
 def sync_to_disk(path: Path) -> None:
@@ -23,6 +29,71 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(
+    path: Path, what: str = "the file cannot be written", fix: str = WRITE_ELSEWHERE
+) -> Iterator[Path]:
+    """Yield the path of a new file that takes the place of ``path`` at the end, or never does.
+
+    It lies beside ``path`` under a random name and is fsynced before it is renamed. Missing folders
+    are created. A link is refused: in a folder that came from elsewhere it may point anywhere.
+
+    Args:
+        path: The file to write.
+        what: What is wrong if it cannot be written, for the message.
+        fix: What to do then.
+
+    Raises:
+        EnvironmentError_: The file cannot be written.
+    """
+    try:
+        refuse_link(path, what)
+        if "\0" in str(path):
+            raise OSError("a NUL character in the name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NO_FOLLOW, 0o666))
+        try:
+            yield new
+            sync_to_disk(new)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentError_(
+            what, where=str(path), value=str(error), allowed="a file in a writable folder", fix=fix
+        ) from error  # fmt: skip
+
+
+def write_text(
+    path: Path, text: str, what: str = "the file cannot be written", fix: str = WRITE_ELSEWHERE
+) -> None:
+    """Write ``text`` in UTF-8 as :func:`replacing` does; devices such as /dev/stdout as they are.
+
+    Raises:
+        EnvironmentError_: The file cannot be written.
+    """
+    if path.parent in _DEVICES:
+        path.write_text(text, encoding="utf-8")
+        return
+    with replacing(path, what, fix) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def refuse_link(path: Path, what: str = "the file cannot be written") -> None:
+    """Refuse to write to ``path`` if it is a link.
+
+    Raises:
+        EnvironmentError_: It is one.
+    """
+    if path.is_symlink():
+        raise EnvironmentError_(
+            what, where=str(path), value=f"a link to {os.readlink(path)}",
+            allowed="a file or folder of its own",
+            fix="remove the link, or write to what it points to by name",
+        )  # fmt: skip
 
 
 def hash_blocks(path: Path) -> list[str]:

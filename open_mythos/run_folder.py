@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from open_mythos.errors import DataError
-from open_mythos.files import read_object
+from open_mythos.files import read_object, write_text
 
 CONFIG_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -40,7 +40,7 @@ _STEP = re.compile(r"step_(\d+)")
 def write_config(folder: Path, values: dict[str, Any]) -> None:
     """Write the ``run.yaml`` of a run's folder."""
     text = yaml.safe_dump(values, sort_keys=False)
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_text(folder / CONFIG_FILE, text)
 
 
 def read_config(path: Path) -> dict[str, Any]:

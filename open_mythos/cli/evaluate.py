@@ -175,14 +175,11 @@ def _write(out: str, content: dict[str, Any]) -> int:
     import json
     from pathlib import Path
 
+    from open_mythos.files import write_text
+
     if out:
-        try:
-            Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise EnvironmentError_(
-                "the rows cannot be written", where="--out", value=str(error),
-                fix="name a file in an existing folder",
-            ) from error  # fmt: skip
+        text = json.dumps(content, indent=2) + "\n"
+        write_text(Path(out), text, "the rows cannot be written", "choose another file with --out")
     return 0
 
 

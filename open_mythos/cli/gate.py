@@ -49,6 +49,7 @@ def train_gate(
     from open_mythos.cli.run_data import copy_run_files, training_source
     from open_mythos.cli.tables import gate_table
     from open_mythos.devices import resolve_device, resolve_dtype
+    from open_mythos.files import write_text
     from open_mythos.hub.pretrained import from_pretrained, save_pretrained
     from open_mythos.model.mythos import OpenMythos
     from open_mythos.run_folder import GATE_FILE
@@ -84,7 +85,7 @@ def train_gate(
     save_pretrained(model, folder)
     copy_run_files(checkpoint, folder)
     content = {"checkpoint": checkpoint, "config": asdict(config), "report": asdict(report)}
-    (folder / GATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / GATE_FILE, json.dumps(content, indent=1) + "\n")
     if not quiet:
         Console().print(gate_table(report, source.name))
     print(f"model with the trained gate: {folder}")

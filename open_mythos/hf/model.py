@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
 from open_mythos.errors import ConfigError
+from open_mythos.files import write_text
 from open_mythos.hf.config import OpenMythosConfig
 from open_mythos.hf.inputs import Inputs, check_spelling, given_cache
 from open_mythos.hf.outputs import CausalLMOutput, ModelOutput, with_cache
@@ -68,7 +69,7 @@ class OpenMythosPreTrainedModel(_PreTrainedModel):
         """Save the model, and the file through which ``trust_remote_code`` finds its classes."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            (Path(save_directory) / AUTO_FILE).write_text(AUTO_TEXT, encoding="utf-8")
+            write_text(Path(save_directory) / AUTO_FILE, AUTO_TEXT)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

@@ -7,9 +7,8 @@ weights are safetensors with exactly the model's tensors. Pickles are never read
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from open_mythos.checks import is_int, pick
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.files import read_object, sync_to_disk
+from open_mythos.files import read_object, refuse_link, replacing, sync_to_disk, write_text
 from open_mythos.hub import transformers_format as outer
 from open_mythos.hub.places import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, model_directory
 from open_mythos.model.dense import DenseTransformer
@@ -37,6 +36,7 @@ _KEYS["dense"] = {*_KEYS["looped"], "n_layers"}
 _IN_SHARDS = "model/"
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_CONFIG_BYTES = 1 << 20
+_UNSAVED = "the model cannot be saved"
 _SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrained"
 
 
@@ -49,8 +49,8 @@ def save_pretrained(
 ) -> None:
     """Write ``config.json`` and ``model.safetensors`` into ``directory``, created if missing.
 
-    Writes are atomic: each file is written to a temporary path, fsynced, then renamed. A tied head
-    is left out.
+    Writes are atomic: each file is written beside its place, fsynced, then renamed. A tied head is
+    left out.
 
     Args:
         model: The model; its weights keep their dtype.
@@ -61,6 +61,7 @@ def save_pretrained(
 
     Raises:
         ConfigError: The format is unknown, or has no form of this model.
+        EnvironmentError_: A file cannot be written.
     """
     pick(("native", "hf"), format, "save_pretrained(format)", what="format")
     target, tensors, config = Path(directory), model_tensors(model), describe(model)
@@ -71,17 +72,19 @@ def save_pretrained(
         texts[outer.AUTO_FILE] = outer.AUTO_TEXT
         texts[outer.GENERATION_FILE] = _as_json(outer.describe_generation(tokenizer))
     texts[CONFIG_FILE] = _as_json(config)
-    target.mkdir(parents=True, exist_ok=True)
-    with _atomic(target / WEIGHTS_FILE) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+    with replacing(target / WEIGHTS_FILE, _UNSAVED) as path:
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # of the disk, mostly
+            raise OSError(str(error)) from error
         # safetensors creates files that only their owner can read
         path.chmod(target.stat().st_mode & 0o666)
     for name, text in texts.items():
-        with _atomic(target / name) as path:
-            path.write_text(text, encoding="utf-8")
+        write_text(target / name, text, _UNSAVED)
     if tokenizer is not None and format == "hf":
         outer.save_tokenizer(tokenizer, target)
     elif tokenizer is not None:
+        refuse_link(target / TOKENIZER_FOLDER, _UNSAVED)
         tokenizer.save(target / TOKENIZER_FOLDER)
     sync_to_disk(target)
 
@@ -293,15 +296,3 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], pat
             allowed=f"exactly the {len(expected)} tensors of the model",
             fix=f"load weights with the {CONFIG_FILE} they were saved with",
         )  # fmt: skip
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that is fsynced and renamed to ``path`` at the end."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        sync_to_disk(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

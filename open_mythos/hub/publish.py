@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.errors import ConfigError, EnvironmentError_
-from open_mythos.files import read_object
+from open_mythos.files import read_object, write_text
 from open_mythos.hub.card import model_card
 from open_mythos.hub.places import is_hub_id, model_directory, tokenizer_beside
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
@@ -60,7 +60,7 @@ def export_folder(
         provenance = read_object(folder / PROVENANCE_FILE, "the provenance cannot be read")
         _write(target / PROVENANCE_FILE, provenance)
     card = model_card(model, name or target.name, validated_record(folder), provenance, licence)
-    (target / CARD_FILE).write_text(card, encoding="utf-8")
+    write_text(target / CARD_FILE, card)
     return target
 
 
@@ -113,4 +113,4 @@ def push_to_hub(
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

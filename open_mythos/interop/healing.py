@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from open_mythos.config import MythosConfig
+from open_mythos.files import write_text
 from open_mythos.hub.pretrained import save_pretrained
 from open_mythos.inference.server.chat import TEMPLATE_FILE
 from open_mythos.interop.retrofit import Split
@@ -69,10 +70,10 @@ def write_folder(
     if tokenizer is not None:
         tokenizer.save(folder / TOKENIZER_FOLDER)
     if chat_template:
-        (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+        write_text(folder / TEMPLATE_FILE, chat_template)
     text = json.dumps(record, indent=2) + "\n"
-    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
-    (folder / HEAL_FILE).write_text(healing_yaml(model.cfg, str(folder), teacher), encoding="utf-8")
+    write_text(folder / RECORD_FILE, text)
+    write_text(folder / HEAL_FILE, healing_yaml(model.cfg, str(folder), teacher))
 
 
 def healing_yaml(cfg: MythosConfig, folder: str, teacher: str) -> str:

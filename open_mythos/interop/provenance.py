@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from open_mythos.files import write_text
+
 PROVENANCE_FILE = "provenance.json"
 
 
@@ -40,7 +42,7 @@ class Provenance:
     def write(self, folder: Path) -> None:
         """Write the record into the folder of the model."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        (folder / PROVENANCE_FILE).write_text(text, encoding="utf-8")
+        write_text(folder / PROVENANCE_FILE, text)
 
 
 def licence_of(folder: Path, config: Mapping[str, Any]) -> str | None:

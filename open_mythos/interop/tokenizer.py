@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from open_mythos.errors import MythosError
+from open_mythos.files import write_text
 from open_mythos.inference.server.chat import TEMPLATE_FILE
 from open_mythos.interop.read import Source
 from open_mythos.run_folder import TOKENIZER_FOLDER
@@ -46,7 +47,7 @@ def copy_tokenizer(source: Source, out: Path, rows: int) -> tuple[str, ...]:
     if (source.folder / TEMPLATE_FILE).is_file():
         template = (source.folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     if tokenizer is not None and isinstance(template, str):
-        (out / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        write_text(out / TEMPLATE_FILE, template)
     return notes
 
 

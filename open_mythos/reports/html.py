@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from open_mythos.errors import EnvironmentError_
+from open_mythos.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -25,14 +25,7 @@ def write_html(page: str, path: Path) -> None:
     Raises:
         EnvironmentError_: The file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentError_(
-            "the page cannot be written", where=str(path), value=str(error),
-            fix="choose another file with --out",
-        ) from error  # fmt: skip
+    write_text(path, page, "the page cannot be written", "choose another file with --out")
 
 
 def heatmap(shares: Sequence[Sequence[float]], full: float) -> Markup:

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+from open_mythos.errors import ConfigError, DataError
 from open_mythos.files import read_object
+from open_mythos.files import write_text as write_file
 from open_mythos.tokenizer.interface import SPECIALS
 
 if TYPE_CHECKING:
@@ -66,11 +67,4 @@ def write_config(directory: Path, config: dict[str, str]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text``, creating the folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentError_(
-            "the tokenizer cannot be saved", where=str(path), value=str(error),
-            fix="free space, or choose a writable folder",
-        ) from error  # fmt: skip
+    write_file(path, text, "the tokenizer cannot be saved")

@@ -21,6 +21,7 @@ from open_mythos.devices import training_dtype
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import evaluate_depths
+from open_mythos.files import refuse_link
 from open_mythos.hub.pretrained import describe, from_pretrained
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, write_config
@@ -55,6 +56,7 @@ class Run:
 
     def describe(self, out: Path) -> None:
         """Write configuration and tokenizer to the run's folder."""
+        refuse_link(out / TOKENIZER_FOLDER, "the tokenizer cannot be saved")
         self.tokenizer.save(out / TOKENIZER_FOLDER)
         write_config(out, self.config.to_dict())
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from open_mythos.devices import autocast
 from open_mythos.distributed import over_ranks, rank, world_size
 from open_mythos.errors import ConfigError, MythosError
+from open_mythos.files import write_text
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
 from open_mythos.train.build import Model
@@ -227,7 +228,7 @@ class Trainer:
                 "why": trouble, "state": asdict(state), "watch": self.monitor.state_dict(),
                 "data": data, "config": self.config.to_dict(), "torch": torch.__version__,
             }  # fmt: skip
-            bundle.write_text(as_json(finite(facts)), encoding="utf-8")
+            write_text(bundle, as_json(finite(facts)))
             where = f"{where}; {bundle}"
         raise DivergedError(
             "training has diverged", where=where, value=trouble,

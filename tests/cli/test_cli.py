@@ -228,10 +228,12 @@ def test_text_of_another_tokenizer_is_rejected(
         assert (code, "another tokenizer" in err) == (3, True), err
 
 
-def test_evaluate_reports_a_file_that_cannot_be_written(
+def test_evaluate_makes_the_folder_of_its_rows_or_says_why_it_cannot(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["--depths", "[1]", "--windows", "1", "--seq_len", "32", "--quiet"]
-    out = str(tmp_path / "none" / "rows.json")
-    code, _, err = run(capsys, "evaluate", str(trained), *few, "--out", out)
-    assert (code, "--out" in err) == (4, True), err
+    rows = tmp_path / "new" / "rows.json"
+    for out, expected in ((rows, 0), (rows / "below.json", 4)):
+        code, _, err = run(capsys, "evaluate", str(trained), *few, "--out", str(out))
+        assert (code, "--out" in err) == (expected, expected == 4), err
+    assert json.loads(rows.read_text())["rows"]

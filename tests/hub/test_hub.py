@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from open_mythos.errors import DataError, EnvironmentError_
@@ -106,15 +107,16 @@ def test_saving_replaces_and_leaves_nothing_else(saved):
     assert isinstance(from_pretrained(saved), DenseTransformer)
 
 
-def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch, kind):
     before = (saved / "model.safetensors").read_bytes()
 
     def full_disk(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise OSError("no space left on device")
+        raise kind("no space left on device")
 
     monkeypatch.setattr("open_mythos.hub.pretrained.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(EnvironmentError_, match="no space"):
         save_pretrained(looped(dim=64), saved)
     assert (saved / "model.safetensors").read_bytes() == before
     assert sorted(os.listdir(saved)) == ["config.json", "model.safetensors"]

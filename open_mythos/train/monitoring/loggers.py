@@ -17,6 +17,7 @@ from typing import Any
 from open_mythos.checks import is_scalar, pick
 from open_mythos.distributed import rank
 from open_mythos.errors import EnvironmentError_
+from open_mythos.files import write_text
 from open_mythos.train.monitoring.metrics import MetricsLogger
 
 IDENTITY_FILE = "loggers.json"
@@ -46,7 +47,7 @@ class LoggedRun:
                 return str(json.loads(path.read_text(encoding="utf-8"))["id"])
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"{self.folder.resolve().name}-{uuid.uuid4().hex[:8]}"
-            path.write_text(json.dumps({"id": name}) + "\n", encoding="utf-8")
+            write_text(path, json.dumps({"id": name}) + "\n")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EnvironmentError_(
                 "the run's id for its loggers cannot be stored", where=str(path),

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from open_mythos.distributed import rank
 from open_mythos.errors import EnvironmentError_, InternalError
+from open_mythos.files import refuse_link
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class JsonlLogger:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_link(self.path, "metrics cannot be written")
             with self.path.open("a+b") as file:
                 file.seek(max(0, file.tell() - 1))
                 if file.read() not in (b"", b"\n"):
