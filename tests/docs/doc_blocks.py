@@ -215,7 +215,26 @@ def differences_table() -> str:
     return f"{table(head, rows)}\n{recorded['versions']}.\n"
 
 
+def capitals_table() -> str:
+    """Accuracy on examples/tasks/capitals.yaml by depth, before and after healing."""
+    text = (ROOT / "docs" / "retrofit" / "capitals.json").read_text(encoding="utf-8")
+    found = {name: {row["depth"]: row for row in rows} for name, rows in json.loads(text).items()}
+    (dense,) = found.pop("dense").values()
+    depths = list(next(iter(found.values())))
+    lines = [
+        "| model | " + " | ".join(f"{n} loop{'s' if n > 1 else ''}" for n in depths) + " |",
+        "| --- |" + " ---: |" * len(depths),
+    ]
+    for name, rows in found.items():
+        cells = (f"{rows[n]['value']:.1%} ± {rows[n]['stderr']:.1%}" for n in depths)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(
+        [*lines, "", f"The dense model: {dense['value']:.1%} of {dense['documents']} questions."]
+    )
+
+
 MADE: dict[str, Callable[[], str]] = {
+    "retrofit.capitals": capitals_table,
     "checkpoints.differences": differences_table,
     "claims": claims_table,
     "config": config_table,
