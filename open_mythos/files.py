@@ -13,7 +13,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
 HASH_BLOCK_BYTES = 1 << 24
 _READ_BYTES = 1 << 20
@@ -94,6 +94,21 @@ def refuse_link(path: Path, what: str = "the file cannot be written") -> None:
             allowed="a file or folder of its own",
             fix="remove the link, or write to what it points to by name",
         )  # fmt: skip
+
+
+def check_new_folder(out: str | Path) -> Path:
+    """Return a folder to write, which is new or empty.
+
+    Raises:
+        ConfigError: It holds something, or is a file.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            "the folder is not empty", where="out", value=str(out),
+            allowed="a folder that is new or empty", fix="name another one",
+        )  # fmt: skip
+    return folder
 
 
 def hash_blocks(path: Path) -> list[str]:

@@ -5,6 +5,8 @@
     tokenizer/        the tokenizer
     checkpoints/      step_00000100/, ...
     data/             token shards prepared by the run
+    provenance.json, retrofit.json, chat_template.jinja
+                      of the model that it started from, if that has them
     report.html       output of ``open-mythos report``
 
 This module loads no torch.
@@ -34,6 +36,14 @@ VALIDATED_DEPTHS = "validated_depths"
 """Key of ``STATE_FILE``: the record of validated depths."""
 GATE_FILE = "gate.json"
 """Written next to a model whose gate was trained: exit rule and training metadata."""
+TEMPLATE_FILE = "chat_template.jinja"
+"""Template of chats of a model that has one."""
+PROVENANCE_FILE = "provenance.json"
+"""Where a converted model comes from."""
+RETROFIT_FILE = "retrofit.json"
+"""Which dense model became this looped one, and how."""
+ORIGIN_FILES = (TEMPLATE_FILE, PROVENANCE_FILE, RETROFIT_FILE)
+"""What stays true of a model when it is trained further."""
 _STEP = re.compile(r"step_(\d+)")
 
 

@@ -26,6 +26,7 @@ def retrofit(
     gguf: str = "",
     check: str = "",
     dense: str = "",
+    heal_steps: int = 2000,
     dtype: str = "float32",
     json: bool = False,
 ) -> int:
@@ -49,6 +50,7 @@ def retrofit(
         gguf: Name of a GGUF file in the folder or hub model.
         check: A text, or the name of a file, whose loss is shown at 1, 2, 4 and 8 loops.
         dense: Also write the dense model as one of this library, into this folder.
+        heal_steps: Steps of the run in heal.yaml; its ramp of depth and decay are shares of them.
         dtype: Of the weights that are written: float32 or bfloat16. Comparisons are in float32.
         json: Print JSON instead of tables.
     """
@@ -58,6 +60,7 @@ def retrofit(
 
     from rich.console import Console
 
+    from open_mythos.checks import check_count
     from open_mythos.devices import resolve_dtype
     from open_mythos.hub.pretrained import save_pretrained
     from open_mythos.interop import retrofit as core
@@ -67,6 +70,7 @@ def retrofit(
     from open_mythos.interop.healing import record_of, write_folder
 
     stored = resolve_dtype(dtype)
+    check_count("--heal-steps", heal_steps, 2)
     source = read_dense(model, gguf)
     before = from_transformers(source.model)
     split = core.default_split(before.n_layers, prelude, loop, coda, loop_from, drop)
@@ -76,14 +80,16 @@ def retrofit(
     if check:
         text = check_text(before, looped, source.tokenizer, check, most=CHECK_TOKENS)
     family = source.model.config.model_type
-    record = record_of(source.name, family, source.gguf_sha256, split, mode, decay)
+    facts = source.name, family, source.gguf_sha256
+    record = record_of(*facts, split, mode, decay, source.licence)
     if dense:
         save_pretrained(before.to(stored), dense)
         if source.tokenizer is not None:
             source.tokenizer.save(Path(dense) / "tokenizer")
     teacher = dense or ("" if split.dropped else out)
     looped.to(stored)
-    write_folder(Path(out), looped, source.tokenizer, record, teacher, source.chat_template)
+    template = source.chat_template
+    write_folder(Path(out), looped, source.tokenizer, record, teacher, template, heal_steps)
     if json:
         content: dict[str, Any] = record | {"difference": asdict(difference)}
         print(json_format.dumps(content | ({"check": asdict(text)} if text else {})))

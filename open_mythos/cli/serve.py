@@ -101,8 +101,8 @@ def _template(file: str, folder: Path, tok: Tokenizer, limits: Limits) -> ChatTe
     """Return the chat template in ``file``, or the one stored with the model."""
     from pathlib import Path
 
-    from open_mythos.inference.server.chat import TEMPLATE_FILE, ChatTemplate, read_template
-    from open_mythos.run_folder import find_beside
+    from open_mythos.inference.server.chat import ChatTemplate, read_template
+    from open_mythos.run_folder import TEMPLATE_FILE, find_beside
 
     path = Path(file) if file else find_beside(folder, TEMPLATE_FILE)
     if path is None:

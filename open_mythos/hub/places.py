@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.run_folder import (
     CHECKPOINTS_FOLDER,
     GATE_FILE,
+    ORIGIN_FILES,
     TOKENIZER_FOLDER,
     find_beside,
     step_folders,
@@ -89,22 +91,42 @@ def _holds_model(folder: Path) -> bool:
     return is_sharded(folder)
 
 
-def _download(model_id: str) -> Path:
+def download(model_id: str, patterns: Sequence[str], *, where: str, verb: str = "load") -> Path:
+    """Return a folder with the files of a hub model that match ``patterns``.
+
+    Args:
+        model_id: "owner/name".
+        patterns: Names of files, with wildcards.
+        where: What names the model, for the message.
+        verb: What can be done with a folder, for the message.
+
+    Raises:
+        EnvironmentError_: The hub cannot be reached, or has no such model.
+    """
     try:
         from huggingface_hub import snapshot_download
 
-        files = [
-            CONFIG_FILE, INDEX_FILE, "model*.safetensors", "tokenizer*.json", GATE_FILE,
-            f"{TOKENIZER_FOLDER}/*",
-        ]  # fmt: skip
-        folder = Path(snapshot_download(model_id, allow_patterns=files))
+        return Path(snapshot_download(model_id, allow_patterns=list(patterns)))
     except Exception as error:  # many types: the client's, its HTTP library's, OSError
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise EnvironmentError_(
-            f"neither a local folder nor an accessible model on the hub: {reason[0]}",
-            where="from_pretrained", value=model_id, allowed="an existing folder or hub model",
-            fix=f"check the name, or load DIR after: hf download {model_id} --local-dir DIR",
+            f"neither a local folder nor an accessible model on the hub: {first_line(error)}",
+            where=where, value=model_id, allowed="an existing folder or hub model",
+            fix=f"check the name, or {verb} DIR after: hf download {model_id} --local-dir DIR",
         ) from error  # fmt: skip
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, or the type of an error without one."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _download(model_id: str) -> Path:
+    files = [
+        CONFIG_FILE, INDEX_FILE, "model*.safetensors", "tokenizer*.json", f"{TOKENIZER_FOLDER}/*",
+        GATE_FILE, *ORIGIN_FILES,
+    ]  # fmt: skip
+    folder = download(model_id, files, where="from_pretrained")
     if not _holds_model(folder):
         raise DataError(
             "the hub's model was not saved by this library", where="from_pretrained",

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from open_mythos.errors import ConfigError, EnvironmentError_
-from open_mythos.files import read_object, write_text
+from open_mythos.files import check_new_folder, write_text
 from open_mythos.hub.card import model_card
-from open_mythos.hub.places import is_hub_id, model_directory, tokenizer_beside
+from open_mythos.hub.places import first_line, is_hub_id, model_directory, tokenizer_beside
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import GATE_FILE, find_beside, validated_record
+from open_mythos.run_folder import GATE_FILE, ORIGIN_FILES, find_beside
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 CARD_FILE = "README.md"
-PROVENANCE_FILE = "provenance.json"
 _NO_HUB = "pip install 'open-mythos[data]'"
 
 
@@ -29,7 +26,7 @@ def export_folder(
     """Write a model as a folder that this library and ``transformers`` read.
 
     It holds configuration, weights, tokenizer, ``generation_config.json``, a model card and, where
-    the checkpoint has them, the exit gate's record and the provenance.
+    the checkpoint has them, the chat template, the exit gate's record and the origin.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
@@ -42,24 +39,16 @@ def export_folder(
         ConfigError: ``out`` is not empty, or the model has no loops.
         DataError: There is no model.
     """
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(
-            "the folder is not empty", where="out", value=str(out),
-            allowed="a folder that is new or empty", fix="name another one",
-        )  # fmt: skip
+    target = check_new_folder(out)
     folder, model = model_directory(checkpoint), from_pretrained(checkpoint)
     if tokenizer is None and (stored := tokenizer_beside(folder)) is not None:
         tokenizer = load_tokenizer(stored)
     save_pretrained(model, target, format="hf", tokenizer=tokenizer)
     assert isinstance(model, OpenMythos), "others have no such format"
-    if (gate := find_beside(folder, GATE_FILE)) is not None:
-        shutil.copyfile(gate, target / GATE_FILE)
-    provenance = None
-    if (folder / PROVENANCE_FILE).is_file():
-        provenance = read_object(folder / PROVENANCE_FILE, "the provenance cannot be read")
-        _write(target / PROVENANCE_FILE, provenance)
-    card = model_card(model, name or target.name, validated_record(folder), provenance, licence)
+    for file in (GATE_FILE, *ORIGIN_FILES):
+        if (found := find_beside(folder, file)) is not None:
+            shutil.copyfile(found, target / file)
+    card = model_card(model, name or target.name, folder, licence)
     write_text(target / CARD_FILE, card)
     return target
 
@@ -103,14 +92,9 @@ def push_to_hub(
             api.create_repo(name, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
         except Exception as error:  # many types: the client's, its HTTP library's, OSError
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise EnvironmentError_(
-                f"the hub did not take the model: {reason[0]}", where="push_to_hub", value=name,
-                allowed="a repository that you may write to",
+                f"the hub did not take the model: {first_line(error)}", where="push_to_hub",
+                value=name, allowed="a repository that you may write to",
                 fix="log in with `hf auth login`, or upload a folder of `open-mythos export`",
             ) from error  # fmt: skip
     return str(commit.commit_url)
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

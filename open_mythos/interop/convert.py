@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from open_mythos.checks import pick
-from open_mythos.errors import ConfigError, DataError
+from open_mythos.errors import DataError
+from open_mythos.files import check_new_folder
 from open_mythos.hub.pretrained import model_tensors, save_pretrained
 from open_mythos.interop.families.huginn import HUGINN
 from open_mythos.interop.families.looped_lm import LOOPED_LM
@@ -65,12 +66,7 @@ def convert(
         DataError: The checkpoint is not covered, or its tensors are not those of its configuration.
         EnvironmentError_: The hub cannot be reached.
     """
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            "the folder is not empty", where="out", value=str(out),
-            allowed="a folder that is new or empty", fix="name another one",
-        )  # fmt: skip
+    folder = check_new_folder(out)
     read = read_source(source, allow_pickle)
     model, provenance = convert_source(read, family, allow_clamp=allow_clamp, dtype=dtype)
     save_pretrained(model, folder)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.hub.places import download, first_line, is_hub_id
+from open_mythos.interop.provenance import licence_of
+from open_mythos.interop.read import FILES
 from open_mythos.interop.tokenizer import fitting
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.tokenizer.interface import SPECIALS
@@ -32,6 +35,8 @@ class DenseSource:
     """None if none is stored with the model."""
     gguf_sha256: str = ""
     """Of the GGUF file; "" for other sources."""
+    licence: str | None = None
+    """As the source states it; None if it does not."""
     chat_template: str = ""
     """Jinja template of chats; "" if there is none."""
     notes: tuple[str, ...] = ()
@@ -56,24 +61,34 @@ def read_dense(model: str, gguf: str = "") -> DenseSource:
     path = Path(model)
     if path.suffix == ".gguf":
         model, gguf = str(path.parent), path.name
+    folder = _folder(model, gguf)
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     found = _read(
-        model, lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+        model, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     )
-    file = Path(model) / gguf
     digest = ""
-    if gguf and file.is_file():
-        with file.open("rb") as opened:
+    if gguf:  # transformers have read it
+        with (folder / gguf).open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    local = Path(model).exists()
-    name = gguf or (Path(model).resolve().name if local else model)
+    name = gguf or (folder.resolve().name if Path(model).exists() else model)
+    licence = licence_of(folder, {})
     try:
-        hf = AutoTokenizer.from_pretrained(model, **options)
+        hf = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError):  # the model has none
-        return DenseSource(name, found.eval(), None, digest)
+        return DenseSource(name, found.eval(), None, digest, licence)
     tokenizer, notes = _tokenizer(hf, name, found.config.vocab_size)
     template = hf.chat_template if isinstance(hf.chat_template, str) else ""
-    return DenseSource(name, found.eval(), tokenizer, digest, template, notes)
+    return DenseSource(name, found.eval(), tokenizer, digest, licence, template, notes)
+
+
+def _folder(model: str, gguf: str) -> Path:
+    """Return the folder of a model, downloaded if it is one of the hub."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(model):
+        raise _no_model(model, "there is no such folder")
+    return download(model, [gguf, *FILES] if gguf else FILES, where="model", verb="retrofit")
 
 
 def _tokenizer(hf: Any, name: str, rows: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
@@ -91,19 +106,19 @@ def _read(name: str, read: Callable[[], T]) -> T:
     except ImportError as error:
         raise _unreadable(name, error) from error
     except (OSError, ValueError, KeyError) as error:
-        local = Path(name).exists()
-        kind = DataError if local else EnvironmentError_
-        raise kind(
-            f"transformers cannot read the model: {str(error).strip().splitlines()[0]}",
-            where="model", value=name,
-            allowed="a folder with config.json and safetensors, a GGUF file, or owner/name",
-            fix="check the path" if local else "check the name, or download the model first: "
-            f"hf download {name} --local-dir DIR",
-        ) from error  # fmt: skip
+        raise _no_model(name, f"transformers cannot read it: {first_line(error)}") from error
+
+
+def _no_model(name: str, why: str) -> DataError:
+    return DataError(
+        f"no dense model: {why}", where="model", value=name,
+        allowed="a folder with config.json and safetensors, a GGUF file, or owner/name",
+        fix="check the path",
+    )  # fmt: skip
 
 
 def _unreadable(name: str, error: ImportError) -> EnvironmentError_:
     return EnvironmentError_(
-        f"a package is missing: {str(error).strip().splitlines()[0]}", where="model", value=name,
+        f"a package is missing: {first_line(error)}", where="model", value=name,
         fix="pip install 'open-mythos[hf]'; GGUF files also need: pip install gguf",
     )  # fmt: skip

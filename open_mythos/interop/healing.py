@@ -11,15 +11,13 @@ import yaml
 from open_mythos.config import MythosConfig
 from open_mythos.files import write_text
 from open_mythos.hub.pretrained import save_pretrained
-from open_mythos.inference.server.chat import TEMPLATE_FILE
 from open_mythos.interop.retrofit import Split
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import TOKENIZER_FOLDER
+from open_mythos.run_folder import RETROFIT_FILE, TEMPLATE_FILE, TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.config import DepthConfig, OptimConfig, RunConfig, TrainConfig
 
 HEAL_FILE = "heal.yaml"
-RECORD_FILE = "retrofit.json"
 STEPS = 2000
 _SECTIONS = ("architecture", "model", "depth", "optim", "train")
 
@@ -54,6 +52,7 @@ def write_folder(
     record: dict[str, Any],
     teacher: str = "",
     chat_template: str = "",
+    steps: int = STEPS,
 ) -> None:
     """Write a retrofitted model with its tokenizer, record and ``heal.yaml``.
 
@@ -65,6 +64,7 @@ def write_folder(
         teacher: Model that ``heal.yaml`` offers for distillation: the folder of the dense model, or
             of the looped one, which equals it at one loop; "" for none.
         chat_template: Of the dense model; the server uses it.
+        steps: Of the healing; ramps and decay are shares of them.
     """
     save_pretrained(model, folder)
     if tokenizer is not None:
@@ -72,13 +72,13 @@ def write_folder(
     if chat_template:
         write_text(folder / TEMPLATE_FILE, chat_template)
     text = json.dumps(record, indent=2) + "\n"
-    write_text(folder / RECORD_FILE, text)
-    write_text(folder / HEAL_FILE, healing_yaml(model.cfg, str(folder), teacher))
+    write_text(folder / RETROFIT_FILE, text)
+    write_text(folder / HEAL_FILE, healing_yaml(model.cfg, str(folder), teacher, steps))
 
 
-def healing_yaml(cfg: MythosConfig, folder: str, teacher: str) -> str:
+def healing_yaml(cfg: MythosConfig, folder: str, teacher: str, steps: int = STEPS) -> str:
     """Return the text of ``heal.yaml``: the sections that healing sets."""
-    values = {k: v for k, v in healing_run(cfg, folder).to_dict().items() if k in _SECTIONS}
+    values = {k: v for k, v in healing_run(cfg, folder, steps).to_dict().items() if k in _SECTIONS}
     lines = [
         f"# Heals {folder}: open-mythos train --config {folder}/{HEAL_FILE} --source TEXT",
         "# With AdamW alone: --optim.name adamw --optim.adamw_lr 0 --optim.lr 5e-5",
@@ -92,10 +92,12 @@ def healing_yaml(cfg: MythosConfig, folder: str, teacher: str) -> str:
 
 
 def record_of(
-    source: str, family: str, digest: str, split: Split, mode: str, decay: float
-) -> dict[str, Any]:
+    source: str, family: str, digest: str, split: Split, mode: str, decay: float,
+    licence: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Return the provenance of a retrofitted model, JSON-ready."""
     return {
-        "source": source, "family": family, "gguf_sha256": digest, "mode": mode, "decay": decay,
-        "dense_layers": split.n_layers, "layers": split.places, "dropped": split.dropped,
+        "source": source, "family": family, "licence": licence, "gguf_sha256": digest,
+        "mode": mode, "decay": decay, "dense_layers": split.n_layers, "layers": split.places,
+        "dropped": split.dropped,
     }  # fmt: skip

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.files import write_text
-
-PROVENANCE_FILE = "provenance.json"
+from open_mythos.run_folder import PROVENANCE_FILE
 
 
 @dataclass(frozen=True)

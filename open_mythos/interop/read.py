@@ -19,12 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.errors import DataError
 from open_mythos.files import hash_blocks, read_object
-from open_mythos.hub.places import CONFIG_FILE, is_hub_id
+from open_mythos.hub.places import CONFIG_FILE, download, is_hub_id
 
 INDEX = "*.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
+"""What is read of a model on the hub: weights, tokenizer, chat template, licence."""
 _MAX_JSON_BYTES = 1 << 26
 
 
@@ -94,7 +96,8 @@ def read_source(source: str | Path, allow_pickle: bool = False) -> Source:
     """
     folder = Path(source)
     if not folder.exists() and is_hub_id(source):
-        folder = _download(str(source), allow_pickle)
+        patterns = FILES + (PICKLES if allow_pickle else ())
+        folder = download(str(source), patterns, where="source", verb="convert")
     if not folder.is_dir():
         raise DataError(
             "no checkpoint there", where="source", value=str(source),
@@ -185,22 +188,3 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             allowed="names and tensors", fix="save the state dict alone",
         )  # fmt: skip
     return content
-
-
-def _download(model_id: str, allow_pickle: bool) -> Path:
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "LICENSE*"]
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(
-            snapshot_download(
-                model_id, allow_patterns=patterns + list(PICKLES if allow_pickle else ())
-            )
-        )
-    except Exception as error:  # many types: the client's, its HTTP library's, OSError
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise EnvironmentError_(
-            f"neither a local folder nor an accessible model on the hub: {reason[0]}",
-            where="source", value=model_id, allowed="an existing folder or hub model",
-            fix=f"check the name, or convert DIR after: hf download {model_id} --local-dir DIR",
-        ) from error  # fmt: skip

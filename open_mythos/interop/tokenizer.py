@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from open_mythos.errors import MythosError
 from open_mythos.files import write_text
-from open_mythos.inference.server.chat import TEMPLATE_FILE
 from open_mythos.interop.read import Source
-from open_mythos.run_folder import TOKENIZER_FOLDER
+from open_mythos.run_folder import TEMPLATE_FILE, TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.tokenizer.files import read_config, read_local
 from open_mythos.tokenizer.rust_backed import RustBacked

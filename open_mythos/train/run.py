@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -21,10 +22,17 @@ from open_mythos.devices import training_dtype
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import evaluate_depths
-from open_mythos.files import refuse_link
+from open_mythos.files import refuse_link, replacing
+from open_mythos.hub.places import model_directory
 from open_mythos.hub.pretrained import describe, from_pretrained
 from open_mythos.model.dense import DenseTransformer
-from open_mythos.run_folder import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, write_config
+from open_mythos.run_folder import (
+    CHECKPOINTS_FOLDER,
+    ORIGIN_FILES,
+    TOKENIZER_FOLDER,
+    find_beside,
+    write_config,
+)
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.build import Model, build_model
 from open_mythos.train.checkpoint.find import checkpoints, find_checkpoint
@@ -55,10 +63,15 @@ class Run:
     trainer: Trainer
 
     def describe(self, out: Path) -> None:
-        """Write configuration and tokenizer to the run's folder."""
+        """Write configuration and tokenizer to the run's folder, and the model's origin."""
         refuse_link(out / TOKENIZER_FOLDER, "the tokenizer cannot be saved")
         self.tokenizer.save(out / TOKENIZER_FOLDER)
         write_config(out, self.config.to_dict())
+        source = self.config.train.init_from
+        for name in ORIGIN_FILES if source else ():
+            if (found := find_beside(model_directory(source), name)) is not None:
+                with replacing(out / name) as new:
+                    shutil.copyfile(found, new)
 
     def close(self) -> None:
         """Stop the worker processes of the loader."""
@@ -98,10 +111,10 @@ def build_run(
     tokenizer = open_tokenizer(config)
     if fit_vocabulary and not train.init_from:
         config.model.vocab_size = tokenizer.vocab_size
-    elif config.model.vocab_size < tokenizer.vocab_size:
+    elif config.model.vocab_size < len(tokenizer):
         raise ConfigError(
             "the model's vocabulary is smaller than the tokenizer's", where="model.vocab_size",
-            value=config.model.vocab_size, allowed=f">= {tokenizer.vocab_size} ({tokenizer.name})",
+            value=config.model.vocab_size, allowed=f">= {len(tokenizer)} ({tokenizer.name})",
             fix="leave it out, or use the tokenizer of the model",
         )  # fmt: skip
     loader = training_batches(

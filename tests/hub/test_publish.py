@@ -14,8 +14,16 @@ from open_mythos.cli import main
 from open_mythos.errors import EnvironmentError_
 from open_mythos.hub import export_folder, push_to_hub
 from open_mythos.hub.places import stored_tokenizer
-from open_mythos.run_folder import GATE_FILE, STATE_FILE, TOKENIZER_FOLDER, VALIDATED_DEPTHS
+from open_mythos.run_folder import (
+    CHECKPOINTS_FOLDER,
+    GATE_FILE,
+    STATE_FILE,
+    TOKENIZER_FOLDER,
+    VALIDATED_DEPTHS,
+    write_config,
+)
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
+from open_mythos.train.config import DepthConfig, RunConfig
 
 TEXT = "def main(x): return \u00e4\u4e16 \U0001f600\n\t<|eos|>"
 RECORD = {
@@ -39,6 +47,10 @@ def checkpoint(model, tmp_path):
     (folder / GATE_FILE).write_text("{}")
     (folder / "provenance.json").write_text(json.dumps({"family": "ouro", "licence": "mit"}))
     return folder
+
+
+def card_of(checkpoint, out):
+    return (export_folder(checkpoint, out) / "README.md").read_text()
 
 
 def test_byte_tokenizer_of_transformers(tmp_path):
@@ -91,10 +103,26 @@ def test_the_card_states_depths(model, checkpoint, tmp_path):
 
 def test_a_card_without_records(model, tmp_path):
     save_pretrained(model, tmp_path / "plain")
-    card = (export_folder(tmp_path / "plain", tmp_path / "out") / "README.md").read_text()
+    card = card_of(tmp_path / "plain", tmp_path / "out")
     assert "**Not validated**" in card
     assert "license" not in card
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_card_of_a_run_and_of_a_retrofitted_model(model, tmp_path):
+    run = tmp_path / "run"
+    save_pretrained(model, run / CHECKPOINTS_FOLDER / "step_00000002")
+    (run / "retrofit.json").write_text(json.dumps({"source": "dense", "licence": "mit"}))
+    (run / "chat_template.jinja").write_text("{{ messages }}")
+    save_pretrained(model, tmp_path / "looped")
+    (tmp_path / "looped" / "retrofit.json").write_text("{}")
+    assert "untrained beyond one loop" in card_of(tmp_path / "looped", tmp_path / "out")
+    write_config(run, RunConfig(depth=DepthConfig(mean=3.0)).to_dict())
+    card = card_of(run, tmp_path / "healed")
+    assert '**Trained** by the depth plan "poisson", of mean 3' in card
+    assert "source: dense" in card
+    assert "license: mit" in card
+    assert (tmp_path / "healed" / "chat_template.jinja").is_file()
 
 
 def test_a_trained_tokenizer(model, tmp_path):

@@ -29,10 +29,10 @@ from open_mythos.errors import MythosError
 from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.interop import families, read
 from open_mythos.interop.convert import FAMILIES, convert, convert_source
-from open_mythos.interop.provenance import PROVENANCE_FILE
 from open_mythos.interop.read import read_source
 from open_mythos.model.dense import parameter_count
 from open_mythos.plan.parameters import parameters
+from open_mythos.run_folder import PROVENANCE_FILE
 
 MARK = 1e-5
 every_form = pytest.mark.parametrize("name", FORMS)
@@ -219,7 +219,7 @@ def test_the_record(tmp_path):
 
 def test_a_model_of_the_hub(tmp_path, monkeypatch):
     folder = write(example("nanbeige"), tmp_path / "snapshot")
-    monkeypatch.setattr(read, "_download", lambda name, allow_pickle: folder)
+    monkeypatch.setattr(read, "download", lambda *_, **__: folder)
     found = convert("owner/model", tmp_path / "out")
     assert (found.provenance.source, found.provenance.licence) == ("owner/model", None)
 

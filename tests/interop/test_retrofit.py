@@ -10,7 +10,7 @@ import yaml
 
 from open_mythos import ConfigError, OpenMythos
 from open_mythos.cli import main
-from open_mythos.errors import DataError
+from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.interop.dense import from_transformers
 from open_mythos.interop.dense_source import read_dense
@@ -176,7 +176,7 @@ def test_the_command_writes_a_model_that_trains(folder, tmp_path, capsys):
     text, out = tmp_path / "text.txt", tmp_path / "looped"
     text.write_text("\n".join(" ".join(f"w{(i * j) % 90}" for j in range(12)) for i in range(400)))
     parts = ["--prelude", "2", "--loop", "2", "--coda", "2", "--dense", str(tmp_path / "dense")]
-    check = ["--check", str(text), "--json"]
+    check = ["--check", str(text), "--json", "--heal-steps", "30"]
     assert main(["retrofit", str(folder), str(out), *parts, *check]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["difference"]["logits"] == 0
@@ -188,14 +188,15 @@ def test_the_command_writes_a_model_that_trains(folder, tmp_path, capsys):
     with torch.no_grad():
         same = from_pretrained(tmp_path / "dense")(IDS)
         assert torch.equal(model(IDS, 1), same)
-    sizes = ["steps 30", "seq_len 32", "global_batch 2", "micro_batch 1", "warmup_steps 1",
-             "decay_steps 2", "save_every 0", "eval_every 0", "eval_depths [1,2]"]  # fmt: skip
+    sizes = ["seq_len 32", "global_batch 2", "micro_batch 1", "save_every 0", "eval_every 0",
+             "eval_depths [1,2]"]  # fmt: skip
     changes = [word for each in sizes for word in f"--train.{each}".split()]
     teacher = ["--train.teacher", str(tmp_path / "dense"), "--train.dtype", "float32"]
     run = ["--train.out_dir", str(tmp_path / "run"), "--data.workers", "0", "--quiet"]
     rates = ["--optim.lr", "3e-3", "--optim.adamw_lr", "1e-3"]
     heal = ["train", "--config", str(out / "heal.yaml"), "--source", str(text), *rates]
     assert main([*heal, *changes, *teacher, *run, "--data.val", str(text)]) == 0
+    assert json.loads((tmp_path / "run" / "retrofit.json").read_text())["family"] == "llama"
     healed = from_pretrained(tmp_path / "run")
     assert healed.cfg == model.cfg
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -226,10 +227,27 @@ def test_heal_yaml_is_the_recipe(dense, tmp_path):
 
 
 @pytest.mark.parametrize(("model", "gguf"), [("nowhere", ""), ("{}", ""), ("{}", "x.gguf")])
-def test_sources_that_are_none(model, gguf, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(Exception, match=r"cannot read the model|package is missing"):
+def test_sources_that_are_none(model, gguf, tmp_path):
+    with pytest.raises(DataError, match="no dense model"):
         read_dense(model.format(tmp_path), gguf)
+
+
+def test_a_model_of_the_hub(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        if name != "owner/name":
+            raise OSError("no route")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    source = read_dense("owner/name")
+    assert (source.name, source.model.config.model_type) == ("owner/name", "llama")
+    with pytest.raises(EnvironmentError_, match="no route") as caught:
+        read_dense("owner/other")
+    assert "--local-dir" in str(caught.value)
+    assert asked == ["owner/name", "owner/other"]
 
 
 def test_state_dict_round_trip(dense, tmp_path):

@@ -20,7 +20,6 @@ from typing import Any
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.tokenizer import SPECIALS, Tokenizer
 
-TEMPLATE_FILE = "chat_template.jinja"
 MOST_TEMPLATE_BYTES = 1 << 20
 _START_SECONDS = 60.0
 _WALL_PER_CPU = 50
