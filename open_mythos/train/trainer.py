@@ -21,7 +21,7 @@ from torch import Tensor
 
 from open_mythos.devices import autocast
 from open_mythos.distributed import over_ranks, rank, world_size
-from open_mythos.errors import ConfigError, MythosError
+from open_mythos.errors import ConfigError
 from open_mythos.files import write_text
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
@@ -32,6 +32,7 @@ from open_mythos.train.checkpoint.manifest import as_json
 from open_mythos.train.checkpoint.restore import holds_file, load_checkpoint
 from open_mythos.train.checkpoint.saver import Saver
 from open_mythos.train.config import RunConfig
+from open_mythos.train.finite import DivergedError, spoilt
 from open_mythos.train.loop_summary import LoopSummary, depth_metrics
 from open_mythos.train.monitoring.loggers import LoggedRun, open_loggers
 from open_mythos.train.monitoring.metrics import (
@@ -55,10 +56,6 @@ logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[Model, list[int]], Mapping[str, Any]]
 """``evaluate(model, depths) -> metrics``; the model is in evaluation mode, without autograd."""
-
-
-class DivergedError(MythosError):
-    """The loss spiked or stayed non-finite, and rolling back to a checkpoint did not help."""
 
 
 class Trainer:
@@ -181,12 +178,12 @@ class Trainer:
         """Evaluate, save and stop, where due; return trouble instead, if there is any."""
         step, last = self.outcomes.state.step, self.outcomes.state.step == self.config.train.steps
         saved = self._is_saved(step)
-        if saved and (trouble := self.outcomes.read()):
+        if saved and (trouble := self._trouble()):
             return trouble
         if last or _due(step, self.config.train.eval_every):
             self._evaluate(last)
         stopping = self._stopping(stop)
-        if stopping and (trouble := self.outcomes.read()):
+        if stopping and (trouble := self._trouble()):
             return trouble
         if self.saver is not None and (saved or stopping):
             self.save(wait=last or bool(stopping))
@@ -197,6 +194,10 @@ class Trainer:
                 where=str(self.out_dir), fix="resume from it to continue bit for bit",
             )  # fmt: skip
         return ""
+
+    def _trouble(self) -> str:
+        """Return why the present state must not be saved, "" if nothing is wrong with it."""
+        return self.outcomes.read() or spoilt(self.model, self.optimizer, self._extra())
 
     def _roll_back(self, trouble: str) -> None:
         """Restore the newest checkpoint and skip the batches since.
@@ -307,8 +308,16 @@ class Trainer:
 
         Raises:
             ConfigError: There is no ``train.out_dir``.
+            DivergedError: A tensor is not finite; checkpoints are untouched.
             EnvironmentError_: It cannot be written.
         """
+        saver = self._saver()
+        if why := spoilt(self.model, self.optimizer, self._extra()):
+            raise DivergedError(
+                "the state is not finite and is not saved", where=f"step {self.state.step}",
+                value=why, allowed="finite weights and moments",
+                fix="resume from the last checkpoint with a lower learning rate",
+            )  # fmt: skip
         progress, scale = self.state, self.stepper.scale
         state = {
             "train": asdict(progress), "data": self.loader.state_dict(),
@@ -316,7 +325,7 @@ class Trainer:
             "validated_depths": self.validated, "config": self.config.to_dict(),
             "world_size": world_size(), "torch": torch.__version__,
         }  # fmt: skip
-        return self._saver().save(
+        return saver.save(
             progress.step, self.model, self.optimizer, finite(state), extra=self._extra(), wait=wait
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from open_mythos.errors import DataError, EnvironmentError_
@@ -86,11 +86,11 @@ def manifest_text(files: Mapping[str, Entry]) -> str:
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Compare every file of a checkpoint with its manifest.
+    """Compare every file of a checkpoint with its manifest; its tensors must be finite.
 
     Raises:
         DataError: A file is missing, changed or not in the manifest; names it and the first
-            damaged block.
+            damaged block, or the tensor that is not finite.
     """
     folder = Path(path)
     manifest_path = folder / MANIFEST_FILE
@@ -112,6 +112,18 @@ def verify_checkpoint(path: str | Path) -> None:
         found = entry_of_file(folder / name)
         if found != expected:
             raise _damaged(folder / name, *_difference(found, expected))
+    _check_finite(folder)
+
+
+def _check_finite(folder: Path) -> None:
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if not torch.isfinite(file.get_tensor(name)).all():
+                        raise _damaged(path, f"{name} is not finite", "finite tensors")
+        except SafetensorError as error:
+            raise _damaged(path, str(error), "a safetensors file") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
