@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.checks import is_int, pick
 from open_mythos.config import MythosConfig
@@ -33,6 +33,7 @@ LIBRARY = "open-mythos"
 
 _KEYS = {"looped": {"format", "library", "architecture", "config"}}
 _KEYS["dense"] = {*_KEYS["looped"], "n_layers"}
+_WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _IN_SHARDS = "model/"
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _MAX_CONFIG_BYTES = 1 << 20
@@ -60,11 +61,15 @@ def save_pretrained(
         tokenizer: Stored with the model, where each of the readers looks for it.
 
     Raises:
-        ConfigError: The format is unknown, or has no form of this model.
+        ConfigError: The format is unknown or has no form of this model, or the model could not be
+            loaded again: it holds other tensors than its configuration says, or ones that are not
+            finite.
         EnvironmentError_: A file cannot be written.
     """
     pick(("native", "hf"), format, "save_pretrained(format)", what="format")
+    model = unwrapped(model)
     target, tensors, config = Path(directory), model_tensors(model), describe(model)
+    _check_complete(model, tensors)
     texts: dict[str, str] = {}
     if format == "hf":
         config = _describe_outer(model, tokenizer)
@@ -99,11 +104,11 @@ def from_pretrained(
             distributed run; a training run or its ``checkpoints`` folder (newest checkpoint); or
             ``"owner/name"`` on the Hugging Face hub, unless that is a local folder.
         device: Device of the weights.
-        dtype: Of the parameters; as stored by default. Buffers keep theirs.
+        dtype: Of the parameters; as stored by default. Buffers are float32.
 
     Raises:
-        DataError: A file is missing, corrupted or malicious, or its tensors are not exactly those
-            of the model (the first few differences are listed).
+        DataError: A file is missing, corrupted or malicious, its tensors are not exactly those of
+            the model (the first few differences are listed), or a value is not finite.
         EnvironmentError_: The hub cannot be reached, or has no such model.
     """
     folder = model_directory(directory)
@@ -113,15 +118,15 @@ def from_pretrained(
         model, tensors = _read_files(folder, _indexed_files(folder))
     else:
         model, tensors = _read_shards(folder)
-    dtypes = dict.fromkeys(dict(model.named_parameters()), dtype)
+    dtypes: dict[str, torch.dtype | None] = dict.fromkeys(dict(model.named_parameters()), dtype)
+    dtypes |= {name: buffer.dtype for name, buffer in model.named_buffers()}
     for name, tensor in tensors.items():
         # copies: truncating a mapped file would kill the process
         tensors[name] = tensor.to(device, dtypes.get(name), copy=True)
+    _check_finite(tensors, folder)
     if model.cfg.tie_embeddings:
         tensors["head.weight"] = tensors["embedding.weight"]
     model.load_state_dict(tensors, assign=True)
-    if model.cfg.tie_embeddings:
-        model.head.weight = model.embedding.weight
     return model.eval()
 
 
@@ -185,6 +190,31 @@ def _read_shards(folder: Path) -> tuple[OpenMythos | DenseTransformer, dict[str,
     return model, {name.removeprefix(_IN_SHARDS): each for name, each in tensors.items()}
 
 
+def _check_complete(model: OpenMythos | DenseTransformer, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError unless :func:`from_pretrained` will read ``tensors`` as ``model``."""
+    with torch.device("meta"):
+        plain: OpenMythos | DenseTransformer
+        if isinstance(model, DenseTransformer):
+            plain = DenseTransformer(model.cfg, model.n_layers)
+        else:
+            plain = OpenMythos(model.cfg)
+    expected = {name: tensor.shape for name, tensor in model_tensors(plain).items()}
+    differing = [
+        name for name in sorted(expected.keys() | tensors.keys())
+        if name not in tensors or tensors[name].shape != expected.get(name)
+    ]  # fmt: skip
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if differing or bad:
+        raise ConfigError(
+            "the model's tensors are not those of its configuration" if differing
+            else "weights are not finite",
+            where="save_pretrained(model)", value=(differing or bad)[:5],
+            allowed=f"exactly {len(expected)} tensors of finite numbers",
+            fix="merge adapters, undo other changes of its modules, or correct its cfg"
+            if differing else "save the model before it diverges",
+        )  # fmt: skip
+
+
 def describe(model: OpenMythos | DenseTransformer) -> dict[str, Any]:
     """Return the content of ``config.json``: what is needed to build ``model``, untrained."""
     return {
@@ -214,11 +244,40 @@ def _describe_outer(
 
 
 def model_tensors(model: OpenMythos | DenseTransformer) -> dict[str, Tensor]:
-    """Return name -> tensor of everything that is saved; a tied weight once."""
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    """Return name -> tensor of everything that is saved; a tied weight once.
+
+    Wrappers such as those of ``torch.compile`` leave no trace in the names.
+
+    Raises:
+        ConfigError: Head and embedding of a tied model are two different tensors.
+    """
+    model = unwrapped(model)
+    state = {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): tensor.detach()
+        for name, tensor in model.state_dict().items()
+    }
     if model.cfg.tie_embeddings:
+        model.check_tied()
         del state["head.weight"]
-    return state
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def unwrapped(model: nn.Module) -> OpenMythos | DenseTransformer:
+    """Return the model inside of ``torch.compile`` and of data parallelism.
+
+    Raises:
+        ConfigError: There is none of this library.
+    """
+    inner: nn.Module | None = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, OpenMythos | DenseTransformer):
+        inner = next((inner._modules[name] for name in _WRAPPERS if name in inner._modules), None)
+    if inner is None or not isinstance(inner, OpenMythos | DenseTransformer):
+        raise ConfigError(
+            "not a model of this library", where="model", value=type(model).__name__,
+            allowed="OpenMythos or DenseTransformer, compiled or not",
+            fix="pass the model itself",
+        )  # fmt: skip
+    return inner
 
 
 def _skeleton(path: Path, n_tensors: int) -> OpenMythos | DenseTransformer:
@@ -270,6 +329,16 @@ def _built(
     except (RuntimeError, OverflowError, TypeError) as error:
         allowed = "sizes that tensors can have"
         raise _unfit(path, "describes no possible model", str(error), allowed) from error
+
+
+def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(tensors)} weights are not finite", where=str(folder),
+            value=bad[:5], allowed="finite numbers",
+            fix="take an earlier checkpoint, or one in a dtype that holds the weights",
+        )  # fmt: skip
 
 
 def _unfit(path: Path, what: str, value: Any, allowed: str) -> DataError:

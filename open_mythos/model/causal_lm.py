@@ -57,8 +57,46 @@ class CausalLM(nn.Module):
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         if head:
             self.head = OutputHead(cfg)
-        if head and cfg.tie_embeddings:
+        self.register_load_state_dict_post_hook(_tie_after_loading)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the embedding the head's parameter again, with ``tie_embeddings``.
+
+        Called after each ``load_state_dict`` and change of device or dtype, which may part them.
+        """
+        if self._is_parted():
             self.head.weight = self.embedding.weight
+
+    def check_tied(self) -> None:
+        """Check that head and embedding are equal.
+
+        Raises:
+            ConfigError: They are two different tensors.
+        """
+        if not self._is_parted():
+            return
+        head, embedding = self.head.weight, self.embedding.weight
+        if head.shape != embedding.shape or not torch.equal(head, embedding.to(head)):
+            raise ConfigError(
+                "head and embedding are different tensors", where="tie_embeddings", value=True,
+                allowed="one parameter for both",
+                fix="call tie_weights() before training, or build the model with "
+                "tie_embeddings=False",
+            )  # fmt: skip
+
+    def _is_parted(self) -> bool:
+        if not (self.cfg.tie_embeddings and isinstance(getattr(self, "head", None), OutputHead)):
+            return False
+        head, embedding = self.head.weight, self.embedding.weight
+        return head is not embedding
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        tied = self.cfg.tie_embeddings and not self._is_parted()
+        result = super()._apply(*args, **kwargs)
+        if tied:
+            self.tie_weights()
+        return result
 
     def context(
         self,
@@ -179,6 +217,11 @@ class CausalLM(nn.Module):
                 allowed=f"a non-empty tensor (B, T, {self.cfg.dim}) of floats, or ids (B, T)",
                 fix="pass rows of the embedding, before embedding_scale",
             )  # fmt: skip
+
+
+def _tie_after_loading(model: CausalLM, keys: object) -> None:
+    model.check_tied()
+    model.tie_weights()
 
 
 def check_tensor(name: str, given: Any, shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -111,6 +111,14 @@ class MoEFFN(nn.Module):
         memo = {} if ctx is None else ctx.memo
         return self.experts.operands((self.gate_up, self.down), n_choices, memo)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the bias in float32: in bfloat16 it would stop at 0.5 under steps of 1e-3."""
+        bias = self.router_bias
+        result = super()._apply(*args, **kwargs)
+        if self.router_bias.element_size() < bias.element_size():
+            self.router_bias = bias.to(self.router_bias.device)
+        return result
+
     @torch.no_grad()
     def update_bias(self, load_E: Tensor, speed: float | Tensor) -> None:
         """Move the bias by ``speed`` towards experts with less than the mean load.
