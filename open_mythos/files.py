@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
 HASH_BLOCK_BYTES = 1 << 24
 _READ_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1 << 26
+"""Longest file that :func:`read_text` reads by default."""
 WRITE_ELSEWHERE = "free space, fix the permissions, or choose another folder"
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _DEVICES = (Path("/dev"), Path("/dev/fd"))
@@ -82,6 +85,28 @@ def write_text(
         new.write_text(text, encoding="utf-8")
 
 
+def check_writable(path: Path, what: str, fix: str = WRITE_ELSEWHERE) -> None:
+    """Find out before a long computation whether :func:`write_text` can write ``path``.
+
+    Raises:
+        EnvironmentError_: It cannot.
+    """
+    if path.parent in _DEVICES:
+        return
+    refuse_link(path, what)
+    try:
+        if path.is_dir():
+            raise OSError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise EnvironmentError_(
+            what, where=str(path), value=str(error), allowed="a file in a writable folder", fix=fix
+        ) from error  # fmt: skip
+
+
 def refuse_link(path: Path, what: str = "the file cannot be written") -> None:
     """Refuse to write to ``path`` if it is a link.
 
@@ -128,21 +153,40 @@ def _hash_block(path: Path, start: int) -> str:
     return digest.hexdigest()
 
 
-def read_object(path: Path, what: str, fix: str = "", limit: int = -1) -> dict[str, Any]:
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a regular file of at most ``limit`` bytes as UTF-8, without a byte order mark.
+
+    A pipe or a device, which may never end, is refused before it is opened.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+        ValueError: It is longer, or no UTF-8.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"longer than {limit:,} bytes")
+    return content.decode("utf-8-sig")
+
+
+def read_object(
+    path: Path, what: str, fix: str = "", limit: int = MAX_TEXT_BYTES
+) -> dict[str, Any]:
     """Read the object in a JSON file.
 
     Args:
         path: The file.
         what: What is wrong if it cannot be read, for the message.
         fix: What to do then.
-        limit: Longest text accepted; any by default.
+        limit: Most bytes of the file.
 
     Raises:
         DataError: The file cannot be read or holds no JSON object.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            values = json.loads(file.read(limit))
+        values = json.loads(read_text(path, limit))
         found = type(values).__name__
     except (OSError, ValueError, RecursionError) as error:
         values, found = None, str(error)

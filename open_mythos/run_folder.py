@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from open_mythos.errors import DataError
-from open_mythos.files import read_object, write_text
+from open_mythos.files import read_object, read_text, write_text
 
 CONFIG_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -44,6 +44,7 @@ RETROFIT_FILE = "retrofit.json"
 """Which dense model became this looped one, and how."""
 ORIGIN_FILES = (TEMPLATE_FILE, PROVENANCE_FILE, RETROFIT_FILE)
 """What stays true of a model when it is trained further."""
+MAX_CONFIG_BYTES = 1 << 20
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -60,16 +61,42 @@ def read_config(path: Path) -> dict[str, Any]:
         DataError: The file cannot be read or does not hold a mapping.
     """
     is_json = path.suffix == ".json"
+    what = f"not a readable {'JSON' if is_json else 'YAML'} file"
     try:
-        text = path.read_text(encoding="utf-8")
-        # YAML would read JSON's 1e-06 as a string
-        values = json.loads(text) if is_json else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        what = f"not a readable {'JSON' if is_json else 'YAML'} file"
-        raise DataError(what, where=str(path), value=str(error)) from error
-    if not isinstance(values, dict):
-        raise DataError("not a configuration", where=str(path), value=values, allowed="a mapping")
+        text = read_text(path, MAX_CONFIG_BYTES)
+        values = json.loads(text) if is_json else yaml.load(text, _YamlLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(
+            what, where=str(path), value=str(error) or type(error).__name__,
+            allowed=f"a text of at most {MAX_CONFIG_BYTES:,} bytes, without aliases",
+            fix="correct the file",
+        ) from error  # fmt: skip
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise DataError(
+            "not a configuration", where=str(path), value=values,
+            allowed="a mapping of names to values", fix="correct the file",
+        )  # fmt: skip
     return values
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Reads plain YAML: numbers such as 1e-6 too, which YAML 1.1 takes for text; no aliases.
+
+    A few lines of aliases can stand for a document of any size.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node; reject an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("the file holds an alias (*name)")
+        return super().compose_node(parent, index)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:

@@ -7,28 +7,77 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from open_mythos.errors import MythosError
+from open_mythos.errors import EnvironmentError_, InternalError, MythosError
+
+DEBUG = "--debug"
+"""Option of every command: show the traceback of an error."""
+_NO_MEMORY = ("out of memory", "can't allocate memory", "memory allocation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process.
 
     0 on success; 2 to 5 for a :class:`~open_mythos.errors.MythosError`, printed to standard error;
-    75 if training was interrupted and saved its state; 130 if interrupted otherwise.
+    75 if training was interrupted and saved its state; 130 if interrupted otherwise. Any other
+    exception becomes one of these errors; ``--debug`` shows its traceback.
     """
     from open_mythos.cli.parser import parse
 
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = DEBUG in words
+    words = [word for word in words if word != DEBUG]
+    _replace_unencodable()
     try:
-        run, arguments = parse(list(sys.argv[1:] if argv is None else argv))
-        return run(**arguments)
-    except MythosError as error:
-        print(f"open-mythos: {error}", file=sys.stderr)
-        return error.exit_code
+        run, arguments = parse(words)
+        code = run(**arguments)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # stdout was closed (`| head`): leave nothing for the interpreter to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        typed = as_typed(error, words)
+        print(f"open-mythos: {typed}", file=sys.stderr)
+        return typed.exit_code
+
+
+def as_typed(error: Exception, words: Sequence[str] = ()) -> MythosError:
+    """Return ``error`` itself if it is typed, else the typed error that describes it."""
+    if isinstance(error, MythosError):
+        return error
+    where = f"open-mythos {' '.join(words[:1])}".strip()
+    found = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return EnvironmentError_(
+            "there is not enough memory", where=where, value=found,
+            allowed="what this machine can hold", fix="use a smaller model, batch or length",
+        )  # fmt: skip
+    if isinstance(error, OSError):
+        return EnvironmentError_(
+            "the system refused a file or a connection", where=str(error.filename or where),
+            value=found, allowed="a file that can be read or written",
+            fix="check path, permissions and free space",
+        )  # fmt: skip
+    return InternalError(
+        "an unexpected error", where=where, value=found, allowed="none",
+        fix=f"report it with what {DEBUG} shows",
+    )  # fmt: skip
+
+
+def _replace_unencodable() -> None:
+    """Let a console that lacks a character show "?" in its place instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

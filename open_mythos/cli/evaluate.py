@@ -62,31 +62,46 @@ def evaluate(
         quiet: Show no progress bar.
     """
     from dataclasses import asdict
+    from pathlib import Path
 
-    from rich.console import Console
     from rich.progress import track
 
     from open_mythos.cli.run_data import evaluation_source
-    from open_mythos.cli.tables import depth_table, exit_tables
+    from open_mythos.cli.tables import (
+        bar_mark,
+        depth_table,
+        exit_tables,
+        new_console,
+        show,
+    )
     from open_mythos.devices import resolve_dtype
     from open_mythos.evaluation import evaluate_depths, evaluate_exits
+    from open_mythos.files import check_writable
     from open_mythos.inference.loading import load_model
     from open_mythos.model.exit_rules import exit_rule
 
     _reject_ignored(depths, exit, n_loops, repeats)
+    if out:
+        check_writable(
+            Path(out), "the rows cannot be written", "choose another file with --out"
+        )  # before the evaluation, not after it
     _reject_without_tasks(tasks, include, fewshot, limit, plot)
     model = load_model(checkpoint, device, quantize)
     if tasks:
-        found = _tasks(model, checkpoint, tasks, depths, include, fewshot, limit, batch, plot)
-        return _write(out, found)
+        _tasks(model, checkpoint, tasks, depths, include, fewshot, limit, batch, plot, out)
+        return 0
     if questions:
-        answers = _answers(model, checkpoint, questions, depths, exit, n_loops, quiet)
-        return _write(out, answers)
+        _answers(model, checkpoint, questions, depths, exit, n_loops, quiet, out)
+        return 0
     source = evaluation_source(
         checkpoint, data, split, seq_len=seq_len, windows=windows, batch=batch
     )
     batches = track(
-        source.batches, "evaluating", console=Console(stderr=True), disable=quiet, transient=True
+        source.batches,
+        "evaluating",
+        console=new_console(stderr=True),
+        disable=quiet,
+        transient=True,
     )
     options: dict[str, Any] = {
         "bytes_per_token": source.bytes_per_token, "dtype": resolve_dtype(dtype)
@@ -97,27 +112,28 @@ def evaluate(
         report = evaluate_exits(
             model, batches, exit_rule(exit, model), n_loops, repeats=repeats, **options
         )
-        for table in exit_tables(report, f"{checkpoint}, {source.name}", exit):
-            Console().print(table)
+        console, title = new_console(), f"{checkpoint}, {source.name}"
+        tables = [*exit_tables(report, title, exit, mark=bar_mark(console))]
         content |= {"exit": exit, "report": asdict(report)}
     else:
         if depths is None:
             depths = [2**k for k in range((4 * model.cfg.max_loop_iters).bit_length())]
         rows = evaluate_depths(model, batches, depths, **options)
-        Console().print(depth_table(rows, checkpoint, source.name))
+        console, tables = new_console(), [depth_table(rows, checkpoint, source.name)]
         content["depths"] = [asdict(row) for row in rows]
-    return _write(out, content)
+    _write(out, content)  # first: a console may fail
+    for table in tables:
+        show(console, table)
+    return 0
 
 
 def _answers(
     model: Any, checkpoint: str, questions: str, depths: list[int] | None, exit: str,
-    n_loops: int | None, quiet: bool,
-) -> dict[str, Any]:  # fmt: skip
+    n_loops: int | None, quiet: bool, out: str,
+) -> None:  # fmt: skip
     from dataclasses import asdict
 
-    from rich.console import Console
-
-    from open_mythos.cli.tables import answer_table
+    from open_mythos.cli.tables import answer_table, new_console, show
     from open_mythos.evaluation import evaluate_answers, read_questions
     from open_mythos.hub.places import stored_tokenizer
     from open_mythos.model.exit_rules import exit_rule
@@ -129,20 +145,20 @@ def _answers(
         model, read_questions(questions), stored_tokenizer(checkpoint), depths,
         exit_rule=exit_rule(exit, model) if exit else None, progress=not quiet,
     )  # fmt: skip
-    Console().print(answer_table(rows, checkpoint, questions))
-    return {"checkpoint": checkpoint, "questions": questions, "exit": exit,
-            "depths": [asdict(row) for row in rows]}  # fmt: skip
+    _write(out, {
+        "checkpoint": checkpoint, "questions": questions, "exit": exit,
+        "depths": [asdict(row) for row in rows],
+    })  # fmt: skip
+    show(new_console(), answer_table(rows, checkpoint, questions))
 
 
 def _tasks(
     model: Any, checkpoint: str, tasks: str, depths: list[int] | None, include: str,
-    fewshot: int | None, limit: int | None, batch: int, plot: str,
-) -> dict[str, Any]:  # fmt: skip
+    fewshot: int | None, limit: int | None, batch: int, plot: str, out: str,
+) -> None:  # fmt: skip
     from dataclasses import asdict
 
-    from rich.console import Console
-
-    from open_mythos.cli.tables import task_table
+    from open_mythos.cli.tables import new_console, show, task_table
     from open_mythos.hub.places import stored_tokenizer
 
     try:
@@ -163,14 +179,16 @@ def _tasks(
         model, stored_tokenizer(checkpoint), names, depths,
         include=include, fewshot=fewshot, limit=limit, batch=batch,
     )  # fmt: skip
-    Console().print(task_table(rows, checkpoint))
+    _write(out, {
+        "checkpoint": checkpoint, "tasks": names, "fewshot": fewshot, "limit": limit,
+        "rows": [asdict(row) for row in rows],
+    })  # fmt: skip
+    show(new_console(), task_table(rows, checkpoint))
     if plot:
         plot_tasks(rows, plot)
-    return {"checkpoint": checkpoint, "tasks": names, "fewshot": fewshot, "limit": limit,
-            "rows": [asdict(row) for row in rows]}  # fmt: skip
 
 
-def _write(out: str, content: dict[str, Any]) -> int:
+def _write(out: str, content: dict[str, Any]) -> None:
     """Write the rows to ``--out``, if it is given."""
     import json
     from pathlib import Path
@@ -180,7 +198,6 @@ def _write(out: str, content: dict[str, Any]) -> int:
     if out:
         text = json.dumps(content, indent=2) + "\n"
         write_text(Path(out), text, "the rows cannot be written", "choose another file with --out")
-    return 0
 
 
 def _reject_ignored(depths: list[int] | None, exit: str, n_loops: int | None, repeats: int) -> None:

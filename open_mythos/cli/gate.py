@@ -44,10 +44,8 @@ def train_gate(
     from dataclasses import asdict
     from pathlib import Path
 
-    from rich.console import Console
-
     from open_mythos.cli.run_data import copy_run_files, training_source
-    from open_mythos.cli.tables import gate_table
+    from open_mythos.cli.tables import gate_table, new_console, show
     from open_mythos.devices import resolve_device, resolve_dtype
     from open_mythos.files import write_text
     from open_mythos.hub.pretrained import from_pretrained, save_pretrained
@@ -80,13 +78,13 @@ def train_gate(
             "the model cannot be written", where="--out", value=str(error),
             fix="choose a writable folder",
         ) from error  # fmt: skip
-    with Console(stderr=True, quiet=quiet).status(f"recording the loops on {source.name}"):
+    with new_console(stderr=True, quiet=quiet).status(f"recording the loops on {source.name}"):
         report = gate.train_gate(model, source.batches, config, dtype=resolve_dtype(dtype))
     save_pretrained(model, folder)
     copy_run_files(checkpoint, folder)
     content = {"checkpoint": checkpoint, "config": asdict(config), "report": asdict(report)}
     write_text(folder / GATE_FILE, json.dumps(content, indent=1) + "\n")
     if not quiet:
-        Console().print(gate_table(report, source.name))
+        show(new_console(), gate_table(report, source.name))
     print(f"model with the trained gate: {folder}")
     return 0

@@ -5,11 +5,10 @@ from __future__ import annotations
 from json import dumps
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from open_mythos.accounting import Accounting, account
-from open_mythos.cli.tables import new_table, scaled
+from open_mythos.cli.tables import new_console, new_table, scaled, show
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.run_folder import read_config
@@ -35,9 +34,9 @@ def info(
         content = {"model": model, "config": cfg.to_dict(), "depths": [r.to_dict() for r in rows]}
         print(dumps(content))
         return 0
-    console = Console()
-    console.print(_parts_table(model, cfg, rows[-1]))
-    console.print(_depth_table(rows))
+    console = new_console()
+    show(console, _parts_table(model, cfg, rows[-1]))
+    show(console, _depth_table(rows))
     return 0
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from json import dumps
 from math import ceil
 
-from rich.console import Console
 from rich.table import Table
 
 from open_mythos.cli.info import described_model
-from open_mythos.cli.tables import new_table, scaled
+from open_mythos.cli.tables import new_console, new_table, scaled, show
 from open_mythos.errors import ConfigError
 from open_mythos.plan import Job, Plan, Wish, make_plan, parse_count
 from open_mythos.plan import gpu as gpu_named
@@ -21,6 +20,9 @@ LONGEST_CONTEXT = 8192
 TOKENS_PER_PARAMETER = 20
 """Default length of a run (Chinchilla, arXiv 2203.15556)."""
 WIDTH = 100
+"""Of the tables in a file or pipe."""
+UNKNOWN_WIDTH = 80
+"""What rich takes where neither a terminal nor COLUMNS names a width."""
 
 
 def plan(
@@ -95,14 +97,14 @@ def plan(
     if json:
         print(dumps({"name": model} | made.to_dict()))
         return 0
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = new_console()
+    if not console.is_terminal and console.width == UNKNOWN_WIDTH:
+        console = new_console(width=WIDTH)
     tables = [_summary(model, made, given=bool(tokens)), _depths(made), _memory(made)]
     tables += [_activations(made)] if made.activations else []
     tables += [_traffic(made)] if made.traffic else []
     for table in (*tables, _training(made), _inference(made)):
-        console.print(table)
+        show(console, table)
         console.print()
     console.print(_assumptions(made), style="dim", highlight=False)
     return 0

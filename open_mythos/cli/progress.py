@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from open_mythos.cli.tables import new_console
 from open_mythos.distributed import rank
 from open_mythos.train.monitoring.metrics import MetricsLogger
 
@@ -24,7 +24,7 @@ def progress(steps: int, quiet: bool, folder: str | None) -> Iterator[list[Metri
         with Progress(
             TextColumn("{task.description}"), BarColumn(),
             TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(), console=Console(stderr=True),
+            TimeRemainingColumn(), console=new_console(stderr=True),
         ) as bar:  # fmt: skip
             yield [_Line(bar, steps)]
     else:

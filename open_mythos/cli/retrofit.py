@@ -58,9 +58,8 @@ def retrofit(
     from dataclasses import asdict
     from pathlib import Path
 
-    from rich.console import Console
-
     from open_mythos.checks import check_count
+    from open_mythos.cli.tables import new_console, show
     from open_mythos.devices import resolve_dtype
     from open_mythos.hub.pretrained import save_pretrained
     from open_mythos.interop import retrofit as core
@@ -94,9 +93,9 @@ def retrofit(
         content: dict[str, Any] = record | {"difference": asdict(difference)}
         print(json_format.dumps(content | ({"check": asdict(text)} if text else {})))
         return 0
-    console = Console()
+    console = new_console()
     for table in _tables(source.name, split, difference, text):
-        console.print(table)
+        show(console, table)
     for note in source.notes:
         console.print(note)
     console.print(f"{out}: heal it with open-mythos train --config {out}/heal.yaml --source TEXT")

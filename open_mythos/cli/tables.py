@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
+from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
+
+from open_mythos.errors import printable
 
 if TYPE_CHECKING:
     from open_mythos.evaluation import AnswerRow, DepthRow, ExitReport, ExitRow
@@ -14,6 +18,30 @@ if TYPE_CHECKING:
 
 _BAR = 30
 """Width of the histogram's longest bar, in characters."""
+
+
+def new_console(*, stderr: bool = False, quiet: bool = False, width: int | None = None) -> Console:
+    """Create a console for names and numbers: nothing in them is markup or the name of an emoji."""
+    return Console(stderr=stderr, quiet=quiet, width=width, markup=False, emoji=False)
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table; one line for every cell where the console is narrower than its words."""
+    if _needed(table) <= console.width:
+        console.print(table)
+        return
+    headings = [str(column.header) for column in table.columns]
+    lines = [str(table.title or "")]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        if not any(headings):
+            lines.append(": ".join(map(str, row)))
+            continue
+        lines += ["", *(
+            f"{heading}: {cell}" if heading else str(cell)
+            for heading, cell in zip(headings, row, strict=True) if str(cell)
+        )]  # fmt: skip
+    lines += ["", str(table.caption)] if table.caption else []
+    console.print("\n".join(lines), highlight=False)
 
 
 def new_table(
@@ -25,7 +53,7 @@ def new_table(
 ) -> Table:
     """Create a table; columns after the first are right-aligned."""
     table = Table(
-        title=title, title_justify="left", title_style="bold", caption=caption,
+        title=printable(title), title_justify="left", title_style="bold", caption=caption,
         caption_justify="left", show_header=bool(headings), min_width=min(100, len(title) + 2),
     )  # fmt: skip
     for i, heading in enumerate(headings):
@@ -46,6 +74,21 @@ def scaled(
         value, power = value / base, power + 1
     digits = f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
     return f"{digits} {prefixes[power]}{unit}"
+
+
+def _needed(table: Table) -> int:
+    """Return the width at which no word of the table is cut."""
+    width = 1
+    for column in table.columns:
+        texts = [str(column.header), *map(str, column.cells)]
+        words = texts if column.no_wrap else (word for text in texts for word in text.split())
+        width += max(map(cell_len, words), default=0) + 3
+    return width
+
+
+def bar_mark(console: Console) -> str:
+    """Return the character of a bar that the console can show."""
+    return "█" if console.encoding.startswith("utf") else "#"
 
 
 def depth_table(rows: list[DepthRow], checkpoint: str, split: str) -> Table:
@@ -86,8 +129,13 @@ def task_table(rows: list[TaskRow], checkpoint: str) -> Table:
     return table
 
 
-def exit_tables(report: ExitReport, title: str, rule: str) -> tuple[Table, Table]:
-    """Compare adaptive depth with fixed and random depths; show where positions exited."""
+def exit_tables(
+    report: ExitReport, title: str, rule: str, *, mark: str = "#"
+) -> tuple[Table, Table]:
+    """Compare adaptive depth with fixed and random depths; show where positions exited.
+
+    The bars of the histogram are of the character ``mark``.
+    """
     columns: dict[str, Callable[[ExitRow], str]] = {
         "loops": lambda row: f"{row.mean_loops:.2f}",
         "computed": lambda row: f"{row.computed:.1%}",
@@ -108,7 +156,7 @@ def exit_tables(report: ExitReport, title: str, rule: str) -> tuple[Table, Table
     exits.add_column()
     most, total = max(report.histogram), sum(report.histogram)
     for loops, count in enumerate(report.histogram, start=1):
-        bar = "█" * round(_BAR * count / most)
+        bar = mark * round(_BAR * count / most)
         exits.add_row(str(loops), f"{count:,}", f"{count / total:.1%}", bar)
     return depths, exits
 

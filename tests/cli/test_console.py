@@ -1,0 +1,128 @@
+"""The command line as a whole: no arguments, unexpected errors, consoles, files it writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from open_mythos.cli import as_typed, main
+from open_mythos.cli.tables import new_console, new_table, show
+from open_mythos.errors import ConfigError, DataError, EnvironmentError_, InternalError
+from open_mythos.files import read_object, read_text
+from open_mythos.run_folder import read_config
+
+
+def test_without_arguments_it_is_help(capsys):
+    assert main([]) == 0
+    assert "usage: open-mythos COMMAND" in capsys.readouterr().out
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("error", "kind", "code"),
+        [
+            (OSError("disk"), EnvironmentError_, 4),
+            (MemoryError(), EnvironmentError_, 4),
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory"), EnvironmentError_, 4),
+            (RecursionError("deep"), InternalError, 5),
+            (KeyError("x"), InternalError, 5),
+        ],
+    )
+    def test_every_exception_is_one_message(self, monkeypatch, capsys, error, kind, code):
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr("open_mythos.cli.parser.parse", fail)
+        assert main(["info", "nano"]) == code == as_typed(error).exit_code
+        assert isinstance(as_typed(error), kind)
+        shown = capsys.readouterr().err
+        assert all(f"{part}:" in shown for part in ("where", "value", "allowed", "to do"))
+        assert "Traceback" not in shown
+        assert main(["info", "--debug", "nano"]) == code
+        assert "Traceback" in capsys.readouterr().err
+
+    def test_names_cannot_steer_the_terminal(self):
+        text = str(DataError("bad \x1b]0;title\x07", where="a\nb\x9b", value="\x1b[2J"))
+        assert text.splitlines()[:3] == [
+            "bad \\x1b]0;title\\x07", "  where:   a\\nb\\x9b", "  value:   '\\x1b[2J'"
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "value", [10**5000, list(range(10**6)), "x" * 10**7, [[["a" * 500]]]], ids=range(4)
+    )
+    def test_values_are_cut(self, value):
+        assert len(str(ConfigError("wrong", value=value))) < 300
+
+
+class TestConsole:
+    def table(self):
+        table = new_table("runs/x[lr=3e-4] [/a]", ("depth", "forward"), "note [b]")
+        table.add_row("1", "1.23 MFLOP")
+        return table
+
+    @pytest.mark.parametrize("width", [12, 40, 80])
+    def test_names_are_no_markup_and_nothing_is_cut(self, width):
+        out = io.StringIO()
+        console = Console(file=out, width=width, markup=False, emoji=False)
+        show(console, self.table())
+        for text in ("[lr=3e-4]", "[/a]", "1.23", "MFLOP", "[b]"):
+            assert text in out.getvalue().replace("\n", "")
+        assert "…" not in out.getvalue()
+
+    def test_the_console_of_the_commands_has_no_markup(self, capsys):
+        new_console().print("a[/b] :smile:")
+        assert capsys.readouterr().out == "a[/b] :smile:\n"
+
+    def test_forty_columns(self, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", "40")
+        assert main(["info", "nano"]) == 0
+        assert "…" not in capsys.readouterr().out
+        assert main(["plan", "nano", "--gpus", "1"]) == 0
+        assert "…" not in capsys.readouterr().out
+
+    def test_a_console_without_the_character(self, monkeypatch):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "cp1252"))
+        monkeypatch.setattr(
+            "open_mythos.cli.parser.parse", lambda _: (lambda: print("東a") or 0, {})
+        )
+        assert main([]) == 0
+        assert raw.getvalue() == b"?a\n"
+
+
+class TestReading:
+    def test_only_regular_files_of_bounded_size_are_read(self, tmp_path):
+        import os
+
+        os.mkfifo(tmp_path / "pipe")
+        for path in (Path("/dev/zero"), tmp_path / "pipe"):
+            with pytest.raises(OSError, match="regular"):
+                read_text(path)
+        (tmp_path / "long").write_text("x" * 11)
+        with pytest.raises(ValueError, match="longer"):
+            read_text(tmp_path / "long", 10)
+
+    def test_objects(self, tmp_path):
+        path = tmp_path / "a.json"
+        path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": 1}).encode())
+        assert read_object(path, "bad") == {"a": 1}
+        path.write_text("[" * 100_000)
+        with pytest.raises(DataError, match="bad"):
+            read_object(path, "bad")
+
+    def test_yaml(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text("a: 1e6\nb: 1e-06\nc: 3\nd: 'x'\ne: -2.5E+3")
+        assert read_config(path) == {"a": 1e6, "b": 1e-6, "c": 3, "d": "x", "e": -2500.0}
+        for text in ("a: &x [1]\nb: *x", "[" * 50_000, "a: !!python/object:os.x", "- 1", "4: 3"):
+            path.write_text(text)
+            with pytest.raises(DataError):
+                read_config(path)
+        path.write_text("a: " + "x" * (1 << 20))
+        with pytest.raises(DataError):
+            read_config(path)
