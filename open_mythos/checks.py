@@ -31,6 +31,11 @@ def whole(value: Any) -> int | None:
         return None
 
 
+def plain(value: Any) -> Any:
+    """Return numpy's numbers and arrays as Python's; other values unchanged."""
+    return value.tolist() if type(value).__module__ == "numpy" else value
+
+
 def is_int(value: Any) -> bool:
     """Return whether ``value`` is a Python integer (a bool is not)."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -137,7 +142,8 @@ def check_fields(section: str, config: Any) -> None:
     """
     kinds_of = _kinds(config.__class__)
     for each in fields(config):
-        kinds, value = kinds_of[each.name], getattr(config, each.name)
+        kinds, value = kinds_of[each.name], plain(getattr(config, each.name))
+        object.__setattr__(config, each.name, value)
         choices = each.metadata.get("choices") or ((True, False) if kinds == {bool} else ())
         if choices:
             if value not in choices or type(value) is not type(choices[0]):

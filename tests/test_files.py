@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from helpers import small_config
 
 from open_mythos import OpenMythos, save_pretrained
 from open_mythos.errors import EnvironmentError_
@@ -15,7 +16,6 @@ from open_mythos.reports.html import write_html
 from open_mythos.run_folder import write_config
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train.monitoring.metrics import JsonlLogger
-from tests.helpers import small_config
 
 
 def _saved(path):

@@ -118,7 +118,6 @@ def requests_of(
     rule, numbers, least, most = describe_rule(depth.exit_rule)
     loops = depth.of_rows(len(ids), max_loops)
     keys = params.row_keys(len(ids)).tolist() if ids else []
-    end = params.eos_token_id
     return [
         Request(
             id=str(row), prompt=tuple(prompt), max_tokens=params.max_new_tokens,
@@ -127,7 +126,7 @@ def requests_of(
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             logit_bias=tuple(dict(params.logit_bias).items()), key=keys[row],
-            ends=() if end is None else (end,),
+            ends=params.ends,
             max_loops=loops[row] if most is None else min(loops[row], most),
             min_loops=min(least, max(loops[row], 1)), rule=rule, numbers=numbers,
             logprobs=logprobs, schema=schema,

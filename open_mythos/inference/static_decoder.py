@@ -136,7 +136,7 @@ class StaticDecoder:
                     row, cache, 0, len(request.prompt), self._most, row, n_prompt - real_B[row]
                 )
             self._held, self._needs = max(real_B), Needs.of(requests)
-            self._end = params.eos_token_id or 0
+            self._end = params.filler
             self._lengths = real_B
             self.running_B.fill_(True)
             runner.slots.phase[:-1] = WAITING

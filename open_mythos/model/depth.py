@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from open_mythos.checks import check_count, whole
+from open_mythos.checks import check_count, plain, whole
 from open_mythos.errors import ConfigError
 from open_mythos.model.exit_rules import ExitRule
 
@@ -34,7 +34,9 @@ class Depth:
     the loop match across ranks."""
 
     def __post_init__(self) -> None:
-        given: Any = self.n_loops.tolist() if isinstance(self.n_loops, Tensor) else self.n_loops
+        given: Any = (
+            self.n_loops.tolist() if isinstance(self.n_loops, Tensor) else plain(self.n_loops)
+        )
         several = isinstance(given, Sequence) and not isinstance(given, str)
         loops = [whole(each) or 0 for each in (given if several else [given])]
         if given is not None:

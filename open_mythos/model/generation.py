@@ -7,11 +7,13 @@ A :class:`Decoder` produces the tokens. The one here runs the model on a growing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from open_mythos.checks import is_int
 from open_mythos.devices import HostCopy
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
@@ -28,7 +30,7 @@ class Decoder(Protocol):
 
     running_B: Tensor
     """(B,) boolean: unfinished rows. Setting an entry to false in place ends the row, which is then
-    filled with the EOS token (0 without one)."""
+    filled with ``params.filler``."""
 
     def start(
         self,
@@ -91,9 +93,9 @@ class GrowingDecoder:
         logits_BV = self._model.head(hidden_BTD[:, -1])
         n_prompt = seen_BT.shape[1] - self._drawn
         token_B = params.choose(logits_BV, seen_BT, self._keys_B, self._drawn, n_prompt)
-        token_B = token_B.masked_fill(~self.running_B, params.eos_token_id or 0)
-        if params.eos_token_id is not None:
-            self.running_B.logical_and_(token_B != params.eos_token_id)
+        token_B = token_B.masked_fill(~self.running_B, params.filler)
+        for end in params.ends:
+            self.running_B.logical_and_(token_B != end)
         self._drawn += 1
         self._ids_BT = torch.cat((ids_BT, token_B.unsqueeze(1)), dim=1)
         if mask_BT is not None:
@@ -121,13 +123,15 @@ def generate(
         params: Sampling parameters and stop criteria.
         depth: Depth of every token; ``max_loop_iters`` by default.
         attention_mask: (B, T), false on padding.
-        tokenizer: Any object with ``decode``; required for stop strings.
+        tokenizer: Any object with ``decode``; required for stop strings. Rows that have ended are
+            filled with its ``pad_id``, if it has one and ``params`` name no token for that.
         on_token: Called as ``on_token(i, tokens_B)`` after each new token i; on CUDA the next step
             may already be in flight.
         decoder: Factory of the decoder, ``decoder(model, batch, capacity)``.
 
     Returns:
-        (B, T + new), prompt included; new < max_new_tokens if every row ended early.
+        (B, T + new), prompt included; new < max_new_tokens if every row ended early. A row that
+        ended before the others is filled with ``params.filler``.
 
     Raises:
         ConfigError: An argument is out of range, or the result exceeds the context.
@@ -151,6 +155,7 @@ def generate(
             allowed="stop strings together with tokenizer=",
             fix="pass tokenizer=, or use eos_token_id",
         )  # fmt: skip
+    params = _with_pad(params, tokenizer, model.cfg.vocab_size)
     source = decoder(model, batch, n_prompt + params.max_new_tokens)
     tokens: list[Tensor] = []
     watch = None
@@ -169,6 +174,15 @@ def generate(
     finally:
         model.train(was_training)
     return torch.cat((input_ids, *(token_B.unsqueeze(1) for token_B in tokens)), dim=1)
+
+
+def _with_pad(
+    params: SamplingParams, tokenizer: Detokenizer | None, vocab_size: int
+) -> SamplingParams:
+    pad: Any = getattr(tokenizer, "pad_id", None)
+    if params.ends or params.pad_token_id is not None or not is_int(pad) or pad >= vocab_size:
+        return params
+    return replace(params, pad_token_id=pad)
 
 
 class StopStrings:
@@ -201,7 +215,7 @@ def _tokens(
     source: Decoder, input_ids: Tensor, params: SamplingParams, depth: Depth, mask_BT: Tensor | None
 ) -> Iterator[Tensor]:
     """Yield up to ``max_new_tokens`` tokens (B,), until every row has ended."""
-    may_end = bool(params.stop) or params.eos_token_id is not None
+    may_end = bool(params.stop or params.ends)
     for i in range(params.max_new_tokens):
         running = HostCopy(source.running_B.any()) if i and may_end else None
         # on CUDA, launch the next step before waiting for the copy; at most one is wasted
@@ -214,7 +228,7 @@ def _tokens(
 
 
 def _check_length(model: CausalLM, n_prompt: int, params: SamplingParams) -> None:
-    cfg, n_new, end = model.cfg, params.max_new_tokens, params.eos_token_id
+    cfg, n_new = model.cfg, params.max_new_tokens
     if n_new > cfg.max_output_tokens:
         raise ConfigError(
             "max_new_tokens is out of range", where="max_new_tokens", value=n_new,
@@ -227,12 +241,14 @@ def _check_length(model: CausalLM, n_prompt: int, params: SamplingParams) -> Non
             value=f"{n_prompt} + {n_new}", allowed=f"at most max_seq_len ({cfg.max_seq_len})",
             fix="shorten the prompt or reduce max_new_tokens",
         )  # fmt: skip
-    if end is not None and end >= cfg.vocab_size:
-        raise ConfigError(
-            "not a token id", where="eos_token_id", value=end,
-            allowed=f"None, or an integer in 0 .. {cfg.vocab_size - 1}",
-            fix="pass the tokenizer's EOS id; use stop strings for additional ends",
-        )  # fmt: skip
+    for where, ids in (("eos_token_id", params.ends), ("pad_token_id", (params.filler,))):
+        for token in ids:
+            if token >= cfg.vocab_size:
+                raise ConfigError(
+                    "not a token id", where=where, value=token,
+                    allowed=f"None, or integers in 0 .. {cfg.vocab_size - 1}",
+                    fix="pass ids of the tokenizer that the model was trained with",
+                )  # fmt: skip
     unknown = [i for i, _ in params.biases if i >= cfg.vocab_size]
     if unknown:
         raise ConfigError(

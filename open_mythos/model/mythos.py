@@ -196,7 +196,7 @@ class OpenMythos(CausalLM):
         repetition_penalty: float = 1.0,
         seed: int | Sequence[int] | None = None,
         attention_mask: Tensor | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
         tokenizer: Detokenizer | None = None,
         on_token: Callable[[int, Tensor], None] | None = None,

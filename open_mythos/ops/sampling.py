@@ -8,13 +8,13 @@ gives each the tokens that it gets alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from open_mythos.checks import COLDEST, is_number, whole
+from open_mythos.checks import COLDEST, is_number, plain, whole
 from open_mythos.errors import ConfigError
 from open_mythos.ops.random import counter_uniform
 from open_mythos.seeding import derive_seed
@@ -78,8 +78,8 @@ class SamplingParams:
     seed: int | Sequence[int] | None = None
     """One integer, from which rows derive independent streams, or one per row; None draws from
     torch's global generator."""
-    eos_token_id: int | None = None
-    """Ends a row, which is then filled with it."""
+    eos_token_id: int | Sequence[int] | None = None
+    """The token, or each of several, that ends a row; see ``pad_token_id``."""
     stop: str | Sequence[str] = ()
     """Strings that end a row as soon as they occur in its new text."""
     presence_penalty: float = 0.0
@@ -88,8 +88,13 @@ class SamplingParams:
     """The same, times how often they have been generated."""
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
     """Token id -> value added to its logit; stored as pairs."""
+    pad_token_id: int | None = None
+    """Fills a row that has ended; by default the first of ``eos_token_id``, without one the pad
+    token of the tokenizer that decodes stop strings, without that 0."""
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain(getattr(self, each.name)))
         rules: tuple[tuple[str, Callable[[float], bool], str], ...] = (
             ("temperature", lambda x: x == 0 or x >= COLDEST, f"0 (greedy), or >= {COLDEST}"),
             ("top_p", lambda x: 0 < x <= 1, "0 < top_p <= 1"),
@@ -106,9 +111,13 @@ class SamplingParams:
             _reject("top_k", self.top_k, "an integer >= 0, or None")
         if (whole(self.max_new_tokens) or 0) < 0 or whole(self.max_new_tokens) is None:
             _reject("max_new_tokens", self.max_new_tokens, "an integer >= 0")
-        end = self.eos_token_id
-        if end is not None and (whole(end) is None or end < 0):
-            _reject("eos_token_id", end, "None, or an integer >= 0; use stop for several")
+        if isinstance(self.eos_token_id, Sequence) and not isinstance(self.eos_token_id, str):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if any((-1 if whole(end) is None else end) < 0 for end in self.ends):
+            _reject("eos_token_id", self.eos_token_id, "None, or one or more integers >= 0")
+        pad = self.pad_token_id
+        if pad is not None and (whole(pad) is None or pad < 0):
+            _reject("pad_token_id", pad, "None, or an integer >= 0")
         one = isinstance(self.stop, str) or not isinstance(self.stop, Sequence)
         stops: Any = (self.stop,) if one else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stops):
@@ -132,6 +141,17 @@ class SamplingParams:
         if any(i is None or i < 0 or not is_number(x) for i, x in pairs):
             _reject("logit_bias", given, "token id (an integer >= 0) -> finite number")
         return tuple((i, float(x)) for i, x in pairs if i is not None)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """``eos_token_id`` as a tuple."""
+        end = self.eos_token_id
+        return end if isinstance(end, tuple) else () if end is None else (cast("int", end),)
+
+    @property
+    def filler(self) -> int:
+        """Token of rows that have ended."""
+        return next((x for x in (self.pad_token_id, *self.ends) if x is not None), 0)
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:

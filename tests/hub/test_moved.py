@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import randomise, small_config
 from torch import nn
 
 from open_mythos.errors import ConfigError, DataError
@@ -10,7 +11,6 @@ from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
-from tests.helpers import randomise, small_config
 
 IDS = torch.arange(20).reshape(2, 10)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from helpers import random_ids, randomise, small_config, small_model
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos import ByteTokenizer, ConfigError, DenseTransformer, Depth, OpenMythos
+from open_mythos.config import MythosConfig
 from open_mythos.inference.decoding import decoder_factory
 from open_mythos.model.exit_rules import FixedDepth
 from open_mythos.model.generation import StopStrings, generate
@@ -194,6 +198,52 @@ class TestEnd:
             end = expected.index(eos) + 1 if eos in expected else NEW
             assert new[:end] == expected[:end]
             assert set(new[end:]) <= {eos}
+
+    @pytest.mark.parametrize("mode", ["eager", "static"])
+    def test_each_of_several_ends_ends_a_row(self, model, mode):
+        ids = random_ids(B, T)
+        free = model.generate(ids, NEW, 4, seed=2)
+        ends = [int(free[0, T + 2]), int(free[1, T + 3])]
+        out = model.generate(ids, NEW, 4, seed=2, eos_token_id=ends, mode=mode)
+        for row in range(B):
+            expected = free[row, T:].tolist()
+            end = min((expected.index(x) for x in ends if x in expected), default=NEW) + 1
+            assert out[row, T : T + end].tolist() == expected[:end]
+            assert set(out[row, T + end :].tolist()) <= {ends[0]}
+
+    @pytest.mark.parametrize("mode", ["eager", "static"])
+    @pytest.mark.parametrize("filler", [{}, {"eos_token_id": 5}, {"pad_token_id": 7}])
+    def test_what_fills_a_row_that_met_a_stop_string(self, model, mode, filler):
+        """The pad token of the tokenizer, not a token that could be text."""
+
+        class Padding(Letters):
+            pad_id = 9
+
+        ids = random_ids(B, T)
+        base = SamplingParams(NEW, seed=2, **filler)
+        free = generate(model, ids, base, Depth(4), decoder=decoder_factory(mode))
+        texts = [Letters().decode(free[row, T:].tolist()) for row in range(B)]
+        stop = next(each for each in texts[0] if each not in texts[1] and each != chr(45))
+        out = generate(
+            model, ids, replace(base, stop=stop), Depth(4), tokenizer=Padding(),
+            decoder=decoder_factory(mode),
+        )  # fmt: skip
+        rest = out[0, T + texts[0].index(stop) + 1 :].tolist()
+        assert rest
+        assert set(rest) == {next(iter(filler.values()), 9)}
+
+    def test_numbers_from_numpy_are_as_plain_ones(self, model):
+        ids = random_ids(2, T)
+        plain = model.generate(ids, 3, [2, 3], 0.5, 4, seed=[1, 2], eos_token_id=[1, 2])
+        given = model.generate(
+            ids, np.int64(3), np.array([2, 3]), np.float64(0.5), np.int32(4),
+            seed=np.array([1, 2]), eos_token_id=np.array([1, 2]),
+        )  # fmt: skip
+        assert torch.equal(plain, given)
+        SamplingParams(temperature=np.float32(0.8))
+        config = MythosConfig(vocab_size=np.int64(97))
+        config.validate()
+        assert type(config.vocab_size) is int
 
     def test_stops_when_every_row_has_ended(self, model):
         ids = random_ids(1, T)
