@@ -6,13 +6,17 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 # processes of `make test`
 WORKERS ?= 2
 VENV := .venv
+# the oldest transformers that is supported, in an environment on top of the other
+HF_VERSION := 5.23.0
+HF_VENV := .venv-hf
+HF_READY := $(HF_VENV)/.ready-$(HF_VERSION)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # idle OpenMP threads that spin slow every other process on a small machine
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow chaos soak lint format bench bench-gpu clean
+.PHONY: help setup demo test test-slow test-hf chaos soak lint format bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +39,17 @@ test: $(READY)  ## every invariant at a small size (4 minutes on two cores)
 
 test-slow: $(READY)  ## slow tests: real training runs, the demo, all sizes
 	@$(BIN)/python -m pytest -m "slow and not chaos and not gpu and not network"
+
+$(HF_READY): $(READY)
+	@$(BIN)/python -m venv $(HF_VENV)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$site" > "$$($(HF_VENV)/bin/python -c "$$site")/packages.pth"
+	@$(HF_VENV)/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(HF_VERSION)
+	@touch $(HF_READY)
+
+test-hf: $(HF_READY)  ## the classes for transformers with the oldest version that is supported (2 minutes)
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(HF_VENV)/bin/python -m pytest tests/hf -n $(WORKERS) --dist worksteal \
+		-m "not slow and not gpu and not network"
 
 chaos: $(READY)  ## failure injection: crashes, corruption, divergence (10 minutes)
 	@$(BIN)/python -m pytest tests/chaos -m "not short" --chaos-json chaos.json
@@ -61,4 +76,4 @@ bench-gpu: $(READY)  ## the same on one NVIDIA GPU of 80 GB or more (8 minutes)
 		$(BIN)/python -m benchmarks.report && exit $$status
 
 clean:  ## remove the environment and caches (runs/ stays)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(HF_VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
