@@ -19,10 +19,11 @@ def evaluate(
     n_loops: int | None = None,
     repeats: int = 0,
     split: str = "val",
-    seq_len: int = 256,
-    windows: int = 64,
-    batch: int = 16,
-    dtype: str = "float32",
+    seq_len: int | None = None,
+    windows: int | None = None,
+    batch: int | None = None,
+    dtype: str = "",
+    weights: str = "",
     quantize: str = "",
     device: str = "auto",
     out: str = "",
@@ -51,10 +52,11 @@ def evaluate(
         n_loops: With exit: maximum loops; by default the model's max_loop_iters.
         repeats: With exit: interleaved passes that time each depth; 0 for no timing.
         split: "val" or "train".
-        seq_len: Tokens per sequence.
-        windows: Maximum number of sequences.
-        batch: Sequences per forward pass.
-        dtype: "float32", or "bfloat16" by autocast.
+        seq_len: Tokens per sequence; by default those of the run, else 256.
+        windows: Maximum number of sequences; by default that of the run, else 64.
+        batch: Sequences per forward pass; by default that of the run, else 16.
+        dtype: "float32", or "bfloat16" by autocast; by default that of the run.
+        weights: "averaged" or "raw"; by default the run's averages, if it keeps them.
         quantize: Quantize the weights of all blocks: int8 or int4, with an optional group size
             such as int4:64; the model then computes in bfloat16, regardless of dtype.
         device: "auto", "cpu", "cuda".
@@ -66,7 +68,13 @@ def evaluate(
 
     from rich.progress import track
 
-    from open_mythos.cli.run_data import evaluation_source
+    from open_mythos.cli.run_data import (
+        evaluation_source,
+        say_untrained_gate,
+        say_weights,
+        setting_of,
+        stored_model,
+    )
     from open_mythos.cli.tables import (
         bar_mark,
         depth_table,
@@ -74,11 +82,11 @@ def evaluate(
         new_console,
         show,
     )
-    from open_mythos.devices import resolve_dtype
+    from open_mythos.devices import training_dtype
     from open_mythos.evaluation import evaluate_depths, evaluate_exits
     from open_mythos.files import check_writable
-    from open_mythos.inference.loading import load_model
     from open_mythos.model.exit_rules import exit_rule
+    from open_mythos.model.mythos import OpenMythos
 
     _reject_ignored(depths, exit, n_loops, repeats)
     if out:
@@ -86,16 +94,35 @@ def evaluate(
             Path(out), "the rows cannot be written", "choose another file with --out"
         )  # before the evaluation, not after it
     _reject_without_tasks(tasks, include, fewshot, limit, plot)
-    model = load_model(checkpoint, device, quantize)
+    model, weights = stored_model(checkpoint, device, quantize, weights)
+    say_weights(weights)
+    say_untrained_gate(checkpoint, exit)
+    if depths is not None and not isinstance(model, OpenMythos):
+        raise ConfigError(
+            "a dense model has no loops", where="--depths", value=depths, allowed="looped models",
+            fix="leave out --depths",
+        )  # fmt: skip
     if tasks:
-        _tasks(model, checkpoint, tasks, depths, include, fewshot, limit, batch, plot, out)
+        _tasks(
+            model,
+            checkpoint,
+            tasks,
+            depths,
+            include,
+            fewshot,
+            limit,
+            16 if batch is None else batch,
+            plot,
+            out,
+        )
         return 0
     if questions:
         _answers(model, checkpoint, questions, depths, exit, n_loops, quiet, out)
         return 0
-    source = evaluation_source(
-        checkpoint, data, split, seq_len=seq_len, windows=windows, batch=batch
+    setting = setting_of(
+        checkpoint, data, seq_len=seq_len, windows=windows, batch=batch, dtype=dtype
     )
+    source = evaluation_source(setting, split)
     batches = track(
         source.batches,
         "evaluating",
@@ -103,10 +130,12 @@ def evaluate(
         disable=quiet,
         transient=True,
     )
+    dtype_here = training_dtype(setting.dtype, model.final_norm.weight.device)
     options: dict[str, Any] = {
-        "bytes_per_token": source.bytes_per_token, "dtype": resolve_dtype(dtype)
+        "bytes_per_token": source.bytes_per_token, "dtype": dtype_here
     }  # fmt: skip
-    content: dict[str, Any] = {"checkpoint": checkpoint, "split": source.name}
+    content: dict[str, Any] = {"checkpoint": checkpoint, "split": source.name, "weights": weights}
+    content |= setting.described()
     content |= {"quantize": quantize} if quantize else {}
     if exit:
         report = evaluate_exits(

@@ -14,9 +14,10 @@ def train_gate(
     steps: int = 600,
     lr: float = 0.02,
     seed: int = 0,
-    seq_len: int = 256,
-    batch: int = 16,
-    dtype: str = "float32",
+    seq_len: int | None = None,
+    batch: int | None = None,
+    dtype: str = "",
+    weights: str = "",
     device: str = "auto",
     quiet: bool = False,
 ) -> int:
@@ -34,9 +35,10 @@ def train_gate(
         steps: Optimizer steps.
         lr: Learning rate.
         seed: Seed of the data order.
-        seq_len: Tokens per sequence.
-        batch: Sequences per forward pass.
-        dtype: "float32", or "bfloat16" by autocast.
+        seq_len: Tokens per sequence; by default those of the run, else 256.
+        batch: Sequences per forward pass; by default that of the run, else 16.
+        dtype: "float32", or "bfloat16" by autocast; by default that of the run.
+        weights: "averaged" or "raw"; by default the run's averages, if it keeps them.
         device: "auto", "cpu", "cuda".
         quiet: Print no table.
     """
@@ -44,11 +46,17 @@ def train_gate(
     from dataclasses import asdict
     from pathlib import Path
 
-    from open_mythos.cli.run_data import copy_run_files, training_source
+    from open_mythos.cli.run_data import (
+        copy_run_files,
+        say_weights,
+        setting_of,
+        stored_model,
+        training_source,
+    )
     from open_mythos.cli.tables import gate_table, new_console, show
-    from open_mythos.devices import resolve_device, resolve_dtype
+    from open_mythos.devices import training_dtype
     from open_mythos.files import write_text
-    from open_mythos.hub.pretrained import from_pretrained, save_pretrained
+    from open_mythos.hub.pretrained import save_pretrained
     from open_mythos.model.mythos import OpenMythos
     from open_mythos.run_folder import GATE_FILE
     from open_mythos.train import gate
@@ -64,13 +72,15 @@ def train_gate(
             "the folder is not empty", where="--out", value=out,
             allowed="a folder that is new or empty", fix="name another one",
         )  # fmt: skip
-    model = from_pretrained(checkpoint, resolve_device(device))
+    model, weights = stored_model(checkpoint, device, weights=weights)
+    say_weights(weights)
     if not isinstance(model, OpenMythos):
         raise ConfigError(
             "a dense model has no halting gate", where="train gate", value=checkpoint,
             allowed="a looped model",
         )  # fmt: skip
-    source = training_source(checkpoint, data, seq_len=seq_len, batch=batch, seed=seed)
+    setting = setting_of(checkpoint, data, seq_len=seq_len, batch=batch, dtype=dtype)
+    source = training_source(setting, seed)
     try:  # before the training, not after it
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,10 +89,20 @@ def train_gate(
             fix="choose a writable folder",
         ) from error  # fmt: skip
     with new_console(stderr=True, quiet=quiet).status(f"recording the loops on {source.name}"):
-        report = gate.train_gate(model, source.batches, config, dtype=resolve_dtype(dtype))
+        report = gate.train_gate(
+            model,
+            source.batches,
+            config,
+            dtype=training_dtype(setting.dtype, model.final_norm.weight.device),
+        )
     save_pretrained(model, folder)
     copy_run_files(checkpoint, folder)
-    content = {"checkpoint": checkpoint, "config": asdict(config), "report": asdict(report)}
+    content = {
+        "checkpoint": checkpoint,
+        "weights": weights,
+        "config": asdict(config),
+        "report": asdict(report),
+    }
     write_text(folder / GATE_FILE, json.dumps(content, indent=1) + "\n")
     if not quiet:
         show(new_console(), gate_table(report, source.name))

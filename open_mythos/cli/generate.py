@@ -15,6 +15,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop: list[str] | None = None,
+    weights: str = "",
     quantize: str = "",
     tokenizer: str = "",
     device: str = "auto",
@@ -37,6 +38,7 @@ def generate(
         repetition_penalty: Values above 1 make tokens less likely that have occurred before.
         seed: Seed of the sampling; equal seeds give equal text.
         stop: Stop strings, as a list: '["\\n\\n"]'.
+        weights: "averaged" or "raw"; by default the run's averages, if it keeps them.
         quantize: Quantize the weights of all blocks: int8 or int4, with an optional group size
             such as int4:64; the model then computes in bfloat16.
         tokenizer: "byte" or a path; by default the one stored with the model.
@@ -48,17 +50,28 @@ def generate(
 
     import torch
 
-    from open_mythos.cli.run_data import depth_of
+    from open_mythos.cli.run_data import (
+        depth_of,
+        first_id,
+        say_untrained_gate,
+        say_weights,
+        stored_model,
+    )
     from open_mythos.hub.places import stored_tokenizer
-    from open_mythos.inference.loading import load_model
     from open_mythos.model import generation
     from open_mythos.model.trace import LoopTrace
     from open_mythos.ops.sampling import SamplingParams
     from open_mythos.tokenizer import StreamDecoder, load_tokenizer
+    from open_mythos.train.text import tokenizer_of_model
 
-    model = load_model(checkpoint, device, quantize)
-    tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
-    ids = tok.encode(prompt) or [tok.bos_id]
+    model, weights = stored_model(checkpoint, device, quantize, weights)
+    say_weights(weights)
+    say_untrained_gate(checkpoint, exit)
+    if tokenizer:
+        tok = tokenizer_of_model(load_tokenizer(tokenizer), checkpoint, "--tokenizer")
+    else:
+        tok = stored_tokenizer(checkpoint)
+    ids = tok.encode(prompt) or [first_id(tok, checkpoint)]
     depth = depth_of(model, n_loops, exit, min_loops)
     trace = LoopTrace() if exit else None
     stream, loops, tokens = StreamDecoder(tok), 0, 0

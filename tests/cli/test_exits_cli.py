@@ -12,7 +12,7 @@ from helpers import small_config, small_model
 
 from open_mythos import DenseTransformer
 from open_mythos.cli import main
-from open_mythos.cli.run_data import evaluation_source
+from open_mythos.cli.run_data import evaluation_source, setting_of
 from open_mythos.data import TokenShards
 from open_mythos.evaluation import evaluate_exits
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
@@ -110,7 +110,7 @@ class TestEvaluate:
         assert code == 0
         model = from_pretrained(text)
         path = yaml.safe_load((text / "run.yaml").read_text())["data"]["path"]
-        source = evaluation_source(str(text), "", "val", seq_len=32, windows=4, batch=4)
+        source = evaluation_source(setting_of(str(text), seq_len=32, windows=4, batch=4), "val")
         assert source.bytes_per_token == TokenShards(path, "val").bytes_per_token
         expected = evaluate_exits(
             model, source.batches, exit_rule(RULE, model), 6, bytes_per_token=source.bytes_per_token

@@ -1,0 +1,110 @@
+"""Commands evaluate a run as the run evaluates itself: text, masks, length, averages, place."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+
+from open_mythos.cli import main
+
+SMALL = [
+    "--model.dim=32", "--model.n_experts=0", "--model.ffn_dim=32", "--model.n_heads=2",
+    "--model.max_loop_iters=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a text of short documents and a run on it, started there."""
+    folder = tmp_path_factory.mktemp("place")
+    r = random.Random(0)
+    with (folder / "short.jsonl").open("w") as file:
+        for _ in range(600):
+            k = r.randrange(26)
+            text = (chr(97 + k) * 3 + " " + chr(97 + (k * 7 + 3) % 26) * 3 + " ") * 2
+            file.write(json.dumps({"text": text}) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert (
+            main(["data", "prepare", "short.jsonl", "docs", "--val-fraction=0.1", "--quiet"]) == 0
+        )
+        assert main([
+            "data", "prepare", "short.jsonl", "bpe", "--val-fraction=0.1", "--tokenizer=bpe:300",
+            "--quiet",
+        ]) == 0  # fmt: skip
+        assert main([
+            "train", "--variant=nano", *SMALL, "--data.path=docs", "--data.document_masks=true",
+            "--train.seq_len=48", "--train.global_batch=4", "--train.steps=12",
+            "--train.warmup_steps=2", "--optim.lr=3e-3", "--optim.ema_decay=0.9", "--depth.mean=2",
+            "--data.eval_windows=6", "--train.out_dir=runs/m", "--quiet",
+        ]) == 0  # fmt: skip
+    return folder
+
+
+def logged(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return next(line["eval/depths"][0]["loss"] for line in lines if "eval/depths" in line)
+
+
+def evaluated(run, out, *options):
+    assert main(["evaluate", str(run), "--depths=[2]", "--quiet", f"--out={out}", *options]) == 0
+    return json.loads(out.read_text())
+
+
+def test_the_number_of_the_run(place, tmp_path, monkeypatch, capsys):
+    """From another folder, without options."""
+    monkeypatch.chdir(tmp_path)
+    found = evaluated(place / "runs" / "m", tmp_path / "new" / "e.json")
+    assert found["depths"][0]["loss"] == pytest.approx(logged(place / "runs" / "m"), rel=1e-5)
+    assert (found["seq_len"], found["windows"], found["document_masks"]) == (48, 6, True)
+    assert (found["weights"], "averages" in capsys.readouterr().err) == ("averaged", True)
+    raw = evaluated(place / "runs" / "m", tmp_path / "raw.json", "--weights=raw")
+    assert raw["weights"] == "raw"
+    assert raw["depths"][0]["loss"] != pytest.approx(found["depths"][0]["loss"], rel=1e-4)
+
+
+def test_other_shards_are_masked_as_the_run_was(place, tmp_path):
+    run, other = place / "runs" / "m", place / "docs"
+    found = evaluated(run, tmp_path / "e.json", f"--data={other}")
+    assert found["depths"][0]["loss"] == pytest.approx(logged(run), rel=1e-5)
+
+
+def test_a_moved_run(place, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "moved"
+    shutil.copytree(place / "runs" / "m", run)
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(run), "--depths=[2]", "--quiet"]) == 3
+    assert "docs" in capsys.readouterr().err  # what was looked for
+    shutil.copytree(place / "docs", run / "docs")
+    found = evaluated(run, tmp_path / "e.json")
+    assert found["depths"][0]["loss"] == pytest.approx(logged(run), rel=1e-5)
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["train", "gate"]])
+def test_tokens_of_another_tokenizer_are_refused(place, tmp_path, capsys, command):
+    run, bpe = str(place / "runs" / "m"), place / "bpe"
+    out = [f"--out={tmp_path / 'gate'}"] if command != ["evaluate"] else []
+    assert main([*command, run, f"--data={bpe}", "--quiet", *out]) == 3
+    assert "another tokenizer" in capsys.readouterr().err
+    assert main(["generate", run, "ab", f"--tokenizer={bpe / 'tokenizer'}"]) == 3
+
+
+def test_a_gate_that_nobody_trained(place, capsys):
+    run = str(place / "runs" / "m")
+    assert main(["generate", run, "ab", "--exit=gate", "--max-new-tokens=2", "--quiet"]) == 0
+    assert "never trained" in capsys.readouterr().err
+    assert main(["generate", run, "", "--exit=kl", "--max-new-tokens=2", "--quiet"]) == 0
+    assert "never trained" not in capsys.readouterr().err
+
+
+def test_the_gate_is_trained_on_the_setting_of_the_run(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "gate"
+    assert main([
+        "train", "gate", str(place / "runs" / "m"), f"--out={out}", "--n-loops=2", "--steps=2",
+        "--positions=64", "--quiet",
+    ]) == 0  # fmt: skip
+    assert json.loads((out / "gate.json").read_text())["weights"] == "averaged"
