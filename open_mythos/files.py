@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import secrets
 import stat
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 HASH_BLOCK_BYTES = 1 << 24
 _READ_BYTES = 1 << 20
@@ -105,6 +111,47 @@ def check_writable(path: Path, what: str, fix: str = WRITE_ELSEWHERE) -> None:
         raise EnvironmentError_(
             what, where=str(path), value=str(error), allowed="a file in a writable folder", fix=fix
         ) from error  # fmt: skip
+
+
+@contextmanager
+def locked(path: Path, *, active: bool = True) -> Iterator[None]:
+    """Hold the lock file ``path``, which the system frees when the process ends, however it ends.
+
+    Args:
+        path: The file; created if missing, with its folder.
+        active: False does nothing: another process of the group holds it.
+
+    Raises:
+        EnvironmentError_: Another process holds it, or it cannot be created.
+    """
+    if not active or fcntl is None:
+        yield
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | _NO_FOLLOW, 0o666)
+    except OSError as error:
+        raise EnvironmentError_(
+            "the folder cannot be locked", where=str(path), value=str(error),
+            allowed="a writable folder", fix=WRITE_ELSEWHERE,
+        ) from error  # fmt: skip
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            raise EnvironmentError_(
+                "another process works in the folder", where=str(path.parent), value=holder,
+                allowed="one process group at a time",
+                fix="wait for it or stop it, or choose another folder",
+            ) from error  # fmt: skip
+        except OSError:
+            pass  # a file system without locks
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def refuse_link(path: Path, what: str = "the file cannot be written") -> None:

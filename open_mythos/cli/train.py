@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
 
-from open_mythos.checks import check_fields, pick
+from open_mythos.checks import check_fields, pick, unknown_key
 from open_mythos.cli.options import Parser, new_parser, parse_words, with_underscores
 from open_mythos.errors import ConfigError
+from open_mythos.run_folder import read_config
 from open_mythos.train.config import RunConfig, TrainConfig, fitting_micro_batch, no_text
 from open_mythos.train.recipes import RECIPES, Recipe, default_recipe
 from open_mythos.variants import VARIANTS, variant
@@ -33,6 +36,7 @@ _GIVE_DEFAULTS = {
 def train(
     config: RunConfig,
     resume: str = "",
+    allow: list[str] | None = None,
     dry_run: bool = False,
     quiet: bool = False,
     fit_vocabulary: bool = True,
@@ -42,6 +46,7 @@ def train(
     Args:
         config: The run.
         resume: "latest", "strict", "auto", a path, or "" for a new run.
+        allow: Fields that may differ from those of the checkpoint.
         dry_run: Print a summary instead.
         quiet: Show no progress.
         fit_vocabulary: Set the model's vocabulary to the tokenizer's.
@@ -61,7 +66,9 @@ def train(
         process_group(config.parallel, config.train.device),
         progress(config.train.steps, quiet, config.train.out_dir) as loggers,
     ):
-        train_run(config, resume=resume, loggers=loggers, fit_vocabulary=fit_vocabulary)
+        train_run(
+            config, resume=resume, allow=allow or (), loggers=loggers, fit_vocabulary=fit_vocabulary
+        )
     return 0
 
 
@@ -73,6 +80,8 @@ def parse_train(words: list[str], summary: str) -> dict[str, Any]:
         DataError: The checkpoint contains no model.
     """
     words = [_full_name(with_underscores(word)) for word in words]
+    for file in _files_of_options(words):
+        _check_file(Path(file))
     first, words = _parse_defaults(words)
     recipe = _recipe(first, asks_help=any(word in words for word in ("-h", "--help")))
     tokens = recipe.tokens if first.tokens is None else first.tokens
@@ -86,6 +95,8 @@ def parse_train(words: list[str], summary: str) -> dict[str, Any]:
         is_changed = values[section][field] != getattr(getattr(defaults, section), field)
         return is_changed or any(word.split("=")[0] == f"--{section}.{field}" for word in words)
 
+    if isinstance(values["allow"], str):
+        values["allow"] = [name for name in values["allow"].split(",") if name]
     train_values, data = values["train"], values["data"]
     fit_vocabulary = not is_named("model", "vocab_size")
     if not is_named("train", "micro_batch"):  # the default must divide another global batch, too
@@ -118,6 +129,34 @@ def _parse_defaults(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         ) from error
 
 
+def _files_of_options(words: list[str]) -> Iterator[str]:
+    """Yield the files that ``--config`` names."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == "--config" and (equals or following):
+            yield value if equals else following
+
+
+def _check_file(path: Path) -> None:
+    """Check the sections of a file: a wrong type must not vanish behind an option."""
+    sections = {each.name for each in fields(RunConfig)} - {"architecture"}
+    for name, value in read_config(path).items():
+        if name in _GIVE_DEFAULTS:
+            raise ConfigError(
+                f"a file cannot say {name!r}: it sets the defaults that the file changes",
+                where=str(path), value=value, allowed="fields of the run",
+                fix=f"give --{name} on the command line",
+            )  # fmt: skip
+        known = {*sections, "architecture", "resume", "allow", "dry_run", "quiet"}
+        if name.split(".")[0] not in known:
+            raise unknown_key(name, known, str(path))
+        if name in sections and not isinstance(value, dict):
+            raise ConfigError(
+                "not a set of fields", where=f"{path}: {name}", value=value, allowed="a mapping",
+                fix=f"write the fields of {name} below it",
+            )  # fmt: skip
+
+
 class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with defaults that keeps the line breaks of the description."""
 
@@ -136,6 +175,8 @@ def _parser(summary: str, defaults: RunConfig) -> Parser:
     parser.set_defaults(defaults.to_dict())
     resume = '"latest", "strict" (raise if the newest is damaged), "auto" (or start), or a path'
     parser.add_argument("--resume", type=str, default="", help=f"continue a run: {resume}")
+    may = "with --resume: fields that may differ from the saved ones, such as optim.lr"
+    parser.add_argument("--allow", type=list[str] | str | None, default=None, help=may)
     parser.add_argument("--dry_run", type=bool, default=False, help="print a summary, do nothing")
     parser.add_argument("--quiet", type=bool, default=False, help="show no progress")
     return parser

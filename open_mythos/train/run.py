@@ -22,12 +22,13 @@ from open_mythos.devices import training_dtype
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import evaluate_depths
-from open_mythos.files import refuse_link, replacing
+from open_mythos.files import locked, refuse_link, replacing
 from open_mythos.hub.places import model_directory
 from open_mythos.hub.pretrained import describe, from_pretrained
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.run_folder import (
     CHECKPOINTS_FOLDER,
+    LOCK_FILE,
     ORIGIN_FILES,
     TOKENIZER_FOLDER,
     find_beside,
@@ -134,6 +135,7 @@ def train_run(
     config: RunConfig,
     *,
     resume: str = "",
+    allow: Sequence[str] = (),
     loggers: Sequence[MetricsLogger] = (),
     fit_vocabulary: bool = False,
 ) -> TrainState:
@@ -146,6 +148,7 @@ def train_run(
         resume: "" starts a new run; "latest" continues from the newest valid checkpoint, "strict"
             raises if the newest is damaged, "auto" starts a new run if there is none; a path
             continues from that checkpoint.
+        allow: Fields such as "optim.lr" that may differ from those of the checkpoint.
         loggers: See :func:`build_run`.
         fit_vocabulary: See :func:`build_run`.
 
@@ -153,6 +156,7 @@ def train_run(
         ConfigError: The folder contains a run and ``resume`` is empty; see also
             :func:`build_run`.
         DataError: There is no checkpoint to resume from; see also :func:`build_run`.
+        EnvironmentError_: Another process trains in the folder.
         PreemptedError: The run was interrupted and has saved its state.
     """
     config = deepcopy(config)
@@ -169,15 +173,25 @@ def train_run(
             "the folder holds a run", where="train.out_dir", value=str(out),
             fix="continue it with --resume latest, or choose another folder",
         )  # fmt: skip
+    if allow and not resume:
+        raise ConfigError(
+            "only a run that is resumed has saved settings", where="--allow", value=list(allow),
+            allowed="together with --resume", fix="leave it out, or add --resume latest",
+        )  # fmt: skip
     if not has_saved and resume in ("latest", "strict"):
         find_checkpoint(out / CHECKPOINTS_FOLDER)  # raises, before any text is prepared
-    with process_group(config.parallel, config.train.device):
+    with (
+        process_group(config.parallel, config.train.device),
+        locked(out / LOCK_FILE, active=rank() == 0),
+    ):
         with_default_text(config, out)
         run = build_run(config, loggers=loggers, fit_vocabulary=fit_vocabulary)
         try:
             if resume and (has_saved or resume != "auto"):
                 newest = resume in ("auto", "latest", "strict")
-                run.trainer.resume("latest" if newest else resume, strict=resume == "strict")
+                run.trainer.resume(
+                    "latest" if newest else resume, strict=resume == "strict", allow=allow
+                )
             if rank() == 0:
                 run.describe(out)
             return run.trainer.fit()

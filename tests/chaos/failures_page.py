@@ -340,7 +340,7 @@ FAILURES = (
     ),
     Failure(
         "A run is resumed with other settings", other_settings,
-        "give the saved values; in Python `resume(allow=[...])` takes a change on purpose",
+        "give the saved values; `--allow optim.lr` takes a change on purpose",
     ),
     Failure(
         "A run is resumed with other data", other_data,

@@ -57,7 +57,8 @@ def reject_changes(
             "the configuration differs from that of the checkpoint:\n    "
             + "\n    ".join(changed.values()),
             where="resume", value=", ".join(changed), allowed="the saved values",
-            fix="restore them, as in the run.yaml of the run (--config), or start a new run",
+            fix="restore them, as in the run.yaml of the run (--config); or change one on "
+            f"purpose: --allow {next(iter(changed))}; or start a new run",
         )  # fmt: skip
 
 

@@ -67,7 +67,8 @@ def find_checkpoint(source: str | Path, strict: bool = False) -> Path:
         "there is no checkpoint to resume from", where=str(folder),
         value=f"{len(candidates)} checkpoints, none of them intact",
         allowed="an intact checkpoint",
-        fix="pass the folder of a run that has saved, or start a new run in another folder",
+        fix="pass the folder of a run that has saved; a run that has not saved yet starts again "
+        "with --resume auto",
     )  # fmt: skip
 
 
