@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from open_mythos.checks import pick
 from open_mythos.errors import ConfigError, EnvironmentError_
@@ -47,6 +49,32 @@ def in_dry_run(x: torch.Tensor) -> bool:
     return hasattr(getattr(x, "fake_mode", None), "kernels")
 
 
+def is_readable(x: torch.Tensor) -> bool:
+    """Return whether reading values of ``x`` is possible and does not wait for a device.
+
+    It is not in a trace, an export or a transform, on fake tensors and on the meta device.
+    """
+    return (
+        x.device.type == "cpu"
+        and not isinstance(x, FakeTensor)
+        and not torch.compiler.is_compiling()
+        and not is_transformed()
+    )
+
+
+def is_abstract(x: torch.Tensor) -> bool:
+    """Return whether ``x`` has a shape and no values, outside of a dry run."""
+    return x.is_meta or (isinstance(x, FakeTensor) and not in_dry_run(x))
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of ``torch.func`` or forward-mode differentiation is at work.
+
+    They need plain operations: the custom autograd functions have no rules for them.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def kernel_device(x: torch.Tensor) -> str:
     """Return the device type of ``x``; in a dry run, that of the target device."""
     kernels: str = getattr(getattr(x, "fake_mode", None), "kernels", x.device.type)
@@ -80,9 +108,21 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 def as_autocast(weight: torch.Tensor) -> torch.Tensor:
     """Cast ``weight`` to the dtype of the enclosing autocast region, if any."""
-    if not torch.is_autocast_enabled(weight.device.type):
-        return weight
-    return weight.to(torch.get_autocast_dtype(weight.device.type))
+    dtype = autocast_dtype(weight.device)
+    return weight if dtype is None else weight.to(dtype)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the enclosing autocast region; None outside and on the meta device."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context without autocast."""
+    on_meta = device.type == "meta"  # for which PyTorch has none
+    return nullcontext() if on_meta else torch.autocast(device.type, enabled=False)
 
 
 class HostCopy:

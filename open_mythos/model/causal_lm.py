@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_count
 from open_mythos.config import MythosConfig
-from open_mythos.devices import in_dry_run, to_device
+from open_mythos.devices import is_readable, to_device
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.context import Context
@@ -200,8 +200,8 @@ class CausalLM(nn.Module):
                 allowed="a non-empty int64 or int32 tensor (B, T)",
                 fix="encode the text; add a batch axis to a single sequence: ids.unsqueeze(0)",
             )  # fmt: skip
-        if input_ids.device.type != "cpu" or in_dry_run(input_ids):
-            return  # reading the values would force a host-device sync
+        if not is_readable(input_ids):
+            return
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= self.cfg.vocab_size:
             raise ConfigError(
@@ -238,8 +238,7 @@ def check_tensor(name: str, given: Any, shape: torch.Size, dtypes: tuple[torch.d
 
 def _longest(positions: Tensor) -> int:
     """Return the length of the longest packed document, or 1 where reading it would wait."""
-    known = positions.device.type == "cpu" and not in_dry_run(positions)
-    return int(positions.max()) + 1 if known else 1
+    return int(positions.max()) + 1 if is_readable(positions) else 1
 
 
 def _is_embedded(given: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos.devices import kernel_device
+from open_mythos.devices import autocast_dtype, is_transformed, kernel_device
 from open_mythos.ops.backend import pick_backend
 
 CHUNK_BYTES = 1 << 28
@@ -72,13 +72,15 @@ def linear_cross_entropy(
     hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
     dtype, device = weight_VD.dtype, weight_VD.device
     served_by = torch.device(kernel_device(weight_VD))
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = autocast_dtype(device) or dtype
     if backend == "auto":
         backend = _choose(device, dtype)
     rows = chunk or chunk_rows(len(hidden_ND), len(weight_VD), dtype, served_by)
     hidden_ND = hidden_ND if scale == 1 else hidden_ND * scale
-    if softcap:
+    if is_transformed():
+        logits_NV = _capped(hidden_ND, weight_VD, softcap)
+        total = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="sum")
+    elif softcap:
         head = partial(_capped, weight_VD=weight_VD, softcap=softcap)
         total = chunked_cross_entropy(
             head, hidden_ND, targets_N, ignore_index=ignore_index, chunk=rows

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.devices import is_transformed
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Normalize the last axis.
 
     In eager mode on a CPU, PyTorch runs ``F.rms_norm`` as separate operations and saves the result
     of each for the backward pass. There this function makes fewer passes over memory and saves
-    only ``x`` and one number per row. On CUDA and inside ``torch.compile``, it is ``F.rms_norm``.
+    only ``x`` and one number per row. On CUDA and inside ``torch.compile`` or a transform, it is
+    ``F.rms_norm``.
 
     Args:
         x: (..., D) float32.
@@ -24,7 +27,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Returns:
         (..., D) float32.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed()):
         if not torch.is_grad_enabled():
             return _normalized(x, weight_D, eps)[0]  # an autograd function costs twice as much
         return _FusedNorm.apply(x, weight_D, eps)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.devices import as_autocast
+from open_mythos.devices import as_autocast, autocast_dtype
 from open_mythos.errors import ConfigError
 from open_mythos.ops.experts.looped_stack import LoopedStack
 from open_mythos.ops.experts.routed import deferring_pays, routed_experts
@@ -69,8 +69,7 @@ class RoutedExperts(Experts):
         gate_up, down = weights
         assert gate_up is not None
         assert down is not None
-        device = down.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtype = autocast_dtype(down.device)
         key = self, torch.is_grad_enabled(), dtype
         if key not in memo:
             memo[key] = as_autocast(gate_up), as_autocast(down)

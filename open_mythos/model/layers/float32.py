@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from open_mythos.devices import no_autocast
+
 
 def in_float32(module: nn.Module, x: Tensor) -> Tensor:
     """Call ``module``, wrappers such as adapters included, with weights and input in float32."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         weights = dict(module.named_parameters())
         if all(weight.dtype == torch.float32 for weight in weights.values()):
             return module(x.float())

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+from open_mythos.devices import is_transformed
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.ops.attention.pieces import attend_pieces, plan_pieces
 from open_mythos.ops.attention.visibility import Visibility
@@ -59,6 +60,8 @@ def attend(
     if backend == "auto":
         backend = _choose(q_BTHK, mask)
     run = pick_backend("attention", backend, _BACKENDS, where="attn_backend")
+    if is_transformed():  # the kernels have no rules for it
+        run = _reference
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     return run(q_BTHK, k_BSGK, v_BSGV, mask, causal, scale)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.devices import is_transformed
 from open_mythos.errors import ConfigError
 from open_mythos.ops.experts import batched, grouped, tiles
 from open_mythos.ops.experts.rows import Call, sort_choices, to_tokens
@@ -182,7 +183,15 @@ experts_op.register_autograd(_gradients, setup_context=_setup)
 def reference(
     x_ND: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, experts_NC: Tensor, weights_NC: Tensor
 ) -> Tensor:
-    """Reference implementation: expert by expert, on the tokens that chose it."""
+    """Reference implementation: expert by expert, on the tokens that chose it.
+
+    In a transform of ``torch.func``, on all tokens: the shapes must not depend on the values.
+    """
+    if is_transformed():
+        share_NE = torch.zeros_like(x_ND[:, :1]).expand(-1, len(down_EFD))
+        share_NE = share_NE.scatter_add(1, experts_NC, weights_NC)
+        gate, up = torch.einsum("nd,edf->nef", x_ND, gate_up_EDF).chunk(2, dim=-1)
+        return torch.einsum("nef,efd,ne->nd", F.silu(gate) * up, down_EFD, share_NE)
     out_ND = torch.zeros_like(x_ND)
     projections = zip(gate_up_EDF.unbind(), down_EFD.unbind(), strict=True)
     for expert, (gate_up_DF, down_FD) in enumerate(projections):

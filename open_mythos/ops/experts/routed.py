@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from open_mythos.devices import kernel_device
+from open_mythos.devices import is_abstract, is_transformed, kernel_device
 from open_mythos.errors import ConfigError
 from open_mythos.ops.backend import pick_backend
 from open_mythos.ops.experts.grouped import one_token
@@ -36,6 +36,7 @@ def deferring_pays(
         and gate_up_EDF.requires_grad
         and down_EFD.requires_grad
         and backend != "reference"
+        and not (is_transformed() or is_abstract(down_EFD))
         # on CUDA the deferred gradient needs a grouped matmul, whatever the forward pass uses
         and (
             kernel_device(gate_up_EDF) != "cuda" or _grouped_problem(gate_up_EDF, down_EFD) is None
@@ -75,7 +76,7 @@ def routed_experts(
     tokens = [each.token if isinstance(each, LoopedStack) else None for each in stacks]
     backend = _resolve(backend, experts_NC.numel(), gate_up, down)
     x_ND, weights_NC = x_ND.to(gate_up.dtype), weights_NC.to(gate_up.dtype)
-    if backend == "reference":
+    if backend == "reference" or is_transformed():
         return reference(x_ND, gate_up, down, experts_NC, weights_NC)
     keep = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad
@@ -87,7 +88,7 @@ def routed_experts(
             allowed="inference", fix="call the model in torch.no_grad()",
         )  # fmt: skip
     operands = x_ND, gate_up, down, weights_NC, experts_NC
-    compiling = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling() or is_abstract(x_ND)
     alone = len(x_ND) == 1 and backend != "tiles"
     if alone and x_ND.device.type == "cpu" and not (keep or compiling):
         # decoding: takes two thirds of the time of sorting and grouping
