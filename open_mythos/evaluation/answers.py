@@ -13,6 +13,7 @@ from open_mythos.inference.engine import Engine
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import ExitRule
+from open_mythos.model.mode import evaluating
 from open_mythos.ops.sampling import SamplingParams
 from open_mythos.tokenizer import Tokenizer
 
@@ -86,9 +87,8 @@ def evaluate_answers(
     end = tokenizer.eos_id if tokenizer.eos_id < model.cfg.vocab_size else None
     n_new = max_new_tokens or longest
     params = SamplingParams(n_new, temperature=0.0, stop=stop, eos_token_id=end)
-    training, rows = model.training, []
-    model.eval()
-    try:
+    rows = []
+    with evaluating(model):
         engine = Engine(model, slots=slots, max_loops=max(each or 0 for each in wanted) or None)
         for depth in wanted:
             done = engine.generate(
@@ -99,8 +99,6 @@ def evaluate_answers(
             correct = sum(_text(one.text) == _text(each.answer) for one, each in texts)
             loops = [t for one in done for t in one.loops]
             rows.append(AnswerRow(depth, correct, len(done), sum(loops) / max(len(loops), 1)))
-    finally:
-        model.train(training)
     return rows
 
 

@@ -11,18 +11,15 @@ import torch
 from open_mythos.devices import autocast
 from open_mythos.errors import DataError
 from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.mode import evaluating
 
 
 @contextmanager
 def frozen(model: CausalLM, dtype: torch.dtype) -> Iterator[torch.device]:
     """Evaluate without gradients, with matmuls in ``dtype``; yields the model's device."""
-    device, was_training = model.final_norm.weight.device, model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast(device, dtype):
-            yield device
-    finally:
-        model.train(was_training)
+    device = model.final_norm.weight.device
+    with evaluating(model), torch.no_grad(), autocast(device, dtype):
+        yield device
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:

@@ -19,6 +19,7 @@ from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import MASKS, CausalLM, check_tensor
 from open_mythos.model.depth import Depth
+from open_mythos.model.mode import evaluating
 from open_mythos.model.trace import LoopTrace
 from open_mythos.ops.sampling import SamplingParams
 from open_mythos.tokenizer.interface import Detokenizer
@@ -161,9 +162,7 @@ def generate(
     watch = None
     if params.stop and tokenizer is not None:
         watch = StopStrings(tokenizer, params.stop, batch)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for i, token_B in enumerate(_tokens(source, input_ids, params, depth, attention_mask)):
             tokens.append(token_B)
             if on_token is not None:
@@ -171,8 +170,6 @@ def generate(
             if watch is not None:
                 runs = watch.push(token_B.tolist())
                 source.running_B.logical_and_(torch.tensor(runs, device=token_B.device))
-    finally:
-        model.train(was_training)
     return torch.cat((input_ids, *(token_B.unsqueeze(1) for token_B in tokens)), dim=1)
 
 

@@ -67,7 +67,8 @@ class RecurrentBlock(nn.Module):
             LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
         )
         self.lora_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.lora_rank else None
-        self.halting = ACTHalting(cfg.dim, cfg.act_threshold)
+        # no call gives it a gradient, which PyTorch's DDP takes for an error: it is trained apart
+        self.halting = ACTHalting(cfg.dim, cfg.act_threshold).requires_grad_(False)
 
     def step(
         self,
