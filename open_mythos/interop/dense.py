@@ -28,7 +28,8 @@ from open_mythos.checks import pick
 from open_mythos.config import SCALINGS, MythosConfig
 from open_mythos.errors import DataError
 from open_mythos.hub.pretrained import model_tensors
-from open_mythos.interop.names import Make, Rule, per_block, plus_one, renamed, same, stacked
+from open_mythos.interop.families.plan import llama_ends, llama_layer
+from open_mythos.interop.names import Make, Rule, per_block, plus_one, renamed, same
 from open_mythos.model.dense import DenseTransformer
 
 if TYPE_CHECKING:
@@ -205,30 +206,9 @@ def _most_common(
 
 def weight_rules(cfg: MythosConfig, n_layers: int, norm: Make = same) -> list[Rule]:
     """Return the rules that make the weights of a dense model; ``norm`` makes those of norms."""
-    outer = [
-        Rule("embedding.weight", ("model.embed_tokens.weight",)),
-        Rule("final_norm.weight", ("model.norm.weight",), norm),
-    ]
-    if not cfg.tie_embeddings:
-        outer.append(Rule("head.weight", ("lm_head.weight",)))
-    pairs = [(f"blocks.{i}", i) for i in range(n_layers)]
-    return outer + per_block(_layer_rules(cfg, norm), pairs)
-
-
-def _layer_rules(cfg: MythosConfig, norm: Make) -> list[Rule]:
-    def rule(ours: str, *theirs: str, make: Make | None = None) -> Rule:
-        names = tuple(f"model.layers.{{i}}.{name}" for name in theirs)
-        return Rule(f"{{block}}.{ours}", names, make or (stacked if theirs[1:] else same))
-
-    found = [
-        rule("attn.out_proj.weight", "self_attn.o_proj.weight"),
-        rule("ffn.gate_up.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        rule("ffn.down.weight", "mlp.down_proj.weight"),
-    ]
-    for kind in ("weight", "bias") if cfg.qkv_bias else ("weight",):
-        q, k, v = (f"self_attn.{name}_proj.{kind}" for name in "qkv")
-        found += [rule(f"attn.q_proj.{kind}", q), rule(f"attn.kv_proj.{kind}", k, v)]
-    norms = {theirs: f"{ours}.weight" for theirs, ours in _NORMS[cfg.block_norms].items()}
+    norms = dict(_NORMS[cfg.block_norms])
     if cfg.qk_norm != "none":
-        norms |= {f"self_attn.{name}": f"attn.{name}.weight" for name in ("q_norm", "k_norm")}
-    return found + [rule(ours, f"{theirs}.weight", make=norm) for theirs, ours in norms.items()]
+        norms |= {f"self_attn.{name}": f"attn.{name}" for name in ("q_norm", "k_norm")}
+    layer = llama_layer(norms, norm, cfg.qkv_bias)
+    pairs = [(f"blocks.{i}", i) for i in range(n_layers)]
+    return llama_ends(cfg.tie_embeddings, norm) + per_block(layer, pairs)

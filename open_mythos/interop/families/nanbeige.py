@@ -13,6 +13,7 @@ from open_mythos.interop.families.plan import (
     Plan,
     attention_sizes,
     blocks,
+    llama_dropped,
     llama_ends,
     llama_layer,
     looped,
@@ -64,9 +65,13 @@ def plan(source: Source) -> Plan:
         state_norm="none" if fields.flag("skip_loop_final_norm") else "loop",
         tie_embeddings=fields.flag("tie_word_embeddings"),
     )  # fmt: skip
-    ends, dropped = llama_ends(source, cfg.tie_embeddings)
+    dropped = llama_dropped(source, cfg.tie_embeddings)
     pairs = [(block, i) for i, block in enumerate(blocks(cfg))]
-    rules = [*ends, *per_block(llama_layer(_NORMS), pairs), *untrained_gate(dim)]
+    rules = [
+        *llama_ends(cfg.tie_embeddings),
+        *per_block(llama_layer(_NORMS), pairs),
+        *untrained_gate(dim),
+    ]
     return Plan(cfg, rules, dropped)
 
 

@@ -14,6 +14,7 @@ from open_mythos.interop.families.plan import (
     Plan,
     attention_sizes,
     blocks,
+    llama_dropped,
     llama_ends,
     llama_layer,
     looped,
@@ -50,7 +51,7 @@ def plan(source: Source) -> Plan:
         tie_embeddings=fields.flag("tie_word_embeddings"),
         act_threshold=threshold if 0 < threshold <= 1 else 1.0,
     )  # fmt: skip
-    ends, dropped = llama_ends(source, cfg.tie_embeddings)
+    dropped = llama_dropped(source, cfg.tie_embeddings)
     gate = [
         Rule(f"recurrent.halting.gate.{kind}", (f"model.early_exit_gate.{kind}",))
         for kind in ("weight", "bias")
@@ -61,7 +62,11 @@ def plan(source: Source) -> Plan:
         "compare fixed depths, or the gate's probabilities",
     )
     return Plan(
-        cfg, [*ends, *per_block(llama_layer(_NORMS), pairs), *gate], dropped, notes, gate=True
+        cfg,
+        [*llama_ends(cfg.tie_embeddings), *per_block(llama_layer(_NORMS), pairs), *gate],
+        dropped,
+        notes,
+        gate=True,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from open_mythos.checks import is_number, whole
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.interop.names import Rule, fixed, same, stacked
+from open_mythos.interop.names import Make, Rule, fixed, same, stacked
 from open_mythos.interop.read import Source
 
 CONFIG = "config.json"
@@ -191,37 +191,48 @@ def untrained_gate(dim: int) -> list[Rule]:
     ]
 
 
-def llama_layer(norms: Mapping[str, str]) -> list[Rule]:
-    """Return the rules of a layer with the names of Llama, ``norms`` from theirs to ours."""
+def llama_layer(norms: Mapping[str, str], norm: Make = same, bias: bool = False) -> list[Rule]:
+    """Return the rules of a layer with the names of Llama.
 
-    def rule(ours: str, *theirs: str) -> Rule:
-        names = tuple(f"model.layers.{{i}}.{name}.weight" for name in theirs)
-        return Rule(f"{{block}}.{ours}.weight", names, stacked if theirs[1:] else same)
+    Args:
+        norms: Names of its norms, theirs to ours.
+        norm: Makes their weights.
+        bias: Whether queries, keys and values have biases.
+    """
 
-    return [
-        rule("attn.q_proj", "self_attn.q_proj"),
-        rule("attn.kv_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    def rule(ours: str, *theirs: str, kind: str = "weight", make: Make | None = None) -> Rule:
+        names = tuple(f"model.layers.{{i}}.{name}.{kind}" for name in theirs)
+        return Rule(f"{{block}}.{ours}.{kind}", names, make or (stacked if theirs[1:] else same))
+
+    found = [
         rule("attn.out_proj", "self_attn.o_proj"),
         rule("ffn.gate_up", "mlp.gate_proj", "mlp.up_proj"),
         rule("ffn.down", "mlp.down_proj"),
-        *(rule(ours, theirs) for theirs, ours in norms.items()),
+        *(rule(ours, theirs, make=norm) for theirs, ours in norms.items()),
     ]
+    for kind in ("weight", "bias") if bias else ("weight",):
+        found.append(rule("attn.q_proj", "self_attn.q_proj", kind=kind))
+        found.append(rule("attn.kv_proj", "self_attn.k_proj", "self_attn.v_proj", kind=kind))
+    return found
 
 
-def llama_ends(source: Source, tied: bool) -> tuple[list[Rule], dict[str, str]]:
-    """Return the rules of embedding, final norm and head, and what is dropped."""
+def llama_ends(tied: bool, norm: Make = same) -> list[Rule]:
+    """Return the rules of embedding, final norm (made by ``norm``) and head."""
     rules = [
         Rule("embedding.weight", ("model.embed_tokens.weight",)),
-        Rule("final_norm.weight", ("model.norm.weight",)),
+        Rule("final_norm.weight", ("model.norm.weight",), norm),
     ]
+    return rules if tied else [*rules, Rule("head.weight", ("lm_head.weight",))]
+
+
+def llama_dropped(source: Source, tied: bool) -> dict[str, str]:
+    """Return what is not read of a checkpoint with the names of Llama -> why."""
     dropped = {
         name: "rotary frequencies, which follow from the configuration"
         for name in source.tensors
         if name.endswith("rotary_emb.inv_freq")
     }
-    if not tied:
-        return [*rules, Rule("head.weight", ("lm_head.weight",))], dropped
-    return rules, dropped | tied_head(source, "model.embed_tokens.weight")
+    return dropped | (tied_head(source, "model.embed_tokens.weight") if tied else {})
 
 
 def tied_head(source: Source, embedding: str) -> dict[str, str]:
