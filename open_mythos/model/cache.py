@@ -85,6 +85,7 @@ class KVCache:
         self._slots: dict[tuple[int, int], Tensor] = {}
         self._readout: KVCache | None = None
         self._was_read = False  # by the current call
+        self._owner: tuple[object, ...] | None = None
         self._written: dict[int, int] = {}  # layer -> last loop of the current call
 
     @classmethod
@@ -167,6 +168,22 @@ class KVCache:
             )  # fmt: skip
         self._slots.clear()
         self._readout = None
+
+    def belong(self, owner: tuple[object, ...]) -> None:
+        """Start a call of a model; ``owner`` is what its entries depend on, but for the weights.
+
+        Raises:
+            ConfigError: The entries are of another model.
+        """
+        if self._owner not in (None, owner):
+            if self.length:
+                raise ConfigError(
+                    "the cache belongs to another model", where="kv_cache", value=self._owner,
+                    allowed=str(owner), fix="use a new cache for every model",
+                )  # fmt: skip
+            self._slots.clear()
+            self._readout = None
+        self._owner = owner
 
     def truncate(self, length: int) -> None:
         """Remove all positions from ``length`` on."""

@@ -124,6 +124,7 @@ class CausalLM(nn.Module):
         batch, n_new = shape = input_ids.shape[:2]
         cache = KVCache.of(kv_cache, self.cfg)
         if cache is not None:
+            cache.belong(self._cache_owner())
             cache.admit(batch)
         if positions is not None:
             check_tensor("positions", positions, shape[2 - positions.dim() :], INTEGERS)
@@ -140,6 +141,11 @@ class CausalLM(nn.Module):
             keys_B=None if sample_seeds is None else sample_seeds.long(),
             valid_BT=None if attention_mask is None else attention_mask.bool(),
         )  # fmt: skip
+
+    def _cache_owner(self) -> tuple[object, ...]:
+        weight, cfg = self.final_norm.weight, self.cfg
+        sizes = cfg.prelude_layers, cfg.recurrent_layers, cfg.coda_layers, cfg.cache_width
+        return type(self).__name__, cfg.attn_type, *sizes, weight.dtype, weight.device.type
 
     def embed_tokens(self, input_ids: Tensor, ctx: Context) -> Tensor:
         """Embed tokens (B, T, D), or take their embeddings, and scale by ``embedding_scale``.

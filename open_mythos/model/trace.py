@@ -6,7 +6,9 @@ twice, as activation checkpointing does, is idempotent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,13 @@ class LoopTrace:
     experts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
     halting: dict[int, Tensor] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoopTrace:
+        """Copy the values; the copy of router scores has no graph."""
+        plain = copy(self)
+        for name in ("scores", "halting"):
+            setattr(plain, name, {key: x.detach() for key, x in getattr(self, name).items()})
+        return LoopTrace(**{x.name: deepcopy(getattr(plain, x.name), memo) for x in fields(self)})
 
     @property
     def n_loops(self) -> int:

@@ -292,3 +292,21 @@ class TestCalls:
         model(random_ids(1, 3), 1, cache, document_ids=documents if first else None)
         with pytest.raises(ConfigError, match="at every call"):
             model(random_ids(1, 3), 1, cache, 3, document_ids=None if first else documents)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: small_model(prelude_layers=2),
+        lambda: small_model(kv_lora_rank=8),
+        lambda: small_model("gqa"),
+        lambda: small_model().bfloat16(),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(other):
+    cache, ids = KVCache(), random_ids(2, 6)
+    other()(ids[:, :4], 2, cache)
+    with pytest.raises(ConfigError, match="another model"):
+        small_model()(ids[:, 4:], 2, cache, 4)
+    cache.truncate(0)
+    small_model()(ids, 2, cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from helpers import assert_same, random_ids, small_model
@@ -120,3 +122,15 @@ class TestExpertOverlap:
         """Control for every test here: a model that routed alike at every loop would show ones."""
         overlap = traced(model, 4).expert_overlap(1)
         assert (overlap[~torch.eye(4, dtype=torch.bool)] < 0.99).all()
+
+
+def test_a_trace_with_graphs_is_copied():
+    trace = LoopTrace(keep_states=True, keep_routing=True)
+    small_model().train()(random_ids(2, 4), 3, trace=trace)
+    copied = deepcopy(trace)
+    for name in ("scores", "states", "halting", "load", "state_norm"):
+        ours, theirs = getattr(trace, name), getattr(copied, name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert not any(theirs[key].requires_grad for key in theirs)
+    assert any(score.requires_grad for score in trace.scores.values())
