@@ -86,6 +86,7 @@ class Trainer:
         evaluate: Evaluate | None = None,
         loggers: Sequence[MetricsLogger] = (),
     ) -> None:
+        _check_loader(loader)
         self.stepper = Stepper(model, config)
         self.config, self.model = self.stepper.config, self.stepper.model
         self.optimizer = self.stepper.optimizer
@@ -375,6 +376,18 @@ class Trainer:
                 allowed="a folder",
             )  # fmt: skip
         return self.saver
+
+
+def _check_loader(loader: Any) -> None:
+    wanted = ("next_batch", "state_dict", "load_state_dict")
+    missing = [name for name in wanted if not callable(getattr(loader, name, None))]
+    if missing:
+        raise ConfigError(
+            f"the loader has no {', '.join(missing)}", where="loader", value=type(loader).__name__,
+            allowed="open_mythos.data.Loader, or an object with its methods: the batch of a step "
+            "must be a function of the step, so that a run can resume",
+            fix="prepare the text, and pass Loader(TokenShards(folder), ...)",
+        )  # fmt: skip
 
 
 def _due(step: int, every: int) -> bool:

@@ -25,6 +25,7 @@ from open_mythos.train import (
     build_model,
     learning_rate,
 )
+from open_mythos.train.checkpoint.find import read_state
 from open_mythos.variants import variant
 
 VOLATILE = {"tokens_per_second", "flops_per_second", "event"}
@@ -493,3 +494,37 @@ def test_building_a_model_leaves_the_global_generator_alone(seed):
     first, second = build_model(run), build_model(run)
     assert torch.equal(state, torch.random.get_rng_state())
     assert_equal(first.state_dict(), second.state_dict())
+
+
+def test_a_loader_of_another_kind_is_refused(make_run):
+    run = make_run()
+    batches = torch.utils.data.DataLoader(torch.zeros(8, 4, dtype=torch.int64), 8)
+    with pytest.raises(ConfigError, match="next_batch") as found:
+        Trainer(build_model(run), batches, run)
+    assert found.value.fix
+
+
+def test_small_gradients_are_not_scaled_up_to_the_clip(make_run, make_loader):
+    """AdamW would not notice: the factor itself is looked at."""
+    factors = {}
+    for clip in (1e-3, 1e9):
+        trainer = start(make_run(train={"clip": clip}), make_loader)
+        with pytest.MonkeyPatch.context() as patch:
+            record = factors.setdefault(clip, [])
+            patch.setattr(
+                "open_mythos.train.step.scale_gradients", lambda _, f, seen=record: seen.append(f)
+            )
+            trainer.train_step(0)
+    assert factors[1e9] == [1.0]
+    assert 0 < factors[1e-3][0] < 1
+
+
+def test_a_resumed_run_keeps_its_validated_depths(make_run, make_loader, tmp_path):
+    run = make_run(train={"out_dir": str(tmp_path)})
+    trainer = start(run, make_loader)
+    trainer.validated = {"low": 1, "high": 5}
+    trainer.save()
+    again = start(run, make_loader)
+    again.resume()
+    assert again.validated == {"low": 1, "high": 5}
+    assert read_state(again.save())["validated_depths"] == {"low": 1, "high": 5}
