@@ -38,7 +38,7 @@ it, {parameters:,} parameters. The number of loops is chosen at inference.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ids = tokenizer("The loop", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=32, n_loops={loops})[0]))
 ```

@@ -98,6 +98,7 @@ def test_the_card_states_depths(model, checkpoint, tmp_path):
     assert "| 9 |" not in card
     assert "license: mit" in card
     assert "family: ouro" in card
+    assert card.count("trust_remote_code=True") == 2, "the tokenizer reads the configuration too"
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
 
 

@@ -190,6 +190,21 @@ def test_the_commands(folders, name, tmp_path, capsys):
     assert capsys.readouterr().out
 
 
+def test_a_run_that_continues_keeps_origin_and_template(folders, tmp_path):
+    """Though the model has fewer ids than the multiple of 64 above those of the tokenizer."""
+    text = tmp_path / "text.txt"
+    text.write_text("a loop runs again and ends\n" * 60)
+    sizes = ["steps 2", "seq_len 8", "global_batch 2", "eval_every 0"]
+    options = [word for each in sizes for word in f"--train.{each}".split()]
+    places = ["--source", text, "--train.out_dir", tmp_path / "run", "--data.workers", 0]
+    assert run("train", "--checkpoint", folders["ouro"], *options, *places, "--quiet") == 0
+    for name in ("provenance.json", "chat_template.jinja"):
+        assert (tmp_path / "run" / name).read_text() == (folders["ouro"] / name).read_text()
+    assert run("export", tmp_path / "run", "--out", tmp_path / "out") == 0
+    assert 'plan "poisson"' in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+
+
 def test_a_tokenizer_that_does_not_fit_is_not_stored(tmp_path):
     source = write(example("parcae"), tmp_path / "in")
     rust = json.loads(tokenizer())
