@@ -57,6 +57,7 @@ def generate(
         say_weights,
         stored_model,
     )
+    from open_mythos.errors import printable
     from open_mythos.hub.places import stored_tokenizer
     from open_mythos.model import generation
     from open_mythos.model.trace import LoopTrace
@@ -74,7 +75,7 @@ def generate(
     ids = tok.encode(prompt) or [first_id(tok, checkpoint)]
     depth = depth_of(model, n_loops, exit, min_loops)
     trace = LoopTrace() if exit else None
-    stream, loops, tokens = StreamDecoder(tok), 0, 0
+    stream, loops, tokens = StreamDecoder(tok, ids), 0, 0
 
     def show(i: int, token_B: torch.Tensor) -> None:
         nonlocal loops, tokens
@@ -84,7 +85,7 @@ def generate(
             # exits of the tokens that were the input of this step
             loops, tokens = loops + int(trace.exits.sum()), tokens + trace.exits.numel()
         if not quiet and int(token_B) != tok.eos_id:
-            print(stream.push(int(token_B)), end="", flush=True)
+            print(printable(stream.push(int(token_B)), "\n\t"), end="", flush=True)
 
     # a vocabulary smaller than the tokenizer's, without its special tokens, cannot predict eos
     eos_id = tok.eos_id if tok.eos_id < model.cfg.vocab_size else None
@@ -96,7 +97,13 @@ def generate(
         model, torch.tensor([ids], device=model.final_norm.weight.device), params, depth,
         tokenizer=tok, on_token=show, decoder=partial(generation.GrowingDecoder, trace=trace),
     )  # fmt: skip
-    print(tok.decode(out[0, len(ids) :].tolist()) if quiet else stream.flush())
+    if quiet:
+        whole = StreamDecoder(tok, ids)
+        print(
+            printable("".join(map(whole.push, out[0, len(ids) :].tolist())) + whole.flush(), "\n\t")
+        )
+    else:
+        print(printable(stream.flush(), "\n\t"))
     if tokens and not quiet:
         most = depth.n_loops or model.cfg.max_loop_iters
         print(f"{loops / tokens:.2f} of {most} loops per token, {tokens} tokens", file=sys.stderr)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +23,13 @@ from typing import Any, NamedTuple
 from open_mythos.checks import pick
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
+logger = logging.getLogger(__name__)
+
 KINDS: tuple[str, ...] = (".jsonl", ".md", ".parquet", ".py", ".txt")
 """Suffixes of the files that can be read."""
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
+_ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|authors|contributing)(\.(md|txt))?", re.I)
+"""Names of files about the data in a folder, which are no data."""
 STDLIB = "stdlib"
 # Tests of the standard library contain broken files on purpose; the others do not belong to it.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -192,11 +200,45 @@ def _local(source: str | Path, where: str) -> tuple[str, str, list[CorpusFile]]:
             )  # fmt: skip
         root, paths = path.parent, [path]
     elif path.is_dir():
-        root, paths = path, [f for f in _walk(path, skipped) if _suffix(f.name) in kinds]
+        found = list(_walk(path, skipped))
+        chosen = _readable([f.as_posix() for f in found], kinds, where, source)
+        root, paths = path, [Path(name) for name in chosen]
     else:
         allowed = f'a file, a folder, or "{STDLIB}"'
         raise DataError("no such source", where=where, value=str(path), allowed=allowed)
     return "file", str(root.absolute()), [_local_file(root, path) for path in paths]
+
+
+def _readable(
+    names: list[str], kinds: tuple[str, ...], where: str, source: str | Path
+) -> list[str]:
+    """Return the data among the files of a folder; say what is passed over.
+
+    Raises:
+        DataError: A file of a known kind is only compressed.
+    """
+    chosen, about, left = list[str](), list[str](), Counter[str]()
+    for name in names:
+        path = PurePosixPath(name)
+        if path.suffix.lower() in COMPRESSED and _suffix(path.stem) in KINDS and source != STDLIB:
+            raise DataError(
+                "a file of the folder is compressed", where=where, value=name,
+                allowed=", ".join(KINDS), fix="decompress it, or leave it out of the folder",
+            )  # fmt: skip
+        if path.suffix.lower() not in kinds:
+            left[path.suffix.lower() or path.name] += 1
+        elif _ABOUT.fullmatch(path.name) and source != STDLIB:
+            about.append(name)
+        else:
+            chosen.append(name)
+    if not chosen:  # a folder of nothing else
+        chosen = about
+    else:
+        left.update(PurePosixPath(name).name for name in about)
+    if left and source != STDLIB:
+        listed = ", ".join(f"{count} {kind}" for kind, count in left.most_common(8))
+        logger.warning("%s: %d files are left out: %s", source, left.total(), listed)
+    return chosen
 
 
 def _walk(root: Path, skipped: Set[str]) -> Iterator[Path]:
@@ -244,9 +286,16 @@ def _remote(source: str, where: str) -> tuple[str, str, list[CorpusFile]]:
     protocol = system.protocol if isinstance(system.protocol, str) else system.protocol[0]
     base = root if root not in found else root.rpartition("/")[0]
     files = []
-    for path, info in sorted(found.items()):
-        name = path.removeprefix(base).lstrip("/")
-        if info.get("type", "file") == "file" and _suffix(name) in KINDS and "/." not in f"/{name}":
+    shown = {
+        path: name for path, info in sorted(found.items())
+        if "/." not in f"/{(name := path.removeprefix(base).lstrip('/'))}"
+        and info.get("type", "file") == "file"
+    }  # fmt: skip
+    single = list(found) == [root]
+    readable = set(shown.values() if single else _readable([*shown.values()], KINDS, where, source))
+    for path, name in shown.items():
+        info = found[path]
+        if name in readable and _suffix(name) in KINDS:
             # the store's identifier of the content: a blob of the hub, or an entity tag
             known = (info.get(key) for key in ("blob_id", "ETag", "etag"))
             digest = next((str(each) for each in known if each), "")

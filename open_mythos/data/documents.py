@@ -6,6 +6,7 @@ Nothing that is read is executed or unpickled.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -225,7 +226,8 @@ def _parquet(
                 continue
             for batch in table.iter_batches(PARQUET_ROWS, [group], [column], use_threads=False):
                 for cell in batch.column(0)[max(0, row - start) : max(0, end - start)]:
-                    text = checked_text(cell.as_py(), f"{path}, row {row}")
+                    value = cell.as_py()  # a null is an empty text
+                    text = "" if value is None else checked_text(value, f"{path}, row {row}")
                     yield Document(row - first, text)
                     row += 1
                 start += len(batch)
@@ -246,8 +248,14 @@ def _jsonl(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> 
     while start < end and (line := file.readline(MAX_LINE_BYTES)):
         if line.strip():
             where = f"{path}, byte {start}"
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                raise DataError(
+                    "the line is too long", where=where, value=f"{len(line):,} bytes or more",
+                    allowed=f"lines of fewer than {MAX_LINE_BYTES:,} bytes",
+                    fix="split the document",
+                )  # fmt: skip
             try:
-                record = json.loads(line)
+                record = json.loads(line.removeprefix(codecs.BOM_UTF8) if start == 0 else line)
             except (ValueError, RecursionError) as error:
                 raise DataError("the line is not JSON", where=where, value=str(error)) from error
             if not isinstance(record, dict) or name not in record:
@@ -257,8 +265,9 @@ def _jsonl(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> 
                     allowed=f"an object with the text under {name!r}",
                     fix="name the field with text_field",
                 )  # fmt: skip
-            # JSON can escape lone surrogates
-            yield Document(start - first, checked_text(record[name], where))
+            # JSON can escape lone surrogates; a null is an empty text
+            text = "" if record[name] is None else checked_text(record[name], where)
+            yield Document(start - first, text)
         start += len(line)
 
 
@@ -273,6 +282,7 @@ def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> I
         content = file.read(stop - start)
         try:
             text = content.decode()
+            text = text.removeprefix("\ufeff") if start == 0 else text
         except UnicodeDecodeError as error:
             raise DataError(
                 "the file is not UTF-8 text", where=f"{path}, byte {start + error.start}",

@@ -167,8 +167,10 @@ def _index(
     if not train.documents:
         raise DataError(
             "the source holds no training document", where="source",
-            value=f"{val.documents} documents, all of them for validation",
-            fix="check the source, or lower val_fraction",
+            value=f"{val.documents} documents, all of them for validation" if val.documents
+            else "no document with text",
+            allowed="at least one document outside the validation split",
+            fix="lower val_fraction" if val.documents else "check the source",
         )  # fmt: skip
     if val_fraction and not val.documents:
         warnings.warn(

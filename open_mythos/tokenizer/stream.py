@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from open_mythos.tokenizer.interface import Detokenizer
 
 _MOST_INCOMPLETE = 3
@@ -14,13 +16,14 @@ class StreamDecoder:
     """Decodes token by token without splitting characters.
 
     A character that is still incomplete is held back until its last token, or until ``flush``;
-    all pieces joined equal ``tokenizer.decode`` of all ids.
+    all pieces joined equal ``tokenizer.decode`` of all ids; those after the ids ``after``, if
+    there are any, as decoding all of them together has them.
     """
 
-    def __init__(self, tokenizer: Detokenizer) -> None:
+    def __init__(self, tokenizer: Detokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         # decoders such as SentencePiece's drop a leading space: decode with the previous tokens
-        self._context: list[int] = []
+        self._context: list[int] = list(after)[-_MOST_PENDING:]
         self._pending: list[int] = []
         self._emitted = 0
 
@@ -33,8 +36,12 @@ class StreamDecoder:
         settled = text[: max(start, 0)] + text[max(start, 0) :].rstrip("\ufffd")
         piece, self._emitted = settled[self._emitted :], len(settled)
         if len(settled) == len(text):
-            self._context = self._pending if text else self._context
-            self._pending, self._emitted = [], 0
+            # tokens without text stay: a decoder may owe the space that they begin with
+            if text:
+                self._context, self._pending = self._pending, []
+            elif len(self._pending) >= _MOST_PENDING:
+                self._pending = []
+            self._emitted = 0
         elif len(self._pending) >= _MOST_PENDING:
             self._shift(text)
         return piece

@@ -54,7 +54,6 @@ def test_jsonl_takes_a_named_field(tmp_path) -> None:
         ("{", "not JSON"),
         ("[1]", "no field 'text'"),
         ('{"body": "x"}', "no field 'text'"),
-        ('{"text": null}', "not a string"),
         ('{"text": 3}', "not a string"),
         (r'{"text": "\ud800"}', "surrogate"),
         ('{"a":' * 100_000, "not JSON"),
@@ -82,9 +81,6 @@ def test_parquet_gives_a_document_per_row(tmp_path) -> None:
 
 
 def test_a_bad_parquet_row_is_named(tmp_path) -> None:
-    write_parquet(tmp_path / "a.parquet", ["x", "y", None])
-    with pytest.raises(DataError, match=r"a\.parquet, row 2"):
-        list(read_documents(tmp_path))
     write_parquet(tmp_path / "a.parquet", [1, 2])
     with pytest.raises(DataError, match=r"a\.parquet, row 0"):
         list(read_documents(tmp_path))

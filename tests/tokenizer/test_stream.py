@@ -79,3 +79,19 @@ def test_endless_bytes_of_no_character_are_not_held() -> None:
         assert counting.most < 100
         assert len(BYTE.decode(ids)) - len("".join(pieces)) <= 3
         assert "".join(pieces) + stream.flush() == BYTE.decode(ids)
+
+
+class Spaced:
+    """Decodes as SentencePiece does: "_" is a space, and the first one of a text is dropped."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(["_", "_a", "b", "_cd"][i] for i in ids).replace("_", " ").removeprefix(" ")
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 12))
+def test_the_space_after_a_prompt_is_kept(ids: list[int], cut: int) -> None:
+    tokenizer = Spaced()
+    prompt, new = ids[:cut], ids[cut:]
+    stream = StreamDecoder(tokenizer, prompt)
+    text = "".join([*map(stream.push, new), stream.flush()])
+    assert text == tokenizer.decode(ids)[len(tokenizer.decode(prompt)) :]

@@ -1,0 +1,65 @@
+"""Folders and files with more than plain text: nothing is left out or taken in silently."""
+
+from __future__ import annotations
+
+import gzip
+import io
+
+import pytest
+
+from open_mythos.data import open_corpus, prepare, read_documents
+from open_mythos.errors import DataError
+from open_mythos.tokenizer import ByteTokenizer
+
+
+def test_what_is_left_out_is_named(tmp_path, caplog):
+    (tmp_path / "part0.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "README.md").write_text("# licence")
+    (tmp_path / "a.json").write_text("[]")
+    assert list(read_documents(tmp_path)) == ["one"]
+    assert all(name in caplog.text for name in ("README.md", ".json", "2 files"))
+
+
+def test_a_compressed_part_is_refused(tmp_path):
+    (tmp_path / "part0.txt").write_text("one")
+    (tmp_path / "part1.txt.gz").write_bytes(gzip.compress(b"two"))
+    with pytest.raises(DataError, match="compressed"):
+        open_corpus(tmp_path)
+
+
+def test_a_folder_of_a_readme_alone_is_text(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+    assert list(read_documents(tmp_path)) == ["about"]
+
+
+def test_a_null_is_an_empty_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null}\n')
+    assert list(read_documents(path)) == ["a", ""]
+    assert (
+        prepare(path, tmp_path / "out", ByteTokenizer(), val_fraction=0).splits["train"].documents
+        == 1
+    )
+
+
+def test_a_null_of_parquet(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    raw = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a", None, "b"]}), raw)
+    (tmp_path / "a.parquet").write_bytes(raw.getvalue())
+    assert list(read_documents(tmp_path / "a.parquet")) == ["a", "", "b"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    text = "one" if name == "a.txt" else '{"text": "one"}\n'
+    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert list(read_documents(tmp_path / name)) == ["one"]
+
+
+def test_an_empty_source_is_called_empty(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match="lower val_fraction"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", ByteTokenizer(), val_fraction=0.999999)
+    with pytest.raises(DataError, match="no document with text"):
+        prepare([""], tmp_path / "out", ByteTokenizer())
