@@ -94,6 +94,7 @@ def evaluate(
             Path(out), "the rows cannot be written", "choose another file with --out"
         )  # before the evaluation, not after it
     _reject_without_tasks(tasks, include, fewshot, limit, plot)
+    _reject_with_tasks(tasks, data, exit, questions, "" if dtype == "float32" else dtype)
     model, weights = stored_model(checkpoint, device, quantize, weights)
     say_weights(weights)
     say_untrained_gate(checkpoint, exit)
@@ -249,4 +250,13 @@ def _reject_without_tasks(tasks: str, *values: Any) -> None:
             raise ConfigError(
                 "only tasks read this", where=option, value=value, allowed="together with --tasks",
                 fix="name tasks of lm-eval with --tasks",
+            )  # fmt: skip
+
+
+def _reject_with_tasks(tasks: str, *values: str) -> None:
+    for option, value in zip(("--data", "--exit", "--questions", "--dtype"), values, strict=True):
+        if tasks and value:
+            raise ConfigError(
+                "tasks do not read this", where=option, value=value, allowed="without --tasks",
+                fix="leave out one of the two",
             )  # fmt: skip

@@ -62,12 +62,14 @@ def read_dense(model: str, gguf: str = "") -> DenseSource:
     if path.suffix == ".gguf":
         model, gguf = str(path.parent), path.name
     folder = _folder(model, gguf)
+    if gguf and not (folder / gguf).is_file():
+        raise _no_model(str(folder / gguf), "there is no such file")
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     found = _read(
         model, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     )
     digest = ""
-    if gguf:  # transformers have read it
+    if gguf:
         with (folder / gguf).open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     name = gguf or (folder.resolve().name if Path(model).exists() else model)

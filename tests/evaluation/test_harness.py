@@ -235,6 +235,9 @@ def test_bad_input(model, folder, tmp_path, capsys):
     assert main(["evaluate", str(checkpoint), "--plot", "a.png"]) == 2
     assert "together with --tasks" in capsys.readouterr().err
     words = ["evaluate", str(checkpoint), "--tasks", str(folder / "sums.yaml")]
+    for option, value in (("--exit", "gate"), ("--dtype", "bfloat16"), ("--data", "shards")):
+        assert main([*words, option, value]) == 2
+        assert "tasks do not read this" in capsys.readouterr().err
     assert main([*words, "--plot", str(tmp_path / "a.gif")]) == 2
     assert main([*words, "--plot", str(tmp_path / "absent" / "a.png")]) == 4
 
