@@ -19,6 +19,8 @@ from open_mythos.errors import ConfigError
 
 T = TypeVar("T")
 
+MAX_LOOPS = 1 << 14
+"""Most loops of a call: a mistyped depth is refused at once instead of running for ever."""
 COLDEST = 1e-4
 """Lowest sampling temperature above 0; below it logit differences would be lost to rounding."""
 

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple, NoReturn
 
-from open_mythos.checks import check_fields, is_number, one_of, reject, unknown_key, within
+from open_mythos.checks import (
+    MAX_LOOPS,
+    check_fields,
+    is_number,
+    one_of,
+    reject,
+    unknown_key,
+    within,
+)
 
 SCALINGS = {
     "linear": ("factor",),
@@ -15,6 +23,7 @@ SCALINGS = {
 """``rope_type`` of ``rope_scaling`` -> its numbers."""
 OVERRIDES = ("rope_theta", "rope_scaling", "window", "value_embedding")
 """Fields that a layer may have of its own."""
+MAX_LAYERS = 1 << 12
 VALUE_GATE_CHANNELS = 32
 """First channels of a layer's input, which the gate of its value embedding reads."""
 
@@ -44,12 +53,12 @@ class MythosConfig:
     """Key/value heads G of "gqa"; divides n_heads. "mla" has one latent for all heads."""
     max_seq_len: int = within(4096, ge=1)
     """Maximum context in tokens; longer inputs are rejected."""
-    max_loop_iters: int = within(16, ge=1)
+    max_loop_iters: int = within(16, ge=1, le=MAX_LOOPS)
     """Default number of loops, and the number of distinct LoRA and loop-index depths: beyond it
     both stay at their last index."""
-    prelude_layers: int = within(2, ge=0)
+    prelude_layers: int = within(2, ge=0, le=MAX_LAYERS)
     """Blocks run once before the loop."""
-    coda_layers: int = within(2, ge=0)
+    coda_layers: int = within(2, ge=0, le=MAX_LAYERS)
     """Blocks run once after the loop."""
     attn_type: str = one_of("mla", ("mla", "gqa"))
     """"mla": multi-head latent attention (DeepSeek-V2); "gqa": grouped-query attention."""
@@ -82,7 +91,7 @@ class MythosConfig:
     dropout: float = within(0.0, ge=0, lt=1)
     """Dropout probability on every residual branch while training, in [0, 1)."""
 
-    recurrent_layers: int = within(1, ge=1)
+    recurrent_layers: int = within(1, ge=1, le=MAX_LAYERS)
     """Blocks inside one loop iteration."""
     ffn_dim: int = within(0, ge=0)
     """Hidden width of the dense feed-forwards; 0 means 4/3 of dim."""

@@ -145,6 +145,8 @@ class TestConfig:
 IDS = random_ids(2, 6)
 ONES = torch.ones(2, 6, dtype=torch.long)
 BAD_CALLS: dict[str, dict[str, object]] = {
+    "loops for ever": {"n_loops": 10**30},
+    "a depth for ever among depths": {"n_loops": [3, 1_000_000_000]},
     "no loops": {"n_loops": 0},
     "negative loops": {"n_loops": -1},
     "half a loop": {"n_loops": 2.5},

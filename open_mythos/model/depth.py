@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from open_mythos.checks import check_count, plain, whole
+from open_mythos.checks import MAX_LOOPS, check_count, plain, whole
 from open_mythos.errors import ConfigError
 from open_mythos.model.exit_rules import ExitRule
 
@@ -40,8 +40,11 @@ class Depth:
         several = isinstance(given, Sequence) and not isinstance(given, str)
         loops = [whole(each) or 0 for each in (given if several else [given])]
         if given is not None:
-            if min(loops, default=0) < 1:
-                self._reject("an integer >= 1, one per row, or None for max_loop_iters")
+            if min(loops, default=0) < 1 or max(loops) > MAX_LOOPS:
+                allowed = (
+                    f"integers in 1 .. {MAX_LOOPS:,}, one for all rows or one per row, or None"
+                )
+                self._reject(f"{allowed} for max_loop_iters")
             object.__setattr__(self, "n_loops", tuple(loops) if several else loops[0])
         if self.grad_loops is not None:
             check_count("grad_loops", self.grad_loops)

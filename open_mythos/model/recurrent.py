@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from open_mythos.checks import MAX_LOOPS, check_number
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active, RowSchedule, integers
@@ -166,6 +167,7 @@ class RecurrentBlock(nn.Module):
                 default.
             trace: Receives diagnostics.
         """
+        check_number("n_loops", n_loops, ge=0, le=MAX_LOOPS)
         h_BTD = self.initial_state(e_BTD, ctx) if h_BTD is None else h_BTD
         drive_BTD, ctx = self.injection(None, e_BTD), self.sharing(ctx)
         for t in range(first_loop, first_loop + n_loops):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.checks import check_number
+
 
 def rope_table(
     positions: Tensor, dim: int, theta: float, scaling: Mapping[str, Any] | None = None
@@ -29,6 +31,7 @@ def rope_table(
     Returns:
         (2, T, K/2) or (2, B, T, K/2) float32: cosines, then sines.
     """
+    check_number("theta", theta, gt=0)
     # Apple's GPU backend has no float64
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=wide) / dim

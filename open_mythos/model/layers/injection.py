@@ -95,6 +95,8 @@ class LTIInjection(Injection):
 
     def __init__(self, dim: int, rule: str = "zoh", matrix: str = "full") -> None:
         super().__init__(dim)
+        pick(("zoh", "euler"), rule, "LTIInjection(rule)", what="injection rule")
+        pick(("full", "diagonal"), matrix, "LTIInjection(matrix)", what="injection matrix")
         self.rule = rule
         self.log_A = nn.Parameter(torch.zeros(dim))
         dt = -math.log(INITIAL_DECAY)
@@ -152,6 +154,7 @@ class ConcatInjection(Injection):
         self, dim: int, matrix: str = "full", identity_carry: bool = False, bias: bool = False
     ) -> None:
         super().__init__(dim)
+        pick(("full", "diagonal"), matrix, "ConcatInjection(matrix)", what="injection matrix")
 
         def weight(start: float) -> nn.Parameter:
             if matrix == "diagonal":

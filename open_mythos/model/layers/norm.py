@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from open_mythos.checks import check_number
 from open_mythos.ops.norm import rms_norm
 
 
@@ -21,6 +22,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-6, keep_dtype: bool = False) -> None:
         super().__init__()
+        check_number("eps", eps, ge=0)
         self.eps, self.keep_dtype = eps, keep_dtype
         self.weight = nn.Parameter(torch.ones(dim))
 
