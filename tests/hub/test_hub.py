@@ -73,7 +73,10 @@ def test_round_trip_is_exact(kind, tmp_path):
     ids = torch.randint(0, model.cfg.vocab_size, (2, 9))
     assert torch.equal(model(ids), loaded(ids))
     assert not loaded.training
-    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    for (name, ours), (_, theirs) in zip(
+        loaded.named_parameters(), model.named_parameters(), strict=True
+    ):
+        assert ours.requires_grad == theirs.requires_grad != ("halting" in name), name
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
@@ -187,8 +190,9 @@ def in_config(**changes):
         (in_config(dim="128"), "dim"),
         (in_config(attn_type=["mla"]), "attn_type"),
         (in_config(vocab_size=10**30), "no possible model"),
-        (in_config(max_loop_iters=10**18), "no possible model"),
-        (in_config(prelude_layers=10**12), "more layers"),
+        (in_config(max_loop_iters=10**18), "max_loop_iters"),
+        (in_config(prelude_layers=10**12), "prelude_layers"),
+        (in_config(prelude_layers=4000), "more layers"),
         (lambda values: values.update(config=[]), "holds no fields"),
         (lambda values: values.update(format=2), "another format"),
         (lambda values: values.update(library="other"), "another library"),
