@@ -29,6 +29,19 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise ConfigError(
             "not a device name", where="device", value=name, allowed="auto, cpu, cuda, cuda:N, mps"
         ) from error
+    if device.type not in ("cpu", "cuda", "meta"):
+        found = torch.accelerator.current_accelerator()
+        if found is None or found.type != device.type:
+            raise EnvironmentError_(
+                f"PyTorch finds no device of the kind {device.type}", where="device", value=name,
+                allowed="auto, cpu" + (f", {found.type}" if found else ""),
+                fix="use --device cpu",
+            )  # fmt: skip
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count() > 0:
+        raise EnvironmentError_(
+            "there is no such CUDA device", where="device", value=name,
+            allowed=f"cuda:0 .. cuda:{torch.cuda.device_count() - 1}", fix="name another one",
+        )  # fmt: skip
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentError_(
             "PyTorch finds no CUDA device", where="device", value=name,

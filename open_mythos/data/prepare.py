@@ -13,7 +13,7 @@ import numpy as np
 
 from open_mythos.checks import check_count
 from open_mythos.data.documents import check_share, is_held_out, read_documents, with_end
-from open_mythos.data.index import DTYPES, INDEX_FILE, Index, Shard, ShardFile, Split
+from open_mythos.data.index import DTYPES, INDEX_FILE, Index, Shard, ShardFile, Split, read_index
 from open_mythos.data.shards import START_DTYPE
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.files import hash_blocks, sync_to_disk
@@ -63,10 +63,10 @@ def prepare(
     check_count("shard_tokens", shard_tokens)
     check_share("val_fraction", val_fraction)
     out = Path(out_dir).absolute()
-    if out.exists() and not (overwrite and (out / INDEX_FILE).is_file()):
+    if (out.exists() or out.is_symlink()) and not (overwrite and _is_prepared(out)):
         raise ConfigError(
             "the folder exists", where="out_dir", value=str(out_dir),
-            allowed="a new folder; with overwrite, also a prepared one",
+            allowed="a new folder; with overwrite, also a prepared one that holds nothing else",
             fix="choose another folder, or pass overwrite",
         )  # fmt: skip
     documents = read_documents(source, text_field) if isinstance(source, str | Path) else source
@@ -92,6 +92,20 @@ def prepare(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return index
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Return whether a folder is a prepared one and holds nothing else."""
+    if folder.is_symlink():
+        return False
+    try:
+        splits = read_index(folder).splits.values()
+    except DataError:
+        return False
+    own = {INDEX_FILE, TOKENIZER_FOLDER}
+    own |= {file.file for split in splits for shard in split.shards
+            for file in (shard.tokens, shard.starts)}  # fmt: skip
+    return {path.name for path in folder.iterdir()} <= own
 
 
 class _SplitWriter:

@@ -12,6 +12,9 @@ from open_mythos.tokenizer.hub import DEFAULT_MODEL_ID, MythosTokenizer
 from open_mythos.tokenizer.interface import Tokenizer
 from open_mythos.tokenizer.rust_backed import BPETokenizer
 
+MOST_IDS = 10_000_000
+"""Of a BPE that "bpe:N" trains: above it, the trainer allocates more than any machine has."""
+
 
 def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:
     """Load the byte tokenizer (``"byte"``), a tokenizer at a path, or one of a Hugging Face model.
@@ -40,9 +43,11 @@ def load_or_train(name: str, documents: Iterable[str]) -> Tokenizer:
     kind, _, size = name.partition(":")
     if kind != "bpe":
         return load_tokenizer(name)
-    if not size.isdecimal():
-        allowed = "bpe:N, N an integer"
-        raise ConfigError("no vocabulary size", where="tokenizer", value=name, allowed=allowed)
+    if not (size.isascii() and size.isdecimal() and len(size) <= len(str(MOST_IDS))):
+        raise ConfigError(
+            "no vocabulary size", where="tokenizer", value=name,
+            allowed=f"bpe:N, N an integer up to {MOST_IDS:,}", fix="write bpe:8192, for example",
+        )  # fmt: skip
     return BPETokenizer.train(documents, int(size))
 
 

@@ -8,8 +8,10 @@ import io
 import pytest
 
 from open_mythos.data import open_corpus, prepare, read_documents
-from open_mythos.errors import DataError
+from open_mythos.devices import resolve_device
+from open_mythos.errors import ConfigError, DataError, MythosError
 from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.tokenizer.loading import load_or_train
 
 
 def test_what_is_left_out_is_named(tmp_path, caplog):
@@ -63,3 +65,29 @@ def test_an_empty_source_is_called_empty(tmp_path):
         prepare(tmp_path / "a.txt", tmp_path / "out", ByteTokenizer(), val_fraction=0.999999)
     with pytest.raises(DataError, match="no document with text"):
         prepare([""], tmp_path / "out", ByteTokenizer())
+
+
+def test_overwriting_removes_nothing_but_shards(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "index.json").write_text("{}")
+    with pytest.raises(ConfigError, match="exists"):
+        prepare(["a"], site, ByteTokenizer(), val_fraction=0, overwrite=True)
+    prepare(["a"], tmp_path / "out", ByteTokenizer(), val_fraction=0)
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists"):
+        prepare(["b"], tmp_path / "out", ByteTokenizer(), val_fraction=0, overwrite=True)
+    (tmp_path / "out" / "mine.txt").unlink()
+    prepare(["b"], tmp_path / "out", ByteTokenizer(), val_fraction=0, overwrite=True)
+
+
+@pytest.mark.parametrize("size", ["99999999999", "\u00b2", "x", ""])
+def test_a_vocabulary_that_nothing_could_hold(size):
+    with pytest.raises(ConfigError, match="vocabulary size"):
+        load_or_train(f"bpe:{size}", ["a"])
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "nonsense"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(MythosError, match="device"):
+        resolve_device(name)
