@@ -52,13 +52,12 @@ def generate(
 
     from open_mythos.cli.run_data import (
         depth_of,
-        first_id,
         say_untrained_gate,
         say_weights,
         stored_model,
     )
     from open_mythos.errors import printable
-    from open_mythos.hub.places import stored_tokenizer
+    from open_mythos.hub.places import first_id, stored_tokenizer
     from open_mythos.model import generation
     from open_mythos.model.trace import LoopTrace
     from open_mythos.ops.sampling import SamplingParams

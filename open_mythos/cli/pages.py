@@ -8,6 +8,7 @@ def trace(
     exit: str = "",
     out: str = "trace.html",
     device: str = "auto",
+    weights: str = "",
 ) -> int:
     """Write an HTML page of a model's predictions for PROMPT after each loop.
 
@@ -19,14 +20,21 @@ def trace(
             parameters such as gate:0.9 or kl:0.01,1.0; by default the gate, if trained.
         out: The HTML file to write.
         device: "auto", "cpu", "cuda".
+        weights: "averaged" or "raw"; by default the run's averages, if it keeps them.
     """
     from pathlib import Path
 
+    from open_mythos.cli.run_data import say_untrained_gate, say_weights, stored_model
+    from open_mythos.files import check_writable
     from open_mythos.reports.html import write_html
     from open_mythos.reports.trace_page import page
     from open_mythos.reports.trace_record import trace_of
 
-    traced = trace_of(checkpoint, prompt, n_loops=n_loops, exit=exit, device=device)
+    check_writable(Path(out), "the page cannot be written", "choose another file with --out")
+    model, weights = stored_model(checkpoint, device, weights=weights)
+    say_weights(weights)
+    say_untrained_gate(checkpoint, exit)
+    traced = trace_of(checkpoint, prompt, n_loops=n_loops, exit=exit, model=model)
     write_html(page(traced), Path(out))
     print(f"page: {out}")
     return 0

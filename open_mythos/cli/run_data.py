@@ -244,12 +244,3 @@ def say_untrained_gate(checkpoint: str, exit: str) -> None:
     if origin.is_file() and read_object(origin, "the provenance cannot be read").get("gate"):
         return
     print("note: the gate of this model was never trained: open-mythos train gate", file=sys.stderr)
-
-
-def first_id(tokenizer: Tokenizer, checkpoint: str) -> int:
-    """Return the token in front of an empty prompt: the one that stands between documents.
-
-    A converted model begins with its own bos.
-    """
-    converted = (model_directory(checkpoint) / PROVENANCE_FILE).is_file()
-    return tokenizer.bos_id if converted else tokenizer.eos_id

@@ -11,6 +11,7 @@ from open_mythos.run_folder import (
     CHECKPOINTS_FOLDER,
     GATE_FILE,
     ORIGIN_FILES,
+    PROVENANCE_FILE,
     TOKENIZER_FOLDER,
     find_beside,
     step_folders,
@@ -47,6 +48,15 @@ def tokenizer_beside(model_folder: Path) -> Path | None:
     """
     own = model_folder if (model_folder / "tokenizer.json").is_file() else None
     return find_beside(model_folder, TOKENIZER_FOLDER) or own
+
+
+def first_id(tokenizer: Tokenizer, directory: str | Path) -> int:
+    """Return the token in front of an empty prompt: the one that stands between documents.
+
+    A converted model begins with its own bos.
+    """
+    converted = find_beside(model_directory(directory), PROVENANCE_FILE) is not None
+    return tokenizer.bos_id if converted else tokenizer.eos_id
 
 
 def model_directory(directory: str | Path) -> Path:

@@ -15,8 +15,9 @@ from open_mythos.checks import check_count
 from open_mythos.devices import resolve_device
 from open_mythos.dynamics import Trajectory, logit_lens, run_trajectory
 from open_mythos.errors import ConfigError
-from open_mythos.hub.places import model_directory, stored_tokenizer
+from open_mythos.hub.places import first_id, model_directory, stored_tokenizer
 from open_mythos.hub.pretrained import from_pretrained
+from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.exit_rules import ExitRule, exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
@@ -114,6 +115,7 @@ def trace_of(
     device: str = "auto",
     goals: Callable[[list[int]], list[Goal | None]] | None = None,
     goal_name: str = "the prompt's own next token",
+    model: CausalLM | None = None,
 ) -> PromptTrace:
     """Follow ``prompt`` through the loops of the model in ``checkpoint``.
 
@@ -126,12 +128,14 @@ def trace_of(
         goals: Function from the T prompt ids to T expected next tokens; by default the prompt's own
             next tokens.
         goal_name: Description of the goals.
+        model: With other weights than those of ``checkpoint``, such as averages.
 
     Raises:
         ConfigError: The model has no loops, or the exit rule or a number is not valid.
         DataError: There is no model or no tokenizer, or the prompt is not in its vocabulary.
     """
-    model = from_pretrained(checkpoint, resolve_device(device))
+    if model is None:
+        model = from_pretrained(checkpoint, resolve_device(device))
     if not isinstance(model, OpenMythos):
         raise ConfigError(
             "a dense model has no loops", where="trace", value=checkpoint, allowed="a looped model"
@@ -140,7 +144,7 @@ def trace_of(
     if not exit and find_beside(model_directory(checkpoint), GATE_FILE):
         exit = "gate"
     tokenizer = stored_tokenizer(checkpoint)
-    ids = tokenizer.encode(prompt) or [tokenizer.bos_id]
+    ids = tokenizer.encode(prompt) or [first_id(tokenizer, checkpoint)]
     wanted = goals(ids) if goals else [*(Goal(token) for token in ids[1:]), None]
     rule = exit_rule(exit, model) if exit else None
     tokens, explained = _tokens(model, ids, wanted, depth, rule, tokenizer)

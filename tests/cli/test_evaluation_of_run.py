@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from open_mythos.cli import main
+from open_mythos.hub.places import first_id, stored_tokenizer
 
 SMALL = [
     "--model.dim=32", "--model.n_experts=0", "--model.ffn_dim=32", "--model.n_heads=2",
@@ -98,6 +99,19 @@ def test_a_gate_that_nobody_trained(place, capsys):
     assert "never trained" in capsys.readouterr().err
     assert main(["generate", run, "", "--exit=kl", "--max-new-tokens=2", "--quiet"]) == 0
     assert "never trained" not in capsys.readouterr().err
+
+
+def test_an_empty_prompt_begins_with_the_token_between_documents(place):
+    run = str(place / "runs" / "m")
+    tokenizer = stored_tokenizer(run)
+    assert first_id(tokenizer, run) == tokenizer.eos_id
+
+
+def test_a_trace_has_the_weights_of_the_evaluation(place, tmp_path, capsys):
+    assert (
+        main(["trace", str(place / "runs" / "m"), "", f"--out={tmp_path / 'new' / 't.html'}"]) == 0
+    )
+    assert "averages" in capsys.readouterr().err
 
 
 def test_the_gate_is_trained_on_the_setting_of_the_run(place, tmp_path, monkeypatch):

@@ -278,9 +278,9 @@ def test_the_file_is_written(text_folder, tmp_path, capsys):
     assert {token["exit"] for token in data_of(text)["tokens"]} == {2}
 
 
-def test_an_empty_text_begins_with_bos(text_folder):
+def test_an_empty_text_begins_with_the_token_between_documents(text_folder):
     found = trace_of(str(text_folder), "", n_loops=1, device="cpu")
-    assert [token.text for token in found.tokens] == ["<256>"]
+    assert [token.text for token in found.tokens] == ["<257>"]
     assert "nan" not in page(found)
 
 
