@@ -309,8 +309,11 @@ def _engine_depth(rows: Mapping[str, Rows]) -> Made:
         form: [[numbers["mean_depth"], numbers[form + RATE]] for numbers, _ in found]
         for form in FORMS if form + RATE in found[0][0]
     }  # fmt: skip
-    gains = [gain for _, gain in found]
-    title = f"A batch of requests, 16 loops at most: {max(gains):.1f}x to {min(gains):.1f}x as fast"
+    ends = (
+        f"{gain:.1f}x at {numbers['mean_depth']:.0f} loops"
+        for numbers, gain in (found[0], found[-1])
+    )
+    title = f"The engine over full depth (16 loops): {', '.join(ends)}"
     return title, lines, _paint_engine_depth
 
 
