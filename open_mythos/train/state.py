@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from open_mythos.checks import is_int
 from open_mythos.devices import HostCopy
 from open_mythos.model.trace import LoopTrace
 
@@ -74,6 +75,19 @@ class TrainState:
     """Rollbacks to a checkpoint so far."""
     left_out: int = 0
     """Batches skipped by rollbacks; the data position is ahead of ``step`` by this many."""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any], step: int) -> TrainState:
+        """Return the progress in a checkpoint of step ``step``.
+
+        Raises:
+            ValueError: A number is unknown, negative, no integer, or of another step.
+        """
+        names = {each.name for each in fields(cls)}
+        counts = all(is_int(value) and value >= 0 for value in stored.values())
+        if not (counts and stored.keys() <= names and stored["step"] == step):
+            raise ValueError(f"progress {dict(stored)} of step {step}")
+        return cls(**stored)
 
     @property
     def data_step(self) -> int:

@@ -29,7 +29,7 @@ from open_mythos.train.build import Model
 from open_mythos.train.checkpoint.config_changes import reject_changes
 from open_mythos.train.checkpoint.find import checkpoints, find_checkpoint, read_state
 from open_mythos.train.checkpoint.manifest import as_json
-from open_mythos.train.checkpoint.restore import holds_file, load_checkpoint
+from open_mythos.train.checkpoint.restore import holds_file, load_checkpoint, state_read
 from open_mythos.train.checkpoint.saver import Saver
 from open_mythos.train.config import RunConfig
 from open_mythos.train.finite import DivergedError, spoilt
@@ -353,16 +353,18 @@ class Trainer:
         folder = self._saver().directory if source == "latest" else Path(source)
         path = first_decides(lambda: find_checkpoint(folder, strict))
         state = read_state(path)
-        reject_changes(state["config"], self.config.to_dict(), allow)
-        self.loader.load_state_dict(state["data"])
-        extra = self._extra() if holds_file(path, AVERAGE_FILE) else {}
-        load_checkpoint(path, self.model, self.optimizer, extra)
-        if self.stepper.average is not None and not extra:
-            self.stepper.average.restart()
-        self.monitor.load_state_dict(state["watch"])
-        self.stepper.scale.load_state_dict(state["loss_scale"])
-        self.validated = state["validated_depths"]
-        self.outcomes.restart(TrainState(**state["train"]))
+        with state_read(path):
+            progress = TrainState.of(state["train"], int(path.name.split(".")[0][5:]))
+            reject_changes(state["config"], self.config.to_dict(), allow)
+            self.loader.load_state_dict(state["data"])
+            extra = self._extra() if holds_file(path, AVERAGE_FILE) else {}
+            load_checkpoint(path, self.model, self.optimizer, extra)
+            if self.stepper.average is not None and not extra:
+                self.stepper.average.restart()
+            self.monitor.load_state_dict(state["watch"])
+            self.stepper.scale.load_state_dict(state["loss_scale"])
+            self.validated = state["validated_depths"]
+            self.outcomes.restart(progress)
 
     def _extra(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint beside weights and optimizer state, by file."""

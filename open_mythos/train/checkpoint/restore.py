@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
-from open_mythos.errors import DataError
+from open_mythos.errors import DataError, MythosError
 from open_mythos.hub.places import CONFIG_FILE
 from open_mythos.hub.pretrained import describe, model_tensors
 from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
+from open_mythos.run_folder import STATE_FILE
 from open_mythos.train.build import Model
 from open_mythos.train.checkpoint.find import read_state
 from open_mythos.train.checkpoint.manifest import read_json
@@ -52,6 +54,21 @@ def load_checkpoint(
         }
     )
     return read_state(folder)
+
+
+@contextmanager
+def state_read(path: Path) -> Iterator[None]:
+    """Raise DataError where the content of a checkpoint's ``state.json`` is not as written."""
+    try:
+        yield
+    except MythosError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise DataError(
+            "the state of the run is not as it was written", where=str(path / STATE_FILE),
+            value=f"{type(error).__name__}: {error}", allowed="what a run wrote",
+            fix="resume from another checkpoint",
+        ) from error  # fmt: skip
 
 
 def holds_file(path: Path, file: str) -> bool:
