@@ -51,9 +51,15 @@ _STEP = re.compile(r"step_(\d+)")
 
 
 def write_config(folder: Path, values: dict[str, Any]) -> None:
-    """Write the ``run.yaml`` of a run's folder."""
+    """Write the ``run.yaml`` of a run's folder; one that says the same keeps its comments."""
+    path = folder / CONFIG_FILE
+    try:
+        if not path.is_symlink() and path.is_file() and read_config(path) == values:
+            return
+    except DataError:
+        pass
     text = yaml.safe_dump(values, sort_keys=False)
-    write_text(folder / CONFIG_FILE, text)
+    write_text(path, text)
 
 
 def read_config(path: Path) -> dict[str, Any]:

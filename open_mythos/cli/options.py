@@ -21,6 +21,8 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise a ConfigError."""
         fix = f"see {self.prog} --help"
+        if "Union subtypes" in message and "list[" in message:
+            fix = "write a list as [1,2], in quotes: '[4]'"
         options = [s[2:] for a in self._actions for s in a.option_strings if s.startswith("--")]
         for pattern in (
             r"unrecognized arguments: --?([\w.]+)",

@@ -10,10 +10,7 @@ from open_mythos.tokenizer.byte_level import ByteTokenizer
 from open_mythos.tokenizer.files import is_path, read_config
 from open_mythos.tokenizer.hub import DEFAULT_MODEL_ID, MythosTokenizer
 from open_mythos.tokenizer.interface import Tokenizer
-from open_mythos.tokenizer.rust_backed import BPETokenizer
-
-MOST_IDS = 10_000_000
-"""Of a BPE that "bpe:N" trains: above it, the trainer allocates more than any machine has."""
+from open_mythos.tokenizer.rust_backed import MOST_IDS, BPETokenizer
 
 
 def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:

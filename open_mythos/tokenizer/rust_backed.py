@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_mythos.checks import check_count
-from open_mythos.errors import DataError
+from open_mythos.checks import check_count, is_int
+from open_mythos.errors import ConfigError, DataError
 from open_mythos.tokenizer.files import write_config, write_text
 from open_mythos.tokenizer.interface import SPECIALS, checked_text, id_list
 
@@ -24,6 +24,9 @@ _WORDS = (
 )
 # Text of the fingerprint: many scripts, white space, digits, emoji, control characters.
 _PROBE = "The quick brown fox,\n\t  it's 31415926 naïve Straße 東京 العربية हिन्दी 👩‍🔬 \x00<|eos|>"
+
+MOST_IDS = 10_000_000
+"""Of a BPE that "bpe:N" trains: above it, the trainer allocates more than any machine has."""
 
 
 class RustBacked:
@@ -161,6 +164,11 @@ class BPETokenizer(RustBacked):
             ConfigError: ``vocab_size`` is too small.
             DataError: A text is not a string or holds a lone surrogate.
         """
+        if is_int(vocab_size) and vocab_size > MOST_IDS:
+            raise ConfigError(
+                "no vocabulary could be so large", where="vocab_size", value=vocab_size,
+                allowed=f"at most {MOST_IDS:,}", fix="choose a smaller one",
+            )  # fmt: skip
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as RustTokenizer
 

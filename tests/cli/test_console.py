@@ -14,7 +14,7 @@ from open_mythos.cli import as_typed, main
 from open_mythos.cli.tables import new_console, new_table, show
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_, InternalError
 from open_mythos.files import read_object, read_text
-from open_mythos.run_folder import read_config
+from open_mythos.run_folder import read_config, write_config
 
 
 def test_without_arguments_it_is_help(capsys):
@@ -126,3 +126,18 @@ class TestReading:
         path.write_text("a: " + "x" * (1 << 20))
         with pytest.raises(DataError):
             read_config(path)
+
+    def test_comments_of_the_user_are_kept(self, tmp_path):
+        write_config(tmp_path, {"train": {"steps": 3}})
+        path = tmp_path / "run.yaml"
+        path.write_text("# mine\n" + path.read_text())
+        write_config(tmp_path, {"train": {"steps": 3}})
+        assert path.read_text().startswith("# mine")
+        write_config(tmp_path, {"train": {"steps": 4}})
+        assert read_config(path) == {"train": {"steps": 4}}
+
+
+def test_one_value_for_a_list_is_told_how_to_write_it(capsys):
+    assert main(["info", "nano", "--loops", "4"]) in (0, 2)
+    assert main(["generate", "x", "y", "--stop", "z"]) == 2
+    assert "write a list as" in capsys.readouterr().err

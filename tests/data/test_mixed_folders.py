@@ -10,7 +10,7 @@ import pytest
 from open_mythos.data import open_corpus, prepare, read_documents
 from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError, DataError, MythosError
-from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
 from open_mythos.tokenizer.loading import load_or_train
 
 
@@ -85,6 +85,11 @@ def test_overwriting_removes_nothing_but_shards(tmp_path):
 def test_a_vocabulary_that_nothing_could_hold(size):
     with pytest.raises(ConfigError, match="vocabulary size"):
         load_or_train(f"bpe:{size}", ["a"])
+
+
+def test_an_impossible_vocabulary_never_aborts_the_process():
+    with pytest.raises(ConfigError, match="so large"):
+        BPETokenizer.train(["abc"], 10**10)
 
 
 @pytest.mark.parametrize("name", ["mps", "xpu", "nonsense"])
