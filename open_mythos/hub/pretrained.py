@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import is_int, pick
 from open_mythos.config import MythosConfig
+from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.files import read_object, refuse_link, replacing, sync_to_disk, write_text
 from open_mythos.hub import transformers_format as outer
@@ -35,7 +36,9 @@ _KEYS = {"looped": {"format", "library", "architecture", "config"}}
 _KEYS["dense"] = {*_KEYS["looped"], "n_layers"}
 _WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _IN_SHARDS = "model/"
-_DTYPES = ("F32", "BF16", "F16", "F64")
+_FLOATS = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64
+}  # fmt: skip
 _MAX_CONFIG_BYTES = 1 << 20
 _UNSAVED = "the model cannot be saved"
 _SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrained"
@@ -109,8 +112,16 @@ def from_pretrained(
     Raises:
         DataError: A file is missing, corrupted or malicious, its tensors are not exactly those of
             the model (the first few differences are listed), or a value is not finite.
-        EnvironmentError_: The hub cannot be reached, or has no such model.
+        ConfigError: The device or the dtype is none.
+        EnvironmentError_: The hub cannot be reached, or has no such model or device.
     """
+    if isinstance(device, str):
+        device = resolve_device(device)
+    if dtype is not None and dtype not in _FLOATS.values():
+        raise ConfigError(
+            "not a dtype of weights", where="from_pretrained(dtype)", value=dtype,
+            allowed=", ".join(map(str, _FLOATS.values())), fix="pass dtype=torch.bfloat16",
+        )  # fmt: skip
     folder = model_directory(directory)
     if (folder / WEIGHTS_FILE).is_file():
         model, tensors = _read_files(folder, {WEIGHTS_FILE})
@@ -355,8 +366,8 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], pat
         shape, dtype = list(found[name].get_shape()), found[name].get_dtype()
         if shape != list(expected[name].shape):
             problems.append(f"{name} is {shape}, not {list(expected[name].shape)}")
-        if dtype not in _DTYPES:
-            problems.append(f"{name} is {dtype}, not {' or '.join(_DTYPES)}")
+        if dtype not in _FLOATS:
+            problems.append(f"{name} is {dtype}, not {' or '.join(_FLOATS)}")
     if len(problems) > 5:
         problems[5:] = [f"and {len(problems) - 5} more"]
     if problems:

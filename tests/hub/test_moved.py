@@ -144,3 +144,10 @@ def test_the_routers_bias_stays_in_float32(tmp_path, move):
     loaded = from_pretrained(tmp_path)
     assert torch.equal(loaded.recurrent.blocks[0].ffn.router_bias, bias)
     assert loaded.head.weight.dtype == model.head.weight.dtype
+
+
+@pytest.mark.parametrize("bad", [{"device": "gpu"}, {"dtype": "bf16"}, {"dtype": torch.int8}])
+def test_a_device_or_dtype_that_is_none_is_refused(tmp_path, bad):
+    save_pretrained(OpenMythos(small_config()), tmp_path)
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        from_pretrained(tmp_path, **bad)
