@@ -67,7 +67,7 @@ def model_directory(directory: str | Path) -> Path:
         EnvironmentError_: The hub cannot be reached, or has no such model.
     """
     folder = Path(directory)
-    if not folder.exists() and is_hub_id(directory):
+    if not folder.exists() and is_hub_id(directory) and not folder.parent.is_dir():
         return _download(str(directory))
     if not folder.is_dir():
         raise DataError(

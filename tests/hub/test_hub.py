@@ -335,3 +335,10 @@ def test_paths_are_never_taken_for_hub_names(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", never)
     with pytest.raises(DataError):
         from_pretrained(name)
+
+
+def test_a_mistyped_folder_beside_others_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no model there"):
+        from_pretrained("runs/typo")
