@@ -32,7 +32,7 @@ def train_act(run: RunConfig, ponder: float, bias: float) -> OpenMythos:
     """
     model = build_model(run)
     assert isinstance(model, OpenMythos)
-    gate = model.recurrent.halting.gate
+    gate = model.recurrent.halting.gate.requires_grad_(True)  # here, the loss trains it
     nn.init.zeros_(gate.weight)
     nn.init.constant_(gate.bias, bias)
     optimizer = build_optimizer(model, run.optim)

@@ -19,12 +19,12 @@ from open_mythos.train import loss as module
 @contextmanager
 def loss(trainer: Trainer, value: float) -> Iterator[None]:
     """Multiply the loss, and so its gradient, by ``value``."""
-    plain = module.linear_cross_entropy
+    plain = module.head_loss
 
     def injected(*args: Any, **options: Any) -> Any:
         return plain(*args, **options) * value
 
-    with patch.object(module, "linear_cross_entropy", injected):
+    with patch.object(module, "head_loss", injected):
         yield
 
 
