@@ -21,6 +21,7 @@ from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import AtLeast, exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import (
+    AVERAGE_FILE,
     CONFIG_FILE,
     GATE_FILE,
     PROVENANCE_FILE,
@@ -31,7 +32,7 @@ from open_mythos.run_folder import (
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.checkpoint.restore import holds_file
 from open_mythos.train.config import DataConfig, RunConfig
-from open_mythos.train.optimizers.ema import AVERAGE_FILE, averaged_model
+from open_mythos.train.optimizers.ema import averaged_model
 from open_mythos.train.text import (
     Source,
     prepared_folder,

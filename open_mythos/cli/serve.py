@@ -57,6 +57,7 @@ def serve(
     import asyncio
     import logging
     from pathlib import Path
+    from sys import stderr
 
     import open_mythos
     from open_mythos.checks import check_number
@@ -67,6 +68,7 @@ def serve(
     from open_mythos.inference.server.life import listen, serve_until_signal
     from open_mythos.inference.server.service import Service
     from open_mythos.inference.worker import MAX_WAITING
+    from open_mythos.run_folder import AVERAGE_FILE
     from open_mythos.tokenizer import load_tokenizer
 
     keys = Keys.read(api_key_file) if api_key_file else Keys([])
@@ -74,6 +76,8 @@ def serve(
     check_default(exit_rule)
     check_number("drain_seconds", drain_seconds, ge=0)
     folder = model_directory(checkpoint)
+    if (folder / AVERAGE_FILE).is_file():
+        print("weights: raw, as with generate --weights raw, not the run's averages", file=stderr)
     tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
     options = {
         "checkpoint": checkpoint, "device": device, "quantize": quantize, "tokenizer": tokenizer,

@@ -24,7 +24,7 @@ from open_mythos.distributed import over_ranks, rank, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.files import write_text
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
+from open_mythos.run_folder import AVERAGE_FILE, CHECKPOINTS_FOLDER, METRICS_FILE
 from open_mythos.train.build import Model
 from open_mythos.train.checkpoint.config_changes import reject_changes
 from open_mythos.train.checkpoint.find import checkpoints, find_checkpoint, read_state
@@ -45,7 +45,6 @@ from open_mythos.train.monitoring.metrics import (
 )
 from open_mythos.train.monitoring.monitor import Monitor
 from open_mythos.train.monitoring.validated import depth_record, depths_to_validate
-from open_mythos.train.optimizers.ema import AVERAGE_FILE
 from open_mythos.train.outcomes import Outcomes
 from open_mythos.train.parallel.process_group import first_decides, merge_over_ranks
 from open_mythos.train.signals import PreemptedError, StopRequest

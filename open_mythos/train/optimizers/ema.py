@@ -23,11 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 from open_mythos.errors import ConfigError, DataError, InternalError
 from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.hub.sharded_tensors import copy_part, read_tensors, stored_shapes
+from open_mythos.run_folder import AVERAGE_FILE
 from open_mythos.train.build import Model
 from open_mythos.train.optimizers.muon import local
 
-AVERAGE_FILE = "average.safetensors"
-"""File of the averages in a checkpoint."""
 UPDATES = "updates"
 """Key of the number of updates, next to the names of the weights."""
 
