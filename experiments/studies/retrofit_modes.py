@@ -14,9 +14,9 @@ middle.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,9 +35,8 @@ from experiments.figure import MUTED, lines, log2_ticks, panels
 from experiments.listing import markdown_table
 from experiments.studies.common import ROOT, Study, load
 from open_mythos import OpenMythos
-from open_mythos.cli import main as command
-from open_mythos.cli.retrofit import CHECK_TOKENS
 from open_mythos.hub.pretrained import from_pretrained
+from open_mythos.interop.check import CHECK_TOKENS
 from open_mythos.interop.retrofit import MODES
 from open_mythos.tokenizer import load_tokenizer
 
@@ -78,10 +77,10 @@ def retrofitted(source: Path, split: Sequence[int], mode: str, out: Path, text: 
     """Run the command; return what it prints as JSON."""
     parts = zip(("--prelude", "--loop", "--coda"), map(str, split), strict=True)
     words = ["retrofit", str(source), str(out), *(word for pair in parts for word in pair)]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert command([*words, "--mode", mode, "--check", str(text), "--json"]) == 0
-    return json.loads(printed.getvalue().splitlines()[-1])
+    words += ["--mode", mode, "--check", str(text), "--json"]
+    command = [sys.executable, "-m", "open_mythos", *words]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(printed.splitlines()[-1])
 
 
 @torch.no_grad()

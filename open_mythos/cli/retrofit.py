@@ -8,9 +8,6 @@ if TYPE_CHECKING:
     from open_mythos.interop.check import TextCheck
     from open_mythos.interop.retrofit import Difference, Split
 
-CHECK_TOKENS = 1024
-"""Tokens of ``--check`` at most."""
-
 
 def retrofit(
     model: str,
@@ -63,7 +60,7 @@ def retrofit(
     from open_mythos.devices import resolve_dtype
     from open_mythos.hub.pretrained import save_pretrained
     from open_mythos.interop import retrofit as core
-    from open_mythos.interop.check import check_text
+    from open_mythos.interop.check import CHECK_TOKENS, check_text
     from open_mythos.interop.dense import from_transformers
     from open_mythos.interop.dense_source import read_dense
     from open_mythos.interop.healing import record_of, write_folder

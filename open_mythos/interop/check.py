@@ -17,6 +17,8 @@ from open_mythos.model.mythos import OpenMythos
 from open_mythos.tokenizer import Tokenizer
 
 DEPTHS = (1, 2, 4, 8)
+CHECK_TOKENS = 1024
+"""Tokens of ``retrofit --check`` at most."""
 
 
 @dataclass(frozen=True)

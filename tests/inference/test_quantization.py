@@ -171,12 +171,14 @@ def test_a_rejected_call_changes_nothing(case):
     arguments, options, said = REFUSED[case]
     model = built()
     before = copy.deepcopy(model.state_dict())
+    trained = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(ConfigError, match=said):
         quantize(model, *arguments, **options)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    assert any(trained)
 
 
 def test_weights_that_cannot_be_rounded_are_named():

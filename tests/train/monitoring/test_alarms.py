@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from experiments.tasks import PermHop
 from open_mythos import MythosConfig, OpenMythos
 from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig, Trainer, build_model
+from open_mythos.train.finite import DivergedError
 from open_mythos.train.loop_summary import LoopSummary
 from open_mythos.train.monitoring.alarms import (
     REMEDIES,
@@ -72,8 +74,8 @@ class Alarms:
             self.losses.append(metrics["loss"])
 
 
-def trained(cfg, steps, *, batch=32, at=None, act=None, **train):
-    """Alarms and trainer of a run."""
+def trained(cfg, steps, *, batch=32, at=None, act=None, diverges=False, **train):
+    """Alarms and trainer of a run; one whose weights are not finite in the end says so."""
     options = {
         "steps": steps, "seq_len": 16, "global_batch": batch, "warmup_steps": 0,
         "schedule": "constant", "log_every": 1, "balance_speed": 1e-2, "device": "cpu",
@@ -84,7 +86,8 @@ def trained(cfg, steps, *, batch=32, at=None, act=None, **train):
     )  # fmt: skip
     alarms, loader = Alarms(), Programs(batch, at, act)
     trainer = loader.trainer = Trainer(build_model(run), loader, run, loggers=[alarms])
-    trainer.fit()
+    with pytest.raises(DivergedError) if diverges else nullcontext():
+        trainer.fit()
     return alarms, trainer
 
 
@@ -146,7 +149,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named_within_ten_logged_steps(name):
     cfg, plant, loop = FAULTS[name]
-    alarms, _ = trained(cfg, 15, at=5, act=plant)
+    alarms, _ = trained(cfg, 15, at=5, act=plant, diverges=name == "not_finite")
     (alarm,) = alarms.raised
     assert alarm["name"] == name
     assert 5 < alarm["step"] <= 15
@@ -166,7 +169,9 @@ def test_uneven_experts_are_named_after_two_hundred_steps():
 
 def test_a_step_that_is_not_logged_and_not_finite_is_looked_at():
     """Its outcome is read one step late."""
-    alarms, trainer = trained(ADAPTED, 15, at=5, act=nan_in_the_third_loop, log_every=12)
+    alarms, trainer = trained(
+        ADAPTED, 15, at=5, act=nan_in_the_third_loop, log_every=12, diverges=True
+    )
     assert [(each["name"], each["step"]) for each in alarms.raised] == [("not_finite", 6)]
     assert trainer.state.skips == 10
 
