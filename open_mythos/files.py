@@ -168,8 +168,8 @@ def refuse_link(path: Path, what: str = "the file cannot be written") -> None:
         )  # fmt: skip
 
 
-def check_new_folder(out: str | Path) -> Path:
-    """Return a folder to write, which is new or empty.
+def check_new_folder(out: str | Path, where: str = "out") -> Path:
+    """Return a folder to write, which is new or empty; ``where`` names it in the error.
 
     Raises:
         ConfigError: It holds something, or is a file.
@@ -177,7 +177,7 @@ def check_new_folder(out: str | Path) -> Path:
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
-            "the folder is not empty", where="out", value=str(out),
+            "the folder is not empty", where=where, value=str(out),
             allowed="a folder that is new or empty", fix="name another one",
         )  # fmt: skip
     return folder

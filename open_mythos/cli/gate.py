@@ -44,7 +44,6 @@ def train_gate(
     """
     import json
     from dataclasses import asdict
-    from pathlib import Path
 
     from open_mythos.cli.run_data import (
         copy_run_files,
@@ -55,7 +54,7 @@ def train_gate(
     )
     from open_mythos.cli.tables import gate_table, new_console, show
     from open_mythos.devices import training_dtype
-    from open_mythos.files import write_text
+    from open_mythos.files import check_new_folder, write_text
     from open_mythos.hub.pretrained import save_pretrained
     from open_mythos.model.mythos import OpenMythos
     from open_mythos.run_folder import GATE_FILE
@@ -66,12 +65,7 @@ def train_gate(
         seed=seed,
     )  # fmt: skip
     config.validate()
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            "the folder is not empty", where="--out", value=out,
-            allowed="a folder that is new or empty", fix="name another one",
-        )  # fmt: skip
+    folder = check_new_folder(out, "--out")
     model, weights = stored_model(checkpoint, device, weights=weights)
     say_weights(weights)
     if not isinstance(model, OpenMythos):

@@ -58,6 +58,7 @@ def retrofit(
     from open_mythos.checks import check_count
     from open_mythos.cli.tables import new_console, show
     from open_mythos.devices import resolve_dtype
+    from open_mythos.files import check_new_folder
     from open_mythos.hub.pretrained import save_pretrained
     from open_mythos.interop import retrofit as core
     from open_mythos.interop.check import CHECK_TOKENS, check_text
@@ -67,6 +68,9 @@ def retrofit(
 
     stored = resolve_dtype(dtype)
     check_count("--heal-steps", heal_steps, 2)
+    folder = check_new_folder(out)
+    if dense:
+        check_new_folder(dense, "--dense")
     source = read_dense(model, gguf)
     before = from_transformers(source.model)
     split = core.default_split(before.n_layers, prelude, loop, coda, loop_from, drop)
@@ -85,7 +89,7 @@ def retrofit(
     teacher = dense or ("" if split.dropped else out)
     looped.to(stored)
     template = source.chat_template
-    write_folder(Path(out), looped, source.tokenizer, record, teacher, template, heal_steps)
+    write_folder(folder, looped, source.tokenizer, record, teacher, template, heal_steps)
     if json:
         content: dict[str, Any] = record | {"difference": asdict(difference)}
         print(json_format.dumps(content | ({"check": asdict(text)} if text else {})))

@@ -216,6 +216,14 @@ def test_the_table_of_the_command(folder, tmp_path, capsys):
     assert "--train.teacher" not in (tmp_path / "out" / "heal.yaml").read_text()
 
 
+def test_a_folder_that_holds_something_is_left_alone(folder, tmp_path, capsys):
+    (tmp_path / "mine").write_text("kept")
+    for options in ([str(tmp_path)], [str(tmp_path / "out"), "--dense", str(tmp_path)]):
+        assert main(["retrofit", str(folder), *options]) == 2
+        assert "the folder is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_heal_yaml_is_the_recipe(dense, tmp_path):
     cfg = retrofit(dense, SPLIT).cfg
     run = healing_run(cfg, "folder", steps=400)
