@@ -119,14 +119,13 @@ def measure(out: Path, console: Console) -> dict[str, Any]:
         text = Path(work) / "text.txt"
         text.write_text(topics[TOPIC], encoding="utf-8")
         for split in SPLITS:
-            folder = Path(work) / "-".join(map(str, split))
             for mode in [*MODES, *OTHERS]:
                 if (split, mode) in done:
                     continue
-                if mode in MODES or not folder.exists():
-                    run = retrofitted(
-                        model_file(), split, mode if mode in MODES else "convex", folder, text
-                    )
+                kind = mode if mode in MODES else "convex"
+                folder = Path(work) / "-".join(map(str, (*split, kind)))
+                if not folder.exists():
+                    run = retrofitted(model_file(), split, kind, folder, text)
                     found |= {"dense": run["check"]["dense"], "tokens": run["check"]["tokens"]}
                 if mode in MODES:
                     losses = [run["check"]["losses"][str(n)] for n in DEPTHS]

@@ -12,6 +12,7 @@ from experiments.studies.retrofit_modes import MODES, OTHERS, STUDY, main, markd
 PAGE = ROOT / "docs" / "retrofit.md"
 
 
+@pytest.mark.slow  # the command, several times
 def test_it_runs_and_every_row_starts_from_the_dense_model(tmp_path, monkeypatch, capsys):
     folder, out = tmp_path / "hf", tmp_path / "found.json"
     dense_model("llama, tied").save_pretrained(folder)
