@@ -53,7 +53,6 @@ def retrofit(
     """
     import json as json_format
     from dataclasses import asdict
-    from pathlib import Path
 
     from open_mythos.checks import check_count
     from open_mythos.cli.tables import new_console, show
@@ -83,9 +82,7 @@ def retrofit(
     facts = source.name, family, source.gguf_sha256
     record = record_of(*facts, split, mode, decay, source.licence)
     if dense:
-        save_pretrained(before.to(stored), dense)
-        if source.tokenizer is not None:
-            source.tokenizer.save(Path(dense) / "tokenizer")
+        save_pretrained(before.to(stored), dense, tokenizer=source.tokenizer)
     teacher = dense or ("" if split.dropped else out)
     looped.to(stored)
     template = source.chat_template

@@ -91,7 +91,7 @@ def evaluate_tasks(
     for depth in counts:
         adapter = HarnessModel(model, tokenizer, depth, batch)
         found = simple_evaluate(
-            adapter, tasks=list(names), task_manager=manager, num_fewshot=fewshot, limit=limit,
+            adapter, tasks=names, task_manager=manager, num_fewshot=fewshot, limit=limit,
             log_samples=False, bootstrap_iters=1000,
         )  # fmt: skip
         assert found is not None, "one process"
@@ -117,7 +117,6 @@ class HarnessModel(TemplateLM):
         self.batch = check_count("batch", batch)
         self.max_length = model.cfg.max_seq_len
         self._device = model.final_norm.weight.device
-        self._max_loops = depth
 
     @property
     def eot_token_id(self) -> int:
@@ -202,31 +201,30 @@ class HarnessModel(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        engine = Engine(self.model, slots=self.batch, max_loops=self._max_loops)
+        engine = Engine(self.model, slots=self.batch, max_loops=self.depth.n_loops)
         for members in groups.values():
-            params, depth = self._settings(requests[members[0]].args[1])
+            params = self._params(requests[members[0]].args[1])
             room = self.max_length - params.max_new_tokens
             prompts = [
                 (self.tok_encode(requests[i].args[0]) or [self.prefix_token_id])[-room:]
                 for i in members
             ]
-            done = engine.generate(prompts, params, depth, tokenizer=self.tokens)
+            done = engine.generate(prompts, params, self.depth, tokenizer=self.tokens)
             for i, completion in zip(members, done, strict=True):
                 texts[i] = completion.text or ""
         return texts
 
-    def _settings(self, given: dict[str, Any]) -> tuple[SamplingParams, Depth]:
+    def _params(self, given: dict[str, Any]) -> SamplingParams:
         """Return what the harness's settings of generation mean."""
         until = given.get("until") or ()
         stop = (until,) if isinstance(until, str) else tuple(each for each in until if each)
         sample = bool(given.get("do_sample", given.get("temperature", 0.0) > 0))
         most = int(given.get("max_gen_toks", given.get("max_new_tokens", 256)))
-        params = SamplingParams(
+        return SamplingParams(
             min(most, self.max_length - 1), float(given.get("temperature", 1.0)) if sample else 0.0,
             None, float(given.get("top_p", 1.0)), stop=stop, eos_token_id=self.tokens.eos_id,
             seed=0,
         )  # fmt: skip
-        return params, self.depth
 
 
 def _is_file(task: str) -> bool:

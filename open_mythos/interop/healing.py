@@ -13,7 +13,7 @@ from open_mythos.files import write_text
 from open_mythos.hub.pretrained import save_pretrained
 from open_mythos.interop.retrofit import Split
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import RETROFIT_FILE, TEMPLATE_FILE, TOKENIZER_FOLDER
+from open_mythos.run_folder import RETROFIT_FILE, TEMPLATE_FILE
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.config import DepthConfig, OptimConfig, RunConfig, TrainConfig
 
@@ -66,9 +66,7 @@ def write_folder(
         chat_template: Of the dense model; the server uses it.
         steps: Of the healing; ramps and decay are shares of them.
     """
-    save_pretrained(model, folder)
-    if tokenizer is not None:
-        tokenizer.save(folder / TOKENIZER_FOLDER)
+    save_pretrained(model, folder, tokenizer=tokenizer)
     if chat_template:
         write_text(folder / TEMPLATE_FILE, chat_template)
     text = json.dumps(record, indent=2) + "\n"

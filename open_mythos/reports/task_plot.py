@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.evaluation.harness import TaskRow
+from open_mythos.files import replacing
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Distinguishable without colour vision (Okabe and Ito, 2008)."""
@@ -73,4 +74,5 @@ def plot_tasks(rows: Sequence[TaskRow], path: str) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.3)
         panel.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with replacing(Path(path), "the picture cannot be written") as new:
+        figure.savefig(new, dpi=150, format=Path(path).suffix[1:])

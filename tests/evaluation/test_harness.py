@@ -168,9 +168,9 @@ def test_settings_of_generation(model):
     request = SimpleNamespace(
         args=("ab", {"until": ["c", ""], "temperature": 0.5, "do_sample": True})
     )
-    params, _ = adapter._settings(request.args[1])
+    params = adapter._params(request.args[1])
     assert (params.temperature, tuple(params.stop)) == (0.5, ("c",))
-    greedy, _ = adapter._settings({"do_sample": False, "temperature": 0.9})
+    greedy = adapter._params({"do_sample": False, "temperature": 0.9})
     assert greedy.temperature == 0
     assert len(adapter.generate_until([request, request])) == 2
 
