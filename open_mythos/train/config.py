@@ -11,7 +11,7 @@ from open_mythos.checks import check_fields, is_int, one_of, reject, unknown_key
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 
-DEPTH_PLAN_NAMES = ("fixed", "uniform", "poisson", "lognormal_poisson")
+DEPTH_PLAN_NAMES = ("fixed", "uniform", "poisson", "lognormal_poisson", "mixed")
 SCHEDULE_NAMES = ("cosine", "wsd", "constant")
 DECAY_SHAPES = ("linear", "sqrt")
 CURRICULUM_SHAPES = ("linear", "sqrt")
@@ -33,9 +33,13 @@ class DepthConfig(_Section):
 
     plan: str = one_of("poisson", DEPTH_PLAN_NAMES)
     """"fixed": always ``mean``; "uniform": ``low`` .. ``high``; "poisson": Poisson(mean), at least
-    1; "lognormal_poisson": the heavy tail of Huginn (arXiv 2502.05171), of mean ``mean`` + 1."""
+    1; "lognormal_poisson": the heavy tail of Huginn (arXiv 2502.05171), of mean ``mean`` + 1;
+    "mixed": ``mean``, or uniform in 1 .. 2 ``mean`` for ``mixed_share`` of the sequences, which
+    keeps most of the quality of "fixed" at ``mean`` and works at other depths."""
     mean: float = within(8.0, ge=1, le=1024)
-    """Mean depth; a whole number for "fixed"; not used by "uniform"."""
+    """Mean depth; a whole number for "fixed" and "mixed"; not used by "uniform"."""
+    mixed_share: float = within(0.25, ge=0, le=1)
+    """Fraction of the sequences of "mixed", in [0, 1], whose depth is not ``mean``."""
     low: int = within(1, ge=1)
     """Smallest depth of "uniform"."""
     high: int = within(8, ge=1)
@@ -64,7 +68,8 @@ class DepthConfig(_Section):
         loops of long steps."""
         if self.plan == "uniform":
             return (self.low + self.high) / 2
-        return self.mean + 1 if self.plan == "lognormal_poisson" else self.mean
+        further = {"lognormal_poisson": 1.0, "mixed": self.mixed_share / 2}
+        return self.mean + further.get(self.plan, 0.0)
 
     @property
     def expected_further(self) -> float:
@@ -78,8 +83,8 @@ class DepthConfig(_Section):
         super().validate()
         if self.high < self.low:
             reject("depth", self, "high", f"an integer >= low ({self.low})")
-        if self.plan == "fixed" and self.mean != int(self.mean):
-            reject("depth", self, "mean", 'a whole number with plan "fixed"')
+        if self.plan in ("fixed", "mixed") and self.mean != int(self.mean):
+            reject("depth", self, "mean", f'a whole number with plan "{self.plan}"')
         if self.plan == "uniform" and self.curriculum_steps:
             reject("depth", self, "curriculum_steps", '0 with plan "uniform", which has no mean')
 

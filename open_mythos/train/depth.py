@@ -38,11 +38,20 @@ def _lognormal_poisson(config: DepthConfig, mean: float, rng: np.random.Generato
     return int(rng.poisson(np.exp(tau))) + 1
 
 
+def _mixed(config: DepthConfig, mean: float, rng: np.random.Generator) -> int:
+    """The mean, and for a share of the sequences 1 .. 2 mean; a curriculum rounds the mean."""
+    depth = round(mean)
+    if rng.random() >= config.mixed_share:
+        return depth
+    return int(rng.integers(1, 2 * depth, endpoint=True))
+
+
 DEPTH_PLANS: dict[str, Callable[[DepthConfig, float, np.random.Generator], int]] = {
     "fixed": _fixed,
     "uniform": _uniform,
     "poisson": _poisson,
     "lognormal_poisson": _lognormal_poisson,
+    "mixed": _mixed,
 }
 """Plan name -> ``draw(config, mean of this step, generator of this sample)``."""
 

@@ -58,6 +58,24 @@ def test_lognormal_poisson_without_spread_is_poisson_plus_one():
     assert_moments(draw(plan="lognormal_poisson", mean=5.0, sigma=0.0), 6, 5)
 
 
+def test_mixed():
+    # 3 in 4 at 6; 1 in 4 uniform in 1 .. 12, of mean 6.5 and variance 143 / 12
+    x = draw(plan="mixed", mean=6.0)
+    assert (x.min(), x.max()) == (1, 12)
+    assert_moments(x, 6 + 0.125, 0.25 * (143 / 12 + 0.25) - 0.125**2)
+    assert abs((x == 6).double().mean() - (0.75 + 0.25 / 12)) < 0.02
+    assert DepthConfig(plan="mixed", mean=6.0).expected == 6.125
+
+
+def test_mixed_without_a_share_is_fixed():
+    assert (draw(plan="mixed", mean=6.0, mixed_share=0.0, n=100) == 6).all()
+
+
+def test_a_curriculum_of_mixed_grows_its_range():
+    x = draw(plan="mixed", mean=9.0, mixed_share=1.0, curriculum_steps=8, step=2, n=1000)  # mean 3
+    assert (x.min(), x.max()) == (1, 6)
+
+
 @pytest.mark.parametrize("plan", DEPTH_PLAN_NAMES)
 def test_max_loops(plan):
     free, capped = draw(plan=plan, mean=4.0, n=300), draw(plan=plan, mean=4.0, n=300, max_loops=3)
@@ -77,7 +95,7 @@ def test_does_not_depend_on_the_batch(plan, seed, step, data):
     assert together.tolist() == [depth.depths(step, [sample]).item() for sample in samples]
 
 
-@pytest.mark.parametrize("plan", ["uniform", "poisson", "lognormal_poisson"])
+@pytest.mark.parametrize("plan", ["uniform", "poisson", "lognormal_poisson", "mixed"])
 def test_seed_step_and_sample_all_matter(plan):
     base = draw(plan=plan, mean=8.0, n=200)
     assert not torch.equal(base, draw(plan=plan, mean=8.0, n=200, seed=1))

@@ -1,0 +1,226 @@
+"""Text: what makes loops pay on text, one change at a time?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
+from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
+from experiments.spread import by_arm, columns, each, mean_std, minus, over_seeds, shown
+from experiments.text import Sizes, train
+from experiments.text_recipe.variants import changed
+
+LOOPS, DOUBLE = 4, 8
+BLOCKS = 2
+STEPS = 800
+EVALUATED = (1, 2, 3, LOOPS, 6, DOUBLE, 16)
+AHEAD, BEYOND = 0.03, 0.02
+RECIPE, DENSE = "mixed", "dense"
+RATES = (1e-2, 2e-2, 4e-2)
+RATE = RATES[1]
+BITS = 1.4426950408889634
+"""Bits of one nat."""
+
+CLAIM = Claim.read(__file__, vars())
+_SIZES = Sizes(
+    train={"steps": STEPS, "seq_len": 128, "warmup_steps": STEPS // 10, "global_batch": 16},
+    widths={"cpu": (64, 4), "gpu": (512, 8), QUICK: (32, 4)},
+    val_windows=512, gpu_seq_len=512, quick_steps=3,
+)  # fmt: skip
+_MIXED = {"plan": "mixed", "mean": LOOPS}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "fixed": {"depth": {"plan": "fixed", "mean": LOOPS}},
+    "poisson": {"depth": {"plan": "poisson", "mean": LOOPS}},
+    "every loop": {"depth": {"plan": "uniform", "low": 1, "high": LOOPS}},
+    "grown": {"depth": _MIXED | {"curriculum_steps": STEPS // 2}},
+    "adamw": {"optimizer": "adamw", "lr": 1e-2},
+    "gains": {"change": "gains"},
+    "orthogonal": {"change": "orthogonal"},
+    "selective": {"change": "selective"},
+    "2 lanes": {"change": "2 lanes"},
+    "4 lanes": {"change": "4 lanes"},
+    "8 loops": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}},
+    "8 loops, gains": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}, "change": "gains"},
+    "dense, 4x blocks": {"architecture": "dense", "n_layers": BLOCKS * LOOPS},
+    "dense, 4x steps": {"architecture": "dense", "steps": LOOPS},
+    "dense, adamw": {"architecture": "dense", "optimizer": "adamw", "lr": 1e-2},
+}
+"""Arm -> what differs from the recipe at its middle learning rate."""
+
+
+def cells(scale: str) -> list[Cell]:
+    """Return every arm with three seeds, one seed after the other."""
+    if scale == QUICK:
+        return sweep({"gains": _settings(scale, "gains", change="gains")}, [0])
+    arms: dict[str, dict[str, Any]] = {}
+    for width in (1, 2):
+        for lr in RATES:
+            arms[_name(RECIPE, width, lr)] = _settings(scale, RECIPE, width=width, lr=lr)
+            arms[_name(DENSE, width, lr)] = _settings(
+                scale, DENSE, width=width, lr=lr, architecture="dense"
+            )
+        if width == 1:
+            arms |= {arm: _settings(scale, arm, **change) for arm, change in _CHANGES.items()}
+    return sorted(sweep(arms), key=lambda cell: cell.seed)
+
+
+def _name(arm: str, width: int, lr: float) -> str:
+    return f"{arm}{', wide' if width > 1 else ''}, lr {lr:g}"
+
+
+def _settings(
+    scale: str,
+    arm: str,
+    *,
+    width: int = 1,
+    lr: float = RATE,
+    loops: int = LOOPS,
+    depth: dict[str, Any] = _MIXED,
+    architecture: str = "looped",
+    optimizer: str = "muon",
+    steps: int = 1,
+    change: str = "",
+    n_layers: int | None = None,
+) -> dict[str, Any]:
+    dim = width * _SIZES.widths[scale][0]
+    settings = _SIZES.settings(
+        scale, lr=lr, depth=depth, architecture=architecture,
+        model={"dim": dim, "ffn_dim": 2 * dim, "max_loop_iters": loops, "prelude_layers": 0,
+               "recurrent_layers": BLOCKS, "coda_layers": 0},
+    )  # fmt: skip
+    settings["run"]["optim"]["name"] = optimizer
+    settings["run"]["train"]["steps"] *= steps
+    return (
+        settings
+        | {"arm": arm, "width": width, "lr": lr, "change": change}
+        | ({} if n_layers is None else {"n_layers": n_layers})
+    )
+
+
+def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
+    """Train one model and measure bits per byte at every depth; a dense model has one."""
+    trained = train(cell, place, changed(cell.settings["change"]))
+    looped = trained.run.architecture == "looped"
+    losses = trained.losses(list(EVALUATED) if looped else [1])
+    return trained.costs() | {"bits": [BITS * loss for loss in losses]}
+
+
+def at(loops: int = LOOPS) -> Any:
+    """Return the metric of the bits at ``loops``; a dense model has one."""
+
+    def bits(record: Record) -> float:
+        found: list[float] = record.figures["bits"]
+        return found[EVALUATED.index(loops)] if len(found) > 1 else found[0]
+
+    return bits
+
+
+def trained_depth(record: Record) -> int:
+    """Return the number of loops that the arm is trained at."""
+    return int(record.settings["run"]["model"]["max_loop_iters"])
+
+
+def _bits(records: Sequence[Record]) -> list[float]:
+    return [at(trained_depth(record))(record) for record in records]
+
+
+def _best(arms: dict[str, list[Record]], arm: str, width: int) -> list[Record]:
+    """Return the records of an arm at its best learning rate."""
+    found = [arms[name] for lr in RATES if (name := _name(arm, width, lr)) in arms]
+    return min(found, key=lambda records: mean_std(_bits(records))[0])
+
+
+def summarise(records: Sequence[Record]) -> Summary:
+    """Compare the recipe with dense models at both widths, and every change with the recipe."""
+    arms = by_arm(records)
+    sides = {w: (_best(arms, RECIPE, w), _best(arms, DENSE, w)) for w in (1, 2)}
+    gains = {w: minus(_bits(dense), _bits(ours)) for w, (ours, dense) in sides.items()}
+    shares = {w: gains[w][0] / mean_std(_bits(dense))[0] for w, (_, dense) in sides.items()}
+    falls = all(_falls(ours) for ours, _ in sides.values())
+    beyond = {
+        w: over_seeds(ours, at(DOUBLE))[0] / over_seeds(ours, at())[0] - 1
+        for w, (ours, _) in sides.items()
+    }
+    better, worse = _changes(arms, sides[1][0])
+    flops = {arm: minus(_bits(arms[arm]), _bits(sides[1][0])) for arm in _FLOPS}
+    return Summary(
+        verdict(
+            min(shares.values()) >= AHEAD and falls and max(beyond.values()) <= BEYOND,
+            all(gain[0] > gain[1] for gain in gains.values()),
+        ),
+        f"At equal parameters and data the recipe needs {shares[1]:.1%} fewer bits per byte at "
+        f"width 64 ({shown(gains[1])}) and {shares[2]:.1%} fewer at width 128 ({shown(gains[2])}). "
+        f"{'Every' if falls else 'Not every'} loop up to {LOOPS} lowers its loss; {DOUBLE} loops "
+        f"cost {beyond[1]:+.1%} and {beyond[2]:+.1%}. At equal training FLOPs a dense model of "
+        f"{LOOPS} times the blocks is {shown(flops[_FLOPS[0]])} from it, one trained for {LOOPS} "
+        f"times the steps {shown(flops[_FLOPS[1]])}. Changes that lower its loss by more than one "
+        f"deviation: {better or 'none'}; that raise it: {worse or 'none'}.",
+        f"-{shares[1]:.1%} and -{shares[2]:.1%} bits at equal parameters; equal FLOPs "
+        f"{flops[_FLOPS[1]][0]:+.3f}",
+        ("arm", "seeds", "parameters", "training FLOPs", "time",
+         *(f"{n} loops" for n in EVALUATED), "from the recipe"),
+        [_row(name, found, sides[1][0]) for name, found in arms.items()],
+        {"loops": list(EVALUATED),
+         "curves": {"width 64": columns(r.figures["bits"] for r in sides[1][0]),
+                    "width 128": columns(r.figures["bits"] for r in sides[2][0])},
+         "dense": {"width 64": mean_std(_bits(sides[1][1]))[0],
+                   "width 128": mean_std(_bits(sides[2][1]))[0]},
+         "changes": {name: minus(_bits(arms[name]), _bits(sides[1][0]))
+                     for name in _CHANGES if name in arms}},
+    )  # fmt: skip
+
+
+_FLOPS = ("dense, 4x blocks", "dense, 4x steps")
+
+
+def _falls(records: Sequence[Record]) -> bool:
+    middle = columns(record.figures["bits"] for record in records)[: EVALUATED.index(LOOPS) + 1]
+    return all(later < earlier for earlier, later in pairwise(middle))
+
+
+def _changes(arms: dict[str, list[Record]], recipe: Sequence[Record]) -> tuple[str, str]:
+    """Name the looped arms that are better, and worse, than the recipe beyond the spread."""
+    better, worse = list[str](), list[str]()
+    for name in _CHANGES:
+        if name.startswith("dense"):
+            continue
+        middle, spread = minus(_bits(arms[name]), _bits(recipe))
+        if abs(middle) > spread:
+            (better if middle < 0 else worse).append(f"{name} ({middle:+.4f})")
+    return ", ".join(better), ", ".join(worse)
+
+
+def plot(summary: Summary, path: Path) -> None:
+    """Plot the recipe over loops beside the dense models, and every change."""
+    data = summary.data
+    with panels(path, 2) as (depth, changes):
+        lines(depth, data["loops"], data["curves"], label="looped, {}")
+        for (name, bits), colour in zip(data["dense"].items(), COLOURS, strict=False):
+            depth.axhline(bits, color=colour, ls="--", label=f"dense, {name}")
+        depth.legend(fontsize=8)
+        log2_ticks(depth, data["loops"])
+        depth.set(title="Same weights, more loops", xlabel="loops", ylabel="bits per byte")
+        names = list(data["changes"])[::-1]
+        middles, spreads = zip(*(data["changes"][name] for name in names), strict=True)
+        colours = [COLOURS[1] if name.startswith("dense") else COLOURS[0] for name in names]
+        changes.barh(names, middles, xerr=spreads, color=colours)
+        changes.axvline(0, color=MUTED)
+        changes.set(title="One change each", xlabel="bits per byte from the recipe (left: better)")
+
+
+def _row(name: str, found: Sequence[Record], recipe: Sequence[Record]) -> tuple[str, ...]:
+    first = found[0].figures
+    time = (
+        mean_std(each(found, lambda r: r.seconds))[0]
+        / mean_std(each(recipe, lambda r: r.seconds))[0]
+    )
+    bits = [f"{value:.3f}" for value in columns(r.figures["bits"] for r in found)]
+    bits += ["-"] * (len(EVALUATED) - len(bits))
+    apart = shown(minus(_bits(found), _bits(recipe))) if len(found) == len(recipe) else "-"
+    return (
+        name, str(len(found)), f"{first['parameters']:,}", f"{first['training_flops']:.1e}",
+        f"{time:.1f}x", *bits, apart if found[0].settings["width"] == 1 else "-",
+    )  # fmt: skip
