@@ -9,7 +9,9 @@ import torch
 
 
 def cores() -> int:
-    """Return the number of CPU cores."""
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
