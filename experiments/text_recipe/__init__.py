@@ -34,19 +34,19 @@ _MIXED = {"plan": "mixed", "mean": LOOPS}
 _CHANGES: dict[str, dict[str, Any]] = {
     "fixed": {"depth": {"plan": "fixed", "mean": LOOPS}},
     "poisson": {"depth": {"plan": "poisson", "mean": LOOPS}},
-    "every loop": {"depth": {"plan": "uniform", "low": 1, "high": LOOPS}},
+    "every-loop": {"depth": {"plan": "uniform", "low": 1, "high": LOOPS}},
     "grown": {"depth": _MIXED | {"curriculum_steps": STEPS // 2}},
     "adamw": {"optimizer": "adamw", "lr": 1e-2},
     "gains": {"change": "gains"},
     "orthogonal": {"change": "orthogonal"},
     "selective": {"change": "selective"},
-    "2 lanes": {"change": "2 lanes"},
-    "4 lanes": {"change": "4 lanes"},
-    "8 loops": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}},
-    "8 loops, gains": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}, "change": "gains"},
-    "dense, 4x blocks": {"architecture": "dense", "n_layers": BLOCKS * LOOPS},
-    "dense, 4x steps": {"architecture": "dense", "steps": LOOPS},
-    "dense, adamw": {"architecture": "dense", "optimizer": "adamw", "lr": 1e-2},
+    "2-lanes": {"change": "2 lanes"},
+    "4-lanes": {"change": "4 lanes"},
+    "8-loops": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}},
+    "8-loops-gains": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}, "change": "gains"},
+    "dense-4x-blocks": {"architecture": "dense", "n_layers": BLOCKS * LOOPS},
+    "dense-4x-steps": {"architecture": "dense", "steps": LOOPS},
+    "dense-adamw": {"architecture": "dense", "optimizer": "adamw", "lr": 1e-2},
 }
 """Arm -> what differs from the recipe at its middle learning rate."""
 
@@ -68,7 +68,7 @@ def cells(scale: str) -> list[Cell]:
 
 
 def _name(arm: str, width: int, lr: float) -> str:
-    return f"{arm}{', wide' if width > 1 else ''}, lr {lr:g}"
+    return f"{arm}{'-wide' if width > 1 else ''}-lr{lr:g}"
 
 
 def _settings(
@@ -173,7 +173,7 @@ def summarise(records: Sequence[Record]) -> Summary:
     )  # fmt: skip
 
 
-_FLOPS = ("dense, 4x blocks", "dense, 4x steps")
+_FLOPS = ("dense-4x-blocks", "dense-4x-steps")
 
 
 def _falls(records: Sequence[Record]) -> bool:
