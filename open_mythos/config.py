@@ -15,6 +15,7 @@ from open_mythos.checks import (
     unknown_key,
     within,
 )
+from open_mythos.errors import ConfigError
 
 SCALINGS = {
     "linear": ("factor",),
@@ -147,6 +148,10 @@ class MythosConfig:
     """Bound c of the logits, applied as c tanh(logits / c); 0 leaves them unbounded."""
     attn_scale: float = within(0.0, ge=0)
     """Factor on the attention scores of "gqa"; 0 means head_dim^-0.5."""
+    causal: bool = True
+    """Whether a token attends to itself and earlier ones only. False lets all tokens attend to each
+    other, for tasks other than next-token prediction: such a model has no cache and cannot
+    generate."""
     rope_scaling: dict[str, Any] | None = None
     """Scaled rotary frequencies: {"rope_type": "linear", "factor": f}, or "llama3" with factor,
     low_freq_factor, high_freq_factor and original_max_position_embeddings."""
@@ -273,6 +278,7 @@ class MythosConfig:
         self._only(not self.n_experts, "n_experts=0: experts are SwiGLU", "ffn_kind")
         self._only(concat, 'injection="concat"', "identity_carry", "injection_bias")
         self._only(lti, 'injection="lti"', "injection_rule")
+        self._only(self.causal, "causal=True", "window")
         self._only(concat or lti, 'injection="lti" or "concat"', "injection_matrix")
 
         if 0 < self.rope_theta <= 1:
@@ -300,6 +306,14 @@ class MythosConfig:
     def _has_value_embedding(self) -> bool:
         own = [each.get("value_embedding") for each in (self.layer_overrides or {}).values()]
         return self.value_embedding or any(own)
+
+    def require_causal(self, where: str) -> None:
+        """Raise a ConfigError unless tokens attend to earlier ones only."""
+        if not self.causal:
+            raise ConfigError(
+                "a bidirectional model predicts no next token", where=where, value="causal=False",
+                allowed="a model with causal=True", fix="call the model on whole sequences",
+            )  # fmt: skip
 
     def _only(self, used: bool, condition: str, *names: str) -> None:
         """Reject fields that are set although nothing reads them unless ``condition`` holds."""

@@ -42,7 +42,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "selective": {"change": "selective"},
     "2-lanes": {"change": "2 lanes"},
     "4-lanes": {"change": "4 lanes"},
-    "8-loops": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}},
     "8-loops-gains": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}, "change": "gains"},
     "dense-4x-blocks": {"architecture": "dense", "n_layers": BLOCKS * LOOPS},
     "dense-4x-steps": {"architecture": "dense", "steps": LOOPS},
@@ -57,7 +56,7 @@ def cells(scale: str) -> list[Cell]:
         return sweep({"gains": _settings(scale, "gains", change="gains")}, [0])
     arms: dict[str, dict[str, Any]] = {}
     for width in (1, 2):
-        for lr in RATES:
+        for lr in RATES if width == 1 else (RATE,):
             arms[_name(RECIPE, width, lr)] = _settings(scale, RECIPE, width=width, lr=lr)
             arms[_name(DENSE, width, lr)] = _settings(
                 scale, DENSE, width=width, lr=lr, architecture="dense"

@@ -81,6 +81,7 @@ class Engine:
                 allowed="False", fix="call model.eval() first",
             )  # fmt: skip
         cfg, weight = model.cfg, model.final_norm.weight
+        cfg.require_causal("Engine(model)")
         looped = isinstance(model, OpenMythos)
         self.model, self.tokenizer, self._clock = model, tokenizer, clock
         if options.context is not None and options.context > cfg.max_seq_len:

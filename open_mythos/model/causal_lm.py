@@ -122,6 +122,8 @@ class CausalLM(nn.Module):
         check = self._check_embeddings if _is_embedded(input_ids) else self.check_ids
         check(input_ids)
         batch, n_new = shape = input_ids.shape[:2]
+        if kv_cache is not None:
+            self.cfg.require_causal("kv_cache")
         cache = KVCache.of(kv_cache, self.cfg)
         if cache is not None:
             cache.belong(self._cache_owner())
@@ -140,6 +142,7 @@ class CausalLM(nn.Module):
             start_pos=start_pos, cache=cache, document_BT=document_ids, positions=positions,
             keys_B=None if sample_seeds is None else sample_seeds.long(),
             valid_BT=None if attention_mask is None else attention_mask.bool(),
+            causal=self.cfg.causal,
         )  # fmt: skip
 
     def _cache_owner(self) -> tuple[object, ...]:

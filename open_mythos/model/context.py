@@ -16,7 +16,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig, Rotary
 from open_mythos.model.active import Active
 from open_mythos.model.cache import Cache, Columns, KVCache
-from open_mythos.ops.attention.visibility import Visibility
+from open_mythos.ops.attention.visibility import Visibility, bidirectional
 from open_mythos.ops.rope import rope_table
 
 
@@ -56,8 +56,8 @@ class Context:
 
     @classmethod
     def of(cls, x_BTD: Tensor, cfg: MythosConfig) -> Context:
-        """Build the context of a causal call on ``x_BTD`` alone."""
-        return cls.build(x_BTD.shape[1], cfg.rotaries, x_BTD.device)
+        """Build the context of a call on ``x_BTD`` alone."""
+        return cls.build(x_BTD.shape[1], cfg.rotaries, x_BTD.device, causal=cfg.causal)
 
     @classmethod
     def build(
@@ -72,10 +72,12 @@ class Context:
         cache: KVCache | None = None,
         keys_B: Tensor | None = None,
         positions: Tensor | None = None,
+        causal: bool = True,
     ) -> Context:
         """Build the context of ``n_new`` tokens starting at ``start_pos``.
 
-        ``positions`` (T,) or (B, T) replace those that follow from padding and documents.
+        ``positions`` (T,) or (B, T) replace those that follow from padding and documents. Without
+        ``causal`` all tokens attend to each other; there is no cache then.
         """
         past = Columns(0) if cache is None else cache.columns
         columns = past.extend(n_new, valid_BT, document_BT)
@@ -84,7 +86,9 @@ class Context:
             changes = document_BS[:, 1:] != document_BS[:, :-1]
             run_BS = F.pad(changes.long().cumsum(1), (1, 0))
         total, valid_BS, mask = columns.length, columns.valid_BS, None
-        if valid_BS is not None or run_BS is not None or n_new not in (1, total):
+        if not causal:
+            mask = bidirectional(total, device, valid_BS, run_BS)
+        elif valid_BS is not None or run_BS is not None or n_new not in (1, total):
             mask = Visibility(n_new, total, device, valid_BS, run_BS)
         if positions is None:
             positions = _positions(columns, run_BS, n_new, device) + (start_pos - past.length)

@@ -138,6 +138,7 @@ def generate(
         ConfigError: An argument is out of range, or the result exceeds the context.
     """
     params, depth = params or SamplingParams(), depth or Depth()
+    model.cfg.require_causal("generate")
     model.check_ids(input_ids)
     batch, n_prompt = input_ids.shape
     depth.check_rows(batch)

@@ -99,6 +99,7 @@ def build_run(
     """
     config = deepcopy(config)
     config.validate()
+    config.model.require_causal("model.causal")
     train = config.train
     if train.global_batch % world_size() == 0:  # else the loader raises
         local = train.global_batch // world_size()

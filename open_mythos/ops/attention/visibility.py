@@ -232,6 +232,22 @@ class Visibility:
         return x_BS[:, self.first + start : self.first + stop]
 
 
+def bidirectional(
+    n: int, device: torch.device, valid_BS: Tensor | None = None, run_BS: Tensor | None = None
+) -> Tensor:
+    """Return the (B or 1, 1, n, n) boolean mask of tokens that all attend to each other.
+
+    Padding is attended to by itself alone, and documents do not see each other.
+    """
+    mask_BTS = torch.ones(1, 1, 1, dtype=torch.bool, device=device).expand(1, n, n)
+    if valid_BS is not None:
+        own = torch.eye(n, dtype=torch.bool, device=device)
+        mask_BTS = valid_BS.unsqueeze(1) | own
+    if run_BS is not None:
+        mask_BTS = mask_BTS & (run_BS.unsqueeze(1) == run_BS.unsqueeze(2))
+    return mask_BTS.unsqueeze(1)
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 0 where ``mask`` is true and -inf elsewhere; overwrites ``mask``."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
