@@ -44,7 +44,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         )  # fmt: skip
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentError_(
-            "PyTorch finds no CUDA device", where="device", value=name,
+            "PyTorch finds no CUDA device", where="device", value=name, allowed="cpu",
             fix="use --device cpu, or install a CUDA build of PyTorch",
         )  # fmt: skip
     return device

@@ -6,6 +6,7 @@ Parsing does not import torch, so help and usage errors appear immediately.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -60,6 +61,8 @@ def as_typed(error: Exception, words: Sequence[str] = ()) -> MythosError:
             "there is not enough memory", where=where, value=found,
             allowed="what this machine can hold", fix="use a smaller model, batch or length",
         )  # fmt: skip
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return _missing(error.name.partition(".")[0], where)
     if isinstance(error, OSError):
         return EnvironmentError_(
             "the system refused a file or a connection", where=str(error.filename or where),
@@ -69,6 +72,23 @@ def as_typed(error: Exception, words: Sequence[str] = ()) -> MythosError:
     return InternalError(
         "an unexpected error", where=where, value=found, allowed="none",
         fix=f"report it with what {DEBUG} shows",
+    )  # fmt: skip
+
+
+def _missing(module: str, where: str) -> EnvironmentError_:
+    """Return the error of a package that is not installed, with the extra that brings it."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        needed = requires("open-mythos") or []
+    except PackageNotFoundError:  # run from a folder
+        needed = []
+    name = module.replace("_", "-")
+    extras = re.findall(rf"^{re.escape(name)}\b.*extra == ['\"](\w+)", "\n".join(needed), re.M)
+    package = f"'open-mythos[{extras[0]}]'" if extras else name
+    return EnvironmentError_(
+        "a package is missing", where=where, value=module, allowed="an installation with it",
+        fix=f"pip install {package}",
     )  # fmt: skip
 
 

@@ -196,6 +196,7 @@ def _tasks(
     except ImportError as error:
         raise EnvironmentError_(
             "benchmark tasks need a package", where="--tasks", value=str(error),
+            allowed="an installation with lm-eval",
             fix="pip install 'open-mythos[eval]'",
         ) from error  # fmt: skip
     if plot:

@@ -80,6 +80,7 @@ def train_gate(
     except OSError as error:
         raise EnvironmentError_(
             "the model cannot be written", where="--out", value=str(error),
+            allowed="a folder that can be written",
             fix="choose a writable folder",
         ) from error  # fmt: skip
     with new_console(stderr=True, quiet=quiet).status(f"recording the loops on {source.name}"):

@@ -24,15 +24,20 @@ class Parser(ArgumentParser):
         if "Union subtypes" in message and "list[" in message:
             fix = "write a list as [1,2], in quotes: '[4]'"
         options = [s[2:] for a in self._actions for s in a.option_strings if s.startswith("--")]
+        match = None
         for pattern in (
             r"unrecognized arguments: --?([\w.]+)",
             r"Key '?([\w.]+)'? is not expected",
             r"(?:Subkey|Group|Option) '([\w.]+)' (?:is not|does not)",
         ):
-            match = re.search(pattern, message)
+            match = match or re.search(pattern, message)
             if match and len(guess := nearest(match[1], options)) < 500:  # not a list of hundreds
                 fix = guess
-        raise ConfigError(" ".join(message.split()), where=self.prog, fix=fix) from ex
+        named = re.search(r"(?:Got value|given value):? '?([^\s']+)", message) or match
+        raise ConfigError(
+            " ".join(message.split()), where=self.prog, value=named[1] if named else "",
+            allowed=f"the options of {self.prog}", fix=fix,
+        ) from ex  # fmt: skip
 
 
 def new_parser(prog: str, description: str) -> Parser:

@@ -81,7 +81,9 @@ def plan(
     else:
         for option, value in asked.items():
             if value is not None:
-                raise ConfigError("a dense model has no loops", where=option, value=value)
+                raise ConfigError(
+                    "a dense model has no loops", where=option, value=value, allowed="looped models"
+                )
     job = Job(
         cfg, n_layers, n_loops=loops, grad_loops=grad_loops, dtype=dtype, optimizer=optimizer,
         ema=ema, max_loops=max(1, ceil(loops)) if max_loops is None else max_loops,

@@ -64,7 +64,9 @@ def depth_of(
         ("--n-loops", n_loops), ("--exit", exit or None), ("--min-loops", min_loops),
     ):  # fmt: skip
         if value is not None:
-            raise ConfigError("a dense model has no loops", where=option, value=value)
+            raise ConfigError(
+                "a dense model has no loops", where=option, value=value, allowed="looped models"
+            )
     return Depth()
 
 

@@ -125,7 +125,11 @@ def _parse_defaults(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         return parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise ConfigError(
-            str(error), where="open-mythos train", fix="see open-mythos train --help"
+            str(error),
+            where="open-mythos train",
+            value=words,
+            allowed="the options of open-mythos train",
+            fix="see open-mythos train --help",
         ) from error
 
 
@@ -211,7 +215,12 @@ def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
         name = next(iter(recipe.subsets)) if first.subset is None else first.subset
         config.data.source = pick(recipe.subsets, name, "--subset", what="subset")
     elif first.subset is not None:
-        raise ConfigError("the recipe has no subsets", where="--subset", value=first.subset)
+        raise ConfigError(
+            "the recipe has no subsets",
+            where="--subset",
+            value=first.subset,
+            allowed="recipes that name subsets",
+        )
     return recipe
 
 
@@ -224,4 +233,4 @@ def _steps(train: TrainConfig, tokens: int) -> int:
 
 
 def _given_twice(what: str, options: str) -> NoReturn:
-    raise ConfigError(f"{what} is given twice", where=options, allowed="one of them")
+    raise ConfigError(f"{what} is given twice", where=options, value="both", allowed="one of them")

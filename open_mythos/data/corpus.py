@@ -179,7 +179,12 @@ def open_corpus(source: str | Path, text_field: str = "text", *, where: str = "s
             )  # fmt: skip
     full = tuple(file for file in files if file.size)
     if not full:
-        raise DataError("the source holds no text", where=where, value=str(source))
+        raise DataError(
+            "the source holds no text",
+            where=where,
+            value=str(source),
+            allowed="at least one file of text",
+        )
     return Corpus(str(source), protocol, root, full, text_field)
 
 
@@ -258,7 +263,7 @@ def _local_file(root: Path, path: Path) -> CorpusFile:
                 digest.update(stream.read(_SAMPLED_BYTES))
     except OSError as error:
         raise EnvironmentError_(
-            "the file cannot be read", where=str(path), value=str(error)
+            "the file cannot be read", where=str(path), value=str(error), allowed="a readable file"
         ) from error
     return CorpusFile(path.relative_to(root).as_posix(), size, digest.hexdigest())
 
@@ -274,6 +279,7 @@ def _remote(source: str, where: str) -> tuple[str, str, list[CorpusFile]]:
     except ImportError as error:
         raise EnvironmentError_(
             "the package of the file system is not installed", where=where, value=source,
+            allowed="file systems whose package is installed",
             fix=f"install what fsspec names: {error}",
         ) from error  # fmt: skip
     except ValueError as error:
@@ -318,6 +324,7 @@ def _at_commit(source: str, where: str) -> str:
     except ImportError as error:
         raise EnvironmentError_(
             "reading from the hub needs huggingface_hub", where=where, value=source,
+            allowed="an installation with huggingface_hub",
             fix="pip install open-mythos[data]",
         ) from error  # fmt: skip
     try:
@@ -326,6 +333,7 @@ def _at_commit(source: str, where: str) -> str:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise DataError(
             "the hub has no such dataset or revision", where=where, value=source,
+            allowed="a public dataset, or one that your token may read",
             fix="check owner, name and revision; for a private one log in with `hf auth login`",
         ) from error  # fmt: skip
     except Exception as error:  # the client raises its own, its transport's and OSError
@@ -336,4 +344,6 @@ def _at_commit(source: str, where: str) -> str:
 def _unreachable(source: str, where: str, error: Exception) -> EnvironmentError_:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     what = f"the corpus cannot be reached: {reason[0]}"
-    return EnvironmentError_(what, where=where, value=source, fix=_HUB_FIX)
+    return EnvironmentError_(
+        what, where=where, value=source, allowed="a source that answers", fix=_HUB_FIX
+    )

@@ -128,7 +128,9 @@ def read_unit(corpus: Corpus, unit: Unit, cursor: int = 0) -> Iterator[Document]
             if failures == len(RETRY_DELAYS_S):
                 raise EnvironmentError_(
                     f"the file cannot be read, tried {failures + 1} times", where=where,
-                    value=str(error), fix="check network and disk, then resume; or copy the corpus "
+                    value=str(error),
+                    allowed="a file that can be read",
+                    fix="check network and disk, then resume; or copy the corpus "
                     "to this machine and name its folder as the source",
                 ) from error  # fmt: skip
             delay = RETRY_DELAYS_S[failures]
@@ -146,10 +148,16 @@ def _opened(corpus: Corpus, unit: Unit) -> io.BufferedReader:
         raw = _RetryableFile(fsspec.filesystem(corpus.protocol).open(path, "rb"))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise DataError(
-            "the file is missing", where=f"{path}, byte 0", value=str(error), fix=_RESTORE
+            "the file is missing",
+            where=f"{path}, byte 0",
+            value=str(error),
+            allowed="the files of the listed corpus",
+            fix=_RESTORE,
         ) from error
     except PermissionError as error:
-        raise EnvironmentError_("the file cannot be read", where=path, value=str(error)) from error
+        raise EnvironmentError_(
+            "the file cannot be read", where=path, value=str(error), allowed="a readable file"
+        ) from error
     except Exception as error:  # every file system has its own errors
         raise _ReadFailedError(f"{type(error).__name__}: {error}") from error
     file: io.BufferedReader = io.BufferedReader(raw, _BUFFER_BYTES)
@@ -200,7 +208,11 @@ def _parquet(
         import pyarrow.parquet as pq
     except ImportError as error:
         raise EnvironmentError_(
-            "reading Parquet needs pyarrow", where=path, fix="pip install open-mythos[data]"
+            "reading Parquet needs pyarrow",
+            where=path,
+            value=str(error),
+            allowed="an installation with pyarrow",
+            fix="pip install open-mythos[data]",
         ) from error
     row = 0
     try:
@@ -211,6 +223,7 @@ def _parquet(
         if column not in table.schema_arrow.names:
             raise DataError(
                 f"the file has no column {column!r}", where=path, value=table.schema_arrow.names,
+                allowed="a column that the file has",
                 fix="name the column with text_field",
             )  # fmt: skip
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
@@ -236,6 +249,7 @@ def _parquet(
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             "the Parquet file is damaged", where=f"{path}, row {row}", value=str(error),
+            allowed="a whole Parquet file",
             fix="download it again, or leave it out",
         ) from error  # fmt: skip
 
@@ -257,7 +271,12 @@ def _jsonl(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> 
             try:
                 record = json.loads(line.removeprefix(codecs.BOM_UTF8) if start == 0 else line)
             except (ValueError, RecursionError) as error:
-                raise DataError("the line is not JSON", where=where, value=str(error)) from error
+                raise DataError(
+                    "the line is not JSON",
+                    where=where,
+                    value=str(error),
+                    allowed="one JSON object a line",
+                ) from error
             if not isinstance(record, dict) or name not in record:
                 raise DataError(
                     f"the line has no field {name!r}", where=where,
@@ -286,12 +305,17 @@ def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> I
         except UnicodeDecodeError as error:
             raise DataError(
                 "the file is not UTF-8 text", where=f"{path}, byte {start + error.start}",
-                value=content[error.start : error.end], fix="convert it to UTF-8, or leave it out",
+                value=content[error.start : error.end],
+                allowed="UTF-8", fix="convert it to UTF-8, or leave it out",
             ) from error  # fmt: skip
         if "\0" in text:
             where = f"{path}, byte {start + content.index(0)}"
             raise DataError(
-                "the file is binary: it holds a zero byte", where=where, fix="leave it out"
+                "the file is binary: it holds a zero byte",
+                where=where,
+                value="\0",
+                allowed="text without zero bytes",
+                fix="leave it out",
             )
         yield Document(piece - first, text)
         start = stop

@@ -79,7 +79,10 @@ def read_index(folder: Path) -> Index:
     where = str(path)
     if not path.exists():
         fix = "prepare the text first: `open-mythos data prepare`"
-        raise DataError("not a prepared folder", where=where, fix=fix)
+        raise DataError(
+            "not a prepared folder", where=where, value=f"no {INDEX_FILE}",
+            allowed=f"a folder with {INDEX_FILE}", fix=fix,
+        )  # fmt: skip
     content = read_object(path, "the index cannot be read")
     version = (content.get("format"), content.get("version"))
     if version != (FORMAT, VERSION):

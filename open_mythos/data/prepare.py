@@ -87,6 +87,7 @@ def prepare(
     except OSError as error:
         raise EnvironmentError_(
             "the shards cannot be written", where=str(out), value=str(error),
+            allowed="a folder that can be written",
             fix="free space, or choose a writable folder",
         ) from error  # fmt: skip
     finally:

@@ -47,7 +47,10 @@ class WorkerLanes(IterableDataset):
         except Exception as error:  # a bug in the library has to reach the caller too
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
-            yield InternalError(f"a data worker failed: {error!r}", where=where)
+            yield InternalError(
+                f"a data worker failed: {error!r}", where=where, value=repr(error),
+                allowed="no error",
+            )  # fmt: skip
 
 
 def prefetched(

@@ -36,7 +36,9 @@ def stored_tokenizer(directory: str | Path) -> Tokenizer:
     if found is None:
         raise DataError(
             f"no {TOKENIZER_FOLDER} is stored with the model", where=str(directory),
-            value=TOKENIZER_FOLDER, fix="name one with --tokenizer",
+            value=TOKENIZER_FOLDER,
+            allowed=f"a folder {TOKENIZER_FOLDER} beside the model or in its run",
+            fix="name one with --tokenizer",
         )  # fmt: skip
     return load_tokenizer(found)
 

@@ -373,6 +373,7 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], pat
     if problems:
         raise DataError(
             f"the weights do not match the configuration: {'; '.join(problems)}", where=str(path),
+            value=f"{len(found)} tensors",
             allowed=f"exactly the {len(expected)} tensors of the model",
             fix=f"load weights with the {CONFIG_FILE} they were saved with",
         )  # fmt: skip

@@ -83,7 +83,11 @@ def push_to_hub(
         from huggingface_hub import HfApi
     except ImportError as error:
         raise EnvironmentError_(
-            "the hub's client is not installed", where="push_to_hub", value=name, fix=_NO_HUB
+            "the hub's client is not installed",
+            where="push_to_hub",
+            value=name,
+            allowed="an installation with huggingface_hub",
+            fix=_NO_HUB,
         ) from error
     with tempfile.TemporaryDirectory() as temporary:
         folder = export_folder(checkpoint, Path(temporary) / "model", name=name, licence=licence)

@@ -56,6 +56,7 @@ def write_shards(
     except (CheckpointException, OSError) as error:
         raise EnvironmentError_(
             "the shards could not be written", where=str(folder), value=_reason(error),
+            allowed="a folder that can be written",
             fix="check disk space and permissions; all processes must share the folder",
         ) from error  # fmt: skip
     return sorted(folder.glob(SHARDS.replace("*", f"{rank() + 1:05d}-*")))

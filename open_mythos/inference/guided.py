@@ -138,6 +138,7 @@ class Guides:
         except ImportError as error:
             raise EnvironmentError_(
                 "guided output needs a package", where="schema", value="llguidance",
+                allowed="an installation with llguidance",
                 fix="pip install open-mythos[guided]",
             ) from error  # fmt: skip
         assert self._tokenizer is not None

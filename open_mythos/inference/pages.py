@@ -123,7 +123,12 @@ class Pages:
             InternalError: There are fewer; the caller has to ask ``available`` first.
         """
         if n > self.available:
-            raise InternalError("more pages taken than there are", where="Pages.take", value=n)
+            raise InternalError(
+                "more pages taken than there are",
+                where="Pages.take",
+                value=n,
+                allowed="the pages that are free",
+            )
         while self.free < n:
             self._forget(next(iter(self._idle)))
         pages = [self._free.pop() for _ in range(n)]
@@ -205,7 +210,9 @@ class Pages:
             ("the dummy page was given out", [0] if places[0] else []),
         ):
             if pages:
-                raise InternalError(what, where="Pages", value=pages)
+                raise InternalError(
+                    what, where="Pages", value=pages, allowed="pages that are in use once"
+                )
         if len(idle) != self.cached or len(counts) != self.held:
             raise InternalError(
                 "free + cached + held is not the total", where="Pages",

@@ -138,7 +138,7 @@ class Scheduler:
         if sequence.outcome is not None:
             raise InternalError(
                 "a request has ended already", where=f"request {sequence.request.id}",
-                value=sequence.outcome.value,
+                value=sequence.outcome.value, allowed="a request that runs",
             )  # fmt: skip
         sequence.error = error
         self._finish(sequence, Outcome.FAILED)

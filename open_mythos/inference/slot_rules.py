@@ -97,7 +97,12 @@ class SlotRules:
     ) -> BatchedRule:  # fmt: skip
         if kind == "gate":
             if self._gate is None:
-                raise InternalError("the model has no halting gate", where="exit rule", value=kind)
+                raise InternalError(
+                    "the model has no halting gate",
+                    where="exit rule",
+                    value=kind,
+                    allowed="a looped model",
+                )
             return GateExit(self._gate, first)
         return StateChange(first) if kind == "change" else Acceleration(first, hits)
 

@@ -74,6 +74,7 @@ class StaticDecoder:
         if mode == "graph" and device.type != "cuda":
             raise EnvironmentError_(
                 "CUDA graphs need a CUDA device", where="mode", value=f"graph, on {device}",
+                allowed="static, or a model on a CUDA device",
                 fix='move the model to a CUDA device, or use "static" or "compile"',
             )  # fmt: skip
         captured = device.type == "cuda" and mode != "static"

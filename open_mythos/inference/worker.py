@@ -140,7 +140,10 @@ def _apply(engine: ServedEngine, message: dict[str, Any]) -> Iterator[Event]:
         case {"cancel": str(id), "outcome": outcome}:
             engine.cancel(id, Outcome(outcome))
         case _:
-            raise InternalError("unknown message to the engine", value=sorted(message))
+            raise InternalError(
+                "unknown message to the engine", where="engine", value=sorted(message),
+                allowed="add, cancel",
+            )  # fmt: skip
 
 
 class Inbox:
@@ -177,7 +180,10 @@ class Inbox:
             while line := self._file.readline(MAX_LINE_BYTES + 1):
                 if self._waiting.qsize() >= MAX_WAITING:
                     raise InternalError(
-                        "too many messages wait for the engine", allowed=f"{MAX_WAITING} messages"
+                        "too many messages wait for the engine",
+                        where="engine",
+                        value=self._waiting.qsize(),
+                        allowed=f"{MAX_WAITING} messages",
                     )
                 self._waiting.put(decode(line))
         except InternalError as error:
@@ -202,7 +208,8 @@ def decode(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as caught:
         error = caught
     raise InternalError(
-        "a line between server and engine is not a message", value=f"{len(line)} bytes",
+        "a line between server and engine is not a message", where="engine",
+        value=f"{len(line)} bytes",
         allowed=f"one JSON object in at most {MAX_LINE_BYTES} bytes",
     ) from error  # fmt: skip
 

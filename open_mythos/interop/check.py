@@ -51,7 +51,11 @@ def check_text(
     """
     if tokenizer is None:
         raise DataError(
-            "the model has no tokenizer", where="--check", value=text, fix="leave out --check"
+            "the model has no tokenizer",
+            where="--check",
+            value=text,
+            allowed="a model with a tokenizer",
+            fix="leave out --check",
         )
     content = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text
     ids = tokenizer.encode(content)[: min(most, dense.cfg.max_seq_len) + 1]

@@ -122,5 +122,6 @@ def _no_model(name: str, why: str) -> DataError:
 def _unreadable(name: str, error: ImportError) -> EnvironmentError_:
     return EnvironmentError_(
         f"a package is missing: {first_line(error)}", where="model", value=name,
+        allowed="an installation with transformers",
         fix="pip install 'open-mythos[hf]'; GGUF files also need: pip install gguf",
     )  # fmt: skip

@@ -70,7 +70,9 @@ def triton_serves(op: str, backend: str, tensor: Tensor, problem: str | None) ->
         if problem is not None:
             raise ConfigError(
                 f"the Triton kernel of {op} cannot serve this call", where="backend",
-                value=problem, fix='use backend="auto"',
+                value=problem,
+                allowed="a call on a CUDA device that the kernel supports",
+                fix='use backend="auto"',
             )  # fmt: skip
     return pick_backend(op, backend, {"triton": True, "reference": False})
 

@@ -186,7 +186,12 @@ def _order() -> tuple[int, bool]:
         found = torch.cat((low, high), -1) if halves else torch.stack((low, high), -1).flatten(-2)
         if torch.equal(found.mT.flatten(0, 1), probe.to(torch.uint8)):
             return block, halves
-    raise InternalError("this PyTorch packs 4-bit weights in an unknown order", where="int4")
+    raise InternalError(
+        "this PyTorch packs 4-bit weights in an unknown order",
+        where="int4",
+        value=torch.__version__,
+        allowed="the order of supported versions of PyTorch",
+    )
 
 
 def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:

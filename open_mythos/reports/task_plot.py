@@ -32,6 +32,7 @@ def check_plot(path: str) -> None:
     if not Path(path).resolve().parent.is_dir():
         raise EnvironmentError_(
             "the folder of the picture does not exist", where="--plot", value=path,
+            allowed="a file in an existing folder",
             fix="name a file in an existing folder",
         )  # fmt: skip
 

@@ -42,14 +42,20 @@ def read_local(path: Path) -> tuple[RustTokenizer, str, dict[str, str]]:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise DataError(
-            "no tokenizer there", where=str(file), allowed="a tokenizer.json, or a folder with one",
+            "no tokenizer there", where=str(file), value="no such file",
+            allowed="a tokenizer.json, or a folder with one",
             fix='check the path; "byte" needs no files; convert a SentencePiece model with '
             "transformers' save_pretrained",
         )  # fmt: skip
     try:
         rust = RustTokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise DataError("the file is not a tokenizer", where=str(file), value=str(error)) from error
+        raise DataError(
+            "the file is not a tokenizer",
+            where=str(file),
+            value=str(error),
+            allowed="a tokenizer.json of the tokenizers library",
+        ) from error
     config = read_config(file.parent)
     name, specials = config.get("name_or_path"), {}
     for role in SPECIALS:

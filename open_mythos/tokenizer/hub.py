@@ -46,7 +46,9 @@ def _read_hub(model_id: str) -> tuple[RustTokenizer, str, dict[str, str]]:
     if rust is None:
         raise DataError(
             "the model's tokenizer does not run in the `tokenizers` library", where="model_id",
-            value=model_id, fix="pass a model with a tokenizer.json, or train a BPETokenizer",
+            value=model_id,
+            allowed="tokenizers with a tokenizer.json",
+            fix="pass a model with a tokenizer.json, or train a BPETokenizer",
         )  # fmt: skip
     tokens = {role: getattr(hf, f"{role}_token", None) for role in SPECIALS}
     return rust, model_id, {role: str(token) for role, token in tokens.items() if token}

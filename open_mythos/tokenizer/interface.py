@@ -81,6 +81,7 @@ def checked_text(text: Any, where: str = "text") -> str:
         raise DataError(
             "the text holds a lone surrogate, which UTF-8 cannot encode",
             where=f"{where}, character {error.start}", value=text[error.start],
+            allowed="text that UTF-8 can encode",
             fix="drop it: text.encode(errors='replace').decode()",
         ) from error  # fmt: skip
     return text

@@ -49,7 +49,10 @@ class RustBacked:
         ]
         if len(set(ids)) < len(ids):
             raise DataError(
-                "bos, eos and pad must differ", where=f"tokenizer {name}", value=self._specials
+                "bos, eos and pad must differ",
+                where=f"tokenizer {name}",
+                value=self._specials,
+                allowed="three different tokens",
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,6 +127,7 @@ class RustBacked:
             raise DataError(
                 "the text has a word outside the vocabulary", where=f"tokenizer {self.name}",
                 value=texts[0] if len(texts) == 1 else f"{len(texts)} texts",
+                allowed="words of the vocabulary",
                 fix="see the vocabulary in tokenizer.json",
             ) from error  # fmt: skip
         return [encoding.ids for encoding in encoded]

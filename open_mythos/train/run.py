@@ -172,6 +172,7 @@ def train_run(
     if has_saved and not resume:
         raise ConfigError(
             "the folder holds a run", where="train.out_dir", value=str(out),
+            allowed="a new folder, or --resume",
             fix="continue it with --resume latest, or choose another folder",
         )  # fmt: skip
     if allow and not resume:

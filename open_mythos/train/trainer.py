@@ -191,7 +191,8 @@ class Trainer:
             self.logger.log(step, event("preempted", signal=stopping))
             raise PreemptedError(
                 f"stopped by {stopping} after step {step}; a checkpoint was saved",
-                where=str(self.out_dir), fix="resume from it to continue bit for bit",
+                where=str(self.out_dir), value=stopping, allowed="a whole run",
+                fix="resume from it to continue bit for bit",
             )  # fmt: skip
         return ""
 

@@ -217,3 +217,17 @@ def test_a_forward_pass_leaves_nothing_behind():
 def test_no_global_statements():
     found = [place(f) for f in FILES for n in ast.walk(tree(f)) if isinstance(n, ast.Global)]
     assert not found
+
+
+def bare_errors(file: Path) -> Iterator[str]:
+    """Typed errors without a place, a value or what is allowed; a fix is the default."""
+    kinds = {"ConfigError", "DataError", "EnvironmentError_", "InternalError"}
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in kinds:
+            missing = {"where", "value", "allowed"} - {word.arg for word in node.keywords}
+            if missing:
+                yield f"{place(file)}:{node.lineno}: {', '.join(sorted(missing))}"
+
+
+def test_typed_errors_have_five_parts():
+    assert not [each for file in FILES for each in bare_errors(file)]

@@ -46,6 +46,21 @@ class TestErrors:
         assert main(["info", "--debug", "nano"]) == code
         assert "Traceback" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("module", "fix"),
+        [
+            ("sse_starlette.sse", "pip install 'open-mythos[serve]'"),
+            ("lm_eval", "pip install 'open-mythos[eval]'"),
+            ("nowhere", "pip install nowhere"),
+        ],
+    )
+    def test_a_missing_package_names_its_extra(self, monkeypatch, module, fix):
+        needed = ["torch>=2", "sse-starlette>=3; extra == 'serve'", "lm-eval>=0.4; extra == 'eval'"]
+        monkeypatch.setattr("importlib.metadata.requires", lambda _: needed)
+        error = as_typed(ModuleNotFoundError("no", name=module), ["serve"])
+        assert isinstance(error, EnvironmentError_)
+        assert error.fix == fix
+
     def test_names_cannot_steer_the_terminal(self):
         text = str(DataError("bad \x1b]0;title\x07", where="a\nb\x9b", value="\x1b[2J"))
         assert text.splitlines()[:3] == [

@@ -32,12 +32,14 @@ class Keys:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 "the API keys cannot be read", where=path, value=type(error).__name__,
+                allowed="a readable file",
                 fix="check the path and permissions of --api-key-file",
             ) from error  # fmt: skip
         keys = [word for line in lines if (word := line.strip()) and not word.startswith("#")]
         if not keys:
             raise DataError(
-                "the file holds no API key", where=path, allowed="one key per line",
+                "the file holds no API key", where=path, value="",
+                allowed="one key per line",
                 fix="write a long random key into it",
             )  # fmt: skip
         return cls(keys)

@@ -92,6 +92,7 @@ class ChatTemplate:
             raise DataError(
                 "the chat template refuses the messages", where="messages",
                 value=answer["error"].replace(self._mark, ""),
+                allowed="messages that the template takes",
             )  # fmt: skip
         text: str = answer["text"]
         return text
@@ -114,6 +115,7 @@ class ChatTemplate:
             await self.close()
             raise DataError(
                 "the chat template is not valid", where="chat template", value=answer["error"],
+                allowed="a Jinja template",
                 fix="check --chat-template",
             )  # fmt: skip
 
@@ -154,7 +156,10 @@ class ChatTemplate:
                 await process.stdin.drain()
                 line = await process.stdout.readline()
         if not line:
-            raise EnvironmentError_("the process of the chat template has ended")
+            raise EnvironmentError_(
+                "the process of the chat template has ended", where="chat template",
+                value=f"no answer in {seconds} s", allowed="an answer",
+            )  # fmt: skip
         found: dict[str, Any] = json.loads(line)
         return found
 

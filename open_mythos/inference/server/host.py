@@ -216,10 +216,16 @@ class Host:
         if max(len(line), scores * _BYTES_PER_SCORE) > MAX_LINE_BYTES:
             raise ConfigError(
                 "the prompt, or the number of log-probabilities of it, is too large",
-                where="prompt", value=len(request.prompt), fix="shorten the prompt",
+                where="prompt", value=len(request.prompt),
+                allowed="a message that fits the line to the engine", fix="shorten the prompt",
             )  # fmt: skip
         if request.id in self._tickets:
-            raise ConfigError("a request of this id is open", where="id", value=request.id)
+            raise ConfigError(
+                "a request of this id is open",
+                where="id",
+                value=request.id,
+                allowed="an id of its own",
+            )
         ticket = self._tickets[request.id] = Ticket(request.id)
         self._idle.clear()
         self._requests.write(line)
@@ -306,7 +312,10 @@ class Host:
             )
         except OSError as failed:
             return EnvironmentError_(
-                "the engine's process cannot be started", where=self.command[0], value=str(failed)
+                "the engine's process cannot be started",
+                where=self.command[0],
+                value=str(failed),
+                allowed="a program that starts",
             )
         self._process, self._requests = process, process.stdin
         assert process.stdin is not None
@@ -356,11 +365,17 @@ class Host:
                     case {"fatal": str() as text, "kind": str() as kind}:
                         return _ERRORS.get(kind, EnvironmentError_)(text)
                     case other:
-                        raise InternalError("unknown message", value=sorted(other))
+                        raise InternalError(
+                            "unknown message", where="engine", value=sorted(other),
+                            allowed="events, beat, ready, fatal",
+                        )  # fmt: skip
         except MythosError as error:
             return error
         except (KeyError, TypeError, ValueError) as error:
-            return InternalError("the engine's message cannot be read", value=type(error).__name__)
+            return InternalError(
+                "the engine's message cannot be read", where="engine", value=type(error).__name__,
+                allowed="a message of its protocol",
+            )  # fmt: skip
         return None
 
     def _begin(self, facts: dict[str, Any]) -> None:
@@ -387,4 +402,9 @@ async def _read_line(reader: asyncio.StreamReader, seconds: float) -> bytes:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds / 2):
                 return await reader.readline()
-    raise EnvironmentError_("the engine's process hangs", where="seconds of silence", value=seconds)
+    raise EnvironmentError_(
+        "the engine's process hangs",
+        where="seconds of silence",
+        value=seconds,
+        allowed="an answer in time",
+    )

@@ -172,7 +172,7 @@ def _flash(
     if not _flash_installed():
         raise EnvironmentError_(
             "flash attention was requested and is not installed",
-            where="attn_backend", value="flash",
+            where="attn_backend", value="flash", allowed="auto, sdpa, flex, reference",
             fix='pip install "open-mythos[flash]", or set attn_backend to "auto"',
         )  # fmt: skip
     problem = _flash_problem(q_BTHK, mask)

@@ -84,5 +84,6 @@ def list_folder(folder: Path) -> list[Path]:
     except OSError as error:
         raise EnvironmentError_(
             "the folder of the checkpoints cannot be read", where=str(folder), value=str(error),
+            allowed="a readable folder",
             fix="fix its permissions",
         ) from error  # fmt: skip

@@ -158,6 +158,7 @@ class Saver:
         except OSError as error:
             raise EnvironmentError_(
                 "checkpoints cannot be written", where=str(self.directory), value=str(error),
+                allowed="a folder with space that can be written",
                 fix="fix the permissions, free space, or choose another train.out_dir",
             ) from error  # fmt: skip
         finally:

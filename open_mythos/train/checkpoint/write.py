@@ -101,6 +101,7 @@ def together(group: dist.ProcessGroup | None, where: Path, action: Callable[[], 
     except (OSError, SafetensorError) as mine:
         error = EnvironmentError_(
             "the checkpoint could not be written", where=str(where), value=str(mine),
+            allowed="a folder with space that can be written",
             fix="free space or fix the permissions, then resume; older checkpoints are untouched",
         )  # fmt: skip
         error.__cause__ = mine if group is None else None

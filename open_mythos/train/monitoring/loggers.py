@@ -171,6 +171,7 @@ def open_loggers(names: Sequence[str], run: LoggedRun) -> list[MetricsLogger]:
         except Exception as error:  # each package has exceptions of its own
             raise EnvironmentError_(
                 f'the logger "{name}" does not start', where="watch.loggers", value=str(error),
+                allowed="a logger that starts",
                 fix=f"fix that (for wandb: wandb login, or WANDB_MODE=offline), or remove {name}",
             ) from error  # fmt: skip
     return opened

@@ -51,6 +51,7 @@ class JsonlLogger:
         except OSError as error:
             raise EnvironmentError_(
                 "metrics cannot be written", where=str(self.path), value=str(error),
+                allowed="a file that can be written",
                 fix="choose another folder, or fix its permissions",
             ) from error  # fmt: skip
 
