@@ -81,11 +81,12 @@ class Context:
         """
         past = Columns(0) if cache is None else cache.columns
         columns = past.extend(n_new, valid_BT, document_BT)
+        mask: Visibility | Tensor | None = None
         run_BS, document_BS = None, columns.document_BS
         if document_BS is not None:  # number the runs of equal ids
             changes = document_BS[:, 1:] != document_BS[:, :-1]
             run_BS = F.pad(changes.long().cumsum(1), (1, 0))
-        total, valid_BS, mask = columns.length, columns.valid_BS, None
+        total, valid_BS = columns.length, columns.valid_BS
         if not causal:
             mask = bidirectional(total, device, valid_BS, run_BS)
         elif valid_BS is not None or run_BS is not None or n_new not in (1, total):
