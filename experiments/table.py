@@ -19,6 +19,7 @@ CLAIMS = {
     "c6": "c6_cache",
     "c7": "c7_serving",
     "c9": "c9_looped_experts",
+    "c11": "c11_reasoning",
     "text": "text_recipe",
     "systematic": "systematic",
 }

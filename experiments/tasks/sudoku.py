@@ -111,9 +111,9 @@ class Questions:
         if "-" in name:
             low, high = name.split("-")
         most = np.inf if name.endswith("+") else int(high)
-        return (
-            (self.guesses == 0) & (self.rounds >= int(low)) & (self.rounds <= most)
-        ).nonzero()[0]
+        return ((self.guesses == 0) & (self.rounds >= int(low)) & (self.rounds <= most)).nonzero()[
+            0
+        ]
 
 
 class SudokuLoader:

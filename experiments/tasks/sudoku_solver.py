@@ -131,7 +131,7 @@ class Grid:
         """Return (count, N) random complete boards."""
         done, have = list[Int64Array](), 0
         while have < count:
-            open_KNn = np.ones((count - have, self.cells, self.digits), bool)
+            open_KNn: BoolArray = np.ones((count - have, self.cells, self.digits), bool)
             while len(open_KNn):
                 open_KNn, _ = self.settle(open_KNn)
                 left_KN = open_KNn.sum(-1)
@@ -214,8 +214,7 @@ class Grid:
         column_Mn = self._order(count, n // self.width, self.width, rng)
         cell_MN = (row_Mn[:, :, None] * n + column_Mn[:, None, :]).reshape(count, -1)
         return tuple(
-            np.take_along_axis(name_M, np.take_along_axis(board, cell_MN, 1), 1)
-            for board in boards
+            np.take_along_axis(name_M, np.take_along_axis(board, cell_MN, 1), 1) for board in boards
         )
 
     @staticmethod

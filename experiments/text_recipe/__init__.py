@@ -19,8 +19,12 @@ STEPS = 800
 EVALUATED = (1, 2, 3, LOOPS, 6, DOUBLE, 16)
 AHEAD, BEYOND = 0.03, 0.02
 RECIPE, DENSE = "mixed", "dense"
-RATES = (1e-2, 2e-2, 4e-2)
-RATE = RATES[1]
+RATES = {
+    (RECIPE, 1): (1e-2, 2e-2, 4e-2, 8e-2), (RECIPE, 2): (2e-2, 4e-2),
+    (DENSE, 1): (5e-3, 1e-2, 2e-2), (DENSE, 2): (1e-2, 2e-2),
+}  # fmt: skip
+"""(arm, width in units of the smaller one) -> learning rates."""
+RATE, DENSE_RATE = 4e-2, 1e-2
 BITS = 1.4426950408889634
 """Bits of one nat."""
 
@@ -43,11 +47,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "2-lanes": {"change": "2 lanes"},
     "4-lanes": {"change": "4 lanes"},
     "8-loops-gains": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}, "change": "gains"},
-    "dense-4x-blocks": {"architecture": "dense", "n_layers": BLOCKS * LOOPS},
-    "dense-4x-steps": {"architecture": "dense", "steps": LOOPS},
+    "dense-4x-blocks": {"architecture": "dense", "lr": DENSE_RATE, "n_layers": BLOCKS * LOOPS},
+    "dense-4x-steps": {"architecture": "dense", "lr": DENSE_RATE, "steps": LOOPS},
     "dense-adamw": {"architecture": "dense", "optimizer": "adamw", "lr": 1e-2},
 }
-"""Arm -> what differs from the recipe at its middle learning rate."""
+"""Arm -> what differs from the recipe."""
 
 
 def cells(scale: str) -> list[Cell]:
@@ -55,14 +59,13 @@ def cells(scale: str) -> list[Cell]:
     if scale == QUICK:
         return sweep({"gains": _settings(scale, "gains", change="gains")}, [0])
     arms: dict[str, dict[str, Any]] = {}
-    for width in (1, 2):
-        for lr in RATES if width == 1 else (RATE,):
-            arms[_name(RECIPE, width, lr)] = _settings(scale, RECIPE, width=width, lr=lr)
-            arms[_name(DENSE, width, lr)] = _settings(
-                scale, DENSE, width=width, lr=lr, architecture="dense"
+    for (arm, width), rates in RATES.items():
+        architecture = "dense" if arm == DENSE else "looped"
+        for lr in rates:
+            arms[_name(arm, width, lr)] = _settings(
+                scale, arm, width=width, lr=lr, architecture=architecture
             )
-        if width == 1:
-            arms |= {arm: _settings(scale, arm, **change) for arm, change in _CHANGES.items()}
+    arms |= {arm: _settings(scale, arm, **change) for arm, change in _CHANGES.items()}
     return sorted(sweep(arms), key=lambda cell: cell.seed)
 
 
@@ -128,7 +131,7 @@ def _bits(records: Sequence[Record]) -> list[float]:
 
 def _best(arms: dict[str, list[Record]], arm: str, width: int) -> list[Record]:
     """Return the records of an arm at its best learning rate."""
-    found = [arms[name] for lr in RATES if (name := _name(arm, width, lr)) in arms]
+    found = [arms[name] for lr in RATES[arm, width] if (name := _name(arm, width, lr)) in arms]
     return min(found, key=lambda records: mean_std(_bits(records))[0])
 
 

@@ -1,0 +1,76 @@
+"""Early exit on Sudokus: does a trained gate stop early on easy puzzles?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.c11_reasoning.recipe import CHOSEN_LOOPS, LEVELS
+from experiments.tasks.sudoku import Questions, Sudoku
+from open_mythos.data import IGNORE_INDEX, Batch
+from open_mythos.evaluation.early_exit import Variant, run_exits, wall_clock
+from open_mythos.evaluation.frozen import frozen
+from open_mythos.model.exit_rules import exit_rule
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.train import GateConfig, train_gate
+
+_FRESH = 1 << 20
+"""First step of puzzles not drawn in training."""
+THRESHOLD = 0.99
+REPEATS = 3
+
+
+def measure_gate(
+    model: OpenMythos,
+    task: Sudoku,
+    questions: Questions,
+    seed: int,
+    *,
+    rows: int,
+    positions: int,
+    steps: int,
+) -> dict[str, Any]:
+    """Train the gate on fresh puzzles and solve ``questions`` with it.
+
+    Returns:
+        "loops" per cell and "by_level", the share "solved", that at full depth, and the seconds of
+        both.
+    """
+    config = GateConfig(n_loops=CHOSEN_LOOPS, positions=positions, steps=steps, seed=seed)
+    train_gate(model, _puzzles(task, rows), config)
+    rule, test = exit_rule(f"gate:{THRESHOLD}", model), _batch(task, questions)
+    variants: list[Variant] = [(CHOSEN_LOOPS, [rule]), (CHOSEN_LOOPS, [None])]
+    with frozen(model, torch.float32):
+        early, full = (run_exits(model, [test], *variant) for variant in variants)
+        seconds = wall_clock(model, [test], variants, REPEATS)
+    loops_M = early.exits[0].double().mean(1).numpy()
+    return {
+        "loops": float(loops_M.mean()),
+        "by_level": {level: float(loops_M[questions.level(level)].mean()) for level in LEVELS},
+        "solved": _solved(early.right_N, test), "solved_full": _solved(full.right_N, test),
+        "seconds": seconds[0], "seconds_full": seconds[1],
+    }  # fmt: skip
+
+
+def _puzzles(task: Sudoku, rows: int) -> Iterator[Batch]:
+    return (task.batch(step, global_batch=rows) for step in count(_FRESH))
+
+
+def _batch(task: Sudoku, questions: Questions) -> Batch:
+    """Return the questions with targets at their empty cells."""
+    targets_MN = np.where(questions.clues == 0, questions.solution, IGNORE_INDEX)
+    return Batch(
+        task.tokens(questions.clues), torch.from_numpy(targets_MN), None,
+        torch.arange(len(targets_MN)),
+    )  # fmt: skip
+
+
+def _solved(right_N: torch.Tensor, test: Batch) -> float:
+    """Return the share of rows whose every target is right."""
+    wrong_BT = torch.zeros(test.targets.shape, dtype=torch.bool)
+    wrong_BT[test.targets != IGNORE_INDEX] = ~right_N.bool()
+    return float((~wrong_BT.any(1)).double().mean())

@@ -1,0 +1,96 @@
+"""Recipe of a model that solves Sudokus by looping, and how it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from experiments.tasks.sudoku import Questions, Sudoku, SudokuLoader
+from open_mythos.config import MythosConfig
+from open_mythos.data.permutation import Int64Array
+from open_mythos.evaluation.frozen import frozen
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
+from open_mythos.train.build import Model
+
+TASK = Sudoku()
+TRAINED_LOOPS = 8
+CHOSEN_LOOPS = 32
+"""Depth of the verdict, fixed before the runs."""
+LOOPS = (1, 2, 4, 6, TRAINED_LOOPS, 12, 16, CHOSEN_LOOPS, 64)
+LEVELS = ("1-3", "4", "5", "6-7", "8+", "guess")
+"""Difficulty: rounds of elimination that a solver needs, or that it has to guess."""
+HARDEST = LEVELS[-1]
+STEPS = 1000
+RATE = 1e-2
+
+
+def recipe(seed: int = 0, *, quick: bool = False, lr: float = RATE) -> RunConfig:
+    """Return the run configuration; ``quick`` makes it tiny for smoke tests."""
+    dim, batch, steps = (16, 4, 3) if quick else (64, 64, STEPS)
+    model = MythosConfig(
+        vocab_size=TASK.vocab_size, dim=dim, n_heads=4, n_kv_heads=4, attn_type="gqa",
+        max_seq_len=TASK.grid.cells, max_loop_iters=TRAINED_LOOPS, prelude_layers=0,
+        recurrent_layers=2, coda_layers=0, n_experts=0, lora_rank=0, ffn_dim=2 * dim,
+        rope_theta=0.0, causal=False,
+    )  # fmt: skip
+    return RunConfig(
+        model=model,
+        depth=DepthConfig(plan="mixed", mean=TRAINED_LOOPS, mixed_share=0.5),
+        optim=OptimConfig(name="muon", lr=lr, beta2=0.98),
+        train=TrainConfig(
+            seed=seed, steps=steps, warmup_steps=max(1, steps // 20), seq_len=TASK.grid.cells,
+            global_batch=batch, min_lr_ratio=0.02, log_every=max(1, steps // 40), device="cpu",
+        ),
+    )  # fmt: skip
+
+
+def puzzles(run: RunConfig, task: Sudoku = TASK) -> SudokuLoader:
+    """Return the training data."""
+    return SudokuLoader(task, global_batch=run.train.global_batch)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answers at each number of loops; one for a dense model."""
+
+    loops: list[int]
+    boards: list[Int64Array]
+    """(M, N) per number of loops."""
+
+    def solved(self, questions: Questions, level: str) -> list[float]:
+        """Return the share of the puzzles of ``level`` that are right in every cell."""
+        asked = questions.level(level)
+        right = [(found == questions.solution).all(1)[asked] for found in self.boards]
+        return [float(each.mean()) for each in right]
+
+    def cells(self, questions: Questions, level: str) -> list[float]:
+        """Return the share of the empty cells of ``level`` that are right."""
+        asked = questions.level(level)
+        empty = questions.clues[asked] == 0
+        right = [(found == questions.solution)[asked][empty] for found in self.boards]
+        return [float(each.mean()) for each in right]
+
+
+def answers(
+    model: Model, clues_MN: Int64Array, loops: Sequence[int] = LOOPS, task: Sudoku = TASK,
+    rows: int = 512,
+) -> Answers:  # fmt: skip
+    """Return the boards that ``model`` fills in after each of ``loops`` (rising)."""
+    ids_MN = task.tokens(clues_MN)
+    found: list[list[Int64Array]] = []
+    with frozen(model, torch.float32):
+        for part in ids_MN.split(rows):
+            if not isinstance(model, OpenMythos):
+                found.append([task.boards(part, model(part))])
+                continue
+            ctx = model.context(part)
+            states = model.unroll(part, max(loops), ctx)
+            found.append([
+                task.boards(part, model.logits(h_BTD, ctx)) for t, h_BTD in states if t + 1 in loops
+            ])  # fmt: skip
+    shown = list(loops) if isinstance(model, OpenMythos) else [1]
+    return Answers(shown, [np.concatenate(parts) for parts in zip(*found, strict=True)])
