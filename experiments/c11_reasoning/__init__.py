@@ -21,6 +21,7 @@ from experiments.c11_reasoning.recipe import (
     answers,
     puzzles,
     recipe,
+    untrained,
 )
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
 from experiments.figure import COLOURS, lines, log2_ticks, panels
@@ -44,6 +45,7 @@ _ASKED = 3000
 CLAIM = Claim.read(__file__, vars())
 _ARMS: dict[str, dict[str, Any]] = {
     LOOPED: {"seeds": SEEDS},
+    "random-start": {"random_start": True},
     "dense": {"dense": True, "seeds": 3},
     "dense-lr5e-3": {"dense": True, "lr": 5e-3},
     "dense-lr2e-2": {"dense": True, "lr": 2e-2},
@@ -70,7 +72,7 @@ def cells(scale: str) -> list[Cell]:
 
 def _settings(
     scale: str, *, dense: bool = False, lr: float = RATE, times: int = 1,
-    unrolled: int | None = None,
+    unrolled: int | None = None, random_start: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     quick = scale == QUICK
     run = recipe(quick=quick, lr=lr)
@@ -83,7 +85,8 @@ def _settings(
         else {"rows": 256, "positions": 4096, "steps": 600}
     )  # fmt: skip
     task = asdict(replace(TASK, pool=4) if quick else TASK)
-    return {"run": run.to_dict(), "task": task, "unrolled": unrolled, "loops": list(LOOPS),
+    return {"run": run.to_dict(), "task": task, "random_start": random_start,
+            "unrolled": unrolled, "loops": list(LOOPS),
             "asked": 60 if quick else _ASKED, "gate": None if dense else gate}  # fmt: skip
 
 
@@ -91,7 +94,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """Train the arm and ask it at every number of loops; train a gate on a looped one."""
     run, s = run_of(cell), cell.settings
     task = Sudoku(**s["task"])
-    model = build(run, unrolled=s["unrolled"])
+    model = build(run) if s["random_start"] else untrained(run, task, unrolled=s["unrolled"])
     curves = fit(model, puzzles(run, task), run)
     questions = task.questions(s["asked"])
     found = answers(model, questions.clues, s["loops"], task)
@@ -129,7 +132,7 @@ def summarise(records: Sequence[Record]) -> Summary:
     arms = by_arm(records)
     looped = arms[LOOPED]
     deep, learnt = _mean(looped), _mean(looped, LEVELS[0])
-    dense = {arm: _mean(found) for arm, found in arms.items() if arm != LOOPED}
+    dense = {arm: _mean(found) for arm, found in arms.items() if arm.startswith("dense")}
     equal = max(dense[arm] for arm in EQUAL if arm in dense)
     best = max(dense, key=lambda arm: dense[arm])
     exits = _exits(looped)
@@ -194,7 +197,7 @@ def _rows(arm: str, found: Sequence[Record]) -> list[tuple[str, ...]]:
     return [
         (
             arm, str(len(found)), f"{first['parameters']:,}", f"{first['training_flops']:.1e}",
-            str(loops) if arm == LOOPED else "-",
+            "-" if arm.startswith("dense") else str(loops),
             *(share(found, solved(level, loops)) for level in LEVELS),
         )
         for loops in depths

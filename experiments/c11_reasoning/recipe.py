@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from experiments.tasks.sudoku import Questions, Sudoku, SudokuLoader
+from experiments.training import build, seeded
 from open_mythos.config import MythosConfig
 from open_mythos.data.permutation import Int64Array
 from open_mythos.evaluation.frozen import frozen
@@ -46,6 +47,27 @@ def recipe(seed: int = 0, *, quick: bool = False, lr: float = RATE) -> RunConfig
             global_batch=batch, min_lr_ratio=0.02, log_every=max(1, steps // 40), device="cpu",
         ),
     )  # fmt: skip
+
+
+def untrained(run: RunConfig, task: Sudoku = TASK, *, unrolled: int | None = None) -> Model:
+    """Build the model, or a dense one as deep as ``unrolled`` loops.
+
+    The embedding of every token starts as the sum of a vector of its digit, row, column and box:
+    otherwise the rules are found much later (the arm "random-start").
+    """
+    model = build(run, unrolled=unrolled)
+    n = task.grid.digits
+    cell = np.arange(task.grid.cells)
+    box = cell // n // task.grid.height * task.grid.height + cell % n // task.grid.width
+    places = [torch.from_numpy(each) for each in (cell // n, cell % n, box)]
+    std = model.embedding.weight.std().item() / 2  # of each of the four
+    with seeded(run.train.seed, "sudoku/embedding"), torch.no_grad():
+        place_ND = torch.stack([std * torch.randn(n, model.cfg.dim)[each] for each in places]).sum(
+            0
+        )
+        digit_nD = std * torch.randn(n + 1, model.cfg.dim)
+        model.embedding.weight.copy_((place_ND.unsqueeze(1) + digit_nD).flatten(0, 1))
+    return model
 
 
 def puzzles(run: RunConfig, task: Sudoku = TASK) -> SudokuLoader:
