@@ -69,3 +69,10 @@ def test_a_file_of_options_is_read_as_the_command_line_is(shards, tmp_path, caps
     for more in ([], ["--depth.plan=fixed", "--train.seed=1"]):
         assert main([*TINY, shards, f"--config={file}", *more, f"--train.out_dir={tmp_path}"]) == 2
         assert "to do:" in capsys.readouterr().err
+
+
+def test_a_vocabulary_smaller_than_the_datas_is_refused(shards, tmp_path, capsys):
+    run = [*TINY, shards, f"--train.out_dir={tmp_path / 'run'}", "--model.vocab_size=100"]
+    assert main(run) == 2
+    assert "vocabulary is smaller" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

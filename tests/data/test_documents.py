@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from open_mythos.data import read_documents
+from open_mythos.data import documents, read_documents
 from open_mythos.data.corpus import TEXT_PIECE_BYTES
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
@@ -150,3 +150,14 @@ def test_the_standard_library_is_a_corpus() -> None:
     assert sum(map(len, documents)) > 5_000_000
     assert any("class JSONEncoder(object)" in text for text in documents)
     assert not any("class TestDump:" in text for text in documents)
+
+
+def test_a_line_has_a_limit(tmp_path, monkeypatch) -> None:
+    """A file without line ends would be read whole."""
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 24)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "0123456789"}\n')  # 22 bytes and the line end
+    assert list(read_documents(path)) == ["0123456789"]
+    path.write_text('{"text": "x"}\n{"text": "0123456789ab"}\n')
+    with pytest.raises(DataError, match=r"too long(.|\n)*a\.jsonl, byte 14(.|\n)*fewer than 24"):
+        list(read_documents(path))

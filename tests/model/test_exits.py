@@ -238,11 +238,23 @@ def _unread() -> Tensor:
 
 
 class TestRules:
+    def test_the_gate_stops_at_its_threshold(self):
+        """A gate of 1/2 has halted with probability 1/2, 3/4, 7/8 after loops 1, 2, 3."""
+        gate = ACTHalting(1)
+        torch.nn.init.zeros_(gate.gate.weight)
+        torch.nn.init.zeros_(gate.gate.bias)
+        path = [1.0] * 4
+        assert [follow(GateExit(gate, p), path) for p in (0.5, 0.75, 0.76, 0.99)] == [1, 2, 3, None]
+        half_L = torch.full((4, 1), 0.5)
+        assert [int(exit_loops(half_L, p)) for p in (0.5, 0.75, 0.76, 0.99)] == [0, 1, 2, 3]
+
     def test_state_change(self):
         path = [8.0, 12.0, 14.0, 15.0, 15.5]  # changes 1, 1/3, 1/7, 1/15, 1/31 of the new state
         assert follow(StateChange(0.1), path) == 4
         assert follow(StateChange(0.05), path) == 5
         assert follow(StateChange(0.01), path) is None
+        assert follow(StateChange(0.07), path) == 4  # 1/15 of the new state, 1/14 of the old one
+        assert follow(StateChange(0.5), [4.0, 8.0, 8.5]) == 3  # below the threshold, not at it
 
     def test_acceleration_takes_two_hits_in_a_row(self):
         quiet_once = [4.0, 5.0, 6.0, 9.0, 9.0, 9.0, 9.0]

@@ -227,3 +227,18 @@ def test_gradients_accumulate_in_the_dtype_of_the_weights(monkeypatch) -> None:
     for coarse, fine in zip(*distances, strict=True):
         assert fine < 0.02
         assert fine < 0.7 * coarse
+
+
+def test_what_waits_is_a_copy() -> None:
+    """A compiler may overwrite the operands of an op after it, before the gradient is computed."""
+    x, which = torch.randn(3, 16), torch.tensor([2, 0])
+    rows, before = looped_stack.saved_rows(x, which), x[which].clone()
+    x.zero_()
+    out = torch.empty(2, 16)
+    rows.write(0, 2, out)
+    assert torch.equal(out, before)
+    token = LoopedStack(torch.randn(4, 16, 8, requires_grad=True)).token
+    ends, uses = torch.tensor([0, 1, 2, 2]), looped_stack._alive[int(token)]
+    looped_stack.defer_gradient(token, rows, looped_stack.Rows(torch.randn(2, 8)), ends)
+    ends.zero_()
+    assert uses._saved[0].ends_E.tolist() == [0, 1, 2, 2]

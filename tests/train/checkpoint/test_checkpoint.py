@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from open_mythos import from_pretrained
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+from open_mythos.files import sync_to_disk
 from open_mythos.train import Trainer, build_model, find_checkpoint, verify_checkpoint
 from open_mythos.train.checkpoint import write
 from open_mythos.train.checkpoint.config_changes import MAY_CHANGE, reject_changes
@@ -326,3 +328,31 @@ def test_moments_of_another_optimizer_are_refused(trained, make_run, make_loader
     with pytest.raises(DataError, match="state of another optimizer"):
         fresh(other, make_loader).resume(allow=["optim.name"])
     assert folder.is_dir()
+
+
+def test_moments_of_another_shape_are_refused(trained):
+    """Before anything is read, as those of another optimizer."""
+    trainer, _, folder = trained
+    path = folder / "step_00000004" / OPTIMIZER_FILE
+    moments = load_file(path)
+    name = next(name for name, each in moments.items() if each.dim() == 2)
+    save_file(moments | {name: moments[name].mT.contiguous()[:1]}, path)
+    with pytest.raises(DataError, match="state of another optimizer"):
+        load_checkpoint(path.parent, trainer.model, trainer.optimizer)
+
+
+def test_names_reach_the_disk_before_and_after_the_rename(trained, monkeypatch):
+    """Without power, a name that was not synced is lost, with all its files."""
+    trainer, _, folder = trained
+    final, partial = folder / "step_00000005", folder / ".unfinished-step_00000005"
+    done = []
+
+    def noted(path):
+        done.append((path, final.exists()))
+        sync_to_disk(path)
+
+    monkeypatch.setattr(write, "sync_to_disk", noted)
+    trainer.state.step = 5
+    trainer.save()
+    assert sorted(done[:-2]) == sorted((partial / name, False) for name in FILES)
+    assert done[-2:] == [(partial, False), (folder, True)]
