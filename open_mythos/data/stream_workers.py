@@ -91,7 +91,10 @@ def _received(items: Iterator[Windows | MythosError]) -> Windows:
             fix="resume; if it ran out of memory, use fewer workers",
         ) from error  # fmt: skip
     if isinstance(item, MythosError):
-        raise item
+        try:
+            raise item
+        finally:  # no cycle of error and frame: the workers end with the last reference to them
+            del item, items
     return item
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import dataloader
 
 from open_mythos.data import StreamLoader, open_corpus
 from open_mythos.data import stream as streaming
@@ -32,6 +33,14 @@ def write(path: Path, lines: list[str]) -> Path:
 @pytest.fixture
 def corpus_file(tmp_path) -> Path:
     return write(tmp_path / "a.jsonl", [json.dumps({"text": text}) for text in TEXTS])
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch) -> None:
+    """PyTorch looks for dead workers every 5 seconds, and waits as long for what pytest keeps."""
+    monkeypatch.setattr(dataloader._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    look = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.1,))
 
 
 def gone(pids: list[int]) -> bool:
@@ -161,39 +170,32 @@ if __name__ == "__main__":
     next(loader)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     end = time.monotonic() + 600
-    while len(stopped) < int(sys.argv[2]) and time.monotonic() < end:
+    while len(stopped) < 2 and time.monotonic() < end:
         time.sleep(0.05)
     for _ in range(20):  # more than was made ahead: the workers still work
         next(loader)
     print("in order", flush=True)
+    sys.stdin.read()
 """
 
 
-def start(corpus_file: Path, signals: int) -> tuple[subprocess.Popen, list[int]]:
+@pytest.mark.parametrize("end", ["killed", pytest.param("done", marks=pytest.mark.slow)])
+def test_signals_to_the_group_let_the_trainer_end_in_order(corpus_file, end):
+    """Ctrl-C as a terminal sends it, SIGTERM as launchers do: to every process."""
     program = corpus_file.parent / "program.py"
     program.write_text(PROGRAM)
     process = subprocess.Popen(
-        [sys.executable, str(program), str(corpus_file), str(signals)],
-        stdout=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, str(program), str(corpus_file)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
-    return process, [int(pid) for pid in process.stdout.readline().split()]
-
-
-def test_a_killed_trainer_leaves_no_worker(corpus_file) -> None:
-    process, workers = start(corpus_file, 1)
+    workers = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 2
-    process.kill()
-    process.communicate()
-    assert gone(workers)
-
-
-def test_signals_to_the_group_let_the_trainer_end_in_order(corpus_file) -> None:
-    """Ctrl-C as a terminal sends it, SIGTERM as launchers do: to every process."""
-    process, workers = start(corpus_file, 2)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.killpg(process.pid, number)
-    printed, _ = process.communicate(timeout=2 * LIMIT_S)
-    assert printed == "in order\n"
-    assert process.returncode == 0
+    assert process.stdout.readline() == "in order\n"
+    if end == "killed":
+        process.kill()
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == (0 if end == "done" else -signal.SIGKILL)
     assert gone(workers)
