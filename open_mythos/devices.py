@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from open_mythos.checks import pick
 from open_mythos.errors import ConfigError, EnvironmentError_
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,6 +53,22 @@ def resolve_device(name: str = "auto") -> torch.device:
             fix="use --device cpu, or install a CUDA build of PyTorch",
         )  # fmt: skip
     return device
+
+
+def uncompiled(function: Function) -> Function:
+    """Decorate as ``torch.compiler.disable`` does, which would import the compiler at once.
+
+    That takes as long as importing torch, and most processes never compile.
+    """
+    decorated: Any = _disable_dynamo(function)
+    return decorated
+
+
+def constant_if_compiled(function: Function) -> Function:
+    """Decorate as ``torch.compiler.assume_constant_result`` does; see :func:`uncompiled`."""
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return function
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -13,6 +13,7 @@ from helpers import small_config
 
 import open_mythos
 import open_mythos.main
+from open_mythos.devices import constant_if_compiled
 from open_mythos.main import MythosConfig, OpenMythos
 
 PROMISED = [
@@ -94,6 +95,29 @@ def test_unknown_name():
 def test_light_modules_load_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_generating_loads_no_compiler():
+    """It would double the time to start; only training and compiled models need it."""
+    code = (
+        "import sys, torch, open_mythos.cli, open_mythos.inference.engine\n"
+        "from open_mythos import MythosConfig, OpenMythos\n"
+        "sizes = dict(dim=32, n_heads=4, n_kv_heads=2, n_experts=4, expert_dim=16, lora_rank=2)\n"
+        "more = dict(vocab_size=64, max_seq_len=64, max_loop_iters=2, attn_type='gqa')\n"
+        "model = OpenMythos(MythosConfig(**sizes, **more)).eval()\n"
+        "model.generate(torch.zeros(1, 4, dtype=torch.long), 2)\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_marks_of_the_compiler_are_its_own():
+    def mine(): ...
+
+    def its(): ...
+
+    marks = vars(constant_if_compiled(mine)), vars(torch.compiler.assume_constant_result(its))
+    assert marks[0] == marks[1] != {}
 
 
 def test_config_fields_and_defaults_in_order():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.checks import pick
+from open_mythos.devices import constant_if_compiled
 from open_mythos.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -77,13 +78,13 @@ def triton_serves(op: str, backend: str, tensor: Tensor, problem: str | None) ->
     return pick_backend(op, backend, {"triton": True, "reference": False})
 
 
-@torch.compiler.assume_constant_result
+@constant_if_compiled
 def _machine_problem(device: torch.device) -> str | None:
     """Return why no kernel can run on ``device``, or None."""
     return _hardware_problem(device)
 
 
-@torch.compiler.assume_constant_result
+@constant_if_compiled
 def _kernel_problem(op: str, device: torch.device) -> str | None:
     """Return why "auto" does not pick the kernel of ``op`` on ``device``, or None."""
     return _hardware_problem(device) or _small_case_problem(op, device)

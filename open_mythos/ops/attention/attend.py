@@ -9,7 +9,6 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from open_mythos.devices import is_transformed
@@ -142,6 +141,8 @@ def _sdpa_blocks(
 ) -> Tensor:
     """Blocks of queries, whose masks are recomputed in the backward pass."""
     if seen.plain:
+        from torch.nn.attention.bias import causal_lower_right  # which imports the compiler
+
         lower_right = causal_lower_right(seen.n_queries, seen.n_columns)  # stays in its flash path
         return _sdpa_call(q_BTHK, k_BSGK, v_BSGV, lower_right, False, scale)
     size = max(1, MASK_PAIRS // max(1, seen.batch * seen.n_columns))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.devices import kernel_device
+from open_mythos.devices import kernel_device, uncompiled
 from open_mythos.ops.experts.rows import padded, read_ends
 from open_mythos.ops.experts.weight_gradient import grouped_weight_gradient, kernel_serves
 
@@ -84,7 +84,7 @@ class LoopedStack:
         self.weight = (weight_EKM if computed is None else computed).detach()
 
 
-@torch.compiler.disable  # a graph would bake the number in as a constant
+@uncompiled  # a graph would bake the number in as a constant
 def _new_token(weight_EKM: Tensor) -> Tensor:
     return _DeferredGradient.apply(weight_EKM, _Uses(weight_EKM.numel(), weight_EKM.dtype))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from open_mythos.devices import as_autocast
+from open_mythos.devices import as_autocast, uncompiled
 from open_mythos.model.layers.experts import Experts, Operands, RoutedExperts, Weights
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.ops.experts.routed import routed_experts
@@ -63,7 +63,7 @@ class ExpertParallel(Experts):
         """Return the weights of this rank's experts."""
         return _local_weights(weights[0]), _local_weights(weights[1])
 
-    @torch.compiler.disable  # a compiled block has one graph break here
+    @uncompiled  # a compiled block has one graph break here
     def forward(
         self, x_ND: Tensor, experts_NC: Tensor, weights_NC: Tensor, gate_up: Any, down: Any
     ) -> Tensor:
