@@ -113,9 +113,11 @@ class History(RuleBasedStateMachine):
             assert counts["slots_used"] == 0
 
 
-QUICK = settings(max_examples=80, stateful_step_count=50)
+QUICK = settings(max_examples=40, stateful_step_count=50)
 
-FIRST_FAILURE = settings(QUICK, phases=[Phase.generate], report_multiple_bugs=False)
+FIRST_FAILURE = settings(
+    QUICK, max_examples=80, phases=[Phase.generate], report_multiple_bugs=False
+)
 
 
 def test_histories():
