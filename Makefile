@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-hf chaos soak lint format bench bench-gpu clean
+.PHONY: help setup demo test test-slow test-hf test-install install-matrix audit hostile chaos soak lint format bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,19 @@ $(HF_READY): $(READY)
 test-hf: $(HF_READY)  ## the classes for transformers with the oldest version that is supported (2 minutes)
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(HF_VENV)/bin/python -m pytest tests/hf -n $(WORKERS) --dist worksteal \
 		-m "not slow and not gpu and not network"
+
+test-install: $(READY)  ## build the package, install it in an empty environment, run every command (10 minutes)
+	@$(BIN)/python -m tests.install
+
+install-matrix: $(READY)  ## the same, with other Pythons and the oldest allowed dependencies (30 minutes)
+	@$(BIN)/python -m tests.install matrix
+
+audit: $(READY)  ## known vulnerabilities of the installed packages (needs the network)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	@$(BIN)/python -m pip_audit --skip-editable --progress-spinner off
+
+hostile: $(READY)  ## every file that a command reads, made hostile in every way (15 minutes)
+	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m tests.hostile
 
 chaos: $(READY)  ## failure injection: crashes, corruption, divergence (10 minutes)
 	@$(BIN)/python -m pytest tests/chaos -m "not short" --chaos-json chaos.json

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, checked
 from open_mythos.config import MythosConfig
+from open_mythos.errors import ConfigError
 
 if TYPE_CHECKING:
     from open_mythos.model.dense import DenseTransformer
@@ -145,6 +146,7 @@ class Accounting:
         return self.n_loops if n_loops is None or self.architecture == "dense" else n_loops
 
 
+@checked
 def account(
     model: MythosConfig | OpenMythos | DenseTransformer,
     n_loops: int | None = None,
@@ -168,7 +170,12 @@ def account(
     from open_mythos.model.dense import DenseTransformer
     from open_mythos.model.mythos import OpenMythos
 
-    cfg = model if isinstance(model, MythosConfig) else model.cfg
+    cfg = model if isinstance(model, MythosConfig) else getattr(model, "cfg", None)
+    if not isinstance(cfg, MythosConfig):
+        raise ConfigError(
+            "not a model", where="model", value=model, allowed="a MythosConfig, or a model of one",
+            fix="pass model.cfg",
+        )  # fmt: skip
     if not isinstance(model, MythosConfig):
         n_layers = getattr(model, "n_layers", None)
     cfg.validate()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from open_mythos.checks import pick
+from open_mythos.checks import checked, pick
 from open_mythos.config import MythosConfig
 
 _ATTENTION = (
@@ -112,6 +112,7 @@ VARIANTS: dict[str, Callable[[], MythosConfig]] = {
 }  # fmt: skip
 
 
+@checked
 def variant(name: str) -> MythosConfig:
     """Return the configuration called ``name`` ("1b" or "mythos_1b").
 

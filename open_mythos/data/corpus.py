@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from open_mythos.checks import pick
+from open_mythos.checks import checked, pick
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
 logger = logging.getLogger(__name__)
@@ -137,6 +137,7 @@ def text_pieces(size: int) -> int:
     return -(-size // TEXT_PIECE_BYTES)
 
 
+@checked
 def fineweb_edu(subset: str = "sample-10BT") -> str:
     """Return the source of a subset of FineWeb-Edu (arXiv 2406.17557) on the Hugging Face hub.
 
@@ -147,6 +148,7 @@ def fineweb_edu(subset: str = "sample-10BT") -> str:
     return f"{_HUB}HuggingFaceFW/fineweb-edu/{folder}"
 
 
+@checked
 def open_corpus(source: str | Path, text_field: str = "text", *, where: str = "source") -> Corpus:
     """List the files of ``source``.
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from open_mythos.checks import checked
 from open_mythos.data.corpus import STDLIB, TEXT_PIECE_BYTES, Corpus, Unit, open_corpus, text_pieces
 from open_mythos.data.permutation import Int64Array
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
@@ -47,6 +48,7 @@ class _ReadFailedError(OSError):
     """The file system failed; a retry may succeed."""
 
 
+@checked
 def read_documents(source: str | Path, text_field: str = "text") -> Iterator[str]:
     """Read the documents of ``source``, always in the same order.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from open_mythos.checks import check_count, check_number
+from open_mythos.checks import check_count, check_number, checked
 from open_mythos.data.batch import Batch
 from open_mythos.data.corpus import Corpus
 from open_mythos.data.documents import documents_of, is_held_out
@@ -41,6 +41,7 @@ class HeldOutWindows:
         DataError, EnvironmentError_: The corpus is damaged, or cannot be read.
     """
 
+    @checked
     def __init__(
         self,
         corpus: Corpus,

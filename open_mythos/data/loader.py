@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, checked
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.permutation import Int64Array, Permutation
 from open_mythos.data.shards import TokenShards
@@ -36,6 +36,7 @@ class PackedWindows:
         DataError: The split is too short for one window.
     """
 
+    @checked
     def __init__(self, shards: TokenShards, seq_len: int, mask_documents: bool) -> None:
         self.shards, self.mask_documents = shards, mask_documents
         self.seq_len = check_count("seq_len", seq_len)
@@ -79,6 +80,7 @@ class Loader:
         DataError: The split is too short for one window.
     """
 
+    @checked
     def __init__(
         self,
         shards: TokenShards,
@@ -167,6 +169,7 @@ class EpochWindows:
     windows; None for all.
     """
 
+    @checked
     def __init__(
         self,
         shards: TokenShards,

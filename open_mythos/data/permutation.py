@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, checked
 from open_mythos.seeding import derive_seed
 
 UInt64Array: TypeAlias = npt.NDArray[np.uint64]
@@ -37,6 +37,7 @@ class Permutation:
         epoch: Each epoch has its own permutation.
     """
 
+    @checked
     def __init__(self, n: int, seed: int, epoch: int) -> None:
         self.n = check_count("n", n)
         self._half_bits = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, checked
 from open_mythos.data.documents import check_share, is_held_out, read_documents, with_end
 from open_mythos.data.index import DTYPES, INDEX_FILE, Index, Shard, ShardFile, Split, read_index
 from open_mythos.data.shards import START_DTYPE
@@ -25,6 +25,7 @@ BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 22
 
 
+@checked
 def prepare(
     source: str | Path | Iterable[str],
     out_dir: str | Path,

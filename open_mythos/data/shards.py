@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from open_mythos.checks import checked
 from open_mythos.data.index import DTYPES, ShardFile, read_index
 from open_mythos.data.permutation import Int64Array
 from open_mythos.errors import ConfigError, DataError
@@ -41,6 +42,7 @@ class TokenShards:
         DataError: The folder has no such split, or a file is missing, damaged or of another size.
     """
 
+    @checked
     def __init__(self, path: str | Path, split: str = "train") -> None:
         self.path, self.split = Path(path), split
         self.index = read_index(self.path)

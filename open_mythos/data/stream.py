@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, checked
 from open_mythos.data.batch import Batch
 from open_mythos.data.corpus import Corpus
 from open_mythos.data.documents import check_share
@@ -58,6 +58,7 @@ class StreamLoader:
     _last: Batch | None  # the last batch read
     _windows: Iterator[Windows] | None
 
+    @checked
     def __init__(
         self,
         corpus: Corpus,

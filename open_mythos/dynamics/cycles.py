@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, check_number, checked
 from open_mythos.dynamics.trajectory import Trajectory
 from open_mythos.errors import ConfigError
 
@@ -61,6 +61,7 @@ class LongRun:
         return dict(zip(KINDS, counts, strict=True))
 
 
+@checked
 def classify(
     path: Trajectory,
     *,
@@ -79,6 +80,7 @@ def classify(
     Raises:
         ConfigError: The tail has fewer than eight states, or exceeds the trajectory.
     """
+    check_number("tolerance", tolerance, ge=0)
     states_LBTD = path.states_LBTD
     tail = len(states_LBTD) // 2 if tail is None else tail
     if not 8 <= tail <= len(states_LBTD):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, checked
 from open_mythos.dynamics.krylov import Spectrum, leading_eigenvalues, leading_singular_values
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import frozen
@@ -49,6 +49,7 @@ class StepJacobian:
             whose rounding error would exceed small eigenvalues.
     """
 
+    @checked
     def __init__(
         self, model: OpenMythos, input_ids: Tensor, h_BTD: Tensor, t: int, loops: int = 1
     ) -> None:

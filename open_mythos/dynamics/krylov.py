@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, check_number, checked
 
 MatVec = Callable[[Tensor], Tensor]
 """(n,) -> (n,) float32."""
@@ -42,6 +42,7 @@ class Spectrum:
         return float(np.abs(self.values).max())
 
 
+@checked
 def leading_eigenvalues(
     apply: MatVec,
     size: int,
@@ -61,7 +62,9 @@ def leading_eigenvalues(
         tolerance: Stop when every residual is below this fraction of the largest magnitude.
         device: Device of the vectors passed to ``apply``.
     """
-    count = min(check_count("count", count), size)
+    check_number("tolerance", tolerance, ge=0)
+    check_count("max_matvecs", max_matvecs)
+    count = min(check_count("count", count), check_count("size", size))
     start = torch.randn(size, generator=torch.Generator().manual_seed(0))
     basis = [(start / start.norm()).to(device)]
     limit = max(1, min(max_matvecs, size))
@@ -87,6 +90,7 @@ def leading_eigenvalues(
     return found
 
 
+@checked
 def leading_singular_values(
     apply: MatVec,
     apply_transposed: MatVec,
@@ -102,9 +106,10 @@ def leading_singular_values(
     ``apply_transposed`` maps u to M^T u; see :func:`leading_eigenvalues` for the other arguments.
     ``max_matvecs`` counts those with M and M^T together.
     """
+    most = max(1, check_count("max_matvecs", max_matvecs) // 2)
     squares = leading_eigenvalues(
         lambda v: apply_transposed(apply(v)), size, count,
-        max_matvecs=max_matvecs // 2, tolerance=tolerance, device=device,
+        max_matvecs=most, tolerance=tolerance, device=device,
     )  # fmt: skip
     values = np.sqrt(np.maximum(squares.values.real, 0.0))
     # with u = M v / s: M^T u - s v = (M^T M v - s^2 v) / s

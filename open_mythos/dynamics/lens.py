@@ -10,12 +10,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from open_mythos.checks import checked
 from open_mythos.dynamics.trajectory import Trajectory
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.mythos import OpenMythos
 
 
+@checked
 def logit_lens(model: OpenMythos, path: Trajectory) -> Iterator[Tensor]:
     """Yield the log-probabilities (B, T, V), float32, after each loop.
 

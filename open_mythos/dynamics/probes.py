@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.checks import check_number, checked
 from open_mythos.errors import ConfigError
 from open_mythos.seeding import seeded_generator
 
@@ -44,6 +45,7 @@ class ProbeScore:
         return self.score - self.control
 
 
+@checked
 def probe(
     states_ND: Tensor,
     labels: Tensor,
@@ -68,6 +70,7 @@ def probe(
     Raises:
         ConfigError: Shapes do not match, or the fraction is not between 0 and 1.
     """
+    check_number("penalty", penalty, ge=0)
     _check(states_ND, labels, types, test_fraction)
     states_ND, labels = states_ND.detach().float().cpu(), labels.cpu()
     generator = seeded_generator(seed, "probe")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, check_number, checked
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.context import Context
@@ -114,6 +114,7 @@ class FixedPoint:
         return self.residual_BT <= tolerance
 
 
+@checked
 def run_trajectory(
     model: OpenMythos,
     input_ids: Tensor,
@@ -141,6 +142,7 @@ def run_trajectory(
     return Trajectory(torch.stack(states), ctx)
 
 
+@checked
 def fixed_point(
     model: OpenMythos,
     input_ids: Tensor,
@@ -162,6 +164,7 @@ def fixed_point(
         h_BTD: Initial state; the model's own by default.
     """
     check_count("max_loops", max_loops)
+    check_number("tolerance", tolerance, ge=0)
     with frozen(model, torch.float32):
         h_BTD, e_BTD, ctx = _start(model, input_ids, h_BTD)
         for t, next_BTD in model.recurrent.unroll(e_BTD, ctx, max_loops, h_BTD=h_BTD):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, check_fields, checked
 from open_mythos.errors import DataError
 from open_mythos.inference.engine import Engine
 from open_mythos.model.causal_lm import CausalLM
@@ -24,6 +24,9 @@ class Question:
 
     prompt: str
     answer: str
+
+    def __post_init__(self) -> None:
+        check_fields("", self)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class AnswerRow:
         return self.correct / self.questions
 
 
+@checked
 def evaluate_answers(
     model: CausalLM,
     questions: Sequence[Question],
@@ -102,6 +106,7 @@ def evaluate_answers(
     return rows
 
 
+@checked
 def read_questions(path: str | Path) -> list[Question]:
     """Read questions from a file of JSON lines: ``{"prompt": ..., "answer": ...}``.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, check_number, checked
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import bits_per_byte, frozen, no_targets
@@ -107,6 +107,7 @@ class Pass:
         return float(torch.cat([exits.flatten() for exits in self.exits]).double().mean())
 
 
+@checked
 def evaluate_exits(
     model: CausalLM,
     batches: Iterable[Batch],
@@ -141,6 +142,8 @@ def evaluate_exits(
             allowed="a looped model", fix="measure a dense model with evaluate_depths",
         )  # fmt: skip
     check_count("repeats", repeats, least=0)
+    if bytes_per_token is not None:
+        check_number("bytes_per_token", bytes_per_token, gt=0)
     depth = model.cfg.max_loop_iters if n_loops is None else check_count("n_loops", n_loops)
     with frozen(model, dtype) as device:
         kept = [part for batch in batches if len(part := _with_targets(batch.to(device)))]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, check_number, checked
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.distributed import over_ranks
 from open_mythos.errors import ConfigError
@@ -38,6 +38,7 @@ class DepthRow:
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
+@checked
 def evaluate_depths(
     model: CausalLM,
     batches: Iterable[Batch],
@@ -64,6 +65,8 @@ def evaluate_depths(
         DataError: The batches hold no targets.
     """
     wanted: list[int] | list[None] = [None]
+    if bytes_per_token is not None:
+        check_number("bytes_per_token", bytes_per_token, gt=0)
     if isinstance(model, OpenMythos):
         if not depths:
             raise ConfigError(

@@ -15,6 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from open_mythos.checks import checked
 from open_mythos.data.batch import Batch
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation.frozen import frozen, no_targets
@@ -47,6 +48,7 @@ class LayerRouting:
     (L - 1)(E - 1) / (2 choices ln 2) bits (Miller and Madow, 1955)."""
 
 
+@checked
 def expert_routing(
     model: OpenMythos,
     batches: Iterable[Batch],
@@ -87,6 +89,7 @@ def expert_routing(
     return routing_by_layer(merged)
 
 
+@checked
 def routing_by_layer(trace: LoopTrace) -> list[LayerRouting]:
     """Measure the routing of every mixture layer that ``trace`` recorded.
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from open_mythos.checks import is_int, pick
+from open_mythos.checks import checked, is_int, pick
 from open_mythos.config import MythosConfig
 from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError, DataError
@@ -44,6 +44,7 @@ _UNSAVED = "the model cannot be saved"
 _SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrained"
 
 
+@checked
 def save_pretrained(
     model: OpenMythos | DenseTransformer,
     directory: str | Path,
@@ -97,6 +98,7 @@ def save_pretrained(
     sync_to_disk(target)
 
 
+@checked
 def from_pretrained(
     directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> OpenMythos | DenseTransformer:

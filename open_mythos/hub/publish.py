@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from open_mythos.checks import checked
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.files import check_new_folder, write_text
 from open_mythos.hub.card import model_card
@@ -19,6 +20,7 @@ CARD_FILE = "README.md"
 _NO_HUB = "pip install 'open-mythos[data]'"
 
 
+@checked
 def export_folder(
     checkpoint: str | Path, out: str | Path, *, name: str = "", licence: str = "",
     tokenizer: Tokenizer | None = None,
@@ -53,6 +55,7 @@ def export_folder(
     return target
 
 
+@checked
 def push_to_hub(
     checkpoint: str | Path, name: str, *, private: bool = True, licence: str = "",
     message: str = "Upload model", token: str | None = None,

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from open_mythos.checks import unknown_key
+from open_mythos.checks import checked, unknown_key
 from open_mythos.errors import ConfigError
 from open_mythos.inference.batch import Chosen, Needs, few_sizes
 from open_mythos.inference.cuda_graphs import capture_problem
@@ -65,6 +65,7 @@ class Engine:
         ConfigError: An argument is out of range, or the model is in training mode.
     """
 
+    @checked
     def __init__(
         self, model: CausalLM, options: EngineOptions = EngineOptions(), *,  # noqa: B008 (frozen)
         max_queued: int = 256,

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.checks import pick
+from open_mythos.checks import checked, pick
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.layers.block import TransformerBlock
@@ -49,6 +49,7 @@ DEFAULT_GROUP = 32
 Model = TypeVar("Model", bound=CausalLM)
 
 
+@checked
 def quantize(
     model: Model, kind: str, *, group_size: int | None = None, backend: str = "auto"
 ) -> Model:
@@ -104,6 +105,7 @@ def quantize(
     return model.eval()
 
 
+@checked
 def is_quantized(model: nn.Module) -> bool:
     """Return whether any part of ``model`` is quantized."""
     return any(isinstance(module, _Quantized) for module in model.modules())
@@ -125,6 +127,7 @@ class WeightBytes:
         return self.once + n_loops * self.per_loop
 
 
+@checked
 def weight_bytes(model: CausalLM) -> WeightBytes:
     """Count the bytes of ``model``, quantized or not; ``stored`` counts tied weights once."""
     read = {"once": 0.0, "loop": 0.0}

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_count, pick
+from open_mythos.checks import check_count, checked, pick
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.inference.batch import Batch, Needs, few_sizes, runs
 from open_mythos.inference.cuda_graphs import Graphs, capture_problem
@@ -66,6 +66,7 @@ class StaticDecoder:
     running_B: Tensor
     """(B,) boolean: rows that have not ended. Set one to false in place to end the row."""
 
+    @checked
     def __init__(
         self, model: CausalLM, batch: int, capacity: int, *, mode: str = "static", page: int = PAGE
     ) -> None:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from open_mythos.checks import checked
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active
@@ -78,6 +79,7 @@ class KVCache:
             loop (``kv_share="last"``): L times smaller, but approximate.
     """
 
+    @checked
     def __init__(self, capacity: int = 0, share_loops: bool = False) -> None:
         self.columns = Columns(0)
         self._capacity = capacity
@@ -323,6 +325,7 @@ def slot_index(config: MythosConfig, layer: int, loop: int) -> int:
     return outer + loop * config.recurrent_layers + inner
 
 
+@checked
 def cache_bytes(
     config: MythosConfig, n_loops: int, positions: int, batch: int = 1, element_size: int = 2
 ) -> int:

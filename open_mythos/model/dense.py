@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import check_count, pick
-from open_mythos.config import MythosConfig
+from open_mythos.checks import check_count, check_number, checked, pick
+from open_mythos.config import MAX_LAYERS, MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM, forward_call
@@ -37,6 +37,7 @@ class DenseTransformer(CausalLM):
         ffn_dim: Hidden width of the feed-forward layers; ``cfg.hidden_dim`` by default.
     """
 
+    @checked
     def __init__(
         self, cfg: MythosConfig, n_layers: int | None = None, ffn_dim: int | None = None
     ) -> None:
@@ -45,6 +46,7 @@ class DenseTransformer(CausalLM):
         super().__init__(replace(cfg, n_experts=0, ffn_dim=width))
         stored = cfg.prelude_layers + cfg.recurrent_layers + cfg.coda_layers
         self.n_layers = check_count("n_layers", stored if n_layers is None else n_layers)
+        check_number("n_layers", self.n_layers, le=MAX_LAYERS)
         self.blocks = nn.ModuleList(
             TransformerBlock(self.cfg, layer=i) for i in range(self.n_layers)
         )

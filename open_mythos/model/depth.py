@@ -37,7 +37,7 @@ class Depth:
         given: Any = (
             self.n_loops.tolist() if isinstance(self.n_loops, Tensor) else plain(self.n_loops)
         )
-        several = isinstance(given, Sequence) and not isinstance(given, str)
+        several = isinstance(given, Sequence) and not isinstance(given, str | bytes)
         loops = [whole(each) or 0 for each in (given if several else [given])]
         if given is not None:
             if min(loops, default=0) < 1 or max(loops) > MAX_LOOPS:
@@ -49,6 +49,12 @@ class Depth:
         if self.grad_loops is not None:
             check_count("grad_loops", self.grad_loops)
         check_count("min_loops", self.min_loops, least=0)
+        if self.exit_rule is not None and not callable(self.exit_rule):
+            raise ConfigError(
+                "not an exit rule", where="exit_rule", value=self.exit_rule,
+                allowed="a rule, such as exit_rule(\"kl\", model), or None",
+                fix="make one with open_mythos.exit_rule",
+            )  # fmt: skip
 
     def of_rows(self, batch: int, trained: int) -> list[int]:
         """Return the loops of each of ``batch`` rows; ``trained`` by default."""

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import check_count, check_number
+from open_mythos.checks import check_count, check_fields, check_number, checked
 from open_mythos.errors import ConfigError
 from open_mythos.model.exit_syntax import parse_exit
 from open_mythos.model.layers.halting import ACTHalting
@@ -95,6 +95,7 @@ class AtLeast:
     loops: int | Tensor
 
     def __post_init__(self) -> None:
+        check_fields("", self)
         _check_count("loops", self.loops)
 
     def begin(self, shape: Sequence[int], device: torch.device, dim: int) -> Memory:
@@ -117,6 +118,7 @@ class GateExit:
     threshold: float | Tensor
 
     def __post_init__(self) -> None:
+        check_fields("", self)
         _check_number("threshold", self.threshold, gt=0, le=1)
 
     def begin(self, shape: Sequence[int], device: torch.device, dim: int) -> Memory:
@@ -263,6 +265,7 @@ EXIT_RULES: dict[str, Callable[..., BatchedRule]] = {
 """Name -> rule; "gate" also takes the gate of the model. How they are written: ``EXIT_SYNTAX``."""
 
 
+@checked
 def exit_rule(text: str, model: nn.Module) -> BatchedRule:
     """Parse a rule such as "gate:0.9", "kl:0.01,1.0" or "fixed:4".
 

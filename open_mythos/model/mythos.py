@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from open_mythos.checks import checked
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import CausalLM, forward_call
@@ -51,6 +52,7 @@ class OpenMythos(CausalLM):
         ConfigError: The configuration is invalid.
     """
 
+    @checked
     def __init__(self, cfg: MythosConfig, head: bool = True) -> None:
         super().__init__(cfg, head)
         loop, coda = cfg.prelude_layers, cfg.prelude_layers + cfg.recurrent_layers

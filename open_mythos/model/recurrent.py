@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos.checks import MAX_LOOPS, check_number
+from open_mythos.checks import MAX_LOOPS, check_number, checked
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active, RowSchedule, integers
@@ -52,6 +52,7 @@ class RecurrentBlock(nn.Module):
         final_norm: Final norm of the model, whose weight ``state_norm`` may share.
     """
 
+    @checked
     def __init__(
         self, cfg: MythosConfig, first_layer: int = 0, final_norm: nn.Module | None = None
     ) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.checks import check_fields
 from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active
 
@@ -54,6 +55,9 @@ class LoopTrace:
     experts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
     halting: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields("", self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoopTrace:
         """Copy the values; the copy of router scores has no graph."""

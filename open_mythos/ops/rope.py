@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_number
+from open_mythos.checks import check_number, checked
 
 
 def rope_table(
@@ -58,6 +58,7 @@ def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 _SCALED = {"linear": _linear, "llama3": _llama3}
 
 
+@checked
 def precompute_rope_freqs(dim: int, max_len: int, theta: float = 500000.0) -> Tensor:
     """Return the (2, max_len, dim/2) table of positions 0 .. max_len - 1."""
     return rope_table(torch.arange(max_len), dim, theta)

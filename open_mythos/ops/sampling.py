@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol, cast
 import torch
 from torch import Tensor
 
-from open_mythos.checks import COLDEST, is_number, plain, whole
+from open_mythos.checks import COLDEST, check_count, is_id, is_number, plain, whole
 from open_mythos.errors import ConfigError
 from open_mythos.ops.random import counter_uniform
 from open_mythos.seeding import derive_seed
@@ -107,38 +107,40 @@ class SamplingParams:
             value = getattr(self, name)
             if not is_number(value) or not holds(value):
                 _reject(name, value, allowed)
-        if self.top_k is not None and (whole(self.top_k) is None or self.top_k < 0):
-            _reject("top_k", self.top_k, "an integer >= 0, or None")
-        if (whole(self.max_new_tokens) or 0) < 0 or whole(self.max_new_tokens) is None:
-            _reject("max_new_tokens", self.max_new_tokens, "an integer >= 0")
-        if isinstance(self.eos_token_id, Sequence) and not isinstance(self.eos_token_id, str):
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, least=0)
+        check_count("max_new_tokens", self.max_new_tokens, least=0)
+        if isinstance(self.eos_token_id, list | tuple):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        if any((-1 if whole(end) is None else end) < 0 for end in self.ends):
+        if not all(is_id(end) for end in self.ends):
             _reject("eos_token_id", self.eos_token_id, "None, or one or more integers >= 0")
         pad = self.pad_token_id
-        if pad is not None and (whole(pad) is None or pad < 0):
+        if pad is not None and not is_id(pad):
             _reject("pad_token_id", pad, "None, or an integer >= 0")
         one = isinstance(self.stop, str) or not isinstance(self.stop, Sequence)
         stops: Any = (self.stop,) if one else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stops):
             _reject("stop", self.stop, "strings of at least one character")
         object.__setattr__(self, "stop", stops)
-        seeds = self.seed if isinstance(self.seed, Sequence) else (self.seed,)
+        several = isinstance(self.seed, Sequence) and not isinstance(self.seed, str | bytes)
+        seeds: Any = self.seed if several else (self.seed,)
         if self.seed is not None and any(whole(seed) is None for seed in seeds):
             _reject("seed", self.seed, "None, an integer, or one integer per row")
-        if isinstance(self.seed, Sequence):
-            object.__setattr__(self, "seed", tuple(self.seed))
+        if several:
+            object.__setattr__(self, "seed", tuple(seeds))
         object.__setattr__(self, "logit_bias", self._pairs())
 
     def _pairs(self) -> tuple[tuple[int, float], ...]:
         given: Any = self.logit_bias
         try:
+            if isinstance(given, str | bytes):
+                raise TypeError
             pairs = [
                 (whole(i), x) for i, x in (given.items() if hasattr(given, "items") else given)
             ]
         except (TypeError, ValueError):
             pairs = [(None, 0.0)]
-        if any(i is None or i < 0 or not is_number(x) for i, x in pairs):
+        if not all(is_id(i) and is_number(x) for i, x in pairs):
             _reject("logit_bias", given, "token id (an integer >= 0) -> finite number")
         return tuple((i, float(x)) for i, x in pairs if i is not None)
 

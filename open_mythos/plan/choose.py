@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd
 
+from open_mythos.checks import check_fields, checked
 from open_mythos.errors import ConfigError
 from open_mythos.plan.communication import communication
 from open_mythos.plan.hardware import GPU, NODE
@@ -76,6 +77,9 @@ class Wish:
     experts: int | None = None
     micro_batch: int | None = None
     checkpoint_loops: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_fields("", self)
 
     def allows(self, layout: Layout) -> bool:
         """Return whether ``layout`` has all fixed fields."""
@@ -157,6 +161,7 @@ def fits(job: Job, gpu: GPU, layout: Layout) -> bool:
     )
 
 
+@checked
 def layouts(job: Job, gpus: int) -> Iterator[Layout]:
     """Yield all layouts of ``job`` over ``gpus``, with micro-batches of one sequence."""
     for checkpoint in (False, True) if job.looped else (False,):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from open_mythos.checks import checked
 from open_mythos.plan.hardware import GPU, LINK_EFFICIENCY, NODE
 from open_mythos.plan.job import Job, Layout
 from open_mythos.plan.memory import FLOAT32, HALF, local_elements, padded_elements
@@ -50,6 +51,7 @@ class Traffic:
     seconds: float
 
 
+@checked
 def communication(job: Job, layout: Layout, gpu: GPU) -> list[Traffic]:
     """Return the traffic of an optimizer step of ``job`` in ``layout``; empty for a single GPU."""
     found = []

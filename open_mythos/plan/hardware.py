@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from open_mythos.checks import pick
+from open_mythos.checks import check_fields, check_number, checked, pick
 from open_mythos.train.monitoring.utilization import device_peak
 
 NODE = 8
@@ -42,6 +42,11 @@ class GPU:
     price: float
     source: str
 
+    def __post_init__(self) -> None:
+        check_fields("", self)
+        for name in ("memory", "nvlink", "network", "price"):
+            check_number(name, getattr(self, name), ge=0)
+
     @property
     def usable(self) -> float:
         """Usable bytes of memory."""
@@ -70,6 +75,7 @@ GPUS = {
 }  # fmt: skip
 
 
+@checked
 def gpu(name: str) -> GPU:
     """Return the entry ``name`` of :data:`GPUS`, case-insensitively."""
     return pick(GPUS, name.lower(), "gpu", what="GPU")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from open_mythos.accounting import Accounting, account
-from open_mythos.checks import check_count, pick
+from open_mythos.checks import check_count, check_fields, pick
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.plan.parameters import Parameter, parameters
@@ -42,6 +42,7 @@ class Job:
     ema: bool = False
 
     def __post_init__(self) -> None:
+        check_fields("", self)
         self.cfg.validate()
         # copy: jobs are cache keys, so later changes to the caller's object must not reach them
         object.__setattr__(self, "cfg", replace(self.cfg))
@@ -118,6 +119,9 @@ class Layout:
     checkpoint_loops: bool = False
     micro_batch: int = 1
     micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        check_fields("", self)
 
     @property
     def global_batch(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm
 
+from open_mythos.checks import checked
 from open_mythos.ops.experts.routed import DEFERRED_TOKENS
 from open_mythos.plan.job import Job, Layout
 from open_mythos.plan.parameters import ROOT, Parameter
@@ -40,6 +41,7 @@ class Memory:
         return sum(self.parts.values())
 
 
+@checked
 def memory(job: Job, layout: Layout, *, kernels: str = "cuda", exact: bool = True) -> Memory:
     """Return the peak memory of ``job`` in ``layout``.
 

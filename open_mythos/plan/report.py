@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from open_mythos.accounting import Accounting, account
-from open_mythos.checks import check_count, check_number
+from open_mythos.checks import check_count, check_number, checked
 from open_mythos.errors import ConfigError
 from open_mythos.plan.choose import Wish, choose, step_seconds
 from open_mythos.plan.communication import Traffic, communication
@@ -141,6 +141,7 @@ class Plan:
         }  # fmt: skip
 
 
+@checked
 def make_plan(
     job: Job,
     gpu: GPU,
@@ -192,6 +193,7 @@ def make_plan(
     )  # fmt: skip
 
 
+@checked
 def parse_count(text: str | float, where: str) -> float:
     """Return 30e9 for "30B", "30e9" or 30e9; K, M, B and T are powers of a thousand.
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_mythos.checks import checked
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.tokenizer.files import is_path, read_local
 from open_mythos.tokenizer.interface import SPECIALS
@@ -35,6 +36,7 @@ class MythosTokenizer(RustBacked):
         EnvironmentError_: transformers is missing, the hub has no such model, or is unreachable.
     """
 
+    @checked
     def __init__(self, model_id: str | Path = DEFAULT_MODEL_ID) -> None:
         source = read_local(Path(model_id)) if is_path(model_id) else _read_hub(str(model_id))
         super().__init__(*source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from open_mythos.checks import checked
 from open_mythos.errors import ConfigError
 from open_mythos.tokenizer.byte_level import ByteTokenizer
 from open_mythos.tokenizer.files import is_path, read_config
@@ -13,6 +14,7 @@ from open_mythos.tokenizer.interface import Tokenizer
 from open_mythos.tokenizer.rust_backed import MOST_IDS, BPETokenizer
 
 
+@checked
 def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL_ID) -> Tokenizer:
     """Load the byte tokenizer (``"byte"``), a tokenizer at a path, or one of a Hugging Face model.
 
@@ -48,6 +50,7 @@ def load_or_train(name: str, documents: Iterable[str]) -> Tokenizer:
     return BPETokenizer.train(documents, int(size))
 
 
+@checked
 def get_vocab_size(name_or_path: str | Path = DEFAULT_MODEL_ID) -> int:
     """Return the ``vocab_size`` of a model for this tokenizer (see :func:`load_tokenizer`)."""
     return load_tokenizer(name_or_path).vocab_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from open_mythos.checks import checked
 from open_mythos.tokenizer.interface import Detokenizer
 
 _MOST_INCOMPLETE = 3
@@ -20,6 +21,7 @@ class StreamDecoder:
     there are any, as decoding all of them together has them.
     """
 
+    @checked
     def __init__(self, tokenizer: Detokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         # decoders such as SentencePiece's drop a leading space: decode with the previous tokens

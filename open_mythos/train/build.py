@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from open_mythos.checks import checked
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.seeding import derive_seed
@@ -12,6 +13,7 @@ from open_mythos.train.config import RunConfig
 Model = OpenMythos | DenseTransformer
 
 
+@checked
 def build_model(config: RunConfig) -> Model:
     """Build the model of a run on the CPU, initialized from ``config.train.seed``.
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from open_mythos.checks import checked
 from open_mythos.seeding import derive_seed
 from open_mythos.train.config import DepthConfig
 
@@ -63,6 +64,7 @@ class DepthPlan:
         ConfigError: The configuration is invalid.
     """
 
+    @checked
     def __init__(self, config: DepthConfig, seed: int) -> None:
         config.validate()
         self.config, self.seed = replace(config), seed

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.checks import check_fields, pick, within
+from open_mythos.checks import check_fields, checked, pick, within
 from open_mythos.data.batch import IGNORE_INDEX
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.evaluation.early_exit import token_scores
@@ -132,6 +132,7 @@ class GateReport:
     """"halting_stuck" if the gate always stops at once, or never, at ``act_threshold``."""
 
 
+@checked
 def train_gate(
     model: OpenMythos,
     batches: Iterable[TokenBatch],

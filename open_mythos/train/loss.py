@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from open_mythos.checks import check_number, checked
 from open_mythos.data.batch import IGNORE_INDEX
 from open_mythos.errors import ConfigError
 from open_mythos.model.causal_lm import CausalLM
@@ -36,6 +37,7 @@ def count_targets(targets_BT: Tensor) -> int:
     return int((targets_BT != IGNORE_INDEX).sum())
 
 
+@checked
 def next_token_loss(
     model: CausalLM,
     input_ids: Tensor,
@@ -66,6 +68,12 @@ def next_token_loss(
         depth: Loops of a looped model, and how many of them carry gradient.
         trace: Receives diagnostics of the loops.
     """
+    check_number("balance_coefficient", balance_coefficient, ge=0)
+    if balance_coefficient and trace is None:
+        raise ConfigError(
+            "the balance loss needs router scores", where="trace", value=None,
+            allowed="LoopTrace(keep_routing=True)", fix="pass one, or balance_coefficient=0",
+        )  # fmt: skip
     ctx = model.context(input_ids, document_ids=document_ids, sample_seeds=sample_seeds)
     hidden_BTD = model.hidden(input_ids, ctx, depth, trace)
     nll = head_loss(model.head, hidden_BTD, targets, IGNORE_INDEX) / max(1, step_tokens)

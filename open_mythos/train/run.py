@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from open_mythos.checks import checked
 from open_mythos.data import Loader, StreamLoader
 from open_mythos.devices import training_dtype
 from open_mythos.distributed import rank, world_size
@@ -80,6 +81,7 @@ class Run:
             self.loader.close()
 
 
+@checked
 def build_run(
     config: RunConfig, *, loggers: Sequence[MetricsLogger] = (), fit_vocabulary: bool = False
 ) -> Run:
@@ -132,6 +134,7 @@ def build_run(
     return Run(config, tokenizer, loader, trainer)
 
 
+@checked
 def train_run(
     config: RunConfig,
     *,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.checks import checked
 from open_mythos.devices import autocast
 from open_mythos.distributed import over_ranks, rank, world_size
 from open_mythos.errors import ConfigError
@@ -76,6 +77,7 @@ class Trainer:
         ConfigError: The configuration is invalid or describes another model.
     """
 
+    @checked
     def __init__(
         self,
         model: Model,

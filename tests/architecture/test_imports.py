@@ -19,8 +19,8 @@ OUTSIDE = {"benchmarks", "experiments", "examples", "tests", "training"}
 LIGHT = ("errors", "checks", "config", "variants")
 """Modules that load nothing but these modules of the standard library, so that --help is quick."""
 STANDARD = {
-    "__future__", "collections", "dataclasses", "difflib", "functools", "math", "operator",
-    "reprlib", "types", "typing", "unicodedata",
+    "__future__", "builtins", "collections", "dataclasses", "difflib", "functools", "inspect",
+    "math", "operator", "pathlib", "reprlib", "types", "typing", "unicodedata",
 }  # fmt: skip
 
 

@@ -176,7 +176,7 @@ class TestTraining:
 
     def test_a_dense_model_is_refused(self):
         dense = DenseTransformer.like(small_config())
-        with pytest.raises(ConfigError, match="no halting gate"):
+        with pytest.raises(ConfigError, match="OpenMythos"):
             train_gate(dense, [batch()], QUICK)
 
 

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import pick
+from open_mythos.checks import checked, pick
 from open_mythos.config import MythosConfig
 from open_mythos.devices import as_autocast
 from open_mythos.model.context import Context
@@ -45,6 +45,7 @@ class TransformerBlock(nn.Module):
     compiled: Compute | None
     """Called instead of :meth:`compute` if set: its compiled version."""
 
+    @checked
     def __init__(self, cfg: MythosConfig, use_moe: bool = False, layer: int = 0) -> None:
         super().__init__()
         cfg = cfg.at(layer)

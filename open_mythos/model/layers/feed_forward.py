@@ -8,6 +8,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_mythos.checks import checked
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -20,6 +22,7 @@ class Expert(nn.Module):
         activation: Applied to the gate; SiLU (SwiGLU) by default.
     """
 
+    @checked
     def __init__(self, dim: int, expert_dim: int, activation: Activation = F.silu) -> None:
         super().__init__()
         self.activation = activation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from open_mythos.checks import checked
 from open_mythos.config import VALUE_GATE_CHANNELS, MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.model.context import Context
@@ -21,6 +22,7 @@ class GQAttention(nn.Module):
     value head, with x the first channels of its input (Parcae, arXiv 2604.12946).
     """
 
+    @checked
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg, self.layer, self.rotary = cfg, layer, cfg.rotary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from open_mythos.checks import check_number, checked
 from open_mythos.model.layers.float32 import in_float32
 
 
@@ -19,8 +20,10 @@ class ACTHalting(nn.Module):
         threshold: Cumulative probability at which a position halts.
     """
 
+    @checked
     def __init__(self, dim: int, threshold: float = 0.99) -> None:
         super().__init__()
+        check_number("threshold", threshold, gt=0, le=1)
         self.threshold = threshold
         self.gate = nn.Linear(dim, 1)
 

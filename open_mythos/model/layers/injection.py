@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.checks import pick
+from open_mythos.checks import checked, pick
 from open_mythos.config import MythosConfig
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class LTIInjection(Injection):
         matrix: "full" (B is D x D) or "diagonal" (one gain per channel); both start at identity.
     """
 
+    @checked
     def __init__(self, dim: int, rule: str = "zoh", matrix: str = "full") -> None:
         super().__init__(dim)
         pick(("zoh", "euler"), rule, "LTIInjection(rule)", what="injection rule")

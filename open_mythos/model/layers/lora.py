@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from open_mythos.checks import checked
+
 
 class LoRAAdapter(nn.Module):
     """Per-loop low-rank adapter up_t(down_t(x)) (arXiv 2410.20672).
@@ -17,6 +19,7 @@ class LoRAAdapter(nn.Module):
         max_loops: Number of adapters; later loops use the last one.
     """
 
+    @checked
     def __init__(self, dim: int, rank: int, max_loops: int) -> None:
         super().__init__()
         self.max_loops = max_loops

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_mythos.checks import checked
 from open_mythos.config import MythosConfig
 from open_mythos.model.context import Context
 from open_mythos.model.layers.norm import RMSNorm
@@ -35,6 +36,7 @@ class MLAttention(nn.Module):
       for few new tokens on a long history, as in decoding, and for a history in pages.
     """
 
+    @checked
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg, self.layer, self.rotary = cfg, layer, cfg.rotary

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from open_mythos.checks import checked
 from open_mythos.config import MythosConfig
 from open_mythos.devices import as_autocast
 from open_mythos.model.context import Context
@@ -44,6 +45,7 @@ class MoEFFN(nn.Module):
     gate_up: nn.Parameter | None
     down: nn.Parameter | None
 
+    @checked
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
         super().__init__()
         self.layer = layer

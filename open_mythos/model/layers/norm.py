@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import check_number
+from open_mythos.checks import check_number, checked
 from open_mythos.ops.norm import rms_norm
 
 
@@ -20,6 +20,7 @@ class RMSNorm(nn.Module):
         keep_dtype: Return the dtype of the input instead of the weight's.
     """
 
+    @checked
     def __init__(self, dim: int, eps: float = 1e-6, keep_dtype: bool = False) -> None:
         super().__init__()
         check_number("eps", eps, ge=0)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from open_mythos.checks import checked
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.run_folder import CHECKPOINTS_FOLDER, STATE_FILE
 from open_mythos.train.checkpoint.manifest import read_json, verify_checkpoint
@@ -34,6 +35,7 @@ def checkpoints(directory: str | Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
+@checked
 def find_checkpoint(source: str | Path, strict: bool = False) -> Path:
     """Return ``source`` if it is a checkpoint, else the newest intact checkpoint of that run.
 
@@ -72,6 +74,7 @@ def find_checkpoint(source: str | Path, strict: bool = False) -> Path:
     )  # fmt: skip
 
 
+@checked
 def read_state(path: str | Path) -> dict[str, Any]:
     """Return the content of ``state.json``."""
     return read_json(Path(path) / STATE_FILE)

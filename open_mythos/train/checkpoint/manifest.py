@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from open_mythos.checks import checked
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.files import HASH_BLOCK_BYTES, hash_blocks, read_object
 
@@ -85,6 +86,7 @@ def manifest_text(files: Mapping[str, Entry]) -> str:
     return as_json({"format": FORMAT, "files": {name: files[name] for name in sorted(files)}})
 
 
+@checked
 def verify_checkpoint(path: str | Path) -> None:
     """Compare every file of a checkpoint with its manifest; its tensors must be finite.
 

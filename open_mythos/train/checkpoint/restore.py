@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.checks import checked
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError, MythosError
 from open_mythos.hub.places import CONFIG_FILE
@@ -25,6 +26,7 @@ from open_mythos.train.optimizers.optim import state_names
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 
+@checked
 def load_checkpoint(
     path: str | Path, model: Model, optimizer: torch.optim.Optimizer, extra: Extra | None = None
 ) -> dict[str, Any]:

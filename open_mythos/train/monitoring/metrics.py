@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from open_mythos.checks import checked
 from open_mythos.distributed import rank
 from open_mythos.errors import EnvironmentError_, InternalError
 from open_mythos.files import refuse_link
@@ -39,6 +40,7 @@ class JsonlLogger:
         EnvironmentError_: The file cannot be written.
     """
 
+    @checked
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:

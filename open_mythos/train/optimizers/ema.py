@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from open_mythos.checks import checked
 from open_mythos.errors import ConfigError, DataError, InternalError
 from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.hub.sharded_tensors import copy_part, read_tensors, stored_shapes
@@ -46,6 +47,7 @@ class WeightAverage:
         ConfigError: ``decay`` is out of range, or a weight is too narrow.
     """
 
+    @checked
     def __init__(self, model: nn.Module, decay: float, outermost: nn.Module | None = None) -> None:
         if not 0 < decay < 1:
             raise ConfigError(
@@ -145,6 +147,7 @@ class WeightAverage:
             )  # fmt: skip
 
 
+@checked
 def averaged_model(checkpoint: str | Path) -> Model:
     """Load the model of a verified checkpoint with the averaged weights, on the CPU.
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 from torch.optim.optimizer import ParamsT
 
+from open_mythos.checks import check_count, check_number, checked
 from open_mythos.errors import ConfigError
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -76,6 +77,7 @@ class Muon(torch.optim.Optimizer):
             be divided among ``side_by_side`` maps.
     """
 
+    @checked
     def __init__(
         self,
         params: ParamsT,
@@ -86,6 +88,11 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int = 5,
         side_by_side: int = 1,
     ) -> None:
+        check_number("lr", lr, ge=0)
+        check_number("weight_decay", weight_decay, ge=0)
+        check_number("momentum", momentum, ge=0, lt=1)
+        check_count("ns_steps", ns_steps)
+        check_count("side_by_side", side_by_side)
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_steps": ns_steps, "side_by_side": side_by_side,

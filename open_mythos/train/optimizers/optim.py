@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from open_mythos.checks import pick
+from open_mythos.checks import check_number, checked, pick
 from open_mythos.errors import ConfigError
 from open_mythos.train.config import OptimConfig
 from open_mythos.train.optimizers.muon import Muon, MuonAdamW
@@ -89,6 +89,7 @@ def rule_of(name: str) -> Rule:
     return next(rule for rule in RULES if re.search(rule.pattern, name))
 
 
+@checked
 def parameter_groups(
     model: nn.Module, weight_decay: float, name: str = "adamw"
 ) -> list[dict[str, Any]]:
@@ -104,6 +105,7 @@ def parameter_groups(
         ConfigError: There is no such optimizer.
     """
     pick(OPTIMIZERS, name, "optim.name", what="optimizer")
+    check_number("weight_decay", weight_decay, ge=0)
     groups: dict[str, dict[str, Any]] = {
         "muon": {"weight_decay": weight_decay, "side_by_side": 1},
         "muon_pairs": {"weight_decay": weight_decay, "side_by_side": 2},
@@ -121,6 +123,7 @@ def parameter_groups(
     return [{"name": group} | options for group, options in groups.items() if "params" in options]
 
 
+@checked
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer of the configuration over :func:`parameter_groups`.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from open_mythos.checks import checked
 from open_mythos.train.config import OptimConfig, TrainConfig
 
 
@@ -37,6 +38,7 @@ SCHEDULES: dict[str, Callable[[int, TrainConfig], float]] = {
 """Schedule name -> ``share(step, config)`` of the learning rate after the warm-up."""
 
 
+@checked
 def learning_rate(step: int, train: TrainConfig, optim: OptimConfig) -> float:
     """Learning rate of optimizer step ``step``, counted from 0."""
     if step < train.warmup_steps:

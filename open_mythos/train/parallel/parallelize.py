@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from open_mythos.checks import checked
 from open_mythos.distributed import world_size
 from open_mythos.errors import ConfigError
 from open_mythos.model.dense import DenseTransformer
@@ -29,6 +30,7 @@ from open_mythos.train.parallel.compile import compile_block
 from open_mythos.train.parallel.expert_parallel import apply_expert_parallelism, expert_parameters
 
 
+@checked
 def parallelize(model: Model, config: RunConfig) -> ParallelModel:
     """Prepare ``model`` for the ranks of the process group.
 

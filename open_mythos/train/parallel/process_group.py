@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from open_mythos.checks import checked
 from open_mythos.devices import resolve_device
 from open_mythos.distributed import launched, local_rank, rank, world_size
 from open_mythos.errors import EnvironmentError_, MythosError
@@ -35,6 +36,7 @@ def device_of_process(name: str) -> torch.device:
     return device
 
 
+@checked
 @contextmanager
 def process_group(config: ParallelConfig, device: str) -> Iterator[None]:
     """Initialize the process group within ``with``; does nothing without a launcher or within one.

@@ -1,0 +1,1 @@
+"""``make test-install``: the built package in empty environments, every command once."""
