@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +154,27 @@ def locked(path: Path, *, active: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def remove_abandoned(parent: Path, begin: str, end: str, lock: str) -> None:
+    """Remove the folders that killed processes left: nobody holds their lock any more.
+
+    Args:
+        parent: Where they lie.
+        begin: How their names begin; eight hexadecimal digits follow.
+        end: How they end.
+        lock: Name of the lock file that a process holds while it works in one.
+    """
+    name = re.compile(re.escape(begin) + "[0-9a-f]{8}" + re.escape(end))
+    if fcntl is None or not parent.is_dir():
+        return
+    for folder in parent.iterdir():
+        if name.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            try:
+                with locked(folder / lock):
+                    shutil.rmtree(folder, ignore_errors=True)
+            except EnvironmentError_:  # somebody works there, or it is somebody else's
+                continue
 
 
 def refuse_link(path: Path, what: str = "the file cannot be written") -> None:

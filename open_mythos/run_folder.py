@@ -15,14 +15,19 @@ This module loads no torch.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from open_mythos.errors import DataError
+from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.files import read_object, read_text, write_text
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -53,15 +58,38 @@ _STEP = re.compile(r"step_(\d+)")
 
 
 def write_config(folder: Path, values: dict[str, Any]) -> None:
-    """Write the ``run.yaml`` of a run's folder; one that says the same keeps its comments."""
+    """Write the ``run.yaml`` of a run's folder; one that says the same keeps its comments.
+
+    Another one that a run has not written is kept under another name.
+    """
     path = folder / CONFIG_FILE
     try:
-        if not path.is_symlink() and path.is_file() and read_config(path) == values:
-            return
-    except DataError:
-        pass
-    text = yaml.safe_dump(values, sort_keys=False)
-    write_text(path, text)
+        if not path.is_symlink() and path.is_file():
+            found = read_config(path)
+            if found == values:
+                return
+            if read_text(path, MAX_CONFIG_BYTES) != _as_yaml(found):
+                _keep(path)
+    except (DataError, OSError, ValueError):
+        _keep(path)
+    write_text(path, _as_yaml(values))
+
+
+def _as_yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _keep(path: Path) -> None:
+    names = ("run.before.yaml", *(f"run.before-{n}.yaml" for n in range(2, 1000)))
+    kept = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
+    try:
+        path.rename(kept)
+    except OSError as error:
+        raise EnvironmentError_(
+            "the file of the user cannot be kept", where=str(path), value=str(error),
+            allowed="a writable folder", fix="move it elsewhere",
+        ) from error  # fmt: skip
+    logger.warning("%s is another configuration and is kept as %s", path, kept.name)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -121,6 +149,21 @@ def find_beside(model_folder: Path, name: str) -> Path | None:
     folder = model_folder.resolve()
     places = (folder, folder.parent, folder.parent.parent)
     return next((place / name for place in places if (place / name).exists()), None)
+
+
+def validated_range(model_folder: Path) -> tuple[int, int] | None:
+    """Return the least and the most loops at which a checkpoint was validated, None if unknown."""
+    record = validated_record(model_folder) or {}
+    return None if record.get("low") is None else (record["low"], record["high"])
+
+
+def usable_depths(validated: Sequence[int] | None, trained: int) -> tuple[int, int]:
+    """Return the range of loops that need no permission: the validated one.
+
+    Without a record it goes up to the trained depth.
+    """
+    low, high = validated or (1, trained)
+    return low, high
 
 
 def validated_record(model_folder: Path) -> dict[str, Any] | None:

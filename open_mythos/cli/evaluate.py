@@ -68,13 +68,7 @@ def evaluate(
 
     from rich.progress import track
 
-    from open_mythos.cli.run_data import (
-        evaluation_source,
-        say_untrained_gate,
-        say_weights,
-        setting_of,
-        stored_model,
-    )
+    from open_mythos.cli.says import say_untrained_gate, say_unvalidated, say_weights
     from open_mythos.cli.tables import (
         bar_mark,
         depth_table,
@@ -82,11 +76,13 @@ def evaluate(
         new_console,
         show,
     )
-    from open_mythos.devices import training_dtype
     from open_mythos.evaluation import evaluate_depths, evaluate_exits
     from open_mythos.files import check_writable
+    from open_mythos.inference.loading import load_model
+    from open_mythos.model.depth import Depth
     from open_mythos.model.exit_rules import exit_rule
     from open_mythos.model.mythos import OpenMythos
+    from open_mythos.train.setting import setting_of
 
     _reject_ignored(depths, exit, n_loops, repeats)
     if out:
@@ -95,18 +91,25 @@ def evaluate(
         )  # before the evaluation, not after it
     _reject_without_tasks(tasks, include, fewshot, limit, plot)
     _reject_with_tasks(tasks, data, exit, questions, "" if dtype == "float32" else dtype)
-    model, weights = stored_model(checkpoint, device, quantize, weights)
+    model, weights = load_model(checkpoint, device, quantize, weights)
     say_weights(weights)
     say_untrained_gate(checkpoint, exit)
-    if depths is not None and not isinstance(model, OpenMythos):
+    option = "--exit" if exit else "--depths"
+    if (exit or depths is not None) and not isinstance(model, OpenMythos):
         raise ConfigError(
-            "a dense model has no loops", where="--depths", value=depths, allowed="looped models",
-            fix="leave out --depths",
+            "a dense model has no loops", where=option, value=exit or depths,
+            allowed="looped models", fix=f"leave out {option}",
         )  # fmt: skip
+    trained = model.cfg.max_loop_iters
+    rule = exit_rule(exit, model) if exit else None
+    most = Depth(n_loops, rule).most(trained)
+    if exit or depths:
+        say_unvalidated(checkpoint, depths or [most], trained)
+    named = {"checkpoint": checkpoint, "weights": weights}
     if tasks:
         _tasks(
             model,
-            checkpoint,
+            named,
             tasks,
             depths,
             include,
@@ -118,12 +121,14 @@ def evaluate(
         )
         return 0
     if questions:
-        _answers(model, checkpoint, questions, depths, exit, n_loops, quiet, out)
+        if depths is None:
+            depths = [most] if exit else [2**k for k in range(most.bit_length())]
+        _answers(model, named, questions, depths, exit, quiet, out)
         return 0
     setting = setting_of(
         checkpoint, data, seq_len=seq_len, windows=windows, batch=batch, dtype=dtype
     )
-    source = evaluation_source(setting, split)
+    source = setting.source(split)
     batches = track(
         source.batches,
         "evaluating",
@@ -131,23 +136,17 @@ def evaluate(
         disable=quiet,
         transient=True,
     )
-    dtype_here = training_dtype(setting.dtype, model.final_norm.weight.device)
-    options: dict[str, Any] = {
-        "bytes_per_token": source.bytes_per_token, "dtype": dtype_here
-    }  # fmt: skip
-    content: dict[str, Any] = {"checkpoint": checkpoint, "split": source.name, "weights": weights}
-    content |= setting.described()
+    options = setting.options(source, model)
+    content: dict[str, Any] = {**named, "split": source.name, **setting.described()}
     content |= {"quantize": quantize} if quantize else {}
-    if exit:
-        report = evaluate_exits(
-            model, batches, exit_rule(exit, model), n_loops, repeats=repeats, **options
-        )
+    if rule is not None:
+        report = evaluate_exits(model, batches, rule, n_loops, repeats=repeats, **options)
         console, title = new_console(), f"{checkpoint}, {source.name}"
         tables = [*exit_tables(report, title, exit, mark=bar_mark(console))]
         content |= {"exit": exit, "report": asdict(report)}
     else:
         if depths is None:
-            depths = [2**k for k in range((4 * model.cfg.max_loop_iters).bit_length())]
+            depths = [2**k for k in range((4 * trained).bit_length())]
         rows = evaluate_depths(model, batches, depths, **options)
         console, tables = new_console(), [depth_table(rows, checkpoint, source.name)]
         content["depths"] = [asdict(row) for row in rows]
@@ -158,8 +157,8 @@ def evaluate(
 
 
 def _answers(
-    model: Any, checkpoint: str, questions: str, depths: list[int] | None, exit: str,
-    n_loops: int | None, quiet: bool, out: str,
+    model: Any, named: dict[str, str], questions: str, depths: list[int], exit: str, quiet: bool,
+    out: str,
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
@@ -168,28 +167,26 @@ def _answers(
     from open_mythos.hub.places import stored_tokenizer
     from open_mythos.model.exit_rules import exit_rule
 
-    most = model.cfg.max_loop_iters
-    if depths is None:
-        depths = [n_loops or most] if exit else [2**k for k in range(most.bit_length())]
+    checkpoint = named["checkpoint"]
     rows = evaluate_answers(
         model, read_questions(questions), stored_tokenizer(checkpoint), depths,
         exit_rule=exit_rule(exit, model) if exit else None, progress=not quiet,
     )  # fmt: skip
     _write(out, {
-        "checkpoint": checkpoint, "questions": questions, "exit": exit,
+        **named, "questions": questions, "exit": exit,
         "depths": [asdict(row) for row in rows],
     })  # fmt: skip
     show(new_console(), answer_table(rows, checkpoint, questions))
 
 
 def _tasks(
-    model: Any, checkpoint: str, tasks: str, depths: list[int] | None, include: str,
+    model: Any, named: dict[str, str], tasks: str, depths: list[int] | None, include: str,
     fewshot: int | None, limit: int | None, batch: int, plot: str, out: str,
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
     from open_mythos.cli.tables import new_console, show, task_table
-    from open_mythos.hub.places import stored_tokenizer
+    from open_mythos.hub.places import first_id, stored_tokenizer
 
     try:
         from open_mythos.evaluation.harness import evaluate_tasks
@@ -203,15 +200,18 @@ def _tasks(
         from open_mythos.reports.task_plot import check_plot, plot_tasks
 
         check_plot(plot)
+    checkpoint = named["checkpoint"]
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if depths is None:
         depths = [2**k for k in range(model.cfg.max_loop_iters.bit_length())]
+    tokenizer = stored_tokenizer(checkpoint)
     rows = evaluate_tasks(
-        model, stored_tokenizer(checkpoint), names, depths,
+        model, tokenizer, names, depths,
         include=include, fewshot=fewshot, limit=limit, batch=batch,
+        prefix=first_id(tokenizer, checkpoint),
     )  # fmt: skip
     _write(out, {
-        "checkpoint": checkpoint, "tasks": names, "fewshot": fewshot, "limit": limit,
+        **named, "tasks": names, "fewshot": fewshot, "limit": limit,
         "rows": [asdict(row) for row in rows],
     })  # fmt: skip
     show(new_console(), task_table(rows, checkpoint))

@@ -45,20 +45,16 @@ def train_gate(
     import json
     from dataclasses import asdict
 
-    from open_mythos.cli.run_data import (
-        copy_run_files,
-        say_weights,
-        setting_of,
-        stored_model,
-        training_source,
-    )
+    from open_mythos.cli.run_data import copy_run_files
+    from open_mythos.cli.says import say_weights
     from open_mythos.cli.tables import gate_table, new_console, show
-    from open_mythos.devices import training_dtype
     from open_mythos.files import check_new_folder, write_text
     from open_mythos.hub.pretrained import save_pretrained
+    from open_mythos.inference.loading import load_model
     from open_mythos.model.mythos import OpenMythos
     from open_mythos.run_folder import GATE_FILE
     from open_mythos.train import gate
+    from open_mythos.train.setting import setting_of
 
     config = gate.GateConfig(
         n_loops=n_loops, target=target, margin=margin, positions=positions, steps=steps, lr=lr,
@@ -66,7 +62,7 @@ def train_gate(
     )  # fmt: skip
     config.validate()
     folder = check_new_folder(out, "--out")
-    model, weights = stored_model(checkpoint, device, weights=weights)
+    model, weights = load_model(checkpoint, device, weights=weights)
     say_weights(weights)
     if not isinstance(model, OpenMythos):
         raise ConfigError(
@@ -74,7 +70,7 @@ def train_gate(
             allowed="a looped model",
         )  # fmt: skip
     setting = setting_of(checkpoint, data, seq_len=seq_len, batch=batch, dtype=dtype)
-    source = training_source(setting, seed)
+    source = setting.training_source(seed)
     try:  # before the training, not after it
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,7 +84,7 @@ def train_gate(
             model,
             source.batches,
             config,
-            dtype=training_dtype(setting.dtype, model.final_norm.weight.device),
+            dtype=setting.options(source, model)["dtype"],
         )
     save_pretrained(model, folder)
     copy_run_files(checkpoint, folder)

@@ -50,21 +50,20 @@ def generate(
 
     import torch
 
-    from open_mythos.cli.run_data import (
-        depth_of,
-        say_untrained_gate,
-        say_weights,
-        stored_model,
-    )
+    from open_mythos.cli.run_data import depth_of, text_argument
+    from open_mythos.cli.says import say_untrained_gate, say_unvalidated, say_weights
     from open_mythos.errors import printable
-    from open_mythos.hub.places import first_id, stored_tokenizer
+    from open_mythos.hub.places import first_id, stored_tokenizer, tokenizer_of_model
+    from open_mythos.inference.loading import load_model
     from open_mythos.model import generation
+    from open_mythos.model.mythos import OpenMythos
     from open_mythos.model.trace import LoopTrace
     from open_mythos.ops.sampling import SamplingParams
     from open_mythos.tokenizer import StreamDecoder, load_tokenizer
-    from open_mythos.train.text import tokenizer_of_model
 
-    model, weights = stored_model(checkpoint, device, quantize, weights)
+    prompt = text_argument(prompt, "PROMPT")
+    stop = [text_argument(each, "--stop") for each in stop or ()]
+    model, weights = load_model(checkpoint, device, quantize, weights)
     say_weights(weights)
     say_untrained_gate(checkpoint, exit)
     if tokenizer:
@@ -73,6 +72,9 @@ def generate(
         tok = stored_tokenizer(checkpoint)
     ids = tok.encode(prompt) or [first_id(tok, checkpoint)]
     depth = depth_of(model, n_loops, exit, min_loops)
+    most = depth.most(model.cfg.max_loop_iters)
+    if isinstance(model, OpenMythos):
+        say_unvalidated(checkpoint, [most], model.cfg.max_loop_iters)
     trace = LoopTrace() if exit else None
     stream, loops, tokens = StreamDecoder(tok, ids), 0, 0
 
@@ -90,7 +92,7 @@ def generate(
     eos_id = tok.eos_id if tok.eos_id < model.cfg.vocab_size else None
     params = SamplingParams(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
-        eos_token_id=eos_id, stop=stop or (),
+        eos_token_id=eos_id, stop=stop,
     )  # fmt: skip
     out = generation.generate(
         model, torch.tensor([ids], device=model.final_norm.weight.device), params, depth,
@@ -104,6 +106,5 @@ def generate(
     else:
         print(printable(stream.flush(), "\n\t"))
     if tokens and not quiet:
-        most = depth.n_loops or model.cfg.max_loop_iters
         print(f"{loops / tokens:.2f} of {most} loops per token, {tokens} tokens", file=sys.stderr)
     return 0

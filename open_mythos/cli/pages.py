@@ -24,17 +24,21 @@ def trace(
     """
     from pathlib import Path
 
-    from open_mythos.cli.run_data import say_untrained_gate, say_weights, stored_model
+    from open_mythos.cli.run_data import text_argument
+    from open_mythos.cli.says import say_untrained_gate, say_unvalidated, say_weights
     from open_mythos.files import check_writable
+    from open_mythos.inference.loading import load_model
     from open_mythos.reports.html import write_html
     from open_mythos.reports.trace_page import page
     from open_mythos.reports.trace_record import trace_of
 
     check_writable(Path(out), "the page cannot be written", "choose another file with --out")
-    model, weights = stored_model(checkpoint, device, weights=weights)
+    prompt = text_argument(prompt, "PROMPT")
+    model, weights = load_model(checkpoint, device, weights=weights)
     say_weights(weights)
     say_untrained_gate(checkpoint, exit)
     traced = trace_of(checkpoint, prompt, n_loops=n_loops, exit=exit, model=model)
+    say_unvalidated(checkpoint, [traced.n_loops], traced.trained_loops)
     write_html(page(traced), Path(out))
     print(f"page: {out}")
     return 0

@@ -25,6 +25,7 @@ def serve(
     model_name: str = "",
     tokenizer: str = "",
     chat_template: str = "",
+    weights: str = "",
     device: str = "auto",
     quantize: str = "",
     exit_rule: str = "none",
@@ -45,6 +46,7 @@ def serve(
         model_name: Name for clients; by default that of the folder.
         tokenizer: "byte" or a path; by default the one stored with the model.
         chat_template: A jinja file; by default chat_template.jinja beside the model, if any.
+        weights: "averaged" or "raw"; by default the run's averages, if it keeps them.
         device: "auto", "cpu", "cuda".
         quantize: Quantize the weights of all blocks: int8 or int4, with an optional group size
             such as int4:64.
@@ -57,18 +59,23 @@ def serve(
     import asyncio
     import logging
     from pathlib import Path
-    from sys import stderr
 
     import open_mythos
     from open_mythos.checks import check_number
-    from open_mythos.hub.places import model_directory, stored_tokenizer
+    from open_mythos.cli.says import say_weights
+    from open_mythos.hub.places import (
+        first_id,
+        model_directory,
+        stored_tokenizer,
+        tokenizer_of_model,
+        weights_of,
+    )
     from open_mythos.inference.server.auth import Keys, check_address
     from open_mythos.inference.server.depth import DepthPolicy, check_default
     from open_mythos.inference.server.host import Host, worker_command
     from open_mythos.inference.server.life import listen, serve_until_signal
     from open_mythos.inference.server.service import Service
     from open_mythos.inference.worker import MAX_WAITING
-    from open_mythos.run_folder import AVERAGE_FILE
     from open_mythos.tokenizer import load_tokenizer
 
     keys = Keys.read(api_key_file) if api_key_file else Keys([])
@@ -76,11 +83,15 @@ def serve(
     check_default(exit_rule)
     check_number("drain_seconds", drain_seconds, ge=0)
     folder = model_directory(checkpoint)
-    if (folder / AVERAGE_FILE).is_file():
-        print("weights: raw, as with generate --weights raw, not the run's averages", file=stderr)
-    tok = load_tokenizer(tokenizer) if tokenizer else stored_tokenizer(checkpoint)
+    weights = weights_of(folder, weights)
+    say_weights(weights)
+    if tokenizer:
+        tok = tokenizer_of_model(load_tokenizer(tokenizer), checkpoint, "--tokenizer")
+    else:
+        tok = stored_tokenizer(checkpoint)
     options = {
         "checkpoint": checkpoint, "device": device, "quantize": quantize, "tokenizer": tokenizer,
+        "weights": weights,
     }  # fmt: skip
     # the server admits requests: what it has accepted, the engine's own queue never refuses
     arguments = {**asdict(engine), "max_queued": MAX_WAITING}
@@ -90,6 +101,7 @@ def serve(
         template=_template(chat_template, folder, tok, limits), limits=limits,
         policy=DepthPolicy(exit_rule, allow_unvalidated_depth, limits.loops), keys=keys,
         address=None if insecure else host, version=open_mythos.__version__,
+        first=first_id(tok, checkpoint),
     )  # fmt: skip
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     # of our own alone: at INFO and below, others write addresses and what they send

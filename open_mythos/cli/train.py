@@ -28,7 +28,7 @@ _GIVE_DEFAULTS = {
     "variant": f"defaults of --model.*: {', '.join(VARIANTS)}",
     "checkpoint": "initial weights and --model.*: a model, a checkpoint or a run",
     "subset": "subset of the recipe's dataset, such as sample-100BT",
-    "tokens": "length of the run in tokens, instead of --train.steps",
+    "tokens": "length of the run in tokens, such as 1B, instead of --train.steps",
 }
 """Options that set the defaults of others; command line only."""
 
@@ -120,9 +120,9 @@ def _parse_defaults(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the options that set the defaults of others; return their values and other words."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in _GIVE_DEFAULTS:
-        parser.add_argument(f"--{name}", type=int if name == "tokens" else str)
+        parser.add_argument(f"--{name}")
     try:
-        return parser.parse_known_args(words)
+        first, rest = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise ConfigError(
             str(error),
@@ -131,6 +131,19 @@ def _parse_defaults(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
             allowed="the options of open-mythos train",
             fix="see open-mythos train --help",
         ) from error
+    if first.tokens is not None:
+        first.tokens = _count(first.tokens)
+    return first, rest
+
+
+def _count(text: str) -> int:
+    """Return the number of tokens in ``text``: 1000000, 1M."""
+    try:
+        return int(text)
+    except ValueError:
+        from open_mythos.plan.report import parse_count
+
+        return round(parse_count(text, "--tokens"))
 
 
 def _files_of_options(words: list[str]) -> Iterator[str]:

@@ -210,6 +210,12 @@ def _local(source: str | Path, where: str) -> tuple[str, str, list[CorpusFile]]:
         found = list(_walk(path, skipped))
         chosen = _readable([f.as_posix() for f in found], kinds, where, source)
         root, paths = path, [Path(name) for name in chosen]
+    elif path.exists():
+        raise DataError(
+            "a pipe or a device is no source: a corpus is read several times", where=where,
+            value=str(path), allowed="a regular file or a folder",
+            fix="write it to a file first: zcat texts.jsonl.gz > texts.jsonl",
+        )  # fmt: skip
     else:
         allowed = f'a file, a folder, or "{STDLIB}"'
         raise DataError("no such source", where=where, value=str(path), allowed=allowed)

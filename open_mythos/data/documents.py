@@ -260,16 +260,11 @@ def _jsonl(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> 
     """Read the lines that begin inside the unit's bytes."""
     path, name = corpus.path(unit.file), corpus.text_field
     first, end = unit.share(corpus.files[unit.file].size)
-    start = _next_line(file, first + cursor)
+    start = _next_line(file, first + cursor, path)
     while start < end and (line := file.readline(MAX_LINE_BYTES)):
         if line.strip():
             where = f"{path}, byte {start}"
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                raise DataError(
-                    "the line is too long", where=where, value=f"{len(line):,} bytes or more",
-                    allowed=f"lines of fewer than {MAX_LINE_BYTES:,} bytes",
-                    fix="split the document",
-                )  # fmt: skip
+            _check_length(line, where)
             try:
                 record = json.loads(line.removeprefix(codecs.BOM_UTF8) if start == 0 else line)
             except (ValueError, RecursionError) as error:
@@ -296,9 +291,9 @@ def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> I
     """Read pieces of 64 KiB, their edges moved to the next line."""
     path = corpus.path(unit.file)
     first, end = unit.share(text_pieces(corpus.files[unit.file].size))
-    start = _next_line(file, (first + cursor) * TEXT_PIECE_BYTES)
+    start = _next_line(file, (first + cursor) * TEXT_PIECE_BYTES, path)
     for piece in range(first + cursor, end):
-        stop = _next_line(file, (piece + 1) * TEXT_PIECE_BYTES)
+        stop = _next_line(file, (piece + 1) * TEXT_PIECE_BYTES, path)
         file.seek(start)
         content = file.read(stop - start)
         try:
@@ -323,13 +318,28 @@ def _text(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> I
         start = stop
 
 
-def _next_line(file: io.BufferedReader, place: int) -> int:
-    """Seek to the first line that begins at byte ``place`` or later; return its position."""
+def _next_line(file: io.BufferedReader, place: int, path: str) -> int:
+    """Seek to the first line that begins at byte ``place`` or later; return its position.
+
+    Raises:
+        DataError: The line before it is too long.
+    """
     if place == 0:
         return file.seek(0)
     size = file.seek(0, io.SEEK_END)
     start = file.seek(min(place - 1, size))
-    return start + len(file.readline(MAX_LINE_BYTES))
+    line = file.readline(MAX_LINE_BYTES)
+    _check_length(line, f"{path}, byte {start}")
+    return start + len(line)
+
+
+def _check_length(line: bytes, where: str) -> None:
+    if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+        raise DataError(
+            "the line is too long", where=where, value=f"{len(line):,} bytes or more",
+            allowed=f"lines of fewer than {MAX_LINE_BYTES:,} bytes",
+            fix="split it into several lines or files",
+        )  # fmt: skip
 
 
 _READERS: dict[str, Callable[[io.BufferedReader, Corpus, Unit, int], Iterator[Document]]] = {

@@ -44,7 +44,8 @@ class PackedWindows:
             raise DataError(
                 f"the split {shards.split!r} is shorter than one window", where=str(shards.path),
                 value=len(shards), allowed=f"at least seq_len + 1 = {seq_len + 1} tokens",
-                fix="prepare more text, lower seq_len, or raise val_fraction",
+                fix="prepare more text, lower seq_len, or "
+                f"{'lower' if shards.split == 'train' else 'raise'} val_fraction",
             )  # fmt: skip
 
     def __len__(self) -> int:

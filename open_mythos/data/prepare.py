@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import warnings
@@ -16,9 +17,11 @@ from open_mythos.data.documents import check_share, is_held_out, read_documents,
 from open_mythos.data.index import DTYPES, INDEX_FILE, Index, Shard, ShardFile, Split, read_index
 from open_mythos.data.shards import START_DTYPE
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
-from open_mythos.files import hash_blocks, sync_to_disk
-from open_mythos.run_folder import TOKENIZER_FOLDER
+from open_mythos.files import hash_blocks, locked, remove_abandoned, sync_to_disk
+from open_mythos.run_folder import LOCK_FILE, TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # documents per call of the tokenizer: enough for every core, small enough for memory
 BATCH_DOCUMENTS = 256
@@ -71,20 +74,21 @@ def prepare(
             fix="choose another folder, or pass overwrite",
         )  # fmt: skip
     documents = read_documents(source, text_field) if isinstance(source, str | Path) else source
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    filled = _NotEmpty(documents)
+    begin, end = f".{out.name}.", ".partial"
+    remove_abandoned(out.parent, begin, end, LOCK_FILE)
+    partial = out.with_name(f"{begin}{secrets.token_hex(4)}{end}")
     try:
         partial.mkdir(parents=True)
-        tokenizer.save(partial / TOKENIZER_FOLDER)
-        train, val = (_SplitWriter(partial, s, tokenizer, shard_tokens) for s in ("train", "val"))
-        with train, val:
-            for texts in _batches(documents):
-                for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                    (val if is_held_out(text, val_fraction) else train).add(text, ids)
-                if progress is not None:
-                    progress(train.documents + val.documents, train.tokens + val.tokens)
-        index = _index(tokenizer, train, val, val_fraction)
-        (partial / INDEX_FILE).write_text(index.to_json(), encoding="utf-8")
-        _publish(partial, out)
+        with locked(partial / LOCK_FILE):
+            tokenizer.save(partial / TOKENIZER_FOLDER)
+            train = _SplitWriter(partial, "train", tokenizer, shard_tokens)
+            val = _SplitWriter(partial, "val", tokenizer, shard_tokens)
+            _write(filled, tokenizer, train, val, val_fraction, progress)
+            index = _index(tokenizer, train, val, val_fraction)
+            (partial / INDEX_FILE).write_text(index.to_json(), encoding="utf-8")
+            (partial / LOCK_FILE).unlink()
+            _publish(partial, out)
     except OSError as error:
         raise EnvironmentError_(
             "the shards cannot be written", where=str(out), value=str(error),
@@ -93,7 +97,21 @@ def prepare(
         ) from error  # fmt: skip
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if filled.empty:
+        logger.warning("%s documents are left out: they hold no text", f"{filled.empty:,}")
     return index
+
+
+def _write(
+    documents: Iterable[str], tokenizer: Tokenizer, train: _SplitWriter, val: _SplitWriter,
+    val_fraction: float, progress: Callable[[int, int], None] | None,
+) -> None:  # fmt: skip
+    with train, val:
+        for texts in _batches(documents):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                (val if is_held_out(text, val_fraction) else train).add(text, ids)
+            if progress is not None:
+                progress(train.documents + val.documents, train.tokens + val.tokens)
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -108,6 +126,20 @@ def _is_prepared(folder: Path) -> bool:
     own |= {file.file for split in splits for shard in split.shards
             for file in (shard.tokens, shard.starts)}  # fmt: skip
     return {path.name for path in folder.iterdir()} <= own
+
+
+class _NotEmpty:
+    """The documents with text, and how many have none."""
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self._documents, self.empty = documents, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._documents:
+            if text:
+                yield text
+            else:
+                self.empty += 1
 
 
 class _SplitWriter:
@@ -167,7 +199,7 @@ class _SplitWriter:
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
-    for text in filter(None, documents):
+    for text in documents:
         batch.append(text)
         characters += len(text)
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:

@@ -126,7 +126,7 @@ def evaluate_exits(
         batches: Validation batches; a finite iterable, read once and kept in memory. Rows without
             targets are skipped.
         rule: The exit rule.
-        n_loops: Maximum number of loops; ``max_loop_iters`` by default.
+        n_loops: Maximum number of loops; ``max_loop_iters``, or a fixed depth, by default.
         bytes_per_token: Mean bytes of text per token, for bits per byte.
         dtype: Autocast dtype of the matmuls.
         seed: Seed of the random exits.
@@ -144,7 +144,8 @@ def evaluate_exits(
     check_count("repeats", repeats, least=0)
     if bytes_per_token is not None:
         check_number("bytes_per_token", bytes_per_token, gt=0)
-    depth = model.cfg.max_loop_iters if n_loops is None else check_count("n_loops", n_loops)
+    given = None if n_loops is None else check_count("n_loops", n_loops)
+    depth = Depth(given, rule).most(model.cfg.max_loop_iters)
     with frozen(model, dtype) as device:
         kept = [part for batch in batches if len(part := _with_targets(batch.to(device)))]
         if not kept:

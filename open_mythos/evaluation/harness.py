@@ -59,6 +59,7 @@ def evaluate_tasks(
     fewshot: int | None = None,
     limit: int | None = None,
     batch: int = 16,
+    prefix: int | None = None,
 ) -> list[TaskRow]:
     """Run tasks of the harness at each depth.
 
@@ -71,6 +72,8 @@ def evaluate_tasks(
         fewshot: Examples in front of each question; by default those of the task.
         limit: Documents of each task at most.
         batch: Sequences per forward pass.
+        prefix: The id in front of a text without a context; by default eos, which stands between
+            the documents of a training text.
 
     Returns:
         Rows by task, metric and depth.
@@ -89,7 +92,7 @@ def evaluate_tasks(
     _check_known(names, manager)
     rows = []
     for depth in counts:
-        adapter = HarnessModel(model, tokenizer, depth, batch)
+        adapter = HarnessModel(model, tokenizer, depth, batch, prefix)
         found = simple_evaluate(
             adapter, tasks=names, task_manager=manager, num_fewshot=fewshot, limit=limit,
             log_samples=False, bootstrap_iters=1000,
@@ -107,15 +110,18 @@ class HarnessModel(TemplateLM):
         tokenizer: Of the model.
         depth: Loops; None for a model without loops.
         batch: Sequences per forward pass, and rows of the engine.
+        prefix: The id in front of a text without a context; eos by default.
     """
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, depth: int | None, batch: int = 16
-    ) -> None:
+        self, model: CausalLM, tokenizer: Tokenizer, depth: int | None, batch: int = 16,
+        prefix: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.tokens, self.depth = model.eval(), tokenizer, Depth(depth)
         self.batch = check_count("batch", batch)
         self.max_length = model.cfg.max_seq_len
+        self._prefix = tokenizer.eos_id if prefix is None else prefix
         self._device = model.final_norm.weight.device
 
     @property
@@ -126,7 +132,7 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The id in front of a text without a context."""
-        return self.tokens.bos_id
+        return self._prefix
 
     @property
     def tokenizer_name(self) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.checks import is_int, pick
+from open_mythos.errors import ConfigError, DataError, EnvironmentError_
+from open_mythos.files import read_object
 from open_mythos.run_folder import (
+    AVERAGE_FILE,
     CHECKPOINTS_FOLDER,
     GATE_FILE,
     ORIGIN_FILES,
@@ -17,6 +21,8 @@ from open_mythos.run_folder import (
     step_folders,
 )
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
+from open_mythos.tokenizer.interface import padded_to
+from open_mythos.tokenizer.rust_backed import MOST_IDS
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -40,7 +46,36 @@ def stored_tokenizer(directory: str | Path) -> Tokenizer:
             allowed=f"a folder {TOKENIZER_FOLDER} beside the model or in its run",
             fix="name one with --tokenizer",
         )  # fmt: skip
-    return load_tokenizer(found)
+    return padded_to(load_tokenizer(found), _vocab_size(model_directory(directory)))
+
+
+def tokenizer_of_model(tokenizer: Tokenizer, model: str, where: str) -> Tokenizer:
+    """Return the ``tokenizer`` of a text for the stored ``model``, if it is named.
+
+    Raises:
+        DataError: Another tokenizer is stored with the model.
+    """
+    if not model:
+        return tokenizer
+    folder = model_directory(model)
+    stored = tokenizer_beside(folder)
+    if stored is not None and load_tokenizer(stored).fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            "the text has another tokenizer than the model", where=where, value=tokenizer.name,
+            allowed=load_tokenizer(stored).name, fix=f"use that of the model: --tokenizer {stored}",
+        )  # fmt: skip
+    return padded_to(tokenizer, _vocab_size(folder))
+
+
+def _vocab_size(folder: Path) -> int:
+    """Return the number of ids of the model in ``folder``; 0 if its configuration is damaged."""
+    try:
+        values = read_object(folder / CONFIG_FILE, "the configuration is not readable")
+    except DataError:  # said by whoever loads the model
+        return 0
+    own = values.get("config", values)
+    size: Any = own.get("vocab_size") if isinstance(own, dict) else 0
+    return size if is_int(size) and size <= MOST_IDS else 0
 
 
 def tokenizer_beside(model_folder: Path) -> Path | None:
@@ -151,3 +186,45 @@ def _download(model_id: str) -> Path:
 def is_sharded(folder: str | Path) -> bool:
     """Return whether ``folder`` holds sharded tensors."""
     return any(Path(folder).glob(SHARDS))
+
+
+def weights_of(model_folder: Path, wanted: str = "") -> str:
+    """Return the weights of a stored model that are used: "averaged" or "raw".
+
+    Args:
+        model_folder: Folder of the model.
+        wanted: One of the two; "" for the averages where the run keeps them, as the run's own
+            evaluations use them.
+
+    Raises:
+        ConfigError: It is neither, or there are no averages.
+        DataError: A file of weights cannot be read.
+    """
+    pick(("", "raw", "averaged"), wanted, "--weights", what="kind of weights")
+    if wanted == "raw":
+        return "raw"
+    if (model_folder / AVERAGE_FILE).is_file() or _holds_sharded_averages(model_folder):
+        return "averaged"
+    if wanted:
+        raise ConfigError(
+            "the model holds no averaged weights", where="--weights", value=wanted,
+            allowed="a checkpoint of a run with optim.ema_decay > 0", fix="use --weights raw",
+        )  # fmt: skip
+    return "raw"
+
+
+def _holds_sharded_averages(folder: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    prefix = f"{Path(AVERAGE_FILE).stem}/"
+    for path in folder.glob(SHARDS):
+        try:
+            with safe_open(path, "numpy") as file:
+                if any(name.startswith(prefix) for name in file.keys()):  # noqa: SIM118
+                    return True
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                "the shards cannot be read", where=str(path), value=str(error),
+                allowed="whole safetensors files", fix="copy the folder again",
+            ) from error  # fmt: skip
+    return False

@@ -18,7 +18,7 @@ from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.layers.halting import ACTHalting
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.sampling import SamplingParams
-from open_mythos.run_folder import validated_record
+from open_mythos.run_folder import validated_range
 
 SPEED_CONTEXT = 64
 """Context of an engine that measures speed."""
@@ -26,7 +26,9 @@ _PROMPT, _NEW = 15, 8
 """Tokens of the requests that measure speed: too few to be kept as a prefix."""
 
 
-def served_facts(model: CausalLM, engine: Engine, checkpoint: str, bits: str) -> dict[str, Any]:
+def served_facts(
+    model: CausalLM, engine: Engine, checkpoint: str, bits: str, weights: str = "raw"
+) -> dict[str, Any]:
     """Return facts of a model and its engine, of JSON types.
 
     Args:
@@ -34,21 +36,25 @@ def served_facts(model: CausalLM, engine: Engine, checkpoint: str, bits: str) ->
         engine: Its engine.
         checkpoint: Where the model was loaded from.
         bits: How it was quantized; empty if it was not.
+        weights: "averaged" or "raw".
 
     Returns:
-        ``fingerprint`` (hexadecimal, of weights and quantization), ``dense``, ``vocab_size``,
-        ``context``, ``trained_depth``, ``validated_depth`` ([low, high], None if unknown),
-        ``max_loops``, ``rules``, ``gate_threshold``, ``slots``, ``pages``, ``exact``, ``device``.
+        ``fingerprint`` (hexadecimal, of weights and quantization), ``weights``, ``dense``,
+        ``vocab_size``, ``context``, ``trained_depth``, ``validated_depth`` ([low, high], None if
+        unknown), ``max_loops``, ``rules``, ``gate_threshold``, ``slots``, ``pages``, ``exact``,
+        ``device``.
     """
     folder, looped = model_directory(checkpoint), isinstance(model, OpenMythos)
+    validated = validated_range(folder) if looped else None
     gate = next((each for each in model.modules() if isinstance(each, ACTHalting)), None)
     return {
-        "fingerprint": _fingerprint(folder, bits),
+        "fingerprint": _fingerprint(folder, bits, weights),
+        "weights": weights,
         "dense": not looped,
         "vocab_size": model.cfg.vocab_size,
         "context": engine.context,
         "trained_depth": model.cfg.max_loop_iters if looped else None,
-        "validated_depth": _validated_depth(folder) if looped else None,
+        "validated_depth": None if validated is None else list(validated),
         "max_loops": engine.max_loops,
         "rules": list(RULES[1:]) if looped else [],
         "gate_threshold": None if gate is None else gate.threshold,
@@ -115,13 +121,9 @@ def self_check(engine: Engine, n_tokens: int = 8) -> None:
         )  # fmt: skip
 
 
-def _fingerprint(folder: Path, bits: str) -> str:
-    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + bits.encode())
+def _fingerprint(folder: Path, bits: str, weights: str) -> str:
+    kind = bits if weights == "raw" else f"{bits} {weights}"
+    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + kind.encode())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update("".join([path.name, *hash_blocks(path)]).encode())
     return digest.hexdigest()
-
-
-def _validated_depth(folder: Path) -> list[int] | None:
-    record = validated_record(folder) or {}
-    return None if record.get("low") is None else [record["low"], record["high"]]

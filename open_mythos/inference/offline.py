@@ -176,4 +176,4 @@ def _ids(prompt: Sequence[int] | str, tokenizer: Tokenizer | None) -> Sequence[i
             "prompts of text require a tokenizer", where="prompts", value=prompt,
             allowed="token ids, or text together with tokenizer=", fix="pass tokenizer=",
         )  # fmt: skip
-    return tokenizer.encode(prompt) or [tokenizer.bos_id]
+    return tokenizer.encode(prompt) or [tokenizer.eos_id]  # it stands between documents

@@ -60,8 +60,8 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
     """Load a model and build its engine; return it with the facts of ``{"ready": facts}``.
 
     Args:
-        options: ``checkpoint``, ``device`` and ``quantize`` as ``load_model`` takes them;
-            ``tokenizer``, by default the one stored with the model; and ``engine``, keyword
+        options: ``checkpoint``, ``device``, ``quantize`` and ``weights`` as ``load_model`` takes
+            them; ``tokenizer``, by default the one stored with the model; and ``engine``, keyword
             arguments of the engine.
 
     Raises:
@@ -73,14 +73,16 @@ def build_engine(options: Mapping[str, Any]) -> tuple[ServedEngine, dict[str, An
 
     checkpoint, bits = options["checkpoint"], options.get("quantize", "")
     arguments = options.get("engine", {})
-    model = load_model(checkpoint, options.get("device", "auto"), bits)
+    model, weights = load_model(
+        checkpoint, options.get("device", "auto"), bits, options.get("weights", "")
+    )
     # an engine of its own, with little memory: statistics begin with the first real request
     context = min(arguments.get("context") or model.cfg.max_seq_len, SPEED_CONTEXT)
     trial = Engine(model, **{**arguments, "context": context})
     self_check(trial)
     speed = measured_speed(trial)
     engine = Engine(model, tokenizer=_tokenizer(checkpoint, options), **arguments)
-    facts = served_facts(model, engine, checkpoint, bits)
+    facts = served_facts(model, engine, checkpoint, bits, weights)
     return engine, {**facts, "loop_tokens_per_s": speed}
 
 

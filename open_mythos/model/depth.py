@@ -10,7 +10,7 @@ from torch import Tensor
 
 from open_mythos.checks import MAX_LOOPS, check_count, plain, whole
 from open_mythos.errors import ConfigError
-from open_mythos.model.exit_rules import ExitRule
+from open_mythos.model.exit_rules import ExitRule, FixedDepth
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Depth:
     """Loops for all rows, or per row; None means ``max_loop_iters``. Stored as an integer, a tuple
     of integers, or None."""
     exit_rule: ExitRule | None = None
-    """Early exit before ``n_loops``; the call then runs without autograd."""
+    """Early exit before ``n_loops``; the call then runs without autograd. A fixed depth is the
+    default of ``n_loops``."""
     grad_loops: int | None = None
     """Truncated backpropagation: number of final loops of each row that carry gradient; None means
     all."""
@@ -34,6 +35,9 @@ class Depth:
     the loop match across ranks."""
 
     def __post_init__(self) -> None:
+        fixed = self.exit_rule.loops if isinstance(self.exit_rule, FixedDepth) else None
+        if self.n_loops is None and isinstance(fixed, int):
+            object.__setattr__(self, "n_loops", fixed)
         given: Any = (
             self.n_loops.tolist() if isinstance(self.n_loops, Tensor) else plain(self.n_loops)
         )
@@ -64,6 +68,11 @@ class Depth:
             return [self.n_loops] * batch
         self.check_rows(batch)
         return [int(loops) for loops in self.n_loops]
+
+    def most(self, trained: int) -> int:
+        """Return the most loops of any row; ``trained`` by default."""
+        loops = self.n_loops
+        return trained if loops is None else loops if isinstance(loops, int) else max(loops)
 
     def check_rows(self, batch: int) -> None:
         """Check that ``n_loops`` is an integer or has one entry per row.

@@ -73,7 +73,10 @@ class Memoryless:
 
 @dataclass(frozen=True)
 class FixedDepth(Memoryless):
-    """Stops every position after ``loops`` loops."""
+    """Stops every position after ``loops`` loops, which may be more than the trained depth.
+
+    ``n_loops`` of a call, if given, still is the most.
+    """
 
     loops: int | Tensor
 

@@ -13,6 +13,7 @@ from open_mythos.model.layers.injection import MAX_DECAY
 from open_mythos.reports.figures import Line, bars, curves, depth_curve, has_values, ramp
 from open_mythos.reports.html import heatmap, missing, table
 from open_mythos.reports.run_record import RunRecord, Series, number
+from open_mythos.train.setting import described_run
 
 _MOST_LINES = 7
 _BINS = 24
@@ -119,7 +120,7 @@ def _last_evaluation(run: RunRecord) -> list[Panel]:
     if not rows:
         return []
     best = min(rows, key=lambda row: row["loss"])
-    about = f"At step {max(run.evaluations):,}; b" if run.evaluations else "B"
+    about = f"At step {max(run.evaluations):,}, {_setting(run)}; b" if run.evaluations else "B"
     body = table(
         ("loops", "nats per token", "bits per byte"),
         [(row.get("depth"), _decimals(row["loss"]), _decimals(row.get("bits_per_byte")))
@@ -127,6 +128,18 @@ def _last_evaluation(run: RunRecord) -> list[Panel]:
         best.get("depth"),
     )  # fmt: skip
     return [Panel("Last evaluation", f"{about}old: the smallest loss.", body)]
+
+
+def _setting(run: RunRecord) -> str:
+    """Say how the run evaluates itself."""
+    found = described_run(run.config)
+    if found is None:
+        return "in an unknown setting"
+    masks = " within documents" if found["document_masks"] else ""
+    return (
+        f"{found['weights']} weights, {found['dtype']}, at most {found['windows']:,} sequences of "
+        f"{found['seq_len']:,} tokens{masks} of {found['data'] or 'the text of the run'}"
+    )
 
 
 def _decimals(value: Any) -> str:

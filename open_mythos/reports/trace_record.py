@@ -18,6 +18,7 @@ from open_mythos.errors import ConfigError
 from open_mythos.hub.places import first_id, model_directory, stored_tokenizer
 from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.model.causal_lm import CausalLM
+from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import ExitRule, exit_rule
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
@@ -140,13 +141,14 @@ def trace_of(
         raise ConfigError(
             "a dense model has no loops", where="trace", value=checkpoint, allowed="a looped model"
         )
-    depth = model.cfg.max_loop_iters if n_loops is None else check_count("--n-loops", n_loops)
+    given = None if n_loops is None else check_count("--n-loops", n_loops)
     if not exit and find_beside(model_directory(checkpoint), GATE_FILE):
         exit = "gate"
     tokenizer = stored_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt) or [first_id(tokenizer, checkpoint)]
     wanted = goals(ids) if goals else [*(Goal(token) for token in ids[1:]), None]
     rule = exit_rule(exit, model) if exit else None
+    depth = Depth(given, rule).most(model.cfg.max_loop_iters)
     tokens, explained = _tokens(model, ids, wanted, depth, rule, tokenizer)
     return PromptTrace(
         checkpoint=checkpoint, prompt=prompt, model=_described(model), goal_name=goal_name,

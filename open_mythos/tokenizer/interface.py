@@ -42,7 +42,11 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """``len(self)`` rounded up to a multiple of 64: the vocabulary of a model."""
+        """``len(self)`` rounded up to a multiple of 64: the vocabulary of a model.
+
+        Of a tokenizer that is stored with a model of more ids, that model's. Ids from ``len(self)``
+        on stand for no text.
+        """
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -69,6 +73,14 @@ class Tokenizer(Protocol):
 
     def save(self, directory: str | Path) -> None:
         """Write files that ``load_tokenizer(directory)`` reads."""
+
+
+def padded_to(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """Return ``tokenizer``, changed to take all ids of a model: the last of them are padding."""
+    if vocab_size > tokenizer.vocab_size:
+        own: Any = tokenizer
+        own.vocab_size = vocab_size
+    return tokenizer
 
 
 def checked_text(text: Any, where: str = "text") -> str:

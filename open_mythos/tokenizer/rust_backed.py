@@ -44,6 +44,7 @@ class RustBacked:
         vocabulary = rust.get_vocab(with_added_tokens=True)
         # ids may have gaps, so the length of a vocabulary does not bound them
         self._length = max(len(vocabulary), max(vocabulary.values()) + 1)
+        self.vocab_size = -(-self._length // 64) * 64
         ids = self.bos_id, self.eos_id, self.pad_id = [
             vocabulary[self._specials[role]] for role in ("bos", "eos", "pad")
         ]
@@ -62,11 +63,6 @@ class RustBacked:
 
     def __len__(self) -> int:
         return self._length
-
-    @property
-    def vocab_size(self) -> int:
-        """``len(self)`` rounded up to a multiple of 64."""
-        return -(-self._length // 64) * 64
 
     @property
     def special_tokens(self) -> dict[str, int]:

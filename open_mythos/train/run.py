@@ -19,7 +19,6 @@ from typing import Any
 
 from open_mythos.checks import checked
 from open_mythos.data import Loader, StreamLoader
-from open_mythos.devices import training_dtype
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import evaluate_depths
@@ -41,12 +40,12 @@ from open_mythos.train.checkpoint.find import checkpoints, find_checkpoint
 from open_mythos.train.config import RunConfig, fitting_micro_batch
 from open_mythos.train.monitoring.metrics import MetricsLogger
 from open_mythos.train.parallel.process_group import process_group
+from open_mythos.train.setting import Setting
 from open_mythos.train.state import TrainState
 from open_mythos.train.text import (
     Source,
     open_tokenizer,
     training_batches,
-    validation_batches,
     with_default_text,
 )
 from open_mythos.train.trainer import Trainer
@@ -125,11 +124,9 @@ def build_run(
         config.data, tokenizer, seq_len=train.seq_len, global_batch=train.global_batch,
         seed=train.seed,
     )  # fmt: skip
-    validation = validation_batches(
-        config.data, tokenizer, seq_len=train.seq_len,
-        batch=train.micro_batch or train.global_batch,
-    )  # fmt: skip
-    evaluate = None if validation is None else partial(_evaluate, validation, train.dtype)
+    setting = Setting.of(config, tokenizer)
+    validation = setting.validation()
+    evaluate = None if validation is None else partial(_evaluate, setting, validation)
     trainer = Trainer(initial_model(config), loader, config, evaluate=evaluate, loggers=loggers)
     return Run(config, tokenizer, loader, trainer)
 
@@ -229,10 +226,7 @@ def initial_model(config: RunConfig) -> Model:
     return model
 
 
-def _evaluate(source: Source, dtype: str, model: Model, depths: list[int]) -> dict[str, Any]:
+def _evaluate(setting: Setting, source: Source, model: Model, depths: list[int]) -> dict[str, Any]:
     """Return loss and bits per byte at the given depths."""
-    rows = evaluate_depths(
-        model, source.batches, depths, bytes_per_token=source.bytes_per_token,
-        dtype=training_dtype(dtype, model.final_norm.weight.device),
-    )  # fmt: skip
+    rows = evaluate_depths(model, source.batches, depths, **setting.options(source, model))
     return {"depths": [asdict(row) for row in rows]}

@@ -23,7 +23,7 @@ from open_mythos.data import (
 from open_mythos.data.index import INDEX_FILE
 from open_mythos.distributed import rank, world_size
 from open_mythos.errors import DataError
-from open_mythos.hub.places import model_directory, stored_tokenizer, tokenizer_beside
+from open_mythos.hub.places import stored_tokenizer, tokenizer_of_model
 from open_mythos.run_folder import DATA_FOLDER
 from open_mythos.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from open_mythos.train.config import DataConfig, RunConfig, no_text
@@ -84,21 +84,6 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
         tokenizer = load_tokenizer(data.tokenizer)
         return tokenizer_of_model(tokenizer, config.train.init_from, "data.tokenizer")
     return stored_tokenizer(config.train.init_from) if config.train.init_from else load_tokenizer()
-
-
-def tokenizer_of_model(tokenizer: Tokenizer, model: str, where: str) -> Tokenizer:
-    """Return the ``tokenizer`` of a text for the stored ``model``, if it is named.
-
-    Raises:
-        DataError: Another tokenizer is stored with the model.
-    """
-    stored = tokenizer_beside(model_directory(model)) if model else None
-    if stored is not None and load_tokenizer(stored).fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            "the text has another tokenizer than the model", where=where, value=tokenizer.name,
-            allowed=load_tokenizer(stored).name, fix=f"use that of the model: --tokenizer {stored}",
-        )  # fmt: skip
-    return tokenizer
 
 
 def training_batches(

@@ -6,10 +6,17 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from open_mythos.cli import main
-from open_mythos.hub.places import first_id, stored_tokenizer
+from open_mythos.errors import ConfigError, DataError
+from open_mythos.hub.averages import averaged_model
+from open_mythos.hub.places import first_id, model_directory, stored_tokenizer, weights_of
+from open_mythos.run_folder import read_config
+from open_mythos.train import RunConfig, build_run
+from open_mythos.train.setting import described_run, setting_of
 
 SMALL = [
     "--model.dim=32", "--model.n_experts=0", "--model.ffn_dim=32", "--model.n_heads=2",
@@ -122,3 +129,77 @@ def test_the_gate_is_trained_on_the_setting_of_the_run(place, tmp_path, monkeypa
         "--positions=64", "--quiet",
     ]) == 0  # fmt: skip
     assert json.loads((out / "gate.json").read_text())["weights"] == "averaged"
+
+
+def test_the_trainer_and_the_commands_share_one_setting(place, monkeypatch):
+    monkeypatch.chdir(place)
+    run = place / "runs" / "m"
+    setting = setting_of(str(run))
+    config = RunConfig.from_dict(read_config(run / "run.yaml"))
+    own = build_run(config).trainer.evaluate.args[0]
+    assert own.described() == setting.described() | {"data": "docs"}
+    assert (own.batch, own.tokenizer.fingerprint) == (setting.batch, setting.tokenizer.fingerprint)
+    assert described_run(config.to_dict()) == own.described() | {"weights": "averaged"}
+    assert described_run({"train": {"seq_len": "much"}}) is described_run({"data": 3}) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "loops"),
+    [
+        (["generate", "ab", "--max-new-tokens=1", "--n-loops=99"], 99),
+        (["generate", "ab", "--max-new-tokens=1", "--exit=fixed:99"], 99),
+        (["generate", "ab", "--max-new-tokens=1", "--exit=fixed:99", "--n-loops=2"], None),
+        (["trace", "ab", "--n-loops=99"], 99),
+        (["trace", "ab"], None),
+        (["evaluate", "--depths=[2,99]", "--windows=1"], 99),
+        (["evaluate", "--exit=fixed:99", "--windows=1"], 99),
+        (["evaluate", "--depths=[2]", "--windows=1"], None),
+    ],
+)
+def test_a_depth_beyond_the_validated_one_is_said(
+    place, tmp_path, monkeypatch, capsys, words, loops
+):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(place / "runs" / "m", run)
+    shutil.copytree(place / "docs", run / "docs")
+    (state,) = run.glob("checkpoints/*/state.json")
+    found = json.loads(state.read_text()) | {"validated_depths": {"low": 1, "high": 4}}
+    state.write_text(json.dumps(found))
+    command, *rest = words
+    assert main([command, str(run), *rest]) == 0
+    said = capsys.readouterr().err
+    assert (f"note: {loops} loops: the model is validated at 1 to 4" in said) == bool(loops)
+    assert ("note:" in said) == bool(loops)
+
+
+def test_the_server_uses_the_weights_of_the_evaluation(place, monkeypatch):
+    from open_mythos.inference.worker import build_engine
+
+    options = {
+        "checkpoint": str(place / "runs" / "m"), "device": "cpu",
+        "engine": {"slots": 1, "context": 16},
+    }  # fmt: skip
+    averaged, facts = build_engine(options)
+    raw, others = build_engine({**options, "weights": "raw"})
+    assert (facts["weights"], others["weights"]) == ("averaged", "raw")
+    assert facts["fingerprint"] != others["fingerprint"]
+    assert not averaged.model.head.weight.equal(raw.model.head.weight)
+    assert averaged.model.head.weight.equal(
+        averaged_model(model_directory(options["checkpoint"])).head.weight
+    )
+
+
+def test_averages_in_shards_are_seen(tmp_path):
+    save_file({"average/head.weight": np.zeros(2)}, tmp_path / "shard-00001-model.safetensors")
+    assert weights_of(tmp_path) == weights_of(tmp_path, "averaged") == "averaged"
+    assert weights_of(tmp_path, "raw") == "raw"
+    save_file({"model/head.weight": np.zeros(2)}, tmp_path / "shard-00001-model.safetensors")
+    assert weights_of(tmp_path) == "raw"
+    with pytest.raises(ConfigError, match="no averaged weights"):
+        weights_of(tmp_path, "averaged")
+    with pytest.raises(ConfigError, match="kind of weights"):
+        weights_of(tmp_path, "mean")
+    (tmp_path / "shard-00001-model.safetensors").write_text("x")
+    with pytest.raises(DataError, match="shards"):
+        weights_of(tmp_path)

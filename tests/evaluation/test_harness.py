@@ -122,7 +122,7 @@ def test_metrics_by_depth(model, folder):
         ]
         assert rows["sums", loops].value == pytest.approx(sum(right) / 6)
         start = [
-            model(torch.tensor([[TOK.bos_id, *TOK.encode(d["q"])]]), n_loops=loops)[0]
+            model(torch.tensor([[TOK.eos_id, *TOK.encode(d["q"])]]), n_loops=loops)[0]
             for d in documents
         ]
         whole = sum(

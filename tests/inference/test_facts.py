@@ -43,6 +43,7 @@ def test_a_looped_model(checkpoint: Path):
         "dense": False, "vocab_size": 61, "context": 48, "trained_depth": 4, "max_loops": 4,
         "validated_depth": None, "rules": ["gate", "change", "acceleration"],
         "gate_threshold": 0.99, "slots": 4, "exact": True, "device": "cpu",
+        "weights": "raw",
     }  # fmt: skip
 
 

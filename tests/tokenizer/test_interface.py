@@ -1,12 +1,17 @@
 """The interface of every tokenizer: round trips, special ids, rejected input."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from helpers import small_model
 from hypothesis import given, settings
 
+from open_mythos import save_pretrained
 from open_mythos.errors import DataError
-from open_mythos.tokenizer import Tokenizer
+from open_mythos.hub.places import stored_tokenizer, tokenizer_of_model
+from open_mythos.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from tokenizer.samples import BYTE, CORPUS, both, texts
 
 
@@ -61,6 +66,24 @@ def test_invalid_ids_are_rejected(tokenizer: Tokenizer, ids: object) -> None:
         tokenizer.decode(ids)
     with pytest.raises(DataError, match="token id"):
         tokenizer.decode([tokenizer.vocab_size])
+
+
+@both
+def test_the_padding_of_a_model_has_no_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A model may have more ids than its tokenizer, even rounded up to 64."""
+    size = tokenizer.vocab_size + 100
+    save_pretrained(small_model(vocab_size=size), tmp_path)
+    tokenizer.save(tmp_path / "tokenizer")
+    stored = stored_tokenizer(tmp_path)
+    ids = [*stored.encode("x"), len(stored), size - 1]
+    assert stored.decode(ids) == "x"
+    stream = StreamDecoder(stored)
+    assert "".join(map(stream.push, ids)) + stream.flush() == "x"
+    with pytest.raises(DataError, match="token id"):
+        stored.decode([size])
+    assert stored.fingerprint == tokenizer.fingerprint
+    fresh = load_tokenizer(tmp_path / "tokenizer")
+    assert tokenizer_of_model(fresh, str(tmp_path), "--tokenizer").vocab_size == size
 
 
 @both

@@ -10,6 +10,7 @@ from open_mythos.errors import ConfigError
 from open_mythos.inference.server.errors import from_mythos, invalid
 from open_mythos.inference.server.protocol import Common
 from open_mythos.model.exit_syntax import EXIT_SYNTAX, check, complete, parse_exit
+from open_mythos.run_folder import usable_depths
 
 _READ_PREDICTIONS = ("kl", "stable")
 
@@ -65,7 +66,7 @@ class DepthPolicy:
         most = min(self.most, facts["max_loops"])
         if self.allow_unvalidated:
             return 1, most
-        low, high = facts.get("validated_depth") or (1, facts["trained_depth"])
+        low, high = usable_depths(facts.get("validated_depth"), facts["trained_depth"])
         return low, min(high, most)
 
     def _check_n_loops_alone(self, body: Common) -> None:
@@ -77,7 +78,7 @@ class DepthPolicy:
                 )  # fmt: skip
 
     def _check_range(self, param: str, loops: int, facts: Mapping[str, Any]) -> None:
-        low, high = facts.get("validated_depth") or (1, facts["trained_depth"])
+        low, high = usable_depths(facts.get("validated_depth"), facts["trained_depth"])
         most = min(self.most, facts["max_loops"])
         if loops > most:
             raise invalid(param, f"this server runs at most {most} loops")

@@ -204,8 +204,8 @@ class CompletionRequest(Common):
         """See the base."""
         super().check(limits)
         _at_most("prompt", len(self.prompts), limits.prompts, "prompts")
-        if not self.prompts or not all(self.prompts):
-            raise invalid("prompt", "must not be empty")
+        if not self.prompts or [] in self.prompts:
+            raise invalid("prompt", "holds no ids")
         _at_most("logprobs", self.logprobs or 0, limits.alternatives)
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens", "must be at least 1; 0 needs echo=true")

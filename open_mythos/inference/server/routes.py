@@ -104,7 +104,10 @@ def _models(service: Service) -> dict[str, Any]:
     if not service.host.facts:
         raise service.not_ready()
     facts = service.host.facts
-    names = ("context", "trained_depth", "validated_depth", "max_loops", "vocab_size", "slots")
+    names = (
+        "context", "weights", "trained_depth", "validated_depth", "max_loops", "vocab_size",
+        "slots",
+    )  # fmt: skip
     rules = ["none", *(each for each in facts["rules"] if each != "none")]
     model = {
         "id": service.model, "object": "model", "created": service.created,

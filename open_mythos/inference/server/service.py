@@ -49,6 +49,8 @@ class Service:
     clock: Clock = time.monotonic
     version: str = ""
     draining: bool = False
+    first: int | None = None
+    """The id that an empty prompt becomes; by default eos, which stands between documents."""
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.limits, lambda: self.host.facts["loop_tokens_per_s"])
@@ -210,9 +212,10 @@ class Service:
         # a lone surrogate is an error of the tokenizer's
         self._check_size("prompt", len(text.encode(errors="replace")))
         try:
-            return await _in_thread_if_long(text, self.tokenizer.encode)
+            ids = await _in_thread_if_long(text, self.tokenizer.encode)
         except DataError as error:
             raise from_mythos(error, "prompt") from None
+        return ids or [self.tokenizer.eos_id if self.first is None else self.first]
 
     async def _encode_chat(self, body: ChatRequest) -> Prompt:
         if self.template is None:

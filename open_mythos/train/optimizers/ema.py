@@ -14,22 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from open_mythos.checks import checked
-from open_mythos.errors import ConfigError, DataError, InternalError
-from open_mythos.hub.pretrained import from_pretrained
-from open_mythos.hub.sharded_tensors import copy_part, read_tensors, stored_shapes
-from open_mythos.run_folder import AVERAGE_FILE
-from open_mythos.train.build import Model
+from open_mythos.errors import ConfigError, InternalError
+from open_mythos.hub.averages import UPDATES, averaged_weights, check_fit
+from open_mythos.hub.sharded_tensors import copy_part
 from open_mythos.train.optimizers.muon import local
-
-UPDATES = "updates"
-"""Key of the number of updates, next to the names of the weights."""
 
 
 class WeightAverage:
@@ -57,7 +51,7 @@ class WeightAverage:
         self.decay = decay
         self._model, self._outermost, self._swapped = model, outermost or model, False
         _reshard(self._outermost)
-        self._weights = _averaged(model)
+        self._weights = averaged_weights(model)
         for name, weight in self._weights.items():
             if weight.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
@@ -126,7 +120,7 @@ class WeightAverage:
             DataError: A name is missing or unknown, or a shape differs.
         """
         self._reject_swapped("load_state_dict")
-        _check_fit(state, self._averages)
+        check_fit(state, self._averages)
         for name, average in self._averages.items():
             copy_part(average, state[name])
         self._updates.copy_(state[UPDATES])
@@ -144,59 +138,6 @@ class WeightAverage:
             raise InternalError(
                 "weights and averages are exchanged", where=f"WeightAverage.{what}",
                 value="called inside swap()", allowed="only outside of it",
-            )  # fmt: skip
-
-
-@checked
-def averaged_model(checkpoint: str | Path) -> Model:
-    """Load the model of a verified checkpoint with the averaged weights, on the CPU.
-
-    Raises:
-        DataError: The checkpoint holds no averages, or they are not of its model.
-    """
-    folder = Path(checkpoint)
-    prefix = f"{Path(AVERAGE_FILE).stem}/"
-    stored = {
-        name: torch.empty(shape)
-        for name, shape in stored_shapes(folder).items()
-        if name.startswith(prefix)
-    }
-    if not stored:
-        raise DataError(
-            "the checkpoint holds no averaged weights", where=str(folder), value="none",
-            allowed="a checkpoint of a run with optim.ema_decay > 0",
-            fix="use the weights themselves",
-        )  # fmt: skip
-    read_tensors(folder, stored)
-    model = from_pretrained(folder)
-    # the halting gate is frozen during training, but not in a loaded model
-    weights = {name: each for name, each in _averaged(model).items() if "halting." not in name}
-    averages = {name.removeprefix(prefix): each for name, each in stored.items()}
-    _check_fit(averages, weights)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(averages[name])
-    return model
-
-
-def _averaged(model: nn.Module) -> dict[str, Tensor]:
-    """Return trained parameters and router biases by name, in the order of the model."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return trained | {
-        name: buffer for name, buffer in model.named_buffers() if name.endswith("router_bias")
-    }
-
-
-def _check_fit(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Raise DataError unless ``state`` holds averages of exactly these weights."""
-    expected = {name: tuple(weight.shape) for name, weight in weights.items()} | {UPDATES: ()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            raise DataError(
-                "the averages are not of this model's weights", where=name,
-                value=found.get(name, "missing"), allowed=str(expected.get(name, "no such weight")),
-                fix="resume from a checkpoint of this model that was saved with an average",
             )  # fmt: skip
 
 

@@ -403,3 +403,10 @@ def test_metrics(start: Start) -> None:
         'pages{state="free"} 7.0', 'tick_seconds_sum{stage="loop"} 0.5',
     ):  # fmt: skip
         assert f"open_mythos_{line}\n" in text, line
+
+
+def test_an_empty_prompt_begins_with_the_token_between_documents(start: Start) -> None:
+    host = FakeHost()
+    done = start(host).post(prompt=["", "a"], max_tokens=1)
+    assert done.status_code == 200, done.text
+    assert [request.prompt for request in host.requests] == [(257,), (97,)]

@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from open_mythos.errors import ConfigError, DataError, InternalError
+from open_mythos.hub.averages import UPDATES, averaged_model
 from open_mythos.hub.pretrained import save_pretrained
+from open_mythos.run_folder import AVERAGE_FILE
 from open_mythos.train import build_model
-from open_mythos.train.optimizers.ema import AVERAGE_FILE, UPDATES, WeightAverage, averaged_model
+from open_mythos.train.optimizers.ema import WeightAverage
 from open_mythos.train.optimizers.optim import freeze_halting_gate
 
 IDS = torch.arange(12).view(2, 6)
