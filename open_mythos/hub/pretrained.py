@@ -7,6 +7,7 @@ weights are safetensors with exactly the model's tensors. Pickles are never read
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -137,6 +138,7 @@ def from_pretrained(
         # copies: truncating a mapped file would kill the process
         tensors[name] = tensor.to(device, dtypes.get(name), copy=True)
     _check_finite(tensors, folder)
+    _check_dtypes(tensors, dtypes, folder)
     if model.cfg.tie_embeddings:
         tensors["head.weight"] = tensors["embedding.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -352,6 +354,26 @@ def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
             value=bad[:5], allowed="finite numbers",
             fix="take an earlier checkpoint, or one in a dtype that holds the weights",
         )  # fmt: skip
+
+
+def _check_dtypes(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, object], folder: Path
+) -> None:
+    """Check that the parameters that meet in products have one dtype."""
+    kinds: dict[torch.dtype, str] = {}
+    for name, tensor in tensors.items():
+        if name in wanted and wanted[name] is None and not _OWN_DTYPE.search(name):
+            kinds.setdefault(tensor.dtype, name)
+    if len(kinds) > 1:
+        raise DataError(
+            "the weights have several dtypes", where=str(folder),
+            value={name: str(dtype) for dtype, name in kinds.items()}, allowed="one dtype",
+            fix="load them with from_pretrained(dtype=torch.float32) and save the model again",
+        )  # fmt: skip
+
+
+_OWN_DTYPE = re.compile(r"(^|\.)(injection|halting)\.")
+"""Parameters that are used in float32 whatever their dtype."""
 
 
 def _unfit(path: Path, what: str, value: Any, allowed: str) -> DataError:

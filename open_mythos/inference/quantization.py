@@ -167,7 +167,20 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _Quantized(nn.Module):
-    """Base of quantized modules: no gradients, no state dict."""
+    """Base of quantized modules: no gradients, no state dict, no other dtype."""
+
+    def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Refuse a move that changes the dtype, in which quantized weights do not compute."""
+        dtype = fn(torch.empty(0, dtype=DTYPE)).dtype
+        if dtype != DTYPE:
+            raise _error(
+                "a quantized model has one dtype", "model.to", dtype, f"{DTYPE}, or another device",
+                "change the dtype before quantize()",
+            )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.check_move(fn)
+        return super()._apply(fn, recurse)
 
     def _reject_gradients(self, x: Tensor) -> None:
         if self.training or (torch.is_grad_enabled() and x.requires_grad):

@@ -91,7 +91,38 @@ class CausalLM(nn.Module):
         head, embedding = self.head.weight, self.embedding.weight
         return head is not embedding
 
+    @torch.no_grad()
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Change the number of ids, for new special tokens; build the optimizer afterwards.
+
+        New rows of embeddings and head are the mean of the present ones, so that a new token is
+        neither likely nor impossible before it is trained; with fewer ids the last rows are lost.
+
+        Raises:
+            ConfigError: ``vocab_size`` is out of range, or a table is wrapped, as by an adapter.
+        """
+        replace(self.cfg, vocab_size=vocab_size).validate()
+        tables = [self.embedding, *self.value_embeddings]
+        if not self.cfg.tie_embeddings and hasattr(self, "head"):
+            tables.append(self.head)
+        for table in tables:
+            if not isinstance(table, nn.Embedding | nn.Linear):
+                raise ConfigError(
+                    "a table of the vocabulary is no plain layer", where="resize_vocabulary",
+                    value=type(table).__name__, allowed="nn.Embedding, nn.Linear",
+                    fix="merge adapters first",
+                )  # fmt: skip
+        for table in tables:
+            _resize_rows(table, vocab_size)
+        self.cfg.vocab_size = vocab_size
+        self.tie_weights()
+        if isinstance(getattr(self, "head", None), nn.Linear):
+            self.head.out_features = vocab_size
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        for module in self.modules():
+            if (check := getattr(module, "check_move", None)) is not None:
+                check(*args)
         tied = self.cfg.tie_embeddings and not self._is_parted()
         result = super()._apply(*args, **kwargs)
         if tied:
@@ -226,6 +257,14 @@ class CausalLM(nn.Module):
                 allowed=f"a non-empty tensor (B, T, {self.cfg.dim}) of floats, or ids (B, T)",
                 fix="pass rows of the embedding, before embedding_scale",
             )  # fmt: skip
+
+
+def _resize_rows(table: nn.Embedding | nn.Linear, rows: int) -> None:
+    old = table.weight
+    new = old.mean(0, keepdim=True).expand(max(0, rows - len(old)), -1)
+    table.weight = nn.Parameter(torch.cat((old[:rows], new)), old.requires_grad)
+    if isinstance(table, nn.Embedding):
+        table.num_embeddings = rows
 
 
 def _tie_after_loading(model: CausalLM, keys: object) -> None:

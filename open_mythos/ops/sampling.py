@@ -16,6 +16,7 @@ from torch import Tensor
 
 from open_mythos.checks import COLDEST, check_count, is_id, is_number, plain, whole
 from open_mythos.errors import ConfigError
+from open_mythos.ops.finite import check_logits
 from open_mythos.ops.random import counter_uniform
 from open_mythos.seeding import derive_seed
 
@@ -201,6 +202,7 @@ class SamplingParams:
         n_prompt: int | Tensor = 0,
     ) -> Tensor:
         """Choose the next token of every row, (B,); see :meth:`RowSampling.choose`."""
+        check_logits(logits_BV)
         rows = self.rows(len(logits_BV), logits_BV.device)
         bias_1V = self.bias(logits_BV.shape[1], logits_BV.device)
         return rows.choose(logits_BV, seen_BT, n_prompt, keys_B, draws, bias_1V)

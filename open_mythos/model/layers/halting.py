@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.checks import check_number, checked
+from open_mythos.devices import is_readable
+from open_mythos.errors import ConfigError
 from open_mythos.model.layers.float32 import in_float32
 
 
@@ -82,9 +84,16 @@ def exit_loops(lambda_L: Tensor, threshold: float, depth: Tensor | None = None) 
     return torch.where(reached.any(0), first, _last_loop(lambda_L, depth).expand_as(first))
 
 
-def _last_loop(lambda_L: Tensor, depth: Tensor | None) -> Tensor:
-    loops = lambda_L.shape[0] if depth is None else depth
-    return torch.as_tensor(loops, device=lambda_L.device) - 1
+def _last_loop(lambda_L: Tensor, depth: Tensor | int | None) -> Tensor:
+    most = lambda_L.shape[0]
+    loops = torch.as_tensor(most if depth is None else depth, device=lambda_L.device)
+    if is_readable(loops) and not ((loops >= 1) & (loops <= most)).all():
+        raise ConfigError(
+            "there are no probabilities for that many loops", where="depth", value=depth,
+            allowed=f"1 .. {most}, the loops of the probabilities",
+            fix="pass the probabilities of all loops, or a smaller depth",
+        )  # fmt: skip
+    return loops - 1
 
 
 def _with_remainder(lambda_L: Tensor, depth: Tensor | None) -> Tensor:

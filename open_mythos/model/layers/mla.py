@@ -168,7 +168,7 @@ class MLAttention(nn.Module):
 
     def _up_weight(self, ctx: Context) -> Tensor:
         """Return the (U, R) matrix of ``kv_up``, wrappers such as adapters included."""
-        if type(self.kv_up) is nn.Linear:
+        if type(self.kv_up) is nn.Linear and _is_plain(self.kv_up.weight):
             return self.kv_up.weight
         key = self, torch.is_grad_enabled(), torch.is_autocast_enabled(ctx.positions.device.type)
         if key not in ctx.memo:
@@ -185,6 +185,11 @@ class MLAttention(nn.Module):
         expanded = n_all * up + n_new * n_all * (key_width + cfg.v_head_dim)
         absorbed = n_new * up + n_new * n_all * 2 * cfg.cache_width
         return absorbed < expanded
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Return whether a weight is numbers, not a subclass that packs them, as torchao's are."""
+    return not hasattr(weight, "tensor_impl") and not hasattr(weight, "qdata")
 
 
 def _scores(q_BTHK: Tensor, entry_BSW: Tensor) -> int:

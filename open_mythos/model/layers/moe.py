@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import checked
+from open_mythos.checks import check_number, checked
 from open_mythos.config import MythosConfig
 from open_mythos.devices import as_autocast
 from open_mythos.model.context import Context
@@ -128,7 +128,12 @@ class MoEFFN(nn.Module):
         Args:
             load_E: Tokens per expert since the last update, over all loops (and all ranks).
             speed: Step size, or a scalar tensor; DeepSeek-V3 uses 1e-3.
+
+        Raises:
+            ConfigError: ``speed`` is negative or not finite.
         """
+        if not isinstance(speed, Tensor):
+            check_number("speed", speed, ge=0)
         load_E = load_E.to(self.router_bias.device)
         self.router_bias += speed * torch.sign(load_E.mean() - load_E)
 
