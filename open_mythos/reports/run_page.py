@@ -48,11 +48,11 @@ def page(run: RunRecord) -> str:
 
 def _status(run: RunRecord) -> tuple[str, str]:
     """Return the progress of the run and its CSS class."""
-    wanted, last = run.setting("train", "steps"), run.last_step
+    wanted, last = number(run.setting("train", "steps")), run.last_step
     end = run.events[-1].kind if run.events else ""
     if wanted is not None and last >= wanted:
         return f"finished, {last:,} steps", "good"
-    of = f" of {wanted:,}" if wanted is not None else ""
+    of = f" of {wanted:,.0f}" if wanted is not None else ""
     if end in ("preempted", "stopped"):
         return f"{_EVENTS[end]} after step {last:,}{of}", "warm"
     return f"at step {last:,}{of}: still running, or killed", ""

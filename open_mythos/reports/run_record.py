@@ -117,8 +117,10 @@ class RunRecord:
         # ignore fields of other releases
         known = {each.name for each in fields(DepthConfig)}
         try:
-            return DepthConfig(**{k: v for k, v in section.items() if k in known}).expected
-        except TypeError:
+            depth = DepthConfig(**{k: v for k, v in section.items() if k in known})
+            depth.validate()
+            return depth.expected
+        except (TypeError, ValueError):
             return None
 
     @property

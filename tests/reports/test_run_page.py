@@ -316,3 +316,11 @@ def test_a_real_run(trained_run):
     assert "finished, 4 steps" in read.text
     assert "is damaged" not in read.text
     assert "not valid JSON" not in read.text
+
+
+@pytest.mark.parametrize("value", ["../../x", [1], {"a": 1}, True, float("nan"), 10**400])
+def test_settings_of_another_kind_are_left_out(tmp_path, value):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
+    settings = {"train": {"steps": value}, "depth": {"mean": value, "plan": value}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert "at step 2" in page(read_run(tmp_path))
