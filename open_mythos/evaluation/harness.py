@@ -7,6 +7,7 @@ a continuation. :class:`HarnessModel` answers them with a model at one depth, wi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from open_mythos.checks import check_count
-from open_mythos.errors import ConfigError
+from open_mythos.errors import ConfigError, DataError
+from open_mythos.files import read_text
 from open_mythos.inference.engine import Engine
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.ops.sampling import SamplingParams
+from open_mythos.run_folder import MAX_CONFIG_BYTES
 from open_mythos.tokenizer import Tokenizer
 
 Pair = tuple[Any, list[int], list[int]]
@@ -87,6 +90,8 @@ def evaluate_tasks(
     elif not counts:
         raise ConfigError("no depth is given", where="depths", value=[], allowed="loop counts")
     names = [str(Path(task).resolve()) if _is_file(task) else task for task in tasks]
+    for name in filter(_is_file, names):
+        _refuse_code(Path(name))
     own_files = all(map(_is_file, tasks))  # reading the list of all tasks takes seconds
     manager = TaskManager(include_path=include or None, include_defaults=not own_files)
     _check_known(names, manager)
@@ -235,6 +240,31 @@ class HarnessModel(TemplateLM):
 
 def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
+
+
+def _refuse_code(path: Path) -> None:
+    """Refuse a task's file that has the harness run Python beside it, by itself or by inclusion.
+
+    Raises:
+        ConfigError: It names code or another file.
+        DataError: It cannot be read.
+    """
+    if not path.is_file():
+        return  # said by the check of names
+    try:
+        text = read_text(path, MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "the task's file cannot be read", where=str(path), value=str(error),
+            allowed=f"a text of at most {MAX_CONFIG_BYTES:,} bytes", fix="correct the file",
+        ) from error  # fmt: skip
+    found = re.search(r"!function|^include\s*:", text, re.MULTILINE)
+    if found:
+        raise ConfigError(
+            "the task's file has the harness run code", where=str(path), value=found[0],
+            allowed="a task without !function and include",
+            fix="if you trust its folder, name that with --include and the task by its name",
+        )  # fmt: skip
 
 
 def _check_known(names: Iterable[str], manager: TaskManager) -> None:

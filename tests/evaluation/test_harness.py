@@ -249,3 +249,12 @@ def test_without_the_package(model, tmp_path, monkeypatch, capsys):
     TOK.save(checkpoint / TOKENIZER_FOLDER)
     assert main(["evaluate", str(checkpoint), "--tasks", "arc_easy"]) == EnvironmentError_.exit_code
     assert "open-mythos[eval]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["process_docs: !function evil.run", "include: ../other.yaml"])
+def test_a_task_that_runs_code_is_refused(tmp_path, line):
+    """The harness would import the Python file beside it."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
+    (tmp_path / "task.yaml").write_text(f"task: evil\n{line}\n")
+    with pytest.raises(ConfigError, match="run code"):
+        evaluate_tasks(small_model(), ByteTokenizer(), [str(tmp_path / "task.yaml")], [1])
