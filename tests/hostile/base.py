@@ -1,0 +1,127 @@
+"""A folder with one good file of every kind that a command reads, and the commands that read it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from open_mythos.cli import main
+from open_mythos.data import read_documents
+from open_mythos.tokenizer import BPETokenizer
+
+STEP = "run/checkpoints/step_00000002"
+TRAIN = (
+    "train --variant nano --model.dim 32 --model.n_experts 2 --model.n_experts_per_tok 1 "
+    "--data.path shards --train.out_dir run --train.steps {} --train.warmup_steps 1 "
+    "--train.seq_len 16 --train.global_batch 2 --data.eval_windows 2 --train.eval_depths [1] "
+    "--train.schedule constant --optim.ema_decay 0.9 --quiet"
+)
+GENERATE = "generate run ab --max-new-tokens 1 --n-loops 1 --quiet"
+EVALUATE = "evaluate run --windows 1 --depths [1] --quiet --out rows.json"
+RESUME = TRAIN.format(3) + " --resume latest --allow train.steps"
+BPE = f"{GENERATE} --tokenizer bpe"
+ANSWERS = "evaluate run --questions questions.jsonl --depths [1] --quiet"
+PREPARE = "data prepare source prepared --quiet --val-fraction 0.4"
+
+
+class File(NamedTuple):
+    """A file that commands read."""
+
+    path: str
+    kind: str
+    """Which hostilities fit: json, yaml, jsonl, text, tensors, binary, gz, parquet."""
+    commands: tuple[str, ...]
+
+
+FILES = (
+    File("run/run.yaml", "yaml", ("report run", EVALUATE, "info run/run.yaml")),
+    File("run/run.yaml", "yaml", ("train --config run/run.yaml --train.out_dir new --dry-run",)),
+    File(f"{STEP}/config.json", "json", (GENERATE, "info run", "plan run --gpus 1")),
+    File(f"{STEP}/state.json", "json", (RESUME, "report run", GENERATE)),
+    File(f"{STEP}/manifest.json", "json", (RESUME,)),
+    File(f"{STEP}/model.safetensors", "tensors", (GENERATE + " --weights raw", RESUME)),
+    File(f"{STEP}/average.safetensors", "tensors", (GENERATE,)),
+    File(f"{STEP}/optimizer.safetensors", "tensors", (RESUME,)),
+    File("run/metrics.jsonl", "jsonl", ("report run", RESUME)),
+    File("run/tokenizer/tokenizer_config.json", "json", (GENERATE,)),
+    File("run/gate.json", "json", ("trace run ab --exit gate --out page.html",)),
+    File("run/provenance.json", "json", ("export run --out exported", GENERATE + " --exit gate")),
+    File("run/retrofit.json", "json", ("export run --out exported",)),
+    File("run/chat_template.jinja", "template", ("export run --out exported",)),
+    File("bpe/tokenizer.json", "json", (BPE, f"{PREPARE} --tokenizer bpe")),
+    File("shards/index.json", "json", (f"{EVALUATE} --data shards", RESUME)),
+    File("shards/train-00000.tokens.bin", "binary", (f"{EVALUATE} --data shards --split train",)),
+    File("shards/train-00000.starts.bin", "binary", (f"{EVALUATE} --data shards --split train",)),
+    File("source/a.txt", "text", (PREPARE,)),
+    File("source/b.jsonl", "jsonl", (PREPARE,)),
+    File("source/c.parquet", "parquet", (PREPARE,)),
+    File("packed/a.txt.gz", "gz", ("data prepare packed prepared --quiet",)),
+    File("packed/a.jsonl.zst", "gz", ("data prepare packed/a.jsonl.zst prepared --quiet",)),
+    File("questions.jsonl", "jsonl", (ANSWERS,)),
+    File("options.yaml", "yaml", ("generate run ab --config options.yaml",)),
+    File("foreign/config.json", "json", ("convert foreign converted", "retrofit foreign looped")),
+    File("foreign/model.safetensors.index.json", "json", ("convert foreign converted",)),
+    File("foreign/model-1.safetensors", "tensors", ("convert foreign converted",)),
+)  # fmt: skip
+"""A new file that a command reads is one more line."""
+
+
+def make(folder: Path) -> None:
+    """Make the good folder; the present folder must be ``folder``."""
+    (folder / "source").mkdir()
+    for i in range(12):
+        (folder / "source" / f"{i}.txt").write_text(f"text {i}\n" * 40)
+    if main(["data", "prepare", "source", "shards", "--quiet", "--val-fraction", "0.4"]):
+        raise SystemExit("the good shards cannot be made")
+    if main(TRAIN.format(2).split()):
+        raise SystemExit("the good run cannot be made")
+    BPETokenizer.train(read_documents("source"), 300).save(folder / "bpe")
+    (folder / "source" / "a.txt").write_text("a text\n" * 20)
+    (folder / "source" / "b.jsonl").write_text('{"text": "a text"}\n' * 20)
+    _parquet(folder / "source" / "c.parquet")
+    (folder / "packed").mkdir()
+    (folder / "packed" / "a.txt.gz").write_bytes(gzip.compress(b"a text\n" * 20))
+    (folder / "packed" / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(40))
+    (folder / "questions.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 2)
+    (folder / "options.yaml").write_text("max_new_tokens: 1\nn_loops: 1\nquiet: true\n")
+    run = folder / "run"
+    (run / "gate.json").write_text(json.dumps({"exit": "gate:0.5", "loops": 2, "steps": 1}))
+    origin = {"family": "ouro", "source": "a/b", "licence": "mit", "gate": True, "notes": []}
+    (run / "provenance.json").write_text(json.dumps(origin))
+    (run / "retrofit.json").write_text(json.dumps({"source": "a/b", "mode": "convex", "loop": 2}))
+    (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    _foreign(folder / "foreign")
+
+
+def _parquet(path: Path) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        path.touch()
+        return
+    pq.write_table(pa.table({"text": ["a text"] * 20}), path)
+
+
+def _foreign(folder: Path) -> None:
+    """A checkpoint of another library in two parts; its names are no family's."""
+    folder.mkdir()
+    config = {"model_type": "ouro", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 16,
+              "num_attention_heads": 1, "intermediate_size": 8, "total_ut_steps": 2}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"model.embed_tokens.weight": torch.zeros(16, 8)}, folder / "model-1.safetensors")
+    where = {"model.embed_tokens.weight": "model-1.safetensors"}
+    index = {"metadata": {"total_size": 512}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def copied(good: Path, to: Path) -> Path:
+    """Copy the good folder for one case."""
+    shutil.copytree(good, to, symlinks=True)
+    return to
