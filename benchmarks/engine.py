@@ -57,8 +57,8 @@ def cases(scale: Scale) -> list[Case]:
     """Return all cases of a scale."""
     if scale is not FULL_SCALE:
         return [
-            Case("equal lengths, geometric", scale.dim, (4, 2), "geometric", (4,) * 6, {}),
-            Case("all loops", scale.dim, (4, 2), "all loops", (4,) * 4, {}),
+            Case("equal lengths, geometric", scale.dim, (4, 2), "geometric", (3,) * 5, {}),
+            Case("all loops", scale.dim, (4, 2), "all loops", (3,) * 4, {}),
         ]
     few, equal, half, mixed = (33,) * 16, (64,) * 32, (64,) * 16, _lengths(4, 32, 96)
     moe, fast = (16, 2), {"exact": 0.75}
@@ -127,7 +127,8 @@ def _against_depth(case: Case, scale: Scale, model: OpenMythos) -> Iterator[Find
         lengths = (33,) * _slots(scale) if full else case.lengths
         given = depths(case.shape, sum(lengths), mean, LOOPS)
         work = jobs(lengths, given, PROMPT, LOOPS, model.cfg.vocab_size)
-        found = compare_forms(model, work, LOOPS, _slots(scale), forms=forms, turns=2)
+        turns = 2 if full else 1
+        found = compare_forms(model, work, LOOPS, _slots(scale), forms=forms, turns=turns)
         named = replace(case, name=f"{BY_DEPTH} {mean:g}", goals={})
         yield _finding(named, found, "engine over full depth", "", (ENGINE, FULL))
 
