@@ -349,3 +349,5 @@ def test_errors_travel_between_processes():
     error = ConfigError("wrong", where="field", value=3, allowed="4", fix="add one")
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
+    assert type(again) is ConfigError
+    assert vars(again) == vars(error)

@@ -45,11 +45,19 @@ def test_no_writer_follows_a_link(tmp_path, name):
     assert found.value.fix
 
 
+def _write_half(path):
+    with replacing(path) as new:
+        new.write_text("half of")
+        raise OSError(28, "No space left on device")
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "new" / "file"
     write_text(path, "old")
     with pytest.raises(EnvironmentError_, match="No such file"), replacing(path) as new:
         new.unlink()
+    with pytest.raises(EnvironmentError_, match="No space left"):
+        _write_half(path)
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == ["file"]
 

@@ -126,9 +126,10 @@ class TestReading:
         path = tmp_path / "a.json"
         path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": 1}).encode())
         assert read_object(path, "bad") == {"a": 1}
-        path.write_text("[" * 100_000)
-        with pytest.raises(DataError, match="bad"):
-            read_object(path, "bad")
+        for text in ("[" * 100_000, "[1]", '"a"', "null"):
+            path.write_text(text)
+            with pytest.raises(DataError, match="bad"):
+                read_object(path, "bad")
 
     def test_yaml(self, tmp_path):
         path = tmp_path / "a.yaml"

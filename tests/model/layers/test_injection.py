@@ -185,7 +185,7 @@ def test_a_loop_that_ignores_the_input_is_logged(caplog):
 def test_the_decay_is_float32_in_a_half_precision_model(state):
     """A, and the product A h: bfloat16 has 8 bits for them."""
     log_A, dt_bias = torch.full((5,), -3.0), torch.linspace(-1, 1, 5)
-    injection = system(log_A.bfloat16(), dt_bias.bfloat16())
+    injection = system(log_A, dt_bias).bfloat16()
     h = torch.randn(2, 3, 5).to(state)
     decay = injection.coefficients()[0]
     assert not torch.equal(decay, decay.bfloat16().float())

@@ -108,8 +108,11 @@ class TestRouter:
 
     def test_float32_scores_in_half_precision(self):
         layer = mixture().bfloat16()
-        scores, _, weights = layer.route(torch.randn(5, 32, dtype=torch.bfloat16))
+        tokens = torch.randn(5, 32, dtype=torch.bfloat16)
+        scores, _, weights = layer.route(tokens)
         assert scores.dtype == weights.dtype == torch.float32
+        exact = tokens.float() @ layer.router.weight.detach().float().mT
+        torch.testing.assert_close(scores, exact.sigmoid(), rtol=1e-6, atol=1e-6)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scores, _, _ = mixture().route(torch.randn(5, 32))
         assert scores.dtype == torch.float32

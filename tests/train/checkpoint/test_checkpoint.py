@@ -163,6 +163,15 @@ def test_every_flipped_bit_is_found(trained):
     verify_checkpoint(path)
 
 
+def test_a_manifest_that_lost_its_last_byte_is_damage(trained):
+    """It is still valid JSON, and no hash covers it."""
+    _, _, folder = trained
+    path = folder / "step_00000004" / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        verify_checkpoint(path.parent)
+
+
 def test_a_file_too_many_is_damage(trained):
     _, _, folder = trained
     (folder / "step_00000004" / "notes.txt").write_text("")
