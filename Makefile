@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-hf test-install install-matrix audit hostile chaos soak lint format bench bench-gpu clean
+.PHONY: help setup demo test test-slow test-hf test-hard mutants test-install install-matrix audit hostile chaos soak lint format bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,16 @@ hostile: $(READY)  ## every file that a command reads, made hostile in every way
 
 chaos: $(READY)  ## failure injection: crashes, corruption, divergence (10 minutes)
 	@$(BIN)/python -m pytest tests/chaos -m "not short" --chaos-json chaos.json
+
+# what shells, job runners and small terminals do to a process
+test-hard: $(READY)  ## commands, server, signals, pages: SIGINT ignored, LC_ALL=C, 40 columns, another time zone (3 minutes)
+	@trap '' INT; LC_ALL=C COLUMNS=40 TZ=Pacific/Chatham OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		-n $(WORKERS) --dist worksteal -m "not slow and not chaos and not gpu and not network" \
+		tests/cli tests/inference/server tests/chaos/test_signals.py tests/chaos/test_command.py \
+		tests/train/test_trainer.py tests/reports tests/docs tests/experiments tests/test_errors.py tests/test_files.py
+
+mutants: $(READY)  ## changed code must be noticed: 250 one-place changes, each by the tests named for it (15 minutes)
+	@PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m mutants --json mutants.json --page docs/mutants.md
 
 soak: $(READY)  ## the server under mixed load: memory, books, errors, a canary (30 minutes)
 	@PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m chaos.serving.soak
