@@ -223,10 +223,11 @@ def _hash_block(path: Path, start: int) -> str:
     return digest.hexdigest()
 
 
-def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
     """Read a regular file of at most ``limit`` bytes as UTF-8, without a byte order mark.
 
-    A pipe or a device, which may never end, is refused before it is opened.
+    A pipe or a device, which may never end, is refused before it is opened. ``errors`` is that of
+    ``bytes.decode``.
 
     Raises:
         OSError: It cannot be read, or is no regular file.
@@ -238,7 +239,7 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"longer than {limit:,} bytes")
-    return content.decode("utf-8-sig")
+    return content.decode("utf-8-sig", errors)
 
 
 def read_object(

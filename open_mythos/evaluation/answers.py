@@ -9,6 +9,7 @@ from pathlib import Path
 
 from open_mythos.checks import check_count, check_fields, checked
 from open_mythos.errors import DataError
+from open_mythos.files import read_text
 from open_mythos.inference.engine import Engine
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
@@ -114,7 +115,7 @@ def read_questions(path: str | Path) -> list[Question]:
         DataError: The file cannot be read, or a line is not a question.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(path)).splitlines()
     except (OSError, ValueError) as error:
         raise DataError(
             "the questions cannot be read", where=str(path), value=str(error),

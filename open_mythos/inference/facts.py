@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.errors import EnvironmentError_
-from open_mythos.files import hash_blocks
+from open_mythos.files import hash_blocks, read_text
 from open_mythos.hub.places import CONFIG_FILE, model_directory
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.request import RULES, Request, Token
@@ -123,7 +123,7 @@ def self_check(engine: Engine, n_tokens: int = 8) -> None:
 
 def _fingerprint(folder: Path, bits: str, weights: str) -> str:
     kind = bits if weights == "raw" else f"{bits} {weights}"
-    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + kind.encode())
+    digest = hashlib.sha256((read_text(folder / CONFIG_FILE) + kind).encode())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update("".join([path.name, *hash_blocks(path)]).encode())
     return digest.hexdigest()

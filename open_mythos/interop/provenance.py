@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from open_mythos.files import write_text
+from open_mythos.files import read_text, write_text
 from open_mythos.run_folder import PROVENANCE_FILE
 
 
@@ -48,7 +48,10 @@ def licence_of(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the licence that a checkpoint states: in its card, its configuration, or as a file."""
     card = folder / "README.md"
     if card.is_file():
-        head = card.read_text(encoding="utf-8", errors="replace").split("---")
+        try:
+            head = read_text(card, errors="replace").split("---")
+        except (OSError, ValueError):  # a card of any size says nothing of the licence
+            head = []
         for line in head[1].splitlines() if len(head) > 2 and not head[0].strip() else ():
             key, _, value = line.partition(":")
             if key.strip() == "license" and value.strip():

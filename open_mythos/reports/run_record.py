@@ -16,7 +16,7 @@ from open_mythos.accounting import Accounting, account
 from open_mythos.checks import is_number
 from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError, MythosError
-from open_mythos.files import read_object
+from open_mythos.files import read_object, read_text
 from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
 from open_mythos.model.layers.injection import LTIInjection
 from open_mythos.run_folder import (
@@ -31,6 +31,7 @@ from open_mythos.run_folder import (
 from open_mythos.train.config import DepthConfig
 from open_mythos.train.monitoring.validated import depth_record
 
+MAX_METRICS_BYTES = 1 << 28
 Series = list[tuple[int, float]]
 """(step, value); NaN for logged values that are not finite."""
 
@@ -271,9 +272,14 @@ def _note(record: RunRecord, step: int, line: dict[str, Any]) -> None:
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the lines that are JSON objects with a step, and the number of other lines."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path, MAX_METRICS_BYTES, errors="replace")
     except OSError:
         return [], 0
+    except ValueError as error:
+        raise DataError(
+            "the metrics are too long", where=str(path), value=str(error),
+            allowed=f"{MAX_METRICS_BYTES:,} bytes", fix="log less often, or report on a part of it",
+        ) from error  # fmt: skip
     found, broken = [], 0
     for line in text.splitlines():
         try:

@@ -232,3 +232,48 @@ def bare_errors(file: Path) -> Iterator[str]:
 
 def test_typed_errors_have_five_parts():
     assert not [each for file in FILES for each in bare_errors(file)]
+
+
+READERS = {
+    "files.py": "the reader, and the one writer",
+    "run_folder.py": "yaml.load of a text that the reader has read, by a loader without aliases",
+    "data/corpus.py": "samples of a corpus, for its fingerprint",
+    "data/documents.py": "corpora of any size, in pieces with limits of their own",
+    "data/prepare.py": "writes shards",
+    "train/checkpoint/manifest.py": "bytes that this process has just written; a manifest, exactly",
+    "train/monitoring/metrics.py": "appends to the metrics",
+    "interop/read.py": "torch.load with weights_only, of a checkpoint to convert",
+    "interop/dense_source.py": "passes a GGUF file on",
+    "interop/check.py": "the text of --check",
+    "interop/tokenizer.py": "a template of a model to convert",
+    "inference/levels.py": "/proc/meminfo",
+    "inference/server/app.py": "our own page",
+    "inference/worker.py": "its own stdin and stdout",
+    "cli/__init__.py": "its own stdout",
+}
+"""Modules that open files themselves, and why: everything else reads by ``open_mythos.files``."""
+_OPENING = {"open", "read_text", "read_bytes"}
+_LOADING = {"json.load", "torch.load", "yaml.load", "yaml.safe_load", "np.load", "pickle.load"}
+
+
+def opened(file: Path) -> Iterator[str]:
+    """Calls that open or parse a file without the reader; its own are plain names."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            attribute = getattr(node.func, "attr", "")
+            if attribute in _OPENING or name == "open" or name in _LOADING:
+                yield name
+
+
+def test_files_are_read_in_one_place():
+    found = {place(file): calls for file in FILES if (calls := [*opened(file)])}
+    assert found.keys() - READERS.keys() == set(), found
+    assert READERS.keys() <= found.keys(), "no reason without a reader"
+
+
+def test_another_reader_is_seen(tmp_path):
+    """Control."""
+    file = tmp_path / "reads.py"
+    file.write_text("def f(p):\n    json.load(open(p))\n    p.read_text()\n    read_text(p)\n")
+    assert sorted(opened(file)) == ["json.load", "open", "p.read_text"]

@@ -8,6 +8,9 @@ import ipaddress
 from pathlib import Path
 
 from open_mythos.errors import ConfigError, DataError
+from open_mythos.files import read_text
+
+MOST_KEY_BYTES = 1 << 20
 
 
 class Keys:
@@ -28,8 +31,8 @@ class Keys:
             DataError: The file cannot be read or holds no key.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(Path(path), MOST_KEY_BYTES).splitlines()
+        except (OSError, ValueError) as error:
             raise DataError(
                 "the API keys cannot be read", where=path, value=type(error).__name__,
                 allowed="a readable file",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.files import read_text
 from open_mythos.tokenizer import SPECIALS, Tokenizer
 
 MOST_TEMPLATE_BYTES = 1 << 20
@@ -33,16 +34,13 @@ def read_template(path: Path) -> str:
         DataError: It cannot be read, or is too long.
     """
     try:
-        data = path.read_bytes()
-        if len(data) <= MOST_TEMPLATE_BYTES:
-            return data.decode()
-        reason = f"{len(data)} bytes"
-    except (OSError, UnicodeDecodeError) as error:
-        reason = type(error).__name__
-    raise DataError(
-        "the chat template cannot be read", where=str(path), value=reason,
-        allowed=f"UTF-8 text of at most {MOST_TEMPLATE_BYTES} bytes", fix="check --chat-template",
-    )  # fmt: skip
+        return read_text(path, MOST_TEMPLATE_BYTES)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "the chat template cannot be read", where=str(path), value=str(error),
+            allowed=f"UTF-8 text of at most {MOST_TEMPLATE_BYTES} bytes",
+            fix="check --chat-template",
+        ) from error  # fmt: skip
 
 
 class ChatTemplate:

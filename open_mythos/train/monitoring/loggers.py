@@ -17,7 +17,7 @@ from typing import Any
 from open_mythos.checks import is_scalar, pick
 from open_mythos.distributed import rank
 from open_mythos.errors import EnvironmentError_
-from open_mythos.files import write_text
+from open_mythos.files import read_text, write_text
 from open_mythos.train.monitoring.metrics import MetricsLogger
 
 IDENTITY_FILE = "loggers.json"
@@ -44,7 +44,7 @@ class LoggedRun:
         path = self.folder / IDENTITY_FILE
         try:
             if path.exists():
-                return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+                return str(json.loads(read_text(path))["id"])
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"{self.folder.resolve().name}-{uuid.uuid4().hex[:8]}"
             write_text(path, json.dumps({"id": name}) + "\n")
