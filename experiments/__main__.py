@@ -46,11 +46,16 @@ def build_parser() -> Parser:
                      help="results folder (default: runs/experiments/CLAIM/SCALE)")  # fmt: skip
     run.add_argument("--fresh", action="store_true", help="discard finished cells and start over")
     run.add_argument("--quiet", action="store_true", help="hide the progress bar and the table")
-    trace = commands.add_parser("trace", help="write an HTML trace of a chain, loop by loop")
+    trace = commands.add_parser(
+        "trace", help="write an HTML trace of a chain or a Sudoku, loop by loop"
+    )
     trace.add_argument("folder", type=Path, help="model folder, such as runs/demo/chains/looped")
-    trace.add_argument("prompt", help='an entity and relations: "e3 r1 r4"')
     trace.add_argument(
-        "--n-loops", type=int, help="number of loops (default: the model's max_loop_iters)"
+        "prompt",
+        help='a chain: "e3 r1 r4"; or the cells of a Sudoku, . if empty ("" draws one)',
+    )
+    trace.add_argument(
+        "--n-loops", type=int, help="number of loops (default: max_loop_iters; Sudoku: twice that)"
     )
     trace.add_argument("--exit", default="", help="early-exit rule to mark, such as kl:0.01,1.0")
     trace.add_argument(

@@ -1,10 +1,14 @@
-"""``python -m experiments trace``: trace a chain through the loops of a model."""
+"""``python -m experiments trace``: follow a chain or a Sudoku through the loops of a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from experiments.sudoku_page import sudoku_page
+from experiments.tasks import PermHop
 from experiments.tasks.saved import load_task, reached
+from experiments.tasks.sudoku import Sudoku
+from open_mythos.errors import DataError
 from open_mythos.reports.html import write_html
 from open_mythos.reports.trace_page import page
 from open_mythos.reports.trace_record import Goal, PromptTrace, trace_of
@@ -26,6 +30,11 @@ def trace_chain(
         DataError: The folder holds no chain model, or ``prompt`` is not a chain.
     """
     task = load_task(folder)
+    if not isinstance(task, PermHop):
+        raise DataError(
+            "not a model of chains", where=str(folder), value=type(task).__name__,
+            allowed="a task of chains", fix="call write_trace",
+        )  # fmt: skip
 
     def goals(ids: list[int]) -> list[Goal | None]:
         found = reached(task, ids)
@@ -37,6 +46,10 @@ def trace_chain(
 
 
 def write_trace(folder: Path, prompt: str, *, n_loops: int | None, exit: str, out: Path) -> None:
-    """Write the HTML page of :func:`trace_chain` to ``out``."""
-    write_html(page(trace_chain(folder, prompt, n_loops=n_loops, exit=exit)), out)
+    """Write the HTML page of :func:`trace_chain`, or of a Sudoku, to ``out``."""
+    task = load_task(folder)
+    if isinstance(task, Sudoku):
+        write_html(sudoku_page(folder, task, prompt, n_loops), out)
+    else:
+        write_html(page(trace_chain(folder, prompt, n_loops=n_loops, exit=exit)), out)
     print(f"page: {out}")

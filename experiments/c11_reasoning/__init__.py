@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from experiments.c11_reasoning.exits import measure_gate
-from experiments.c11_reasoning.recipe import (
+from experiments.c11_reasoning.sudoku_recipe import (
     CHOSEN_LOOPS,
     HARDEST,
     LEVELS,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.c11_reasoning.recipe import CHOSEN_LOOPS, LEVELS
+from experiments.c11_reasoning.sudoku_recipe import CHOSEN_LOOPS, LEVELS
 from experiments.tasks.sudoku import Questions, Sudoku
 from open_mythos.data import IGNORE_INDEX, Batch
 from open_mythos.evaluation.early_exit import Variant, run_exits, wall_clock

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from experiments.c1_depth.recipe import (
+from experiments.c1_depth.chain_recipe import (
     ASKED_HOPS,
     CHOSEN_LOOPS,
     PAIRS_AFTER,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from experiments.c1_depth.recipe import chains
+from experiments.c1_depth.chain_recipe import chains
 from open_mythos.data import IGNORE_INDEX, Batch
 from open_mythos.evaluation.early_exit import GivenDepths, run_exits
 from open_mythos.evaluation.frozen import frozen

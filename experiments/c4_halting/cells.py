@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.c1_depth.recipe import ASKED_HOPS, TRAINED_HOPS, recipe
+from experiments.c1_depth.chain_recipe import ASKED_HOPS, TRAINED_HOPS, recipe
 from experiments.claim import QUICK, Cell, Claim
 from experiments.text import VOCABULARY
 

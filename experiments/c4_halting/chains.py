@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.c1_depth.recipe import TASK, TRAINED_HOPS, chains
+from experiments.c1_depth.chain_recipe import TASK, TRAINED_HOPS, chains
 from experiments.c4_halting.act import measure_act, train_act
 from experiments.c4_halting.points import figures, hop_numbers, measure, ordering, shallowest
 from experiments.claim import Cell, Place

@@ -16,7 +16,7 @@ from benchmarks.engine_forms import ENGINE, EXACT, Comparison, compare_forms
 from benchmarks.models import QUICK as QUICK_SCALE
 from benchmarks.models import build
 from benchmarks.static_batch import COMPACT, FULL, LOCKSTEP
-from experiments.c1_depth.recipe import recipe
+from experiments.c1_depth.chain_recipe import recipe
 from experiments.c4_halting.cells import TEXT_RUN
 from experiments.c7_serving.gates import of_chains, of_text
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, verdict

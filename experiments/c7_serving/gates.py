@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from experiments.c1_depth.recipe import ASKED_HOPS, TASK, TRAINED_HOPS, chains
+from experiments.c1_depth.chain_recipe import ASKED_HOPS, TASK, TRAINED_HOPS, chains
 from experiments.claim import Cell, Place
 from experiments.text import loader, train
 from experiments.training import run_of

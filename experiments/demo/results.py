@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,34 +14,32 @@ class Curve:
 
     label: str
     parameters: int
-    active_parameters: int
-    """Parameters used per token."""
     training_flops: float
     """Training FLOPs per token at the mean depth."""
     steps: list[int]
     """Optimizer steps at which the loss was logged."""
     loss: list[float]
-    """Training loss at these steps, nats per token."""
+    """Training loss at these steps, nats per target."""
     seconds: float
 
 
 @dataclass(frozen=True)
-class DemoResults:
-    """All results of the demo."""
+class ChainResults:
+    """Chains of relations, longer than in training."""
 
     hops: list[int]
     """Evaluated chain lengths."""
     entities: int
     """Entities of the chains; chance is 1 / entities."""
-    hop_loops: list[int]
-    """Evaluated numbers of loops on chains."""
+    loops: list[int]
+    """Evaluated numbers of loops."""
     chosen_loops: int
     """Loops reported in the summary, chosen before the run."""
     trained_hops: int
     """Longest chain in training."""
-    hop_accuracy: list[list[float]]
+    accuracy: list[list[float]]
     """(hops, loops) accuracy of the looped model on held-out chains."""
-    hop_dense: list[float]
+    dense_accuracy: list[float]
     """(hops,) accuracy of the dense model."""
     exit_rule: str
     """Early-exit rule that was also evaluated."""
@@ -48,63 +47,110 @@ class DemoResults:
     """(hops,) mean loops under the exit rule."""
     exit_accuracy: list[float]
     """(hops,) accuracy under the exit rule."""
-    hop_looped_run: Curve
-    hop_dense_run: Curve
     looped: Curve
     dense: Curve
-    depths: list[int]
-    """Evaluated numbers of loops on text."""
-    looped_bits: list[float]
-    """(depths,) validation bits per byte of the looped model."""
-    dense_bits: float
-    mean_depth: int
-    """Mean loops in training."""
-    max_depth: int
-    """Maximum loops in training."""
-    rho: float
-    """Spectral radius of A after training."""
-    state_norm: list[float]
-    """Mean norm of the state after each loop."""
-    state_change: list[float]
-    """Mean norm of the change made by each loop."""
-    expert_load: list[list[float]]
-    """(loops, experts) share of routed choices."""
-    expert_overlap: list[list[float]]
-    """(loops, loops) share of a token's experts common to two loops."""
-    samples: dict[int, str]
-    """Loops -> text generated from the prompt."""
-    dense_sample: str
-    prompt: str
-    train_bytes: int
-    val_bytes: int
-    seed: int
-    machine: str
-    versions: str
 
-    def hop_accuracy_at(self, loops: int) -> list[float]:
+    def accuracy_at(self, loops: int) -> list[float]:
         """Return the accuracy (hops,) of the looped model at ``loops``."""
-        column = self.hop_loops.index(loops)
-        return [row[column] for row in self.hop_accuracy]
+        column = self.loops.index(loops)
+        return [row[column] for row in self.accuracy]
 
     @property
     def asked_hops(self) -> int:
         """Return twice the longest chain in training, which the summary reports."""
         return 2 * self.trained_hops
 
-    @property
-    def best_depth(self) -> int:
-        """Return the number of loops with the fewest bits per byte."""
-        return self.depths[self.looped_bits.index(min(self.looped_bits))]
+
+@dataclass(frozen=True)
+class SudokuResults:
+    """6 x 6 Sudokus by difficulty."""
+
+    levels: list[str]
+    """Difficulty: rounds of elimination that a solver needs, or "guess"."""
+    asked: list[int]
+    """(levels,) puzzles."""
+    loops: list[int]
+    """Evaluated numbers of loops."""
+    trained_loops: int
+    """Loops of most training rows."""
+    solved: list[list[float]]
+    """(levels, loops) share of puzzles that the looped model solves in every cell."""
+    dense_solved: list[float]
+    """(levels,) share that the dense model solves."""
+    shape: tuple[int, int]
+    """Rows and columns of a box."""
+    clues: list[int]
+    """Cells of one puzzle that needs a guess, 0 if empty."""
+    solution: list[int]
+    boards: dict[int, list[int]]
+    """Loops -> what the looped model fills in."""
+    looped: Curve
+    dense: Curve
+
+
+@dataclass(frozen=True)
+class TextResults:
+    """Language models of source text."""
+
+    depths: list[int]
+    """Evaluated numbers of loops."""
+    looped_bits: list[float]
+    """(depths,) validation bits per byte of the looped model."""
+    dense_bits: float
+    """Of the dense model with equal parameters."""
+    flops_bits: float
+    """Of the dense model with equal training FLOPs."""
+    trained_depth: int
+    """Loops in training."""
+    rho: float
+    """Spectral radius of A after training."""
+    looped: Curve
+    dense: Curve
+    flops: Curve
+    """The dense model with equal training FLOPs."""
+    samples: dict[int, str]
+    """Loops -> text generated from the prompt."""
+    dense_sample: str
+    prompt: str
+    train_bytes: int
+    val_bytes: int
+
+    def bits_at(self, depth: int) -> float:
+        """Return the bits per byte of the looped model at ``depth``."""
+        return self.looped_bits[self.depths.index(depth)]
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    """All results of the demo."""
+
+    chains: ChainResults
+    sudoku: SudokuResults
+    text: TextResults
+    seed: int
+    machine: str
+    versions: str
+    seconds: float
+    """Of the whole demo."""
 
     @classmethod
     def load(cls, path: Path) -> DemoResults:
         """Read results written by :meth:`save`."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("looped", "dense", "hop_looped_run", "hop_dense_run"):
-            values[name] = Curve(**values[name])
-        values["samples"] = {int(depth): text for depth, text in values["samples"].items()}
+        parts = {"chains": ChainResults, "sudoku": SudokuResults, "text": TextResults}
+        for name, kind in parts.items():
+            values[name] = kind(**{key: _loaded(key, each) for key, each in values[name].items()})
         return cls(**values)
 
     def save(self, path: Path) -> None:
         """Write the results as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def _loaded(name: str, value: Any) -> Any:
+    """Return a field as it was before JSON."""
+    if name in ("looped", "dense", "flops"):
+        return Curve(**value)
+    if name in ("samples", "boards"):
+        return {int(loops): each for loops, each in value.items()}
+    return tuple(value) if name == "shape" else value

@@ -1,12 +1,14 @@
 """Configuration of the demo's text models and of all evaluations.
 
-Looped and dense models have equal parameter counts and see the same samples in the same order. The
-chain models use the recipe of ``experiments.c1_depth``.
+The models of a task see the same samples in the same order. Chains use the recipe of
+``experiments.c1_depth``, Sudokus that of ``experiments.c11_reasoning``; the text models follow
+``experiments.text_recipe``.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 from open_mythos.config import MythosConfig
@@ -15,7 +17,7 @@ from open_mythos.train.config import DataConfig, DepthConfig, OptimConfig, RunCo
 VOCABULARY = 1024
 TRAINED_DEPTH = 4
 EVAL_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
-"""Loops evaluated on text, up to eight times the mean trained depth."""
+"""Loops evaluated on text, up to eight times the trained depth."""
 PROMPT = "def read_lines(path):\n    "
 SAMPLE_DEPTHS = (1, TRAINED_DEPTH, 4 * TRAINED_DEPTH)
 SAMPLE_TOKENS = 60
@@ -23,34 +25,44 @@ TEST_HOPS = (2, 3, 4, 5, 6, 8, 10, 12, 15)
 HOP_LOOPS = (1, 2, 5, 8, 10, 12, 16, 24, 64, 128)
 EXIT_RULE = "kl:0.0001,0.1"
 """Early-exit rule for chains; it does not know their length."""
+SUDOKU_STEPS = 500
+PUZZLES = 2000
+"""Sudokus asked."""
+SHOWN_LOOPS = (1, 4, 8, 16)
+"""Loops after which a puzzle is shown."""
 
 
 def text_config(folder: Path, seed: int, quick: bool) -> RunConfig:
     """Configure the language model; ``folder`` holds the shards in ``data`` and the outputs."""
     model = MythosConfig(
         vocab_size=VOCABULARY, dim=128, n_heads=4, n_kv_heads=4, max_seq_len=512,
-        max_loop_iters=TRAINED_DEPTH, prelude_layers=1, coda_layers=1, max_output_tokens=512,
-        kv_lora_rank=32, q_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32,
-        n_experts=8, n_shared_experts=1, n_experts_per_tok=2, expert_dim=64, lora_rank=0,
-        ffn_dim=256, tie_embeddings=True,
+        max_loop_iters=TRAINED_DEPTH, prelude_layers=0, recurrent_layers=2, coda_layers=0,
+        max_output_tokens=512, attn_type="gqa", n_experts=0, lora_rank=0, ffn_dim=256,
+        tie_embeddings=True,
     )  # fmt: skip
     return RunConfig(
         model=model,
-        data=DataConfig(path=str(folder / "data"), eval_windows=8 if quick else 64),
-        depth=DepthConfig(plan="poisson", mean=TRAINED_DEPTH, max_loops=2 * TRAINED_DEPTH),
-        optim=OptimConfig(lr=6e-3),
+        data=DataConfig(path=str(folder / "data"), eval_windows=8 if quick else 128),
+        depth=DepthConfig(plan="mixed", mean=TRAINED_DEPTH),
+        optim=OptimConfig(name="muon", lr=2e-2),
         train=TrainConfig(
-            seed=seed, steps=6 if quick else 170, warmup_steps=2 if quick else 30, seq_len=128,
-            global_batch=16, device="cpu", log_every=2 if quick else 5, min_lr_ratio=0.02,
+            seed=seed, steps=6 if quick else 500, warmup_steps=2 if quick else 50, seq_len=128,
+            global_batch=16, device="cpu", log_every=2 if quick else 10, min_lr_ratio=0.02,
             eval_depths=list(EVAL_DEPTHS), out_dir=str(folder / "looped"),
         ),
     )  # fmt: skip
 
 
-def dense_counterpart(config: RunConfig) -> RunConfig:
-    """Return the same run for a dense transformer with an equal parameter count."""
+def dense_counterpart(config: RunConfig, name: str = "dense", blocks: int = 1) -> RunConfig:
+    """Return the same run for a dense transformer, in the folder ``name``.
+
+    It has as many parameters as the looped model, or as one that stores ``blocks`` times the
+    blocks.
+    """
     dense = deepcopy(config)
     dense.architecture, dense.train.grad_loops = "dense", None
+    stored = blocks * dense.model.recurrent_layers
+    dense.model = replace(dense.model, recurrent_layers=stored)
     if dense.train.out_dir is not None:
-        dense.train.out_dir = str(Path(dense.train.out_dir).with_name("dense"))
+        dense.train.out_dir = str(Path(dense.train.out_dir).with_name(name))
     return dense

@@ -6,59 +6,66 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from experiments.demo.report import hop_summary, text_summary
-from experiments.demo.results import DemoResults
-
-_SHADES = " ░▒▓█"
+from experiments.demo.report import hop_summary, note, sudoku_summary, text_summary
+from experiments.demo.results import ChainResults, DemoResults, SudokuResults, TextResults
 
 
 def show(r: DemoResults, console: Console) -> None:
     """Print all results."""
-    console.print(_hop_table(r))
-    console.print(f"{hop_summary(r)}\n", highlight=False)
-    console.print(_text_table(r))
-    console.print("expert load per loop (columns: experts; darker: larger share)")
-    top = max(max(row) for row in r.expert_load)
-    for t, row in enumerate(r.expert_load):
-        cells = "".join(2 * _shade(share / top) for share in row)
-        console.print(f"  loop {t + 1}  {cells}", highlight=False)
-    console.print(f"\n[bold]sample with {r.mean_depth} loops[/]", highlight=False)
-    console.print(r.prompt + r.samples[r.mean_depth], highlight=False, markup=False)
-    console.print(f"\n{text_summary(r)}\n", highlight=False)
+    for table, summary in (
+        (_hop_table(r.chains), hop_summary(r.chains)),
+        (_sudoku_table(r.sudoku), sudoku_summary(r.sudoku)),
+        (_text_table(r.text), text_summary(r.text)),
+    ):
+        console.print(table)
+        console.print(f"{summary}\n", highlight=False)
+    console.print(f"[bold]sample with {r.text.trained_depth} loops[/]", highlight=False)
+    sample = r.text.samples[r.text.trained_depth]
+    console.print(r.text.prompt + sample + "\n", highlight=False, markup=False)
 
 
-def _shade(share: float) -> str:
-    return _SHADES[round(share * (len(_SHADES) - 1))]
-
-
-def _hop_table(r: DemoResults) -> Table:
-    table = Table(
-        title=f"\nchains: % of unseen chains answered, by loops (trained on {r.trained_hops} hops)",
-        title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    table.add_column("hops", no_wrap=True)
-    for loops in r.hop_loops:
-        table.add_column(str(loops), justify="right", no_wrap=True)
-    for heading in ("exit", "loops", "dense"):
+def _percent_table(title: str, first: str, loops: list[int], more: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for heading in (*map(str, loops), *more):
         table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _hop_table(r: ChainResults) -> Table:
+    title = f"\nchains: % of unseen chains answered, by loops (trained on {r.trained_hops} hops)"
+    table = _percent_table(title, "hops", r.loops, ("exit", "loops", "dense"))
     for i, hops in enumerate(r.hops):
         style = "bold" if hops == r.asked_hops else ""
-        cells = [f"{100 * share:.0f}" for share in [*r.hop_accuracy[i], r.exit_accuracy[i]]]
+        cells = [_percent(share) for share in [*r.accuracy[i], r.exit_accuracy[i]]]
         table.add_row(
-            str(hops), *cells, f"{r.exit_loops[i]:.1f}", f"{100 * r.hop_dense[i]:.0f}", style=style
+            str(hops), *cells, f"{r.exit_loops[i]:.1f}", _percent(r.dense_accuracy[i]), style=style
         )
     return table
 
 
-def _text_table(r: DemoResults) -> Table:
+def _sudoku_table(r: SudokuResults) -> Table:
+    title = f"sudoku: % of puzzles solved, by loops (most of training at {r.trained_loops})"
+    table = _percent_table(title, "solver's rounds", r.loops, ("dense",))
+    for i, level in enumerate(r.levels):
+        style = "bold" if i == len(r.levels) - 1 else ""
+        cells = map(_percent, [*r.solved[i], r.dense_solved[i]])
+        table.add_row(f"{level} ({r.asked[i]})", *cells, style=style)
+    return table
+
+
+def _text_table(r: TextResults) -> Table:
     table = Table(
         title=f"text: bits per byte on {r.val_bytes:,} bytes of unseen files", title_justify="left"
     )
-    for heading in ("loops", "looped", "dense", ""):
+    for heading in ("loops", "looped", "dense", "dense, equal FLOPs", ""):
         table.add_column(heading, justify="right" if heading else "left")
     for depth, bits in zip(r.depths, r.looped_bits, strict=True):
-        note = "mean of training" if depth == r.mean_depth else ""
-        note = "deeper than trained" if depth > r.max_depth else note
-        style = "bold" if depth == r.best_depth else ""
-        table.add_row(str(depth), f"{bits:.4f}", f"{r.dense_bits:.4f}", note, style=style)
+        style = "bold" if depth == r.trained_depth else ""
+        dense, flops = f"{r.dense_bits:.4f}", f"{r.flops_bits:.4f}"
+        table.add_row(str(depth), f"{bits:.4f}", dense, flops, note(depth, r), style=style)
     return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}"

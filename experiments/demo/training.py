@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.c1_depth.recipe import TASK, chains
+from experiments.c1_depth import chain_recipe as chains
+from experiments.c11_reasoning import sudoku_recipe as sudoku
 from experiments.demo.results import Curve
 from experiments.machine import cores
 from experiments.tasks.saved import save_task
@@ -30,12 +31,12 @@ from open_mythos.train.build import Model
 class Job:
     """One model to train."""
 
+    task: str
+    """"chains", "sudoku" or "text"."""
     label: str
     config: RunConfig
     folder: Path
     """Output folder of the model."""
-    is_chains: bool
-    """Whether to train on chains instead of text."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,9 @@ class Trained:
     model: Model
     curve: Curve
     rows: list[dict[str, Any]]
-    """Evaluation on text by depth; empty for chains."""
+    """Evaluation on text by depth; empty for other tasks."""
     tokens: int
     """Training targets."""
-    max_depth: int
-    """Maximum loops in training."""
 
 
 def train_all(jobs: Sequence[Job], quiet: bool) -> list[Trained]:
@@ -91,31 +90,33 @@ class _Listener:
 
 def _train(
     job: Job, number: int, news: Any, threads: int
-) -> tuple[Curve, list[dict[str, Any]], int, int]:
-    """Train and save in a worker; return curve, evaluation rows, tokens and maximum depth."""
+) -> tuple[Curve, list[dict[str, Any]], int]:
+    """Train and save in a worker; return curve, evaluation rows and tokens."""
     torch.set_num_threads(threads)
     clock, listener, config = time.perf_counter(), _Listener(number, news), job.config
-    run = None if job.is_chains else build_run(config, loggers=[listener])
-    if run is None:
-        trainer = Trainer(build_model(config), chains(config), config, loggers=[listener])
-    else:
+    if job.task == "text":
+        run = build_run(config, loggers=[listener])
         trainer = run.trainer
+    elif job.task == "sudoku":
+        model, rows = sudoku.untrained(config), sudoku.puzzles(config)
+        trainer = Trainer(model, rows, config, loggers=[listener])
+    else:
+        trainer = Trainer(build_model(config), chains.chains(config), config, loggers=[listener])
     trainer.fit()
     counts, depth = account(trainer.model, context=config.train.seq_len), config.depth
     loops = (
         (depth.expected + depth.expected_further, depth.expected) if trainer.stepper.looped else ()
     )
     curve = Curve(
-        job.label, counts.parameters, counts.active_parameters,
-        counts.training_flops(*loops), listener.steps, listener.loss,
-        time.perf_counter() - clock,
+        job.label, counts.parameters, counts.training_flops(*loops), listener.steps,
+        listener.loss, time.perf_counter() - clock,
     )  # fmt: skip
     save_pretrained(trainer.model, job.folder)
-    if run is not None:
+    if job.task == "text":
         run.describe(job.folder)
     else:
-        save_task(TASK, job.folder)
-    return curve, listener.rows, trainer.state.tokens, trainer.state.max_depth
+        save_task(sudoku.TASK if job.task == "sudoku" else chains.TASK, job.folder)
+    return curve, listener.rows, trainer.state.tokens
 
 
 @contextmanager
@@ -128,7 +129,7 @@ def _watched(jobs: Sequence[Job], news: Any, quiet: bool) -> Iterator[Any]:
     ) as progress:  # fmt: skip
         tasks = [
             progress.add_task(
-                f"{'chains' if job.is_chains else 'text':6}  {job.config.architecture:6}",
+                f"{job.task:6}  {job.label}",
                 total=job.config.train.steps, loss="",
             )
             for job in jobs

@@ -33,7 +33,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import machine
-from experiments.c1_depth.recipe import ASKED_HOPS, chains, questions, recipe
+from experiments.c1_depth.chain_recipe import ASKED_HOPS, chains, questions, recipe
 from experiments.figure import COLOURS, MUTED, log2_ticks, panels
 from experiments.listing import markdown_table
 from experiments.studies.common import ROOT, Study

@@ -1,7 +1,7 @@
-"""Save and load a PERM-HOP task next to a model trained on it.
+"""Save and load a task next to a model trained on it.
 
-``task.json`` describes the task; ``tokenizer/`` names its tokens e0 e1 .. and r0 r1 .., so that the
-library's commands read and print chains as text.
+``task.json`` describes the task. For chains, ``tokenizer/`` names its tokens e0 e1 .. and r0 r1 ..,
+so that the library's commands read and print them as text.
 """
 
 from __future__ import annotations
@@ -11,14 +11,24 @@ from dataclasses import asdict
 from pathlib import Path
 
 from experiments.tasks.permhop import PermHop
+from experiments.tasks.sudoku import Sudoku
 from open_mythos.errors import DataError
 from open_mythos.run_folder import TOKENIZER_FOLDER
 
 TASK_FILE = "task.json"
+_TASKS: dict[str, type[PermHop] | type[Sudoku]] = {"permhop": PermHop, "sudoku": Sudoku}
 
 
-def save_task(task: PermHop, folder: Path) -> None:
-    """Write the task and its word-level tokenizer to ``folder``."""
+def save_task(task: PermHop | Sudoku, folder: Path) -> None:
+    """Write the task to ``folder``, and the word-level tokenizer of chains."""
+    if isinstance(task, PermHop):
+        _save_words(task, folder)
+    (name,) = (name for name, kind in _TASKS.items() if isinstance(task, kind))
+    description = {"task": name, **asdict(task)}
+    (folder / TASK_FILE).write_text(json.dumps(description) + "\n", encoding="utf-8")
+
+
+def _save_words(task: PermHop, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     names = [f"e{i}" for i in range(task.entities)] + [f"r{i}" for i in range(task.relations)]
@@ -27,26 +37,22 @@ def save_task(task: PermHop, folder: Path) -> None:
     target = folder / TOKENIZER_FOLDER
     target.mkdir(parents=True, exist_ok=True)
     words.save(str(target / "tokenizer.json"))
-    description = {"task": "permhop", **asdict(task)}
-    (folder / TASK_FILE).write_text(json.dumps(description) + "\n", encoding="utf-8")
 
 
-def load_task(folder: Path) -> PermHop:
+def load_task(folder: Path) -> PermHop | Sudoku:
     """Read the task that :func:`save_task` wrote to ``folder``.
 
     Raises:
-        DataError: The file is missing or does not describe a PERM-HOP task.
+        DataError: The file is missing or does not describe a task.
     """
     path = folder / TASK_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("task") != "permhop":
-            raise ValueError("not a PERM-HOP task")
-        return PermHop(**values)
+        return _TASKS[values.pop("task")](**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            "no description of a PERM-HOP task", where=str(path), value=str(error),
-            allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}',
+            "no description of a task", where=str(path), value=str(error),
+            allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}, or "sudoku"',
             fix="pass a model folder written by the demo, such as runs/demo/chains/looped",
         ) from error  # fmt: skip
 

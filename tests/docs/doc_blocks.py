@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from experiments.c6_cache.cache_rows import cache_rows
-from experiments.demo.report import hop_summary, text_summary
+from experiments.demo.report import hop_summary, sudoku_summary, text_summary
 from experiments.demo.results import DemoResults
 from experiments.listing import lines
 from open_mythos import OpenMythos, RecurrentBlock
@@ -127,8 +127,8 @@ def demo_summary() -> str:
     """Summarize the recorded demo run."""
     r = DemoResults.load(ROOT / "docs" / "demo" / "results.json")
     return (
-        f"{hop_summary(r)}\n\n{text_summary(r)}\n\n"
-        f"Both from one recorded run of `make demo` (seed {r.seed}; {r.versions}; {r.machine}; "
+        f"{hop_summary(r.chains)}\n\n{sudoku_summary(r.sudoku)}\n\n{text_summary(r.text)}\n\n"
+        f"All from one recorded run of `make demo` (seed {r.seed}; {r.versions}; {r.machine}; "
         "[numbers](docs/demo/results.json)); yours will differ a little.\n"
     )
 

@@ -8,7 +8,7 @@ from helpers import randomise
 
 from experiments import c1_depth as c1
 from experiments.c1_depth import ARMS, DENSE_RIVALS, LEARNABLE, LOOPED, asked, without_injection
-from experiments.c1_depth.recipe import TASK, accuracy_grid, chains, questions, recipe
+from experiments.c1_depth.chain_recipe import TASK, accuracy_grid, chains, questions, recipe
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
 from experiments.tasks import PermHopLoader
 from experiments.tasks.accuracy import answered

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments import c4_halting as c4
-from experiments.c1_depth.recipe import recipe
+from experiments.c1_depth.chain_recipe import recipe
 from experiments.c4_halting import chains
 from experiments.c4_halting.act import measure_act, mixture, train_act
 from experiments.c4_halting.answer import fewest_loops

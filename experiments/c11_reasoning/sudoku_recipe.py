@@ -29,9 +29,11 @@ STEPS = 1000
 RATE = 1e-2
 
 
-def recipe(seed: int = 0, *, quick: bool = False, lr: float = RATE) -> RunConfig:
+def recipe(
+    seed: int = 0, *, quick: bool = False, lr: float = RATE, steps: int = STEPS
+) -> RunConfig:
     """Return the run configuration; ``quick`` makes it tiny for smoke tests."""
-    dim, batch, steps = (16, 4, 3) if quick else (64, 64, STEPS)
+    dim, batch, steps = (16, 4, 3) if quick else (64, 64, steps)
     model = MythosConfig(
         vocab_size=TASK.vocab_size, dim=dim, n_heads=4, n_kv_heads=4, attn_type="gqa",
         max_seq_len=TASK.grid.cells, max_loop_iters=TRAINED_LOOPS, prelude_layers=0,
