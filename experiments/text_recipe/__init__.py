@@ -11,6 +11,7 @@ from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep,
 from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
 from experiments.spread import by_arm, columns, each, mean_std, minus, over_seeds, shown
 from experiments.text import Sizes, train
+from experiments.text_recipe.phi import Estimate, phi
 from experiments.text_recipe.variants import changed
 
 LOOPS, DOUBLE = 4, 8
@@ -20,10 +21,13 @@ EVALUATED = (1, 2, 3, LOOPS, 6, DOUBLE, 16)
 AHEAD, BEYOND = 0.03, 0.02
 RECIPE, DENSE = "mixed", "dense"
 RATES = {
-    (RECIPE, 1): (1e-2, 2e-2, 4e-2, 8e-2), (RECIPE, 2): (2e-2, 4e-2),
-    (DENSE, 1): (5e-3, 1e-2, 2e-2), (DENSE, 2): (1e-2, 2e-2),
+    (RECIPE, 1): (4e-2, 1e-2, 2e-2, 8e-2), (RECIPE, 2): (2e-2, 4e-2),
+    (DENSE, 1): (1e-2, 5e-3, 2e-2), (DENSE, 2): (1e-2, 2e-2),
 }  # fmt: skip
-"""(arm, width in units of the smaller one) -> learning rates."""
+"""(arm, width in units of the smaller one) -> learning rates; the first is the best of seed 0."""
+SEEDS, FEWER = 3, 2
+PHI = ("2-loops", "dense-2x-blocks", "dense-4x-blocks")
+"""Arms that have all seeds because phi is estimated from them."""
 RATE, DENSE_RATE = 4e-2, 1e-2
 BITS = 1.4426950408889634
 """Bits of one nat."""
@@ -46,7 +50,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "selective": {"change": "selective"},
     "2-lanes": {"change": "2 lanes"},
     "4-lanes": {"change": "4 lanes"},
+    "2-loops": {"loops": 2, "depth": _MIXED | {"mean": 2}},
     "8-loops-gains": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}, "change": "gains"},
+    "dense-2x-blocks": {"architecture": "dense", "lr": DENSE_RATE, "n_layers": BLOCKS * 2},
     "dense-4x-blocks": {"architecture": "dense", "lr": DENSE_RATE, "n_layers": BLOCKS * LOOPS},
     "dense-4x-steps": {"architecture": "dense", "lr": DENSE_RATE, "steps": LOOPS},
     "dense-adamw": {"architecture": "dense", "optimizer": "adamw", "lr": 1e-2},
@@ -55,18 +61,20 @@ _CHANGES: dict[str, dict[str, Any]] = {
 
 
 def cells(scale: str) -> list[Cell]:
-    """Return every arm with three seeds, one seed after the other."""
+    """Return every arm with its seeds, one seed after the other; rates are swept on seed 0."""
     if scale == QUICK:
         return sweep({"gains": _settings(scale, "gains", change="gains")}, [0])
-    arms: dict[str, dict[str, Any]] = {}
+    found: list[Cell] = []
     for (arm, width), rates in RATES.items():
         architecture = "dense" if arm == DENSE else "looped"
         for lr in rates:
-            arms[_name(arm, width, lr)] = _settings(
-                scale, arm, width=width, lr=lr, architecture=architecture
-            )
-    arms |= {arm: _settings(scale, arm, **change) for arm, change in _CHANGES.items()}
-    return sorted(sweep(arms), key=lambda cell: cell.seed)
+            settings = _settings(scale, arm, width=width, lr=lr, architecture=architecture)
+            seeds = range(SEEDS if lr == rates[0] else 1)
+            found += sweep({_name(arm, width, lr): settings}, seeds)
+    for arm, change in _CHANGES.items():
+        seeds = range(SEEDS if arm in PHI else FEWER)
+        found += sweep({arm: _settings(scale, arm, **change)}, seeds)
+    return sorted(found, key=lambda cell: cell.seed)
 
 
 def _name(arm: str, width: int, lr: float) -> str:
@@ -131,8 +139,13 @@ def _bits(records: Sequence[Record]) -> list[float]:
 
 def _best(arms: dict[str, list[Record]], arm: str, width: int) -> list[Record]:
     """Return the records of an arm at its best learning rate."""
-    found = [arms[name] for lr in RATES[arm, width] if (name := _name(arm, width, lr)) in arms]
-    return min(found, key=lambda records: mean_std(_bits(records))[0])
+    return arms[_name(arm, width, RATES[arm, width][0])]
+
+
+def _from(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[float, float]:
+    """Return mean and deviation of the differences, over the seeds that both have."""
+    both = min(len(ours), len(theirs))
+    return minus(_bits(ours)[:both], _bits(theirs)[:both])
 
 
 def summarise(records: Sequence[Record]) -> Summary:
@@ -147,7 +160,8 @@ def summarise(records: Sequence[Record]) -> Summary:
         for w, (ours, _) in sides.items()
     }
     better, worse = _changes(arms, sides[1][0])
-    flops = {arm: minus(_bits(arms[arm]), _bits(sides[1][0])) for arm in _FLOPS}
+    flops = {arm: _from(arms[arm], sides[1][0]) for arm in _FLOPS}
+    worth = {loops: _phi(arms, sides[1], loops) for loops in (2, LOOPS)}
     return Summary(
         verdict(
             min(shares.values()) >= AHEAD and falls and max(beyond.values()) <= BEYOND,
@@ -158,8 +172,9 @@ def summarise(records: Sequence[Record]) -> Summary:
         f"{'Every' if falls else 'Not every'} loop up to {LOOPS} lowers its loss; {DOUBLE} loops "
         f"cost {beyond[1]:+.1%} and {beyond[2]:+.1%}. At equal training FLOPs a dense model of "
         f"{LOOPS} times the blocks is {shown(flops[_FLOPS[0]])} from it, one trained for {LOOPS} "
-        f"times the steps {shown(flops[_FLOPS[1]])}. Changes that lower its loss by more than one "
-        f"deviation: {better or 'none'}; that raise it: {worse or 'none'}.",
+        f"times the steps {shown(flops[_FLOPS[1]])}. By the dense models of 2, 4 and 8 blocks "
+        f"{LOOPS} loops have phi {worth[LOOPS]}, 2 loops {worth[2]}. Changes that lower its loss "
+        f"by more than one deviation: {better or 'none'}; that raise it: {worse or 'none'}.",
         f"-{shares[1]:.1%} and -{shares[2]:.1%} bits at equal parameters; equal FLOPs "
         f"{flops[_FLOPS[1]][0]:+.3f}",
         ("arm", "seeds", "parameters", "training FLOPs", "time",
@@ -170,12 +185,21 @@ def summarise(records: Sequence[Record]) -> Summary:
                     "width 128": columns(r.figures["bits"] for r in sides[2][0])},
          "dense": {"width 64": mean_std(_bits(sides[1][1]))[0],
                    "width 128": mean_std(_bits(sides[2][1]))[0]},
-         "changes": {name: minus(_bits(arms[name]), _bits(sides[1][0]))
-                     for name in _CHANGES if name in arms}},
+         "changes": {name: _from(arms[name], sides[1][0]) for name in _CHANGES}},
     )  # fmt: skip
 
 
 _FLOPS = ("dense-4x-blocks", "dense-4x-steps")
+
+
+def _phi(
+    arms: dict[str, list[Record]], sides: tuple[list[Record], list[Record]], n_loops: int
+) -> Estimate:
+    recipe, dense = sides
+    looped = recipe if n_loops == LOOPS else arms["2-loops"]
+    rising = [dense, arms["dense-2x-blocks"], arms["dense-4x-blocks"]]
+    points = [(found[0].figures["parameters"], _bits(found)) for found in rising]
+    return phi(points, (looped[0].figures["parameters"], _bits(looped)), n_loops)
 
 
 def _falls(records: Sequence[Record]) -> bool:
@@ -189,7 +213,7 @@ def _changes(arms: dict[str, list[Record]], recipe: Sequence[Record]) -> tuple[s
     for name in _CHANGES:
         if name.startswith("dense"):
             continue
-        middle, spread = minus(_bits(arms[name]), _bits(recipe))
+        middle, spread = _from(arms[name], recipe)
         if abs(middle) > spread:
             (better if middle < 0 else worse).append(f"{name} ({middle:+.4f})")
     return ", ".join(better), ", ".join(worse)
@@ -221,7 +245,7 @@ def _row(name: str, found: Sequence[Record], recipe: Sequence[Record]) -> tuple[
     )
     bits = [f"{value:.3f}" for value in columns(r.figures["bits"] for r in found)]
     bits += ["-"] * (len(EVALUATED) - len(bits))
-    apart = shown(minus(_bits(found), _bits(recipe))) if len(found) == len(recipe) else "-"
+    apart = shown(_from(found, recipe))
     return (
         name, str(len(found)), f"{first['parameters']:,}", f"{first['training_flops']:.1e}",
         f"{time:.1f}x", *bits, apart if found[0].settings["width"] == 1 else "-",

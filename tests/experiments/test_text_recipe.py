@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import random_ids, small_model
 
 from experiments import text_recipe as text
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
+from experiments.text_recipe.phi import phi
 from experiments.text_recipe.variants import VARIANTS
 from open_mythos import OpenMythos
 from open_mythos.train import OptimConfig
@@ -82,12 +84,14 @@ def records(recorded, *, ahead=0.1, falls=0.05, beyond=0.0):
     for cell in text.cells("cpu"):
         noise = 0.002 * (cell.seed - 1)
         if cell.arm.startswith("dense"):
-            bits = [2.0 + noise]
+            larger = {"dense-2x-blocks": 1, "dense-4x-blocks": 2}.get(cell.arm, 0)
+            bits = [2.0 - 0.1 * larger + noise]
         else:
             best = 2.0 - ahead + noise * (-1 if "gains" in cell.arm else 1)
             at = {1: 3 * falls, 2: 2 * falls, 3: falls, 4: 0, 6: beyond, 8: beyond, 16: beyond}
             bits = [best + at[loops] for loops in text.EVALUATED]
-        figures = {"bits": bits, "parameters": 100, "training_flops": 1e12}
+        size = {"dense-2x-blocks": 200, "dense-4x-blocks": 400}.get(cell.arm, 100)
+        figures = {"bits": bits, "parameters": size, "training_flops": 1e12}
         found.append(recorded(cell, **figures))
     return found
 
@@ -119,6 +123,22 @@ def test_changes_and_plot(recorded, tmp_path):
     )
     text.plot(summary, tmp_path / "text.png")
     assert (tmp_path / "text.png").stat().st_size > 10_000
+
+
+def test_phi_of_a_law_is_its_exponent():
+    law = [(n, [3.0 - 0.2 * math.log(n)]) for n in (100.0, 200.0, 400.0)]
+    looped = (100.0, [3.0 - 0.2 * math.log(100 * 4**0.46)])
+    found = phi(law, looped, 4)
+    assert found.value == pytest.approx(0.46)
+    assert (found.low, found.high) == pytest.approx((0.46, 0.46))
+    apart = [(n, [bits[0] - 0.01, bits[0] + 0.01]) for n, bits in law]
+    found = phi(apart, (looped[0], [looped[1][0] - 0.01, looped[1][0] + 0.01]), 4)
+    assert found.low < 0.45 < 0.47 < found.high
+
+
+def test_phi_of_the_records(recorded):
+    # 0.1 bits for twice the parameters: at 4 loops the recipe is worth twice, 4 ** 0.5
+    assert "4 loops have phi 0.50 [0.4" in text.summarise(records(recorded)).sentence
 
 
 def test_quick_cell_runs(place):
