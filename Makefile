@@ -30,7 +30,7 @@ $(READY): pyproject.toml
 
 setup: $(READY)  ## create the virtual environment
 
-demo: $(READY)  ## train looped and dense models on real text and compare depths (4 minutes)
+demo: $(READY)  ## train looped and dense models on chains, Sudokus and text, and compare depths (6 minutes)
 	@$(BIN)/python -m experiments demo
 
 test: $(READY)  ## every invariant at a small size (4 minutes on two cores)

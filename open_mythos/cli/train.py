@@ -208,7 +208,7 @@ def _full_name(word: str) -> str:
 def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
     """Return the recipe with the model, initial weights and subset of the command line."""
     named = None if first.recipe is None else pick(RECIPES, first.recipe, "--recipe", what="recipe")
-    recipe = named() if named else default_recipe()
+    recipe = named() if named else default_recipe(first.variant or "tiny")
     config = recipe.config
     if first.variant:
         config.model = variant(first.variant)

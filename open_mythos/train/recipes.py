@@ -35,9 +35,19 @@ class Recipe:
     """Whether ``--checkpoint`` is required."""
 
 
-def default_recipe() -> Recipe:
-    """Return the defaults without a recipe: the tiny variant."""
-    return Recipe(RunConfig(model=variant("tiny"), train=TrainConfig(out_dir="runs/train")))
+def default_recipe(name: str = "tiny") -> Recipe:
+    """Return the defaults of a variant without a recipe: what pays on text (docs/claims.md)."""
+    run = RunConfig(
+        model=variant(name), optim=OptimConfig(name="muon", lr=2e-2),
+        train=TrainConfig(out_dir="runs/train"),
+    )  # fmt: skip
+    run.depth = mostly_at(run.model.max_loop_iters)
+    return Recipe(run)
+
+
+def mostly_at(n_loops: int) -> DepthConfig:
+    """Return the depths with which loops pay on text: ``n_loops``, and others for a quarter."""
+    return DepthConfig(plan="mixed", mean=float(n_loops))
 
 
 def _debug_cpu() -> Recipe:
@@ -45,8 +55,8 @@ def _debug_cpu() -> Recipe:
     run = RunConfig(
         model=variant("nano"),
         data=DataConfig(source="stdlib", tokenizer="byte", workers=1, eval_windows=16),
-        depth=DepthConfig(plan="poisson", mean=4.0, max_loops=8),
-        optim=OptimConfig(lr=3e-3),
+        depth=mostly_at(4),
+        optim=OptimConfig(name="muon", lr=2e-2),
         train=TrainConfig(
             steps=200, seq_len=128, global_batch=8, warmup_steps=10, device="cpu",
             eval_every=100, save_every=100, out_dir="runs/debug_cpu",
@@ -57,7 +67,7 @@ def _debug_cpu() -> Recipe:
 
 def _140m() -> Recipe:
     """Train 140 M parameters on 2.8 B tokens of FineWeb-Edu on one GPU."""
-    run = _reference_run("140m_fine_web_edu", variant("small"), lr=6e-4, warmup_steps=500)
+    run = _small_run("140m_fine_web_edu")
     run.data.tokenizer = _GPT2
     return Recipe(run, tokens=2_800_000_000, subsets=_subsets("sample-10BT", "sample-100BT"))
 
@@ -91,7 +101,7 @@ def _3b() -> Recipe:
 
 def _prepared_shards() -> Recipe:
     """Train 140 M parameters on prepared token shards."""
-    run = _reference_run("prepared_shards", variant("small"), lr=6e-4, warmup_steps=500)
+    run = _small_run("prepared_shards")
     return Recipe(run, tokens=2_800_000_000, needs_text=True)
 
 
@@ -102,6 +112,14 @@ def _continue_run() -> Recipe:
         warmup_steps=100, decay_steps=500, min_lr_ratio=0.0, eval_every=500, save_every=500,
     )  # fmt: skip
     return Recipe(run, tokens=200_000_000, needs_text=True, needs_checkpoint=True)
+
+
+def _small_run(name: str) -> RunConfig:
+    """Return the GPU run of the small variant; Muon's rate is four times AdamW's."""
+    model = variant("small")
+    run = _reference_run(name, model, lr=2.4e-3, warmup_steps=500)
+    run.depth, run.optim.name = mostly_at(model.max_loop_iters), "muon"
+    return run
 
 
 def _reference_run(name: str, model: MythosConfig, *, lr: float, **train: Any) -> RunConfig:

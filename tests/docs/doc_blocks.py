@@ -79,17 +79,21 @@ def billions(count: int) -> str:
 
 def variants_table() -> str:
     head = (
-        "variant", "parameters", "active per token", "dim", "heads", "prelude + coda", "experts",
+        "variant", "parameters", "active per token", "dim", "heads", "blocks", "experts",
         "top-k", "shared", "expert_dim", "loops", "context", "max output", "vocabulary",
     )  # fmt: skip
 
     def row(name: str) -> Sequence[object]:
         cfg = VARIANTS[name]()
         count = account(cfg)
+        experts = (cfg.n_experts, cfg.n_experts_per_tok, cfg.n_shared_experts, cfg.expert_dim)
+        if not cfg.n_experts:
+            experts = ("-",) * 4
         return (
             f"`mythos_{name}`", billions(count.parameters), billions(count.active_parameters),
-            cfg.dim, cfg.n_heads, f"{cfg.prelude_layers} + {cfg.coda_layers}", cfg.n_experts,
-            cfg.n_experts_per_tok, cfg.n_shared_experts, cfg.expert_dim, cfg.max_loop_iters,
+            cfg.dim, cfg.n_heads,
+            f"{cfg.prelude_layers} + {cfg.recurrent_layers} + {cfg.coda_layers}", *experts,
+            cfg.max_loop_iters,
             f"{cfg.max_seq_len:,}", f"{cfg.max_output_tokens:,}", f"{cfg.vocab_size:,}",
         )  # fmt: skip
 
