@@ -75,8 +75,9 @@ def _sudoku_levels(ax: Any, r: SudokuResults) -> None:
            label=f"looped, {r.loops[-1]} loops")  # fmt: skip
     ax.bar([p - 0.2 for p in places], [row[column] for row in r.solved], 0.38, color=LOOPED,
            label=f"looped, {r.trained_loops} loops")  # fmt: skip
-    ax.bar([p + 0.2 for p in places], r.dense_solved, 0.38, color=DENSE,
-           label="dense, equal parameters")  # fmt: skip
+    dense = ax.bar([p + 0.2 for p in places], r.dense_solved, 0.38, color=DENSE,
+                   label="dense, equal parameters")  # fmt: skip
+    ax.bar_label(dense, [f"{share:.0%}" for share in r.dense_solved], color=DENSE, fontsize=8)
     ax.set_xticks(places, r.levels)
     ax.set(title="Sudoku by difficulty", xlabel="rounds that a solver needs",
            ylabel="puzzles solved", ylim=(0, 1.3))  # fmt: skip

@@ -18,6 +18,7 @@ from experiments.demo.measure import measure_chains, measure_sudoku, measure_tex
 from experiments.demo.report import write_report
 from experiments.demo.results import DemoResults
 from experiments.demo.setup import (
+    DENSE_TEXT_RATE,
     SUDOKU_STEPS,
     TRAINED_DEPTH,
     VOCABULARY,
@@ -47,13 +48,16 @@ def run_demo(folder: Path, *, seed: int, quick: bool, quiet: bool) -> DemoResult
     console.print("[bold]2[/] train looped and dense models on chains, Sudokus and the text")
     on_chains, on_text = chains.recipe(seed, quick=quick), text_config(folder, seed, quick)
     on_sudoku = sudoku.recipe(seed, quick=quick, steps=SUDOKU_STEPS)
-    equal_flops = dense_counterpart(on_text, "dense-equal-flops", TRAINED_DEPTH)
+    dense_text = dense_counterpart(on_text, lr=DENSE_TEXT_RATE)
+    equal_flops = dense_counterpart(
+        on_text, "dense-equal-flops", blocks=TRAINED_DEPTH, lr=DENSE_TEXT_RATE
+    )
     jobs = [
         Job("chains", "looped", on_chains, folder / "chains" / "looped"),
         Job("text", "looped", on_text, folder / "looped"),
         Job("text", "dense, equal FLOPs", equal_flops, folder / "dense-equal-flops"),
         Job("sudoku", "looped", on_sudoku, folder / "sudoku" / "looped"),
-        Job("text", "dense", dense_counterpart(on_text), folder / "dense"),
+        Job("text", "dense", dense_text, folder / "dense"),
         Job("chains", "dense", dense_counterpart(on_chains), folder / "chains" / "dense"),
         Job("sudoku", "dense", dense_counterpart(on_sudoku), folder / "sudoku" / "dense"),
     ]  # the longest first
