@@ -18,6 +18,7 @@ CLAIMS = {
     "c5": "c5_saturation",
     "c6": "c6_cache",
     "c7": "c7_serving",
+    "c8": "c8_power_laws",
     "c9": "c9_looped_experts",
     "c11": "c11_reasoning",
     "text": "text_recipe",
@@ -26,10 +27,6 @@ CLAIMS = {
 """Id -> subpackage."""
 
 PENDING = {
-    "c8": (
-        "Optimal recurrence and tokens follow power laws",
-        "runs over four compute budgets, hours on a GPU",
-    ),
     "c10": (
         "A latent state holds several alternatives at once",
         "a graph-reachability task and probes of the state",
