@@ -95,7 +95,8 @@ def test_measured_cache_of_a_scaled_down_variant(name):
     cfg, tokens, loops = variant(name), 3, 2
     small = small_config(
         "mla", kv_lora_rank=cfg.kv_lora_rank, qk_rope_head_dim=cfg.qk_rope_head_dim,
-        prelude_layers=cfg.prelude_layers, coda_layers=cfg.coda_layers,
+        prelude_layers=cfg.prelude_layers, recurrent_layers=cfg.recurrent_layers,
+        coda_layers=cfg.coda_layers,
     )  # fmt: skip
     held = KVCache(capacity=tokens)
     OpenMythos(small)(random_ids(2, tokens), loops, held)

@@ -38,7 +38,6 @@ AHEAD, LEARNT = 20, 0.9
 LOOPED = "looped"
 EQUAL = ("dense", "dense-lr5e-3", "dense-lr2e-2", "dense-equal-flops")
 """Dense arms of equal parameters."""
-DEEP = ("dense-16-blocks", "dense-16-blocks-lr5e-3")
 SEEDS = 5
 _ASKED = 3000
 
@@ -50,8 +49,9 @@ _ARMS: dict[str, dict[str, Any]] = {
     "dense-lr5e-3": {"dense": True, "lr": 5e-3},
     "dense-lr2e-2": {"dense": True, "lr": 2e-2},
     "dense-equal-flops": {"dense": True, "times": TRAINED_LOOPS},
-    "dense-16-blocks": {"dense": True, "unrolled": TRAINED_LOOPS, "seeds": 3},
+    "dense-16-blocks": {"dense": True, "unrolled": TRAINED_LOOPS, "seeds": 2},
     "dense-16-blocks-lr5e-3": {"dense": True, "unrolled": TRAINED_LOOPS, "lr": 5e-3},
+    "dense-16-blocks-lr2e-2": {"dense": True, "unrolled": TRAINED_LOOPS, "lr": 2e-2},
 }
 
 

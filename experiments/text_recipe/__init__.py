@@ -21,13 +21,13 @@ EVALUATED = (1, 2, 3, LOOPS, 6, DOUBLE, 16)
 AHEAD, BEYOND = 0.03, 0.02
 RECIPE, DENSE = "mixed", "dense"
 RATES = {
-    (RECIPE, 1): (4e-2, 1e-2, 2e-2, 8e-2), (RECIPE, 2): (2e-2, 4e-2),
-    (DENSE, 1): (1e-2, 5e-3, 2e-2), (DENSE, 2): (1e-2, 2e-2),
+    (RECIPE, 1): (4e-2, 1e-2, 2e-2, 8e-2), (RECIPE, 2): (2e-2, 1e-2, 4e-2),
+    (DENSE, 1): (1e-2, 5e-3, 2e-2), (DENSE, 2): (1e-2, 5e-3, 2e-2),
 }  # fmt: skip
 """(arm, width in units of the smaller one) -> learning rates; the first is the best of seed 0."""
-SEEDS, FEWER = 3, 2
+SEEDS, FEWER = 3, 1
 PHI = ("2-loops", "dense-2x-blocks", "dense-4x-blocks")
-"""Arms that have all seeds because phi is estimated from them."""
+"""Arms that have all seeds because phi is estimated from them; other changes have fewer."""
 RATE, DENSE_RATE = 4e-2, 1e-2
 BITS = 1.4426950408889634
 """Bits of one nat."""
@@ -61,7 +61,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
 
 
 def cells(scale: str) -> list[Cell]:
-    """Return every arm with its seeds, one seed after the other; rates are swept on seed 0."""
+    """Return every arm with its seeds, those of the verdict first; rates are swept on seed 0."""
     if scale == QUICK:
         return sweep({"gains": _settings(scale, "gains", change="gains")}, [0])
     found: list[Cell] = []
@@ -71,10 +71,10 @@ def cells(scale: str) -> list[Cell]:
             settings = _settings(scale, arm, width=width, lr=lr, architecture=architecture)
             seeds = range(SEEDS if lr == rates[0] else 1)
             found += sweep({_name(arm, width, lr): settings}, seeds)
-    for arm, change in _CHANGES.items():
+    for arm in (*PHI, *(arm for arm in _CHANGES if arm not in PHI)):
         seeds = range(SEEDS if arm in PHI else FEWER)
-        found += sweep({arm: _settings(scale, arm, **change)}, seeds)
-    return sorted(found, key=lambda cell: cell.seed)
+        found += sweep({arm: _settings(scale, arm, **_CHANGES[arm])}, seeds)
+    return found
 
 
 def _name(arm: str, width: int, lr: float) -> str:
@@ -208,12 +208,17 @@ def _falls(records: Sequence[Record]) -> bool:
 
 
 def _changes(arms: dict[str, list[Record]], recipe: Sequence[Record]) -> tuple[str, str]:
-    """Name the looped arms that are better, and worse, than the recipe beyond the spread."""
+    """Name the looped arms that are better, and worse, than the recipe beyond the spread.
+
+    With one seed the spread is that of the recipe over its seeds.
+    """
     better, worse = list[str](), list[str]()
+    own = mean_std(_bits(recipe))[1]
     for name in _CHANGES:
         if name.startswith("dense"):
             continue
         middle, spread = _from(arms[name], recipe)
+        spread = spread if len(arms[name]) > 1 else own
         if abs(middle) > spread:
             (better if middle < 0 else worse).append(f"{name} ({middle:+.4f})")
     return ", ".join(better), ", ".join(worse)

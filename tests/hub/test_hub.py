@@ -8,18 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import small_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from open_mythos.config import MythosConfig
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.hub.pretrained import describe, from_pretrained, save_pretrained
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.variants import mythos_nano
+
+
+def experts_and_all() -> MythosConfig:
+    """Every kind of part, and head and embedding apart."""
+    return small_config(vocab_size=320)
 
 
 def looped(**changes) -> OpenMythos:
-    cfg = mythos_nano()
+    cfg = experts_and_all()
     for name, value in changes.items():
         setattr(cfg, name, value)
     return OpenMythos(cfg)
@@ -54,7 +60,7 @@ MODELS = {
     "bare": lambda: looped(
         lora_rank=0, n_experts=0, readout=False, prelude_norm=False, injection_matrix="diagonal"
     ),
-    "dense": lambda: DenseTransformer(mythos_nano(), 5, ffn_dim=77),
+    "dense": lambda: DenseTransformer(experts_and_all(), 5, ffn_dim=77),
     "dense tied": lambda: DenseTransformer(looped(tie_embeddings=True).cfg, 2),
 }
 
@@ -105,7 +111,7 @@ def test_config_file_says_what_it_is(saved):
 
 
 def test_saving_replaces_and_leaves_nothing_else(saved):
-    save_pretrained(DenseTransformer(mythos_nano()), saved)
+    save_pretrained(DenseTransformer(experts_and_all()), saved)
     assert sorted(os.listdir(saved)) == ["config.json", "model.safetensors"]
     assert isinstance(from_pretrained(saved), DenseTransformer)
 
