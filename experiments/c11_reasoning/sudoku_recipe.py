@@ -25,7 +25,7 @@ LOOPS = (1, 2, 4, 6, TRAINED_LOOPS, 12, 16, CHOSEN_LOOPS, 64)
 LEVELS = ("1-3", "4", "5", "6-7", "8+", "guess")
 """Difficulty: rounds of elimination that a solver needs, or that it has to guess."""
 HARDEST = LEVELS[-1]
-STEPS = 1000
+STEPS, WARMUP = 1000, 50
 RATE = 1e-2
 
 
@@ -45,7 +45,7 @@ def recipe(
         depth=DepthConfig(plan="mixed", mean=TRAINED_LOOPS, mixed_share=0.5),
         optim=OptimConfig(name="muon", lr=lr, beta2=0.98),
         train=TrainConfig(
-            seed=seed, steps=steps, warmup_steps=max(1, steps // 20), seq_len=TASK.grid.cells,
+            seed=seed, steps=steps, warmup_steps=min(WARMUP, steps), seq_len=TASK.grid.cells,
             global_batch=batch, min_lr_ratio=0.02, log_every=max(1, steps // 40), device="cpu",
         ),
     )  # fmt: skip

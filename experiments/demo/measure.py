@@ -14,9 +14,11 @@ from experiments.demo.setup import (
     HOP_LOOPS,
     PROMPT,
     PUZZLES,
+    PUZZLES_PER_LEVEL,
     SAMPLE_DEPTHS,
     SAMPLE_TOKENS,
     SHOWN_LOOPS,
+    SUDOKU_LOOPS,
     TEST_HOPS,
     TRAINED_DEPTH,
 )
@@ -63,8 +65,9 @@ def _with_early_exit(model: OpenMythos, hops: int, programs: int) -> tuple[float
 
 def measure_sudoku(looped: Trained, dense: Trained, quick: bool) -> SudokuResults:
     """Ask for puzzles of every difficulty at every number of loops."""
-    questions = sudoku.TASK.questions(300 if quick else PUZZLES)
-    found = sudoku.answers(looped.model, questions.clues)
+    made = sudoku.TASK.questions(300 if quick else PUZZLES)
+    questions = made.at_most(PUZZLES_PER_LEVEL, sudoku.LEVELS)
+    found = sudoku.answers(looped.model, questions.clues, SUDOKU_LOOPS)
     of_dense = sudoku.answers(dense.model, questions.clues)
     shown = _shown_puzzle(questions, found)
     boards = sudoku.answers(looped.model, questions.clues[shown : shown + 1], SHOWN_LOOPS).boards

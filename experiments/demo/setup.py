@@ -28,8 +28,9 @@ HOP_LOOPS = (1, 2, 5, 8, 10, 12, 16, 24, 64, 128)
 EXIT_RULE = "kl:0.0001,0.1"
 """Early-exit rule for chains; it does not know their length."""
 SUDOKU_STEPS = 500
-PUZZLES = 2000
-"""Sudokus asked."""
+SUDOKU_LOOPS = (1, 2, 4, 6, 8, 12, 16, 32)
+PUZZLES, PUZZLES_PER_LEVEL = 2000, 150
+"""Sudokus made, and the most that are asked of each difficulty."""
 SHOWN_LOOPS = (1, 4, 8, 16)
 """Loops after which a puzzle is shown."""
 
@@ -48,7 +49,7 @@ def text_config(folder: Path, seed: int, quick: bool) -> RunConfig:
         depth=DepthConfig(plan="mixed", mean=TRAINED_DEPTH),
         optim=OptimConfig(name="muon", lr=TEXT_RATE),
         train=TrainConfig(
-            seed=seed, steps=6 if quick else 550, warmup_steps=2 if quick else 55, seq_len=128,
+            seed=seed, steps=6 if quick else 500, warmup_steps=2 if quick else 50, seq_len=128,
             global_batch=16, device="cpu", log_every=2 if quick else 10, min_lr_ratio=0.02,
             eval_depths=list(EVAL_DEPTHS), out_dir=str(folder / "looped"),
         ),

@@ -8,7 +8,8 @@ come from another pool and are sorted by what a solver needs: rounds of eliminat
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -102,6 +103,11 @@ class Questions:
     """(M,) rounds of elimination that solve the puzzle, or precede the first guess."""
     guesses: Int64Array
     """(M,) boards that a solver has to copy; 0 if elimination is enough."""
+
+    def at_most(self, most: int, levels: Sequence[str]) -> Questions:
+        """Return the first ``most`` puzzles of every difficulty."""
+        kept = np.sort(np.concatenate([self.level(name)[:most] for name in levels]))
+        return Questions(*(getattr(self, field.name)[kept] for field in fields(self)))
 
     def level(self, name: str) -> Int64Array:
         """Return the puzzles of a difficulty: "3", "6-7", "8+" rounds, or "guess"."""

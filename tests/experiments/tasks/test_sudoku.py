@@ -106,6 +106,10 @@ def test_questions_are_sorted_by_difficulty():
     assert sorted(np.concatenate(levels).tolist()) == list(range(120))
     assert (questions.guesses[levels[-1]] > 0).all()
     assert (questions.rounds[levels[3]] >= 6).all()
+    few = questions.at_most(5, ("0-3", "4", "guess"))
+    assert len(few.level("4")) == 5
+    assert len(few.clues) == 10 + min(5, len(levels[-1]))
+    assert (few.clues[few.level("4")] == questions.clues[levels[1][:5]]).all()
 
 
 def test_the_loader_resumes_and_refuses_another_task():
