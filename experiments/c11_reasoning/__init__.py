@@ -38,14 +38,14 @@ AHEAD, LEARNT = 20, 0.9
 LOOPED = "looped"
 EQUAL = ("dense", "dense-lr5e-3", "dense-lr2e-2", "dense-equal-flops")
 """Dense arms of equal parameters."""
-SEEDS = 5
+SEEDS = 3
 _ASKED = 3000
 
 CLAIM = Claim.read(__file__, vars())
 _ARMS: dict[str, dict[str, Any]] = {
     LOOPED: {"seeds": SEEDS},
     "random-start": {"random_start": True},
-    "dense": {"dense": True, "seeds": 3},
+    "dense": {"dense": True, "seeds": 2},
     "dense-lr5e-3": {"dense": True, "lr": 5e-3},
     "dense-lr2e-2": {"dense": True, "lr": 2e-2},
     "dense-equal-flops": {"dense": True, "times": TRAINED_LOOPS},

@@ -35,7 +35,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     ("options", "said"),
     [
         ({"claim": "c99"}, "unknown claim"),
-        ({"claim": "c8"}, "needs runs over four compute budgets"),
+        ({"claim": "c10"}, "needs a graph-reachability task"),
         ({"claim": "toy", "scale": "gpu"}, "no such scale"),
         ({"claim": "toy", "record": True, "quick": True}, "--quick"),
         ({"claim": "toy", "record": True, "out": "here"}, "--out here"),
