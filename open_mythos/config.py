@@ -148,10 +148,6 @@ class MythosConfig:
     """Bound c of the logits, applied as c tanh(logits / c); 0 leaves them unbounded."""
     attn_scale: float = within(0.0, ge=0)
     """Factor on the attention scores of "gqa"; 0 means head_dim^-0.5."""
-    causal: bool = True
-    """Whether a token attends to itself and earlier ones only. False lets all tokens attend to each
-    other, for tasks other than next-token prediction: such a model has no cache and cannot
-    generate."""
     rope_scaling: dict[str, Any] | None = None
     """Scaled rotary frequencies: {"rope_type": "linear", "factor": f}, or "llama3" with factor,
     low_freq_factor, high_freq_factor and original_max_position_embeddings."""
@@ -172,6 +168,10 @@ class MythosConfig:
     relaxation: str = one_of("none", ("none", "mean"))
     """State after loop t: its output y_t ("none"), or the mean of y_0 .. y_t ("mean"), which damps
     a block that was not trained to repeat."""
+    causal: bool = True
+    """Whether a token attends to itself and earlier ones only. False lets all tokens attend to each
+    other, for tasks other than next-token prediction: such a model has no cache and cannot
+    generate."""
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_overrides, dict):  # as JSON stores it

@@ -131,7 +131,7 @@ def test_config_fields_and_defaults_in_order():
         "block_norms", "gqa_head_dim", "qk_norm", "qk_norm_eps", "qkv_bias", "ffn_kind",
         "embedding_scale", "logit_scale", "logit_softcap", "attn_scale", "rope_scaling", "window",
         "layer_overrides", "state_norm", "state_norm_weight", "value_embedding",
-        "initial_state_std", "relaxation",
+        "initial_state_std", "relaxation", "causal",
     ]  # fmt: skip
 
 

@@ -17,11 +17,11 @@ from benchmarks.models import QUICK as QUICK_SCALE
 from benchmarks.models import build
 from benchmarks.static_batch import COMPACT, FULL, LOCKSTEP
 from experiments.c1_depth.chain_recipe import recipe
-from experiments.c4_halting.cells import TEXT_RUN
 from experiments.c7_serving.gates import of_chains, of_text
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, verdict
 from experiments.figure import COLOURS, MUTED, panels
 from experiments.spread import by_arm, over_seeds, shown
+from experiments.text import VOCABULARY
 
 SLOTS, MEAN, TURNS = 16, 6.0, 2
 FASTER, OF_BOUND = 2.0, 0.9
@@ -34,6 +34,21 @@ CLAIM = Claim.read(__file__, vars())
 _SIZE: dict[str, Any] = {
     "dim": 512, "experts": [16, 2], "slots": SLOTS, "prompt": 8, "turns": TURNS, "loops": 16,
     "mean": MEAN, "shape": "", "jobs": 16, "tokens": [48, 48],
+}  # fmt: skip
+
+
+_TEXT_RUN: dict[str, Any] = {
+    "model": {
+        "vocab_size": VOCABULARY, "dim": 96, "n_heads": 4, "n_kv_heads": 4, "attn_type": "gqa",
+        "max_seq_len": 64, "max_loop_iters": 8, "n_experts": 0, "lora_rank": 0,
+        "prelude_layers": 0, "coda_layers": 0, "ffn_dim": 192, "tie_embeddings": True,
+    },
+    "depth": {"plan": "poisson", "mean": 4},
+    "optim": {"lr": 4e-3},
+    "train": {
+        "steps": 400, "seq_len": 64, "global_batch": 8, "warmup_steps": 40, "device": "cpu",
+        "min_lr_ratio": 0.02, "log_every": 20,
+    },
 }  # fmt: skip
 
 
@@ -50,7 +65,7 @@ def cells(scale: str) -> list[Cell]:
         "threshold": "gate:0.99", "tokens": [45, 45],
     }  # fmt: skip
     arms[TEXT] = _SIZE | {
-        "run": TEXT_RUN, "save_every": 0, "val_windows": 32, "gate": {"n_loops": 12},
+        "run": _TEXT_RUN, "save_every": 0, "val_windows": 32, "gate": {"n_loops": 12},
         "threshold": "gate:0.7", "loops": 12,
     }  # fmt: skip
     return [

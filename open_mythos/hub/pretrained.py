@@ -47,7 +47,7 @@ _SAVE_AGAIN = "copy the folder again, or save the model again with save_pretrain
 
 @checked
 def save_pretrained(
-    model: OpenMythos | DenseTransformer,
+    model: nn.Module,
     directory: str | Path,
     *,
     format: str = "native",

@@ -148,11 +148,14 @@ def trace_of(
     ids = tokenizer.encode(prompt) or [first_id(tokenizer, checkpoint)]
     wanted = goals(ids) if goals else [*(Goal(token) for token in ids[1:]), None]
     rule = exit_rule(exit, model) if exit else None
-    depth = Depth(given, rule).most(model.cfg.max_loop_iters)
+    trained = model.cfg.max_loop_iters
+    depth = Depth(given, rule).most(trained)
+    if given is None:  # a rule that exits early is marked in the whole
+        depth = max(depth, trained)
     tokens, explained = _tokens(model, ids, wanted, depth, rule, tokenizer)
     return PromptTrace(
         checkpoint=checkpoint, prompt=prompt, model=_described(model), goal_name=goal_name,
-        n_loops=depth, trained_loops=model.cfg.max_loop_iters, exit_rule=exit,
+        n_loops=depth, trained_loops=trained, exit_rule=exit,
         explained=explained, n_experts=model.cfg.n_experts, tokens=tokens,
     )  # fmt: skip
 

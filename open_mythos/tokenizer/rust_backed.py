@@ -32,6 +32,9 @@ MOST_IDS = 10_000_000
 class RustBacked:
     """Base of the tokenizers that run in the ``tokenizers`` library."""
 
+    vocab_size: int = 0
+    """Number of ids, rounded up to a multiple of 64."""
+
     def __init__(self, rust: RustTokenizer, name: str, specials: dict[str, str]) -> None:
         self.name = name
         self._rust = rust

@@ -90,7 +90,7 @@ def test_what_a_gpu_runs_runs_on_a_cpu_too(suite):
 
 def test_training_at_real_size_counts_the_loops_that_ran():
     rows = list(pretraining.rows(QUICK))
-    assert [row.unit for row in rows] == ["% MFU", "tok/s"]
+    assert [row.unit for row in rows] == ["% MFU", "% MFU"], "nano has no experts"
     for row in rows:
         tokens = QUICK.large_batch * QUICK.large_tokens
         assert row.numbers["tokens_per_second"] == pytest.approx(tokens / row.seconds)

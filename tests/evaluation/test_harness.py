@@ -215,7 +215,8 @@ def test_the_harness_s_own_command_agrees(model, folder, tmp_path):
     loops = 3
     theirs = simple_evaluate(
         model="hf", device="cpu", tasks=tasks, batch_size=4, bootstrap_iters=10,
-        model_args={"pretrained": str(tmp_path / "hf"), "n_loops": loops, "backend": "causal"},
+        model_args={"pretrained": str(tmp_path / "hf"), "n_loops": loops, "backend": "causal",
+                    "prefix_token_id": TOK.eos_id},
         task_manager=TaskManager(include_defaults=False),
     )["results"]  # fmt: skip
     for row in evaluate_tasks(model, TOK, tasks, [loops]):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.__main__ import main
 from experiments.demo.figure import draw
-from experiments.demo.report import hop_summary, text_summary, write_report
+from experiments.demo.report import hop_summary, sudoku_summary, text_summary, write_report
 from experiments.demo.results import DemoResults
 from experiments.demo.terminal import show
 
@@ -30,10 +30,19 @@ def test_page_and_picture(tmp_path):
     draw(results, tmp_path / "demo.png")
     write_report(results, tmp_path / "demo.png", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for bits in (*results.looped_bits, results.dense_bits):
+    text = results.text
+    for bits in (*text.looped_bits, text.dense_bits, text.flops_bits):
         assert f"{bits:.4f}" in page
-    assert hop_summary(results) in page
-    assert text_summary(results).replace("'", "&#39;") in page
+    assert hop_summary(results.chains) in page
+    assert sudoku_summary(results.sudoku) in page
+    assert text_summary(text).replace("'", "&#39;") in page
+    for loops, board in results.sudoku.boards.items():
+        wrong = sum(a != b for a, b in zip(board, results.sudoku.solution, strict=True))
+        assert (
+            f"{loops} loops: {wrong} wrong" in page
+            or f"{loops} loops: solved" in page
+            or (f"1 loop: {wrong} wrong" in page)
+        )
     assert "def read_lines(path):" in page
     assert "data:image/png;base64," in page
     assert not re.search(r'(src|href)="(?!data:)', page), "the report must need no other file"
@@ -43,8 +52,10 @@ def test_the_terminal_shows_every_depth(capsys):
     results = DemoResults.load(RECORDED)
     show(results, Console(width=120))
     shown = capsys.readouterr().out
-    for depth, bits in zip(results.depths, results.looped_bits, strict=True):
+    for depth, bits in zip(results.text.depths, results.text.looped_bits, strict=True):
         assert re.search(rf"\b{depth}\b.*{bits:.4f}", shown)
+    for level, asked in zip(results.sudoku.levels, results.sudoku.asked, strict=True):
+        assert f"{level} ({asked})" in shown
 
 
 def test_results_survive_the_disk(tmp_path):
@@ -58,11 +69,14 @@ def test_quick_demo(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--quick"]) == 0
     results = json.loads((out / "results.json").read_text())
-    assert f"{results['dense_bits']:.4f}" in capsys.readouterr().out
-    assert max(results["depths"]) > results["max_depth"]
-    looped, dense = results["looped"]["parameters"], results["dense"]["parameters"]
-    assert abs(looped - dense) < 0.005 * looped
-    assert 0 < results["rho"] <= 0.99609375
-    assert all(abs(sum(row) - 1) < 1e-4 for row in results["expert_load"])
+    text = results["text"]
+    assert f"{text['dense_bits']:.4f}" in capsys.readouterr().out
+    assert max(text["depths"]) > 2 * text["trained_depth"]
+    for task in ("chains", "sudoku", "text"):
+        looped, dense = (results[task][model]["parameters"] for model in ("looped", "dense"))
+        assert abs(looped - dense) < 0.005 * looped
+    flops = text["flops"]["training_flops"] / text["looped"]["training_flops"]
+    assert flops == pytest.approx(1, abs=0.1)
+    assert 0 < text["rho"] <= 0.99609375
     assert (out / "report.html").exists()
     assert (out / "demo.png").stat().st_size > 10_000

@@ -68,7 +68,7 @@ def test_the_task_survives_the_disk(folder, tmp_path):
     assert load_task(folder) == TASK
     for content in ("", "[]", '{"task": "sums"}', '{"task": "permhop", "size": 6}', "7"):
         (tmp_path / TASK_FILE).write_text(content)
-        with pytest.raises(DataError, match="PERM-HOP"):
+        with pytest.raises(DataError, match="no description of a task"):
             load_task(tmp_path)
 
 

@@ -195,7 +195,7 @@ def in_config(**changes):
         (in_config(dim=-1), "dim"),
         (in_config(dim="128"), "dim"),
         (in_config(attn_type=["mla"]), "attn_type"),
-        (in_config(vocab_size=10**30), "no possible model"),
+        (in_config(vocab_size=10**30), "vocab_size"),
         (in_config(max_loop_iters=10**18), "max_loop_iters"),
         (in_config(prelude_layers=10**12), "prelude_layers"),
         (in_config(prelude_layers=4000), "more layers"),

@@ -201,7 +201,7 @@ def test_a_run_that_continues_keeps_origin_and_template(folders, tmp_path):
     for name in ("provenance.json", "chat_template.jinja"):
         assert (tmp_path / "run" / name).read_text() == (folders["ouro"] / name).read_text()
     assert run("export", tmp_path / "run", "--out", tmp_path / "out") == 0
-    assert 'plan "poisson"' in (tmp_path / "out" / "README.md").read_text()
+    assert 'plan "mixed"' in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
 
 

@@ -125,9 +125,7 @@ def _meta_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     on_meta = property(lambda tensor: tensor.device.type == "meta")
     monkeypatch.setattr(Tensor, "is_cuda", on_meta, raising=False)
     # it makes a tensor of a class of its own, which no dispatch mode may watch
-    monkeypatch.setattr(
-        "open_mythos.ops.attention.attend.causal_lower_right", _unwatched, raising=False
-    )
+    monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", _unwatched)
     known, region = torch.is_autocast_enabled, torch.autocast
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda name: name != "meta" and known(name))
     monkeypatch.setattr(

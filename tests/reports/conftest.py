@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers import small_config
 
 from open_mythos.data import prepare
 from open_mythos.tokenizer import ByteTokenizer
@@ -16,7 +17,6 @@ from open_mythos.train import (
     TrainConfig,
     train_run,
 )
-from open_mythos.variants import variant
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,8 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "text" / f"{i}.py").write_text(f"# {i}\ndef add(a, b):\n    return a + b\n" * 400)
     prepare(str(folder / "text"), folder / "shards", ByteTokenizer(), val_fraction=0.4)
     config = RunConfig(
-        model=variant("nano"), data=DataConfig(path=str(folder / "shards"), eval_windows=4),
+        model=small_config(vocab_size=320),
+        data=DataConfig(path=str(folder / "shards"), eval_windows=4),
         depth=DepthConfig(mean=2.0, max_loops=4), optim=OptimConfig(lr=1e-3),
         train=TrainConfig(
             steps=4, warmup_steps=1, seq_len=16, global_batch=4, log_every=1, device="cpu",

@@ -311,7 +311,7 @@ def test_a_real_run(trained_run):
         assert len(run.by_loop(name)[1]) == 4, name
     assert [row["depth"] for row in run.evaluations[4]] == [1, 2, 4]
     assert run.checkpoint is not None
-    assert len(run.checkpoint.decays) == 128
+    assert len(run.checkpoint.decays) == 32
     read = assert_self_contained(page(run), scripts=0)
     assert "finished, 4 steps" in read.text
     assert "is damaged" not in read.text
