@@ -18,6 +18,8 @@ import numpy as np
 from open_mythos.checks import check_count
 from open_mythos.data.permutation import Int64Array
 
+AT_ONCE = 4096
+"""Boards that are looked at together, so that a board with few clues does not fill the memory."""
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
@@ -96,7 +98,7 @@ class Grid:
         return open_MNn, rounds_M
 
     def solve(self, boards_MN: Int64Array, most: int = 2) -> Solved:
-        """Find up to ``most`` solutions of every board, breadth first."""
+        """Find up to ``most`` solutions of every board, the latest copies first."""
         check_count("most", most)
         open_KNn, rounds_M = self.settle(self.candidates(boards_MN))
         owner_K = np.arange(len(boards_MN))
@@ -104,16 +106,22 @@ class Grid:
         guesses_M = np.zeros(len(boards_MN), np.int64)
         solution_MN = np.zeros_like(boards_MN)
         while len(owner_K):
-            left_KN = open_KNn.sum(-1)
-            alive_K = (left_KN > 0).all(1) & (found_M[owner_K] < most)
+            first, last = slice(-AT_ONCE), slice(-AT_ONCE, None)
+            waiting, (now_KNn, now_K) = (open_KNn[first], owner_K[first]), (
+                open_KNn[last], owner_K[last]
+            )  # fmt: skip
+            left_KN = now_KNn.sum(-1)
+            alive_K = (left_KN > 0).all(1) & (found_M[now_K] < most)
             done_K = alive_K & (left_KN == 1).all(1)
             for k in done_K.nonzero()[0]:
-                found_M[owner_K[k]] += 1
-                solution_MN[owner_K[k]] = open_KNn[k].argmax(-1) + 1
+                found_M[now_K[k]] += 1
+                solution_MN[now_K[k]] = now_KNn[k].argmax(-1) + 1
             stuck = (alive_K & ~done_K).nonzero()[0]
-            np.add.at(guesses_M, owner_K[stuck], 1)
-            open_KNn, owner_K = self._guess(open_KNn[stuck], left_KN[stuck], owner_K[stuck])
-            open_KNn, _ = self.settle(open_KNn)
+            np.add.at(guesses_M, now_K[stuck], 1)
+            copies_KNn, copies_K = self._guess(now_KNn[stuck], left_KN[stuck], now_K[stuck])
+            copies_KNn, _ = self.settle(copies_KNn)
+            open_KNn = np.concatenate([waiting[0], copies_KNn])
+            owner_K = np.concatenate([waiting[1], copies_K])
         return Solved(np.minimum(found_M, most), solution_MN, rounds_M, guesses_M)
 
     def _guess(

@@ -46,6 +46,12 @@ def test_the_solver_counts_as_search_does():
     assert (SMALL.solve(boards).solutions == fits.clip(max=2)).all()
 
 
+def test_an_empty_board_has_several_solutions_at_once():
+    solved = SIX.solve(np.zeros((3, 36), np.int64))
+    assert solved.solutions.tolist() == [2, 2, 2]
+    assert SIX.check(solved.solution).all()
+
+
 def test_puzzles_have_one_solution(made):
     clues, solution = made
     solved = SIX.solve(clues)
