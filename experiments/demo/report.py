@@ -84,11 +84,11 @@ def text_summary(r: TextResults) -> str:
         f"Source text: the looped model needs {r.bits_at(1):.3f} bits per byte with one loop and "
         f"{trained:.3f} with {r.trained_depth}, the depth of most of its training; that is "
         f"{abs(versus):.1%} {_direction(versus)} than the {r.dense_bits:.3f} of the dense model "
-        f"with the same number of parameters, and the dense model of equal training FLOPs "
+        f"with the same number of parameters. The dense model of equal training FLOPs "
         f"({r.flops.parameters / r.looped.parameters:.1f} times the parameters) needs "
-        f"{abs(equal):.1%} {_direction(equal)} still, {r.flops_bits:.3f}. Twice the depth costs "
-        f"{drift:+.1%}, {deepest} loops {r.bits_at(deepest) / trained - 1:+.1%}. rho(A) is "
-        f"{r.rho:.3f}."
+        f"{r.flops_bits:.3f}, {abs(equal):.1%} {_direction(equal)} than the looped one. Twice the "
+        f"depth costs {drift:+.1%}, {deepest} loops "
+        f"{r.bits_at(deepest) / trained - 1:+.1%}. rho(A) is {r.rho:.3f}."
     )
 
 

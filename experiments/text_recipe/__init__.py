@@ -21,7 +21,7 @@ EVALUATED = (1, 2, 3, LOOPS, 6, DOUBLE, 16)
 AHEAD, BEYOND = 0.03, 0.02
 RECIPE, DENSE = "mixed", "dense"
 RATES = {
-    (RECIPE, 1): (4e-2, 1e-2, 2e-2, 8e-2), (RECIPE, 2): (2e-2, 1e-2, 4e-2),
+    (RECIPE, 1): (4e-2, 1e-2, 2e-2, 8e-2), (RECIPE, 2): (1e-2, 2e-2, 4e-2),
     (DENSE, 1): (1e-2, 5e-3, 2e-2), (DENSE, 2): (1e-2, 5e-3, 2e-2),
 }  # fmt: skip
 """(arm, width in units of the smaller one) -> learning rates; the first is the best of seed 0."""
@@ -49,9 +49,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "orthogonal": {"change": "orthogonal"},
     "selective": {"change": "selective"},
     "2-lanes": {"change": "2 lanes"},
-    "4-lanes": {"change": "4 lanes"},
     "2-loops": {"loops": 2, "depth": _MIXED | {"mean": 2}},
-    "8-loops-gains": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}, "change": "gains"},
     "dense-2x-blocks": {"architecture": "dense", "lr": DENSE_RATE, "n_layers": BLOCKS * 2},
     "dense-4x-blocks": {"architecture": "dense", "lr": DENSE_RATE, "n_layers": BLOCKS * LOOPS},
     "dense-4x-steps": {"architecture": "dense", "lr": DENSE_RATE, "steps": LOOPS},
