@@ -48,7 +48,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "gains": {"change": "gains"},
     "orthogonal": {"change": "orthogonal"},
     "selective": {"change": "selective"},
-    "2-lanes": {"change": "2 lanes"},
     "2-loops": {"loops": 2, "depth": _MIXED | {"mean": 2}},
     "dense-2x-blocks": {"architecture": "dense", "lr": DENSE_RATE, "n_layers": BLOCKS * 2},
     "dense-4x-blocks": {"architecture": "dense", "lr": DENSE_RATE, "n_layers": BLOCKS * LOOPS},

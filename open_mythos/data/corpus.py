@@ -262,6 +262,11 @@ def _walk(root: Path, skipped: Set[str]) -> Iterator[Path]:
 
 
 def _local_file(root: Path, path: Path) -> CorpusFile:
+    if path.exists() and not path.is_file():  # to open it could wait for ever
+        raise DataError(
+            "not a regular file", where=str(path), value="a pipe or a device",
+            allowed="regular files", fix="leave it out of the folder",
+        )  # fmt: skip
     digest = hashlib.blake2b(digest_size=16)
     try:
         with path.open("rb") as stream:

@@ -1,5 +1,6 @@
 """Reading documents: every kind of file, in a fixed order, and damage located."""
 
+import os
 import sys
 
 import pyarrow as pa
@@ -161,3 +162,9 @@ def test_a_line_has_a_limit(tmp_path, monkeypatch) -> None:
     path.write_text('{"text": "x"}\n{"text": "0123456789ab"}\n')
     with pytest.raises(DataError, match=r"too long(.|\n)*a\.jsonl, byte 14(.|\n)*fewer than 24"):
         list(read_documents(path))
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="not a regular file"):
+        list(read_documents(tmp_path))
