@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from experiments.tasks.sudoku import Questions, Sudoku, SudokuLoader
+from experiments.tasks import TaskLoader
+from experiments.tasks.sudoku import Questions, Sudoku
 from experiments.training import build, seeded
 from open_mythos.config import MythosConfig
 from open_mythos.data.permutation import Int64Array
@@ -72,9 +73,9 @@ def untrained(run: RunConfig, task: Sudoku = TASK, *, unrolled: int | None = Non
     return model
 
 
-def puzzles(run: RunConfig, task: Sudoku = TASK) -> SudokuLoader:
+def puzzles(run: RunConfig, task: Sudoku = TASK) -> TaskLoader:
     """Return the training data."""
-    return SudokuLoader(task, global_batch=run.train.global_batch)
+    return TaskLoader(task, global_batch=run.train.global_batch)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,6 @@ def measure_sudoku(looped: Trained, dense: Trained, quick: bool) -> SudokuResult
     found = sudoku.answers(looped.model, questions.clues, SUDOKU_LOOPS)
     of_dense = sudoku.answers(dense.model, questions.clues)
     shown = _shown_puzzle(questions, found)
-    boards = sudoku.answers(looped.model, questions.clues[shown : shown + 1], SHOWN_LOOPS).boards
     levels, grid = list(sudoku.LEVELS), sudoku.TASK.grid
     return SudokuResults(
         levels=levels, asked=[len(questions.level(level)) for level in levels],
@@ -79,7 +78,7 @@ def measure_sudoku(looped: Trained, dense: Trained, quick: bool) -> SudokuResult
         dense_solved=[of_dense.solved(questions, level)[0] for level in levels],
         shape=(grid.height, grid.width), clues=questions.clues[shown].tolist(),
         solution=questions.solution[shown].tolist(),
-        boards={n: board[0].tolist() for n, board in zip(SHOWN_LOOPS, boards, strict=True)},
+        boards={n: found.boards[found.loops.index(n)][shown].tolist() for n in SHOWN_LOOPS},
         looped=looped.curve, dense=dense.curve,
     )  # fmt: skip
 

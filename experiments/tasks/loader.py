@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, ClassVar, Protocol
 
@@ -14,24 +15,28 @@ class Task(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def batch(self, step: int, *, global_batch: int, hops: int) -> Batch:
-        """Draw the rows of ``step``, a pure function of the arguments."""
+    @property
+    def batch(self) -> Callable[..., Batch]:
+        """``batch(step, global_batch=B, ...)`` draws the rows of ``step``, a pure function."""
 
 
 class TaskLoader:
-    """Draw fresh rows of a task at every step (a ``BatchLoader`` of the trainer)."""
+    """Draw fresh rows of a task at every step (a ``BatchLoader`` of the trainer).
 
-    def __init__(self, task: Task, *, global_batch: int, hops: int) -> None:
+    ``asked`` are further arguments of its ``batch``, such as ``hops``.
+    """
+
+    def __init__(self, task: Task, *, global_batch: int, **asked: Any) -> None:
         self.step = 0
-        self._task, self._global_batch, self._hops = task, global_batch, hops
+        self._task, self._global_batch, self._asked = task, global_batch, asked
 
     def next_batch(self, step: int) -> Batch:
         """Draw the rows of ``step``."""
-        return self._task.batch(step, global_batch=self._global_batch, hops=self._hops)
+        return self._task.batch(step, global_batch=self._global_batch, **self._asked)
 
     def state_dict(self) -> dict[str, Any]:
         """Return position and identity, JSON-ready."""
-        return {"step": self.step, "task": asdict(self._task), "hops": self._hops}
+        return {"step": self.step, "task": asdict(self._task), **self._asked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a position; raise DataError if the task or its settings differ."""

@@ -150,7 +150,7 @@ class PermHopLoader(TaskLoader):
         """Draw the programs of ``step``."""
         pair = self._pair_from is not None and step >= self._pair_from
         return self._programs.batch(
-            step, global_batch=self._global_batch, hops=self._hops, chains=2 if pair else 1,
+            step, global_batch=self._global_batch, **self._asked, chains=2 if pair else 1,
             final_only=self._final_only,
         )  # fmt: skip
 

@@ -9,9 +9,8 @@ come from another pool and are sorted by what a solver needs: rounds of eliminat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from open_mythos.checks import check_count
 from open_mythos.data import Batch
 from open_mythos.data.batch import IGNORE_INDEX
 from open_mythos.data.permutation import Int64Array
-from open_mythos.errors import DataError
 from open_mythos.seeding import derive_seed
 
 
@@ -113,35 +111,7 @@ class Questions:
         """Return the puzzles of a difficulty: "3", "6-7", "8+" rounds, or "guess"."""
         if name == "guess":
             return (self.guesses > 0).nonzero()[0]
-        low, high = name.rstrip("+"), name
-        if "-" in name:
-            low, high = name.split("-")
-        most = np.inf if name.endswith("+") else int(high)
-        return ((self.guesses == 0) & (self.rounds >= int(low)) & (self.rounds <= most)).nonzero()[
-            0
-        ]
-
-
-class SudokuLoader:
-    """Draw fresh puzzles at every step (a ``BatchLoader`` of the trainer)."""
-
-    def __init__(self, task: Sudoku, *, global_batch: int) -> None:
-        self.step = 0
-        self._task, self._global_batch = task, global_batch
-
-    def next_batch(self, step: int) -> Batch:
-        """Draw the rows of ``step``."""
-        return self._task.batch(step, global_batch=self._global_batch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return position and identity, JSON-ready."""
-        return {"step": self.step, "task": asdict(self._task)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a position; raise DataError if the task differs."""
-        if state["task"] != asdict(self._task):
-            raise DataError(
-                "the position belongs to other rows", where=type(self).__name__, value=state,
-                allowed=str(self.state_dict()), fix="build the loader with the same task",
-            )  # fmt: skip
-        self.step = state["step"]
+        low, _, high = name.rstrip("+").partition("-")
+        most = np.inf if name.endswith("+") else int(high or low)
+        within = (self.rounds >= int(low)) & (self.rounds <= most)
+        return ((self.guesses == 0) & within).nonzero()[0]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.tasks.sudoku import Sudoku, SudokuLoader
+from experiments.tasks import TaskLoader
+from experiments.tasks.sudoku import Sudoku
 from experiments.tasks.sudoku_solver import Grid
 from open_mythos.data import IGNORE_INDEX
 from open_mythos.errors import DataError
@@ -119,10 +120,10 @@ def test_questions_are_sorted_by_difficulty():
 
 
 def test_the_loader_resumes_and_refuses_another_task():
-    loader = SudokuLoader(Sudoku(pool=6), global_batch=3)
+    loader = TaskLoader(Sudoku(pool=6), global_batch=3)
     loader.step = 7
-    other = SudokuLoader(Sudoku(pool=6), global_batch=3)
+    other = TaskLoader(Sudoku(pool=6), global_batch=3)
     other.load_state_dict(loader.state_dict())
     assert other.step == 7
     with pytest.raises(DataError, match="other rows"):
-        SudokuLoader(Sudoku(pool=5), global_batch=3).load_state_dict(loader.state_dict())
+        TaskLoader(Sudoku(pool=5), global_batch=3).load_state_dict(loader.state_dict())
