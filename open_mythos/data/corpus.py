@@ -283,6 +283,11 @@ def _local_file(root: Path, path: Path) -> CorpusFile:
 
 def _remote(source: str, where: str) -> tuple[str, str, list[CorpusFile]]:
     """Return the file system, the root and the files of a URL."""
+    if "::" in source:
+        raise ConfigError(
+            "not a source: a chain of file systems, such as an archive", where=where, value=source,
+            allowed="a path, or the URL of a file or folder", fix="unpack it into a folder",
+        )  # fmt: skip
     url = _at_commit(source, where) if source.startswith(_HUB) else source
     try:
         from fsspec.core import url_to_fs

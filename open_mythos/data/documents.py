@@ -32,6 +32,11 @@ RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Delays before each retry of a failed read; after the last one it is an error."""
 MAX_LINE_BYTES = 1 << 28
 PARQUET_ROWS = 256
+MAX_EXPANSION = 1000
+"""Characters of text, an empty row counted as one, per byte of a Parquet file (prose packs 3 to 10
+into a byte); a file may hold FREE_TEXT more. Beyond, it was made to fill memory and disk."""
+FREE_TEXT = 1 << 24
+_BATCH_BYTES = 1 << 29
 _BUFFER_BYTES = 1 << 20
 _RESTORE = "restore it, or start a new run on the present corpus"
 
@@ -222,27 +227,30 @@ def _parquet(
         table = pq.ParquetFile(
             file, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
         )
-        if column not in table.schema_arrow.names:
-            raise DataError(
-                f"the file has no column {column!r}", where=path, value=table.schema_arrow.names,
-                allowed="a column that the file has",
-                fix="name the column with text_field",
-            )  # fmt: skip
+        _check_kind(table.schema_arrow, column, path)
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+        sizes = [_column_size(group, column) for group in groups]
+        most = FREE_TEXT + MAX_EXPANSION * corpus.files[unit.file].size
+        _check_text(max(sum(sizes), sum(group.num_rows for group in groups)), most, path)
         # first row of each row group, then the number of rows
         starts = list(accumulate((group.num_rows for group in groups), initial=0))
         if len(groups) < unit.parts:
             first, end = unit.share(starts[-1])
         else:
             first, end = (starts[group] for group in unit.share(len(groups)))
-        row = first + cursor
+        row, read = first + cursor, 0
         for group, start in enumerate(starts[:-1]):
             if starts[group + 1] <= row or start >= end:
                 continue
-            for batch in table.iter_batches(PARQUET_ROWS, [group], [column], use_threads=False):
+            # a dictionary's entry or a shared beginning is in the file once, and in every row
+            rows = min(PARQUET_ROWS, max(1, _BATCH_BYTES // max(1, sizes[group])))
+            for batch in table.iter_batches(rows, [group], [column], use_threads=False):
                 for cell in batch.column(0)[max(0, row - start) : max(0, end - start)]:
                     value = cell.as_py()  # a null is an empty text
-                    text = "" if value is None else checked_text(value, f"{path}, row {row}")
+                    where = f"{path}, row {row}"
+                    text = "" if value is None else checked_text(value, where)
+                    read += len(text) + 1
+                    _check_text(read, most, where)
                     yield Document(row - first, text)
                     row += 1
                 start += len(batch)
@@ -254,6 +262,41 @@ def _parquet(
             allowed="a whole Parquet file",
             fix="download it again, or leave it out",
         ) from error  # fmt: skip
+
+
+def _check_kind(schema: Any, column: str, path: str) -> None:
+    """Raise a DataError unless the column holds texts or nothing."""
+    if column not in schema.names:
+        raise DataError(
+            f"the file has no column {column!r}", where=path, value=schema.names,
+            allowed="a column that the file has",
+            fix="name the column with text_field",
+        )  # fmt: skip
+    kind = schema.types[schema.names.index(column)]
+    kind = getattr(kind, "storage_type", kind)  # of an extension
+    kind = str(getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind)
+    if kind not in ("string", "large_string", "string_view", "null"):
+        raise DataError(
+            f"the column {column!r} holds no texts: a value is not a string",
+            where=f"{path}, row 0", value=kind, allowed="a column of strings",
+            fix="name the column with text_field",
+        )  # fmt: skip
+
+
+def _column_size(group: Any, column: str) -> int:
+    """Return the bytes of a column of a row group before compression."""
+    chunks = (group.column(i) for i in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
+
+
+def _check_text(size: int, most: int, where: str) -> None:
+    if size > most:
+        raise DataError(
+            "the Parquet file holds far more text than fits a file of its size", where=where,
+            value=f"{size:,} characters or more",
+            allowed=f"{most:,} ({MAX_EXPANSION:,} per byte of the file, and {FREE_TEXT:,})",
+            fix="leave it out; if its rows repeat, write them compressed less, or as .jsonl",
+        )  # fmt: skip
 
 
 def _jsonl(file: io.BufferedReader, corpus: Corpus, unit: Unit, cursor: int) -> Iterator[Document]:

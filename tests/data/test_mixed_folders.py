@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from open_mythos.data import open_corpus, prepare, read_documents
+from open_mythos.data import documents, open_corpus, prepare, read_documents
 from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError, DataError, MythosError
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
@@ -50,6 +50,46 @@ def test_a_null_of_parquet(tmp_path):
     pq.write_table(pa.table({"text": ["a", None, "b"]}), raw)
     (tmp_path / "a.parquet").write_bytes(raw.getvalue())
     assert list(read_documents(tmp_path / "a.parquet")) == ["a", "", "b"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # one entry of a dictionary in every row
+        {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"},  # one beginning in all
+    ],
+)
+def test_a_small_file_of_endless_text_is_refused(tmp_path, monkeypatch, options):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(documents, "FREE_TEXT", 1 << 16)
+    monkeypatch.setattr(documents, "_BATCH_BYTES", 1 << 20)
+    path, text = tmp_path / "a.parquet", "x" * (1 << 18)
+    pq.write_table(pa.table({"text": [text] * 64}), path, compression="zstd", **options)
+    assert path.stat().st_size < 1024
+    before, texts = pa.total_allocated_bytes(), read_documents(path)
+    assert next(texts) == text
+    assert pa.total_allocated_bytes() - before < 16 * len(text)  # of 64 rows
+    with pytest.raises(DataError, match=r"(?s)far more text.*row 1\b"):
+        list(texts)
+    with pytest.raises(DataError, match="far more text"):
+        prepare(path, tmp_path / "out", ByteTokenizer())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000, None])
+def test_a_file_that_says_how_much_it_holds_is_refused_at_once(tmp_path, monkeypatch, text):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(documents, "FREE_TEXT", 1 << 10)
+    monkeypatch.setattr(documents, "MAX_EXPANSION", 100)
+    table = pa.table({"text": pa.array([text] * (1000 if text else 10**6), pa.string())})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=not text)
+    with pytest.raises(DataError, match=r"(?s)far more text.*a\.parquet\n"):
+        next(read_documents(tmp_path / "a.parquet"))
+
+
+def test_an_archive_is_no_source(tmp_path):
+    with pytest.raises(ConfigError, match="unpack"):
+        open_corpus(f"zip://a.txt::{tmp_path}/a.zip")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
