@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from open_mythos.checks import is_int, is_number
 from open_mythos.errors import DataError, EnvironmentError_
 from open_mythos.files import read_object, read_text, write_text
 
@@ -41,6 +42,8 @@ STATE_FILE = "state.json"
 """Of a checkpoint: step, data position, depths, ..."""
 VALIDATED_DEPTHS = "validated_depths"
 """Key of ``STATE_FILE``: the record of validated depths."""
+DEPTHS_FILE = "validated_depths.json"
+"""That record, beside a model that is no checkpoint: one with a trained gate, an exported one."""
 AVERAGE_FILE = "average.safetensors"
 """Of a checkpoint: averaged weights, with ``optim.ema_decay``."""
 GATE_FILE = "gate.json"
@@ -153,8 +156,8 @@ def find_beside(model_folder: Path, name: str) -> Path | None:
 
 def validated_range(model_folder: Path) -> tuple[int, int] | None:
     """Return the least and the most loops at which a checkpoint was validated, None if unknown."""
-    record = validated_record(model_folder) or {}
-    return None if record.get("low") is None else (record["low"], record["high"])
+    record = validated_record(model_folder)
+    return None if record is None or record["low"] is None else (record["low"], record["high"])
 
 
 def usable_depths(validated: Sequence[int] | None, trained: int) -> tuple[int, int]:
@@ -167,11 +170,43 @@ def usable_depths(validated: Sequence[int] | None, trained: int) -> tuple[int, i
 
 
 def validated_record(model_folder: Path) -> dict[str, Any] | None:
-    """Return the record of validated depths of a checkpoint, None if it has none.
+    """Return the record of validated depths of a stored model, None if it has none.
 
     Its "low" and "high" are the validated range, None if no depth was good.
+
+    Raises:
+        DataError: It is not one.
     """
-    path = model_folder / STATE_FILE
-    if not path.is_file():
+    path, record = model_folder / STATE_FILE, None
+    if path.is_file():
+        record = read_object(path, "the checkpoint's state cannot be read").get(VALIDATED_DEPTHS)
+    elif (path := model_folder / DEPTHS_FILE).is_file():
+        record = read_object(path, "the record of validated depths cannot be read")
+    if record is None:
         return None
-    return read_object(path, "the checkpoint's state cannot be read").get(VALIDATED_DEPTHS)
+    if not _is_record(record):
+        raise DataError(
+            "not a record of validated depths", where=str(path), value=record,
+            allowed="low and high (loops, or null); with rows of depth and loss, a tolerance",
+            fix="write it again, or delete it",
+        )  # fmt: skip
+    return record
+
+
+def _is_record(record: Any) -> bool:
+    if not (isinstance(record, dict) and {"low", "high"} <= record.keys()):
+        return False
+    low, high, rows = record["low"], record["high"], record.get("rows", [])
+    known = low is high is None or (is_int(low) and is_int(high) and 1 <= low <= high)
+    return known and isinstance(rows, list) and all(
+        is_number(record.get("tolerance")) and isinstance(row, dict) and is_int(row.get("depth"))
+        and (row.get("loss", "") is None or is_number(row.get("loss")))
+        for row in rows
+    )  # fmt: skip
+
+
+def copy_depths(model_folder: Path, target: Path) -> None:
+    """Write the record of validated depths of a stored model, if it has one, beside its copy."""
+    record = validated_record(model_folder)
+    if record is not None:
+        write_text(target / DEPTHS_FILE, json.dumps(record, indent=1) + "\n")

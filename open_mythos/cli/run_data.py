@@ -13,7 +13,7 @@ from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import AtLeast, exit_rule
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import CONFIG_FILE, TOKENIZER_FOLDER, find_beside
+from open_mythos.run_folder import CONFIG_FILE, TOKENIZER_FOLDER, copy_depths, find_beside
 
 
 def depth_of(
@@ -61,7 +61,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def copy_run_files(checkpoint: str, folder: Path) -> None:
-    """Copy the tokenizer and configuration of a model's run into ``folder``."""
+    """Copy tokenizer, configuration and validated depths of a model's run into ``folder``."""
+    copy_depths(model_directory(checkpoint), folder)
     for name in (TOKENIZER_FOLDER, CONFIG_FILE):
         found = find_beside(model_directory(checkpoint), name)
         if found is not None and found.is_dir():

@@ -103,9 +103,11 @@ def _trained(loops: int, folder: Path) -> str:
 
 def _validated(folder: Path) -> str:
     record = validated_record(folder)
-    if not record or record.get("low") is None:
+    if record is None or record["low"] is None:
         return "- **Not validated** at other depths: measure them with `open-mythos evaluate`."
     low, high = record["low"], record["high"]
+    if not record.get("rows"):
+        return f"- **Validated** for {low} to {high} loops."
     rows = "".join(
         f"| {row['depth']} | {row['loss']:.4f} |\n" for row in record["rows"]
         if row["loss"] is not None

@@ -13,6 +13,7 @@ from open_mythos.files import read_object
 from open_mythos.run_folder import (
     AVERAGE_FILE,
     CHECKPOINTS_FOLDER,
+    DEPTHS_FILE,
     GATE_FILE,
     ORIGIN_FILES,
     PROVENANCE_FILE,
@@ -171,7 +172,7 @@ def first_line(error: Exception) -> str:
 def _download(model_id: str) -> Path:
     files = [
         CONFIG_FILE, INDEX_FILE, "model*.safetensors", "tokenizer*.json", f"{TOKENIZER_FOLDER}/*",
-        GATE_FILE, *ORIGIN_FILES,
+        GATE_FILE, DEPTHS_FILE, *ORIGIN_FILES,
     ]  # fmt: skip
     folder = download(model_id, files, where="from_pretrained")
     if not _holds_model(folder):

@@ -13,7 +13,7 @@ from open_mythos.hub.card import model_card
 from open_mythos.hub.places import first_line, is_hub_id, model_directory, tokenizer_beside
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.run_folder import GATE_FILE, ORIGIN_FILES, find_beside
+from open_mythos.run_folder import GATE_FILE, ORIGIN_FILES, copy_depths, find_beside
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 CARD_FILE = "README.md"
@@ -28,7 +28,8 @@ def export_folder(
     """Write a model as a folder that this library and ``transformers`` read.
 
     It holds configuration, weights, tokenizer, ``generation_config.json``, a model card and, where
-    the checkpoint has them, the chat template, the exit gate's record and the origin.
+    the checkpoint has them, the chat template, the records of the exit gate and of validated
+    depths, and the origin.
 
     Args:
         checkpoint: Folder of a model, of a checkpoint or of a run (its newest checkpoint).
@@ -50,6 +51,7 @@ def export_folder(
     for file in (GATE_FILE, *ORIGIN_FILES):
         if (found := find_beside(folder, file)) is not None:
             shutil.copyfile(found, target / file)
+    copy_depths(folder, target)
     card = model_card(model, name or target.name, folder, licence)
     write_text(target / CARD_FILE, card)
     return target

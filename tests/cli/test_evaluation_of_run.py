@@ -14,7 +14,7 @@ from open_mythos.cli import main
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.hub.averages import averaged_model
 from open_mythos.hub.places import first_id, model_directory, stored_tokenizer, weights_of
-from open_mythos.run_folder import read_config
+from open_mythos.run_folder import read_config, validated_record
 from open_mythos.train import RunConfig, build_run
 from open_mythos.train.setting import described_run, setting_of
 
@@ -129,6 +129,9 @@ def test_the_gate_is_trained_on_the_setting_of_the_run(place, tmp_path, monkeypa
         "--positions=64", "--quiet",
     ]) == 0  # fmt: skip
     assert json.loads((out / "gate.json").read_text())["weights"] == "averaged"
+    trained = validated_record(model_directory(str(place / "runs" / "m")))
+    assert trained is not None
+    assert validated_record(out) == trained
 
 
 def test_the_trainer_and_the_commands_share_one_setting(place, monkeypatch):

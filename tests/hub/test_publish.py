@@ -20,6 +20,7 @@ from open_mythos.run_folder import (
     STATE_FILE,
     TOKENIZER_FOLDER,
     VALIDATED_DEPTHS,
+    validated_record,
     write_config,
 )
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
@@ -85,6 +86,7 @@ def test_the_folder_in_both_worlds(model, checkpoint, tmp_path):
     assert GenerationConfig.from_pretrained(out).eos_token_id == 257
     assert stored_tokenizer(out).encode(TEXT) == ByteTokenizer().encode(TEXT)
     assert (out / GATE_FILE).is_file()
+    assert validated_record(out) == RECORD
     assert json.loads((out / "provenance.json").read_text())["family"] == "ouro"
 
 

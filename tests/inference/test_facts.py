@@ -11,13 +11,14 @@ import torch
 from helpers import randomise, small_config, small_model
 
 from open_mythos import DenseTransformer, from_pretrained, save_pretrained
+from open_mythos.errors import DataError
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.facts import measured_speed, self_check, served_facts
 from open_mythos.inference.request import Finished, Outcome, Request, Token
 from open_mythos.inference.server.host import Host, worker_command
 from open_mythos.inference.worker import build_engine
 from open_mythos.ops.sampling import SamplingParams
-from open_mythos.run_folder import STATE_FILE, VALIDATED_DEPTHS
+from open_mythos.run_folder import STATE_FILE, VALIDATED_DEPTHS, validated_range
 
 
 @pytest.fixture
@@ -54,6 +55,20 @@ def test_a_looped_model(checkpoint: Path):
 def test_validated_depth(checkpoint: Path, record: object, expected: object):
     (checkpoint / STATE_FILE).write_text(json.dumps({VALIDATED_DEPTHS: record}))
     assert facts_of(checkpoint)["validated_depth"] == expected
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        3, {}, {"low": 2}, {"low": "2", "high": "6"}, {"low": 6, "high": 2},
+        {"low": 2, "high": 6, "tolerance": 0.05, "rows": [3]},
+        {"low": 2, "high": 6, "rows": [{"depth": 2, "loss": 1.0}]},
+    ],
+)  # fmt: skip
+def test_a_record_of_other_kinds_is_refused(checkpoint: Path, record: object):
+    (checkpoint / STATE_FILE).write_text(json.dumps({VALIDATED_DEPTHS: record}))
+    with pytest.raises(DataError, match="validated depths"):
+        validated_range(checkpoint)
 
 
 def test_a_dense_model(tmp_path: Path):
