@@ -9,7 +9,7 @@ from typing import Any
 
 from open_mythos.checks import checked
 from open_mythos.errors import DataError, EnvironmentError_
-from open_mythos.run_folder import CHECKPOINTS_FOLDER, STATE_FILE
+from open_mythos.run_folder import CHECKPOINTS_FOLDER, STATE_FILE, validated_record
 from open_mythos.train.checkpoint.manifest import read_json, verify_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,9 @@ def find_checkpoint(source: str | Path, strict: bool = False) -> Path:
 @checked
 def read_state(path: str | Path) -> dict[str, Any]:
     """Return the content of ``state.json``."""
-    return read_json(Path(path) / STATE_FILE)
+    folder = Path(path)
+    validated_record(folder)  # refuses what is none
+    return read_json(folder / STATE_FILE)
 
 
 def list_folder(folder: Path) -> list[Path]:

@@ -75,8 +75,9 @@ def entry_of_file(path: Path) -> Entry:
     Raises:
         DataError: The file cannot be read.
     """
+    size = _size(path)
     try:
-        return {"bytes": path.stat().st_size, "sha256": hash_blocks(path)}
+        return {"bytes": size, "sha256": hash_blocks(path)}
     except OSError as error:
         raise _damaged(path, str(error), "a readable file") from error
 
@@ -111,10 +112,21 @@ def verify_checkpoint(path: str | Path) -> None:
         expected = "as listed in the manifest" if name in files else "no file of this name"
         raise _damaged(folder / name, "present" if name in names else "missing", expected)
     for name, expected in files.items():
-        found = entry_of_file(folder / name)
-        if found != expected:
-            raise _damaged(folder / name, *_difference(found, expected))
+        file = folder / name
+        size = expected.get("bytes") if isinstance(expected, dict) else None
+        if (found := _size(file)) != size:  # before reading what a hole may make endless
+            raise _damaged(file, f"{found} bytes", f"{size} bytes")
+        entry = entry_of_file(file)
+        if entry != expected:
+            raise _damaged(file, *_difference(entry, expected))
     _check_finite(folder)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise _damaged(path, str(error), "a readable file") from error
 
 
 def _check_finite(folder: Path) -> None:
@@ -186,8 +198,6 @@ def _hash_pieces(pieces: list[memoryview]) -> str:
 def _difference(found: Entry, expected: Any) -> tuple[str, str]:
     """Describe the found and the expected value of the first difference."""
     try:
-        if found["bytes"] != expected["bytes"]:
-            return f"{found['bytes']} bytes", f"{expected['bytes']} bytes"
         pairs = zip(found["sha256"], expected["sha256"], strict=True)
         start = HASH_BLOCK_BYTES * next(i for i, (a, b) in enumerate(pairs) if a != b)
     except (KeyError, TypeError, ValueError, StopIteration):  # the manifest itself is damaged

@@ -15,7 +15,7 @@ from open_mythos import from_pretrained
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.files import sync_to_disk
 from open_mythos.train import Trainer, build_model, find_checkpoint, verify_checkpoint
-from open_mythos.train.checkpoint import write
+from open_mythos.train.checkpoint import manifest, write
 from open_mythos.train.checkpoint.config_changes import MAY_CHANGE, reject_changes
 from open_mythos.train.checkpoint.find import checkpoints
 from open_mythos.train.checkpoint.restore import load_checkpoint
@@ -170,6 +170,18 @@ def test_a_manifest_that_lost_its_last_byte_is_damage(trained):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"manifest\.json"):
         verify_checkpoint(path.parent)
+
+
+def test_a_file_of_another_size_is_not_read(trained, monkeypatch):
+    """A hole of many gigabytes takes no room on the disk, and minutes to hash."""
+    _, _, folder = trained
+    os.truncate(folder / "step_00000004" / "state.json", 1 << 40)
+    hashed = []
+    real = manifest.hash_blocks
+    monkeypatch.setattr(manifest, "hash_blocks", lambda p: hashed.append(p.name) or real(p))
+    with pytest.raises(DataError, match="1099511627776 bytes"):
+        verify_checkpoint(folder / "step_00000004")
+    assert "state.json" not in hashed
 
 
 def test_a_file_too_many_is_damage(trained):

@@ -32,6 +32,7 @@ CHANGES = {
     "watch of another kind": lambda s: s.update(watch="none"),
     "no scale": lambda s: s.pop("loss_scale"),
     "no depths": lambda s: s.pop("validated_depths"),
+    "depths of another kind": lambda s: s.update(validated_depths={"low": "one", "high": 4}),
     "no configuration": lambda s: s.pop("config"),
     "a configuration of another kind": lambda s: s.update(config=7),
 }
