@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
+NO_TOKENIZER = "the file is not a tokenizer"
+MOST_GROWTH = 100
+"""Times as long as before that replacements may make a text."""
 
 
 def is_path(name: str | Path) -> bool:
@@ -47,15 +52,10 @@ def read_local(path: Path) -> tuple[RustTokenizer, str, dict[str, str]]:
             fix='check the path; "byte" needs no files; convert a SentencePiece model with '
             "transformers' save_pretrained",
         )  # fmt: skip
-    try:
-        rust = RustTokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(
-            "the file is not a tokenizer",
-            where=str(file),
-            value=str(error),
-            allowed="a tokenizer.json of the tokenizers library",
-        ) from error
+    layout = read_object(file, NO_TOKENIZER)
+    _check_growth(layout, file)
+    with rust_failures(NO_TOKENIZER, str(file), "a tokenizer.json of the tokenizers library"):
+        rust = RustTokenizer.from_str(json.dumps(layout))
     config = read_config(file.parent)
     name, specials = config.get("name_or_path"), {}
     for role in SPECIALS:
@@ -64,6 +64,49 @@ def read_local(path: Path) -> tuple[RustTokenizer, str, dict[str, str]]:
         if isinstance(token, str):
             specials[role] = token
     return rust, name if isinstance(name, str) and name else file.parent.name, specials
+
+
+@contextmanager
+def rust_failures(what: str, where: str, allowed: str, value: Any = None) -> Iterator[None]:
+    """Turn what the library raises, its panics among them, into a DataError.
+
+    A panic, as of a regular expression that finds no end, is no ``Exception``.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        shown = str(error) if value is None else value
+        fix = "use another tokenizer.json; this one was damaged or made to fail"
+        raise DataError(what, where=where, value=shown, allowed=allowed, fix=fix) from error
+
+
+def _check_growth(layout: dict[str, Any], file: Path) -> None:
+    """Refuse replacements that, one after another, make a text many times as long."""
+    for part in ("normalizer", "decoder"):
+        growth = 1.0
+        for step in _steps(layout.get(part)):
+            pattern, content = step.get("pattern"), step.get("content")
+            if step.get("type") == "Replace" and isinstance(content, str):
+                found = pattern.get("String") if isinstance(pattern, dict) else None
+                growth *= max(1.0, len(content) / max(1, len(found or "")))
+        if growth > MOST_GROWTH:
+            raise DataError(
+                "the tokenizer makes texts too long", where=f"{file}: {part}",
+                value=f"{growth:.3g} times as long", allowed=f"at most {MOST_GROWTH} times",
+                fix="use another tokenizer.json; this one was damaged or made to fail",
+            )  # fmt: skip
+
+
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    """Yield a part of a layout, or the parts of its sequence."""
+    if isinstance(part, dict):
+        yield part
+        for name in ("normalizers", "decoders"):
+            inner = part.get(name)
+            for each in inner if isinstance(inner, list) else ():
+                yield from _steps(each)
 
 
 def write_config(directory: Path, config: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_mythos.checks import check_count, is_int
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.tokenizer.files import write_config, write_text
+from open_mythos.tokenizer.files import rust_failures, write_config, write_text
 from open_mythos.tokenizer.interface import SPECIALS, checked_text, id_list
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ _WORDS = (
 _PROBE = "The quick brown fox,\n\t  it's 31415926 naïve Straße 東京 العربية हिन्दी 👩‍🔬 \x00<|eos|>"
 
 MOST_IDS = 10_000_000
-"""Of a BPE that "bpe:N" trains: above it, the trainer allocates more than any machine has."""
+"""Of a vocabulary: above it, training a BPE allocates more than any machine has."""
+MOST_LETTERS = 4096
+"""Of the spelling of a special token."""
 
 
 class RustBacked:
@@ -47,6 +49,14 @@ class RustBacked:
         vocabulary = rust.get_vocab(with_added_tokens=True)
         # ids may have gaps, so the length of a vocabulary does not bound them
         self._length = max(len(vocabulary), max(vocabulary.values()) + 1)
+        longest = max(map(len, self._specials.values()))
+        if self._length > MOST_IDS or longest > MOST_LETTERS:
+            raise DataError(
+                "no model has such a vocabulary", where=f"tokenizer {name}",
+                value=f"{self._length:,} ids, a special token of {longest:,} characters",
+                allowed=f"at most {MOST_IDS:,} ids, and {MOST_LETTERS:,} characters",
+                fix="use another tokenizer.json; this one was damaged or made to fail",
+            )  # fmt: skip
         self.vocab_size = -(-self._length // 64) * 64
         ids = self.bos_id, self.eos_id, self.pad_id = [
             vocabulary[self._specials[role]] for role in ("bos", "eos", "pad")
@@ -120,15 +130,12 @@ class RustBacked:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode every text, on all cores."""
         checked = [checked_text(text) for text in texts]
-        try:
+        with rust_failures(
+            "the tokenizer cannot encode the text", f"tokenizer {self.name}",
+            "words of the vocabulary, which its rules can divide",
+            texts[0] if len(texts) == 1 else f"{len(texts)} texts",
+        ):  # fmt: skip
             encoded = self._rust.encode_batch_fast(checked, add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(
-                "the text has a word outside the vocabulary", where=f"tokenizer {self.name}",
-                value=texts[0] if len(texts) == 1 else f"{len(texts)} texts",
-                allowed="words of the vocabulary",
-                fix="see the vocabulary in tokenizer.json",
-            ) from error  # fmt: skip
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -137,7 +144,11 @@ class RustBacked:
         Raises:
             DataError: An id outside 0..vocab_size - 1.
         """
-        return self._rust.decode(id_list(ids, self.vocab_size), skip_special_tokens=True)
+        given = id_list(ids, self.vocab_size)
+        with rust_failures(
+            "the tokenizer cannot decode the ids", f"tokenizer {self.name}", "ids that it can"
+        ):
+            return self._rust.decode(given, skip_special_tokens=True)
 
     def to_json(self) -> str:
         """Return the content of ``tokenizer.json``."""
@@ -171,6 +182,11 @@ class BPETokenizer(RustBacked):
             raise ConfigError(
                 "no vocabulary could be so large", where="vocab_size", value=vocab_size,
                 allowed=f"at most {MOST_IDS:,}", fix="choose a smaller one",
+            )  # fmt: skip
+        if isinstance(texts, str | bytes):  # whose items are letters
+            raise ConfigError(
+                "one text is not a collection of texts", where="texts", value=texts,
+                allowed="an iterable of strings", fix="pass [text]",
             )  # fmt: skip
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as RustTokenizer

@@ -14,6 +14,11 @@ def test_bpe_compresses_and_is_reproducible() -> None:
     assert len(BPETokenizer.train([], 259)) == 259
 
 
+def test_one_text_is_no_collection_of_texts() -> None:
+    with pytest.raises(ConfigError, match="not a collection"):
+        BPETokenizer.train("abc", 300)
+
+
 @pytest.mark.parametrize("vocab_size", [258, 0, -1, 300.0, "300"])
 def test_bpe_needs_room_for_every_byte(vocab_size: object) -> None:
     with pytest.raises(ConfigError, match="259"):
