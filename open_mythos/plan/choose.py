@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, isqrt
 
 from open_mythos.checks import check_fields, checked
 from open_mythos.errors import ConfigError
@@ -15,7 +15,7 @@ from open_mythos.plan.memory import Memory, counted_bytes, likely_bytes, memory
 from open_mythos.plan.tracker import Part
 
 MOST_GPUS, LEAST_CONTEXT = 65_536, 512
-"""Most GPUs and shortest sequences that an error message suggests."""
+"""Most GPUs of a plan, and the shortest sequences that an error message suggests."""
 NEARLY = 1.02
 """Layouts with steps up to this factor of the shortest count as equally fast."""
 DOUBT = 0.9
@@ -217,7 +217,8 @@ def _any_fits(job: Job, gpu: GPU, gpus: int, local_batch: int) -> bool:
 
 
 def _divisors(n: int) -> list[int]:
-    return [k for k in range(1, n + 1) if n % k == 0]
+    small = [k for k in range(1, isqrt(n) + 1) if n % k == 0]
+    return sorted({*small, *(n // k for k in small)})
 
 
 def _gb(count: float) -> str:

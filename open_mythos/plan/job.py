@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from open_mythos.accounting import Accounting, account
-from open_mythos.checks import check_count, check_fields, pick
+from open_mythos.checks import MAX_LOOPS, check_count, check_fields, check_number, pick
 from open_mythos.config import MythosConfig
 from open_mythos.errors import ConfigError
 from open_mythos.plan.parameters import Parameter, parameters
@@ -47,7 +47,7 @@ class Job:
         # copy: jobs are cache keys, so later changes to the caller's object must not reach them
         object.__setattr__(self, "cfg", replace(self.cfg))
         check_count("context", self.context)
-        check_count("max_loops", self.max_loops)
+        check_number("max_loops", check_count("max_loops", self.max_loops), le=MAX_LOOPS)
         if self.context > self.cfg.max_seq_len:
             raise ConfigError(
                 "sequences exceed the model's context", where="context", value=self.context,

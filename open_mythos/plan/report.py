@@ -10,7 +10,7 @@ from typing import Any
 from open_mythos.accounting import Accounting, account
 from open_mythos.checks import check_count, check_number, checked
 from open_mythos.errors import ConfigError
-from open_mythos.plan.choose import Wish, choose, step_seconds
+from open_mythos.plan.choose import MOST_GPUS, Wish, choose, step_seconds
 from open_mythos.plan.communication import Traffic, communication
 from open_mythos.plan.hardware import GPU, MFU
 from open_mythos.plan.job import Job, Layout
@@ -18,6 +18,8 @@ from open_mythos.plan.memory import Memory, activations_per_loop, memory
 
 DEFAULT_BATCH_TOKENS = 1 << 22
 """Default tokens per optimizer step."""
+MOST_BATCH_TOKENS = 10**12
+"""Most of them: the divisors of a batch are searched."""
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -170,12 +172,12 @@ def make_plan(
         DoesNotFitError: No layout fits.
         ConfigError: A number is out of range.
     """
-    check_count("gpus", gpus)
+    check_number("gpus", check_count("gpus", gpus), le=MOST_GPUS)
     price = gpu.price if price is None else price
     check_number("tokens", tokens, gt=0)
     check_number("mfu", mfu, gt=0, le=1)
     check_number("price", price, ge=0)
-    check_number("global_batch_tokens", batch_tokens, ge=0)
+    check_number("global_batch_tokens", batch_tokens, ge=0, le=MOST_BATCH_TOKENS)
     local_batch = (batch_tokens or DEFAULT_BATCH_TOKENS) / job.context / gpus
     if batch_tokens and local_batch < 1:
         raise ConfigError(

@@ -216,6 +216,7 @@ def test_flops_follow_the_mean_depth_and_memory_the_maximum() -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"context": 0}, {"context": 257}, {"n_loops": 5}, {"n_loops": 0}, {"max_loops": 0},
+     {"max_loops": 10**6},
      {"grad_loops": 0}, {"dtype": "int8"}, {"optimizer": "sgd"}],
 )  # fmt: skip
 def test_invalid_jobs_are_rejected(changes: dict) -> None:
@@ -228,7 +229,8 @@ def test_invalid_jobs_are_rejected(changes: dict) -> None:
     [
         ({"gpus": 0}, "gpus"), ({"tokens": 0}, "tokens"), ({"mfu": 0}, "mfu"),
         ({"mfu": 1.5}, "mfu"), ({"price": -1}, "price"), ({"batch_tokens": 64}, "global_batch"),
-        ({"batch_tokens": -1}, "global_batch"),
+        ({"batch_tokens": -1}, "global_batch"), ({"gpus": 1_000_000_007}, "gpus"),
+        ({"batch_tokens": 1e18}, "global_batch"),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_rejected(options: dict, where: str) -> None:
