@@ -353,9 +353,10 @@ def _check_model(model: CausalLM, targets: list[tuple[str, nn.Module]], group: i
                 allowed = "models on one device"
                 raise _error("this weight is not a whole tensor", where, kind, allowed, single)
             check_packing(weight.shape[-2 if routed else -1], group, where)
-            if not weight.isfinite().all():
-                value, fix = "NaN or infinite", "use an earlier checkpoint"
-                raise _error("a weight is not finite", where, value, "finite weights", fix)
+    for where, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            value, fix = "NaN or infinite", "use an earlier checkpoint"
+            raise _error("a weight is not finite", where, value, "finite weights", fix)
 
 
 def _error(what: str, where: str, value: Any, allowed: str, fix: str) -> ConfigError:

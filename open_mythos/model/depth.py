@@ -52,6 +52,12 @@ class Depth:
             object.__setattr__(self, "n_loops", tuple(loops) if several else loops[0])
         if self.grad_loops is not None:
             check_count("grad_loops", self.grad_loops)
+            if self.exit_rule is not None:
+                raise ConfigError(
+                    "a call with an exit rule has no gradients", where="grad_loops",
+                    value=self.grad_loops, allowed="None with an exit_rule",
+                    fix="leave out one of them",
+                )  # fmt: skip
         check_count("min_loops", self.min_loops, least=0)
         if self.exit_rule is not None and not callable(self.exit_rule):
             raise ConfigError(

@@ -184,6 +184,11 @@ def test_weights_that_cannot_be_rounded_are_named():
     with pytest.raises(ConfigError, match=r"not finite\n.*coda\.0\.ffn\.down\.weight"):
         quantize(broken, "int8")
     assert not is_quantized(broken)
+    for name in ("head.weight", "final_norm.weight", "recurrent.injection.log_A"):
+        broken = built("gqa")
+        broken.get_parameter(name).data.view(-1)[0] = torch.inf
+        with pytest.raises(ConfigError, match=rf"not finite\n.*{name}"):
+            quantize(broken, "int8")
     own = built("gqa")
     own.recurrent.blocks[0].ffn.experts = type("MyExperts", (RoutedExperts,), {})()
     with pytest.raises(ConfigError, match="MyExperts"):

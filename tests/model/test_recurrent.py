@@ -10,8 +10,9 @@ from helpers import assert_differs, assert_same, random_ids, small_config, small
 from torch import Tensor
 
 from open_mythos import KVCache, LoopTrace, OpenMythos, RecurrentBlock
+from open_mythos.errors import ConfigError
 from open_mythos.model.depth import Depth
-from open_mythos.model.exit_rules import Look, Memory
+from open_mythos.model.exit_rules import FixedDepth, Look, Memory
 
 B, T = 4, 6
 
@@ -141,6 +142,10 @@ class TestTruncatedGradients:
                 h = model.step(h, e, t, ctx)
             logits.append(model.logits(h, ctx))
         return torch.cat(logits)
+
+    def test_an_exit_rule_has_no_gradients(self, attn_type):
+        with pytest.raises(ConfigError, match="grad_loops"):
+            small_model(attn_type)(random_ids(B, T), exit_rule=FixedDepth(2), grad_loops=1)
 
     @pytest.mark.parametrize("n_loops", [[5, 5, 5, 5], [1, 7, 2, 4]], ids=str)
     @pytest.mark.parametrize("k", [1, 2, 5])
