@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +55,17 @@ def resolve_device(name: str = "auto") -> torch.device:
             fix="use --device cpu, or install a CUDA build of PyTorch",
         )  # fmt: skip
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a device can give now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if info.is_file():  # "free" memory leaves out what only keeps files that were read
+        values = dict(line.split(":", 1) for line in info.read_text().splitlines())
+        return int(values["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def uncompiled(function: Function) -> Function:

@@ -10,15 +10,14 @@ A token that exits after s loops holds the entry of loop s - 1 at all deeper lev
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from open_mythos.checks import check_number
+from open_mythos.devices import free_memory
 from open_mythos.inference.pages import PAGE, Layout
 from open_mythos.model.active import Active
 from open_mythos.model.cache import KVCache
@@ -230,16 +229,5 @@ def pages_in_memory(layout: Layout, most: int, width: int, weight: Tensor, kv_me
     """
     check_number("kv_memory", kv_memory, gt=0)
     page_bytes = layout.page * width * weight.element_size()
-    budget = kv_memory if kv_memory > 1 else kv_memory * _free_memory(weight.device)
+    budget = kv_memory if kv_memory > 1 else kv_memory * free_memory(weight.device)
     return max(1, min(most, int(budget // page_bytes)))
-
-
-def _free_memory(device: torch.device) -> int:
-    """Return the bytes that a device can give now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    if info.is_file():  # "free" memory leaves out what only keeps files that were read
-        values = dict(line.split(":", 1) for line in info.read_text().splitlines())
-        return int(values["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

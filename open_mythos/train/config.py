@@ -15,6 +15,7 @@ DEPTH_PLAN_NAMES = ("fixed", "uniform", "poisson", "lognormal_poisson", "mixed")
 SCHEDULE_NAMES = ("cosine", "wsd", "constant")
 DECAY_SHAPES = ("linear", "sqrt")
 CURRICULUM_SHAPES = ("linear", "sqrt")
+LOGGER_NAMES = ("tensorboard", "wandb", "trackio")
 OPTIMIZER_NAMES = ("adamw", "muon")
 
 
@@ -209,6 +210,12 @@ class WatchConfig(_Section):
     peak_flops: float | None = within(None, gt=0)
     """Peak FLOP/s of one device, to compute MFU; None looks up known GPUs."""
 
+    def validate(self) -> None:
+        """Raise a ConfigError if a field is out of range."""
+        super().validate()
+        if not set(self.loggers) <= set(LOGGER_NAMES):
+            reject("watch", self, "loggers", f"some of {', '.join(LOGGER_NAMES)}")
+
 
 @dataclass
 class TrainConfig(_Section):
@@ -293,6 +300,10 @@ class TrainConfig(_Section):
             reject("train", self, "grad_loops", 'an integer >= 1, "auto" or None')
         if any(not is_int(depth) or depth < 1 for depth in self.eval_depths):
             reject("train", self, "eval_depths", "integers >= 1")
+        if self.out_dir == "":
+            reject("train", self, "out_dir", "a folder, or None to write nothing")
+        if self.device.startswith("meta"):
+            reject("train", self, "device", "a device that computes: auto, cpu, cuda, cuda:N")
         if self.save_every and self.out_dir is None:
             reject("train", self, "save_every", "0 without an out_dir to save in")
         if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
@@ -354,6 +365,8 @@ class RunConfig:
         for name in _SECTIONS:
             getattr(self, name).validate()
         train, dense = self.train, self.architecture == "dense"
+        if self.watch.loggers and train.out_dir is None:
+            reject("watch", self.watch, "loggers", "[] without a train.out_dir")
         if train.seq_len > self.model.max_seq_len:
             most = self.model.max_seq_len
             reject("train", train, "seq_len", f"at most model.max_seq_len ({most})")

@@ -111,6 +111,11 @@ def build_run(
                 "process", train.micro_batch, fitting, local,
             )  # fmt: skip
         train.micro_batch = fitting
+    if train.warmup_steps >= train.steps and rank() == 0:
+        logger.warning(
+            "the learning rate never arrives: train.warmup_steps is %d, train.steps %d",
+            train.warmup_steps, train.steps,
+        )  # fmt: skip
     tokenizer = open_tokenizer(config)
     if fit_vocabulary and not train.init_from:
         config.model.vocab_size = tokenizer.vocab_size

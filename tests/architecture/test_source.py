@@ -246,7 +246,7 @@ READERS = {
     "interop/dense_source.py": "passes a GGUF file on",
     "interop/check.py": "the text of --check",
     "interop/tokenizer.py": "a template of a model to convert",
-    "inference/levels.py": "/proc/meminfo",
+    "devices.py": "/proc/meminfo",
     "inference/server/app.py": "our own page",
     "inference/worker.py": "its own stdin and stdout",
     "cli/__init__.py": "its own stdout",

@@ -17,7 +17,7 @@ from open_mythos.data import (
     TokenShards,
     prepare,
 )
-from open_mythos.errors import ConfigError, DataError
+from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.hub import from_pretrained
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
 from open_mythos.train import DataConfig, DepthConfig, RunConfig, TrainConfig, build_run, train_run
@@ -53,6 +53,19 @@ def read(source) -> bytes:
     """Return the text of all rows, in order."""
     rows = [row for batch in source.batches for row in batch.input_ids.tolist()]
     return b"".join(ByteTokenizer().decode(row).encode() for row in rows)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_built(place, monkeypatch):
+    monkeypatch.setattr("open_mythos.train.build.free_memory", lambda device: 1 << 20)
+    with pytest.raises(EnvironmentError_, match="does not fit in memory"):
+        build_run(run_of(DataConfig(path=str(place / "text"))))
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(place, caplog):
+    config = run_of(DataConfig(path=str(place / "text")))
+    config.train.warmup_steps = config.train.steps
+    build_run(config)
+    assert "never arrives" in caplog.text
 
 
 class TestValidation:

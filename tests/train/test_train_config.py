@@ -12,11 +12,14 @@ from open_mythos.errors import ConfigError
 from open_mythos.train import DEPTH_PLANS, SCHEDULES, RunConfig
 from open_mythos.train.config import (
     DEPTH_PLAN_NAMES,
+    LOGGER_NAMES,
     SCHEDULE_NAMES,
     DepthConfig,
     OptimConfig,
     TrainConfig,
+    WatchConfig,
 )
+from open_mythos.train.monitoring.loggers import LOGGERS
 
 
 def test_defaults_are_valid():
@@ -117,6 +120,10 @@ def test_out_of_range_names_the_field(section, field, bad):
             "train.decay_steps",
         ),
         (RunConfig(architecture="sparse"), "architecture"),
+        (RunConfig(train=TrainConfig(out_dir="")), "train.out_dir"),
+        (RunConfig(train=TrainConfig(device="meta")), "train.device"),
+        (RunConfig(watch=WatchConfig(loggers=["nope"])), "watch.loggers"),
+        (RunConfig(watch=WatchConfig(loggers=["wandb"])), "watch.loggers"),
         (RunConfig(architecture="dense", train=TrainConfig(grad_loops=2)), "train.grad_loops"),
         (
             RunConfig(architecture="dense", train=TrainConfig(checkpoint_loops=True)),
@@ -157,6 +164,7 @@ def test_eval_depths_default_to_the_mean():
 def test_names_match_the_tables():
     assert tuple(DEPTH_PLANS) == DEPTH_PLAN_NAMES
     assert tuple(SCHEDULES) == SCHEDULE_NAMES
+    assert tuple(LOGGERS) == LOGGER_NAMES
 
 
 def test_fields_are_all_documented():
