@@ -260,7 +260,7 @@ def _column(file: Path, canary: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": pa.array([2**62], pa.timestamp("s"))}), file)
+    pq.write_table(pa.table({"text": pa.array([2**62], pa.timestamp("ms"))}), file)
 
 
 @hostility("template with code", frozenset({"template"}))
