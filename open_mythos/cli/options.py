@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
@@ -10,7 +11,7 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from open_mythos.checks import nearest
-from open_mythos.errors import ConfigError
+from open_mythos.errors import ConfigError, DataError
 
 Command = Callable[..., int]
 
@@ -19,7 +20,10 @@ class Parser(ArgumentParser):
     """A parser that raises usage errors as ConfigErrors with the nearest option."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise a ConfigError."""
+        """Raise a ConfigError, or a DataError for bytes that are no text."""
+        if isinstance(cause := ex and ex.__context__, UnicodeEncodeError):
+            key = re.search(r'key "([\w.]+)"', message)
+            raise not_utf8(f"--{key[1]}" if key else self.prog, str(cause.object)) from ex
         fix = f"see {self.prog} --help"
         if "Union subtypes" in message and "list[" in message:
             fix = "write a list as [1,2], in quotes: '[4]'"
@@ -64,6 +68,33 @@ def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str,
             make: Any = kind
             arguments[name] = make(**arguments[name])
     return arguments
+
+
+def as_utf8(word: str) -> str:
+    """Return an argument whose bytes Python may have read in another encoding.
+
+    Bytes that are not UTF-8 stay as Python read them: they may name a file.
+    """
+    try:
+        return word if is_text(word) else os.fsencode(word).decode()
+    except UnicodeError:
+        return word
+
+
+def is_text(word: str) -> bool:
+    """Return whether Python could read all bytes of an argument."""
+    return not _SURROGATES.search(word)
+
+
+def not_utf8(where: str, value: str) -> DataError:
+    """Return the error for an argument that is no text."""
+    return DataError(
+        "the argument is not UTF-8 text", where=where, value=value, allowed="UTF-8",
+        fix="write it in UTF-8",
+    )  # fmt: skip
+
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def with_underscores(word: str, flags: Iterable[str] = (), following: str = "") -> str:

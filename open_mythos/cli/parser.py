@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 from open_mythos.checks import nearest
-from open_mythos.cli.options import Command, new_parser, parse_words
+from open_mythos.cli.options import Command, as_utf8, new_parser, parse_words
 from open_mythos.cli.train import parse_train
 from open_mythos.errors import ConfigError
 
@@ -38,7 +38,7 @@ def parse(argv: list[str]) -> tuple[Command, dict[str, Any]]:
     Raises:
         ConfigError: The command or an option is unknown, or a value is not of its type.
     """
-    name, words = _split(argv)
+    name, words = _split([as_utf8(word) for word in argv])
     if name not in COMMANDS:
         return _about(name, words)
     place, summary = COMMANDS[name]

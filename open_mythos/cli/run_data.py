@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 from pathlib import Path
 
-from open_mythos.errors import ConfigError, DataError
+from open_mythos.cli.options import is_text, not_utf8
+from open_mythos.errors import ConfigError
 from open_mythos.hub.places import model_directory
 from open_mythos.model.causal_lm import CausalLM
 from open_mythos.model.depth import Depth
@@ -43,21 +42,14 @@ def depth_of(
 
 
 def text_argument(text: str, where: str) -> str:
-    """Return the text of an argument, whose bytes Python may have read in another encoding.
+    """Return the text of an argument.
 
     Raises:
-        DataError: They are not UTF-8.
+        DataError: It is not UTF-8.
     """
-    try:
-        return os.fsencode(text).decode() if _SURROGATES.search(text) else text
-    except UnicodeError as error:
-        raise DataError(
-            "the argument is not UTF-8 text", where=where, value=text, allowed="UTF-8",
-            fix="write it in UTF-8",
-        ) from error  # fmt: skip
-
-
-_SURROGATES = re.compile("[\ud800-\udfff]")
+    if not is_text(text):
+        raise not_utf8(where, text)
+    return text
 
 
 def copy_run_files(checkpoint: str, folder: Path) -> None:

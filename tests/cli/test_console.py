@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from open_mythos.cli import as_typed, main
+from open_mythos.cli.parser import parse
 from open_mythos.cli.tables import new_console, new_table, show
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_, InternalError
 from open_mythos.files import read_object, read_text
@@ -20,6 +21,17 @@ from open_mythos.run_folder import read_config, write_config
 def test_without_arguments_it_is_help(capsys):
     assert main([]) == 0
     assert "usage: open-mythos COMMAND" in capsys.readouterr().out
+
+
+def test_arguments_are_utf8_whatever_python_took_them_for(capsys):
+    words = ["generate", "\udcff", "\udcc3\udca9 x", '--stop=["\udcc3\udca9"]']  # as with LC_ALL=C
+    assert list(parse(words)[1].values())[:2] == ["\udcff", "é x"]
+    assert parse(words)[1]["stop"] == ["é"]
+    for words in (["a\udcff"], ["a", "--stop", '["\udcff"]']):
+        assert main(["generate", "nowhere", *words]) == 3
+        said = capsys.readouterr().err
+        assert "not UTF-8" in said
+        assert ("--stop" if len(words) > 1 else "PROMPT") in said
 
 
 class TestErrors:

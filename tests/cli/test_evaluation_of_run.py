@@ -193,6 +193,13 @@ def test_the_server_uses_the_weights_of_the_evaluation(place, monkeypatch):
     )
 
 
+def test_the_server_refuses_another_tokenizer(place, monkeypatch, capsys):
+    monkeypatch.setattr("open_mythos.inference.server.life.serve_until_signal", pytest.fail)
+    run, other = str(place / "runs" / "m"), str(place / "bpe" / "tokenizer")
+    assert main(["serve", run, "--tokenizer", other]) == 3
+    assert "another tokenizer" in capsys.readouterr().err
+
+
 def test_averages_in_shards_are_seen(tmp_path):
     save_file({"average/head.weight": np.zeros(2)}, tmp_path / "shard-00001-model.safetensors")
     assert weights_of(tmp_path) == weights_of(tmp_path, "averaged") == "averaged"

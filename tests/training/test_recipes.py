@@ -151,6 +151,8 @@ def test_tokens_give_the_steps() -> None:
     assert parsed(argv).train.steps == 14_000_000
     assert parsed([*argv, "--tokens=200"]).train.steps == 1
     assert parsed([*argv, "--tokens=1001"]).train.steps == 6
+    for text in ("1K", "1e3", "0.001M"):
+        assert parsed([*argv, f"--tokens={text}"]).train.steps == 5
     assert parsed([*argv, "--train.steps", "3"]).train.steps == 3
     assert parsed(["--variant=nano"]).train.steps == TrainConfig().steps
     # a decay that fits the resulting steps, but not those of the recipe's own batch
@@ -201,6 +203,7 @@ def test_options_that_set_defaults_belong_on_the_command_line(tmp_path, trained,
         (["--subset=sample-10BT", "--source=stdlib"], ["--source, --subset"]),
         (["--tokens=10", "--train.steps=3"], ["--tokens, --train.steps"]),
         (["--tokens=-1"], ["--tokens"]),
+        (["--tokens=1X"], ["--tokens", "30B"]),
         (["--held-out=1"], ["data.held_out"]),
         (["--train.seq_len=9999"], ["train.seq_len", "max_seq_len"]),
         (["--source=missing/place"], ["no such source"]),
