@@ -10,6 +10,7 @@ alone. In exact mode its log-probabilities do not depend, in any bit, on what el
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -282,6 +283,9 @@ class Engine:
         self._totals["prefills"] += 1
         self._totals["prompt_tokens"] += chunk.stop - chunk.start
         self._totals["prefill_loops"] += (chunk.stop - chunk.start) * request.max_loops
+        if not all(math.isfinite(own or 0.0) for own, _ in scores):
+            self.scheduler.fail(sequence, "nonfinite_logits")
+            return [*events, self._end(sequence, Outcome.FAILED, sequence.error)]
         if request.prompt_logprobs:
             scored = self._scores.setdefault(sequence.serial, [(None, ())])
             scored += scores

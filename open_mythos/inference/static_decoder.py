@@ -24,7 +24,7 @@ from torch import Tensor
 
 from open_mythos.checks import check_count, checked, pick
 from open_mythos.errors import ConfigError, EnvironmentError_
-from open_mythos.inference.batch import Batch, Needs, few_sizes, runs
+from open_mythos.inference.batch import Batch, Choice, Needs, few_sizes, runs
 from open_mythos.inference.cuda_graphs import Graphs, capture_problem
 from open_mythos.inference.levels import layout_of
 from open_mythos.inference.offline import requests_of
@@ -65,6 +65,8 @@ class StaticDecoder:
 
     running_B: Tensor
     """(B,) boolean: rows that have not ended. Set one to false in place to end the row."""
+    finite_B: Tensor
+    """(B,) boolean: rows whose logits were all finite until they ended."""
 
     @checked
     def __init__(
@@ -92,6 +94,7 @@ class StaticDecoder:
         self._needs = Needs.of(())
         self._lengths = [0] * batch
         self.running_B = torch.ones(batch, dtype=torch.bool, device=device)
+        self.finite_B = torch.ones_like(self.running_B)
         self._token_B = torch.zeros(batch, dtype=torch.long, device=device)
         self._rows_B = torch.arange(batch, device=device)
 
@@ -141,11 +144,12 @@ class StaticDecoder:
             self._end = params.filler
             self._lengths = real_B
             self.running_B.fill_(True)
+            self.finite_B.fill_(True)
             runner.slots.phase[:-1] = WAITING
             if trace is not None and trace.exits is not None:
                 runner.slots.t[:-1] = trace.exits[:, -1]
             batch = self._batch()
-            self._finish(runner.choose(batch, self.model.head(hidden_BTD[:, -1])).token_R)
+            self._finish(runner.choose(batch, self.model.head(hidden_BTD[:, -1])))
         return self._token_B
 
     def step(self) -> Tensor:
@@ -179,12 +183,13 @@ class StaticDecoder:
 
     def _leave(self, batch: Batch) -> None:
         assert self._runner is not None
-        self._finish(self._runner.leave_rows(batch).token_R)
+        self._finish(self._runner.leave_rows(batch))
 
-    def _finish(self, token_B: Tensor) -> None:
+    def _finish(self, choice: Choice) -> None:
         """Keep the tokens; rows that have ended are filled."""
         assert self._runner is not None
-        self._token_B.copy_(token_B.masked_fill(~self.running_B, self._end))
+        self.finite_B.logical_and_(choice.finite_R | ~self.running_B)
+        self._token_B.copy_(choice.token_R.masked_fill(~self.running_B, self._end))
         self.running_B.logical_and_(self._runner.slots.phase[:-1] == WAITING)
 
     def _run(self, name: str, batch: Batch) -> None:

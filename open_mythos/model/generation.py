@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from open_mythos.checks import is_int
-from open_mythos.devices import HostCopy
+from open_mythos.devices import HostCopy, is_readable
 from open_mythos.errors import ConfigError
 from open_mythos.model.cache import KVCache
 from open_mythos.model.causal_lm import MASKS, CausalLM, check_tensor
 from open_mythos.model.depth import Depth
 from open_mythos.model.mode import evaluating
 from open_mythos.model.trace import LoopTrace
+from open_mythos.ops.finite import check_rows
 from open_mythos.ops.sampling import SamplingParams
 from open_mythos.tokenizer.interface import Detokenizer
 from open_mythos.tokenizer.stream import StreamDecoder
@@ -32,6 +33,8 @@ class Decoder(Protocol):
     running_B: Tensor
     """(B,) boolean: unfinished rows. Setting an entry to false in place ends the row, which is then
     filled with ``params.filler``."""
+    finite_B: Tensor
+    """(B,) boolean: rows whose logits were all finite until they ended."""
 
     def start(
         self,
@@ -67,6 +70,7 @@ class GrowingDecoder:
         trace: LoopTrace | None = None,
     ) -> None:
         self.running_B = torch.ones(batch, dtype=torch.bool, device=model.final_norm.weight.device)
+        self.finite_B = torch.ones_like(self.running_B)
         self._model, self._trace = model, trace
         self._cache = KVCache(capacity, model.cfg.kv_share == "last") if use_cache else None
 
@@ -93,6 +97,7 @@ class GrowingDecoder:
         seen_BT = ids_BT if mask_BT is None else ids_BT.masked_fill(~mask_BT.bool(), -1)
         logits_BV = self._model.head(hidden_BTD[:, -1])
         n_prompt = seen_BT.shape[1] - self._drawn
+        self.finite_B.logical_and_(logits_BV.isfinite().all(-1) | ~self.running_B)
         token_B = params.choose(logits_BV, seen_BT, self._keys_B, self._drawn, n_prompt)
         token_B = token_B.masked_fill(~self.running_B, params.filler)
         for end in params.ends:
@@ -135,7 +140,8 @@ def generate(
         ended before the others is filled with ``params.filler``.
 
     Raises:
-        ConfigError: An argument is out of range, or the result exceeds the context.
+        ConfigError: An argument is out of range, the result exceeds the context, or the model
+            computed logits that are not finite (on CUDA noticed when the host reads tokens).
     """
     params, depth = params or SamplingParams(), depth or Depth()
     model.cfg.require_causal("generate")
@@ -171,6 +177,7 @@ def generate(
             if watch is not None:
                 runs = watch.push(token_B.tolist())
                 source.running_B.logical_and_(torch.tensor(runs, device=token_B.device))
+        check_rows(source.finite_B)
     return torch.cat((input_ids, *(token_B.unsqueeze(1) for token_B in tokens)), dim=1)
 
 
@@ -215,13 +222,16 @@ def _tokens(
     """Yield up to ``max_new_tokens`` tokens (B,), until every row has ended."""
     may_end = bool(params.stop or params.ends)
     for i in range(params.max_new_tokens):
-        running = HostCopy(source.running_B.any()) if i and may_end else None
+        going_B = source.running_B & source.finite_B.all()
+        running = HostCopy(going_B.any()) if i and may_end else None
         # on CUDA, launch the next step before waiting for the copy; at most one is wasted
         if running is not None and not running.pending and not running.read():
             return
         token_B = source.step() if i else source.start(input_ids, params, depth, mask_BT)
         if running is not None and not running.read():
             return
+        if is_readable(token_B):
+            check_rows(source.finite_B)
         yield token_B.clone()
 
 

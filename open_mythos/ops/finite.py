@@ -14,9 +14,16 @@ def check_logits(logits_BV: Tensor) -> None:
     Raises:
         ConfigError: A row holds NaN or infinity, of which no token could be chosen.
     """
-    if not is_readable(logits_BV):
-        return
-    finite_B = logits_BV.isfinite().all(-1)
+    if is_readable(logits_BV):
+        check_rows(logits_BV.isfinite().all(-1))
+
+
+def check_rows(finite_B: Tensor) -> None:
+    """Check that the logits of all rows were finite; waits for a device.
+
+    Raises:
+        ConfigError: Those of a row were not.
+    """
     if not finite_B.all():
         raise ConfigError(
             "the model computed logits that are not finite", where="generate",

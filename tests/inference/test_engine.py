@@ -131,6 +131,21 @@ def test_a_request_without_tokens_scores_its_prompt(mla):
     assert not any(isinstance(each, Token) for each in events)
 
 
+def test_scores_that_are_not_numbers_fail_their_request():
+    model = small_model("mla", max_seq_len=CONTEXT)
+    with torch.no_grad():
+        model.head.weight[3] = torch.nan
+    engine = small_engine(model)
+    for tokens in (0, 2):
+        engine.add(ask(str(tokens), max_tokens=tokens, prompt_logprobs=True))
+    events = []
+    while engine.busy:
+        events += engine.step()
+    ends = [each for each in events if isinstance(each, Finished)]
+    assert [(e.outcome, e.error) for e in ends] == [(Outcome.FAILED, "nonfinite_logits")] * 2
+    assert not any(isinstance(each, PromptScored | Token) for each in events)
+
+
 @pytest.mark.parametrize("at", ["prompt", "decode"])
 def test_not_a_number_ends_its_request_alone(at):
     """A poisoned embedding; the others' bits are those without it."""

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from open_mythos import Depth, FixedDepth, from_pretrained, save_pretrained
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.inference.quantization import quantize
+from open_mythos.model import generation
 from open_mythos.model.layers.halting import halting_weights
+from open_mythos.ops import finite
 from open_mythos.ops.sampling import SamplingParams
 
 IDS = random_ids(2, 6)
@@ -27,13 +29,21 @@ def test_a_fixed_depth_may_exceed_the_trained_one():
         assert_same(model(IDS, exit_rule=FixedDepth(7)), model(IDS, 7))
 
 
-def test_no_token_is_chosen_of_logits_that_are_not_finite():
+@pytest.mark.parametrize("mode", ["eager", "static"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_no_token_is_chosen_of_logits_that_are_not_finite(mode, on_device, monkeypatch):
     model = small_model()
+    if on_device:  # where no step may wait for a value
+        for module in (generation, finite):
+            monkeypatch.setattr(module, "is_readable", lambda _: False)
     with torch.no_grad():
         model.head.weight[3] = math.nan
     for temperature in (0.0, 0.8):
         with pytest.raises(ConfigError, match="not finite"):
-            model.generate(IDS, 2, temperature=temperature)
+            model.generate(IDS, 2, temperature=temperature, mode=mode)
+
+
+def test_a_row_is_not_chosen_from_nothing():
     logits = torch.full((2, 5), -math.inf)
     with pytest.raises(ConfigError, match="not finite"):
         SamplingParams().choose(logits, IDS[:2], torch.zeros(2, dtype=torch.int64), 0)
