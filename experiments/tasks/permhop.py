@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from experiments.tasks.loader import TaskLoader
-from open_mythos.checks import check_count
+from open_mythos.checks import check_count, check_number
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
 from open_mythos.seeding import derive_seed, seeded_generator
 
 HELD_OUT_ONE_IN = 10
+MOST_ENTRIES = 1 << 24
+"""Of the tables."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class PermHop:
     def __post_init__(self) -> None:
         check_count("entities", self.entities, 2)
         check_count("relations", self.relations)
+        check_number("entities x relations", self.entities * self.relations, le=MOST_ENTRIES)
 
     @property
     def vocab_size(self) -> int:

@@ -13,9 +13,11 @@ from pathlib import Path
 from experiments.tasks.permhop import PermHop
 from experiments.tasks.sudoku import Sudoku
 from open_mythos.errors import DataError
+from open_mythos.files import read_object
 from open_mythos.run_folder import TOKENIZER_FOLDER
 
 TASK_FILE = "task.json"
+MAX_BYTES = 1 << 16
 _TASKS: dict[str, type[PermHop] | type[Sudoku]] = {"permhop": PermHop, "sudoku": Sudoku}
 
 
@@ -47,7 +49,7 @@ def load_task(folder: Path) -> PermHop | Sudoku:
     """
     path = folder / TASK_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path, "no description of a task", limit=MAX_BYTES)
         return _TASKS[values.pop("task")](**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

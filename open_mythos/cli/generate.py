@@ -1,5 +1,8 @@
 """``open-mythos generate``: sample a continuation of a prompt."""
 
+DEFAULT_TOKENS = 200
+"""Most new tokens if nothing else is asked for."""
+
 
 def generate(
     checkpoint: str,
@@ -7,7 +10,7 @@ def generate(
     n_loops: int | None = None,
     exit: str = "",
     min_loops: int | None = None,
-    max_new_tokens: int = 200,
+    max_new_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int = 50,
     top_p: float = 1.0,
@@ -30,7 +33,7 @@ def generate(
         exit: Early-exit rule: gate, kl, change, acceleration, stable, with optional parameters
             such as gate:0.9 or kl:0.01,1.0; by default none.
         min_loops: With exit: loops that every token runs at least.
-        max_new_tokens: Maximum number of new tokens.
+        max_new_tokens: Maximum number of new tokens; by default 200, or what the model allows.
         temperature: Divides the logits; 0 is greedy.
         top_k: Sample from the k most likely tokens; 0 for all.
         top_p: Sample from the smallest set of tokens with this total probability.
@@ -75,6 +78,9 @@ def generate(
     most = depth.most(model.cfg.max_loop_iters)
     if isinstance(model, OpenMythos):
         say_unvalidated(checkpoint, [most], model.cfg.max_loop_iters)
+    if max_new_tokens is None:
+        room = model.cfg.max_seq_len - len(ids)
+        max_new_tokens = max(1, min(DEFAULT_TOKENS, model.cfg.max_output_tokens, room))
     trace = LoopTrace() if exit else None
     stream, loops, tokens = StreamDecoder(tok, ids), 0, 0
 

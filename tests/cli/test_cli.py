@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,17 @@ def test_generate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert other != quiet
     code, _, err = run(capsys, "generate", str(trained), "def ", "--n-loops", "0")
     assert (code, "n_loops" in err) == (2, True)
+
+
+def test_as_many_tokens_as_the_model_allows(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    (file,) = (tmp_path / "run").glob("checkpoints/*/config.json")
+    values = json.loads(file.read_text())
+    values["config"]["max_output_tokens"] = 3
+    file.write_text(json.dumps(values))
+    assert run(capsys, "generate", str(tmp_path / "run"), "def ", "--quiet")[0] == 0
 
 
 def test_evaluate(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,15 @@ def test_the_trace_knows_the_answers(folder):
 
 def test_the_task_survives_the_disk(folder, tmp_path):
     assert load_task(folder) == TASK
-    for content in ("", "[]", '{"task": "sums"}', '{"task": "permhop", "size": 6}', "7"):
+    for content in (
+        "",
+        "[]",
+        '{"task": "sums"}',
+        '{"task": "permhop", "size": 6}',
+        "7",
+        '{"task": "permhop", "entities": 1000000000000}',
+        " " * (1 << 17),
+    ):
         (tmp_path / TASK_FILE).write_text(content)
         with pytest.raises(DataError, match="no description of a task"):
             load_task(tmp_path)
