@@ -150,6 +150,12 @@ class CausalLM(nn.Module):
         Raises:
             ConfigError: A shape, type or value is wrong, or the context is too short.
         """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ConfigError(
+                "torch.jit.trace would record one shape and one depth", where="torch.jit.trace",
+                value=type(self).__name__, allowed="torch.export.export, torch.compile",
+                fix="use torch.export.export(model, (input_ids,))",
+            )  # fmt: skip
         check = self._check_embeddings if _is_embedded(input_ids) else self.check_ids
         check(input_ids)
         batch, n_new = shape = input_ids.shape[:2]

@@ -8,7 +8,7 @@ from helpers import random_ids, small_model
 from torch import func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from open_mythos import OpenMythos
+from open_mythos import ConfigError, OpenMythos
 
 pytestmark = [
     pytest.mark.parametrize("attn_type", ["mla", "gqa"]),
@@ -60,6 +60,11 @@ def test_export(model):
     with torch.no_grad():
         program = torch.export.export(model, (IDS,))
         torch.testing.assert_close(program.module()(IDS), model(IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_script_of_one_shape_is_refused(model):
+    with pytest.raises(ConfigError, match=r"torch\.export"):
+        torch.jit.trace(model, (IDS,))
 
 
 def test_one_graph(model):

@@ -123,6 +123,16 @@ def test_a_wrapped_injection_is_called():
         assert_same(cached(model, ids), plain(ids, LOOPS))
 
 
+def test_hooks_fire_in_every_loop():
+    model, seen = small_model(), []
+    for part in (model.recurrent.injection, model.recurrent.blocks[0]):
+        part.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    with torch.no_grad():
+        model(random_ids(2, 7), LOOPS)
+    assert seen.count("TransformerBlock") == LOOPS
+    assert seen.count("LTIInjection") >= LOOPS
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_halting_gate_is_called(dtype):
     halting = ACTHalting(32)
