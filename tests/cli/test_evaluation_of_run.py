@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -80,6 +82,22 @@ def test_other_shards_are_masked_as_the_run_was(place, tmp_path):
     assert found["depths"][0]["loss"] == pytest.approx(logged(run), rel=1e-5)
 
 
+def test_a_run_of_a_streamed_text(place, tmp_path, monkeypatch):
+    """Which has no shards: its held-out documents are found again, from another folder too."""
+    monkeypatch.chdir(place)
+    assert main([
+        "train", "--variant=nano", *SMALL, "--data.source=short.jsonl", "--data.held_out=0.1",
+        "--data.tokenizer=byte", "--data.workers=0", "--train.seq_len=32",
+        "--train.global_batch=2", "--train.steps=2", "--train.warmup_steps=1", "--depth.mean=2",
+        "--data.eval_windows=2", "--train.out_dir=runs/s", "--quiet",
+    ]) == 0  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    found = evaluated(place / "runs" / "s", tmp_path / "e.json")
+    assert found["depths"][0]["loss"] == pytest.approx(logged(place / "runs" / "s"), rel=1e-5)
+    gate = ["train", "gate", str(place / "runs" / "s"), f"--out={tmp_path / 'gate'}"]
+    assert main([*gate, "--n-loops=2", "--steps=2", "--positions=32", "--quiet"]) == 0
+
+
 def test_a_moved_run(place, tmp_path, monkeypatch, capsys):
     run = tmp_path / "moved"
     shutil.copytree(place / "runs" / "m", run)
@@ -119,6 +137,15 @@ def test_a_trace_has_the_weights_of_the_evaluation(place, tmp_path, capsys):
         main(["trace", str(place / "runs" / "m"), "", f"--out={tmp_path / 'new' / 't.html'}"]) == 0
     )
     assert "averages" in capsys.readouterr().err
+
+
+def test_a_console_of_few_characters_keeps_the_result(place, tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "cp1252"))
+    run, out = str(place / "runs" / "m"), tmp_path / "e.json"
+    assert main(["evaluate", run, "--exit=change:0.05", "--windows=1", f"--out={out}"]) == 0
+    assert json.loads(out.read_text())["weights"] == "averaged"
+    assert b"#" in raw.getvalue()
 
 
 def test_the_gate_is_trained_on_the_setting_of_the_run(place, tmp_path, monkeypatch):

@@ -134,6 +134,7 @@ class TestEvaluate:
         path = yaml.safe_load((text / "run.yaml").read_text())["data"]["path"]
         for argv in (
             ("evaluate", tmp_path, "--data", path, "--exit", "stable", "--seq_len", "32"),
+            ("evaluate", tmp_path, "--data", path, "--depths", "[1,2]", "--seq_len", "32"),
             ("generate", tmp_path, "x", "--exit", "stable", "--tokenizer", "byte"),
             ("train", "gate", tmp_path, "--data", path, "--out", tmp_path / "out"),
         ):
