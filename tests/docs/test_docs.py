@@ -16,6 +16,7 @@ from open_mythos import MythosConfig, OpenMythos, errors
 
 REFERENCE = ROOT / "docs" / "open_mythos.md"
 _FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_TEST = re.compile(r"`(tests/[\w/]+\.py)::([\w:]+)`")
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -69,6 +70,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.is_relative_to(ROOT), f"{name_of(page)}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{name_of(page)}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_tests_exist(page: Path) -> None:
+    for path, names in _TEST.findall(read(page)):
+        source = (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else ""
+        *classes, test = names.split("::")
+        found = [re.search(rf"^class {each}\b", source, re.MULTILINE) for each in classes]
+        found.append(re.search(rf"^ *(?:async )?def {test}\(", source, re.MULTILINE))
+        assert all(found), f"{name_of(page)}: {path}::{names}"
 
 
 def test_navigation_lists_every_page() -> None:
