@@ -178,9 +178,9 @@ def validated_record(model_folder: Path) -> dict[str, Any] | None:
         DataError: It is not one.
     """
     path, record = model_folder / STATE_FILE, None
-    if path.is_file():
+    if path.exists():
         record = read_object(path, "the checkpoint's state cannot be read").get(VALIDATED_DEPTHS)
-    elif (path := model_folder / DEPTHS_FILE).is_file():
+    elif (path := model_folder / DEPTHS_FILE).exists():
         record = read_object(path, "the record of validated depths cannot be read")
     if record is None:
         return None

@@ -12,12 +12,15 @@ from pathlib import Path
 
 from experiments.tasks.permhop import PermHop
 from experiments.tasks.sudoku import Sudoku
+from open_mythos.checks import is_int
 from open_mythos.errors import DataError
 from open_mythos.files import read_object
 from open_mythos.run_folder import TOKENIZER_FOLDER
 
 TASK_FILE = "task.json"
 MAX_BYTES = 1 << 16
+MOST_TOKENS = 1 << 13
+"""Entities and relations, or cells times digits, of a task that is read."""
 _TASKS: dict[str, type[PermHop] | type[Sudoku]] = {"permhop": PermHop, "sudoku": Sudoku}
 
 
@@ -48,14 +51,21 @@ def load_task(folder: Path) -> PermHop | Sudoku:
         DataError: The file is missing or does not describe a task.
     """
     path = folder / TASK_FILE
+    fix = "pass a model folder written by the demo, such as runs/demo/chains/looped"
+    values = read_object(path, "no description of a task", fix, MAX_BYTES)
     try:
-        values = read_object(path, "no description of a task", limit=MAX_BYTES)
-        return _TASKS[values.pop("task")](**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        kind = _TASKS[values.pop("task")]
+        if not all(is_int(x) and abs(x) < 1 << 32 for x in values.values()):
+            raise ValueError("not integers of at most 32 bits")
+        task = kind(**values)
+        if task.vocab_size > MOST_TOKENS:
+            raise ValueError(f"more than {MOST_TOKENS:,} tokens")
+        return task
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             "no description of a task", where=str(path), value=str(error),
             allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}, or "sudoku"',
-            fix="pass a model folder written by the demo, such as runs/demo/chains/looped",
+            fix=fix,
         ) from error  # fmt: skip
 
 

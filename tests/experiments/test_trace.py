@@ -73,6 +73,9 @@ def test_the_task_survives_the_disk(folder, tmp_path):
         '{"task": "permhop", "size": 6}',
         "7",
         '{"task": "permhop", "entities": 1000000000000}',
+        '{"task": "sudoku", "seed": "a"}',
+        '{"task": "sudoku", "height": 8, "width": 8}',
+        "[" * 100_000,
         " " * (1 << 17),
     ):
         (tmp_path / TASK_FILE).write_text(content)

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from experiments.tasks import PermHop
+from experiments.tasks.saved import save_task
+from open_mythos import MythosConfig, OpenMythos, save_pretrained
 from open_mythos.cli import main
 from open_mythos.data import read_documents
 from open_mythos.tokenizer import BPETokenizer
@@ -27,6 +30,7 @@ EVALUATE = "evaluate run --windows 1 --depths [1] --quiet --out rows.json"
 RESUME = TRAIN.format(3) + " --resume latest --allow train.steps"
 BPE = f"{GENERATE} --tokenizer bpe"
 ANSWERS = "evaluate run --questions questions.jsonl --depths [1] --quiet"
+SERVE = "serve run --port 70000"  # which is no port: the files have been read by then
 PREPARE = "data prepare source prepared --quiet --val-fraction 0.4"
 
 
@@ -64,6 +68,14 @@ FILES = (
     File("packed/a.txt.gz", "gz", ("data prepare packed prepared --quiet",)),
     File("packed/a.jsonl.zst", "gz", ("data prepare packed/a.jsonl.zst prepared --quiet",)),
     File("questions.jsonl", "jsonl", (ANSWERS,)),
+    File("hf/config.json", "json", ("generate hf ab --max-new-tokens 1 --n-loops 1 --quiet",)),
+    File("hf/model.safetensors", "tensors", ("evaluate hf --data shards --depths [1] --quiet",)),
+    File("hf/validated_depths.json", "json", ("evaluate hf --data shards --depths [3] --quiet",)),
+    File("keys.txt", "text", ("serve nowhere --api-key-file keys.txt",)),
+    File("template.jinja", "template", (f"{SERVE} --chat-template template.jinja",)),
+    File("run/chat_template.jinja", "template", (SERVE,)),
+    File("chains/task.json", "json", ("experiments trace chains e1 --n-loops 1",)),
+    File("chains/tokenizer/tokenizer.json", "json", ("experiments trace chains e1 --n-loops 1",)),
     File("options.yaml", "yaml", ("generate run ab --config options.yaml",)),
     File("foreign/config.json", "json", ("convert foreign converted", "retrofit foreign looped")),
     File("foreign/model.safetensors.index.json", "json", ("convert foreign converted",)),
@@ -96,7 +108,22 @@ def make(folder: Path) -> None:
     (run / "provenance.json").write_text(json.dumps(origin))
     (run / "retrofit.json").write_text(json.dumps({"source": "a/b", "mode": "convex", "loop": 2}))
     (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    if main(["export", "run", "--out", "hf"]):
+        raise SystemExit("the good folder for transformers cannot be made")
+    (folder / "keys.txt").write_text("# of the tests\n" + "k" * 40 + "\n")
+    shutil.copy(run / "chat_template.jinja", folder / "template.jinja")
+    _chains(folder / "chains")
     _foreign(folder / "foreign")
+
+
+def _chains(folder: Path) -> None:
+    task = PermHop(4, 2)
+    cfg = MythosConfig(
+        vocab_size=task.vocab_size, dim=16, n_heads=2, n_kv_heads=1, ffn_dim=16, n_experts=0,
+        max_loop_iters=2, max_seq_len=16,
+    )  # fmt: skip
+    save_pretrained(OpenMythos(cfg), folder)
+    save_task(task, folder)
 
 
 def _parquet(path: Path) -> None:

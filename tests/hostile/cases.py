@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from experiments.__main__ import main as experiments
 from open_mythos.cli import main
 from tests.hostile.base import FILES, File, copied
 from tests.hostile.kinds import NAMES, fitting
@@ -125,7 +126,8 @@ def _become(inside: Path, command: str, said: Path) -> None:
         for stream in (1, 2):
             os.dup2(out, stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        code = main(command.split())
+        name, *words = command.split()
+        code = experiments(words) if name == "experiments" else main([name, *words])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 98
     except BaseException:

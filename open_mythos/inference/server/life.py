@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
+from open_mythos.checks import check_number
 from open_mythos.errors import EnvironmentError_
 from open_mythos.inference.server.app import make_app
 from open_mythos.inference.server.connection import protocol_of
@@ -39,8 +40,10 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket.
 
     Raises:
+        ConfigError: Not a port.
         EnvironmentError_: The address is taken, or not one of this machine.
     """
+    check_number("port", port, ge=0, le=(1 << 16) - 1)
     sock: socket.socket | None = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

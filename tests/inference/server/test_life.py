@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 from open_mythos.inference.server.life import listen, write_port
 from tests.inference.server.fake_host import FakeHost
 from tests.inference.server.running import Running, wait_for
@@ -183,6 +183,12 @@ def test_addresses_that_are_taken(start: Start) -> None:
     for host, port in (("127.0.0.1", server.port), ("192.0.2.1", 0), ("no.such.invalid", 0)):
         with pytest.raises(EnvironmentError_):
             listen(host, port)
+
+
+@pytest.mark.parametrize("port", [-1, 70_000, 1 << 70])
+def test_what_is_no_port(port: int) -> None:
+    with pytest.raises(ConfigError, match="port"):  # the system would take another one
+        listen("127.0.0.1", port)
 
 
 def test_the_port_file(tmp_path: Path) -> None:
