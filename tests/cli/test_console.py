@@ -109,7 +109,8 @@ class TestConsole:
         monkeypatch.setenv("COLUMNS", "40")
         assert main(["info", "nano"]) == 0
         assert "…" not in capsys.readouterr().out
-        assert main(["plan", "nano", "--gpus", "1"]) == 0
+        one = ["--checkpoint-loops=false", "--micro-batch=1", "--n-loops=2", "--max-loops=2"]
+        assert main(["plan", "nano", "--gpus", "1", *one]) == 0
         assert "…" not in capsys.readouterr().out
 
     def test_a_console_without_the_character(self, monkeypatch):
