@@ -30,7 +30,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """Names the files of weights that ``transformers`` stored in several."""
 SHARDS = "shard-*.safetensors"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?")
 
 
 def stored_tokenizer(directory: str | Path) -> Tokenizer:
@@ -111,7 +111,7 @@ def model_directory(directory: str | Path) -> Path:
         raise DataError(
             "no model there", where="from_pretrained", value=str(directory),
             allowed=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, a training run, owner/name",
-            fix="check the path; a model on the hub has the form owner/name",
+            fix="check the path; a model on the hub is owner/name or owner/name@revision",
         )  # fmt: skip
     if _holds_model(folder):
         return folder
@@ -127,7 +127,7 @@ def model_directory(directory: str | Path) -> Path:
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Return whether ``name`` has the form "owner/name"."""
+    """Return whether ``name`` has the form "owner/name" or "owner/name@revision"."""
     return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
 
 
@@ -143,7 +143,7 @@ def download(model_id: str, patterns: Sequence[str], *, where: str, verb: str = 
     """Return a folder with the files of a hub model that match ``patterns``.
 
     Args:
-        model_id: "owner/name".
+        model_id: "owner/name", or "owner/name@revision" with a branch, a tag or a commit.
         patterns: Names of files, with wildcards.
         where: What names the model, for the message.
         verb: What can be done with a folder, for the message.
@@ -154,12 +154,15 @@ def download(model_id: str, patterns: Sequence[str], *, where: str, verb: str = 
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model_id, allow_patterns=list(patterns)))
+        name, _, revision = model_id.partition("@")
+        files = list(patterns)
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
     except Exception as error:  # many types: the client's, its HTTP library's, OSError
         raise EnvironmentError_(
             f"neither a local folder nor an accessible model on the hub: {first_line(error)}",
             where=where, value=model_id, allowed="an existing folder or hub model",
-            fix=f"check the name, or {verb} DIR after: hf download {model_id} --local-dir DIR",
+            fix=f"check name and revision, or {verb} DIR after: "
+            f"hf download {model_id.partition('@')[0]} --local-dir DIR",
         ) from error  # fmt: skip
 
 

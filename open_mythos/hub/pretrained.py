@@ -108,7 +108,8 @@ def from_pretrained(
     Args:
         directory: A folder with ``config.json`` and ``model.safetensors`` or the shards of a
             distributed run; a training run or its ``checkpoints`` folder (newest checkpoint); or
-            ``"owner/name"`` on the Hugging Face hub, unless that is a local folder.
+            ``"owner/name"`` or ``"owner/name@revision"`` on the Hugging Face hub, unless that is
+            a local folder.
         device: Device of the weights.
         dtype: Of the parameters; as stored by default. Buffers are float32.
 

@@ -79,7 +79,7 @@ def push_to_hub(
         ConfigError: Not a name.
         EnvironmentError_: The hub cannot be reached, or refuses.
     """
-    if not is_hub_id(name):
+    if not is_hub_id(name) or "@" in name:
         raise ConfigError(
             "not a name on the hub", where="push_to_hub", value=name, allowed="owner/name",
             fix="for a local folder use export_folder",

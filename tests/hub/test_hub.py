@@ -306,25 +306,39 @@ def test_no_such_folder(tmp_path):
 def test_a_hub_name_loads_the_downloaded_folder(saved, monkeypatch):
     asked = []
 
-    def snapshot(model_id, allow_patterns):
-        asked.append((model_id, allow_patterns))
+    def snapshot(model_id, revision, allow_patterns):
+        asked.append((model_id, revision, allow_patterns))
         return str(saved)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert isinstance(from_pretrained("someone/some-model"), OpenMythos)
-    ((name, files),) = asked
-    assert name == "someone/some-model"
+    ((name, revision, files),) = asked
+    assert (name, revision) == ("someone/some-model", None)
     assert {"config.json", "model*.safetensors", "tokenizer*.json", "gate.json"} <= set(files)
     assert not [file for file in files if file.endswith((".bin", ".pt", ".py"))]
 
 
 def test_no_network_is_an_environment_error(monkeypatch):
-    def offline(model_id, allow_patterns):
+    def offline(model_id, revision, allow_patterns):
         raise ConnectionError("name resolution failed")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(EnvironmentError_, match=r"name resolution failed[\s\S]*hf download"):
         from_pretrained("someone/some-model")
+
+
+def test_a_hub_model_is_loaded_at_a_revision(saved, monkeypatch):
+    asked = []
+
+    def snapshot(model_id, revision, allow_patterns):
+        asked.append((model_id, revision))
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    from_pretrained(f"someone/some-model@{commit}")
+    from_pretrained("someone/some-model@refs/pr/1")
+    assert asked == [("someone/some-model", commit), ("someone/some-model", "refs/pr/1")]
 
 
 def test_a_foreign_hub_model_is_a_data_error(tmp_path, monkeypatch):
@@ -333,7 +347,9 @@ def test_a_foreign_hub_model_is_a_data_error(tmp_path, monkeypatch):
         from_pretrained("someone/some-model")
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b/c", "/absent/model", "owner/../x", "plain"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/b/c", "/absent/model", "owner/../x", "plain", "a/b@", "a/b@../x"]
+)
 def test_paths_are_never_taken_for_hub_names(name, monkeypatch):
     def never(*_, **__):
         raise AssertionError("asked the hub")

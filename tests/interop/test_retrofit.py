@@ -243,7 +243,7 @@ def test_sources_that_are_none(model, gguf, tmp_path):
 def test_a_model_of_the_hub(folder, tmp_path, monkeypatch):
     asked = []
 
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append(name)
         if name != "owner/name":
             raise OSError("no route")
