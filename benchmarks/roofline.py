@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import clocked
-from open_mythos.accounting import account
+from open_mythos.accounting import Accounting, account
 from open_mythos.config import MythosConfig
 
 TRIES = 5
@@ -122,9 +122,20 @@ def describe(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def counted(cfg: MythosConfig, n_loops: int) -> Accounting:
+    """Return the accounting of a configuration; equal ones are counted once."""
+    key = repr(cfg), n_loops
+    if key not in _COUNTED:
+        _COUNTED[key] = account(cfg, n_loops)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[tuple[str, int], Accounting] = {}
+
+
 def training_work(cfg: MythosConfig, n_loops: int, batch: int, tokens: int) -> Work:
     """Return the work of forward and backward: weights read in both, gradients written once."""
-    count = account(cfg, n_loops)
+    count = counted(cfg, n_loops)
     flops = count.training_flops(context=tokens) * batch * tokens
     weights = 4 * count.parameters
     return Work(flops, 3 * weights, weights)
@@ -132,14 +143,14 @@ def training_work(cfg: MythosConfig, n_loops: int, batch: int, tokens: int) -> W
 
 def forward_work(cfg: MythosConfig, n_loops: int, batch: int, tokens: int, size: int) -> Work:
     """Return the work of a forward pass: each weight, of ``size`` bytes, is read once."""
-    count = account(cfg, n_loops)
+    count = counted(cfg, n_loops)
     flops = count.forward_flops(context=tokens) * batch * tokens
     return Work(flops, size * count.parameters, size * count.parameters)
 
 
 def decode_work(cfg: MythosConfig, n_loops: int, batch: int, context: int, size: int) -> Work:
     """Return the work of one token per row: looped weights and the cache are read per loop."""
-    count = account(cfg, n_loops)
+    count = counted(cfg, n_loops)
     once, per_loop = decode_weights(cfg, batch)
     cached = batch * context * count.cache_bytes(element_size=size)
     slots = cfg.cache_slots(n_loops)
@@ -155,7 +166,7 @@ def decode_weights(cfg: MythosConfig, rows: int) -> tuple[float, float]:
 
     Counts the expected number of distinct experts chosen, if all are equally likely.
     """
-    stored = account(cfg, 1).stored
+    stored = counted(cfg, 1).stored
     once: float = stored["prelude"] + stored["coda"] + cfg.vocab_size * cfg.dim + cfg.dim
     looped: float = stored["recurrent"] - (cfg.max_loop_iters - 1) * 2 * cfg.dim * cfg.lora_rank
     if cfg.n_experts:

@@ -22,7 +22,7 @@ def test_kernels_equal_their_references(only: str) -> None:
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-k", only, "-p", "no:cacheprovider", str(HERE)],
-        env={**own, "TRITON_INTERPRET": "1"},
+        env={**own, "TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         cwd=HERE.parents[2], capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
