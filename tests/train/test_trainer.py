@@ -155,6 +155,7 @@ def test_a_step_by_hand(make_run, make_loader):
     model = build_model(run)
     result = trainer.train_step(0)
 
+    assert all(p.grad is None for p in trainer.model.parameters())  # none is left for the next
     batch, depths = make_loader(run).next_batch(0), trainer.stepper.plan.depths(0, range(8))
     logits = model(batch.input_ids, n_loops=depths)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
