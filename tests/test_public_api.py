@@ -99,7 +99,9 @@ def test_light_modules_load_no_torch():
 def test_generating_loads_no_compiler():
     """It would double the time to start; only training and compiled models need it."""
     code = (
-        "import sys, torch, open_mythos.cli, open_mythos.inference.engine\n"
+        "import sys, socket\n"
+        "socket.socket.connect = socket.getaddrinfo = None\n"  # nothing asks the network
+        "import torch, open_mythos.cli, open_mythos.inference.engine\n"
         "from open_mythos import MythosConfig, OpenMythos\n"
         "sizes = dict(dim=32, n_heads=4, n_kv_heads=2, n_experts=4, expert_dim=16, lora_rank=2)\n"
         "more = dict(vocab_size=64, max_seq_len=64, max_loop_iters=2, attn_type='gqa')\n"

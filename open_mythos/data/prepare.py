@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -221,11 +220,10 @@ def _index(
             fix="lower val_fraction" if val.documents else "check the source",
         )  # fmt: skip
     if val_fraction and not val.documents:
-        warnings.warn(
-            f"no validation split: none of the {train.documents} documents was assigned to it "
-            f"(val_fraction={val_fraction})",
-            stacklevel=3,
-        )
+        logger.warning(
+            "no validation split: none of the %d documents was assigned to it (val_fraction=%s)",
+            train.documents, val_fraction,
+        )  # fmt: skip
     return Index(
         dtype=train.dtype,
         tokenizer=tokenizer.name,

@@ -88,7 +88,8 @@ def _received(items: Iterator[Windows | MythosError]) -> Windows:
     except RuntimeError as error:  # DataLoader's error for a dead worker
         raise WorkerDiedError(
             "a data worker ended unexpectedly", where="num_workers", value=str(error),
-            fix="resume; if it ran out of memory, use fewer workers",
+            fix="resume; if it ran out of memory, use fewer workers; a script that starts some "
+            'keeps its own code under if __name__ == "__main__"',
         ) from error  # fmt: skip
     if isinstance(item, MythosError):
         try:

@@ -277,3 +277,26 @@ def test_another_reader_is_seen(tmp_path):
     file = tmp_path / "reads.py"
     file.write_text("def f(p):\n    json.load(open(p))\n    p.read_text()\n    read_text(p)\n")
     assert sorted(opened(file)) == ["json.load", "open", "p.read_text"]
+
+
+RUNS_CODE = {"eval", "exec", "compile", "__import__"}
+UNSAFE = {"yaml.load", "yaml.unsafe_load", "pickle.load", "pickle.loads", "os.system", "os.popen"}
+
+
+def executed(source: ast.AST) -> Iterator[str]:
+    """Calls that run what they are given, or that are told to trust it."""
+    for node in ast.walk(source):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {each.arg: ast.unparse(each.value) for each in node.keywords}
+        trusts = "True" in (given.get("shell"), given.get("trust_remote_code"))
+        loads = name == "torch.load" and given.get("weights_only") != "True"
+        if name in RUNS_CODE | UNSAFE or trusts or loads:
+            yield name
+
+
+def test_nothing_from_a_file_is_executed():
+    found = {place(file): calls for file in FILES if (calls := [*executed(tree(file))])}
+    assert found == {"run_folder.py": ["yaml.load"]}  # by a SafeLoader without aliases
+    assert [*executed(ast.parse("eval(x); torch.load(f); run(x, shell=True)"))] != []

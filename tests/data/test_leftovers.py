@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,19 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / LOCK_FILE).exists()
     prepare(["abc"], tmp_path / "out", TOK, val_fraction=0.0, overwrite=True)
     assert names[1] not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_two_that_prepare_into_one_folder(tmp_path: Path) -> None:
+    """The last one's shards are whole, and nothing is left beside them."""
+    texts = [f"document {i}" for i in range(40)]
+
+    def once(_: int) -> None:
+        prepare(texts, tmp_path / "out", TOK, val_fraction=0.5, overwrite=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(once, range(4)))
+    TokenShards(tmp_path / "out").verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """PyTorch's own moves of a model - meta, dtype, compile, wrappers - and then saving it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,6 +114,18 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, change, named):
     with pytest.raises(ConfigError, match=named):
         save_pretrained(change(OpenMythos(small_config())), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_two_that_save_and_one_that_loads(tmp_path):
+    """Into one folder at once: every load sees a whole file."""
+    model = randomise(OpenMythos(small_config())).eval()
+    save_pretrained(model, tmp_path)
+    with ThreadPoolExecutor(3) as pool:
+        saves = [pool.submit(save_pretrained, model, tmp_path) for _ in range(8)]
+        for _ in range(4):
+            assert torch.equal(from_pretrained(tmp_path)(IDS), model(IDS))
+        assert [each.result() for each in saves]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_another_module_is_no_model(tmp_path):

@@ -24,6 +24,20 @@ def test_threads_write_the_same_and_keep_the_mode():
     assert all(module.training for module in model.modules())
 
 
+def test_gradients_of_threads_are_their_own():
+    model, ids = small_model(), random_ids(4, 5)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(row):
+        return torch.autograd.grad(model(row[None]).square().mean(), leaves, allow_unused=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gradients, ids))
+    for row, found in zip(ids, together, strict=True):
+        for ours, alone in zip(found, gradients(row), strict=True):
+            assert (ours is None and alone is None) or torch.equal(ours, alone)
+
+
 def test_the_last_of_overlapping_calls_restores_the_mode():
     model, meet, left = small_model().train(), Barrier(2), Barrier(2)
 
