@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from open_mythos.checks import nearest
 from open_mythos.errors import ConfigError, DataError
+from open_mythos.run_folder import read_config
 
 Command = Callable[..., int]
 
@@ -60,6 +62,9 @@ def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str,
     flags = {name for name, kind in get_type_hints(command).items() if kind is bool}
     pairs = zip(words, [*words[1:], ""], strict=False)
     normal = [with_underscores(word, flags, following) for word, following in pairs]
+    for file in files_of_options(normal):
+        if os.path.exists(file):
+            read_config(Path(file))  # refuses what is no text, or has no end, before it is parsed
     values = parser.parse_args(normal)
     values.pop("config", None)
     arguments = values.as_dict()
@@ -68,6 +73,14 @@ def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str,
             make: Any = kind
             arguments[name] = make(**arguments[name])
     return arguments
+
+
+def files_of_options(words: list[str]) -> Iterator[str]:
+    """Yield the files that ``--config`` names."""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name == "--config" and (equals or following):
+            yield value if equals else following
 
 
 def as_utf8(word: str) -> str:

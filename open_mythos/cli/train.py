@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +10,13 @@ from typing import Any, NoReturn
 from jsonargparse import DefaultHelpFormatter
 
 from open_mythos.checks import check_fields, pick, unknown_key
-from open_mythos.cli.options import Parser, new_parser, parse_words, with_underscores
+from open_mythos.cli.options import (
+    Parser,
+    files_of_options,
+    new_parser,
+    parse_words,
+    with_underscores,
+)
 from open_mythos.errors import ConfigError
 from open_mythos.run_folder import read_config
 from open_mythos.train.config import RunConfig, TrainConfig, fitting_micro_batch, no_text
@@ -80,7 +85,7 @@ def parse_train(words: list[str], summary: str) -> dict[str, Any]:
         DataError: The checkpoint contains no model.
     """
     words = [_full_name(with_underscores(word)) for word in words]
-    for file in _files_of_options(words):
+    for file in files_of_options(words):
         _check_file(Path(file))
     first, words = _parse_defaults(words)
     recipe = _recipe(first, asks_help=any(word in words for word in ("-h", "--help")))
@@ -144,14 +149,6 @@ def _count(text: str) -> int:
         from open_mythos.plan.report import parse_count
 
         return round(parse_count(text, "--tokens"))
-
-
-def _files_of_options(words: list[str]) -> Iterator[str]:
-    """Yield the files that ``--config`` names."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name == "--config" and (equals or following):
-            yield value if equals else following
 
 
 def _check_file(path: Path) -> None:

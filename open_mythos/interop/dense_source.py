@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.files import read_object
 from open_mythos.hub.places import download, first_line, is_hub_id
 from open_mythos.interop.provenance import licence_of
 from open_mythos.interop.read import FILES
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+READ = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")
+"""What ``transformers`` reads of a folder, beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ def read_dense(model: str, gguf: str = "") -> DenseSource:
     folder = _folder(model, gguf)
     if gguf and not (folder / gguf).is_file():
         raise _no_model(str(folder / gguf), "there is no such file")
+    for name in READ:  # transformers reads them whole, whatever they are
+        if (folder / name).exists():
+            read_object(folder / name, f"no dense model: {name} cannot be read")
+    for file in folder.glob("*.safetensors"):
+        if not file.is_file():
+            raise _no_model(str(file), "not a regular file")
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     found = _read(
         model, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
@@ -107,7 +116,7 @@ def _read(name: str, read: Callable[[], T]) -> T:
         return read()
     except ImportError as error:
         raise _unreadable(name, error) from error
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind, where a value is of another kind
         raise _no_model(name, f"transformers cannot read it: {first_line(error)}") from error
 
 

@@ -160,6 +160,8 @@ def _keys(path: Path) -> list[str]:
 def _readable(path: Path) -> Iterator[Any]:
     """Open a safetensors file; problems are DataErrors."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("not a regular file")
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -125,8 +126,6 @@ class TestConsole:
 
 class TestReading:
     def test_only_regular_files_of_bounded_size_are_read(self, tmp_path):
-        import os
-
         os.mkfifo(tmp_path / "pipe")
         for path in (Path("/dev/zero"), tmp_path / "pipe"):
             with pytest.raises(OSError, match="regular"):
@@ -164,6 +163,19 @@ class TestReading:
         assert path.read_text().startswith("# mine")
         write_config(tmp_path, {"train": {"steps": 4}})
         assert read_config(path) == {"train": {"steps": 4}}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "aliases", "pipe", "hole"])
+def test_a_file_of_options_is_text_with_an_end(tmp_path, capsys, kind):
+    file = tmp_path / "options.yaml"
+    file.write_bytes(b"\xff\xfe" if kind == "bytes" else b"a: &x [1]\nb: *x\n")
+    if kind == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif kind == "hole":
+        os.truncate(file, 1 << 40)
+    assert main(["info", "nano", "--config", str(file)]) == 3
+    assert "options.yaml" in capsys.readouterr().err
 
 
 def test_one_value_for_a_list_is_told_how_to_write_it(capsys):

@@ -1,6 +1,7 @@
 """Folders of other projects: whole files, shards, pickles on request, and damage."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,10 @@ def test_a_wrong_index_is_refused(folder, weight_map):
 def test_damage_and_absence(folder, tmp_path):
     with pytest.raises(DataError, match="no safetensors"):
         read_source(folder)
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_source(folder)
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(b"short")
     with pytest.raises(DataError, match="not a complete safetensors file"):
         read_source(folder)

@@ -240,6 +240,13 @@ def test_sources_that_are_none(model, gguf, tmp_path):
         read_dense(model.format(tmp_path), gguf)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"model_type": [[]]}', "{}", "\\x80"])
+def test_configurations_that_are_none(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DataError, match="no dense model"):
+        read_dense(str(tmp_path))
+
+
 def test_a_model_of_the_hub(folder, tmp_path, monkeypatch):
     asked = []
 
