@@ -13,6 +13,7 @@ from rich.table import Table
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, Claim, Record, Summary
 from experiments.results import Results
 from experiments.table import CLAIMS, PENDING, committed_results, experiment
+from open_mythos.cli.tables import show as show_table
 
 _COLORS = {HOLDS: "green", HOLDS_IN_PART: "cyan", DOES_NOT_HOLD: "red"}
 
@@ -80,7 +81,7 @@ def print_claims() -> None:
             f"[bold]{line.claim}[/] {line.title}", line.source,
             "\n".join([*verdicts, *missing]), "\n".join(line.keys.values()),
         )  # fmt: skip
-    Console().print(table)
+    show_table(Console(), table)
 
 
 def show(claim: Claim, summary: Summary, console: Console) -> None:
@@ -90,7 +91,7 @@ def show(claim: Claim, summary: Summary, console: Console) -> None:
         table.add_column(heading, justify="right" if i else "left")
     for row in summary.rows:
         table.add_row(*row)
-    console.print(table)
+    show_table(console, table)
     console.print(f"pass mark: {claim.pass_mark}", highlight=False, markup=False)
     console.print(_colored(summary.verdict), highlight=False)
     console.print(summary.sentence, highlight=False, markup=False)

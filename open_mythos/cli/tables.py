@@ -27,7 +27,7 @@ def new_console(*, stderr: bool = False, quiet: bool = False, width: int | None 
 
 def show(console: Console, table: Table) -> None:
     """Print a table; one line for every cell where the console is narrower than its words."""
-    if _needed(table) <= console.width:
+    if _needed(console, table) <= console.width:
         console.print(table)
         return
     headings = [str(column.header) for column in table.columns]
@@ -76,11 +76,12 @@ def scaled(
     return f"{digits} {prefixes[power]}{unit}"
 
 
-def _needed(table: Table) -> int:
+def _needed(console: Console, table: Table) -> int:
     """Return the width at which no word of the table is cut."""
     width = 1
     for column in table.columns:
-        texts = [str(column.header), *map(str, column.cells)]
+        cells = map(str, (column.header, *column.cells))
+        texts = [console.render_str(cell).plain for cell in cells]
         words = texts if column.no_wrap else (word for text in texts for word in text.split())
         width += max(map(cell_len, words), default=0) + 3
     return width

@@ -101,7 +101,8 @@ class TestTrainGate:
 
 
 class TestEvaluate:
-    def test_the_report_matches_the_library(self, text, tmp_path, capsys):
+    def test_the_report_matches_the_library(self, text, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "100")
         out = tmp_path / "exits.json"
         code, shown, _ = run(
             capsys, "evaluate", text, "--exit", RULE, "--n_loops", "6", "--windows", "4",
