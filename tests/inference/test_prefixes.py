@@ -86,6 +86,17 @@ def test_shared_pages_are_reserved_once():
     engine.run()
 
 
+def test_cached_pages_are_not_free_for_whoever_takes_them_up():
+    """One page is free beside the eight that a request shares; it needs two more."""
+    engine = Engine(scheduler(n_pages=16 * LEVELS))
+    engine.scheduler.add(request("cold", range(33), 2))
+    engine.run()
+    engine.scheduler.add(request("other", [9] * 21, 8))
+    engine.scheduler.add(request("warm", range(33), 8, key=1))
+    assert len(engine.step().admitted) == 1
+    engine.run()
+
+
 def test_cached_pages_give_way():
     engine = Engine(scheduler(n_pages=12 * LEVELS))
     for i in range(5):
