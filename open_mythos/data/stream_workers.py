@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,15 @@ def prefetched(
         DataError, EnvironmentError_: Raised in a worker.
         WorkerDiedError: A worker was killed, or ran out of memory.
     """
-    loader: DataLoader[Any] = DataLoader(
-        WorkerLanes(plan, lanes, positions), batch_size=None, collate_fn=_unchanged,
-        num_workers=workers, prefetch_factor=prefetch, multiprocessing_context=_context(),
-        worker_init_fn=_end_with_trainer,
-        generator=torch.Generator(),  # or it would draw from the global one
-    )  # fmt: skip
-    items = iter(loader)
+    with warnings.catch_warnings():  # they are asked for, however few cores there are
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[Any] = DataLoader(
+            WorkerLanes(plan, lanes, positions), batch_size=None, collate_fn=_unchanged,
+            num_workers=workers, prefetch_factor=prefetch, multiprocessing_context=_context(),
+            worker_init_fn=_end_with_trainer,
+            generator=torch.Generator(),  # or it would draw from the global one
+        )  # fmt: skip
+        items = iter(loader)
     while True:
         parts = [_received(items) for _ in range(workers)]
         ids = np.empty((len(lanes), plan.seq_len + 1), np.int64)
