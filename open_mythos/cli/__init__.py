@@ -85,6 +85,7 @@ def _missing(module: str, where: str) -> EnvironmentError_:
         needed = []
     name = module.replace("_", "-")
     extras = re.findall(rf"^{re.escape(name)}\b.*extra == ['\"](\w+)", "\n".join(needed), re.M)
+    extras.sort(key=lambda extra: extra == "dev")  # which has all of them
     package = f"'open-mythos[{extras[0]}]'" if extras else name
     return EnvironmentError_(
         "a package is missing", where=where, value=module, allowed="an installation with it",

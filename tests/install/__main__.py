@@ -114,7 +114,7 @@ def texts(work: Path) -> Path:
     """Make a folder with text and an empty table, to run the commands in."""
     (work / "texts").mkdir(parents=True)
     (work / "tables").mkdir()
-    (work / "tables" / "a.parquet").touch()
+    (work / "tables" / "a.parquet").write_bytes(b"PAR1")
     for i in range(6):
         (work / "texts" / f"{i}.txt").write_text(f"def add(a, b):\n    return a + {i}\n" * 100)
     return work
