@@ -12,7 +12,7 @@ from rich.table import Table
 
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, Claim, Record, Summary
 from experiments.results import Results
-from experiments.table import CLAIMS, PENDING, committed_results, experiment
+from experiments.table import CLAIMS, committed_results, experiment
 from open_mythos.cli.tables import show as show_table
 
 _COLORS = {HOLDS: "green", HOLDS_IN_PART: "cyan", DOES_NOT_HOLD: "red"}
@@ -44,8 +44,6 @@ def recorded(claim: str, scale: str) -> tuple[list[Record], Summary] | None:
 def lines() -> list[Line]:
     """Return a row for every claim, sorted by number; claims without a number come last."""
     found = [_line(experiment(claim).CLAIM) for claim in CLAIMS]
-    for claim, (title, needs) in PENDING.items():
-        found.append(Line(claim, title, "", {}, {}, f"no experiment yet: needs {needs}"))
 
     def number(line: Line) -> tuple[int, str]:
         match = re.match(r"c(\d+)", line.claim)

@@ -17,7 +17,6 @@ from experiments.c1_depth.chain_recipe import (
     TASK,
     TRAINED_HOPS,
     accuracy_grid,
-    questions,
     recipe,
 )
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
@@ -140,7 +139,7 @@ def _measure_rule(model: Model, rule: str, ask: dict[str, Any]) -> list[dict[str
     """Return accuracy and mean loops under ``rule`` for each of ``rule_hops``."""
     found = []
     for hops in ask["rule_hops"]:
-        ids_BT, answers_B = questions(hops, ask["programs"])
+        ids_BT, answers_B = TASK.questions(hops, ask["programs"])
         trace = LoopTrace()
         with frozen(model, torch.float32):
             logits_BTV = model(

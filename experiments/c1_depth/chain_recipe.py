@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from experiments.tasks import PermHop, PermHopLoader
 from experiments.tasks.accuracy import answered
 from open_mythos.config import MythosConfig
@@ -62,15 +60,8 @@ def chains(run: RunConfig) -> PermHopLoader:
     )
 
 
-def questions(hops: int, programs: int = 4096) -> tuple[Tensor, Tensor]:
-    """Return held-out chains (B, hops + 1), about a tenth of ``programs``, and answers (B,)."""
-    batch = TASK.batch(0, global_batch=programs, hops=hops, held_out=True)
-    asked_B = batch.targets[:, -1] >= 0
-    return batch.input_ids[asked_B], batch.targets[asked_B, -1]
-
-
 def accuracy_grid(
     model: Model, hops: Sequence[int], loops: Sequence[int], programs: int = 4096
 ) -> list[list[float]]:
-    """Return accuracy on :func:`questions` (hops, rising loops); one column for dense models."""
-    return [answered(model, *questions(each, programs), loops) for each in hops]
+    """Return accuracy on ``TASK.questions`` (hops, rising loops); one column for dense models."""
+    return [answered(model, *TASK.questions(each, programs), loops) for each in hops]

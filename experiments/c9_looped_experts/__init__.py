@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
 from experiments.figure import COLOURS, MUTED, panels
@@ -20,33 +21,41 @@ from open_mythos.evaluation import expert_routing
 from open_mythos.model.context import Context
 from open_mythos.model.layers.block import TransformerBlock
 from open_mythos.model.layers.experts import Operands
+from open_mythos.model.layers.float32 import in_float32
 from open_mythos.model.layers.moe import MoEFFN
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train.build import Model
 
-LOOPS = (1, 2, 4)
-EXPERTS = (1, 8, 16)
+LOOPS = (1, 4)
+EXPERTS = 16
 TOP_K = 2
-TIED, UNBALANCED = "tied", "unbalanced"
-"""Controls: the first loop's experts in every loop; no balancing."""
+DENSE, SPARSE = 1, EXPERTS
+TIED, PER_LOOP, UNBALANCED = "tied", "loop-bias", "unbalanced"
+"""Controls: the first loop's experts in every loop; a learned bias of the router for every loop; no
+balancing."""
 DISJOINT = 0.25
+SEEDS = 2
+STEPS = 1000
 
 CLAIM = Claim.read(__file__, vars())
 _SIZES = Sizes(
-    train={"steps": 500, "seq_len": 32, "warmup_steps": 50, "balance_speed": 1e-2},
-    widths={"cpu": (32, 4), "gpu": (256, 4), QUICK: (32, 4)},
-    val_windows=512, gpu_seq_len=256, quick_steps=3,
+    train={"steps": STEPS, "seq_len": 128, "warmup_steps": STEPS // 10, "global_batch": 16,
+           "balance_speed": 1e-2, "dtype": "bfloat16"},
+    widths={"cpu": (256, 4), "gpu": (512, 8), QUICK: (32, 4)},
+    val_windows=512, gpu_seq_len=512, quick_steps=3,
 )  # fmt: skip
 
 
 def cells(scale: str) -> list[Cell]:
-    """Return three seeds of every number of experts and loops and of the controls."""
+    """Return dense and sparse models at every number of loops and the controls, seed by seed."""
     if scale == QUICK:
-        return sweep({arm(8, 2, TIED): _settings(8, 2, TIED, scale)}, [0])
+        points = [(SPARSE, 2, control) for control in (TIED, PER_LOOP)]
+        return sweep({arm(*point): _settings(*point, scale) for point in points}, [0])
     deepest = LOOPS[-1]
-    grid = [(experts, loops, "") for loops in reversed(LOOPS) for experts in EXPERTS]
-    grid = [(8, deepest, TIED), (8, deepest, UNBALANCED), *grid]
-    return sweep({arm(*point): _settings(*point, scale) for point in grid})
+    grid = [(experts, loops, "") for loops in LOOPS for experts in (DENSE, SPARSE)]
+    grid += [(SPARSE, deepest, control) for control in (TIED, PER_LOOP, UNBALANCED)]
+    arms = {arm(*point): _settings(*point, scale) for point in grid}
+    return sorted(sweep(arms, range(SEEDS)), key=lambda cell: cell.seed)
 
 
 def arm(experts: int, loops: int, control: str = "") -> str:
@@ -62,53 +71,82 @@ def _settings(experts: int, loops: int, control: str, scale: str) -> dict[str, A
     }  # fmt: skip
     settings = _SIZES.settings(
         scale, model=model, depth={"plan": "fixed", "mean": loops},
-        lr=2e-3 if scale == "gpu" else 6e-3,
-        train={"balance_speed": 0.0} if control == UNBALANCED else {},
+        lr=1e-2, train={"balance_speed": 0.0} if control == UNBALANCED else {},
     )  # fmt: skip
+    settings["run"]["optim"]["name"] = "muon"
     return {"experts": experts, "loops": loops, "control": control, **settings}
 
 
 _ROUTED_BATCHES = 4
 
 
-class TiedExperts(MoEFFN):
+class _CountingExperts(MoEFFN):
+    """Experts that know the loop: the calls within a forward call are counted."""
+
+    def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
+        super().__init__(cfg, layer)
+        self.loop = 0
+        self._call: weakref.ref[Context] | None = None
+
+    def operands(self, x_BTD: Tensor, ctx: Context | None) -> Operands:
+        """Return the weights; start again at loop 0 in a new forward call."""
+        assert ctx is not None
+        new = self._call is None or self._call() is not ctx
+        self.loop, self._call = 0 if new else self.loop + 1, weakref.ref(ctx)
+        return super().operands(x_BTD, ctx)
+
+
+class TiedExperts(_CountingExperts):
     """Experts chosen in the first loop and kept in later ones; gate weights may change."""
 
     def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
         super().__init__(cfg, layer)
-        self._call: weakref.ref[Context] | None = None
         self._first_NC: Tensor | None = None
-
-    def operands(self, x_BTD: Tensor, ctx: Context | None) -> Operands:
-        """Return the weights; reset the choice when a new forward call starts."""
-        assert ctx is not None
-        if self._call is None or self._call() is not ctx:
-            self._call, self._first_NC = weakref.ref(ctx), None
-        return super().operands(x_BTD, ctx)
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route as :meth:`MoEFFN.route`, with the experts of loop 0."""
         scores_NE, experts_NC, weights_NC = super().route(x_ND)
-        if self._first_NC is None:
+        if self.loop == 0:
             self._first_NC = experts_NC
             return scores_NE, experts_NC, weights_NC
+        assert self._first_NC is not None
         weights_NC = scores_NE.gather(-1, self._first_NC)
         return scores_NE, self._first_NC, weights_NC / weights_NC.sum(-1, keepdim=True)
 
 
-def tie_experts(model: Model) -> None:
-    """Replace every MoE layer by a tied one with the same weights."""
-    for block in list(model.modules()):
+class BiasedByLoop(_CountingExperts):
+    """Experts whose router adds a learned bias of the loop to its logits, zero at the start."""
+
+    def __init__(self, cfg: MythosConfig, layer: int = 0) -> None:
+        super().__init__(cfg, layer)
+        # flat: Muon takes matrices
+        self.loop_bias = nn.Parameter(torch.zeros(cfg.max_loop_iters * cfg.n_experts))
+
+    def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route as :meth:`MoEFFN.route` with the bias of the loop."""
+        bias_LE = self.loop_bias.view(-1, len(self.router_bias))
+        bias_E = bias_LE[min(self.loop, len(bias_LE) - 1)]
+        return self.chosen((in_float32(self.router, x_ND) + bias_E).sigmoid())
+
+
+_CONTROLS: dict[str, type[_CountingExperts]] = {TIED: TiedExperts, PER_LOOP: BiasedByLoop}
+
+
+def control_experts(model: Model, control: str) -> None:
+    """Replace every MoE layer by that of a control, with the same weights."""
+    kind = _CONTROLS.get(control)
+    for block in list(model.modules()) if kind else ():
         if isinstance(block, TransformerBlock) and isinstance(block.ffn, MoEFFN):
-            tied = TiedExperts(model.cfg, block.layer)
-            tied.load_state_dict(block.ffn.state_dict())
-            block.ffn = tied
+            assert kind is not None
+            changed = kind(model.cfg, block.layer)
+            changed.load_state_dict(block.ffn.state_dict(), strict=False)
+            block.ffn = changed
 
 
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """Train, and measure the loss and the change of routing between loops."""
     s = cell.settings
-    trained = train(cell, place, tie_experts if s["control"] == TIED else lambda model: None)
+    trained = train(cell, place, lambda model: control_experts(model, s["control"]))
     counts = account(trained.model)
     figures = trained.costs() | {
         "loss": trained.losses([s["loops"]])[0],
@@ -132,30 +170,35 @@ _DEEPEST = LOOPS[-1]
 def summarise(records: Sequence[Record]) -> Summary:
     """Judge the gain from loops with and without experts, and the role of routing."""
     arms = by_arm(records)
-    gains = {experts: _gains(arms, experts) for experts in EXPERTS}
-    more = {experts: minus(gains[experts], gains[1]) for experts in EXPERTS[1:]}
-    tied = minus(each(arms[arm(8, _DEEPEST, TIED)], "loss"), each(arms[arm(8, _DEEPEST)], "loss"))
-    disjoint = over_seeds(arms[arm(8, _DEEPEST)], "disjoint")
-    loops_pay = all(_counts(difference) for difference in more.values())
-    routing_is_why = disjoint[0] >= DISJOINT and _counts(tied)
-    balanced = arms[arm(8, _DEEPEST)], arms[arm(8, _DEEPEST, UNBALANCED)]
-    entropy = [over_seeds(runs, "entropy")[0] for runs in balanced]
+    free = arms[arm(SPARSE, _DEEPEST)]
+    gains = {experts: _gains(arms, experts) for experts in (DENSE, SPARSE)}
+    more = minus(gains[SPARSE], gains[DENSE])
+    against = {c: minus(each(arms[arm(SPARSE, _DEEPEST, c)], "loss"), each(free, "loss"))
+               for c in (TIED, PER_LOOP, UNBALANCED)}  # fmt: skip
+    disjoint, by_bias = (
+        over_seeds(arms[arm(SPARSE, _DEEPEST, control)], "disjoint") for control in ("", PER_LOOP)
+    )
+    loops_pay = _counts(more)
+    routing_is_why = max(disjoint[0], by_bias[0]) >= DISJOINT and _counts(against[TIED])
+    even = [over_seeds(arms[arm(SPARSE, _DEEPEST, c)], "entropy")[0] for c in ("", UNBALANCED)]
     gain = {experts: mean_std(gain) for experts, gain in gains.items()}
     return Summary(
         verdict(loops_pay and routing_is_why, loops_pay or routing_is_why),
-        f"From one loop to {_DEEPEST} the loss falls by {shown(gain[1])} nats per byte without "
-        f"experts, by {shown(gain[8])} with 8 and by {shown(gain[16])} with 16. With 8 experts "
-        f"{disjoint[0]:.1%} of the tokens meet disjoint sets in consecutive loops, and keeping "
-        f"the first loop's experts costs {tied[0]:+.4f} ± {tied[1]:.4f}. Without balancing the "
-        f"load's evenness falls from {entropy[0]:.3f} to {entropy[1]:.3f}.",
-        f"gain {gain[1][0]:.3f} dense, {gain[8][0]:.3f} of 8, {gain[16][0]:.3f} of 16; "
-        f"disjoint {disjoint[0]:.0%}; tied {tied[0]:+.4f}",
+        f"From one loop to {_DEEPEST} the loss falls by {shown(gain[DENSE])} nats per byte without "
+        f"experts and by {shown(gain[SPARSE])} with {SPARSE}. {disjoint[0]:.1%} of the tokens meet "
+        f"disjoint sets in consecutive loops, {by_bias[0]:.1%} with a bias for every loop, which "
+        f"changes the loss by {_signed(against[PER_LOOP])}; keeping the first loop's experts "
+        f"changes it by {_signed(against[TIED])}. Without balancing it changes by "
+        f"{_signed(against[UNBALANCED])}, and the load's evenness from {even[0]:.3f} to "
+        f"{even[1]:.3f}.",
+        f"gain {gain[DENSE][0]:.3f} dense, {gain[SPARSE][0]:.3f} of {SPARSE}; disjoint "
+        f"{disjoint[0]:.0%}; tied {against[TIED][0]:+.4f}",
         ("arm", "parameters", "active", "loss (nats per byte)", "disjoint sets", "common experts",
          "evenness of load"),
-        [_row(name, arms[name]) for name in _ordered(arms)],
+        [_row(name, found) for name, found in arms.items()],
         {"loss": {experts: [mean_std(each(arms[arm(experts, loops)], "loss")) for loops in LOOPS]
-                  for experts in EXPERTS},
-         "tied": mean_std(each(arms[arm(8, _DEEPEST, TIED)], "loss")),
+                  for experts in (DENSE, SPARSE)},
+         "controls": {c: mean_std(each(arms[arm(SPARSE, _DEEPEST, c)], "loss")) for c in against},
          "disjoint": {name: over_seeds(found, "disjoint")[0]
                       for name, found in arms.items() if "disjoint" in found[0].figures}},
     )  # fmt: skip
@@ -167,12 +210,13 @@ def plot(summary: Summary, path: Path) -> None:
     with panels(path, 2) as (loss, disjoint):
         for (experts, values), colour in zip(data["loss"].items(), COLOURS, strict=False):
             middles, spreads = zip(*values, strict=True)
-            label = f"{experts} expert{'s' if experts > 1 else ''}"
+            label = f"{experts} experts" if experts > 1 else "no experts"
             loss.errorbar(LOOPS, middles, spreads, fmt="o-", capsize=3, color=colour, label=label)
-            if experts == 8:
-                middle, spread = data["tied"]
-                loss.errorbar(_DEEPEST, middle, spread, fmt="x", ms=8, capsize=3, color=colour,
-                              label=f"{label}, tied")  # fmt: skip
+        for (control, (middle, spread)), colour in zip(
+            data["controls"].items(), COLOURS[2:], strict=False
+        ):
+            loss.errorbar(_DEEPEST, middle, spread, fmt="x", ms=8, capsize=3, color=colour,
+                          label=f"{SPARSE} experts, {control}")  # fmt: skip
         loss.set(title="Loss against loops", xlabel="loops", ylabel="nats per byte", xticks=LOOPS)
         loss.legend(fontsize=8)
         names = list(data["disjoint"])
@@ -191,12 +235,8 @@ def _counts(difference: tuple[float, float]) -> bool:
     return difference[0] > difference[1]
 
 
-def _ordered(arms: dict[str, list[Record]]) -> list[str]:
-    def place(name: str) -> tuple[int, int, str]:
-        settings = arms[name][0].settings
-        return settings["experts"], settings["loops"], settings["control"]
-
-    return sorted(arms, key=place)
+def _signed(difference: tuple[float, float]) -> str:
+    return f"{difference[0]:+.4f} ± {difference[1]:.4f}"
 
 
 def _row(name: str, found: Sequence[Record]) -> tuple[str, ...]:

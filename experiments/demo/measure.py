@@ -54,7 +54,7 @@ def measure_chains(looped: Trained, dense: Trained, quick: bool) -> ChainResults
 
 def _with_early_exit(model: OpenMythos, hops: int, programs: int) -> tuple[float, float]:
     """Return mean loops and accuracy on chains of ``hops`` under the exit rule."""
-    ids_BT, answers_B = chains.questions(hops, programs)
+    ids_BT, answers_B = chains.TASK.questions(hops, programs)
     trace = LoopTrace()
     rule = exit_rule(EXIT_RULE, model)
     logits = model(ids_BT, n_loops=HOP_LOOPS[-1], exit_rule=rule, trace=trace)

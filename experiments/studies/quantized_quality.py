@@ -33,7 +33,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import machine
-from experiments.c1_depth.chain_recipe import ASKED_HOPS, chains, questions, recipe
+from experiments.c1_depth.chain_recipe import ASKED_HOPS, TASK, chains, recipe
 from experiments.figure import COLOURS, MUTED, log2_ticks, panels
 from experiments.listing import markdown_table
 from experiments.studies.common import ROOT, Study
@@ -147,7 +147,7 @@ def chain_subject(scale: Scale, quick: bool) -> Subject:
     if quick:  # the quick recipe is too narrow for the groups
         run.train.steps, run.train.warmup_steps, run.train.global_batch = 3, 1, 8
     model = _trained(Trainer(build_model(run), chains(run), run))
-    ids, answers = questions(HOPS, scale.programs)
+    ids, answers = TASK.questions(HOPS, scale.programs)
 
     def score(model: OpenMythos, depths: list[int]) -> list[float]:
         return [1 - right for right in answered(model, ids, answers, depths)]

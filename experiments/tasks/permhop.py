@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from experiments.tasks.loader import TaskLoader
 from open_mythos.checks import check_count, check_number
@@ -106,6 +107,12 @@ class PermHop:
             path.append(reached)
         return np.stack(path, axis=1)
 
+    def questions(self, hops: int, programs: int = 4096) -> tuple[Tensor, Tensor]:
+        """Return held-out programs (B, hops + 1), about a tenth of ``programs``, and answers."""
+        batch = self.batch(0, global_batch=programs, hops=hops, held_out=True)
+        asked_B = batch.targets[:, -1] >= 0
+        return batch.input_ids[asked_B], batch.targets[asked_B, -1]
+
     def is_held_out(self, entity_B: Int64Array, relations_BK: Int64Array) -> np.ndarray:
         """Return whether the prefix ending at each relation is held out, (B, K) bool."""
         key = np.uint64(derive_seed(self.seed, "permhop/held-out"))
@@ -132,7 +139,7 @@ class PermHop:
 
 
 class PermHopLoader(TaskLoader):
-    """Draw fresh programs at every step, and pairs of programs from step ``pair_from`` on.
+    """Draw fresh programs at every step, and rows of ``chains`` from step ``pair_from`` on.
 
     Single programs come first because they are learned faster.
     """
@@ -145,19 +152,22 @@ class PermHopLoader(TaskLoader):
         hops: int,
         pair_from: int | None = None,
         final_only: bool = False,
+        chains: int = 2,
     ) -> None:
         super().__init__(task, global_batch=global_batch, hops=hops)
         self._programs, self._pair_from, self._final_only = task, pair_from, final_only
+        self._chains = check_count("chains", chains)
 
     def next_batch(self, step: int) -> Batch:
         """Draw the programs of ``step``."""
-        pair = self._pair_from is not None and step >= self._pair_from
+        several = self._pair_from is not None and step >= self._pair_from
         return self._programs.batch(
-            step, global_batch=self._global_batch, **self._asked, chains=2 if pair else 1,
-            final_only=self._final_only,
+            step, global_batch=self._global_batch, **self._asked,
+            chains=self._chains if several else 1, final_only=self._final_only,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Return position and identity, JSON-ready."""
-        own = {"pair_from": self._pair_from, "final_only": self._final_only}
+        own = {"pair_from": self._pair_from, "final_only": self._final_only,
+               "chains": self._chains}  # fmt: skip
         return super().state_dict() | own

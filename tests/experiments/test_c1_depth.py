@@ -8,7 +8,7 @@ from helpers import randomise
 
 from experiments import c1_depth as c1
 from experiments.c1_depth import ARMS, DENSE_RIVALS, LEARNABLE, LOOPED, asked, without_injection
-from experiments.c1_depth.chain_recipe import TASK, accuracy_grid, chains, questions, recipe
+from experiments.c1_depth.chain_recipe import TASK, accuracy_grid, chains, recipe
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
 from experiments.tasks import PermHopLoader
 from experiments.tasks.accuracy import answered
@@ -53,7 +53,7 @@ def test_the_quick_recipe_is_the_recipe_made_small():
 
 
 def test_questions_are_held_out_chains():
-    ids_BT, answers_B = questions(6, 600)
+    ids_BT, answers_B = TASK.questions(6, 600)
     entity, relations = ids_BT[:, 0].numpy(), ids_BT[:, 1:].numpy() - TASK.entities
     assert TASK.is_held_out(entity, relations)[:, -1].all()
     assert answers_B.tolist() == TASK.answers(entity, relations)[:, -1].tolist()
@@ -62,7 +62,7 @@ def test_questions_are_held_out_chains():
 
 def test_one_pass_answers_as_separate_calls():
     model = randomise(build_model(recipe(quick=True)))
-    ids_BT, answers_B = questions(4, 900)
+    ids_BT, answers_B = TASK.questions(4, 900)
     found = answered(model, ids_BT, answers_B, (1, 3, 7), rows=32)
     for loops, share in zip((1, 3, 7), found, strict=True):
         with torch.no_grad():

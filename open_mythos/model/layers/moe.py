@@ -61,8 +61,10 @@ class MoEFFN(nn.Module):
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores (N, E), chosen experts (N, C) and weights (N, C); floats are float32."""
-        logits_NE = in_float32(self.router, x_ND)
-        scores_NE = logits_NE.sigmoid()
+        return self.chosen(in_float32(self.router, x_ND).sigmoid())
+
+    def chosen(self, scores_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what :meth:`route` returns for given scores."""
         experts_NC = (scores_NE + self.router_bias).topk(self.top_k, dim=-1, sorted=False).indices
         weights_NC = scores_NE.gather(-1, experts_NC)
         if self.top_k > 1:

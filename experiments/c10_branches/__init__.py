@@ -1,0 +1,214 @@
+"""C10: does a state hold several open branches of a search at once?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from experiments.c10_branches.branches import MANY, at_once, by_distance, look, probes
+from experiments.c10_branches.distance_recipe import (
+    RATE,
+    STEPS,  # noqa: F401 (named in claim.yaml)
+    TASK,
+    TRAINED_LOOPS,
+    graphs,
+    recipe,
+    untrained,
+)
+from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
+from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
+from experiments.spread import by_arm, columns, share
+from experiments.training import fit, run_of
+from open_mythos.accounting import account
+from open_mythos.model.mythos import OpenMythos
+
+LOOPS = (1, 2, 3, 4, 5, 6, 7, TRAINED_LOOPS, 12, 16, 32)
+DISTANCES = range(TASK.farthest + 1)
+BLOCKS = 2
+UNROLLED = BLOCKS * TRAINED_LOOPS
+FOUND, SELECTIVE, ALL_RIGHT, LATER = 0.9, 0.3, 0.9, 1.0
+LEARNT = 0.9
+LOOPED, UNTRAINED = "looped", "untrained"
+_ASKED = 4096
+
+CLAIM = Claim.read(__file__, vars())
+_ARMS: dict[str, dict[str, Any]] = {
+    LOOPED: {"seeds": 3},
+    UNTRAINED: {"train": False},
+    "dense": {"dense": True},
+    "dense-lr1e-2": {"dense": True, "lr": 1e-2},
+    "dense-equal-flops": {"dense": True, "times": TRAINED_LOOPS},
+    f"dense-{UNROLLED}-blocks": {"dense": True, "unrolled": TRAINED_LOOPS},
+}
+
+
+def cells(scale: str) -> list[Cell]:
+    """Return every arm with its seeds, one seed after the other."""
+    if scale == QUICK:
+        return sweep({LOOPED: _settings(scale), "dense": _settings(scale, dense=True)}, [0])
+    found = [
+        cell
+        for arm, about in _ARMS.items()
+        for cell in sweep(
+            {arm: _settings(scale, **{k: v for k, v in about.items() if k != "seeds"})},
+            range(about.get("seeds", 1)),
+        )
+    ]
+    return sorted(found, key=lambda cell: cell.seed)
+
+
+def _settings(
+    scale: str, *, dense: bool = False, lr: float = RATE, times: int = 1,
+    unrolled: int | None = None, train: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    quick = scale == QUICK
+    run = recipe(quick=quick, lr=lr)
+    run.architecture = "dense" if dense else "looped"
+    run.train.steps *= times
+    values = run.to_dict()
+    del values["train"]["seed"], values["data"]
+    return {"run": values, "unrolled": unrolled, "train": train, "loops": list(LOOPS),
+            "asked": 200 if quick else _ASKED}  # fmt: skip
+
+
+def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
+    """Train the arm, ask it at every number of loops, and probe a looped one."""
+    s, run = cell.settings, run_of(cell)
+    model = untrained(run, unrolled=s["unrolled"])
+    curve = fit(model, graphs(run), run)["loss"] if s["train"] else []
+    asked = TASK.graphs(0, s["asked"], "test")
+    found = look(model, TASK, asked, s["loops"])
+    counts = account(model, context=TASK.length)
+    rows = run.train.steps * run.train.global_batch * TASK.length
+    figures = {
+        "parameters": counts.parameters_without_embedding,
+        "training_flops": rows * counts.training_flops(run.depth.expected) * s["train"],
+        "right": by_distance(found, asked, TASK),
+        "whole": [float((r | (asked.distance == 0)).all(1).mean()) for r in found.right],
+        "curve": curve,
+    }
+    if isinstance(model, OpenMythos):
+        figures["at_once"] = at_once(found, asked, TASK)
+        figures["probes"] = probes(found, asked, TASK, seed=cell.seed)
+    return figures
+
+
+def right(distance: int, loops: int = TRAINED_LOOPS) -> Any:
+    """Return the metric of the share of nodes at ``distance`` named right; 0 is out of reach."""
+
+    def of(record: Record) -> float:
+        return _at(record.figures["right"][distance], record, loops)
+
+    return of
+
+
+def whole(loops: int = TRAINED_LOOPS) -> Any:
+    """Return the metric of the share of graphs whose nodes are all named right."""
+
+    def of(record: Record) -> float:
+        return _at(record.figures["whole"], record, loops)
+
+    return of
+
+
+def _at(row: list[float], record: Record, loops: int) -> float:
+    return row[record.settings["loops"].index(loops)] if len(row) > 1 else row[0]
+
+
+def _probe(found: Sequence[Record], key: str, loops: int = TRAINED_LOOPS) -> float:
+    place = LOOPS.index(loops)
+    return mean(record.figures["probes"][place][key] for record in found)
+
+
+def _branches(found: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    """Return per distance: share of many branches all right, and how many loops later than one."""
+    of = [record.figures["at_once"] for record in found]
+    place = LOOPS.index(TRAINED_LOOPS)
+    return {
+        d: (
+            mean(each[d]["many"]["all_right"][place] for each in of),
+            mean(each[d]["many"]["loops"] - each[d]["one"]["loops"] for each in of),
+        )
+        for d in of[0]
+    }
+
+
+def summarise(records: Sequence[Record]) -> Summary:
+    """Judge the probes, and whether many branches need more loops than one."""
+    arms = by_arm(records)
+    looped = arms[LOOPED]
+    f1, control = _probe(looped, "f1"), _probe(looped, "control")
+    raw = _probe(arms[UNTRAINED], "f1")
+    branches = _branches(looped)
+    held = {d: values for d, values in branches.items() if int(d) <= TASK.farthest - 2}
+    together = all(values[0] >= ALL_RIGHT for values in held.values())
+    no_later = all(values[1] <= LATER for values in held.values())
+    decodable = f1 >= FOUND and f1 - control >= SELECTIVE and f1 > raw
+    known = mean(map(right(1), looped))
+    text = "; ".join(f"distance {d}: {a:.1%}, {b:+.2f} loops" for d, (a, b) in branches.items())
+    dense = {arm: mean(map(whole(), found)) for arm, found in arms.items() if "dense" in arm}
+    best = max(dense, key=lambda arm: dense[arm])
+    return Summary(
+        verdict(
+            decodable and together and no_later, decodable or (together and no_later),
+            unclear="" if known >= LEARNT else "the nodes next to the source were not learnt",
+        ),
+        f"At {TRAINED_LOOPS} loops a probe of an edge's state finds within how many steps its head "
+        f"is reached with an F1 of {f1:.2f} (shuffled labels {control:.2f}, untrained model "
+        f"{raw:.2f}; after one loop {_probe(looped, 'f1', 1):.2f}). Graphs with {MANY} or more "
+        f"nodes at a distance have all of them right, and that many loops later than graphs with "
+        f"one: {text}. All {TASK.nodes} nodes of a graph are right in "
+        f"{mean(map(whole(), looped)):.1%} of the graphs, in {dense[best]:.1%} for the best dense "
+        f"arm ({best}).",
+        f"probe F1 {f1:.2f}, shuffled {control:.2f}; graphs {mean(map(whole(), looped)):.1%}, "
+        f"dense {dense[best]:.1%}",
+        ("arm", "seeds", "parameters", "training FLOPs", "loops", "whole graph", "out of reach",
+         *(f"distance {d}" for d in DISTANCES[1:])),
+        [row for arm, found in arms.items() for row in _rows(arm, found)],
+        {"loops": list(LOOPS),
+         "right": [columns(r.figures["right"][d] for r in looped) for d in DISTANCES],
+         "probes": {name: [_probe(found, key, n) for n in LOOPS] for name, found, key in (
+             ("trained", looped, "f1"), ("untrained", arms[UNTRAINED], "f1"),
+             ("shuffled labels", looped, "control"))},
+         "at_once": {f"distance {d}, {name}": columns(
+             r.figures["at_once"][d][name]["all_right"] for r in looped)
+             for d in held for name in ("one", "many")}},
+    )  # fmt: skip
+
+
+def plot(summary: Summary, path: Path) -> None:
+    """Plot answers, probes, and one branch beside many, over the loops."""
+    data = summary.data
+    with panels(path, 3) as (answers, probed, together):
+        named = {f"distance {d}" if d else "out of reach": data["right"][d] for d in DISTANCES}
+        lines(answers, data["loops"], named, small=True)
+        answers.set(title="Nodes named right", ylabel="share")
+        lines(probed, data["loops"], data["probes"], small=True)
+        probed.set(title="Probe of edges: reached within 1 .. 5 steps", ylabel="F1")
+        for (name, row), i in zip(data["at_once"].items(), range(99), strict=False):
+            together.plot(
+                data["loops"], row, "--o" if i % 2 else "-", ms=3, color=(COLOURS * 2)[i // 2],
+                label=name.replace("many", f"{MANY} or more nodes").replace("one", "one node"),
+            )  # fmt: skip
+        together.axhline(ALL_RIGHT, color=MUTED, ls=":")
+        together.legend(fontsize=7)
+        together.set(title="All nodes at a distance right", ylabel="graphs")
+        for axes in (answers, probed, together):
+            log2_ticks(axes, data["loops"])
+            axes.set(xlabel="loops", ylim=(0, 1.03))
+
+
+def _rows(arm: str, found: Sequence[Record]) -> list[tuple[str, ...]]:
+    first = found[0].figures
+    depths = (2, 4, TRAINED_LOOPS, 16, LOOPS[-1]) if arm == LOOPED else (TRAINED_LOOPS,)
+    return [
+        (
+            arm, str(len(found)), f"{first['parameters']:,}", f"{first['training_flops']:.1e}",
+            "-" if arm.startswith("dense") else str(loops),
+            share(found, whole(loops)),
+            *(share(found, right(d, loops)) for d in DISTANCES),
+        )
+        for loops in depths
+    ]  # fmt: skip
