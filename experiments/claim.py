@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,6 +86,22 @@ class Cell:
 def sweep(arms: Mapping[str, dict[str, Any]], seeds: Iterable[int] = range(3)) -> list[Cell]:
     """Return a cell for every arm (name -> settings) and seed, grouped by arm."""
     return [Cell(arm, seed, settings) for arm, settings in arms.items() for seed in seeds]
+
+
+def arms_by_seed(
+    arms: Mapping[str, Mapping[str, Any]], settings: Callable[..., dict[str, Any]]
+) -> list[Cell]:
+    """Return the cells of all arms, one seed after the other.
+
+    Args:
+        arms: Arm -> arguments of ``settings``, and "seeds" (1 by default).
+        settings: Returns the settings of a cell.
+    """
+    found = list[Cell]()
+    for arm, about in arms.items():
+        changes = {key: value for key, value in about.items() if key != "seeds"}
+        found += sweep({arm: settings(**changes)}, range(about.get("seeds", 1)))
+    return sorted(found, key=lambda cell: cell.seed)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 
 from experiments.tasks import TaskLoader
 from experiments.tasks.distances import Distances
+from experiments.tasks.puzzle import puzzle_recipe
 from experiments.training import build, seeded
-from open_mythos.config import MythosConfig
-from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
+from open_mythos.train import RunConfig
 from open_mythos.train.build import Model
 
 TASK = Distances()
@@ -18,22 +18,9 @@ STEPS, RATE = 1500, 3e-3
 
 def recipe(*, quick: bool = False, lr: float = RATE, steps: int = STEPS) -> RunConfig:
     """Return the run configuration; ``quick`` makes it tiny for smoke tests."""
-    dim, batch, steps = (16, 4, 3) if quick else (64, 64, steps)
-    model = MythosConfig(
-        vocab_size=TASK.vocab_size, dim=dim, n_heads=4, n_kv_heads=4, attn_type="gqa",
-        max_seq_len=TASK.length, max_loop_iters=TRAINED_LOOPS, prelude_layers=0,
-        recurrent_layers=2, coda_layers=0, n_experts=0, lora_rank=0, ffn_dim=2 * dim,
-        rope_theta=0.0, causal=False,
-    )  # fmt: skip
-    return RunConfig(
-        model=model,
-        depth=DepthConfig(plan="mixed", mean=TRAINED_LOOPS, mixed_share=0.5),
-        optim=OptimConfig(name="muon", lr=lr, beta2=0.98),
-        train=TrainConfig(
-            steps=steps, warmup_steps=min(50, steps), seq_len=TASK.length, global_batch=batch,
-            min_lr_ratio=0.02, log_every=max(1, steps // 40), device="cpu",
-        ),
-    )  # fmt: skip
+    return puzzle_recipe(
+        TASK.vocab_size, TASK.length, loops=TRAINED_LOOPS, lr=lr, steps=steps, quick=quick
+    )
 
 
 def untrained(run: RunConfig, *, unrolled: int | None = None) -> Model:

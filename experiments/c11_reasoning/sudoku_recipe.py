@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from experiments.tasks import TaskLoader
+from experiments.tasks.puzzle import puzzle_recipe
 from experiments.tasks.sudoku import Questions, Sudoku
 from experiments.training import build, seeded
-from open_mythos.config import MythosConfig
 from open_mythos.data.permutation import Int64Array
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
+from open_mythos.train import RunConfig
 from open_mythos.train.build import Model
 
 TASK = Sudoku()
@@ -26,7 +26,7 @@ LOOPS = (1, 2, 4, 6, TRAINED_LOOPS, 12, 16, CHOSEN_LOOPS, 64)
 LEVELS = ("1-3", "4", "5", "6-7", "8+", "guess")
 """Difficulty: rounds of elimination that a solver needs, or that it has to guess."""
 HARDEST = LEVELS[-1]
-STEPS, WARMUP = 1000, 50
+STEPS = 1000
 RATE = 1e-2
 
 
@@ -34,21 +34,9 @@ def recipe(
     seed: int = 0, *, quick: bool = False, lr: float = RATE, steps: int = STEPS
 ) -> RunConfig:
     """Return the run configuration; ``quick`` makes it tiny for smoke tests."""
-    dim, batch, steps = (16, 4, 3) if quick else (64, 64, steps)
-    model = MythosConfig(
-        vocab_size=TASK.vocab_size, dim=dim, n_heads=4, n_kv_heads=4, attn_type="gqa",
-        max_seq_len=TASK.grid.cells, max_loop_iters=TRAINED_LOOPS, prelude_layers=0,
-        recurrent_layers=2, coda_layers=0, n_experts=0, lora_rank=0, ffn_dim=2 * dim,
-        rope_theta=0.0, causal=False,
-    )  # fmt: skip
-    return RunConfig(
-        model=model,
-        depth=DepthConfig(plan="mixed", mean=TRAINED_LOOPS, mixed_share=0.5),
-        optim=OptimConfig(name="muon", lr=lr, beta2=0.98),
-        train=TrainConfig(
-            seed=seed, steps=steps, warmup_steps=min(WARMUP, steps), seq_len=TASK.grid.cells,
-            global_batch=batch, min_lr_ratio=0.02, log_every=max(1, steps // 40), device="cpu",
-        ),
+    return puzzle_recipe(
+        TASK.vocab_size, TASK.grid.cells, loops=TRAINED_LOOPS, lr=lr, steps=steps, quick=quick,
+        seed=seed,
     )  # fmt: skip
 
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from experiments.c1_depth.chain_recipe import recipe
-from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
+from experiments.claim import (
+    QUICK,
+    Cell,
+    Claim,
+    Place,
+    Record,
+    Summary,
+    arms_by_seed,
+    sweep,
+    verdict,
+)
 from experiments.figure import COLOURS, lines, log2_ticks, panels
 from experiments.spread import by_arm, columns, share
 from experiments.tasks import PermHopLoader
@@ -47,15 +58,7 @@ def cells(scale: str) -> list[Cell]:
     """Return every arm with its seeds, one seed after the other."""
     if scale == QUICK:
         return sweep({LOOPED: _settings(scale), "dense": _settings(scale, **_DENSE)}, [0])
-    found = [
-        cell
-        for arm, about in _ARMS.items()
-        for cell in sweep(
-            {arm: _settings(scale, **{k: v for k, v in about.items() if k != "seeds"})},
-            range(about.get("seeds", 1)),
-        )
-    ]
-    return sorted(found, key=lambda cell: cell.seed)
+    return arms_by_seed(_ARMS, partial(_settings, scale))
 
 
 def _settings(
