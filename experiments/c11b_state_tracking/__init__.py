@@ -36,7 +36,7 @@ FEWEST, MOST = TRAINED, 2 * TRAINED
 CHOSEN_LOOPS, MANY_LOOPS = 24, 64
 """Depth of the verdict, fixed before the runs; a much larger one."""
 LOOPS = (1, 2, 5, 7, 10, 16, CHOSEN_LOOPS, 32, MANY_LOOPS)
-STEPS, RATE, WORDS, PAIRS_AFTER = 500, 1e-2, 3, 0.6
+STEPS, RATE, WORDS, SEVERAL_AFTER = 500, 1e-2, 4, 0.6
 SOLVED, PART, LEARNT = 0.95, 0.5, 0.9
 LOOPED = "looped"
 RIVALS = ("dense", "dense-lr3e-3", "dense-lr3e-2", "dense-equal-flops", "dense-equal-depth")
@@ -80,7 +80,7 @@ def _settings(
     values = run.to_dict()
     del values["train"]["seed"], values["data"]
     return {"run": values, "unrolled": unrolled, "words": WORDS,
-            "pair_from": round(PAIRS_AFTER * steps), "lengths": list(LENGTHS),
+            "pair_from": round(SEVERAL_AFTER * steps), "lengths": list(LENGTHS),
             "loops": list(LOOPS), "programs": 300 if quick else _PROGRAMS}  # fmt: skip
 
 
