@@ -9,12 +9,11 @@ import numpy as np
 from markupsafe import Markup
 
 from experiments.c11_reasoning.sudoku_recipe import answers
+from experiments.tasks.saved import looped_model
 from experiments.tasks.sudoku import Sudoku
 from experiments.tasks.sudoku_solver import Grid
 from open_mythos.checks import check_count
-from open_mythos.errors import ConfigError, DataError
-from open_mythos.hub.pretrained import from_pretrained
-from open_mythos.model.mythos import OpenMythos
+from open_mythos.errors import DataError
 from open_mythos.reports.html import render
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -66,12 +65,7 @@ def sudoku_page(folder: Path, task: Sudoku, puzzle: str, n_loops: int | None) ->
         ConfigError: The number of loops is not valid, or the model is dense.
         DataError: ``puzzle`` has no solution, or several.
     """
-    model = from_pretrained(folder)
-    if not isinstance(model, OpenMythos):
-        raise ConfigError(
-            "a dense model has no loops", where="trace", value=str(folder),
-            allowed="a looped model", fix="pass the folder of a looped model",
-        )  # fmt: skip
+    model = looped_model(folder)
     default = 2 * model.cfg.max_loop_iters
     depth = default if n_loops is None else check_count("--n-loops", n_loops)
     clues = _read(task, puzzle)

@@ -1,11 +1,13 @@
-"""``python -m experiments trace``: follow a chain or a Sudoku through the loops of a model."""
+"""``python -m experiments trace``: follow a question of a task through the loops of a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from experiments.graph_page import graph_page
 from experiments.sudoku_page import sudoku_page
 from experiments.tasks import PermHop
+from experiments.tasks.distances import Distances
 from experiments.tasks.saved import load_task, reached
 from experiments.tasks.sudoku import Sudoku
 from open_mythos.errors import DataError
@@ -46,10 +48,12 @@ def trace_chain(
 
 
 def write_trace(folder: Path, prompt: str, *, n_loops: int | None, exit: str, out: Path) -> None:
-    """Write the HTML page of :func:`trace_chain`, or of a Sudoku, to ``out``."""
+    """Write the HTML page of :func:`trace_chain`, of a Sudoku or of a graph, to ``out``."""
     task = load_task(folder)
     if isinstance(task, Sudoku):
         write_html(sudoku_page(folder, task, prompt, n_loops), out)
+    elif isinstance(task, Distances):
+        write_html(graph_page(folder, task, prompt, n_loops), out)
     else:
         write_html(page(trace_chain(folder, prompt, n_loops=n_loops, exit=exit)), out)
     print(f"page: {out}")

@@ -31,8 +31,10 @@ from experiments.claim import (
 )
 from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
 from experiments.spread import by_arm, columns, share
+from experiments.tasks.saved import save_task
 from experiments.training import fit, run_of
 from open_mythos.accounting import account
+from open_mythos.hub.pretrained import save_pretrained
 from open_mythos.model.mythos import OpenMythos
 
 LOOPS = (1, 2, 3, 4, 5, 6, 7, TRAINED_LOOPS, 12, 16, 32)
@@ -93,9 +95,17 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         "curve": curve,
     }
     if isinstance(model, OpenMythos):
+        if s["train"]:
+            keep(model, place.shared / "models" / cell.name)
         figures["at_once"] = at_once(found, asked, TASK)
         figures["probes"] = probes(found, asked, TASK, seed=cell.seed)
     return figures
+
+
+def keep(model: OpenMythos, folder: Path) -> None:
+    """Save a model and its task for ``python -m experiments trace``."""
+    save_pretrained(model, folder)
+    save_task(TASK, folder)
 
 
 def right(distance: int, loops: int = TRAINED_LOOPS) -> Any:

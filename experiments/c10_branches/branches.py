@@ -26,8 +26,10 @@ class Looked:
     """Answers and states of (M,) graphs after each of ``loops``."""
 
     loops: list[int]
+    named: Int64Array
+    """(L, M, nodes) distances that the model names, 0 for out of reach."""
     right: np.ndarray
-    """(L, M, nodes) bool."""
+    """(L, M, nodes) whether they are right."""
     edges: list[Tensor]
     """(M, D) states of one edge of each graph, per number of loops."""
 
@@ -37,21 +39,22 @@ def look(
     rows: int = 512,
 ) -> Looked:  # fmt: skip
     """Run ``model`` on the graphs and keep its answers, and the state of edge number ``edge``."""
-    ids_MT = task.tokens(graphs)
-    answers_Mn = torch.from_numpy(task.answers(graphs))
-    right, edges = list[list[Tensor]](), list[list[Tensor]]()
+    named, edges = list[list[Tensor]](), list[list[Tensor]]()
     with frozen(model, torch.float32):
-        for ids_BT, answers_Bn in zip(ids_MT.split(rows), answers_Mn.split(rows), strict=True):
+        for ids_BT in task.tokens(graphs).split(rows):
             if not isinstance(model, OpenMythos):
-                right.append([_named(model(ids_BT), task) == answers_Bn])
+                named.append([_named(model(ids_BT), task)])
                 continue
             ctx = model.context(ids_BT)
             kept = [h for t, h in model.unroll(ids_BT, max(loops), ctx) if t + 1 in loops]
-            right.append([_named(model.logits(h, ctx), task) == answers_Bn for h in kept])
+            named.append([_named(model.logits(h, ctx), task) for h in kept])
             edges.append([h[:, edge] for h in kept])
     shown = list(loops) if isinstance(model, OpenMythos) else [1]
-    right_LMn = np.stack([torch.cat(parts).numpy() for parts in zip(*right, strict=True)])
-    return Looked(shown, right_LMn, [torch.cat(parts) for parts in zip(*edges, strict=True)])
+    named_LMn = np.stack([torch.cat(parts).numpy() for parts in zip(*named, strict=True)])
+    return Looked(
+        shown, named_LMn, named_LMn == task.answers(graphs),
+        [torch.cat(parts) for parts in zip(*edges, strict=True)],
+    )  # fmt: skip
 
 
 def _named(logits_BTV: Tensor, task: Distances) -> Tensor:

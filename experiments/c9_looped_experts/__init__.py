@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
+from experiments.claim import (
+    QUICK,
+    Cell,
+    Claim,
+    Place,
+    Record,
+    Summary,
+    arms_by_seed,
+    sweep,
+    verdict,
+)
 from experiments.figure import COLOURS, MUTED, panels
 from experiments.spread import by_arm, each, mean_std, minus, over_seeds, shown
 from experiments.text import Sizes, train
@@ -51,11 +62,14 @@ def cells(scale: str) -> list[Cell]:
     if scale == QUICK:
         points = [(SPARSE, 2, control) for control in (TIED, PER_LOOP)]
         return sweep({arm(*point): _settings(*point, scale) for point in points}, [0])
-    deepest = LOOPS[-1]
-    grid = [(experts, loops, "") for loops in LOOPS for experts in (DENSE, SPARSE)]
-    grid += [(SPARSE, deepest, control) for control in (TIED, PER_LOOP, UNBALANCED)]
-    arms = {arm(*point): _settings(*point, scale) for point in grid}
-    return sorted(sweep(arms, range(SEEDS)), key=lambda cell: cell.seed)
+    points = [(experts, loops, "") for loops in LOOPS for experts in (DENSE, SPARSE)]
+    points += [(SPARSE, LOOPS[-1], control) for control in (TIED, PER_LOOP, UNBALANCED)]
+    arms = {
+        arm(*point): dict(zip(("experts", "loops", "control"), point, strict=True))
+        | {"seeds": 1 if point[-1] in (PER_LOOP, UNBALANCED) else SEEDS}
+        for point in points
+    }
+    return arms_by_seed(arms, partial(_settings, scale=scale))
 
 
 def arm(experts: int, loops: int, control: str = "") -> str:
@@ -173,7 +187,7 @@ def summarise(records: Sequence[Record]) -> Summary:
     free = arms[arm(SPARSE, _DEEPEST)]
     gains = {experts: _gains(arms, experts) for experts in (DENSE, SPARSE)}
     more = minus(gains[SPARSE], gains[DENSE])
-    against = {c: minus(each(arms[arm(SPARSE, _DEEPEST, c)], "loss"), each(free, "loss"))
+    against = {c: _from(arms[arm(SPARSE, _DEEPEST, c)], free)
                for c in (TIED, PER_LOOP, UNBALANCED)}  # fmt: skip
     disjoint, by_bias = (
         over_seeds(arms[arm(SPARSE, _DEEPEST, control)], "disjoint") for control in ("", PER_LOOP)
@@ -231,12 +245,18 @@ def _gains(arms: dict[str, list[Record]], experts: int) -> list[float]:
     return [a - b for a, b in zip(one, most, strict=True)]
 
 
+def _from(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[float, float]:
+    """Return mean and deviation of the differences of loss, over the seeds that ``ours`` has."""
+    return minus(each(ours, "loss"), each(theirs[: len(ours)], "loss"))
+
+
 def _counts(difference: tuple[float, float]) -> bool:
     return difference[0] > difference[1]
 
 
 def _signed(difference: tuple[float, float]) -> str:
-    return f"{difference[0]:+.4f} ± {difference[1]:.4f}"
+    middle, spread = difference
+    return f"{middle:+.4f}" + (f" ± {spread:.4f}" if spread else " (one seed)")
 
 
 def _row(name: str, found: Sequence[Record]) -> tuple[str, ...]:

@@ -67,10 +67,10 @@ class Distances:
         pairs = (tail * n + head)[tail != head]
         order = rng.random((count, len(pairs))).argpartition(self.edges - 1, axis=1)
         edges_ME = pairs[order[:, : self.edges]]
-        source_M = rng.integers(n, size=count)
-        return Graphs(edges_ME, source_M, self._distances(edges_ME, source_M))
+        return self.measured(edges_ME, rng.integers(n, size=count))
 
-    def _distances(self, edges_ME: Int64Array, source_M: Int64Array) -> Int64Array:
+    def measured(self, edges_ME: Int64Array, source_M: Int64Array) -> Graphs:
+        """Return graphs with the distances from their sources."""
         n, count = self.nodes, len(source_M)
         linked_ME = np.zeros((count, n * n), np.float32)
         np.put_along_axis(linked_ME, edges_ME, 1, axis=1)
@@ -81,7 +81,7 @@ class Distances:
             distance_Mn[front_Mn] = step
             next_Mn = np.einsum("mu,muv->mv", front_Mn.astype(np.float32), linked_Mnn) > 0
             front_Mn = next_Mn & (distance_Mn == n)
-        return distance_Mn
+        return Graphs(edges_ME, source_M, distance_Mn)
 
     def batch(self, step: int, *, global_batch: int) -> Batch:
         """Draw the rows (B, length) of ``step``, a pure function of the arguments."""

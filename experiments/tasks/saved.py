@@ -10,21 +10,27 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from experiments.tasks.distances import Distances
 from experiments.tasks.permhop import PermHop
 from experiments.tasks.sudoku import Sudoku
 from open_mythos.checks import is_int
-from open_mythos.errors import DataError
+from open_mythos.errors import ConfigError, DataError
 from open_mythos.files import read_object
+from open_mythos.hub.pretrained import from_pretrained
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import TOKENIZER_FOLDER
 
 TASK_FILE = "task.json"
 MAX_BYTES = 1 << 16
 MOST_TOKENS = 1 << 13
-"""Entities and relations, or cells times digits, of a task that is read."""
-_TASKS: dict[str, type[PermHop] | type[Sudoku]] = {"permhop": PermHop, "sudoku": Sudoku}
+"""Entities and relations, cells times digits, or edges of a task that is read."""
+SavedTask = PermHop | Sudoku | Distances
+_TASKS: dict[str, type[SavedTask]] = {
+    "permhop": PermHop, "sudoku": Sudoku, "distances": Distances
+}  # fmt: skip
 
 
-def save_task(task: PermHop | Sudoku, folder: Path) -> None:
+def save_task(task: SavedTask, folder: Path) -> None:
     """Write the task to ``folder``, and the word-level tokenizer of chains."""
     if isinstance(task, PermHop):
         _save_words(task, folder)
@@ -44,7 +50,7 @@ def _save_words(task: PermHop, folder: Path) -> None:
     words.save(str(target / "tokenizer.json"))
 
 
-def load_task(folder: Path) -> PermHop | Sudoku:
+def load_task(folder: Path) -> SavedTask:
     """Read the task that :func:`save_task` wrote to ``folder``.
 
     Raises:
@@ -64,9 +70,20 @@ def load_task(folder: Path) -> PermHop | Sudoku:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             "no description of a task", where=str(path), value=str(error),
-            allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}, or "sudoku"',
+            allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}, "sudoku" or "distances"',
             fix=fix,
         ) from error  # fmt: skip
+
+
+def looped_model(folder: Path) -> OpenMythos:
+    """Load a looped model; raise ConfigError if it is dense."""
+    model = from_pretrained(folder)
+    if not isinstance(model, OpenMythos):
+        raise ConfigError(
+            "a dense model has no loops", where="trace", value=str(folder),
+            allowed="a looped model", fix="pass the folder of a looped model",
+        )  # fmt: skip
+    return model
 
 
 def reached(task: PermHop, ids: list[int]) -> list[tuple[int, int] | None]:

@@ -17,7 +17,8 @@ NODES = TASK.nodes
 
 def looked(right_LMn: np.ndarray, edges: list[torch.Tensor] | None = None) -> Looked:
     """Return answers at loops 1, 2, .."""
-    return Looked(list(range(1, len(right_LMn) + 1)), right_LMn, edges or [])
+    named_LMn = np.where(right_LMn, TASK.answers(GRAPHS), -1)
+    return Looked(list(range(1, len(right_LMn) + 1)), named_LMn, right_LMn, edges or [])
 
 
 def breadth_first(loops: int) -> np.ndarray:

@@ -8,6 +8,8 @@ import pytest
 from helpers import small_model
 
 from experiments.__main__ import main
+from experiments.c10_branches import keep
+from experiments.c10_branches.distance_recipe import recipe, untrained
 from experiments.tasks import PermHop
 from experiments.tasks.saved import TASK_FILE, load_task, reached, save_task
 from experiments.trace import trace_chain
@@ -100,3 +102,28 @@ def test_commands_of_the_library_read_chains_as_text(folder, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert open_mythos(["trace", str(folder), CHAIN, "--out", str(page)]) == 0
     assert from_pretrained(folder).cfg.vocab_size == TASK.vocab_size
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    keep(untrained(recipe(quick=True)), folder)
+    return folder
+
+
+def test_a_graph_has_a_page(graphs, tmp_path):
+    out = tmp_path / "graph.html"
+    prompt = "3: 3>4 3>5 5>6"
+    assert main(["trace", str(graphs), prompt, "--n-loops", "2", "--out", str(out)]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert page.count("<line") == 2 * 3
+    assert page.count("<circle") == 2 * 12
+    assert "at distance 1, 2, ..: 2, 1, 0, 0, 0" in page
+    assert main(["trace", str(graphs), "", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("prompt", ["3", "3: 3>12", "99: 3>4", "0: 1-2", "0: " + "1>2 " * 21])
+def test_other_graphs_are_refused(graphs, prompt, capsys):
+    assert main(["trace", str(graphs), prompt]) == 3
+    assert "such as '0: 0>3 3>5'" in capsys.readouterr().err
