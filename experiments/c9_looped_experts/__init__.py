@@ -41,9 +41,8 @@ LOOPS = (1, 4)
 EXPERTS = 16
 TOP_K = 2
 DENSE, SPARSE = 1, EXPERTS
-TIED, PER_LOOP, UNBALANCED = "tied", "loop-bias", "unbalanced"
-"""Controls: the first loop's experts in every loop; a learned bias of the router for every loop; no
-balancing."""
+TIED, PER_LOOP = "tied", "loop-bias"
+"""Controls: the first loop's experts in every loop; a learned bias of the router for every loop."""
 DISJOINT = 0.25
 SEEDS = 2
 STEPS = 1000
@@ -63,10 +62,10 @@ def cells(scale: str) -> list[Cell]:
         points = [(SPARSE, 2, control) for control in (TIED, PER_LOOP)]
         return sweep({arm(*point): _settings(*point, scale) for point in points}, [0])
     points = [(experts, loops, "") for loops in LOOPS for experts in (DENSE, SPARSE)]
-    points += [(SPARSE, LOOPS[-1], control) for control in (TIED, PER_LOOP, UNBALANCED)]
+    points += [(SPARSE, LOOPS[-1], control) for control in (TIED, PER_LOOP)]
     arms = {
         arm(*point): dict(zip(("experts", "loops", "control"), point, strict=True))
-        | {"seeds": 1 if point[-1] in (PER_LOOP, UNBALANCED) else SEEDS}
+        | {"seeds": 1 if point[-1] == PER_LOOP else SEEDS}
         for point in points
     }
     return arms_by_seed(arms, partial(_settings, scale=scale))
@@ -85,7 +84,7 @@ def _settings(experts: int, loops: int, control: str, scale: str) -> dict[str, A
     }  # fmt: skip
     settings = _SIZES.settings(
         scale, model=model, depth={"plan": "fixed", "mean": loops},
-        lr=1e-2, train={"balance_speed": 0.0} if control == UNBALANCED else {},
+        lr=1e-2,
     )  # fmt: skip
     settings["run"]["optim"]["name"] = "muon"
     return {"experts": experts, "loops": loops, "control": control, **settings}
@@ -188,13 +187,12 @@ def summarise(records: Sequence[Record]) -> Summary:
     gains = {experts: _gains(arms, experts) for experts in (DENSE, SPARSE)}
     more = minus(gains[SPARSE], gains[DENSE])
     against = {c: _from(arms[arm(SPARSE, _DEEPEST, c)], free)
-               for c in (TIED, PER_LOOP, UNBALANCED)}  # fmt: skip
+               for c in (TIED, PER_LOOP)}  # fmt: skip
     disjoint, by_bias = (
         over_seeds(arms[arm(SPARSE, _DEEPEST, control)], "disjoint") for control in ("", PER_LOOP)
     )
     loops_pay = _counts(more)
     routing_is_why = max(disjoint[0], by_bias[0]) >= DISJOINT and _counts(against[TIED])
-    even = [over_seeds(arms[arm(SPARSE, _DEEPEST, c)], "entropy")[0] for c in ("", UNBALANCED)]
     gain = {experts: mean_std(gain) for experts, gain in gains.items()}
     return Summary(
         verdict(loops_pay and routing_is_why, loops_pay or routing_is_why),
@@ -202,9 +200,8 @@ def summarise(records: Sequence[Record]) -> Summary:
         f"experts and by {shown(gain[SPARSE])} with {SPARSE}. {disjoint[0]:.1%} of the tokens meet "
         f"disjoint sets in consecutive loops, {by_bias[0]:.1%} with a bias for every loop, which "
         f"changes the loss by {_signed(against[PER_LOOP])}; keeping the first loop's experts "
-        f"changes it by {_signed(against[TIED])}. Without balancing it changes by "
-        f"{_signed(against[UNBALANCED])}, and the load's evenness from {even[0]:.3f} to "
-        f"{even[1]:.3f}.",
+        f"changes it by {_signed(against[TIED])}. The evenness of the load is "
+        f"{over_seeds(free, 'entropy')[0]:.3f}.",
         f"gain {gain[DENSE][0]:.3f} dense, {gain[SPARSE][0]:.3f} of {SPARSE}; disjoint "
         f"{disjoint[0]:.0%}; tied {against[TIED][0]:+.4f}",
         ("arm", "parameters", "active", "loss (nats per byte)", "disjoint sets", "common experts",
