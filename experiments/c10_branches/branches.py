@@ -110,16 +110,13 @@ def _first_stable(whole_LM: np.ndarray, loops: Sequence[int]) -> np.ndarray:
 def probes(
     found: Looked, graphs: Graphs, task: Distances, edge: int = 0, seed: int = 0
 ) -> list[dict[str, float]]:
-    """Decode, after each number of loops, within how many steps the head of an edge is reached.
+    """Decode, after each number of loops, how far the tail of an edge is from the source.
 
     One edge of each graph, so that no graph is on both sides of the split. Nothing is labelled at
     edges in training.
     """
-    head_M = graphs.edges[:, edge] % task.nodes
-    distance_M: Int64Array = np.take_along_axis(graphs.distance, head_M[:, None], 1)[:, 0]
-    within_MK = torch.from_numpy(distance_M[:, None] <= np.arange(1, task.farthest + 1))
-    scores = [probe(states_MD, within_MK, seed=seed) for states_MD in found.edges]
-    return [
-        {"f1": s.score, "control": s.control, "baseline": s.baseline, "exact": s.exact}
-        for s in scores
-    ]
+    tail_M = graphs.edges[:, edge] // task.nodes
+    distance_M: Int64Array = np.take_along_axis(graphs.distance, tail_M[:, None], 1)[:, 0]
+    labels_M = torch.from_numpy(np.minimum(distance_M, task.farthest + 1))
+    scores = [probe(states_MD, labels_M, seed=seed) for states_MD in found.edges]
+    return [{"accuracy": s.score, "control": s.control, "baseline": s.baseline} for s in scores]

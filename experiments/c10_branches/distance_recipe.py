@@ -13,7 +13,7 @@ from open_mythos.train.build import Model
 
 TASK = Distances()
 TRAINED_LOOPS = 8
-STEPS, RATE = 1000, 3e-3
+STEPS, RATE = 1500, 3e-3
 
 
 def recipe(*, quick: bool = False, lr: float = RATE, steps: int = STEPS) -> RunConfig:

@@ -45,8 +45,8 @@ _PROGRAMS = 8192
 CLAIM = Claim.read(__file__, vars())
 _DENSE: dict[str, Any] = {"architecture": "dense"}
 _ARMS: dict[str, dict[str, Any]] = {
-    LOOPED: {"seeds": 3},
-    "dense": _DENSE | {"seeds": 2},
+    LOOPED: {"seeds": 2},
+    "dense": _DENSE,
     "dense-lr3e-3": _DENSE | {"lr": 3e-3},
     "dense-lr3e-2": _DENSE | {"lr": 3e-2},
     "dense-equal-flops": _DENSE | {"times": 3.5},
