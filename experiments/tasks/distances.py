@@ -18,6 +18,7 @@ from open_mythos.checks import check_count
 from open_mythos.data import Batch
 from open_mythos.data.batch import IGNORE_INDEX
 from open_mythos.data.permutation import Int64Array
+from open_mythos.errors import ConfigError
 from open_mythos.seeding import derive_seed
 
 
@@ -44,7 +45,12 @@ class Distances:
 
     def __post_init__(self) -> None:
         check_count("nodes", self.nodes, 2)
-        check_count("edges", self.edges)
+        most = self.nodes * (self.nodes - 1)
+        if check_count("edges", self.edges) > most:
+            raise ConfigError(
+                "more edges than pairs of nodes", where="edges", value=self.edges,
+                allowed=f"1 .. {most}", fix="lower edges, or raise nodes",
+            )  # fmt: skip
         check_count("farthest", self.farthest)
 
     @property

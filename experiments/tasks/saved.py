@@ -70,7 +70,8 @@ def load_task(folder: Path) -> SavedTask:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             "no description of a task", where=str(path), value=str(error),
-            allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}, "sudoku" or "distances"',
+            allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}, '
+            '"sudoku" or "distances"',
             fix=fix,
         ) from error  # fmt: skip
 

@@ -54,3 +54,5 @@ def test_rows_depend_on_the_step_and_the_stream():
 def test_sizes_are_checked(field):
     with pytest.raises(ConfigError, match=field):
         Distances(**{field: 0})
+    with pytest.raises(ConfigError, match="pairs"):
+        Distances(nodes=4, edges=13)
