@@ -153,6 +153,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype)
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in float32, or as it is if it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def as_autocast(weight: torch.Tensor) -> torch.Tensor:
     """Cast ``weight`` to the dtype of the enclosing autocast region, if any."""
     dtype = autocast_dtype(weight.device)

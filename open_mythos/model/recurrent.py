@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos.checks import MAX_LOOPS, check_number, checked
 from open_mythos.config import MythosConfig
+from open_mythos.devices import at_least_float32
 from open_mythos.errors import ConfigError
 from open_mythos.model.active import Active, RowSchedule, integers
 from open_mythos.model.cache import KVCache
@@ -114,8 +115,8 @@ class RecurrentBlock(nn.Module):
     def normed(self, h_BTD: Tensor) -> Tensor:
         """Normalize a state as ``state_norm_weight`` says; float32 for any model dtype."""
         if self.cfg.state_norm_weight == "plain":
-            ones_D = torch.ones(self.cfg.dim, device=h_BTD.device)
-            return rms_norm(h_BTD.float(), ones_D, self.cfg.norm_eps)
+            h_BTD = at_least_float32(h_BTD)
+            return rms_norm(h_BTD, h_BTD.new_ones(self.cfg.dim), self.cfg.norm_eps)
         return in_float32(self._final_norm[0], h_BTD)
 
     def sharing(self, ctx: Context) -> Context:
@@ -134,13 +135,14 @@ class RecurrentBlock(nn.Module):
         rank or chunking.
         """
         if self.cfg.initial_state == "zero":
-            return torch.zeros_like(e_BTD, dtype=torch.float32)
+            return torch.zeros_like(at_least_float32(e_BTD))
         if self.cfg.initial_state == "prelude":
-            return e_BTD.float()
+            return at_least_float32(e_BTD)
         keys_B = ctx.keys_B
         if keys_B is None:
             keys_B = torch.zeros(e_BTD.shape[0], dtype=torch.long, device=e_BTD.device)
         normal = counter_normal(keys_B, ctx.positions, e_BTD.shape[-1], _INITIAL_STATE_SALT)
+        normal = normal.to(at_least_float32(e_BTD).dtype)
         return (self.cfg.initial_state_std or (2 / 5) ** 0.5) * normal
 
     def unroll(
@@ -242,7 +244,7 @@ class RecurrentBlock(nn.Module):
         active = Active.everything(batch, n_new, h_BTD.device)
         (limit_B,) = integers([depths], h_BTD.device)
         limit_RW, memory = limit_B.unsqueeze(1).expand(batch, n_new), None
-        final_BTD = torch.empty(h_BTD.shape, device=h_BTD.device)
+        final_BTD = torch.empty_like(h_BTD)
         exits_BT = torch.zeros(batch, n_new, dtype=torch.long, device=h_BTD.device)
         if trace is not None:
             trace.record_exits(exits_BT)
@@ -254,7 +256,7 @@ class RecurrentBlock(nn.Module):
             if (kept := active.narrow(~stop_RW)) is None:
                 continue
             exiting = active.where(stop_RW)
-            exiting.put(final_BTD, h_BTD.float())
+            exiting.put(final_BTD, h_BTD)
             exiting.put(exits_BT, t + 1)
             if kept.rows is None or not len(kept.rows):
                 break
@@ -271,9 +273,9 @@ def mean_so_far(h_BTD: Tensor, y_BTD: Tensor, t: int | Tensor) -> Tensor:
     It is exactly ``y`` in the first loop. Source: W. R. Mann, "Mean value methods in iteration",
     1953.
     """
-    if isinstance(t, int):
-        return torch.lerp(h_BTD.float(), y_BTD.float(), 1 / (t + 1))
-    return torch.lerp(h_BTD.float(), y_BTD.float(), (1 / (t + 1.0)).view(-1, 1, 1))
+    h_BTD, y_BTD = at_least_float32(h_BTD), at_least_float32(y_BTD)
+    weight = 1 / (t + 1) if isinstance(t, int) else (1 / (t + 1.0)).view(-1, 1, 1).to(h_BTD.dtype)
+    return torch.lerp(h_BTD, y_BTD, weight)
 
 
 def _predict(read_out: ReadOut | None, h_RWD: Tensor, ctx: Context, t: int) -> Tensor:

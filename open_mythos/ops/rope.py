@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.checks import check_number, checked
+from open_mythos.devices import at_least_float32
 
 
 def rope_table(
@@ -72,6 +73,6 @@ def apply_rope(x_BTHK: Tensor, rope: Tensor) -> Tensor:
         rope: Table from :func:`rope_table`, (2, T, K/2) or (2, B, T, K/2).
     """
     cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)
-    first, second = x_BTHK.float().chunk(2, dim=-1)
+    first, second = at_least_float32(x_BTHK).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
     return rotated.to(x_BTHK.dtype)

@@ -8,7 +8,8 @@ from helpers import random_ids, small_model
 from torch import func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from open_mythos import ConfigError, OpenMythos
+from open_mythos import ConfigError, KVCache, OpenMythos
+from open_mythos.model.exit_rules import exit_rule
 
 pytestmark = [
     pytest.mark.parametrize("attn_type", ["mla", "gqa"]),
@@ -82,3 +83,41 @@ def test_shapes_alone(model):
     assert out.shape == shape
     out.mean().backward()
     assert meta.embedding.weight.grad.shape == meta.embedding.weight.shape
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"initial_state": "normal", "relaxation": "mean"}, {"injection": "concat"}],
+    ids=str,
+)
+def test_double_precision_is_double_throughout(attn_type, changes):
+    """A derivative by differences agrees to 1e-7; one rounding to float32 would leave 1e-2."""
+    model, ids = small_model(attn_type, **changes), random_ids(2, 7)
+    single = model(ids).detach()
+    model = model.double()
+    logits = model(ids)
+    assert logits.dtype == torch.float64
+    assert (logits - single).abs().max() < 1e-4
+    generator = torch.Generator().manual_seed(0)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    ways = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
+    found = torch.autograd.grad(logits.square().sum(), weights, allow_unused=True)
+    slope = sum((a * b).sum() for a, b in zip(found, ways, strict=True) if a is not None)
+    ends = []
+    with torch.no_grad():
+        for step in (1e-6, -2e-6):
+            for weight, way in zip(weights, ways, strict=True):
+                weight += step * way
+            ends.append(model(ids).square().sum())
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, slope, rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_double_precision_decodes_and_exits(attn_type):
+    model, ids = small_model(attn_type).double(), IDS
+    whole = model(ids)
+    cache = KVCache()
+    parts = [model(ids[:, :4], kv_cache=cache), model(ids[:, 4:], kv_cache=cache, start_pos=4)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+    never = model(ids, exit_rule=exit_rule("change:1e-300", model))
+    torch.testing.assert_close(never, whole, rtol=1e-9, atol=1e-9)

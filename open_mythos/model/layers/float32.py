@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from open_mythos.devices import no_autocast
+from open_mythos.devices import at_least_float32, no_autocast
 
 
 def in_float32(module: nn.Module, x: Tensor) -> Tensor:
-    """Call ``module``, wrappers such as adapters included, with weights and input in float32."""
+    """Call ``module``, wrappers such as adapters included, with weights and input in float32.
+
+    What is float64 stays so.
+    """
     with no_autocast(x.device):
         weights = dict(module.named_parameters())
         if all(weight.dtype == torch.float32 for weight in weights.values()):
-            return module(x.float())
-        upcast = {name: weight.float() for name, weight in weights.items()}
-        return functional_call(module, upcast, (x.float(),))
+            return module(at_least_float32(x))
+        upcast = {name: at_least_float32(weight) for name, weight in weights.items()}
+        return functional_call(module, upcast, (at_least_float32(x),))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import checked, pick
 from open_mythos.config import MythosConfig
+from open_mythos.devices import at_least_float32
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,12 @@ class Injection(nn.Module):
             h_BTD: The state.
             decay: Result of :meth:`decay`, if it is known.
         """
-        return h_BTD.float()
+        return at_least_float32(h_BTD)
 
     def drive(self, e_BTD: Tensor) -> Tensor:
         """Return the loop-invariant part of x, float32."""
-        return e_BTD.float() if self.with_input else torch.zeros_like(e_BTD, dtype=torch.float32)
+        e_BTD = at_least_float32(e_BTD)
+        return e_BTD if self.with_input else torch.zeros_like(e_BTD)
 
     def get_A(self) -> Tensor:
         """Return the (D, D) matrix A, float32."""
@@ -107,8 +109,8 @@ class LTIInjection(Injection):
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Return A (D,) and the input gain (D,), both float32."""
         # clamp to finite values first: an infinite a times dt = 0 would be NaN
-        a = self.log_A.float().clamp(-30.0, 30.0).exp()
-        dt = F.softplus(self.dt_bias.float().clamp(-60.0, 1e4))
+        a = at_least_float32(self.log_A).clamp(-30.0, 30.0).exp()
+        dt = F.softplus(at_least_float32(self.dt_bias).clamp(-60.0, 1e4))
         z = (dt * a).clamp(MIN_EXPONENT, MAX_EXPONENT)
         # (1 - exp(-z)) / a with a = z / dt, accurate for small z and consistent where z is clamped
         gain = dt if self.rule == "euler" else dt * (-torch.expm1(-z) / z)
@@ -125,7 +127,7 @@ class LTIInjection(Injection):
 
     def drive(self, e_BTD: Tensor) -> Tensor:
         """Return B e, float32."""
-        return _times(e_BTD, self.B).float() * self.coefficients()[1]
+        return at_least_float32(_times(e_BTD, self.B)) * self.coefficients()[1]
 
     def decay(self) -> Tensor:
         """Return A (D,), float32."""
@@ -133,7 +135,7 @@ class LTIInjection(Injection):
 
     def hold(self, h_BTD: Tensor, decay: Tensor | None = None) -> Tensor:
         """Return A h, float32."""
-        return (self.decay() if decay is None else decay) * h_BTD.float()
+        return (self.decay() if decay is None else decay) * at_least_float32(h_BTD)
 
 
 class ConcatInjection(Injection):
@@ -170,7 +172,8 @@ class ConcatInjection(Injection):
         """Return A as a (D, D) matrix, float32."""
         if self.A is None:
             return torch.eye(self.dim, device=self.B.device)
-        return self.A.float() if self.A.dim() == 2 else torch.diag(self.A.float())
+        A = at_least_float32(self.A)
+        return A if A.dim() == 2 else torch.diag(A)
 
     def spectral_radius(self) -> Tensor:
         """Return rho(A), which may exceed 1; NaN if A is not finite."""
@@ -181,12 +184,12 @@ class ConcatInjection(Injection):
 
     def drive(self, e_BTD: Tensor) -> Tensor:
         """Return B e + b, float32."""
-        driven = _times(e_BTD, self.B).float()
-        return driven if self.bias is None else driven + self.bias.float()
+        driven = at_least_float32(_times(e_BTD, self.B))
+        return driven if self.bias is None else driven + at_least_float32(self.bias)
 
     def hold(self, h_BTD: Tensor, decay: Tensor | None = None) -> Tensor:
         """Return A h, float32; a full A is applied in the dtype of the model."""
-        return h_BTD.float() if self.A is None else _times(h_BTD, self.A).float()
+        return at_least_float32(h_BTD if self.A is None else _times(h_BTD, self.A))
 
 
 def _times(x_BTD: Tensor, matrix: Tensor) -> Tensor:

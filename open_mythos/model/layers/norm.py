@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.checks import check_number, checked
+from open_mythos.devices import at_least_float32
 from open_mythos.ops.norm import rms_norm
 
 
@@ -30,4 +31,5 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last axis of ``x``."""
         dtype = x.dtype if self.keep_dtype else self.weight.dtype
-        return rms_norm(x.float(), self.weight.float(), self.eps).to(dtype)
+        weight_D = at_least_float32(self.weight)
+        return rms_norm(at_least_float32(x), weight_D, self.eps).to(dtype)

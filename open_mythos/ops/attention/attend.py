@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos.devices import is_transformed
+from open_mythos.devices import at_least_float32, is_transformed
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.ops.attention.pieces import attend_pieces, plan_pieces
 from open_mythos.ops.attention.visibility import Visibility
@@ -77,14 +77,16 @@ def _reference(
     groups = q_BTHK.shape[2] // k_BSGK.shape[2]
     k_BSHK = k_BSGK.repeat_interleave(groups, dim=2)
     v_BSHV = v_BSGV.repeat_interleave(groups, dim=2)
-    scores = torch.einsum("bthk,bshk->bhts", q_BTHK.float(), k_BSHK.float()) * scale
+    scores = torch.einsum("bthk,bshk->bhts", *map(at_least_float32, (q_BTHK, k_BSHK))) * scale
     if isinstance(mask, Visibility):
         mask = mask.rows()
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v_BSHV.float()).to(v_BSGV.dtype)
+    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), at_least_float32(v_BSHV)).to(
+        v_BSGV.dtype
+    )
 
 
 def _equal_widths(

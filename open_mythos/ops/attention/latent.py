@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from open_mythos.devices import at_least_float32
 from open_mythos.ops.attention.paged import decode, kernel_serves
 from open_mythos.ops.backend import pick_backend
 
@@ -80,11 +81,12 @@ def _rows_pay(entry_BSW: Tensor) -> bool:
 
 
 def _reference(q_BTHW: Tensor, entry_BSW: Tensor, mask: Tensor | None, rank: int) -> Tensor:
-    """Reference implementation: scores in float32, softmax, weighted sum."""
-    scores = torch.einsum("bthw,bsw->bhts", q_BTHW.float(), entry_BSW.float())
+    """Reference implementation: scores in float32 at least, softmax, weighted sum."""
+    wide_BSW = at_least_float32(entry_BSW)
+    scores = torch.einsum("bthw,bsw->bhts", at_least_float32(q_BTHW), wide_BSW)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    mixed = torch.einsum("bhts,bsr->bthr", scores.softmax(-1), entry_BSW[..., :rank].float())
+    mixed = torch.einsum("bhts,bsr->bthr", scores.softmax(-1), wide_BSW[..., :rank])
     return mixed.to(entry_BSW.dtype)
 
 
@@ -110,7 +112,7 @@ def _rows(q_BTHW: Tensor, entry_BSW: Tensor, mask: Tensor | None, rank: int) -> 
 
 def _softmax(scores_BSN: Tensor, n_new: int, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the (B, T H, S) attention weights of position-major scores."""
-    scores_BTHS = scores_BSN.mT.unflatten(1, (n_new, -1)).float()
+    scores_BTHS = at_least_float32(scores_BSN.mT.unflatten(1, (n_new, -1)))
     if mask is not None:
         scores_BTHS = scores_BTHS.masked_fill(~mask.transpose(1, 2), -torch.inf)
     return scores_BTHS.softmax(-1).to(dtype).flatten(1, 2)
