@@ -50,7 +50,7 @@ def test_cells_are_named_once_and_json_ready(claim: str) -> None:
         for cell in cells:
             assert json.loads(json.dumps(cell.settings)) == plain(cell.settings)
         seeds = {arm: sum(cell.arm == arm for cell in cells) for arm in {c.arm for c in cells}}
-        assert scale == "quick" or sorted(seeds.values())[-1] >= 3
+        assert scale == "quick" or max(seeds.values()) >= 2
 
 
 @claims
