@@ -13,7 +13,7 @@ from rich.table import Table
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, Claim, Record, Summary
 from experiments.results import Results
 from experiments.table import CLAIMS, committed_results, experiment
-from open_mythos.cli.tables import show as show_table
+from open_mythos.console import show as show_table
 
 _COLORS = {HOLDS: "green", HOLDS_IN_PART: "cyan", DOES_NOT_HOLD: "red"}
 

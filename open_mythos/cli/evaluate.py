@@ -69,13 +69,8 @@ def evaluate(
     from rich.progress import track
 
     from open_mythos.cli.says import say_untrained_gate, say_unvalidated, say_weights
-    from open_mythos.cli.tables import (
-        bar_mark,
-        depth_table,
-        exit_tables,
-        new_console,
-        show,
-    )
+    from open_mythos.cli.tables import bar_mark, depth_table, exit_tables, new_console
+    from open_mythos.console import show
     from open_mythos.evaluation import evaluate_depths, evaluate_exits
     from open_mythos.files import check_writable
     from open_mythos.inference.loading import load_model
@@ -162,7 +157,8 @@ def _answers(
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
-    from open_mythos.cli.tables import answer_table, new_console, show
+    from open_mythos.cli.tables import answer_table, new_console
+    from open_mythos.console import show
     from open_mythos.evaluation import evaluate_answers, read_questions
     from open_mythos.hub.places import stored_tokenizer
     from open_mythos.model.exit_rules import exit_rule
@@ -185,7 +181,8 @@ def _tasks(
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
-    from open_mythos.cli.tables import new_console, show, task_table
+    from open_mythos.cli.tables import new_console, task_table
+    from open_mythos.console import show
     from open_mythos.hub.places import first_id, stored_tokenizer
 
     try:

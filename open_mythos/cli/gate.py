@@ -47,7 +47,8 @@ def train_gate(
 
     from open_mythos.cli.run_data import copy_run_files
     from open_mythos.cli.says import say_weights
-    from open_mythos.cli.tables import gate_table, new_console, show
+    from open_mythos.cli.tables import gate_table, new_console
+    from open_mythos.console import show
     from open_mythos.files import check_new_folder, write_text
     from open_mythos.hub.pretrained import save_pretrained
     from open_mythos.inference.loading import load_model

@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.table import Table
 
 from open_mythos.accounting import Accounting, account
-from open_mythos.cli.tables import new_console, new_table, scaled, show
+from open_mythos.cli.tables import new_console, new_table, scaled
 from open_mythos.config import MythosConfig
+from open_mythos.console import show
 from open_mythos.errors import ConfigError
 from open_mythos.run_folder import read_config
 from open_mythos.variants import VARIANTS, variant

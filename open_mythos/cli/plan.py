@@ -8,7 +8,8 @@ from math import ceil
 from rich.table import Table
 
 from open_mythos.cli.info import described_model
-from open_mythos.cli.tables import new_console, new_table, scaled, show
+from open_mythos.cli.tables import new_console, new_table, scaled
+from open_mythos.console import show
 from open_mythos.errors import ConfigError
 from open_mythos.plan import Job, Plan, Wish, make_plan, parse_count
 from open_mythos.plan import gpu as gpu_named

@@ -55,7 +55,8 @@ def retrofit(
     from dataclasses import asdict
 
     from open_mythos.checks import check_count
-    from open_mythos.cli.tables import new_console, show
+    from open_mythos.cli.tables import new_console
+    from open_mythos.console import show
     from open_mythos.devices import resolve_dtype
     from open_mythos.files import check_new_folder
     from open_mythos.hub.pretrained import save_pretrained

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from open_mythos.cli import as_typed, main
 from open_mythos.cli.parser import parse
-from open_mythos.cli.tables import new_console, new_table, show
+from open_mythos.cli.tables import new_console, new_table
+from open_mythos.console import show
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_, InternalError
 from open_mythos.files import read_object, read_text
 from open_mythos.run_folder import read_config, write_config
