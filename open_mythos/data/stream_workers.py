@@ -6,13 +6,15 @@ the trainer, whose threads, CUDA context and collectives do not survive a fork.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from open_mythos.data.stream_lanes import Position, StreamPlan, Windows, read_lanes
 from open_mythos.errors import EnvironmentError_, InternalError, MythosError
+
+TIMEOUT_S = 600.0
+"""Longest wait for a worker; a file that is read again after errors takes half a minute."""
+logger = logging.getLogger(__name__)
 
 
 class WorkerDiedError(EnvironmentError_):
@@ -64,7 +70,7 @@ def prefetched(
 
     Raises:
         DataError, EnvironmentError_: Raised in a worker.
-        WorkerDiedError: A worker was killed, or ran out of memory.
+        WorkerDiedError: A worker was killed, ran out of memory, or gave nothing for ``TIMEOUT_S``.
     """
     with warnings.catch_warnings():  # they are asked for, however few cores there are
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -74,9 +80,11 @@ def prefetched(
             worker_init_fn=_end_with_trainer,
             generator=torch.Generator(),  # or it would draw from the global one
         )  # fmt: skip
+        others = set(multiprocessing.active_children())
         items = iter(loader)
+        processes = set(multiprocessing.active_children()) - others
     while True:
-        parts = [_received(items) for _ in range(workers)]
+        parts = [_received(items, processes) for _ in range(workers)]
         ids = np.empty((len(lanes), plan.seq_len + 1), np.int64)
         after = [Position()] * len(lanes)
         for worker, part in enumerate(parts):
@@ -85,7 +93,11 @@ def prefetched(
         yield Windows(ids, after)
 
 
-def _received(items: Iterator[Windows | MythosError]) -> Windows:
+def _received(items: Iterator[Windows | MythosError], workers: Iterable[BaseProcess]) -> Windows:
+    # DataLoader's own timeout would keep it from noticing at once that a worker has died
+    alarm = threading.Timer(TIMEOUT_S, _kill, (workers,))
+    alarm.daemon = True
+    alarm.start()
     try:
         item = next(items)
     except RuntimeError as error:  # DataLoader's error for a dead worker
@@ -94,12 +106,20 @@ def _received(items: Iterator[Windows | MythosError]) -> Windows:
             fix="resume; if it ran out of memory, use fewer workers; a script that starts some "
             'keeps its own code under if __name__ == "__main__"',
         ) from error  # fmt: skip
+    finally:
+        alarm.cancel()
     if isinstance(item, MythosError):
         try:
             raise item
         finally:  # no cycle of error and frame: the workers end with the last reference to them
             del item, items
     return item
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    logger.warning("the data workers gave nothing for %g seconds and are ended", TIMEOUT_S)
+    for worker in workers:
+        worker.kill()
 
 
 def _unchanged(item: Any) -> Any:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import dataloader
 
-from open_mythos.data import StreamLoader, open_corpus
+from open_mythos.data import StreamLoader, open_corpus, stream_workers
 from open_mythos.data import stream as streaming
 from open_mythos.data.stream_workers import WorkerDiedError
 from open_mythos.errors import DataError, EnvironmentError_, InternalError
@@ -129,6 +129,33 @@ def test_workers_that_keep_ending_are_an_error(corpus_file, monkeypatch) -> None
             next(loader)
     assert loader.step == 0
     assert next(loader).sample_index.tolist() == [0, 1]
+
+
+def test_silent_workers_are_an_error(corpus_file, monkeypatch) -> None:
+    """No worker starts in no time, so both attempts are ended."""
+    monkeypatch.setattr(stream_workers, "TIMEOUT_S", 0.0)
+    loader = StreamLoader(
+        open_corpus(corpus_file), ByteTokenizer(), seq_len=64, global_batch=2, num_workers=1
+    )
+    with pytest.raises(EnvironmentError_, match="data worker ended unexpectedly"):
+        next(loader)
+    assert loader.step == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_stopped_is_replaced(corpus_file, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(stream_workers, "TIMEOUT_S", 20.0)
+    before = worker_pids()
+    options = {"seq_len": 64, "global_batch": 2}
+    loader = StreamLoader(open_corpus(corpus_file), ByteTokenizer(), num_workers=2, **options)
+    reference = StreamLoader(open_corpus(corpus_file), ByteTokenizer(), **options)
+    assert torch.equal(next(loader).input_ids, next(reference).input_ids)
+    (victim, *_) = set(worker_pids()) - set(before)
+    os.kill(victim, signal.SIGSTOP)
+    for _ in range(10):
+        assert torch.equal(next(loader).input_ids, next(reference).input_ids)
+    assert "gave nothing for 20 seconds" in caplog.text
+    assert gone([victim])
 
 
 def test_closing_ends_the_workers_and_the_position_stays(corpus_file) -> None:
