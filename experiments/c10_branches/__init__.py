@@ -203,7 +203,7 @@ def plot(summary: Summary, path: Path) -> None:
         answers.set(title="Nodes named right", ylabel="share")
         lines(probed, data["loops"], data["probes"], small=True)
         probed.set(title="Probe of an edge: distance of its tail", ylabel="accuracy")
-        for (name, row), i in zip(data["at_once"].items(), range(99), strict=False):
+        for i, (name, row) in enumerate(data["at_once"].items()):
             together.plot(
                 data["loops"], row, "--o" if i % 2 else "-", ms=3, color=(COLOURS * 2)[i // 2],
                 label=name.replace("many", f"{MANY} or more nodes").replace("one", "one node"),
