@@ -42,6 +42,11 @@ def minus(ours: Iterable[float], theirs: Iterable[float]) -> tuple[float, float]
     return mean_std([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
+def at_depth(values: Sequence[float], depths: Sequence[int], n_loops: int) -> float:
+    """Return the one of ``values`` that belongs to ``n_loops``; a dense model has a single one."""
+    return values[list(depths).index(n_loops)] if len(values) > 1 else values[0]
+
+
 def columns(rows: Iterable[Sequence[float]]) -> list[float]:
     """Return the mean of each column."""
     return [mean(column) for column in zip(*rows, strict=True)]

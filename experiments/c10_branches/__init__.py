@@ -30,7 +30,7 @@ from experiments.claim import (
     verdict,
 )
 from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
-from experiments.spread import by_arm, columns, share
+from experiments.spread import at_depth, by_arm, columns, share
 from experiments.tasks.saved import save_task
 from experiments.training import fit, run_of
 from open_mythos.accounting import account
@@ -129,7 +129,7 @@ def whole(loops: int = TRAINED_LOOPS) -> Any:
 
 
 def _at(row: list[float], record: Record, loops: int) -> float:
-    return row[record.settings["loops"].index(loops)] if len(row) > 1 else row[0]
+    return at_depth(row, record.settings["loops"], loops)
 
 
 def _probe(found: Sequence[Record], key: str, loops: int = TRAINED_LOOPS) -> float:

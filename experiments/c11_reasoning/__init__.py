@@ -36,7 +36,7 @@ from experiments.claim import (
     verdict,
 )
 from experiments.figure import COLOURS, lines, log2_ticks, panels
-from experiments.spread import by_arm, columns, share
+from experiments.spread import at_depth, by_arm, columns, share
 from experiments.tasks.sudoku import Sudoku
 from experiments.training import build, fit, run_of
 from open_mythos.accounting import account
@@ -120,8 +120,7 @@ def solved(level: str = HARDEST, loops: int = CHOSEN_LOOPS) -> Any:
     """Return the metric of the share solved; a dense model has no loops."""
 
     def of(record: Record) -> float:
-        found: list[float] = record.figures["solved"][level]
-        return found[record.settings["loops"].index(loops)] if len(found) > 1 else found[0]
+        return at_depth(record.figures["solved"][level], record.settings["loops"], loops)
 
     return of
 

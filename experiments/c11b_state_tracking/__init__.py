@@ -21,7 +21,7 @@ from experiments.claim import (
     verdict,
 )
 from experiments.figure import COLOURS, lines, log2_ticks, panels
-from experiments.spread import by_arm, columns, share
+from experiments.spread import at_depth, by_arm, columns, share
 from experiments.tasks import PermHopLoader
 from experiments.tasks.accuracy import answered
 from experiments.tasks.word_problem import WordProblem
@@ -115,8 +115,7 @@ def right(length: int = TWICE, loops: int = CHOSEN_LOOPS) -> Any:
 
     def of(record: Record) -> float:
         s = record.settings
-        found: list[float] = record.figures["right"][s["lengths"].index(length)]
-        return found[s["loops"].index(loops)] if len(found) > 1 else found[0]
+        return at_depth(record.figures["right"][s["lengths"].index(length)], s["loops"], loops)
 
     return of
 

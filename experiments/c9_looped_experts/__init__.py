@@ -146,12 +146,12 @@ _CONTROLS: dict[str, type[_CountingExperts]] = {TIED: TiedExperts, PER_LOOP: Bia
 
 
 def control_experts(model: Model, control: str) -> None:
-    """Replace every MoE layer by that of a control, with the same weights."""
-    kind = _CONTROLS.get(control)
-    for block in list(model.modules()) if kind else ():
+    """Replace every MoE layer by that of a control, with the same weights; "" is no control."""
+    if not control:
+        return
+    for block in list(model.modules()):
         if isinstance(block, TransformerBlock) and isinstance(block.ffn, MoEFFN):
-            assert kind is not None
-            changed = kind(model.cfg, block.layer)
+            changed = _CONTROLS[control](model.cfg, block.layer)
             changed.load_state_dict(block.ffn.state_dict(), strict=False)
             block.ffn = changed
 

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
 from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
 from experiments.phi import Estimate, Runs, phi
-from experiments.spread import by_arm, columns, each, mean_std, minus, over_seeds, shown
+from experiments.spread import at_depth, by_arm, columns, each, mean_std, minus, over_seeds, shown
 from experiments.text import Sizes, train
 from experiments.text_recipe.variants import changed
 
@@ -119,8 +119,7 @@ def at(loops: int = LOOPS) -> Any:
     """Return the metric of the bits at ``loops``; a dense model has one."""
 
     def bits(record: Record) -> float:
-        found: list[float] = record.figures["bits"]
-        return found[EVALUATED.index(loops)] if len(found) > 1 else found[0]
+        return at_depth(record.figures["bits"], EVALUATED, loops)
 
     return bits
 

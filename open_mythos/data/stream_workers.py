@@ -14,6 +14,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def prefetched(
         items = iter(loader)
         processes = set(multiprocessing.active_children()) - others
     while True:
-        parts = [_received(items, processes) for _ in range(workers)]
+        with _ended_after(TIMEOUT_S, processes):
+            parts = [_received(items) for _ in range(workers)]
         ids = np.empty((len(lanes), plan.seq_len + 1), np.int64)
         after = [Position()] * len(lanes)
         for worker, part in enumerate(parts):
@@ -93,11 +95,7 @@ def prefetched(
         yield Windows(ids, after)
 
 
-def _received(items: Iterator[Windows | MythosError], workers: Iterable[BaseProcess]) -> Windows:
-    # DataLoader's own timeout would keep it from noticing at once that a worker has died
-    alarm = threading.Timer(TIMEOUT_S, _kill, (workers,))
-    alarm.daemon = True
-    alarm.start()
+def _received(items: Iterator[Windows | MythosError]) -> Windows:
     try:
         item = next(items)
     except RuntimeError as error:  # DataLoader's error for a dead worker
@@ -106,8 +104,6 @@ def _received(items: Iterator[Windows | MythosError], workers: Iterable[BaseProc
             fix="resume; if it ran out of memory, use fewer workers; a script that starts some "
             'keeps its own code under if __name__ == "__main__"',
         ) from error  # fmt: skip
-    finally:
-        alarm.cancel()
     if isinstance(item, MythosError):
         try:
             raise item
@@ -116,10 +112,25 @@ def _received(items: Iterator[Windows | MythosError], workers: Iterable[BaseProc
     return item
 
 
-def _kill(workers: Iterable[BaseProcess]) -> None:
-    logger.warning("the data workers gave nothing for %g seconds and are ended", TIMEOUT_S)
-    for worker in workers:
-        worker.kill()
+@contextmanager
+def _ended_after(seconds: float, workers: Iterable[BaseProcess]) -> Iterator[None]:
+    """End the workers if the block takes longer.
+
+    DataLoader's own timeout would keep it from noticing at once that a worker has died.
+    """
+
+    def end() -> None:
+        logger.warning("the data workers gave nothing for %g seconds and are ended", seconds)
+        for worker in workers:
+            worker.kill()
+
+    alarm = threading.Timer(seconds, end)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
 
 
 def _unchanged(item: Any) -> Any:

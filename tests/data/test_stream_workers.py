@@ -103,14 +103,20 @@ def test_a_defect_in_a_worker_says_where_it_is(corpus_file, monkeypatch) -> None
         next(loader)
 
 
-def test_a_worker_that_is_killed_is_replaced(corpus_file, caplog) -> None:
+@pytest.fixture
+def pair(corpus_file) -> tuple[StreamLoader, StreamLoader, list[int]]:
+    """Two loaders of the same windows, the first with two workers that run, and their pids."""
     before = worker_pids()
     options = {"seq_len": 64, "global_batch": 2}
     loader = StreamLoader(open_corpus(corpus_file), ByteTokenizer(), num_workers=2, **options)
     reference = StreamLoader(open_corpus(corpus_file), ByteTokenizer(), **options)
     assert torch.equal(next(loader).input_ids, next(reference).input_ids)
-    (victim, *_) = set(worker_pids()) - set(before)
-    os.kill(victim, signal.SIGKILL)
+    return loader, reference, list(set(worker_pids()) - set(before))
+
+
+def test_a_worker_that_is_killed_is_replaced(pair, caplog) -> None:
+    loader, reference, workers = pair
+    os.kill(workers[0], signal.SIGKILL)
     for _ in range(10):
         assert torch.equal(next(loader).input_ids, next(reference).input_ids)
     assert "a data worker ended unexpectedly" in caplog.text
@@ -143,32 +149,21 @@ def test_silent_workers_are_an_error(corpus_file, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_was_stopped_is_replaced(corpus_file, monkeypatch, caplog) -> None:
+def test_a_worker_that_was_stopped_is_replaced(pair, monkeypatch, caplog) -> None:
     monkeypatch.setattr(stream_workers, "TIMEOUT_S", 20.0)
-    before = worker_pids()
-    options = {"seq_len": 64, "global_batch": 2}
-    loader = StreamLoader(open_corpus(corpus_file), ByteTokenizer(), num_workers=2, **options)
-    reference = StreamLoader(open_corpus(corpus_file), ByteTokenizer(), **options)
-    assert torch.equal(next(loader).input_ids, next(reference).input_ids)
-    (victim, *_) = set(worker_pids()) - set(before)
-    os.kill(victim, signal.SIGSTOP)
+    loader, reference, workers = pair
+    os.kill(workers[0], signal.SIGSTOP)
     for _ in range(10):
         assert torch.equal(next(loader).input_ids, next(reference).input_ids)
     assert "gave nothing for 20 seconds" in caplog.text
-    assert gone([victim])
+    assert gone(workers[:1])
 
 
-def test_closing_ends_the_workers_and_the_position_stays(corpus_file) -> None:
-    before = worker_pids()
-    options = {"seq_len": 64, "global_batch": 2}
-    loader = StreamLoader(open_corpus(corpus_file), ByteTokenizer(), num_workers=2, **options)
-    reference = StreamLoader(open_corpus(corpus_file), ByteTokenizer(), **options)
-    reference.step += 1
-    next(loader)
-    mine = list(set(worker_pids()) - set(before))
-    assert len(mine) == 2
+def test_closing_ends_the_workers_and_the_position_stays(pair) -> None:
+    loader, reference, workers = pair
+    assert len(workers) == 2
     loader.close()
-    assert gone(mine)
+    assert gone(workers)
     assert torch.equal(next(loader).input_ids, next(reference).input_ids)
 
 
