@@ -18,7 +18,7 @@ from open_mythos.config import MythosConfig
 
 MUS = (1, 2, 4, 8)
 BUDGETS = (2e12, 5e12, 1.25e13)
-SEEDS = 3
+SEEDS = 2
 RESAMPLES = 1000
 
 CLAIM = Claim.read(__file__, vars())

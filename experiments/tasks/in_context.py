@@ -40,23 +40,30 @@ class InContextHop:
         """Return the number of tokens, N + 1 + N^2."""
         return self.entities + 1 + self.entities**2
 
-    def batch(self, step: int, *, global_batch: int, hops: int, test: bool = False) -> Batch:
-        """Draw the rows (B, M + hops) of ``step``, a pure function of the arguments.
+    def batch(
+        self, step: int, *, global_batch: int, hops: int, chains: int = 1, test: bool = False
+    ) -> Batch:
+        """Draw the rows (B, M + chains hops) of ``step``, a pure function of the arguments.
 
-        Targets are -100 at the facts. ``test`` rows come from another random stream.
+        A row asks several ``chains`` one after the other, each from a random fact. Targets are -100
+        at the facts. ``test`` rows come from another random stream.
         """
         check_count("step", step, 0)
         check_count("hops", hops)
+        check_count("chains", chains)
         check_count("global_batch", global_batch)
         m, rows_B = self.stated, np.arange(global_batch, dtype=np.int64)
-        words = self._words(step, rows_B, test)
+        words = self._words(step, rows_B, test, self.entities + m + chains)
         cycle_BM = words[:, : self.entities].argsort(axis=1)[:, :m]
         facts_BM = self.entities + 1 + cycle_BM * self.entities + np.roll(cycle_BM, -1, axis=1)
-        order_BM = words[:, self.entities :].argsort(axis=1)
-        # the cycle is in random order already: every chain begins at its first entity
-        asked_BK = np.full((global_batch, hops), self.entities, np.int64)
-        asked_BK[:, 0] = cycle_BM[:, 0]
-        answers_BK = cycle_BM[:, np.arange(1, hops + 1) % m]
+        order_BM = words[:, self.entities : self.entities + m].argsort(axis=1)
+        start_BC = (words[:, self.entities + m :] % np.uint64(m)).astype(np.int64)
+        start_BC[:, 0] = 0  # the cycle is in random order already
+        asked_BCK = np.full((global_batch, chains, hops), self.entities, np.int64)
+        asked_BCK[..., 0] = np.take_along_axis(cycle_BM, start_BC, axis=1)
+        places_BCK = (start_BC[..., None] + np.arange(1, hops + 1)) % m
+        asked_BK, places_BK = (x.reshape(global_batch, -1) for x in (asked_BCK, places_BCK))
+        answers_BK = np.take_along_axis(cycle_BM, places_BK, axis=1)
         unlabelled_BM = np.full((global_batch, m), IGNORE_INDEX, np.int64)
         return Batch(
             torch.from_numpy(np.c_[np.take_along_axis(facts_BM, order_BM, axis=1), asked_BK]),
@@ -65,9 +72,9 @@ class InContextHop:
             torch.from_numpy(step * global_batch + rows_B),
         )
 
-    def _words(self, step: int, rows_B: Int64Array, test: bool) -> UInt64Array:
-        """Return hashes (B, N + M) of (seed, step, row, position)."""
+    def _words(self, step: int, rows_B: Int64Array, test: bool, count: int) -> UInt64Array:
+        """Return hashes (B, count) of (seed, step, row, position)."""
         stream = "in-context/test" if test else "in-context/train"
         key = np.uint64(derive_seed(self.seed, stream, step))
         row_B1 = mix64(rows_B.astype(np.uint64) ^ key)[:, None]
-        return mix64(row_B1 ^ np.arange(self.entities + self.stated, dtype=np.uint64))
+        return mix64(row_B1 ^ np.arange(count, dtype=np.uint64))

@@ -27,6 +27,23 @@ def test_answers_follow_from_the_stated_facts(test):
             assert label == entity
 
 
+def test_further_chains_begin_anywhere():
+    one, batch = (TASK.batch(2, global_batch=64, hops=3, chains=chains) for chains in (1, 3))
+    assert torch.equal(batch.input_ids[:, :8], one.input_ids)
+    assert torch.equal(batch.targets[:, :8], one.targets)
+    starts = set()
+    for tokens, labels in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
+        facts = read(tokens)
+        for at in (8, 11):
+            entity = tokens[at]
+            starts.add(list(facts).index(entity))
+            assert tokens[at + 1 : at + 3] == [9, 9]
+            for label in labels[at : at + 3]:
+                entity = facts[entity]
+                assert label == entity
+    assert len(starts) == 5
+
+
 def test_the_facts_are_one_cycle_of_different_entities():
     for tokens in TASK.batch(0, global_batch=32, hops=1).input_ids.tolist():
         facts, entity = read(tokens), tokens[5]
