@@ -74,6 +74,7 @@ def read_dense(model: str, gguf: str = "") -> DenseSource:
         if not file.is_file():
             raise _no_model(str(file), "not a regular file")
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    options["trust_remote_code"] = False  # unless told, transformers asks on the terminal
     found = _read(
         model, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     )

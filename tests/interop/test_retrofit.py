@@ -114,6 +114,17 @@ def test_layers_keep_what_is_their_own():
     assert compare(dense, looped, split).state == 0
 
 
+def test_code_beside_a_model_is_never_run_or_asked_about(tmp_path, monkeypatch):
+    """``transformers`` asks on the terminal, where a word of habit runs it."""
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(DataError, match="no dense model"):
+        read_dense(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_parts_do_not_overlap():
     for parts in ((3, 2, 2), (2, 2, 2, 1), (2, 2, 2, 3)):
         with pytest.raises(ConfigError, match="the parts overlap"):
