@@ -9,8 +9,15 @@ from pathlib import Path
 from open_mythos.checks import checked
 from open_mythos.errors import ConfigError, EnvironmentError_
 from open_mythos.files import check_new_folder, write_text
+from open_mythos.hub.averages import averaged_model
 from open_mythos.hub.card import model_card
-from open_mythos.hub.places import first_line, is_hub_id, model_directory, tokenizer_beside
+from open_mythos.hub.places import (
+    first_line,
+    is_hub_id,
+    model_directory,
+    tokenizer_beside,
+    weights_of,
+)
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import GATE_FILE, ORIGIN_FILES, copy_depths, find_beside
@@ -23,7 +30,7 @@ _NO_HUB = "pip install 'open-mythos[data]'"
 @checked
 def export_folder(
     checkpoint: str | Path, out: str | Path, *, name: str = "", licence: str = "",
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None, weights: str = "",
 ) -> Path:  # fmt: skip
     """Write a model as a folder that this library and ``transformers`` read.
 
@@ -37,13 +44,16 @@ def export_folder(
         name: "owner/name" for the card; by default the folder's name.
         licence: Of the weights, such as "apache-2.0".
         tokenizer: By default the one stored with the model, if any.
+        weights: See :func:`open_mythos.hub.places.weights_of`.
 
     Raises:
-        ConfigError: ``out`` is not empty, or the model has no loops.
+        ConfigError: ``out`` is not empty, the model has no loops, or it has no such weights.
         DataError: There is no model.
     """
     target = check_new_folder(out)
-    folder, model = model_directory(checkpoint), from_pretrained(checkpoint)
+    folder = model_directory(checkpoint)
+    is_averaged = weights_of(folder, weights) == "averaged"
+    model = averaged_model(folder) if is_averaged else from_pretrained(folder)
     if tokenizer is None and (stored := tokenizer_beside(folder)) is not None:
         tokenizer = load_tokenizer(stored)
     save_pretrained(model, target, format="hf", tokenizer=tokenizer)
@@ -60,7 +70,7 @@ def export_folder(
 @checked
 def push_to_hub(
     checkpoint: str | Path, name: str, *, private: bool = True, licence: str = "",
-    message: str = "Upload model", token: str | None = None,
+    message: str = "Upload model", token: str | None = None, weights: str = "",
 ) -> str:  # fmt: skip
     """Upload a model with a card that states its trained and validated depth.
 
@@ -71,6 +81,7 @@ def push_to_hub(
         licence: Of the weights.
         message: Of the commit.
         token: Of the hub; by default the one that ``hf auth login`` stored.
+        weights: See :func:`export_folder`.
 
     Returns:
         The address of the commit.
@@ -95,7 +106,9 @@ def push_to_hub(
             fix=_NO_HUB,
         ) from error
     with tempfile.TemporaryDirectory() as temporary:
-        folder = export_folder(checkpoint, Path(temporary) / "model", name=name, licence=licence)
+        folder = export_folder(
+            checkpoint, Path(temporary) / "model", name=name, licence=licence, weights=weights
+        )
         try:
             api = HfApi(token=token)
             api.create_repo(name, private=private, exist_ok=True)

@@ -10,12 +10,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from open_mythos.cli import main
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.hub.averages import averaged_model
 from open_mythos.hub.places import first_id, model_directory, stored_tokenizer, weights_of
+from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.run_folder import read_config, validated_record
 from open_mythos.train import RunConfig, build_run
 from open_mythos.train.setting import described_run, setting_of
@@ -74,6 +76,21 @@ def test_the_number_of_the_run(place, tmp_path, monkeypatch, capsys):
     raw = evaluated(place / "runs" / "m", tmp_path / "raw.json", "--weights=raw")
     assert raw["weights"] == "raw"
     assert raw["depths"][0]["loss"] != pytest.approx(found["depths"][0]["loss"], rel=1e-4)
+
+
+def test_what_is_exported_is_what_was_measured(place, tmp_path, capsys):
+    """The averages, unless the others are asked for; nothing that is asked for is ignored."""
+    run = str(place / "runs" / "m")
+    expected = {
+        "averaged": averaged_model(model_directory(run)), "raw": from_pretrained(run)
+    }  # fmt: skip
+    for options, kind in (([], "averaged"), (["--weights=raw"], "raw")):
+        out = tmp_path / kind
+        assert main(["export", run, f"--out={out}", *options]) == 0
+        assert ("averages" in capsys.readouterr().err) == (kind == "averaged")
+        found, wanted = from_pretrained(out).state_dict(), expected[kind].state_dict()
+        assert all(torch.equal(found[name], each) for name, each in wanted.items())
+    assert main(["export", run, f"--out={tmp_path / 'no'}", "--public"]) == 2
 
 
 def test_other_shards_are_masked_as_the_run_was(place, tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from helpers import small_model
 
 from open_mythos import ConfigError, DenseTransformer, from_pretrained, save_pretrained
@@ -174,6 +175,13 @@ def test_bad_input(model, checkpoint, tmp_path, monkeypatch, capsys):
         push_to_hub(checkpoint, "owner/name")
     assert main(["export", str(checkpoint)]) == 2
     assert "--out, --push" in capsys.readouterr().err
+
+
+def test_a_licence_stays_one_value(checkpoint, tmp_path):
+    out = export_folder(checkpoint, tmp_path / "out", licence="other\npipeline_tag: x")
+    head = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert head["license"] == "other\npipeline_tag: x"
+    assert head["pipeline_tag"] == "text-generation"
 
 
 def test_the_command(checkpoint, tmp_path, capsys):
