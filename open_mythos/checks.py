@@ -11,7 +11,6 @@ from __future__ import annotations
 import builtins
 import difflib
 import inspect
-import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field, fields
@@ -43,6 +42,8 @@ COLDEST = 1e-4
 """Lowest sampling temperature above 0; below it logit differences would be lost to rounding."""
 MOST = (1 << 63) - 1
 """Largest integer of an argument: what a tensor or a file can hold."""
+LARGEST = (2 - 2**-23) * 2.0**127
+"""Largest number of an argument: what a float32 can hold, as PyTorch computes with it."""
 MAX_PATH = 4096
 """Characters of the name of a file."""
 _WORDS: dict[Any, str] = {
@@ -81,11 +82,8 @@ def is_scalar(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether ``value`` is an int or float that is finite as a float (a bool is not)."""
-    try:
-        return is_scalar(value) and math.isfinite(value)
-    except OverflowError:
-        return False
+    """Return whether ``value`` is an int or float that is finite as a float32 (a bool is not)."""
+    return is_scalar(value) and abs(value) <= LARGEST
 
 
 def check_count(where: str, value: Any, least: int = 1) -> int:

@@ -67,13 +67,13 @@ class GateConfig:
     """The target probability of continuing is sigmoid(slope (gain - margin)), gain in nats."""
     margin: float = within(0.005, ge=0)
     """Gain in nats at which continuing and stopping are equally good."""
-    positions: int = within(8192, ge=1)
+    positions: int = within(8192, ge=2)
     """Maximum number of positions; ``n_loops`` states of each are kept in memory."""
     steps: int = within(600, ge=1)
     """Optimizer steps."""
     step_positions: int = within(512, ge=1)
     """Positions per step, each with all its loops."""
-    lr: float = within(0.02, gt=0)
+    lr: float = within(0.02, gt=0, le=1e6)
     """Learning rate of AdamW, which decays linearly to zero."""
     seed: int = within(0, ge=0)
     """Seed of the held-out positions and of the order of the others."""

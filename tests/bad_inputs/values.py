@@ -14,7 +14,8 @@ HUGE = 10**400
 WRONG: dict[str, Any] = {
     "None": None, "text": "many", "empty text": "", "bytes": b"3", "half": 1.5, "nan": NAN,
     "inf": INF, "true": True, "empty list": [], "list": ["x", 1.5], "mapping": {"x": 1},
-    "huge": HUGE, "complex": 1j, "object": object(), "array": np.zeros((2, 2)),
+    "huge": HUGE, "beyond float32": 1e39, "complex": 1j, "object": object(),
+    "array": np.zeros((2, 2)),
     "numpy nan": np.float64(NAN), "numpy half": np.float32(1.5), "numpy true": np.bool_(True),
     "zero byte": "a\0b", "long text": "x" * 5000,
 }  # fmt: skip
