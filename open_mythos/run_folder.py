@@ -105,7 +105,9 @@ def read_config(path: Path) -> dict[str, Any]:
     what = f"not a readable {'JSON' if is_json else 'YAML'} file"
     try:
         text = read_text(path, MAX_CONFIG_BYTES)
-        values = json.loads(text) if is_json else yaml.load(text, _YamlLoader)
+        values = (
+            json.loads(text, object_pairs_hook=_once) if is_json else yaml.load(text, _YamlLoader)
+        )
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(
             what, where=str(path), value=str(error) or type(error).__name__,
@@ -120,11 +122,33 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Make a mapping of pairs; raise a ValueError for a key that stands there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"twice in one mapping: {next(k for k in keys if keys.count(k) > 1)!r}")
+    return values
+
+
 class _YamlLoader(yaml.SafeLoader):
     """Reads plain YAML: numbers such as 1e-6 too, which YAML 1.1 takes for text; no aliases.
 
-    A few lines of aliases can stand for a document of any size.
+    A few lines of aliases can stand for a document of any size. Numbers that YAML 1.1 takes for
+    others are refused: 010 is eight there, and 1:30 ninety.
     """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping; reject a key that stands there twice."""
+        _once([(k.value, None) for k, _ in node.value if isinstance(k, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+    def construct_decimal(self, node: Any) -> int | float:
+        """Make a number; reject one that is not written in decimals."""
+        is_int = node.tag.endswith("int")
+        if ":" in node.value or (is_int and re.match(r"[-+]?0\d", node.value)):
+            raise yaml.YAMLError(f"{node.value} is no decimal number: quote it if it is a text")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose a node; reject an alias."""
@@ -138,6 +162,8 @@ _YamlLoader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
     list("-+.0123456789"),
 )
+for _kind in ("int", "float"):
+    _YamlLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _YamlLoader.construct_decimal)
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:
