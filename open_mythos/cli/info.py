@@ -12,6 +12,7 @@ from open_mythos.cli.tables import new_console, new_table, scaled
 from open_mythos.config import MythosConfig
 from open_mythos.console import show
 from open_mythos.errors import ConfigError
+from open_mythos.hub.transformers_format import MODEL_TYPE, from_flat
 from open_mythos.run_folder import read_config
 from open_mythos.variants import VARIANTS, variant
 
@@ -29,6 +30,11 @@ def info(
         json: Print JSON instead of tables.
     """
     cfg, n_layers = described_model(model)
+    if loops and n_layers is not None:
+        raise ConfigError(
+            "a dense model has no loops", where="--loops", value=loops, allowed="looped models",
+            fix="leave out --loops",
+        )  # fmt: skip
     depths = loops or ([1] if n_layers is not None else _powers_of_two(cfg.max_loop_iters))
     rows = [account(cfg, n_loops, context, n_layers=n_layers) for n_loops in depths]
     if json:
@@ -66,11 +72,25 @@ def described_model(model: str) -> tuple[MythosConfig, int | None]:
             allowed=", ".join(VARIANTS) + ", a YAML or JSON file, a model or run folder",
         )  # fmt: skip
     content = read_config(path)
-    n_layers = content.get("n_layers")
+    if content.get("model_type") == MODEL_TYPE:  # a folder of ``open-mythos export``
+        return from_flat(content), None
+    n_layers, is_dense = content.get("n_layers"), content.get("architecture") == "dense"
     for key in ("config", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    return MythosConfig.from_dict(content), n_layers
+    cfg = MythosConfig.from_dict(content)
+    return _dense_like(cfg) if is_dense and n_layers is None else (cfg, n_layers)
+
+
+def _dense_like(cfg: MythosConfig) -> tuple[MythosConfig, int]:
+    """Return what a dense run has whose ``run.yaml`` names the looped model that it equals."""
+    import torch
+
+    from open_mythos.model.dense import DenseTransformer
+
+    with torch.device("meta"):
+        dense = DenseTransformer.like(cfg)
+    return dense.cfg, dense.n_layers
 
 
 def _parts_table(name: str, cfg: MythosConfig, counts: Accounting) -> Table:

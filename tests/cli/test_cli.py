@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from open_mythos.accounting import account
 from open_mythos.cli import main
+from open_mythos.hub.transformers_format import describe_flat
 from open_mythos.model.dense import DenseTransformer, parameter_count
 from open_mythos.variants import mythos_nano, variant
 
@@ -119,6 +121,24 @@ def test_info_of_files_and_folders(
         code, out, _ = run(capsys, "info", str(place), "--json")
         assert code == 0
         assert json.loads(out)["depths"][0]["parameters"] == account(variant("nano")).parameters
+
+
+def test_info_of_dense_runs_and_exported_models(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A dense run's ``run.yaml`` holds the looped model that the dense one equals."""
+    cfg, path = variant("nano"), tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"architecture": "dense", "model": cfg.to_dict()}))
+    (tmp_path / "config.json").write_text(json.dumps(describe_flat(cfg, "float32")))
+    with torch.device("meta"):
+        dense = DenseTransformer.like(cfg)
+    expected = {path: parameter_count(dense), tmp_path / "config.json": account(cfg).parameters}
+    assert len(set(expected.values())) == 2
+    for place, parameters in expected.items():
+        code, out, _ = run(capsys, "info", str(place), "--json")
+        assert (code, json.loads(out)["depths"][0]["parameters"]) == (0, parameters)
+    code, _, err = run(capsys, "info", str(path), "--loops=[2]")
+    assert (code, "a dense model has no loops" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
