@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from open_mythos.errors import EnvironmentError_
+
 
 def launched() -> bool:
     """Return whether a launcher such as ``torchrun`` started this process."""
@@ -15,8 +17,18 @@ def launched() -> bool:
 
 
 def local_rank() -> int:
-    """Return the rank of this process on its node; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Return the rank of this process on its node; 0 without a launcher.
+
+    Raises:
+        EnvironmentError_: The launcher's variable holds no number.
+    """
+    found = os.environ.get("LOCAL_RANK", "0")
+    if not (found.isascii() and found.isdecimal()):
+        raise EnvironmentError_(
+            "the launcher's variable holds no number", where="LOCAL_RANK", value=found,
+            allowed="an integer >= 0", fix="start with torchrun, or unset it",
+        )  # fmt: skip
+    return int(found)
 
 
 def rank() -> int:

@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from open_mythos.errors import EnvironmentError_, InternalError, MythosError
 
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run, arguments = parse(words)
         code = run(**arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before the start: `>&-`
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # stdout was closed (`| head`): leave nothing for the interpreter to flush
@@ -46,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         typed = as_typed(error, words)
-        print(f"open-mythos: {typed}", file=sys.stderr)
+        if sys.stderr is not None:
+            with suppress(OSError):  # a full disk must not change the exit code
+                print(f"open-mythos: {typed}", file=sys.stderr)
         return typed.exit_code
 
 

@@ -36,9 +36,12 @@ def export(
         )  # fmt: skip
     weights = weights_of(model_directory(checkpoint), weights)
     say_weights(weights)
-    options = {"licence": licence, "weights": weights}
     if out:
-        print(f"written: {export_folder(checkpoint, out, name=push, **options)}")
+        folder = export_folder(checkpoint, out, name=push, licence=licence, weights=weights)
+        print(f"written: {folder}")
     if push:
-        print(f"uploaded: {push_to_hub(checkpoint, push, private=not public, **options)}")
+        address = push_to_hub(
+            checkpoint, push, private=not public, licence=licence, weights=weights
+        )  # fmt: skip
+        print(f"uploaded: {address}")
     return 0

@@ -69,7 +69,8 @@ def model_card(model: OpenMythos, name: str, folder: Path, licence: str = "") ->
     cfg, origin = model.cfg, _origin(folder)
     licence = licence or str(origin.get("licence") or "")
     text = _HEAD.format(
-        licence=yaml.safe_dump({"license": licence}) if licence else "", name=name, prelude=cfg.prelude_layers,
+        licence=yaml.safe_dump({"license": licence}) if licence else "",
+        name=name, prelude=cfg.prelude_layers,
         recurrent=cfg.recurrent_layers, coda=cfg.coda_layers, loops=cfg.max_loop_iters,
         parameters=sum(each.numel() for each in model.parameters()),
         depth=f"- **Trained** {_trained(cfg.max_loop_iters, folder)}\n{_validated(folder)}",

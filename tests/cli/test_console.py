@@ -15,6 +15,7 @@ from open_mythos.cli import as_typed, main
 from open_mythos.cli.parser import parse
 from open_mythos.cli.tables import new_console, new_table
 from open_mythos.console import show
+from open_mythos.distributed import local_rank
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_, InternalError
 from open_mythos.files import read_object, read_text
 from open_mythos.run_folder import read_config, write_config
@@ -92,6 +93,22 @@ class TestErrors:
     def test_values_are_cut(self, value):
         assert len(str(ConfigError("wrong", value=value))) < 300
 
+    def test_closed_and_full_streams(self, monkeypatch, capsys):
+        """As with ``>&-`` and ``2> /dev/full``: the exit code stays."""
+        full = io.StringIO()
+        monkeypatch.setattr(full, "write", lambda _: (_ for _ in ()).throw(OSError("full")))
+        for stream in (None, full):
+            monkeypatch.setattr(sys, "stderr", stream)
+            assert main(["info", "nowhere"]) == 2
+        assert capsys.readouterr().out == ""
+        monkeypatch.setattr(sys, "stdout", None)
+        assert main(["info", "nano", "--json"]) == 0
+
+    def test_the_launchers_variable_is_a_number(self, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "first")
+        with pytest.raises(EnvironmentError_, match="LOCAL_RANK"):
+            local_rank()
+
 
 class TestConsole:
     def table(self):
@@ -153,10 +170,17 @@ class TestReading:
         path = tmp_path / "a.yaml"
         path.write_text("a: 1e6\nb: 1e-06\nc: 3\nd: 'x'\ne: -2.5E+3")
         assert read_config(path) == {"a": 1e6, "b": 1e-6, "c": 3, "d": "x", "e": -2500.0}
-        for text in ("a: &x [1]\nb: *x", "[" * 50_000, "a: !!python/object:os.x", "- 1", "4: 3"):
+        for text in (
+            "a: &x [1]\nb: *x", "[" * 50_000, "a: !!python/object:os.x", "- 1", "4: 3",
+            "a: 1\na: 1", "a: {b: 1, b: 2}", "a: 010", "a: 1:30", "? [a]\n: b", "a: 1:30.5",
+        ):  # fmt: skip
             path.write_text(text)
             with pytest.raises(DataError):
                 read_config(path)
+        path = tmp_path / "a.json"
+        path.write_text('{"a": {"b": 1, "b": 2}}')
+        with pytest.raises(DataError, match="twice"):
+            read_config(path)
         path.write_text("a: " + "x" * (1 << 20))
         with pytest.raises(DataError):
             read_config(path)
