@@ -25,7 +25,7 @@ STEPS = 1720
 SWEPT_STEPS = STEPS // 4
 SEEDS = 2
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
-LOOPED_RATE, DENSE_RATE = 1e-2, 1e-2
+LOOPED_RATE, DENSE_RATE = 5e-3, 5e-3
 """The best of the sweep."""
 LOOPED, FEW_LOOPS, BETWEEN = "looped", f"looped-{FEW}-loops", "looped-between-blocks"
 ONE, HALF, WHOLE, UNROLLED = "dense-1", "dense-2", "dense-4", "dense-8"
