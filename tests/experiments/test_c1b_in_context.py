@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments import c1b_in_context as c1b
-from experiments.c1b_in_context import ASKED_HOPS, LOOPED, TASK, questions
+from experiments.c1b_in_context import ASKED_HOPS, LOOPED, SINGLE, TASK, questions
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos.train import RunConfig
 
@@ -29,7 +29,7 @@ def test_questions_are_not_training_rows():
 
 
 def test_settings_describe_runs():
-    assert len({cell.name for cell in CELLS}) == len(CELLS) == 9
+    assert len({cell.name for cell in CELLS}) == len(CELLS) == 10
     for cell in CELLS:
         run = RunConfig.from_dict(cell.settings["run"])
         assert run.model.vocab_size == TASK.vocab_size
@@ -40,7 +40,7 @@ def results(recorded, *, trained=1.0, deep=0.95, dense=0.2):
     found = []
     for cell in CELLS:
         ask = cell.settings["ask"]
-        looped = cell.arm == LOOPED
+        looped = cell.arm in (LOOPED, SINGLE)
         last = [0.1 if n < 6 else deep for n in ask["loops"]] if looped else [dense]
         grid = [[trained] * len(last) if hops <= 3 else last for hops in ask["hops"]]
         found.append(recorded(cell, grid=grid, curve=[[50, 1.0]], parameters=9))
