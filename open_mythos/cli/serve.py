@@ -63,6 +63,7 @@ def serve(
     import open_mythos
     from open_mythos.checks import check_number
     from open_mythos.cli.says import say_weights
+    from open_mythos.files import check_writable
     from open_mythos.hub.places import (
         first_id,
         model_directory,
@@ -82,6 +83,8 @@ def serve(
     check_address(host, keys, insecure)
     check_default(exit_rule)
     check_number("drain_seconds", drain_seconds, ge=0)
+    if port_file:
+        check_writable(Path(port_file), "the port cannot be written", "choose another --port-file")
     folder = model_directory(checkpoint)
     weights = weights_of(folder, weights)
     say_weights(weights)

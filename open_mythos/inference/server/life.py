@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import uvicorn
 
 from open_mythos.checks import check_number
 from open_mythos.errors import EnvironmentError_
+from open_mythos.files import write_text
 from open_mythos.inference.server.app import make_app
 from open_mythos.inference.server.connection import protocol_of
 from open_mythos.inference.server.errors import LOG
@@ -75,9 +75,7 @@ def make_server(service: Service) -> QuietServer:
 
 def write_port(file: str, port: int) -> None:
     """Write ``port`` into ``file``, which appears only when it is complete."""
-    part = Path(f"{file}.part")
-    part.write_text(f"{port}\n", encoding="utf-8")
-    os.replace(part, file)
+    write_text(Path(file), f"{port}\n", "the port cannot be written", "choose another --port-file")
 
 
 class Life:

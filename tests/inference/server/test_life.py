@@ -196,3 +196,6 @@ def test_the_port_file(tmp_path: Path) -> None:
     write_port(str(file), 123)
     assert file.read_text() == "123\n"
     assert list(tmp_path.iterdir()) == [file]
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EnvironmentError_, match="a link"):
+        write_port(str(tmp_path / "link"), 123)
