@@ -85,7 +85,14 @@ def evaluate(
             Path(out), "the rows cannot be written", "choose another file with --out"
         )  # before the evaluation, not after it
     _reject_without_tasks(tasks, include, fewshot, limit, plot)
-    _reject_with_tasks(tasks, data, exit, questions, "" if dtype == "float32" else dtype)
+    of_texts = {
+        "--data": data, "--split": "" if split == "val" else split, "--seq_len": seq_len,
+        "--windows": windows, "--dtype": "" if dtype == "float32" else dtype,
+    }  # fmt: skip
+    if tasks:
+        _reject_beside("tasks", {**of_texts, "--exit": exit, "--questions": questions})
+    elif questions:
+        _reject_beside("questions", {**of_texts, "--batch": batch, "--repeats": repeats or None})
     model, weights = load_model(checkpoint, device, quantize, weights)
     say_weights(weights)
     say_untrained_gate(checkpoint, exit)
@@ -251,10 +258,10 @@ def _reject_without_tasks(tasks: str, *values: Any) -> None:
             )  # fmt: skip
 
 
-def _reject_with_tasks(tasks: str, *values: str) -> None:
-    for option, value in zip(("--data", "--exit", "--questions", "--dtype"), values, strict=True):
-        if tasks and value:
+def _reject_beside(kind: str, given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value not in (None, ""):
             raise ConfigError(
-                "tasks do not read this", where=option, value=value, allowed="without --tasks",
+                f"{kind} do not read this", where=option, value=value, allowed=f"without --{kind}",
                 fix="leave out one of the two",
             )  # fmt: skip

@@ -115,7 +115,7 @@ def read_questions(path: str | Path) -> list[Question]:
         DataError: The file cannot be read, or a line is not a question.
     """
     try:
-        lines = read_text(Path(path)).splitlines()
+        lines = read_text(Path(path)).split("\n")  # other ends of lines are text in JSON
     except (OSError, ValueError) as error:
         raise DataError(
             "the questions cannot be read", where=str(path), value=str(error),
@@ -130,10 +130,11 @@ def _question(line: str, where: str) -> Question:
     except (ValueError, RecursionError):
         given = None
     fields = ("prompt", "answer")
-    if not isinstance(given, dict) or not all(isinstance(given.get(name), str) for name in fields):
+    texts = isinstance(given, dict) and all(isinstance(given.get(name), str) for name in fields)
+    if not texts or not _text(given["answer"]):  # any silence would be right
         raise DataError(
             "not a question", where=where, value=line,
-            allowed='an object with the texts "prompt" and "answer"',
+            allowed='an object with the texts "prompt" and "answer", which is not empty',
             fix="write one question per line",
         )  # fmt: skip
     return Question(given["prompt"], given["answer"])

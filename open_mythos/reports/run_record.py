@@ -281,7 +281,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
             allowed=f"{MAX_METRICS_BYTES:,} bytes", fix="log less often, or report on a part of it",
         ) from error  # fmt: skip
     found, broken = [], 0
-    for line in text.splitlines():
+    for line in text.split("\n"):  # other ends of lines are text in JSON
         try:
             # integers beyond the float range would break the arithmetic
             values = json.loads(line, parse_int=lambda x: int(x) if len(x) < 20 else float(x))

@@ -73,13 +73,34 @@ def test_the_command(model, tmp_path, capsys):
     rows = json.loads((tmp_path / "o.json").read_text())["depths"]
     assert [(row["depth"], row["questions"]) for row in rows] == [(1, 2), (3, 2)]
     assert "accuracy" in capsys.readouterr().out
+    unread = ["--data=x", "--split=train", "--seq-len=8", "--windows=1", "--batch=1"]
+    for option in (*unread, "--dtype=bfloat16"):
+        assert main([*argv, option]) == 2
+        assert "questions do not read this" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["[1]", "{", '{"prompt": "a"}', '{"prompt": 1, "answer": "a"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        "{",
+        '{"prompt": "a"}',
+        '{"prompt": 1, "answer": "a"}',
+        '{"prompt": "a", "answer": " "}',
+    ],
+)
 def test_lines_that_are_no_questions(line, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' + line)
     with pytest.raises(DataError, match=r"q.jsonl, line 2"):
         read_questions(tmp_path / "q.jsonl")
+
+
+def test_only_a_newline_ends_a_question(tmp_path):
+    """Python's ``splitlines`` ends lines at characters that JSON allows in a text."""
+    text = "a\u2028b\x85c"
+    line = json.dumps({"prompt": text, "answer": text}, ensure_ascii=False)
+    (tmp_path / "q.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert read_questions(tmp_path / "q.jsonl") == [Question(text, text)]
 
 
 def test_no_questions(model, tmp_path):
