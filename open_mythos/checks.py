@@ -290,7 +290,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _is_path(value: str) -> bool:
-    return "\0" not in value and len(value) < MAX_PATH
+    return "\0" not in value and 0 < len(value) < MAX_PATH
 
 
 _SIMPLE: dict[Any, Callable[[Any], bool]] = {

@@ -65,7 +65,7 @@ def described_model(model: str) -> tuple[MythosConfig, int | None]:
     if path.is_dir():
         from open_mythos.hub.places import CONFIG_FILE, model_directory
 
-        path = model_directory(path) / CONFIG_FILE
+        path = model_directory(model) / CONFIG_FILE
     if not path.is_file():
         raise ConfigError(
             "not a variant, file or folder", where="model", value=model,

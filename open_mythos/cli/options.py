@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from open_mythos.checks import nearest
+from open_mythos.checks import described, fits, nearest
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.run_folder import read_config
 
@@ -39,7 +39,7 @@ class Parser(ArgumentParser):
             match = match or re.search(pattern, message)
             if match and len(guess := nearest(match[1], options)) < 500:  # not a list of hundreds
                 fix = guess
-        named = re.search(r"(?:Got value|given value):? '?([^\s']+)", message) or match
+        named = re.search(r"(?:Got value|[Gg]iven value):? '?(?!type)([^\s']+)", message) or match
         raise ConfigError(
             " ".join(message.split()), where=self.prog, value=named[1] if named else "",
             allowed=f"the options of {self.prog}", fix=fix,
@@ -57,18 +57,25 @@ def new_parser(prog: str, description: str) -> Parser:
 def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str, Any]:
     """Parse a command line; boolean options of ``command`` need no value.
 
-    An argument whose type is a dataclass has an option per field: ``--limits.body-bytes 1000``.
+    What it says counts more than what a file says, wherever ``--config`` stands. An argument whose
+    type is a dataclass has an option per field: ``--limits.body-bytes 1000``.
     """
     flags = {name for name, kind in get_type_hints(command).items() if kind is bool}
     pairs = zip(words, [*words[1:], ""], strict=False)
     normal = [with_underscores(word, flags, following) for word, following in pairs]
-    for file in files_of_options(normal):
+    files = [str(at_home(file)) for file in files_of_options(normal)]
+    for file in files:
         if os.path.exists(file):
             read_config(Path(file))  # refuses what is no text, or has no end, before it is parsed
-    values = parser.parse_args(normal)
+    values = parser.parse_args([*(f"--config={file}" for file in files), *_without_files(normal)])
     values.pop("config", None)
-    arguments = values.as_dict()
+    arguments: dict[str, Any] = at_home(values.as_dict())
     for name, kind in get_type_hints(command).items():
+        if name in arguments and arguments[name] is None and not fits(None, kind):
+            raise ConfigError(
+                "the file gives no value", where=f"--{name}", value=None, allowed=described(kind),
+                fix=f"leave {name} out of the file",
+            )  # fmt: skip
         if is_dataclass(kind) and name in arguments:
             make: Any = kind
             arguments[name] = make(**arguments[name])
@@ -81,6 +88,23 @@ def files_of_options(words: list[str]) -> Iterator[str]:
         name, equals, value = word.partition("=")
         if name == "--config" and (equals or following):
             yield value if equals else following
+
+
+def _without_files(words: list[str]) -> list[str]:
+    """Return the words without ``--config`` and its files; one that lacks its file stays."""
+    around = zip(["", *words], words, [*words[1:], ""], strict=False)
+    return [
+        word for last, word, following in around
+        if last != "--config" and not word.startswith("--config=")
+        and not (word == "--config" and following)
+    ]  # fmt: skip
+
+
+def at_home(value: Any) -> Any:
+    """Return a value with the home folder for ``~/``, which no shell expands behind ``=``."""
+    if isinstance(value, dict):
+        return {key: each if key == "prompt" else at_home(each) for key, each in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) and value[:2] == "~/" else value
 
 
 def as_utf8(word: str) -> str:

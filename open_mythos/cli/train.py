@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
 
-from open_mythos.checks import check_fields, pick, unknown_key
+from open_mythos.checks import check_count, check_fields, pick, unknown_key
 from open_mythos.cli.options import (
     Parser,
+    at_home,
     files_of_options,
     new_parser,
     parse_words,
@@ -86,7 +87,7 @@ def parse_train(words: list[str], summary: str) -> dict[str, Any]:
     """
     words = [_full_name(with_underscores(word)) for word in words]
     for file in files_of_options(words):
-        _check_file(Path(file))
+        _check_file(Path(at_home(file)))
     first, words = _parse_defaults(words)
     recipe = _recipe(first, asks_help=any(word in words for word in ("-h", "--help")))
     tokens = recipe.tokens if first.tokens is None else first.tokens
@@ -137,7 +138,7 @@ def _parse_defaults(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
             fix="see open-mythos train --help",
         ) from error
     if first.tokens is not None:
-        first.tokens = _count(first.tokens)
+        first.tokens = check_count("--tokens", _count(first.tokens))
     return first, rest
 
 
@@ -209,7 +210,8 @@ def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
     config = recipe.config
     if first.variant:
         config.model = variant(first.variant)
-    if first.checkpoint:
+    if first.checkpoint is not None:
+        first.checkpoint = at_home(first.checkpoint)
         from open_mythos.cli.info import described_model
         from open_mythos.hub.places import model_directory
 
@@ -237,8 +239,6 @@ def _recipe(first: argparse.Namespace, *, asks_help: bool) -> Recipe:
 def _steps(train: TrainConfig, tokens: int) -> int:
     """Return the steps for ``tokens`` tokens; those of ``train`` for 0."""
     check_fields("train", train)
-    if tokens < 0:
-        raise ConfigError("not a length", where="--tokens", value=tokens, allowed="an integer >= 1")
     return -(-tokens // (train.global_batch * train.seq_len)) if tokens else train.steps
 
 

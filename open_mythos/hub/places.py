@@ -107,7 +107,7 @@ def model_directory(directory: str | Path) -> Path:
     folder = Path(directory)
     if not folder.exists() and is_hub_id(directory) and not folder.parent.is_dir():
         return _download(str(directory))
-    if not folder.is_dir():
+    if not str(directory) or not folder.is_dir():  # Path("") would be the present folder
         raise DataError(
             "no model there", where="from_pretrained", value=str(directory),
             allowed=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, a training run, owner/name",

@@ -25,7 +25,7 @@ FITS: dict[Any, set[str]] = {
     bool: {"true", "numpy true"},
     str: {"text", "empty text", "zero byte", "long text"},
     NoneType: {"None"},
-    Path: {"text", "empty text"},
+    Path: {"text"},
 }
 """Kind -> the values above that are of it, whether or not they mean anything."""
 CONTAINERS = {"empty list", "list"}

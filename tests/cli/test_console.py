@@ -208,6 +208,38 @@ def test_a_file_of_options_is_text_with_an_end(tmp_path, capsys, kind):
     assert "options.yaml" in capsys.readouterr().err
 
 
+def test_the_command_line_counts_more_than_a_file(tmp_path, capsys):
+    """Wherever ``--config`` stands; a file cannot take a value away."""
+    file = tmp_path / "options.yaml"
+    file.write_text("model: nano\ncontext: 8\n")
+    for words in (["tiny", "--context=9"], []):
+        for argv in ([*words, f"--config={file}"], ["--config", str(file), *words]):
+            values = parse(["info", *argv])[1]
+            assert (values["model"], values["context"]) == (("tiny", 9) if words else ("nano", 8))
+    file.write_text("json: null\n")
+    assert main(["info", "nano", "--config", str(file)]) == 2
+    assert main(["info", "nano", "--config"]) == 2
+    assert "gives no value" in capsys.readouterr().err
+
+
+def test_the_home_folder_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.yaml").write_text("train: {out_dir: ~/runs}\n")
+    assert parse(["report", "x", "--out=~/y"])[1]["out"] == str(tmp_path / "y")
+    config = parse(["train", "--source=~/text", "--config=~/train.yaml"])[1]["config"]
+    assert (config.train.out_dir, config.data.source) == (f"{tmp_path}/runs", f"{tmp_path}/text")
+    assert parse(["generate", "x", "~/y"])[1]["prompt"] == "~/y"
+
+
+def test_no_name_is_not_the_present_folder(tmp_path, monkeypatch):
+    """``data prepare "$SOURCE" out`` without a SOURCE."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    assert main(["data", "prepare", "", "out"]) == 2
+    assert main(["info", ""]) == main(["export", "", "--out=out"]) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_one_value_for_a_list_is_told_how_to_write_it(capsys):
     assert main(["info", "nano", "--loops", "4"]) in (0, 2)
     assert main(["generate", "x", "y", "--stop", "z"]) == 2
