@@ -21,13 +21,17 @@ def printable(text: str, keep: str = "") -> str:
 
     A terminal would obey them: names in files and the text of a model are not trusted.
     """
-    return "".join(
-        c if c in keep or unicodedata.category(c) not in _CONTROLS else repr(c)[1:-1] for c in text
-    )
+    return "".join(ascii(c)[1:-1] if _steers(c) and c not in keep else c for c in text)
+
+
+def _steers(c: str) -> bool:
+    return unicodedata.category(c) in _CONTROLS or unicodedata.bidirectional(c) in _DIRECTIONS
 
 
 _CONTROLS = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of control characters, lone surrogates and separators of lines."""
+_DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+"""Bidirectional classes of characters that show the following text in another order."""
 
 
 def shown_value(value: Any) -> str:

@@ -87,7 +87,7 @@ def generate(
     def show(i: int, token_B: torch.Tensor) -> None:
         nonlocal loops, tokens
         if i == 0 and not quiet:  # no output before all arguments are checked
-            print(prompt, end="")
+            print(printable(prompt, "\n\t"), end="")
         if trace is not None and trace.exits is not None:
             # exits of the tokens that were the input of this step
             loops, tokens = loops + int(trace.exits.sum()), tokens + trace.exits.numel()

@@ -16,7 +16,13 @@ from open_mythos.cli.parser import parse
 from open_mythos.cli.tables import new_console, new_table
 from open_mythos.console import show
 from open_mythos.distributed import local_rank
-from open_mythos.errors import ConfigError, DataError, EnvironmentError_, InternalError
+from open_mythos.errors import (
+    ConfigError,
+    DataError,
+    EnvironmentError_,
+    InternalError,
+    printable,
+)
 from open_mythos.files import read_object, read_text
 from open_mythos.run_folder import read_config, write_config
 
@@ -86,6 +92,7 @@ class TestErrors:
         assert text.splitlines()[:3] == [
             "bad \\x1b]0;title\\x07", "  where:   a\\nb\\x9b", "  value:   '\\x1b[2J'"
         ]  # fmt: skip
+        assert printable("a\u202eb\u2066\u200d\u05d0") == "a\\u202eb\\u2066\u200d\u05d0"
 
     @pytest.mark.parametrize(
         "value", [10**5000, list(range(10**6)), "x" * 10**7, [[["a" * 500]]]], ids=range(4)
