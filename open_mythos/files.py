@@ -93,8 +93,14 @@ def write_text(
         new.write_text(text, encoding="utf-8")
 
 
-def check_writable(path: Path, what: str, fix: str = WRITE_ELSEWHERE) -> None:
+def check_writable(path: Path, what: str, fix: str = WRITE_ELSEWHERE, begins: str = "") -> None:
     """Find out before a long computation whether :func:`write_text` can write ``path``.
+
+    Args:
+        path: The file to write.
+        what: What is wrong if it cannot be written, for the message.
+        fix: What to do then.
+        begins: How a file begins that may be replaced, as an empty one may: others are not ours.
 
     Raises:
         EnvironmentError_: It cannot.
@@ -105,6 +111,8 @@ def check_writable(path: Path, what: str, fix: str = WRITE_ELSEWHERE) -> None:
     try:
         if path.is_dir():
             raise OSError("it is a folder")
+        if path.is_file() and not _begins(path, begins):
+            raise OSError("a file of another kind is there")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
         probe.touch(exist_ok=False)
@@ -113,6 +121,12 @@ def check_writable(path: Path, what: str, fix: str = WRITE_ELSEWHERE) -> None:
         raise EnvironmentError_(
             what, where=str(path), value=str(error), allowed="a file in a writable folder", fix=fix
         ) from error  # fmt: skip
+
+
+def _begins(path: Path, text: str) -> bool:
+    with path.open("rb") as file:
+        found = file.read(len(text.encode()))
+    return found in (b"", text.encode())
 
 
 @contextmanager

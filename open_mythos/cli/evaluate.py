@@ -4,6 +4,9 @@ from typing import Any
 
 from open_mythos.errors import ConfigError, EnvironmentError_
 
+_BEGIN = '{\n  "checkpoint": '
+"""Of a file of rows."""
+
 
 def evaluate(
     checkpoint: str,
@@ -82,7 +85,7 @@ def evaluate(
     _reject_ignored(depths, exit, n_loops, repeats)
     if out:
         check_writable(
-            Path(out), "the rows cannot be written", "choose another file with --out"
+            Path(out), "the rows cannot be written", "choose another file with --out", _BEGIN
         )  # before the evaluation, not after it
     _reject_without_tasks(tasks, include, fewshot, limit, plot)
     of_texts = {

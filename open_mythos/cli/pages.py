@@ -26,13 +26,12 @@ def trace(
 
     from open_mythos.cli.run_data import text_argument
     from open_mythos.cli.says import say_untrained_gate, say_unvalidated, say_weights
-    from open_mythos.files import check_writable
     from open_mythos.inference.loading import load_model
-    from open_mythos.reports.html import write_html
+    from open_mythos.reports.html import check_page, write_html
     from open_mythos.reports.trace_page import page
     from open_mythos.reports.trace_record import trace_of
 
-    check_writable(Path(out), "the page cannot be written", "choose another file with --out")
+    check_page(Path(out))
     prompt = text_argument(prompt, "PROMPT")
     model, weights = load_model(checkpoint, device, weights=weights)
     say_weights(weights)
@@ -53,12 +52,14 @@ def report(run: str, out: str = "") -> int:
     """
     from pathlib import Path
 
-    from open_mythos.reports.html import write_html
+    from open_mythos.reports.html import check_page, write_html
     from open_mythos.reports.run_page import page
     from open_mythos.reports.run_record import read_run
     from open_mythos.run_folder import REPORT_FILE
 
     path = Path(out) if out else Path(run) / REPORT_FILE
-    write_html(page(read_run(run)), path)
+    record = read_run(run)  # first: a run that is not there gets no folder
+    check_page(path)
+    write_html(page(record), path)
     print(f"report: {path}")
     return 0

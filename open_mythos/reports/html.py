@@ -9,14 +9,24 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from open_mythos.files import write_text
+from open_mythos.files import check_writable, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
+_UNWRITTEN, _ELSEWHERE = "the page cannot be written", "choose another file with --out"
 
 
 def render(template: str, folder: Path = TEMPLATES, **values: object) -> Markup:
     """Render a file in ``folder`` or :data:`TEMPLATES` with the variables ``values``."""
     return Markup(_environment(folder).get_template(template).render(values))
+
+
+def check_page(path: Path) -> None:
+    """Check, before a page is made, that it can be written and replaces nothing but a page.
+
+    Raises:
+        EnvironmentError_: It cannot.
+    """
+    check_writable(path, _UNWRITTEN, _ELSEWHERE, "<!doctype html>")
 
 
 def write_html(page: str, path: Path) -> None:
@@ -25,7 +35,7 @@ def write_html(page: str, path: Path) -> None:
     Raises:
         EnvironmentError_: The file cannot be written.
     """
-    write_text(path, page, "the page cannot be written", "choose another file with --out")
+    write_text(path, page, _UNWRITTEN, _ELSEWHERE)
 
 
 def heatmap(shares: Sequence[Sequence[float]], full: float) -> Markup:

@@ -269,3 +269,20 @@ def test_evaluate_makes_the_folder_of_its_rows_or_says_why_it_cannot(
         code, _, err = run(capsys, "evaluate", str(trained), *few, "--out", str(out))
         assert (code, "--out" in err) == (expected, expected == 4), err
     assert json.loads(rows.read_text())
+
+
+def test_outputs_replace_nothing_but_their_own_kind(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--out`` may have been completed to a file of the run."""
+    few = ["--depths", "[1]", "--windows", "1", "--seq_len", "32", "--quiet"]
+    precious, out = tmp_path / "run.yaml", tmp_path / "out"
+    precious.write_text("seed: 1")
+    for words in (
+        ["evaluate", str(trained), *few], ["trace", str(trained), "a"], ["report", str(trained)]
+    ):  # fmt: skip
+        out.write_text("")
+        assert [run(capsys, *words, "--out", str(out))[0] for _ in "12"] == [0, 0]
+        code, _, err = run(capsys, *words, "--out", str(precious))
+        assert (code, "of another kind" in err) == (4, True), err
+    assert precious.read_text() == "seed: 1"
