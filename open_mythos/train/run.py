@@ -23,7 +23,7 @@ from open_mythos.distributed import rank, world_size
 from open_mythos.errors import ConfigError
 from open_mythos.evaluation import evaluate_depths
 from open_mythos.files import locked, refuse_link, replacing
-from open_mythos.hub.places import model_directory
+from open_mythos.hub.places import model_directory, weights_of
 from open_mythos.hub.pretrained import describe, from_pretrained
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.run_folder import (
@@ -201,6 +201,12 @@ def train_run(
                 )
             if rank() == 0:
                 run.describe(out)
+                step = run.trainer.state.step
+                if step >= config.train.steps:
+                    logger.warning(
+                        "nothing is left to train: the run has %d steps, train.steps is %d",
+                        step, config.train.steps,
+                    )  # fmt: skip
             return run.trainer.fit()
         finally:
             run.close()
@@ -215,6 +221,11 @@ def initial_model(config: RunConfig) -> Model:
     model = build_model(config)
     if config.train.init_from:
         stored = from_pretrained(config.train.init_from)
+        if weights_of(model_directory(config.train.init_from)) == "averaged" and rank() == 0:
+            logger.warning(
+                "starts from the raw weights of %s; open-mythos export writes its averages",
+                config.train.init_from,
+            )
         if (
             config.architecture == "dense"
             and isinstance(stored, DenseTransformer)

@@ -20,6 +20,7 @@ from open_mythos.hub.places import first_id, model_directory, stored_tokenizer, 
 from open_mythos.hub.pretrained import from_pretrained
 from open_mythos.run_folder import read_config, validated_record
 from open_mythos.train import RunConfig, build_run
+from open_mythos.train.run import initial_model
 from open_mythos.train.setting import described_run, setting_of
 
 SMALL = [
@@ -91,6 +92,13 @@ def test_what_is_exported_is_what_was_measured(place, tmp_path, capsys):
         found, wanted = from_pretrained(out).state_dict(), expected[kind].state_dict()
         assert all(torch.equal(found[name], each) for name, each in wanted.items())
     assert main(["export", run, f"--out={tmp_path / 'no'}", "--public"]) == 2
+
+
+def test_training_from_a_run_with_averages_says_what_it_starts_from(place, caplog):
+    config = RunConfig.from_dict(read_config(place / "runs" / "m" / "run.yaml"))
+    config.train.init_from = str(place / "runs" / "m")
+    initial_model(config)
+    assert "raw weights" in caplog.text
 
 
 def test_other_shards_are_masked_as_the_run_was(place, tmp_path):

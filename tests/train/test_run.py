@@ -157,7 +157,7 @@ class TestRun:
         with pytest.raises(ConfigError, match="holds a run"):
             train_run(config)
 
-    def test_resume_checks_the_text(self, place, tmp_path):
+    def test_resume_checks_the_text(self, place, tmp_path, caplog):
         config = run_of(DataConfig(source=str(place / "text.jsonl"), tokenizer="byte", workers=0,
                                    held_out=0.2), tmp_path / "run")  # fmt: skip
         train_run(config)
@@ -170,6 +170,9 @@ class TestRun:
             train_run(config, resume="latest")
         config.data.source = str(place / "text.jsonl")
         assert train_run(config, resume="latest").step == 3
+        assert "nothing is left to train" not in caplog.text
+        assert train_run(config, resume="latest").step == 3
+        assert "nothing is left to train: the run has 3 steps" in caplog.text
 
     def test_the_vocabulary_must_hold_the_tokenizers_or_is_fitted(self, place):
         config = run_of(DataConfig(path=str(place / "bpe")))
