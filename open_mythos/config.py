@@ -336,6 +336,10 @@ class MythosConfig:
         Raises:
             ConfigError: A key is unknown (the nearest field is named) or a value is invalid.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                "not a set of fields", where="MythosConfig", value=values, allowed="a mapping"
+            )
         known = {field.name for field in fields(cls)}
         for key in values:
             if key not in known:

@@ -361,8 +361,8 @@ class Engine:
             ConfigError: An argument is out of range, or a prompt does not fit.
         """
         return generate_all(
-            self, prompts, params, depth, tokenizer=tokenizer or self.tokenizer, logprobs=logprobs,
-            schema=schema, progress=progress,
+            self, prompts, params, depth, logprobs=logprobs, schema=schema, progress=progress,
+            tokenizer=self.tokenizer if tokenizer is None else tokenizer,
         )  # fmt: skip
 
     def stats(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from rich.progress import Progress
 
+from open_mythos.checks import checked
 from open_mythos.errors import ConfigError
 from open_mythos.inference.request import Event, Finished, Outcome, Request, Started, Token
 from open_mythos.inference.slot_rules import describe_rule
@@ -72,6 +73,7 @@ class Completion:
             self.outcome, self.error = event.outcome, event.error
 
 
+@checked
 def generate_all(
     engine: Source,
     prompts: Prompts,

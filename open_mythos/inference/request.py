@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from open_mythos.checks import COLDEST, check_count, check_number, pick, unknown_key
+from open_mythos.checks import COLDEST, check_count, check_number, is_id, pick, unknown_key
 from open_mythos.errors import ConfigError
 from open_mythos.model.exit_syntax import EXIT_SYNTAX, check
 
@@ -87,7 +87,7 @@ class Request:
         Raises:
             ConfigError: A value is out of range.
         """
-        if not self.prompt or not all(0 <= token < 1 << 63 for token in self.prompt):
+        if not self.prompt or not all(map(is_id, self.prompt)):
             raise ConfigError(
                 "the prompt is not a list of token ids", where="prompt", value=self.prompt[:8],
                 allowed="at least one id >= 0", fix="encode the prompt with the model's tokenizer",

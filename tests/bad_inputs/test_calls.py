@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from open_mythos import Engine, MythosConfig, SamplingParams
 from open_mythos.checks import annotations_of
 from open_mythos.errors import MythosError
+from open_mythos.train import RunConfig
 from tests.bad_inputs.calls import CALLS, NOT_INPUT, Things, public
 from tests.bad_inputs.values import bad_values
 
@@ -83,6 +85,23 @@ def test_call(name, things):
             if label not in accepted:
                 troubles.append(tried(name, parameter, label, value, arguments))
     assert not list(filter(None, troubles)), "\n".join(filter(None, troubles))
+
+
+def test_methods(things):
+    """Of the engine, and of what is read from files."""
+    generate = Engine(things.model).generate
+    good = {"prompts": [[1, 2]], "params": SamplingParams(1)}
+    for parameter, hint in parameters(generate).items():
+        for _, value in bad_values(hint):
+            with pytest.raises(MythosError):
+                generate(**{**good, parameter: value})
+    for prompts in ([[True]], [[1.0]], [[]], [["a"]], [None], [[1], "a"]):
+        with pytest.raises(MythosError):
+            generate(prompts, SamplingParams(1))
+    for cls in (MythosConfig, RunConfig):
+        for value in (None, [], "text", {1: 2}):
+            with pytest.raises(MythosError):
+                cls.from_dict(value)
 
 
 def test_there_are_enough():
