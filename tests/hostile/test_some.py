@@ -45,7 +45,7 @@ def test_a_command_that_does_harm_is_seen(good, tmp_path):
         fine = run_case(good, tmp_path / "a", nothing, "control", "info run")
         (tmp_path / "b").mkdir()
         harm = run_case(
-            good, tmp_path / "b", nothing, "control", "report run --out ../outside/precious"
+            good, tmp_path / "b", nothing, "control", "report run --out ../outside/page.html"
         )
     finally:
         del NAMES["control"]
