@@ -97,9 +97,9 @@ class OptimConfig(_Section):
     name: str = one_of("adamw", OPTIMIZER_NAMES)
     """"adamw"; "muon": Muon for the matrices of attention, feed-forwards and experts, AdamW for
     the rest; its best learning rate is about four times AdamW's (docs/optimizers.md)."""
-    lr: float = within(1e-3, gt=0, le=1e38)
+    lr: float = within(1e-3, gt=0)
     """Learning rate at the end of the warm-up."""
-    adamw_lr: float = within(0.0, ge=0, le=1e38)
+    adamw_lr: float = within(0.0, ge=0)
     """Muon only: the same for the parameters that AdamW updates; 0 means ``lr``."""
     beta1: float = within(0.9, ge=0, lt=1)
     """Decay of the first moment, in [0, 1)."""
@@ -107,7 +107,7 @@ class OptimConfig(_Section):
     """Decay of the second moment, in [0, 1)."""
     eps: float = within(1e-8, gt=0)
     """Added to the square root of the second moment."""
-    weight_decay: float = within(0.1, ge=0, le=1e38)
+    weight_decay: float = within(0.1, ge=0)
     """Decoupled weight decay of the matrices; ``train.optimizers.optim`` defines which."""
     momentum: float = within(0.95, ge=0, lt=1)
     """Muon only: decay of the moving average of gradients, in [0, 1)."""

@@ -73,7 +73,7 @@ class GateConfig:
     """Optimizer steps."""
     step_positions: int = within(512, ge=1)
     """Positions per step, each with all its loops."""
-    lr: float = within(0.02, gt=0, le=1e38)
+    lr: float = within(0.02, gt=0)
     """Learning rate of AdamW, which decays linearly to zero."""
     seed: int = within(0, ge=0)
     """Seed of the held-out positions and of the order of the others."""
