@@ -12,7 +12,6 @@ from open_mythos.cli.tables import new_console, new_table, scaled
 from open_mythos.config import MythosConfig
 from open_mythos.console import show
 from open_mythos.errors import ConfigError
-from open_mythos.hub.transformers_format import MODEL_TYPE, from_flat
 from open_mythos.run_folder import read_config
 from open_mythos.variants import VARIANTS, variant
 
@@ -62,18 +61,17 @@ def described_model(model: str) -> tuple[MythosConfig, int | None]:
     if model.removeprefix("mythos_") in VARIANTS:
         return variant(model), None
     path = Path(model)
-    if path.is_dir():
+    if path.is_dir() or path.name == "config.json":
         from open_mythos.hub.places import CONFIG_FILE, model_directory
+        from open_mythos.hub.pretrained import read_model_config
 
-        path = model_directory(model) / CONFIG_FILE
+        return read_model_config(model_directory(model) / CONFIG_FILE if path.is_dir() else path)
     if not path.is_file():
         raise ConfigError(
             "not a variant, file or folder", where="model", value=model,
             allowed=", ".join(VARIANTS) + ", a YAML or JSON file, a model or run folder",
         )  # fmt: skip
     content = read_config(path)
-    if content.get("model_type") == MODEL_TYPE:  # a folder of ``open-mythos export``
-        return from_flat(content), None
     n_layers, is_dense = content.get("n_layers"), content.get("architecture") == "dense"
     for key in ("config", "model"):
         if isinstance(content.get(key), dict):

@@ -302,9 +302,44 @@ def _skeleton(path: Path, n_tensors: int) -> OpenMythos | DenseTransformer:
     A configuration with more layers than there are tensors is rejected first: building a malicious
     one could take forever.
     """
+    config, n_layers = read_model_config(path)
+    looped = config.prelude_layers + config.recurrent_layers + config.coda_layers
+    layers = looped if n_layers is None else n_layers
+    if not 0 < layers <= n_tensors:
+        allowed = f"1 .. {n_tensors}, the tensors in {WEIGHTS_FILE}"
+        raise _unfit(path, "has more layers than the weights", layers, allowed)
+    try:
+        with torch.device("meta"):
+            return OpenMythos(config) if n_layers is None else DenseTransformer(config, n_layers)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        allowed = "sizes that tensors can have"
+        raise _unfit(path, "describes no possible model", str(error), allowed) from error
+
+
+def read_model_config(path: Path) -> tuple[MythosConfig, int | None]:
+    """Read the ``config.json`` of a model folder, in either format.
+
+    Returns:
+        The configuration, and the number of layers of a dense model.
+
+    Raises:
+        DataError: It is of another library or format, or a value is out of range.
+    """
     values = read_object(path, "the configuration is not readable", _SAVE_AGAIN, _MAX_CONFIG_BYTES)
-    if values.get("model_type") == outer.MODEL_TYPE:
-        return _built(path, "looped", values, n_tensors)
+    is_outer = values.get("model_type") == outer.MODEL_TYPE
+    if not is_outer:
+        _check_keys(path, values)
+    try:
+        config = outer.from_flat(values) if is_outer else MythosConfig.from_dict(values["config"])
+    except ConfigError as error:
+        raise DataError(
+            error.what, where=f"{path}: {error.where}", value=error.value,
+            allowed=error.allowed, fix=error.fix or _SAVE_AGAIN,
+        ) from error  # fmt: skip
+    return config, None if is_outer else values.get("n_layers")
+
+
+def _check_keys(path: Path, values: dict[str, Any]) -> None:
     architecture = values.get("architecture")
     for key, choices in (("format", [FORMAT]), ("library", [LIBRARY]), ("architecture", [*_KEYS])):
         if values.get(key) not in choices:
@@ -316,35 +351,8 @@ def _skeleton(path: Path, n_tensors: int) -> OpenMythos | DenseTransformer:
         raise _unfit(path, "has missing or unknown keys", differing, ", ".join(sorted(expected)))
     if not isinstance(values["config"], dict):
         raise _unfit(path, "holds no fields", values["config"], "an object of fields")
-    return _built(path, str(architecture), values, n_tensors)
-
-
-def _built(
-    path: Path, architecture: str, values: dict[str, Any], n_tensors: int
-) -> OpenMythos | DenseTransformer:
-    """Build a model on the meta device from the checked content of ``config.json``."""
-    is_outer = values.get("model_type") == outer.MODEL_TYPE
-    try:
-        config = outer.from_flat(values) if is_outer else MythosConfig.from_dict(values["config"])
-    except ConfigError as error:
-        raise DataError(
-            error.what, where=f"{path}: {error.where}", value=error.value,
-            allowed=error.allowed, fix=error.fix or _SAVE_AGAIN,
-        ) from error  # fmt: skip
-    layers = config.prelude_layers + config.recurrent_layers + config.coda_layers
-    if architecture == "dense":
-        layers = values["n_layers"]
-    if not is_int(layers) or not 0 < layers <= n_tensors:
-        allowed = f"1 .. {n_tensors}, the tensors in {WEIGHTS_FILE}"
-        raise _unfit(path, "has more layers than the weights", layers, allowed)
-    try:
-        with torch.device("meta"):
-            if architecture == "dense":
-                return DenseTransformer(config, layers)
-            return OpenMythos(config)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        allowed = "sizes that tensors can have"
-        raise _unfit(path, "describes no possible model", str(error), allowed) from error
+    if not is_int(values.get("n_layers", 0)):
+        raise _unfit(path, "has no number of layers", values["n_layers"], "an integer")
 
 
 def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:

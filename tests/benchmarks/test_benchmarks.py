@@ -73,6 +73,7 @@ def test_everything_runs_and_is_saved(tmp_path, capsys, monkeypatch):
         assert str(tmp_path) not in text
 
 
+@pytest.mark.slow
 def test_decoding_is_shown_in_all_threads_too():
     torch.set_num_threads(2)
     names = [(row.name, row.threads) for row in decoding.rows(QUICK)]

@@ -148,6 +148,7 @@ def test_info_of_dense_runs_and_exported_models(
         ("model.yaml", "model: [", "not a readable YAML file"),
         ("model.json", "5", "not a configuration"),
         ("model.yaml", "- 1", "not a configuration"),
+        ("config.json", "{}", "of another format"),
     ],
 )
 def test_info_of_damaged_files(

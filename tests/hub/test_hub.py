@@ -207,7 +207,7 @@ def in_config(**changes):
         (lambda values: values.update(auto_map={"AutoModel": "evil.py"}), "auto_map"),
         (lambda values: values.update(architecture="dense"), "n_layers"),
         (lambda values: values.update(architecture="dense", n_layers=10**12), "more layers"),
-        (lambda values: values.update(architecture="dense", n_layers=True), "more layers"),
+        (lambda values: values.update(architecture="dense", n_layers=True), "number of layers"),
     ],
 )
 def test_bad_configurations_are_rejected(saved, change, named):

@@ -91,7 +91,10 @@ def trained(cfg, steps, *, batch=32, at=None, act=None, diverges=False, **train)
     return alarms, trainer
 
 
-@pytest.mark.parametrize("cfg", [CONFIG, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "cfg",
+    [pytest.param(CONFIG, id="dense"), pytest.param(EXPERTS, id="experts", marks=pytest.mark.slow)],
+)
 def test_healthy_training_raises_nothing(cfg):
     """It learns the task and uses its loops; no number leaves its bounds for long."""
     alarms, trainer = trained(cfg, 120, warmup_steps=10)
@@ -158,6 +161,7 @@ def test_a_planted_fault_is_named_within_ten_logged_steps(name):
     assert [each.partition("/")[0] for each in alarms.active] == [name]
 
 
+@pytest.mark.slow
 def test_uneven_experts_are_named_after_two_hundred_steps():
     alarms, _ = trained(
         EXPERTS, 240, batch=8, at=10, act=nobody_chooses_one, log_every=10, balance_speed=0.0
