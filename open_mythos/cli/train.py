@@ -117,6 +117,12 @@ def parse_train(words: list[str], summary: str) -> dict[str, Any]:
     if data["path"] and data["source"] == defaults.data.source:
         data["source"] = ""  # prepared shards replace the recipe's stream
     config = RunConfig.from_dict({each.name: values.pop(each.name) for each in fields(RunConfig)})
+    depth = next((word for word in words if word.startswith("--depth.")), "")
+    if depth and config.architecture == "dense":
+        raise ConfigError(
+            "a dense model has no loops", where=depth.partition("=")[0], value=depth,
+            allowed="looped models", fix="leave it out",
+        )  # fmt: skip
     if recipe.needs_text and not (config.data.source or config.data.path):
         raise no_text("--source")
     return {"config": config, "fit_vocabulary": fit_vocabulary, **values}

@@ -244,6 +244,9 @@ def test_a_dry_run_counts_the_dense_model(capsys: pytest.CaptureFixture[str]) ->
     dense = DenseTransformer.like(mythos_nano())
     shown = f"{parameter_count(dense):,} parameters"
     assert (code, shown in out, "2 blocks" in out) == (0, True, True), out
+    words = ("train", "--variant", "nano", "--architecture=dense", "--dry-run", "--depth.mean=8")
+    code, _, err = run(capsys, *words)
+    assert (code, "a dense model has no loops" in err) == (2, True), err
 
 
 def test_text_of_another_tokenizer_is_rejected(
