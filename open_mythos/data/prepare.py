@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,7 +68,7 @@ def prepare(
     check_count("shard_tokens", shard_tokens)
     check_share("val_fraction", val_fraction)
     out = Path(out_dir).absolute()
-    if (out.exists() or out.is_symlink()) and not (overwrite and _is_prepared(out)):
+    if not _may_write(out, overwrite):
         raise ConfigError(
             "the folder exists", where="out_dir", value=str(out_dir),
             allowed="a new folder; with overwrite, also a prepared one that holds nothing else",
@@ -77,17 +79,21 @@ def prepare(
     begin, end = f".{out.name}.", ".partial"
     remove_abandoned(out.parent, begin, end, LOCK_FILE)
     partial = out.with_name(f"{begin}{secrets.token_hex(4)}{end}")
+    fresh = partial.with_suffix(".new")
     try:
-        partial.mkdir(parents=True)
-        with locked(partial / LOCK_FILE):
+        fresh.mkdir(parents=True)
+        with locked(fresh / LOCK_FILE):
+            fresh.rename(partial)  # others remove a folder of that name that nobody has locked
             tokenizer.save(partial / TOKENIZER_FOLDER)
             train = _SplitWriter(partial, "train", tokenizer, shard_tokens)
             val = _SplitWriter(partial, "val", tokenizer, shard_tokens)
             _write(filled, tokenizer, train, val, val_fraction, progress)
             index = _index(tokenizer, train, val, val_fraction)
             (partial / INDEX_FILE).write_text(index.to_json(), encoding="utf-8")
-            (partial / LOCK_FILE).unlink()
-            _publish(partial, out)
+            sync_to_disk(partial)
+            partial.rename(fresh)
+            (fresh / LOCK_FILE).unlink()
+            _publish(fresh, out)
     except OSError as error:
         raise EnvironmentError_(
             "the shards cannot be written", where=str(out), value=str(error),
@@ -95,7 +101,8 @@ def prepare(
             fix="free space, or choose a writable folder",
         ) from error  # fmt: skip
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in (fresh, partial):
+            shutil.rmtree(folder, ignore_errors=True)
     if filled.empty:
         logger.warning("%s documents are left out: they hold no text", f"{filled.empty:,}")
     return index
@@ -113,18 +120,36 @@ def _write(
                 progress(train.documents + val.documents, train.tokens + val.tokens)
 
 
+def _may_write(out: Path, overwrite: bool) -> bool:
+    """Return whether nothing is there, or with ``overwrite`` a prepared folder."""
+    while (found := _inode(out)) is not None:
+        may = overwrite and _is_prepared(out)
+        if may or _inode(out) == found:  # or another process replaced it while it was looked at
+            return may
+    return True
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _is_prepared(folder: Path) -> bool:
     """Return whether a folder is a prepared one and holds nothing else."""
     if folder.is_symlink():
         return False
     try:
         splits = read_index(folder).splits.values()
-    except DataError:
+        names = {path.name for path in folder.iterdir()}
+    except (DataError, OSError):
         return False
     own = {INDEX_FILE, TOKENIZER_FOLDER}
     own |= {file.file for split in splits for shard in split.shards
             for file in (shard.tokens, shard.starts)}  # fmt: skip
-    return {path.name for path in folder.iterdir()} <= own
+    return names <= own
 
 
 class _NotEmpty:
@@ -238,12 +263,16 @@ def _index(
     )
 
 
-def _publish(partial: Path, out: Path) -> None:
+def _publish(made: Path, out: Path) -> None:
     """Rename the finished folder into place; only then remove an existing one."""
-    sync_to_disk(partial)
-    old = partial.with_suffix(".old")
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
+    old = made.with_suffix(".old")
+    while made.exists():
+        with suppress(FileNotFoundError):
+            out.rename(old)
+        try:
+            made.rename(out)
+        except OSError as error:  # another process was quicker: replace its folder
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        shutil.rmtree(old, ignore_errors=True)
     sync_to_disk(out.parent)
-    shutil.rmtree(old, ignore_errors=True)

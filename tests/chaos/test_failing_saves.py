@@ -28,7 +28,7 @@ def cases_of(operations):
 
 
 @pytest.mark.goal("R2", "each operation of a save failed in turn")
-@sizes(25, 0)
+@sizes(10, 0)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_there_is_always_a_whole_checkpoint(forks, data, tmp_path, row, scenario, times):
     folder, codes = str(tmp_path / "bench"), {}

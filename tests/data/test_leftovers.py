@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from open_mythos.data import documents, prepare, read_documents
+from open_mythos.data.index import Index, read_index
 from open_mythos.data.loader import PackedWindows
 from open_mythos.data.shards import TokenShards
 from open_mythos.errors import DataError, EnvironmentError_
@@ -46,6 +48,23 @@ def test_two_that_prepare_into_one_folder(tmp_path: Path) -> None:
         list(pool.map(once, range(4)))
     TokenShards(tmp_path / "out").verify()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_another_process_replaces_meanwhile(tmp_path: Path, monkeypatch) -> None:
+    """It is looked at again, and what the other one has put there is replaced."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    for folder in (out, other):
+        prepare(["theirs"], folder, TOK, val_fraction=0.0)
+
+    def replaced(folder: Path) -> Index:
+        monkeypatch.undo()
+        folder.rename(tmp_path / "gone")
+        other.rename(folder)
+        return read_index(tmp_path / "nothing")
+
+    monkeypatch.setattr(sys.modules["open_mythos.data.prepare"], "read_index", replaced)
+    prepare(["mine"], out, TOK, val_fraction=0.0, overwrite=True)
+    assert TokenShards(out).info.text_bytes == len("mine")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def simple_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "activations_per_loop", lambda job: {})
 
 
+@pytest.mark.slow
 def test_planned_memory_is_that_of_the_layout() -> None:
     wish = Wish(kind="ddp", checkpoint_loops=False)
     plan = make_plan(small_job(1), H100, 8, 1e9, batch_tokens=8 * 4 * 32, wish=wish)

@@ -116,6 +116,7 @@ def test_extrapolation_from_few_loops(job, layout: Layout) -> None:
     assert memory(job, layout, exact=False).total == pytest.approx(deep, rel=0.005)
 
 
+@pytest.mark.slow
 def test_what_saves_activations() -> None:
     job, four = small_job(3, model=DENSE_FFN), replace(ONE, micro_batch=4)
     plain = total(job, four)
