@@ -53,6 +53,7 @@ def small_limits(monkeypatch):
         measured.cache_clear()
 
 
+@pytest.mark.slow
 def test_everything_runs_and_is_saved(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(suites, "CPU", OWN)
     monkeypatch.setattr(start, "COMMANDS", {"python": (("-c", ""), 0.3, "")})
