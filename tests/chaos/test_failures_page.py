@@ -11,6 +11,7 @@ from chaos import failures_page
 
 
 @pytest.mark.goal("docs", "each failure of docs/failures.md made to happen")
+@pytest.mark.slow
 def test_the_table_is_what_happens(forks, data, straight, row):
     """Otherwise: python tests/chaos/failures_page.py"""
     with tempfile.TemporaryDirectory() as name:

@@ -111,6 +111,7 @@ def test_the_comparison_detects_extra_allocations(monkeypatch: pytest.MonkeyPatc
     ],
     ids=["FSDP", "truncated"],
 )
+@pytest.mark.slow
 def test_extrapolation_from_few_loops(job, layout: Layout) -> None:
     deep = max(sum(parts.values()) for parts in trace_step(job, layout).peaks.values())
     assert memory(job, layout, exact=False).total == pytest.approx(deep, rel=0.005)
@@ -149,6 +150,7 @@ def test_bytes_by_purpose() -> None:
     assert [local_elements(each, apart) for each in experts] == [each.n // 4 for each in experts]
 
 
+@pytest.mark.slow
 def test_the_peak_may_be_in_the_optimizer_step() -> None:
     found = memory(small_job(1, context=1, optimizer="muon", model={"n_experts": 64}), ONE)
     assert found.phase == "optimizer"
@@ -156,12 +158,14 @@ def test_the_peak_may_be_in_the_optimizer_step() -> None:
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
+@pytest.mark.slow
 def test_the_counted_bound_is_a_lower_bound(gpus: int) -> None:
     job = small_job(1)
     for way in list(layouts(job, gpus))[::5]:
         assert counted_bytes(job, way) <= (1 + WITHIN / 10) * total(job, way), way
 
 
+@pytest.mark.slow
 def test_more_processes_never_need_more() -> None:
     job = small_job(1, context=8)
     assert total(job, Layout(2, "fsdp", 2, 2)) >= total(job, Layout(8, "fsdp", 8, 8))

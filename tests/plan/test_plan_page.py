@@ -67,7 +67,10 @@ def test_the_recorded_error_is_small() -> None:
         assert row["error"] == pytest.approx(row["planned"] / row["measured"] - 1)
 
 
-@pytest.mark.parametrize("options", [ONE_GPU, ONE_GPU | {"gpus": 2, "kind": "ddp"}])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(ONE_GPU, marks=pytest.mark.slow), ONE_GPU | {"gpus": 2, "kind": "ddp"}],
+)
 def test_tables_fit_a_terminal_of_100_columns(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
