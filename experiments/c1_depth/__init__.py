@@ -21,7 +21,7 @@ from experiments.c1_depth.chain_recipe import (
 )
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
 from experiments.figure import COLOURS, lines, log2_ticks, panels
-from experiments.spread import by_arm, columns, each, share, span
+from experiments.spread import at_depth, by_arm, columns, each, share, span
 from experiments.tasks import PermHopLoader
 from experiments.training import build, fit, run_of
 from open_mythos.accounting import account
@@ -212,7 +212,7 @@ def asked(record: Record, loops: int = 0, hops: int = ASKED_HOPS) -> float:
     """Return the share of chains of ``hops`` answered at ``loops`` (unused for dense models)."""
     ask, figures = record.settings["ask"], record.figures
     row = figures["longest"] if hops == ASKED_HOPS else figures["grid"][ask["hops"].index(hops)]
-    return row[ask["loops"].index(loops)] if len(row) > 1 else row[0]
+    return at_depth(row, ask["loops"], loops)
 
 
 def _by_rule(looped: Sequence[Record], rule: str) -> str:

@@ -22,7 +22,7 @@ from experiments.claim import (
     verdict,
 )
 from experiments.figure import COLOURS, lines, log2_ticks, panels
-from experiments.spread import by_arm, columns, each, share
+from experiments.spread import at_depth, by_arm, columns, each, share
 from experiments.tasks import SMALL, InContextHop, TaskLoader
 from experiments.tasks.accuracy import answered
 from experiments.training import build, fit, run_of
@@ -156,7 +156,7 @@ def accuracy(record: Record, hops: int, loops: int = CHOSEN_LOOPS) -> float:
     """Return the share of chains of ``hops`` answered at ``loops`` (unused for dense models)."""
     ask = record.settings["ask"]
     row = record.figures["grid"][ask["hops"].index(hops)]
-    return row[ask["loops"].index(loops)] if len(row) > 1 else row[0]
+    return at_depth(row, ask["loops"], loops)
 
 
 def plot(summary: Summary, path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
 from experiments.figure import lines, log2_ticks, panels
-from experiments.spread import by_arm, columns, share
+from experiments.spread import at_depth, by_arm, columns, share
 from experiments.tasks import SMALL, ComposedFacts, PermHop, TaskLoader
 from experiments.tasks.accuracy import answered
 from experiments.tasks.facts import KINDS
@@ -167,7 +167,7 @@ def summarise(records: Sequence[Record]) -> Summary:
 def accuracy(record: Record, kind: str, hops: int = HOPS) -> float:
     """Return the share answered, for a looped model at the chosen depth."""
     row = record.figures["answered"][str(hops)][kind]
-    return row[record.settings["ask"]["loops"].index(CHOSEN_LOOPS)] if len(row) > 1 else row[0]
+    return at_depth(row, record.settings["ask"]["loops"], CHOSEN_LOOPS)
 
 
 def plot(summary: Summary, path: Path) -> None:
