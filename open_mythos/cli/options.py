@@ -9,7 +9,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from open_mythos.checks import described, fits, nearest
 from open_mythos.errors import ConfigError, DataError
@@ -49,7 +49,13 @@ class Parser(ArgumentParser):
 def new_parser(prog: str, description: str) -> Parser:
     """Create a parser that also reads a YAML file of options."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog=prog, description=description)
+    try:
+        parser = Parser(prog=prog, description=description)
+    except ValueError as error:  # JSONARGPARSE_DEBUG=1
+        raise ConfigError(
+            "an environment variable has another value than allowed", where=prog, value=str(error),
+            allowed="true, false", fix="correct it or remove it",
+        ) from error  # fmt: skip
     parser.add_argument("--config", action="config", help="a YAML file with these options")
     return parser
 
@@ -68,6 +74,7 @@ def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str,
         if os.path.exists(file):
             read_config(Path(file))  # refuses what is no text, or has no end, before it is parsed
     values = parser.parse_args([*(f"--config={file}" for file in files), *_without_files(normal)])
+    _refuse_base_60(normal, values)
     values.pop("config", None)
     arguments: dict[str, Any] = at_home(values.as_dict())
     for name, kind in get_type_hints(command).items():
@@ -80,6 +87,24 @@ def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str,
             make: Any = kind
             arguments[name] = make(**arguments[name])
     return arguments
+
+
+def _refuse_base_60(words: list[str], values: Namespace) -> None:
+    """Raise a ConfigError for a number with colons, which YAML 1.1 takes for one of base 60."""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        value = value if equals else following
+        found = values.get(name[2:])
+        numbers = found.values() if isinstance(found, Namespace) else found
+        numbers = [found] if isinstance(found, int | float) else numbers or []
+        if _BASE_60.search(value) and any(isinstance(n, int | float) for n in numbers):
+            raise ConfigError(
+                "not a decimal number", where=name, value=value, allowed="digits",
+                fix="write the number without colons",
+            )  # fmt: skip
+
+
+_BASE_60 = re.compile(r"""(?<![\w."'/])[\d_]+(:\d+)+(?![\w:])""")
 
 
 def files_of_options(words: list[str]) -> Iterator[str]:

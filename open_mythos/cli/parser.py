@@ -63,7 +63,7 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
 
 def _about(name: str, words: list[str]) -> tuple[Command, dict[str, Any]]:
     """Handle help, the version, and the first word of a two-word command."""
-    if name == "--version":
+    if name == "--version" and not words:
         return _print_version, {}
     listed = {each: text for each, (_, text) in COMMANDS.items() if f"{each} ".startswith(name)}
     if name in ("", "-h", "--help") or (listed and words in ([], ["-h"], ["--help"])):

@@ -125,7 +125,7 @@ def _summary(name: str, plan: Plan, given: bool) -> Table:
         if job.n_loops != job.max_loops:
             depth += f" on average, {job.max_loops} at most"
         if job.grad_loops is not None:
-            depth += f", gradient through the last {job.grad_loops}"
+            depth += f", gradient through the last {job.last_loops}"
         table.add_row("depth", depth)
     table.add_row("tokens", _count(plan.tokens) + ("" if given else " (20 per parameter)"))
     size = f"{layout.global_batch:,} sequences of {job.context:,} tokens"

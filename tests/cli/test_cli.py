@@ -86,6 +86,11 @@ def test_help_loads_no_torch() -> None:
         (["plan", "nano", "--n_loops", "0"], "n_loops", 2),
         (["plan", "nano", "--context", "0"], "context", 2),
         (["train", "--dry-run", "--data.val", "nowhere"], "data.val", 3),
+        (["plan", "nano", "--mfu", "1:30.5"], "not a decimal number", 2),
+        (["plan", "nano", "--gpus=1:30"], "not a decimal number", 2),
+        (["evaluate", "nowhere", "--depths=[1:30]"], "not a decimal number", 2),
+        (["train", "--depth", "{mean: 1:30}"], "not a decimal number", 2),
+        (["--version", "please"], "--version please", 2),
         (["nonsense"], "nonsense", 2),
     ],
 )
@@ -98,6 +103,14 @@ def test_usage_errors(
     assert (got, message in err) == (code, True), err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir()), "the command must not leave files behind"
+
+
+def test_a_variable_of_the_parser_with_another_value(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "1")
+    code, _, err = run(capsys, "info", "nano")
+    assert (code, "JSONARGPARSE_DEBUG" in err) == (2, True), err
 
 
 def test_info_matches_accounting(capsys: pytest.CaptureFixture[str]) -> None:

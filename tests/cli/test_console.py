@@ -140,9 +140,10 @@ class TestConsole:
         monkeypatch.setenv("COLUMNS", "40")
         assert main(["info", "nano"]) == 0
         assert "…" not in capsys.readouterr().out
-        one = ["--checkpoint-loops=false", "--micro-batch=1", "--n-loops=2", "--max-loops=2"]
+        one = ["--checkpoint-loops=false", "--micro-batch=1", "--n-loops=2", "--grad-loops=9"]
         assert main(["plan", "nano", "--gpus", "1", *one]) == 0
-        assert "…" not in capsys.readouterr().out
+        assert "…" not in (out := capsys.readouterr().out)
+        assert "last 2" in out.replace("│", " ")
 
     def test_a_console_without_the_character(self, monkeypatch):
         raw = io.BytesIO()
