@@ -1,4 +1,7 @@
-"""The one writer of files, block hashes and JSON files (this module loads no torch)."""
+"""The one writer of files; block hashes; readers of text, JSON and safetensors.
+
+This module loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
 
@@ -278,3 +283,22 @@ def read_object(
     if not isinstance(values, dict):
         raise DataError(what, where=str(path), value=found, allowed="a JSON object", fix=fix)
     return values
+
+
+@contextmanager
+def open_safetensors(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """Open a safetensors file, as ``safetensors.safe_open``.
+
+    Raises:
+        DataError: It is no regular file or damaged; inside of the block, too.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("not a regular file")
+        with safe_open(path, framework) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            "not a complete safetensors file", where=str(path), value=str(error),
+            allowed="a whole file", fix="copy the file again",
+        ) from error  # fmt: skip

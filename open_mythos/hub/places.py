@@ -9,7 +9,7 @@ from typing import Any
 
 from open_mythos.checks import is_int, pick
 from open_mythos.errors import ConfigError, DataError, EnvironmentError_
-from open_mythos.files import read_object
+from open_mythos.files import open_safetensors, read_object
 from open_mythos.run_folder import (
     AVERAGE_FILE,
     CHECKPOINTS_FOLDER,
@@ -218,17 +218,9 @@ def weights_of(model_folder: Path, wanted: str = "") -> str:
 
 
 def _holds_sharded_averages(folder: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
     prefix = f"{Path(AVERAGE_FILE).stem}/"
     for path in folder.glob(SHARDS):
-        try:
-            with safe_open(path, "numpy") as file:
-                if any(name.startswith(prefix) for name in file.keys()):  # noqa: SIM118
-                    return True
-        except (OSError, SafetensorError) as error:
-            raise DataError(
-                "the shards cannot be read", where=str(path), value=str(error),
-                allowed="whole safetensors files", fix="copy the folder again",
-            ) from error  # fmt: skip
+        with open_safetensors(path, "numpy") as file:
+            if any(name.startswith(prefix) for name in file.keys()):  # noqa: SIM118
+                return True
     return False

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,7 +22,14 @@ from open_mythos.checks import checked, is_int, pick
 from open_mythos.config import MythosConfig
 from open_mythos.devices import resolve_device
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.files import read_object, refuse_link, replacing, sync_to_disk, write_text
+from open_mythos.files import (
+    open_safetensors,
+    read_object,
+    refuse_link,
+    replacing,
+    sync_to_disk,
+    write_text,
+)
 from open_mythos.hub import transformers_format as outer
 from open_mythos.hub.places import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, model_directory
 from open_mythos.model.dense import DenseTransformer
@@ -150,25 +157,17 @@ def _read_files(
     folder: Path, names: Iterable[str]
 ) -> tuple[OpenMythos | DenseTransformer, dict[str, Tensor]]:
     """Read a model stored whole, in one file or several, under names of either format."""
-    path = folder
-    try:
-        with ExitStack() as stack:
-            files: dict[str, tuple[Any, str]] = {}
-            for path in sorted(folder / name for name in names):
-                file = stack.enter_context(safe_open(path, framework="pt"))
-                files |= {name: (file, name) for name in file.keys()}  # noqa: SIM118
-            if any(name.startswith(outer.CORE) for name in files):
-                files = {outer.to_inner(name): each for name, each in files.items()}
-            slices = {name: file.get_slice(stored) for name, (file, stored) in files.items()}
-            model = _skeleton(folder / CONFIG_FILE, len(slices))
-            _check_tensors(model_tensors(model), slices, path)
-            return model, {name: file.get_tensor(stored) for name, (file, stored) in files.items()}
-    except (SafetensorError, OSError) as error:
-        raise DataError(
-            "not a complete safetensors file", where=str(path), value=str(error),
-            allowed="the file that save_pretrained wrote",
-            fix="copy the file again; pickled weights are never read",
-        ) from error  # fmt: skip
+    with ExitStack() as stack:
+        files: dict[str, tuple[Any, str]] = {}
+        for name in sorted(names):
+            file = stack.enter_context(open_safetensors(folder / name))
+            files |= {name: (file, name) for name in file.keys()}  # noqa: SIM118
+        if any(name.startswith(outer.CORE) for name in files):
+            files = {outer.to_inner(name): each for name, each in files.items()}
+        slices = {name: file.get_slice(stored) for name, (file, stored) in files.items()}
+        model = _skeleton(folder / CONFIG_FILE, len(slices))
+        _check_tensors(model_tensors(model), slices, folder)
+        return model, {name: file.get_tensor(stored) for name, (file, stored) in files.items()}
 
 
 def _indexed_files(folder: Path) -> set[str]:

@@ -15,7 +15,6 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -28,7 +27,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from open_mythos.distributed import rank
-from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.errors import DataError, EnvironmentError_, MythosError
+from open_mythos.files import open_safetensors
 from open_mythos.hub.places import SHARDS, is_sharded
 
 
@@ -75,7 +75,7 @@ def stored_shapes(folder: Path) -> dict[str, torch.Size]:
             stored = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
             return {name: each.size for name, each in stored.items()}
         for path in folder.glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
+            with open_safetensors(path) as file:
                 for name in file.keys():  # noqa: SIM118
                     shapes[f"{path.stem}/{name}"] = torch.Size(file.get_slice(name).get_shape())
     return shapes
@@ -109,7 +109,7 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
     with _readable(folder), torch.no_grad():
         for name, tensor in into.items():
             stem, _, key = name.partition("/")
-            with safe_open(folder / f"{stem}.safetensors", "pt") as file:
+            with open_safetensors(folder / f"{stem}.safetensors") as file:
                 copy_part(tensor, file.get_tensor(key))
 
 
@@ -129,8 +129,13 @@ def copy_part(target: Tensor, source: Tensor) -> None:
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     try:
+        for path in folder.glob(SHARDS):
+            if not path.is_file():  # a pipe would be waited for
+                raise OSError(f"{path.name} is not a regular file")
         yield
-    except (CheckpointException, OSError, SafetensorError, KeyError, ValueError) as error:
+    except MythosError:
+        raise
+    except (CheckpointException, OSError, KeyError, ValueError) as error:
         raise DataError(
             "the shards cannot be read", where=str(folder), value=_reason(error),
             allowed="whole safetensors files", fix="copy the folder again",

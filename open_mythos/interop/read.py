@@ -9,18 +9,16 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from open_mythos.errors import DataError
-from open_mythos.files import hash_blocks, read_object
+from open_mythos.files import hash_blocks, open_safetensors, read_object
 from open_mythos.hub.places import CONFIG_FILE, download, is_hub_id
 
 INDEX = "*.safetensors.index.json"
@@ -45,7 +43,7 @@ class Tensors(Mapping[str, Tensor]):
         if name in self._pickled:
             return self._pickled[name]
         path = self._files[name]
-        with _readable(path) as file:
+        with open_safetensors(path) as file:
             return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -152,28 +150,15 @@ def _weights(folder: Path) -> dict[str, Path]:
 
 
 def _keys(path: Path) -> list[str]:
-    with _readable(path) as file:
+    with open_safetensors(path) as file:
         return list(file.keys())
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; problems are DataErrors."""
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OSError("not a regular file")
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise DataError(
-            "not a complete safetensors file", where=str(path), value=str(error),
-            allowed="a whole file", fix="copy the file again",
-        ) from error  # fmt: skip
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a pickle with the loader that runs no code of the file."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("not a regular file")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(

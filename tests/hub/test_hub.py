@@ -274,6 +274,18 @@ def test_every_truncation_is_rejected(saved):
             from_pretrained(saved)
 
 
+@pytest.mark.parametrize("kind", ["shard of an index", "shard of a run"])
+def test_pipes_are_not_waited_for(saved, kind):
+    (saved / "model.safetensors").unlink()
+    name = "a.safetensors" if "index" in kind else "shard-00001-model-00001-of-00001.safetensors"
+    os.mkfifo(saved / name)
+    if "index" in kind:
+        index = {"weight_map": {"embedding.weight": name}}
+        (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="not a regular file"):
+        from_pretrained(saved)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_pickle_under_another_name_is_not_executed(saved, tmp_path, name):
     trap = tmp_path / "executed"

@@ -94,6 +94,9 @@ def test_a_wrong_index_is_refused(folder, weight_map):
 def test_damage_and_absence(folder, tmp_path):
     with pytest.raises(DataError, match="no safetensors"):
         read_source(folder)
+    os.mkfifo(folder / "model.bin")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_source(folder, allow_pickle=True)
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(DataError, match="not a regular file"):
         read_source(folder)
