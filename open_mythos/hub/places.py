@@ -192,6 +192,25 @@ def is_sharded(folder: str | Path) -> bool:
     return any(Path(folder).glob(SHARDS))
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Return tensor -> name of its file, from an index of safetensors files in the same folder.
+
+    Raises:
+        DataError: The file is no index, or lists files elsewhere.
+    """
+    fix = "copy the folder again"
+    listed = read_object(path, "the index of the weights is not readable", fix)
+    files = listed.get("weight_map")
+    if not isinstance(files, dict) or not files or not all(
+        isinstance(file, str) and file == Path(file).name for file in files.values()
+    ):  # fmt: skip
+        raise DataError(
+            "not an index of weights", where=str(path), value=listed,
+            allowed="weight_map: tensor -> file of this folder", fix=fix,
+        )  # fmt: skip
+    return files
+
+
 def weights_of(model_folder: Path, wanted: str = "") -> str:
     """Return the weights of a stored model that are used: "averaged" or "raw".
 

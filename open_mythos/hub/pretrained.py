@@ -31,7 +31,13 @@ from open_mythos.files import (
     write_text,
 )
 from open_mythos.hub import transformers_format as outer
-from open_mythos.hub.places import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, model_directory
+from open_mythos.hub.places import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    model_directory,
+    read_index,
+)
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import TOKENIZER_FOLDER
@@ -137,7 +143,7 @@ def from_pretrained(
     if (folder / WEIGHTS_FILE).is_file():
         model, tensors = _read_files(folder, {WEIGHTS_FILE})
     elif (folder / INDEX_FILE).is_file():
-        model, tensors = _read_files(folder, _indexed_files(folder))
+        model, tensors = _read_files(folder, set(read_index(folder / INDEX_FILE).values()))
     else:
         model, tensors = _read_shards(folder)
     dtypes: dict[str, torch.dtype | None] = dict.fromkeys(dict(model.named_parameters()), dtype)
@@ -168,24 +174,6 @@ def _read_files(
         model = _skeleton(folder / CONFIG_FILE, len(slices))
         _check_tensors(model_tensors(model), slices, folder)
         return model, {name: file.get_tensor(stored) for name, (file, stored) in files.items()}
-
-
-def _indexed_files(folder: Path) -> set[str]:
-    """Return the names of the files that the index of ``transformers`` lists.
-
-    Raises:
-        DataError: It lists files outside of the folder, or is no index.
-    """
-    path = folder / INDEX_FILE
-    listed = read_object(path, "the index of weights is not readable", _SAVE_AGAIN)
-    found = listed.get("weight_map")
-    names = set(found.values()) if isinstance(found, dict) else set()
-    if not names or not all(isinstance(x, str) and x == Path(x).name for x in names):
-        raise DataError(
-            "not an index of weights", where=str(path), value=listed,
-            allowed="a weight_map of file names", fix=_SAVE_AGAIN,
-        )  # fmt: skip
-    return names
 
 
 def _read_shards(folder: Path) -> tuple[OpenMythos | DenseTransformer, dict[str, Tensor]]:

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from open_mythos.errors import DataError
 from open_mythos.files import hash_blocks, open_safetensors, read_object
-from open_mythos.hub.places import CONFIG_FILE, download, is_hub_id
+from open_mythos.hub.places import CONFIG_FILE, download, is_hub_id, read_index
 
 INDEX = "*.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 """What is read of a model on the hub: weights, tokenizer, chat template, licence."""
-_MAX_JSON_BYTES = 1 << 26
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -103,9 +102,8 @@ def read_source(source: str | Path, allow_pickle: bool = False) -> Source:
             fix="check the path",
         )  # fmt: skip
     config = read_object(
-        folder / CONFIG_FILE, "the configuration is not readable", "copy the folder again",
-        _MAX_JSON_BYTES,
-    )  # fmt: skip
+        folder / CONFIG_FILE, "the configuration is not readable", "copy the folder again"
+    )
     files, pickled = _weights(folder), dict[str, Tensor]()
     paths = sorted(set(files.values()))
     if not files:
@@ -128,17 +126,7 @@ def _weights(folder: Path) -> dict[str, Path]:
     indices = sorted(folder.glob(INDEX))
     if not indices:
         return {name: path for path in sorted(folder.glob("*.safetensors")) for name in _keys(path)}
-    index = read_object(
-        indices[0], "the index of the shards is not readable", "copy it again", _MAX_JSON_BYTES
-    )
-    where = index.get("weight_map")
-    if not isinstance(where, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in where.values()
-    ):
-        raise DataError(
-            "the index names no shards", where=str(indices[0]), value=type(where).__name__,
-            allowed="weight_map: tensor -> file of this folder", fix="copy the index again",
-        )  # fmt: skip
+    where = read_index(indices[0])
     held = {file: set(_keys(folder / file)) for file in sorted(set(where.values()))}
     for name, file in where.items():
         if name not in held[file]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from experiments.tasks import PermHop
 from experiments.tasks.saved import save_task
 from open_mythos import MythosConfig, OpenMythos, save_pretrained
 from open_mythos.cli import main
 from open_mythos.data import read_documents
+from open_mythos.hub.sharded_tensors import write_shards
 from open_mythos.tokenizer import BPETokenizer
 
 STEP = "run/checkpoints/step_00000002"
@@ -31,6 +32,8 @@ RESUME = TRAIN.format(3) + " --resume latest --allow train.steps"
 BPE = f"{GENERATE} --tokenizer bpe"
 ANSWERS = "evaluate run --questions questions.jsonl --depths [1] --quiet"
 SERVE = "serve run --port 70000"  # which is no port: the files have been read by then
+PARTS = "evaluate parts --data shards --depths [1] --quiet"
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 PREPARE = "data prepare source prepared --quiet --val-fraction 0.4"
 
 
@@ -71,6 +74,9 @@ FILES = (
     File("hf/config.json", "json", ("generate hf ab --max-new-tokens 1 --n-loops 1 --quiet",)),
     File("hf/model.safetensors", "tensors", ("evaluate hf --data shards --depths [1] --quiet",)),
     File("hf/validated_depths.json", "json", ("evaluate hf --data shards --depths [3] --quiet",)),
+    File("parts/model.safetensors.index.json", "json", (PARTS,)),
+    File("parts/model-1.safetensors", "tensors", (PARTS,)),
+    File(f"sharded/{SHARD}", "tensors", ("evaluate sharded --data shards --depths [1] --quiet",)),
     File("keys.txt", "text", ("serve nowhere --api-key-file keys.txt",)),
     File("template.jinja", "template", (f"{SERVE} --chat-template template.jinja",)),
     File("run/chat_template.jinja", "template", (SERVE,)),
@@ -110,10 +116,30 @@ def make(folder: Path) -> None:
     (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     if main(["export", "run", "--out", "hf"]):
         raise SystemExit("the good folder for transformers cannot be made")
+    _parts(folder / "hf", folder / "parts")
+    _sharded(folder / STEP, folder / "sharded")
     (folder / "keys.txt").write_text("# of the tests\n" + "k" * 40 + "\n")
     shutil.copy(run / "chat_template.jinja", folder / "template.jinja")
     _chains(folder / "chains")
     _foreign(folder / "foreign")
+
+
+def _parts(whole: Path, folder: Path) -> None:
+    """A model of transformers with an index of its files, of which there is one."""
+    shutil.copytree(whole, folder)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    names = load_file(folder / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _sharded(step: Path, folder: Path) -> None:
+    """A model as processes store it that each write their shards."""
+    folder.mkdir()
+    shutil.copy(step / "config.json", folder)
+    shutil.copytree(step.parents[1] / "tokenizer", folder / "tokenizer")
+    tensors = load_file(step / "model.safetensors")
+    write_shards(folder, {f"model/{name}": each for name, each in tensors.items()})
 
 
 def _chains(folder: Path) -> None:
