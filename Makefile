@@ -61,7 +61,7 @@ audit: $(READY)  ## known vulnerabilities of the installed packages (needs the n
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
 	@$(BIN)/python -m pip_audit --skip-editable --progress-spinner off
 
-hostile: $(READY)  ## every file that a command reads, made hostile in every way (15 minutes)
+hostile: $(READY)  ## every file that a command reads, made hostile in every way (22 minutes)
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m tests.hostile
 
 chaos: $(READY)  ## failure injection: crashes, corruption, divergence (10 minutes)

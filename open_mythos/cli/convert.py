@@ -23,6 +23,7 @@ def convert(
     """
     from open_mythos.accounting import account
     from open_mythos.devices import resolve_dtype
+    from open_mythos.errors import printable
     from open_mythos.interop.convert import convert as run
 
     found = run(
@@ -33,10 +34,10 @@ def convert(
     print(f"{record.family}: {account(found.model).parameters:,} parameters in {out}")
     print(
         f"layers {cfg.prelude_layers} + {cfg.recurrent_layers} x {record.trained_loops} loops + "
-        f"{cfg.coda_layers}; licence: {record.licence or 'not stated'}"
+        f"{cfg.coda_layers}; licence: {printable(record.licence or 'not stated')}"
     )
     for note in record.notes:
         print(f"note: {note}")
     for name, why in record.dropped.items():
-        print(f"not read: {name} ({why})")
+        print(f"not read: {printable(name)} ({why})")
     return 0

@@ -12,6 +12,7 @@ import torch
 from open_mythos.data import Batch
 from open_mythos.errors import DataError
 from open_mythos.evaluation import evaluate_depths
+from open_mythos.files import MAX_TEXT_BYTES, read_text
 from open_mythos.model.dense import DenseTransformer
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.tokenizer import Tokenizer
@@ -57,7 +58,15 @@ def check_text(
             allowed="a model with a tokenizer",
             fix="leave out --check",
         )
-    content = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text
+    content = text
+    if os.path.isfile(text):
+        try:
+            content = read_text(Path(text))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                "the text cannot be read", where="--check", value=str(error),
+                allowed=f"UTF-8 of at most {MAX_TEXT_BYTES:,} bytes", fix="pass another file",
+            ) from error  # fmt: skip
     ids = tokenizer.encode(content)[: min(most, dense.cfg.max_seq_len) + 1]
     if len(ids) < 2:
         raise DataError(

@@ -21,7 +21,7 @@ from open_mythos.interop.families.plan import CONFIG, Family, Plan
 from open_mythos.interop.names import renamed
 from open_mythos.interop.provenance import Provenance, licence_of
 from open_mythos.interop.read import Source, read_source
-from open_mythos.interop.tokenizer import copy_tokenizer
+from open_mythos.interop.tokenizer import read_stored
 from open_mythos.model.layers.injection import MAX_DECAY, LTIInjection
 from open_mythos.model.mythos import OpenMythos
 
@@ -70,8 +70,9 @@ def convert(
     read = read_source(source, allow_pickle)
     model, provenance = convert_source(read, family, allow_clamp=allow_clamp, dtype=dtype)
     save_pretrained(model, folder)
-    notes = copy_tokenizer(read, folder, model.cfg.vocab_size)
-    record = Provenance(**{**vars(provenance), "notes": provenance.notes + notes})
+    stored = read_stored(read.folder, model.cfg.vocab_size)
+    stored.write(folder)
+    record = Provenance(**{**vars(provenance), "notes": provenance.notes + stored.notes})
     record.write(folder)
     return Converted(model, record)
 

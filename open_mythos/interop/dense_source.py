@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from open_mythos.errors import DataError, EnvironmentError_
-from open_mythos.files import read_object
+from open_mythos.files import MAX_TEXT_BYTES, read_object
 from open_mythos.hub.places import download, first_line, is_hub_id
 from open_mythos.interop.provenance import licence_of
 from open_mythos.interop.read import FILES
-from open_mythos.interop.tokenizer import fitting
+from open_mythos.interop.tokenizer import FILE as TOKENIZER_FILE
+from open_mythos.interop.tokenizer import Stored, fitting, read_stored
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.tokenizer.interface import SPECIALS
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-READ = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")
-"""What ``transformers`` reads of a folder, beside the weights."""
+READ = ("config.json", "model.safetensors.index.json", "generation_config.json")
+"""Objects that ``transformers`` reads of a folder, beside the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class DenseSource:
     model: PreTrainedModel
     tokenizer: Tokenizer | None
     """None if none is stored with the model."""
-    gguf_sha256: str = ""
+    gguf_sha256: str
     """Of the GGUF file; "" for other sources."""
-    licence: str | None = None
+    licence: str | None
     """As the source states it; None if it does not."""
-    chat_template: str = ""
+    chat_template: str
     """Jinja template of chats; "" if there is none."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
     """What differs from the tokenizer of the source."""
 
 
@@ -67,12 +68,7 @@ def read_dense(model: str, gguf: str = "") -> DenseSource:
     folder = _folder(model, gguf)
     if gguf and not (folder / gguf).is_file():
         raise _no_model(str(folder / gguf), "there is no such file")
-    for name in READ:  # transformers reads them whole, whatever they are
-        if (folder / name).exists():
-            read_object(folder / name, f"no dense model: {name} cannot be read")
-    for file in folder.glob("*.safetensors"):
-        if not file.is_file():
-            raise _no_model(str(file), "not a regular file")
+    _check_files(folder)
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     options["trust_remote_code"] = False  # unless told, transformers asks on the terminal
     found = _read(
@@ -84,13 +80,12 @@ def read_dense(model: str, gguf: str = "") -> DenseSource:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     name = gguf or (folder.resolve().name if Path(model).exists() else model)
     licence = licence_of(folder, {})
-    try:
-        hf = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError):  # the model has none
-        return DenseSource(name, found.eval(), None, digest, licence)
-    tokenizer, notes = _tokenizer(hf, name, found.config.vocab_size)
-    template = hf.chat_template if isinstance(hf.chat_template, str) else ""
-    return DenseSource(name, found.eval(), tokenizer, digest, licence, template, notes)
+    rows = found.config.vocab_size
+    if (folder / TOKENIZER_FILE).is_file() and not gguf:
+        stored = read_stored(folder, rows, name)
+    else:
+        stored = _tokenizer(lambda: AutoTokenizer.from_pretrained(folder, **options), name, rows)
+    return DenseSource(name, found.eval(), stored.tokenizer, digest, licence, *stored[1:])
 
 
 def _folder(model: str, gguf: str) -> Path:
@@ -103,13 +98,31 @@ def _folder(model: str, gguf: str) -> Path:
     return download(model, [gguf, *FILES] if gguf else FILES, where="model", verb="retrofit")
 
 
-def _tokenizer(hf: Any, name: str, rows: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
-    """Return a tokenizer of transformers as one of this library, and what differs."""
+def _check_files(folder: Path) -> None:
+    """Refuse files that transformers would read whole, whatever they are."""
+    for file in (file for pattern in FILES for file in folder.glob(pattern)):
+        if not file.is_file():
+            raise _no_model(str(file), "not a regular file")
+        if file.suffix != ".safetensors" and file.stat().st_size > MAX_TEXT_BYTES:
+            raise _no_model(str(file), f"longer than {MAX_TEXT_BYTES:,} bytes")
+    for name in READ:
+        if (folder / name).exists():
+            read_object(folder / name, f"no dense model: {name} cannot be read")
+
+
+def _tokenizer(read: Callable[[], Any], name: str, rows: int) -> Stored:
+    """Return a tokenizer that only transformers can read, as one of this library."""
+    try:
+        hf = read()
+    except Exception as error:  # there is none, or a value in it is of another kind
+        return Stored(None, notes=(f"no tokenizer is stored: {first_line(error)}",))
     rust = getattr(hf, "backend_tokenizer", None)
     if rust is None:
-        return None, ("the tokenizer does not run in the `tokenizers` library: none is stored",)
+        return Stored(None, notes=("no tokenizer is stored: it has no fast form",))
     tokens = {part: getattr(hf, f"{part}_token", None) for part in SPECIALS}
-    return fitting(rust, name, {part: str(token) for part, token in tokens.items() if token}, rows)
+    specials = {part: str(token) for part, token in tokens.items() if token}
+    tokenizer, notes = fitting(rust, name, specials, rows)
+    return Stored(tokenizer, hf.chat_template if isinstance(hf.chat_template, str) else "", notes)
 
 
 def _read(name: str, read: Callable[[], T]) -> T:

@@ -1,13 +1,12 @@
-"""Copy the tokenizer of a checkpoint to the folder of a converted model."""
+"""Read the tokenizer and the chat template of a checkpoint of another library."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from open_mythos.errors import MythosError
-from open_mythos.files import write_text
-from open_mythos.interop.read import Source
+from open_mythos.errors import MythosError, shown_value
+from open_mythos.files import read_text, write_text
 from open_mythos.run_folder import TEMPLATE_FILE, TOKENIZER_FOLDER
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.tokenizer.files import read_config, read_local
@@ -19,35 +18,49 @@ if TYPE_CHECKING:
 FILE = "tokenizer.json"
 
 
-def copy_tokenizer(source: Source, out: Path, rows: int) -> tuple[str, ...]:
-    """Store the tokenizer of ``source`` in ``out``, if it fits the model, and its chat template.
+class Stored(NamedTuple):
+    """What a checkpoint says about text."""
+
+    tokenizer: Tokenizer | None
+    chat_template: str = ""
+    """In Jinja; "" if there is none."""
+    notes: tuple[str, ...] = ()
+    """What the caller should know."""
+
+    def write(self, folder: Path) -> None:
+        """Store both in the folder of a model; a template needs a tokenizer."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder / TOKENIZER_FOLDER)
+            if self.chat_template:
+                write_text(folder / TEMPLATE_FILE, self.chat_template)
+
+
+def read_stored(folder: Path, rows: int, name: str = "") -> Stored:
+    """Read the ``tokenizer.json`` of a checkpoint, and its chat template.
 
     Here bos, eos and pad are three tokens. Where a checkpoint gives one token several of these
-    parts, eos keeps it, and the others get special tokens that have no part yet.
+    parts, eos keeps it, and the others get special tokens that have no part yet. What cannot be
+    read is left out and noted.
 
     Args:
-        source: The checkpoint.
-        out: Folder of the model.
-        rows: Tokens that the model has.
-
-    Returns:
-        What the caller should know.
+        folder: The checkpoint.
+        rows: Tokens that the model has; a tokenizer that has more is left out.
+        name: Name of the tokenizer, by default as stored.
     """
-    if not (source.folder / FILE).is_file():
-        return (f"the source has no {FILE}: no tokenizer is stored",)
+    if not (folder / FILE).is_file():
+        return Stored(None, notes=(f"the source has no {FILE}: no tokenizer is stored",))
     try:
-        rust, name, specials = read_local(source.folder)
+        rust, stored_name, specials = read_local(folder)
+        template = read_config(folder).get("chat_template")
     except MythosError as error:
-        return (f"the tokenizer is not stored: {error.what}",)
-    tokenizer, notes = fitting(rust, name, specials, rows)
-    if tokenizer is not None:
-        tokenizer.save(out / TOKENIZER_FOLDER)
-    template = read_config(source.folder).get("chat_template")
-    if (source.folder / TEMPLATE_FILE).is_file():
-        template = (source.folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    if tokenizer is not None and isinstance(template, str):
-        write_text(out / TEMPLATE_FILE, template)
-    return notes
+        return Stored(None, notes=(f"the tokenizer is not stored: {error.what}",))
+    tokenizer, notes = fitting(rust, name or stored_name, specials, rows)
+    if (folder / TEMPLATE_FILE).is_file():
+        try:
+            template = read_text(folder / TEMPLATE_FILE)
+        except (OSError, ValueError) as error:
+            template, notes = "", (*notes, f"the chat template is not stored: {error}")
+    return Stored(tokenizer, template if isinstance(template, str) else "", notes)
 
 
 def fitting(
@@ -83,7 +96,8 @@ def _distinct(
         token = specials.get(part)
         if (token is None or token in parts.values()) and free:
             parts[part] = free.pop(0)
-            notes.append(f"{part} is {parts[part]}; the source has {token or 'none'}")
+            before = "none" if token is None else shown_value(token)
+            notes.append(f"{part} is {shown_value(parts[part])}; the source has {before}")
         elif token is not None:
             parts[part] = token
     return parts, tuple(notes)

@@ -244,8 +244,6 @@ READERS = {
     "train/monitoring/metrics.py": "appends to the metrics",
     "interop/read.py": "torch.load with weights_only, of a checkpoint to convert",
     "interop/dense_source.py": "passes a GGUF file on",
-    "interop/check.py": "the text of --check",
-    "interop/tokenizer.py": "a template of a model to convert",
     "devices.py": "/proc/meminfo",
     "inference/server/app.py": "our own page",
     "inference/worker.py": "its own stdin and stdout",

@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from safetensors.torch import load_file, save_file
+import pytest
+from interop.equality import write
+from interop.references import example
+from interop.test_everywhere import tokenizer
+from safetensors.torch import load_file
 
 from experiments.tasks import PermHop
 from experiments.tasks.saved import save_task
@@ -34,6 +37,7 @@ ANSWERS = "evaluate run --questions questions.jsonl --depths [1] --quiet"
 SERVE = "serve run --port 70000"  # which is no port: the files have been read by then
 PARTS = "evaluate parts --data shards --depths [1] --quiet"
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
+CONVERT, RETROFIT = "convert foreign converted", "retrofit dense looped"
 PREPARE = "data prepare source prepared --quiet --val-fraction 0.4"
 
 
@@ -83,9 +87,22 @@ FILES = (
     File("chains/task.json", "json", ("experiments trace chains e1 --n-loops 1",)),
     File("chains/tokenizer/tokenizer.json", "json", ("experiments trace chains e1 --n-loops 1",)),
     File("options.yaml", "yaml", ("generate run ab --config options.yaml",)),
-    File("foreign/config.json", "json", ("convert foreign converted", "retrofit foreign looped")),
-    File("foreign/model.safetensors.index.json", "json", ("convert foreign converted",)),
-    File("foreign/model-1.safetensors", "tensors", ("convert foreign converted",)),
+    File("foreign/config.json", "json", (CONVERT, "retrofit foreign looped")),
+    File("foreign/model.safetensors.index.json", "json", (CONVERT,)),
+    File("foreign/model-1.safetensors", "tensors", (CONVERT,)),
+    File("foreign/tokenizer.json", "json", (CONVERT,)),
+    File("foreign/tokenizer_config.json", "json", (CONVERT,)),
+    File("foreign/generation_config.json", "json", (CONVERT,)),
+    File("foreign/LICENSE", "text", (CONVERT,)),
+    File("foreign/README.md", "text", (CONVERT,)),
+    File("foreign/chat_template.jinja", "template", (CONVERT,)),
+    File("dense/config.json", "json", (RETROFIT,)),
+    File("dense/model.safetensors", "tensors", (RETROFIT,)),
+    File("dense/tokenizer.json", "json", (RETROFIT,)),
+    File("dense/tokenizer_config.json", "json", (RETROFIT,)),
+    File("dense/generation_config.json", "json", (RETROFIT,)),
+    File("dense/chat_template.jinja", "template", (RETROFIT,)),
+    File("check.txt", "text", (f"{RETROFIT} --check check.txt",)),
 )  # fmt: skip
 """A new file that a command reads is one more line."""
 
@@ -116,17 +133,23 @@ def make(folder: Path) -> None:
     (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     if main(["export", "run", "--out", "hf"]):
         raise SystemExit("the good folder for transformers cannot be made")
+    (folder / "check.txt").write_text("w1 w2 w3\n")
     _parts(folder / "hf", folder / "parts")
     _sharded(folder / STEP, folder / "sharded")
     (folder / "keys.txt").write_text("# of the tests\n" + "k" * 40 + "\n")
     shutil.copy(run / "chat_template.jinja", folder / "template.jinja")
     _chains(folder / "chains")
     _foreign(folder / "foreign")
+    _dense(folder / "dense")
 
 
 def _parts(whole: Path, folder: Path) -> None:
     """A model of transformers with an index of its files, of which there is one."""
     shutil.copytree(whole, folder)
+    _in_parts(folder)
+
+
+def _in_parts(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     names = load_file(folder / "model-1.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}
@@ -163,15 +186,31 @@ def _parquet(path: Path) -> None:
 
 
 def _foreign(folder: Path) -> None:
-    """A checkpoint of another library in two parts; its names are no family's."""
-    folder.mkdir()
-    config = {"model_type": "ouro", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 16,
-              "num_attention_heads": 1, "intermediate_size": 8, "total_ut_steps": 2}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({"model.embed_tokens.weight": torch.zeros(16, 8)}, folder / "model-1.safetensors")
-    where = {"model.embed_tokens.weight": "model-1.safetensors"}
-    index = {"metadata": {"total_size": 512}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    """A checkpoint of another library in parts, with all that is read of it."""
+    write(example("ouro"), folder)
+    _in_parts(folder)
+    (folder / "tokenizer.json").write_text(tokenizer())
+    named = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|end|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    (folder / "LICENSE").write_text("MIT License\n")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def _dense(folder: Path) -> None:
+    """A dense model of transformers with its tokenizer; without transformers an empty folder."""
+    try:
+        from interop.dense_models import dense_model, words
+    except pytest.skip.Exception:
+        folder.mkdir()
+        for file in FILES:
+            if file.path.startswith(f"{folder.name}/"):
+                (folder.parent / file.path).write_text("{}")
+        return
+    dense_model("llama").save_pretrained(folder)
+    words().save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
 
 
 def copied(good: Path, to: Path) -> Path:

@@ -180,7 +180,7 @@ def test_the_tokenizer_does_not_outgrow_the_vocabulary(folder):
     assert (found.eos_id, found.bos_id, found.pad_id) == (2, 1, 0)
     assert len(found) == 93
     assert found.encode("w0 w2") == [3, 5]
-    assert source.notes == ("pad is <unk>; the source has </s>",)
+    assert source.notes == ("pad is '<unk>'; the source has '</s>'",)
 
 
 def test_the_command_writes_a_model_that_trains(folder, tmp_path, capsys):
