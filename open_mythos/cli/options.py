@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -70,9 +71,11 @@ def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str,
     pairs = zip(words, [*words[1:], ""], strict=False)
     normal = [with_underscores(word, flags, following) for word, following in pairs]
     files = [str(at_home(file)) for file in files_of_options(normal)]
+    groups = _hide_groups(parser)
+    _check_groups(groups, "--", _given(normal))
     for file in files:
-        if os.path.exists(file):
-            read_config(Path(file))  # refuses what is no text, or has no end, before it is parsed
+        if os.path.exists(file):  # what is no text, or has no end, is refused before it is parsed
+            _check_groups(groups, f"{file}: ", read_config(Path(file)).items())
     values = parser.parse_args([*(f"--config={file}" for file in files), *_without_files(normal)])
     _refuse_base_60(normal, values)
     values.pop("config", None)
@@ -89,17 +92,46 @@ def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str,
     return arguments
 
 
-def _refuse_base_60(words: list[str], values: Namespace) -> None:
-    """Raise a ConfigError for a number with colons, which YAML 1.1 takes for one of base 60."""
+def _given(words: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and value of every option."""
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.partition("=")
-        value = value if equals else following
-        found = values.get(name[2:])
+        if name.startswith("--"):
+            yield name[2:], value if equals else following
+
+
+def _hide_groups(parser: Parser) -> set[str]:
+    """Return the names of groups of options; remove them from the help, as fields are for use."""
+    options = {name: each for each in parser._actions for name in each.option_strings}
+    groups = {name.partition(".")[0] for name in options if "." in name}
+    for name in groups & options.keys():
+        options[name].help = SUPPRESS
+    return {name[2:] for name in groups}
+
+
+def _check_groups(groups: set[str], place: str, given: Iterable[tuple[str, Any]]) -> None:
+    """Raise a ConfigError where a group is given by something else than a mapping.
+
+    jsonargparse would take it for the name of a file, and read that whole, whatever it is.
+    """
+    for name, value in given:
+        is_mapping = isinstance(value, dict) or (place == "--" and value.lstrip().startswith("{"))
+        if name in groups and not is_mapping:
+            raise ConfigError(
+                "not a set of fields", where=f"{place}{name}", value=value, allowed="a mapping",
+                fix=f"set single fields ({name}.FIELD), or write the fields of {name} below it",
+            )  # fmt: skip
+
+
+def _refuse_base_60(words: list[str], values: Namespace) -> None:
+    """Raise a ConfigError for a number with colons, which YAML 1.1 takes for one of base 60."""
+    for name, value in _given(words):
+        found = values.get(name)
         numbers = found.values() if isinstance(found, Namespace) else found
         numbers = [found] if isinstance(found, int | float) else numbers or []
         if _BASE_60.search(value) and any(isinstance(n, int | float) for n in numbers):
             raise ConfigError(
-                "not a decimal number", where=name, value=value, allowed="digits",
+                "not a decimal number", where=f"--{name}", value=value, allowed="digits",
                 fix="write the number without colons",
             )  # fmt: skip
 

@@ -171,11 +171,6 @@ def _check_file(path: Path) -> None:
         known = {*sections, "architecture", "resume", "allow", "dry_run", "quiet"}
         if name.split(".")[0] not in known:
             raise unknown_key(name, known, str(path))
-        if name in sections and not isinstance(value, dict):
-            raise ConfigError(
-                "not a set of fields", where=f"{path}: {name}", value=value, allowed="a mapping",
-                fix=f"write the fields of {name} below it",
-            )  # fmt: skip
 
 
 class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -252,3 +252,13 @@ def test_one_value_for_a_list_is_told_how_to_write_it(capsys):
     assert main(["info", "nano", "--loops", "4"]) in (0, 2)
     assert main(["generate", "x", "y", "--stop", "z"]) == 2
     assert "write a list as" in capsys.readouterr().err
+
+
+def test_a_group_of_options_is_a_mapping(tmp_path, capsys):
+    """The parser would open any other value as a file."""
+    file = tmp_path / "options.yaml"
+    os.mkfifo(tmp_path / "pipe")
+    for value in (tmp_path / "pipe", "[1]", "null"):
+        file.write_text(f"engine: {value}\n")
+        assert main(["serve", "nowhere", "--config", str(file)]) == 2
+        assert "options.yaml: engine" in capsys.readouterr().err

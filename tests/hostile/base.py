@@ -87,6 +87,7 @@ FILES = (
     File("chains/task.json", "json", ("experiments trace chains e1 --n-loops 1",)),
     File("chains/tokenizer/tokenizer.json", "json", ("experiments trace chains e1 --n-loops 1",)),
     File("options.yaml", "yaml", ("generate run ab --config options.yaml",)),
+    File("serve.yaml", "yaml", (f"{SERVE} --config serve.yaml",)),
     File("foreign/config.json", "json", (CONVERT, "retrofit foreign looped")),
     File("foreign/model.safetensors.index.json", "json", (CONVERT,)),
     File("foreign/model-1.safetensors", "tensors", (CONVERT,)),
@@ -133,6 +134,7 @@ def make(folder: Path) -> None:
     (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     if main(["export", "run", "--out", "hf"]):
         raise SystemExit("the good folder for transformers cannot be made")
+    (folder / "serve.yaml").write_text("engine: {slots: 2}\nlimits: {body_bytes: 1000}\n")
     (folder / "check.txt").write_text("w1 w2 w3\n")
     _parts(folder / "hf", folder / "parts")
     _sharded(folder / STEP, folder / "sharded")
