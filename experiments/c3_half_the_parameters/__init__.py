@@ -1,4 +1,4 @@
-"""C3: does a looped model match a dense one with twice its layers?"""
+"""C3: does a looped model match a dense one with twice its layers? What is a loop worth?"""
 
 from __future__ import annotations
 
@@ -8,125 +8,203 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
-from experiments.figure import COLOURS, panels
-from experiments.spread import each, minus, over_seeds, shown
-from experiments.text import Sizes, train
+from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, arms_by_seed, verdict
+from experiments.figure import COLOURS, MUTED, panels
+from experiments.phi import Estimate, Runs, phi
+from experiments.spread import by_arm, each, minus, over_seeds, shown
+from experiments.text import PACKAGES_VOCABULARY, Sizes, train
 
-LOOPS = 8
-ONCE, RECURRENT = 2, 4
-LOOPED = "looped"
-WHOLE, HALF, UNROLLED = "dense-12", "dense-6", "dense-34"
-LAYERS = {HALF: ONCE + RECURRENT, WHOLE: 2 * (ONCE + RECURRENT), UNROLLED: ONCE + RECURRENT * LOOPS}
-"""Dense arm -> blocks: those the looped model stores, twice that, and those it executes."""
-PHI = 0.46
-EQUIVALENT = ONCE + LOOPS**PHI * RECURRENT
+LOOPS, FEW = 4, 2
+STORED, AROUND = 2, 2
+"""Blocks in the loop, and around it in the arm that has such."""
+DOUBLE_BLOCKS = 2 * STORED
+PHI, LANES_PHI = 0.46, 0.65
+EQUIVALENT = LOOPS**PHI * STORED
 PART = 0.5
+STEPS = 1720
+SWEPT_STEPS = STEPS // 4
+SEEDS = 2
+RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+LOOPED_RATE, DENSE_RATE = 5e-3, 5e-3
+"""The best of the sweep."""
+LOOPED, FEW_LOOPS, BETWEEN = "looped", f"looped-{FEW}-loops", "looped-between-blocks"
+ONE, HALF, WHOLE, UNROLLED = "dense-1", "dense-2", "dense-4", "dense-8"
+LAYERS = {ONE: 1, HALF: STORED, WHOLE: DOUBLE_BLOCKS, UNROLLED: STORED * LOOPS}
+"""Dense arm -> blocks."""
+LAW = (HALF, WHOLE, UNROLLED, FEW_LOOPS, LOOPED, BETWEEN)
+"""Arms to which phi is fitted."""
+SHOWN = (ONE, *LAW)
 
 CLAIM = Claim.read(__file__, vars())
 _SIZES = Sizes(
-    train={"steps": 700, "seq_len": 32, "warmup_steps": 70},
-    widths={"cpu": (32, 4), "gpu": (256, 4), QUICK: (32, 4)},
-    val_windows=512, gpu_seq_len=256, quick_steps=2,
+    train={"steps": STEPS, "seq_len": 128, "warmup_steps": STEPS // 10, "global_batch": 16,
+           "dtype": "bfloat16"},
+    widths={"cpu": (320, 5), "gpu": (768, 12), QUICK: (32, 4)},
+    val_windows=1024, gpu_seq_len=512, quick_steps=2,
 )  # fmt: skip
-_RATES = {"cpu": (5e-3, 1e-2), "gpu": (1e-3, 2e-3), QUICK: (5e-3,)}
+_ARMS: dict[str, dict[str, Any]] = {
+    HALF: {"n_layers": LAYERS[HALF]},
+    LOOPED: {"loops": LOOPS},
+    WHOLE: {"n_layers": LAYERS[WHOLE]},
+    FEW_LOOPS: {"loops": FEW},
+    UNROLLED: {"n_layers": LAYERS[UNROLLED]},
+    BETWEEN: {"loops": LOOPS, "around": AROUND},
+    ONE: {"n_layers": LAYERS[ONE]},
+}
+_SWEPT = {"sweep-looped": {"loops": LOOPS}, "sweep-dense": {"n_layers": LAYERS[HALF]}}
 
 
 def cells(scale: str) -> list[Cell]:
-    """Return three seeds of every arm and learning rate, the most expensive first."""
-    quick = scale == QUICK
-    arms = (LOOPED, HALF) if quick else (LOOPED, UNROLLED, WHOLE, HALF)
-    grid = [(arm, lr) for arm in arms for lr in _RATES[scale]]
-    found = {f"{arm}-lr{lr:g}": _settings(arm, lr, scale) for arm, lr in grid}
-    return sweep(found, [0] if quick else range(3))
+    """Return the sweep of learning rates, then every arm, one seed after the other."""
+    if scale == QUICK:
+        arms = {HALF: _ARMS[HALF], BETWEEN: _ARMS[BETWEEN]}
+    else:
+        arms = {
+            f"{arm}-lr{lr:g}": about | {"lr": lr, "steps": SWEPT_STEPS}
+            for arm, about in _SWEPT.items()
+            for lr in RATES
+        } | {arm: about | {"seeds": SEEDS} for arm, about in _ARMS.items()}
+    return arms_by_seed(arms, lambda **about: _settings(scale, **about))
 
 
-def _settings(arm: str, lr: float, scale: str) -> dict[str, Any]:
-    looped = arm == LOOPED
+def _settings(
+    scale: str,
+    *,
+    loops: int = 1,
+    around: int = 0,
+    n_layers: int | None = None,
+    lr: float | None = None,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    dense = n_layers is not None
     settings = _SIZES.settings(
-        scale, lr=lr, depth={"plan": "fixed", "mean": LOOPS},
-        model={"max_loop_iters": LOOPS, "prelude_layers": 1, "recurrent_layers": RECURRENT,
-               "coda_layers": 1},
-        architecture="looped" if looped else "dense",
+        scale, lr=lr or (DENSE_RATE if dense else LOOPED_RATE),
+        depth={"plan": "mixed", "mean": loops}, architecture="dense" if dense else "looped",
+        model={"max_loop_iters": loops, "prelude_layers": around // 2,
+               "recurrent_layers": STORED, "coda_layers": around // 2},
     )  # fmt: skip
-    return {"arm": arm, "lr": lr, **settings} | ({} if looped else {"n_layers": LAYERS[arm]})
+    run = settings["run"]
+    run["optim"]["name"] = "muon"
+    if scale != QUICK:
+        run["model"]["vocab_size"] = PACKAGES_VOCABULARY
+        settings |= {"text": "packages", "save_every": 200}
+    if steps is not None:
+        run["train"] |= {"steps": steps, "warmup_steps": steps // 10}
+    return settings | {"loops": loops, "around": around} | ({"n_layers": n_layers} if dense else {})
 
 
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
-    """Train one model and measure its validation loss."""
+    """Train one model and measure its bits per byte at 1 to twice the trained loops."""
     trained = train(cell, place)
-    return trained.costs() | {"loss": trained.losses([LOOPS])[0]}
+    loops = cell.settings["loops"]
+    bits = trained.bits_per_byte(list(range(1, 2 * loops + 1)) if loops > 1 else [1])
+    return trained.costs() | {"bits": bits}
 
 
-_ARMS = (HALF, LOOPED, WHOLE, UNROLLED)
+def bits(record: Record) -> float:
+    """Return the bits per byte at the trained number of loops."""
+    return float(record.figures["bits"][record.settings["loops"] - 1])
 
 
 def summarise(records: Sequence[Record]) -> Summary:
-    """Compare the arms, each at its best learning rate, seed by seed."""
-    arms = {arm: _best([r for r in records if r.settings["arm"] == arm]) for arm in _ARMS}
+    """Compare the arms seed by seed, and fit phi."""
+    arms = by_arm(records)
+    swept = {arm: found for arm, found in arms.items() if arm not in _ARMS}
+    arms = {arm: arms[arm] for arm in SHOWN}
     gap = _difference(arms[HALF], arms[WHOLE])
     behind = _difference(arms[LOOPED], arms[WHOLE])
     measurable = gap[0] > gap[1]
     share = 1 - behind[0] / gap[0] if measurable else math.nan
     made_up = f"{share:.0%} of the gap made up" if measurable else "the gap is noise"
     flops = _flops(arms[LOOPED]) / _flops(arms[WHOLE])
-    against_unrolled = _difference(arms[LOOPED], arms[UNROLLED])
+    unrolled = _difference(arms[UNROLLED], arms[LOOPED])
+    worth = {name: phi(_law(arms, looped)) for name, looped in _ESTIMATES.items()}
+    fitted = worth["all looped arms"]
+    runs = sum(len(arms[arm]) for arm in LAW)
+    apart = ", ".join(f"{value} from {name}" for name, value in list(worth.items())[1:])
     return Summary(
         verdict(
             behind[0] <= behind[1], share >= PART,
             unclear="" if measurable else "twice the layers gain no more than the spread over "
             "seeds; longer training would tell",
         ),
-        f"The looped model's loss is {behind[0]:+.4f} ± {behind[1]:.4f} nats per byte from that of "
-        f"the dense model with twice the parameters, at {flops:.1f} times its FLOPs. Half the "
-        f"parameters without loops are {gap[0]:+.4f} ± {gap[1]:.4f} from it: {made_up}. A dense "
-        f"model of the looped one's FLOPs is {-against_unrolled[0]:+.4f} ± "
-        f"{against_unrolled[1]:.4f} from the looped one.",
-        f"{behind[0]:+.4f} ± {behind[1]:.4f} nats from 2x the parameters; {made_up}",
-        ("model", "parameters", "training FLOPs", "best lr", "loss (nats per byte)",
-         "above dense-12"),
-        [_row(arm, arms) for arm in _ARMS],
-        {arm: {"flops": _flops(found), "parameters": found[0].figures["parameters"],
-               "losses": each(found, "loss"),
-               "curve": found[0].figures["curve"]}
-         for arm, found in arms.items()},
+        f"At {LOOPS} loops the looped model needs {behind[0]:+.4f} ± {behind[1]:.4f} bits per byte "
+        f"against the dense model of twice the parameters, at {flops:.1f} times its FLOPs. The "
+        f"same parameters without loops are {gap[0]:+.4f} ± {gap[1]:.4f} from it: {made_up}. A "
+        f"dense model of the looped one's FLOPs is {unrolled[0]:+.4f} ± {unrolled[1]:.4f} from the "
+        f"looped one. phi is {fitted} over {runs} runs ({apart}): "
+        f"{_against(fitted, PHI)} {PHI}, {_against(fitted, LANES_PHI)} {LANES_PHI}.",
+        f"{behind[0]:+.4f} ± {behind[1]:.4f} bits from 2x the parameters; {made_up}; phi {fitted}",
+        ("model", "seeds", "parameters", "training FLOPs", "minutes", "bits per byte",
+         "above dense-4"),
+        [_row(arm, found, arms[WHOLE]) for arm, found in (arms | swept).items()],
+        {"arms": {arm: {"flops": _flops(found), "parameters": found[0].figures["parameters"],
+                        "bits": each(found, bits)} for arm, found in arms.items()},
+         "loops": {arm: [record.figures["bits"] for record in arms[arm]]
+                   for arm in (FEW_LOOPS, LOOPED, BETWEEN)}},
     )  # fmt: skip
 
 
+_ESTIMATES = {
+    "all looped arms": (FEW_LOOPS, LOOPED, BETWEEN),
+    f"{FEW} loops": (FEW_LOOPS,),
+    f"{LOOPS} loops": (LOOPED,),
+    f"{LOOPS} loops between blocks": (BETWEEN,),
+}
+"""Name -> looped arms that phi is fitted to."""
+
+
+def _law(arms: dict[str, list[Record]], looped: Sequence[str]) -> list[Runs]:
+    """Return the runs of the dense arms of the law and of ``looped``."""
+    found = []
+    for arm in LAW:
+        if arm in LAYERS or arm in looped:
+            settings, total = arms[arm][0].settings, arms[arm][0].figures["parameters"]
+            around = settings["around"]
+            once = total * around / (around + STORED)
+            found.append(Runs(each(arms[arm], bits), total - once, once, settings["loops"]))
+    return found
+
+
+def _against(fitted: Estimate, value: float) -> str:
+    return "above" if fitted.low > value else "below" if fitted.high < value else "consistent with"
+
+
 def plot(summary: Summary, path: Path) -> None:
-    """Plot the loss of every seed against parameters and against FLOPs."""
-    with panels(path, 2) as axes:
+    """Plot bits per byte against parameters, FLOPs and loops."""
+    data = summary.data
+    with panels(path, 3) as (*axes, loops):
         for ax, name in zip(axes, ("parameters", "flops"), strict=True):
-            for (arm, drawn), colour in zip(summary.data.items(), COLOURS, strict=False):
-                losses = drawn["losses"]
-                ax.plot([drawn[name]] * len(losses), losses, "o", color=colour, alpha=0.6)
-                ax.plot(drawn[name], mean(losses), "_", ms=24, mew=2, color=colour, label=arm)
-            ax.set(xlabel=name, ylabel="nats per byte", title=f"Validation loss against {name}")
-        axes[1].set(xscale="log", xlabel="training FLOPs", title="The same against compute")
-        axes[0].legend()
-
-
-def _best(records: Sequence[Record]) -> list[Record]:
-    """Return the records of the learning rate with the lowest mean loss, sorted by seed."""
-    rates = sorted({record.settings["lr"] for record in records})
-    found = [[r for r in records if r.settings["lr"] == rate] for rate in rates]
-    best = min(found, key=lambda runs: over_seeds(runs, "loss")[0])
-    return sorted(best, key=lambda record: record.seed)
+            for (arm, drawn), colour in zip(data["arms"].items(), COLOURS * 2, strict=False):
+                marker = "o" if arm in LAYERS else "^"
+                ax.plot([drawn[name]] * len(drawn["bits"]), drawn["bits"], marker, color=colour,
+                        alpha=0.6)  # fmt: skip
+                ax.plot(drawn[name], mean(drawn["bits"]), "_", ms=24, mew=2, color=colour,
+                        label=arm)  # fmt: skip
+            dense = [data["arms"][arm] for arm in LAYERS]
+            ax.plot([d[name] for d in dense], [mean(d["bits"]) for d in dense], color=MUTED, lw=1)
+            ax.set(xscale="log", xlabel=name, ylabel="bits per byte", title=f"Against {name}")
+        axes[1].set(xlabel="training FLOPs", title="Against compute")
+        axes[0].legend(fontsize=7)
+        for (arm, seeds), colour in zip(data["loops"].items(), COLOURS[4:], strict=False):
+            middle = [mean(column) for column in zip(*seeds, strict=True)]
+            loops.plot(range(1, len(middle) + 1), middle, "^-", color=colour, label=arm)
+        loops.set(xlabel="loops", ylabel="bits per byte", title="Against loops")
+        loops.legend(fontsize=7)
 
 
 def _difference(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[float, float]:
-    return minus(each(ours, "loss"), each(theirs, "loss"))
+    return minus(each(ours, bits), each(theirs, bits))
 
 
 def _flops(found: Sequence[Record]) -> float:
     return float(found[0].figures["training_flops"])
 
 
-def _row(arm: str, arms: dict[str, list[Record]]) -> tuple[str, ...]:
-    found = arms[arm]
-    above = "-" if arm == WHOLE else shown(_difference(found, arms[WHOLE]))
+def _row(arm: str, found: Sequence[Record], whole: Sequence[Record]) -> tuple[str, ...]:
+    full = len(found) == len(whole) and found is not whole
     return (
-        arm, f"{found[0].figures['parameters']:,}", f"{_flops(found):.2e}",
-        f"{found[0].settings['lr']:g}", shown(over_seeds(found, "loss")),
-        above,
+        arm, f"{len(found)}", f"{found[0].figures['parameters']:,}", f"{_flops(found):.2e}",
+        f"{mean(record.seconds for record in found) / 60:.0f}", shown(over_seeds(found, bits)),
+        shown(_difference(found, whole)) if full else "-",
     )  # fmt: skip

@@ -9,9 +9,9 @@ from typing import Any
 
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
 from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
+from experiments.phi import Estimate, Runs, phi
 from experiments.spread import at_depth, by_arm, columns, each, mean_std, minus, over_seeds, shown
 from experiments.text import Sizes, train
-from experiments.text_recipe.phi import Estimate, phi
 from experiments.text_recipe.variants import changed
 
 LOOPS, DOUBLE = 4, 8
@@ -195,10 +195,10 @@ def _phi(
     arms: dict[str, list[Record]], sides: tuple[list[Record], list[Record]], n_loops: int
 ) -> Estimate:
     recipe, dense = sides
-    looped = recipe if n_loops == LOOPS else arms["2-loops"]
     rising = [dense, arms["dense-2x-blocks"], arms["dense-4x-blocks"]]
-    points = [(found[0].figures["parameters"], _bits(found)) for found in rising]
-    return phi(points, (looped[0].figures["parameters"], _bits(looped)), n_loops)
+    looped = recipe if n_loops == LOOPS else arms["2-loops"]
+    points = [Runs(_bits(found), found[0].figures["parameters"]) for found in rising]
+    return phi([*points, Runs(_bits(looped), looped[0].figures["parameters"], loops=n_loops)])
 
 
 def _falls(records: Sequence[Record]) -> bool:

@@ -1,66 +1,80 @@
-"""C3: matched models, the best learning rate of each, the verdict by the mark."""
+"""C3: arms of the size they are said to have, the verdict by the mark, phi from all arms."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 
 from experiments import c3_half_the_parameters as c3
-from experiments.c3_half_the_parameters import HALF, LOOPED, UNROLLED, WHOLE
+from experiments.c3_half_the_parameters import BETWEEN, HALF, LOOPED, UNROLLED, WHOLE
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos.train import RunConfig
 
-FLOPS = {HALF: 1.0, LOOPED: 5.6, WHOLE: 2.0, UNROLLED: 5.6}
 
-
-def records(recorded, **losses):
-    """Every cell; an arm's loss varies by seed, and is worse at all but its best learning rate."""
+def records(recorded, value=0.46, slope=0.1, looped=None):
+    """Every cell, as if the law held with phi = ``value``; a doubling is worth ``slope`` bits."""
     found = []
     for cell in c3.cells("cpu"):
-        arm = cell.settings["arm"]
-        worse = 0.5 if cell.settings["lr"] != 5e-3 else 0.0
-        loss = losses[arm.partition("-")[2] or arm] + worse + 0.01 * cell.seed
-        if arm == LOOPED:
-            loss += 0.002 * (cell.seed - 1)
-        found.append(recorded(cell, loss=loss, training_flops=FLOPS[arm], parameters=100,
-                              curve=[[1, 2.0]]))  # fmt: skip
+        s = cell.settings
+        stored = s.get("n_layers", c3.STORED)
+        worth = s["around"] + s["loops"] ** value * stored
+        bits = 2.0 - slope * math.log2(worth) + 0.01 * cell.seed
+        if cell.arm == LOOPED:
+            bits = (bits if looped is None else looped + 0.01 * cell.seed) + 0.002 * cell.seed
+        found.append(recorded(cell, bits=[bits] * 2 * s["loops"], training_flops=worth,
+                              parameters=100 * (stored + s["around"])))  # fmt: skip
     return found
 
 
 @pytest.mark.parametrize(
     ("looped", "verdict"),
-    [(1.999, HOLDS), (2.001, HOLDS), (2.03, HOLDS_IN_PART), (2.08, DOES_NOT_HOLD)],
+    [(1.799, HOLDS), (1.8, HOLDS), (1.84, HOLDS_IN_PART), (1.88, DOES_NOT_HOLD)],
 )
 def test_verdicts(recorded, looped, verdict):
-    losses = {"6": 2.1, "12": 2.0, "34": 1.9, "looped": looped}
-    assert c3.summarise(records(recorded, **losses)).verdict == verdict
+    assert c3.summarise(records(recorded, looped=looped)).verdict == verdict
 
 
 def test_no_gap_no_answer(recorded):
-    losses = {"6": 2.0, "12": 2.0, "34": 1.9, "looped": 2.0}
-    assert c3.summarise(records(recorded, **losses)).verdict.startswith(UNCLEAR)
+    assert c3.summarise(records(recorded, slope=0.0)).verdict.startswith(UNCLEAR)
 
 
-def test_figures_come_from_the_best_learning_rate(recorded, tmp_path):
-    losses = {"6": 2.1, "12": 2.0, "34": 1.9, "looped": 2.03}
-    summary = c3.summarise(records(recorded, **losses))
-    assert {row[0]: row[3] for row in summary.rows} == dict.fromkeys(FLOPS, "0.005")
-    assert "70% of the gap" in summary.key
-    assert "2.8 times its FLOPs" in summary.sentence
+def test_figures_of_a_law(recorded, tmp_path):
+    summary = c3.summarise(records(recorded, value=0.5))
+    assert "99% of the gap" in summary.key
+    assert "phi is 0.50 [0.4" in summary.sentence
+    assert f"{c3.SEEDS * len(c3.LAW)} runs" in summary.sentence
+    assert [row[0] for row in summary.rows[:7]] == list(c3.SHOWN)
     c3.plot(summary, tmp_path / "c3.png")
     assert (tmp_path / "c3.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0.1, "below 0.46, below 0.65"), (0.46, "consistent with 0.46, below 0.65"),
+     (0.9, "above 0.46, above 0.65")],
+)  # fmt: skip
+def test_phi_is_compared_with_the_published_ones(recorded, value, words):
+    assert words in c3.summarise(records(recorded, value=value)).sentence
+
+
 def test_quick_cells_run(place):
-    looped, half = (c3.run_cell(cell, place) for cell in c3.cells("quick"))
-    assert 0 < looped["loss"] < 8
-    assert 0 < half["loss"] < 8
-    # the looped model adds B and C, A and dt, the gate and a norm to the blocks
-    assert 0 < looped["parameters"] - half["parameters"] < 2 * 32**2 + 6 * 32
-    assert looped["training_flops"] > 5 * half["training_flops"]
-    assert looped["tokens"] == half["tokens"]
+    half, between = (c3.run_cell(cell, place) for cell in c3.cells("quick"))
+    assert len(half["bits"]) == 1
+    assert len(between["bits"]) == 2 * c3.LOOPS
+    assert all(0 < bits < 12 for bits in half["bits"] + between["bits"])
+    assert between["training_flops"] > 3 * half["training_flops"]
+    assert between["tokens"] == half["tokens"]
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
-def test_settings_are_valid(scale):
+def test_models_have_the_sizes_of_the_claim(scale):
+    found = {}
     for cell in c3.cells(scale):
-        RunConfig.from_dict(cell.settings["run"])
+        model = RunConfig.from_dict(cell.settings["run"]).model
+        around = model.prelude_layers + model.coda_layers
+        found[cell.arm] = cell.settings.get("n_layers", around + model.recurrent_layers)
+        assert cell.settings["text"] == "packages"
+    assert found[WHOLE] == 2 * found[LOOPED] == 2 * found[HALF]
+    assert found[BETWEEN] == found[WHOLE]
+    assert found[UNROLLED] == c3.LOOPS * found[LOOPED]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from helpers import random_ids, small_model
 
 from experiments import text_recipe as text
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
-from experiments.text_recipe.phi import phi
 from experiments.text_recipe.variants import VARIANTS
 from open_mythos import OpenMythos
 from open_mythos.train import OptimConfig
@@ -123,17 +121,6 @@ def test_changes_and_plot(recorded, tmp_path):
     )
     text.plot(summary, tmp_path / "text.png")
     assert (tmp_path / "text.png").stat().st_size > 10_000
-
-
-def test_phi_of_a_law_is_its_exponent():
-    law = [(n, [3.0 - 0.2 * math.log(n)]) for n in (100.0, 200.0, 400.0)]
-    looped = (100.0, [3.0 - 0.2 * math.log(100 * 4**0.46)])
-    found = phi(law, looped, 4)
-    assert found.value == pytest.approx(0.46)
-    assert (found.low, found.high) == pytest.approx((0.46, 0.46))
-    apart = [(n, [bits[0] - 0.01, bits[0] + 0.01]) for n, bits in law]
-    found = phi(apart, (looped[0], [looped[1][0] - 0.01, looped[1][0] + 0.01]), 4)
-    assert found.low < 0.45 < 0.47 < found.high
 
 
 def test_phi_of_the_records(recorded):

@@ -1,0 +1,41 @@
+"""phi: the exponent of a law is found, alone and from several looped arms, with its interval."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from experiments.phi import Runs, phi
+
+
+def law(once, recurrent, loops=1, value=0.46, spread=()):
+    loss = 3.0 - 0.2 * math.log(once + loops**value * recurrent)
+    return Runs([loss + by for by in spread or (0.0,)], recurrent, once, loops)
+
+
+DENSE = [law(0, n) for n in (100.0, 200.0, 400.0)]
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.0, 0.46, 1.0])
+def test_the_exponent_of_a_law(value):
+    found = phi([*DENSE, law(0, 100, 4, value)])
+    assert found.value == pytest.approx(value, abs=1e-6)
+    assert (found.low, found.high) == pytest.approx((value, value), abs=1e-6)
+
+
+def test_several_looped_arms_with_layers_around_the_loop():
+    found = phi([*DENSE, law(0, 100, 2), law(0, 100, 4), law(100, 100, 4)])
+    assert found.value == pytest.approx(0.46, abs=1e-6)
+
+
+def test_arms_that_disagree_are_weighed_by_least_squares():
+    found = phi([*DENSE, law(0, 100, 4, 0.4), law(0, 100, 4, 0.5)])
+    assert 0.44 < found.value < 0.46
+
+
+def test_seeds_that_differ_widen_the_interval():
+    spread = (-0.01, 0.01)
+    arms = [law(0, n, spread=spread) for n in (100.0, 200.0, 400.0)]
+    found = phi([*arms, law(0, 100, 4, spread=spread)])
+    assert found.low < 0.45 < 0.47 < found.high
