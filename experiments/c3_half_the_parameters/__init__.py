@@ -28,12 +28,14 @@ RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 LOOPED_RATE, DENSE_RATE = 5e-3, 5e-3
 """The best of the sweep."""
 LOOPED, FEW_LOOPS, BETWEEN = "looped", f"looped-{FEW}-loops", "looped-between-blocks"
-ONE, HALF, WHOLE, UNROLLED = "dense-1", "dense-2", "dense-4", "dense-8"
-LAYERS = {ONE: 1, HALF: STORED, WHOLE: DOUBLE_BLOCKS, UNROLLED: STORED * LOOPS}
-"""Dense arm -> blocks."""
-LAW = (HALF, WHOLE, UNROLLED, FEW_LOOPS, LOOPED, BETWEEN)
+HALF, WHOLE, UNROLLED = "one-loop-2", "one-loop-4", "one-loop-8"
+LAYERS = {HALF: STORED, WHOLE: DOUBLE_BLOCKS, UNROLLED: STORED * LOOPS}
+"""Arm without loops -> blocks."""
+DENSE = {f"dense-{blocks}": blocks for blocks in LAYERS.values()}
+"""The same without what surrounds the blocks of a looped model, arm -> blocks."""
+LAW = (*LAYERS, FEW_LOOPS, LOOPED, BETWEEN)
 """Arms to which phi is fitted."""
-SHOWN = (ONE, *LAW)
+SHOWN = (*LAW, *DENSE)
 
 CLAIM = Claim.read(__file__, vars())
 _SIZES = Sizes(
@@ -43,27 +45,26 @@ _SIZES = Sizes(
     val_windows=1024, gpu_seq_len=512, quick_steps=2,
 )  # fmt: skip
 _ARMS: dict[str, dict[str, Any]] = {
-    HALF: {"n_layers": LAYERS[HALF]},
-    LOOPED: {"loops": LOOPS},
-    WHOLE: {"n_layers": LAYERS[WHOLE]},
-    FEW_LOOPS: {"loops": FEW},
-    UNROLLED: {"n_layers": LAYERS[UNROLLED]},
+    LOOPED: {"loops": LOOPS, "seeds": SEEDS},
+    FEW_LOOPS: {"loops": FEW, "seeds": SEEDS},
+    HALF: {"blocks": LAYERS[HALF], "seeds": SEEDS},
+    WHOLE: {"blocks": LAYERS[WHOLE], "seeds": SEEDS},
+    UNROLLED: {"blocks": LAYERS[UNROLLED], "seeds": SEEDS},
     BETWEEN: {"loops": LOOPS, "around": AROUND},
-    ONE: {"n_layers": LAYERS[ONE]},
-}
-_SWEPT = {"sweep-looped": {"loops": LOOPS}, "sweep-dense": {"n_layers": LAYERS[HALF]}}
+} | {arm: {"n_layers": blocks} for arm, blocks in DENSE.items()}
+_SWEPT = {"sweep-looped": {"loops": LOOPS}, "sweep-dense": {"n_layers": STORED}}
 
 
 def cells(scale: str) -> list[Cell]:
     """Return the sweep of learning rates, then every arm, one seed after the other."""
     if scale == QUICK:
-        arms = {HALF: _ARMS[HALF], BETWEEN: _ARMS[BETWEEN]}
+        arms = {arm: _ARMS[arm] | {"seeds": 1} for arm in (HALF, BETWEEN, "dense-2")}
     else:
         arms = {
             f"{arm}-lr{lr:g}": about | {"lr": lr, "steps": SWEPT_STEPS}
             for arm, about in _SWEPT.items()
             for lr in RATES
-        } | {arm: about | {"seeds": SEEDS} for arm, about in _ARMS.items()}
+        } | _ARMS
     return arms_by_seed(arms, lambda **about: _settings(scale, **about))
 
 
@@ -72,6 +73,7 @@ def _settings(
     *,
     loops: int = 1,
     around: int = 0,
+    blocks: int = STORED,
     n_layers: int | None = None,
     lr: float | None = None,
     steps: int | None = None,
@@ -79,9 +81,9 @@ def _settings(
     dense = n_layers is not None
     settings = _SIZES.settings(
         scale, lr=lr or (DENSE_RATE if dense else LOOPED_RATE),
-        depth={"plan": "mixed", "mean": loops}, architecture="dense" if dense else "looped",
+        depth={"plan": "mixed" if loops > 1 or dense else "fixed", "mean": loops}, architecture="dense" if dense else "looped",
         model={"max_loop_iters": loops, "prelude_layers": around // 2,
-               "recurrent_layers": STORED, "coda_layers": around // 2},
+               "recurrent_layers": blocks, "coda_layers": around // 2},
     )  # fmt: skip
     run = settings["run"]
     run["optim"]["name"] = "muon"
