@@ -81,7 +81,8 @@ def _settings(
     dense = n_layers is not None
     settings = _SIZES.settings(
         scale, lr=lr or (DENSE_RATE if dense else LOOPED_RATE),
-        depth={"plan": "mixed" if loops > 1 or dense else "fixed", "mean": loops}, architecture="dense" if dense else "looped",
+        depth={"plan": "mixed" if loops > 1 or dense else "fixed", "mean": loops},
+        architecture="dense" if dense else "looped",
         model={"max_loop_iters": loops, "prelude_layers": around // 2,
                "recurrent_layers": blocks, "coda_layers": around // 2},
     )  # fmt: skip
@@ -120,6 +121,10 @@ def summarise(records: Sequence[Record]) -> Summary:
     made_up = f"{share:.0%} of the gap made up" if measurable else "the gap is noise"
     flops = _flops(arms[LOOPED]) / _flops(arms[WHOLE])
     unrolled = _difference(arms[UNROLLED], arms[LOOPED])
+    named = ", ".join(
+        f"{arm} {_difference(arms[arm], arms[other])[0]:+.3f}"
+        for arm, other in zip(DENSE, LAYERS, strict=True)
+    )
     worth = {name: phi(_law(arms, looped)) for name, looped in _ESTIMATES.items()}
     fitted = worth["all looped arms"]
     runs = sum(len(arms[arm]) for arm in LAW)
@@ -131,14 +136,15 @@ def summarise(records: Sequence[Record]) -> Summary:
             "seeds; longer training would tell",
         ),
         f"At {LOOPS} loops the looped model needs {behind[0]:+.4f} ± {behind[1]:.4f} bits per byte "
-        f"against the dense model of twice the parameters, at {flops:.1f} times its FLOPs. The "
-        f"same parameters without loops are {gap[0]:+.4f} ± {gap[1]:.4f} from it: {made_up}. A "
-        f"dense model of the looped one's FLOPs is {unrolled[0]:+.4f} ± {unrolled[1]:.4f} from the "
-        f"looped one. phi is {fitted} over {runs} runs ({apart}): "
-        f"{_against(fitted, PHI)} {PHI}, {_against(fitted, LANES_PHI)} {LANES_PHI}.",
+        f"against twice the blocks without loops, at {flops:.1f} times the FLOPs. The same blocks "
+        f"without loops are {gap[0]:+.4f} ± {gap[1]:.4f} from these: {made_up}. As many blocks as "
+        f"the looped model executes are {unrolled[0]:+.4f} ± {unrolled[1]:.4f} from it. phi is "
+        f"{fitted} over {runs} runs ({apart}): {_against(fitted, PHI)} {PHI}, "
+        f"{_against(fitted, LANES_PHI)} {LANES_PHI}. Plain transformers of as many blocks "
+        f"differ from the models without loops by {named}.",
         f"{behind[0]:+.4f} ± {behind[1]:.4f} bits from 2x the parameters; {made_up}; phi {fitted}",
         ("model", "seeds", "parameters", "training FLOPs", "minutes", "bits per byte",
-         "above dense-4"),
+         f"above {WHOLE}"),
         [_row(arm, found, arms[WHOLE]) for arm, found in (arms | swept).items()],
         {"arms": {arm: {"flops": _flops(found), "parameters": found[0].figures["parameters"],
                         "bits": each(found, bits)} for arm, found in arms.items()},
@@ -157,15 +163,14 @@ _ESTIMATES = {
 
 
 def _law(arms: dict[str, list[Record]], looped: Sequence[str]) -> list[Runs]:
-    """Return the runs of the dense arms of the law and of ``looped``."""
-    found = []
-    for arm in LAW:
-        if arm in LAYERS or arm in looped:
-            settings, total = arms[arm][0].settings, arms[arm][0].figures["parameters"]
-            around = settings["around"]
-            once = total * around / (around + STORED)
-            found.append(Runs(each(arms[arm], bits), total - once, once, settings["loops"]))
-    return found
+    """Return the runs without loops, and those of ``looped``."""
+    total = {arm: found[0].figures["parameters"] for arm, found in arms.items()}
+    recurrent = STORED * (total[WHOLE] - total[HALF]) / (LAYERS[WHOLE] - LAYERS[HALF])
+    return [
+        Runs(each(arms[arm], bits), recurrent, total[arm] - recurrent,
+             arms[arm][0].settings["loops"])
+        for arm in LAW if arm in LAYERS or arm in looped
+    ]  # fmt: skip
 
 
 def _against(fitted: Estimate, value: float) -> str:
@@ -178,13 +183,11 @@ def plot(summary: Summary, path: Path) -> None:
     with panels(path, 3) as (*axes, loops):
         for ax, name in zip(axes, ("parameters", "flops"), strict=True):
             for (arm, drawn), colour in zip(data["arms"].items(), COLOURS * 2, strict=False):
-                marker = "o" if arm in LAYERS else "^"
+                marker = "o" if arm in LAYERS else "s" if arm in DENSE else "^"
                 ax.plot([drawn[name]] * len(drawn["bits"]), drawn["bits"], marker, color=colour,
-                        alpha=0.6)  # fmt: skip
-                ax.plot(drawn[name], mean(drawn["bits"]), "_", ms=24, mew=2, color=colour,
-                        label=arm)  # fmt: skip
-            dense = [data["arms"][arm] for arm in LAYERS]
-            ax.plot([d[name] for d in dense], [mean(d["bits"]) for d in dense], color=MUTED, lw=1)
+                        alpha=0.6, label=arm)  # fmt: skip
+            alone = [data["arms"][arm] for arm in LAYERS]
+            ax.plot([d[name] for d in alone], [mean(d["bits"]) for d in alone], color=MUTED, lw=1)
             ax.set(xscale="log", xlabel=name, ylabel="bits per byte", title=f"Against {name}")
         axes[1].set(xlabel="training FLOPs", title="Against compute")
         axes[0].legend(fontsize=7)
@@ -196,7 +199,9 @@ def plot(summary: Summary, path: Path) -> None:
 
 
 def _difference(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[float, float]:
-    return minus(each(ours, bits), each(theirs, bits))
+    """Return mean and deviation of the differences, over the seeds that both have."""
+    both = min(len(ours), len(theirs))
+    return minus(each(ours[:both], bits), each(theirs[:both], bits))
 
 
 def _flops(found: Sequence[Record]) -> float:
@@ -204,9 +209,9 @@ def _flops(found: Sequence[Record]) -> float:
 
 
 def _row(arm: str, found: Sequence[Record], whole: Sequence[Record]) -> tuple[str, ...]:
-    full = len(found) == len(whole) and found is not whole
+    swept = arm not in _ARMS
     return (
         arm, f"{len(found)}", f"{found[0].figures['parameters']:,}", f"{_flops(found):.2e}",
         f"{mean(record.seconds for record in found) / 60:.0f}", shown(over_seeds(found, bits)),
-        shown(_difference(found, whole)) if full else "-",
+        "-" if swept else shown(_difference(found, whole)),
     )  # fmt: skip

@@ -11,19 +11,21 @@ from experiments.c3_half_the_parameters import BETWEEN, HALF, LOOPED, UNROLLED, 
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from open_mythos.train import RunConfig
 
+RUNS = sum(cell.arm in c3.LAW for cell in c3.cells("cpu"))
+
 
 def records(recorded, value=0.46, slope=0.1, looped=None):
     """Every cell, as if the law held with phi = ``value``; a doubling is worth ``slope`` bits."""
     found = []
     for cell in c3.cells("cpu"):
         s = cell.settings
-        stored = s.get("n_layers", c3.STORED)
-        worth = s["around"] + s["loops"] ** value * stored
+        blocks = s.get("n_layers", s["run"]["model"]["recurrent_layers"])
+        worth = s["around"] + s["loops"] ** value * blocks
         bits = 2.0 - slope * math.log2(worth) + 0.01 * cell.seed
         if cell.arm == LOOPED:
             bits = (bits if looped is None else looped + 0.01 * cell.seed) + 0.002 * cell.seed
         found.append(recorded(cell, bits=[bits] * 2 * s["loops"], training_flops=worth,
-                              parameters=100 * (stored + s["around"])))  # fmt: skip
+                              parameters=100 * (blocks + s["around"])))  # fmt: skip
     return found
 
 
@@ -43,8 +45,8 @@ def test_figures_of_a_law(recorded, tmp_path):
     summary = c3.summarise(records(recorded, value=0.5))
     assert "99% of the gap" in summary.key
     assert "phi is 0.50 [0.4" in summary.sentence
-    assert f"{c3.SEEDS * len(c3.LAW)} runs" in summary.sentence
-    assert [row[0] for row in summary.rows[:7]] == list(c3.SHOWN)
+    assert f"{RUNS} runs" in summary.sentence
+    assert [row[0] for row in summary.rows[: len(c3.SHOWN)]] == list(c3.SHOWN)
     c3.plot(summary, tmp_path / "c3.png")
     assert (tmp_path / "c3.png").stat().st_size > 10_000
 
@@ -59,22 +61,26 @@ def test_phi_is_compared_with_the_published_ones(recorded, value, words):
 
 
 def test_quick_cells_run(place):
-    half, between = (c3.run_cell(cell, place) for cell in c3.cells("quick"))
+    half, between, dense = (c3.run_cell(cell, place) for cell in c3.cells("quick"))
     assert len(half["bits"]) == 1
     assert len(between["bits"]) == 2 * c3.LOOPS
     assert all(0 < bits < 12 for bits in half["bits"] + between["bits"])
     assert between["training_flops"] > 3 * half["training_flops"]
-    assert between["tokens"] == half["tokens"]
+    assert between["tokens"] == half["tokens"] == dense["tokens"]
+    assert 0 < half["parameters"] - dense["parameters"] < dense["parameters"] / 2
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
 def test_models_have_the_sizes_of_the_claim(scale):
     found = {}
     for cell in c3.cells(scale):
-        model = RunConfig.from_dict(cell.settings["run"]).model
-        around = model.prelude_layers + model.coda_layers
-        found[cell.arm] = cell.settings.get("n_layers", around + model.recurrent_layers)
+        run = RunConfig.from_dict(cell.settings["run"])
+        around = run.model.prelude_layers + run.model.coda_layers
+        found[cell.arm] = cell.settings.get("n_layers", around + run.model.recurrent_layers)
         assert cell.settings["text"] == "packages"
+        if cell.arm in c3.LAYERS:
+            assert (run.depth.plan, run.depth.mean, run.architecture) == ("fixed", 1, "looped")
     assert found[WHOLE] == 2 * found[LOOPED] == 2 * found[HALF]
     assert found[BETWEEN] == found[WHOLE]
     assert found[UNROLLED] == c3.LOOPS * found[LOOPED]
+    assert [found[arm] for arm in c3.DENSE] == [found[arm] for arm in c3.LAYERS]
