@@ -50,7 +50,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     HALF: {"blocks": LAYERS[HALF], "seeds": SEEDS},
     WHOLE: {"blocks": LAYERS[WHOLE], "seeds": SEEDS},
     UNROLLED: {"blocks": LAYERS[UNROLLED], "seeds": SEEDS},
-    BETWEEN: {"loops": LOOPS, "around": AROUND},
+    BETWEEN: {"loops": LOOPS, "around": AROUND, "seeds": SEEDS},
 } | {arm: {"n_layers": blocks} for arm, blocks in DENSE.items()}
 _SWEPT = {"sweep-looped": {"loops": LOOPS}, "sweep-dense": {"n_layers": STORED}}
 
