@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.hostile.base import make
+from tests.hostile.base import make, make_models
 from tests.hostile.cases import cases, run_case, some
 
 
@@ -30,6 +30,7 @@ def main() -> int:
         good.mkdir()
         os.chdir(good)
         make(good)
+        make_models(good)
         for i, (file, hostility, command) in enumerate(chosen):
             if given.only not in f"{file.path} {hostility} {command}":
                 continue

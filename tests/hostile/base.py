@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from interop.equality import write
-from interop.references import example
-from interop.test_everywhere import tokenizer
 from safetensors.torch import load_file
 
 from experiments.tasks import PermHop
@@ -136,11 +133,15 @@ def make(folder: Path) -> None:
         raise SystemExit("the good folder for transformers cannot be made")
     (folder / "serve.yaml").write_text("engine: {slots: 2}\nlimits: {body_bytes: 1000}\n")
     (folder / "check.txt").write_text("w1 w2 w3\n")
-    _parts(folder / "hf", folder / "parts")
-    _sharded(folder / STEP, folder / "sharded")
     (folder / "keys.txt").write_text("# of the tests\n" + "k" * 40 + "\n")
     shutil.copy(run / "chat_template.jinja", folder / "template.jinja")
     _chains(folder / "chains")
+
+
+def make_models(folder: Path) -> None:
+    """Add models of other forms and libraries, which take as long to make as all the rest."""
+    _parts(folder / "hf", folder / "parts")
+    _sharded(folder / STEP, folder / "sharded")
     _foreign(folder / "foreign")
     _dense(folder / "dense")
 
@@ -189,6 +190,10 @@ def _parquet(path: Path) -> None:
 
 def _foreign(folder: Path) -> None:
     """A checkpoint of another library in parts, with all that is read of it."""
+    from interop.equality import write
+    from interop.references import example
+    from interop.test_everywhere import tokenizer
+
     write(example("ouro"), folder)
     _in_parts(folder)
     (folder / "tokenizer.json").write_text(tokenizer())
