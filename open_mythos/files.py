@@ -293,7 +293,7 @@ def open_safetensors(path: Path, framework: str = "pt") -> Iterator[Any]:
         DataError: It is no regular file or damaged; inside of the block, too.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError("not a regular file")
         with safe_open(path, framework) as file:
             yield file

@@ -105,9 +105,7 @@ def read_config(path: Path) -> dict[str, Any]:
     what = f"not a readable {'JSON' if is_json else 'YAML'} file"
     try:
         text = read_text(path, MAX_CONFIG_BYTES)
-        values = (
-            json.loads(text, object_pairs_hook=_once) if is_json else yaml.load(text, _YamlLoader)
-        )
+        values = json.loads(text, object_pairs_hook=_once) if is_json else load_yaml(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(
             what, where=str(path), value=str(error) or type(error).__name__,
@@ -120,6 +118,15 @@ def read_config(path: Path) -> dict[str, Any]:
             allowed="a mapping of names to values", fix="correct the file",
         )  # fmt: skip
     return values
+
+
+def load_yaml(text: str) -> Any:
+    """Return what a text in YAML holds, with decimal numbers only and without aliases.
+
+    Raises:
+        yaml.YAMLError, ValueError: It is not such a text.
+    """
+    return yaml.load(text, _YamlLoader)
 
 
 def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -10,11 +10,12 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from open_mythos.checks import described, fits, nearest
 from open_mythos.errors import ConfigError, DataError
-from open_mythos.run_folder import read_config
+from open_mythos.run_folder import load_yaml, read_config
 
 Command = Callable[..., int]
 
@@ -72,12 +73,11 @@ def parse_words(parser: Parser, words: list[str], command: Command) -> dict[str,
     normal = [with_underscores(word, flags, following) for word, following in pairs]
     files = [str(at_home(file)) for file in files_of_options(normal)]
     groups = _hide_groups(parser)
-    _check_groups(groups, "--", _given(normal))
+    _check_groups(normal, groups)
     for file in files:
-        if os.path.exists(file):  # what is no text, or has no end, is refused before it is parsed
-            _check_groups(groups, f"{file}: ", read_config(Path(file)).items())
+        _check_file(file, groups)
     values = parser.parse_args([*(f"--config={file}" for file in files), *_without_files(normal)])
-    _refuse_base_60(normal, values)
+    _check_numbers(normal, values)
     values.pop("config", None)
     arguments: dict[str, Any] = at_home(values.as_dict())
     for name, kind in get_type_hints(command).items():
@@ -101,7 +101,7 @@ def _given(words: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _hide_groups(parser: Parser) -> set[str]:
-    """Return the names of groups of options; remove them from the help, as fields are for use."""
+    """Return the names of option groups; remove them from the help, as their fields are for use."""
     options = {name: each for each in parser._actions for name in each.option_strings}
     groups = {name.partition(".")[0] for name in options if "." in name}
     for name in groups & options.keys():
@@ -109,34 +109,44 @@ def _hide_groups(parser: Parser) -> set[str]:
     return {name[2:] for name in groups}
 
 
-def _check_groups(groups: set[str], place: str, given: Iterable[tuple[str, Any]]) -> None:
-    """Raise a ConfigError where a group is given by something else than a mapping.
-
-    jsonargparse would take it for the name of a file, and read that whole, whatever it is.
-    """
-    for name, value in given:
-        is_mapping = isinstance(value, dict) or (place == "--" and value.lstrip().startswith("{"))
-        if name in groups and not is_mapping:
+def _check_file(file: str, groups: set[str]) -> None:
+    """Check a file of options before it is parsed: jsonargparse would read others that it names."""
+    values = read_config(Path(file))
+    for name in ("config", *groups):
+        if name in values and not (isinstance(values[name], dict) and name in groups):
             raise ConfigError(
-                "not a set of fields", where=f"{place}{name}", value=value, allowed="a mapping",
-                fix=f"set single fields ({name}.FIELD), or write the fields of {name} below it",
+                "a file of options names no other" if name == "config" else "not a set of fields",
+                where=f"{file}: {name}", value=values[name], allowed="a mapping",
+                fix=f"write the fields of {name} below it",
             )  # fmt: skip
 
 
-def _refuse_base_60(words: list[str], values: Namespace) -> None:
-    """Raise a ConfigError for a number with colons, which YAML 1.1 takes for one of base 60."""
+def _check_groups(words: list[str], groups: set[str]) -> None:
+    """Check that a group is given as a mapping: jsonargparse would open any other as a file."""
     for name, value in _given(words):
-        found = values.get(name)
-        numbers = found.values() if isinstance(found, Namespace) else found
-        numbers = [found] if isinstance(found, int | float) else numbers or []
-        if _BASE_60.search(value) and any(isinstance(n, int | float) for n in numbers):
+        if name in groups and not isinstance(_loaded(name, value), dict):
             raise ConfigError(
-                "not a decimal number", where=f"--{name}", value=value, allowed="digits",
-                fix="write the number without colons",
+                "not a set of fields", where=f"--{name}", value=value, allowed="{field: value}",
+                fix=f"set single fields: --{name}.FIELD VALUE",
             )  # fmt: skip
 
 
-_BASE_60 = re.compile(r"""(?<![\w."'/])[\d_]+(:\d+)+(?![\w:])""")
+def _check_numbers(words: list[str], values: Namespace) -> None:
+    """Check that what was not taken for text has decimal numbers: in YAML 1.1 1:30 is ninety."""
+    for name, value in _given(words):
+        if ":" in value and not isinstance(values.get(name), str | None):
+            _loaded(name, value)
+
+
+def _loaded(name: str, value: str) -> Any:
+    try:
+        return load_yaml(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            "not a value in YAML", where=f"--{name}", value=value,
+            allowed="decimal numbers, texts in quotes, no key twice, no aliases",
+            fix=" ".join(str(error).split()),
+        ) from error  # fmt: skip
 
 
 def files_of_options(words: list[str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -135,7 +136,7 @@ def _readable(folder: Path) -> Iterator[None]:
         yield
     except MythosError:
         raise
-    except (CheckpointException, OSError, KeyError, ValueError) as error:
+    except (CheckpointException, OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(
             "the shards cannot be read", where=str(folder), value=_reason(error),
             allowed="whole safetensors files", fix="copy the folder again",

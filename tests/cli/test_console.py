@@ -254,11 +254,20 @@ def test_one_value_for_a_list_is_told_how_to_write_it(capsys):
     assert "write a list as" in capsys.readouterr().err
 
 
-def test_a_group_of_options_is_a_mapping(tmp_path, capsys):
-    """The parser would open any other value as a file."""
+def test_a_file_of_options_names_no_other(tmp_path, capsys):
+    """The parser would open it, whatever it is."""
     file = tmp_path / "options.yaml"
     os.mkfifo(tmp_path / "pipe")
-    for value in (tmp_path / "pipe", "[1]", "null"):
-        file.write_text(f"engine: {value}\n")
+    for line in (f"engine: {tmp_path / 'pipe'}", "engine: [1]", "config: a.yaml", "config: {a: 1}"):
+        file.write_text(line + "\n")
         assert main(["serve", "nowhere", "--config", str(file)]) == 2
-        assert "options.yaml: engine" in capsys.readouterr().err
+        assert f"options.yaml: {line.partition(':')[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "found"),
+    [("--data", "{path: 'run 10:30', workers: 1}", "run 10:30"), ("--data.path", "10:30", "10:30"),
+     ("--data", "path: run-10:30", "run-10:30")],
+)  # fmt: skip
+def test_texts_may_look_like_numbers_of_base_60(option, value, found):
+    assert parse(["train", option, value])[1]["config"].data.path == found

@@ -33,6 +33,7 @@ BPE = f"{GENERATE} --tokenizer bpe"
 ANSWERS = "evaluate run --questions questions.jsonl --depths [1] --quiet"
 SERVE = "serve run --port 70000"  # which is no port: the files have been read by then
 PARTS = "evaluate parts --data shards --depths [1] --quiet"
+SHARDED = "evaluate sharded --data shards --depths [1] --quiet"
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 CONVERT, RETROFIT = "convert foreign converted", "retrofit dense looped"
 PREPARE = "data prepare source prepared --quiet --val-fraction 0.4"
@@ -77,7 +78,7 @@ FILES = (
     File("hf/validated_depths.json", "json", ("evaluate hf --data shards --depths [3] --quiet",)),
     File("parts/model.safetensors.index.json", "json", (PARTS,)),
     File("parts/model-1.safetensors", "tensors", (PARTS,)),
-    File(f"sharded/{SHARD}", "tensors", ("evaluate sharded --data shards --depths [1] --quiet",)),
+    File(f"sharded/{SHARD}", "tensors", (SHARDED, f"{SHARDED} --weights raw")),
     File("keys.txt", "text", ("serve nowhere --api-key-file keys.txt",)),
     File("template.jinja", "template", (f"{SERVE} --chat-template template.jinja",)),
     File("run/chat_template.jinja", "template", (SERVE,)),
