@@ -10,22 +10,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from open_mythos.errors import DataError, EnvironmentError_
+from open_mythos.errors import DataError, EnvironmentError_, shown_value
 from open_mythos.files import MAX_TEXT_BYTES, read_object
 from open_mythos.hub.places import download, first_line, is_hub_id
 from open_mythos.interop.provenance import licence_of
 from open_mythos.interop.read import FILES
 from open_mythos.interop.tokenizer import FILE as TOKENIZER_FILE
-from open_mythos.interop.tokenizer import Stored, fitting, read_stored
+from open_mythos.interop.tokenizer import Stored, fitting
 from open_mythos.tokenizer import Tokenizer
+from open_mythos.tokenizer.files import read_local, rust_failures
 from open_mythos.tokenizer.interface import SPECIALS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-READ = ("config.json", "model.safetensors.index.json", "generation_config.json")
-"""Objects that ``transformers`` reads of a folder, beside the tokenizer."""
+OBJECTS = ("config.json", "model.safetensors.index.json")
+TOKENIZER_FILES = (
+    TOKENIZER_FILE, "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+OTHERS = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+"""Files that ``transformers`` reads of a folder, beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,10 @@ def read_dense(model: str, gguf: str = "") -> DenseSource:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     name = gguf or (folder.resolve().name if Path(model).exists() else model)
     licence = licence_of(folder, {})
-    rows = found.config.vocab_size
-    if (folder / TOKENIZER_FILE).is_file() and not gguf:
-        stored = read_stored(folder, rows, name)
-    else:
-        stored = _tokenizer(lambda: AutoTokenizer.from_pretrained(folder, **options), name, rows)
+    stored = _stored(
+        folder, lambda: AutoTokenizer.from_pretrained(folder, **options), name,
+        found.config.vocab_size, needs_file=not gguf,
+    )  # fmt: skip
     return DenseSource(name, found.eval(), stored.tokenizer, digest, licence, *stored[1:])
 
 
@@ -100,25 +105,35 @@ def _folder(model: str, gguf: str) -> Path:
 
 def _check_files(folder: Path) -> None:
     """Refuse files that transformers would read whole, whatever they are."""
-    for file in (file for pattern in FILES for file in folder.glob(pattern)):
-        if not file.is_file():
+    weights = folder.glob("*.safetensors")
+    for file in (*weights, *(folder / name for name in (*OBJECTS, *TOKENIZER_FILES, *OTHERS))):
+        if file.exists() and not file.is_file():
             raise _no_model(str(file), "not a regular file")
-        if file.suffix != ".safetensors" and file.stat().st_size > MAX_TEXT_BYTES:
+        is_small = file.suffix != ".safetensors" and file.exists()
+        if is_small and file.stat().st_size > MAX_TEXT_BYTES:
             raise _no_model(str(file), f"longer than {MAX_TEXT_BYTES:,} bytes")
-    for name in READ:
+    for name in OBJECTS:
         if (folder / name).exists():
             read_object(folder / name, f"no dense model: {name} cannot be read")
 
 
-def _tokenizer(read: Callable[[], Any], name: str, rows: int) -> Stored:
-    """Return a tokenizer that only transformers can read, as one of this library."""
+def _stored(
+    folder: Path, read: Callable[[], Any], name: str, rows: int, *, needs_file: bool
+) -> Stored:
+    """Return the tokenizer that transformers reads as one of this library, or why there is none."""
+    if needs_file and not any((folder / file).exists() for file in TOKENIZER_FILES):
+        return Stored(None, notes=("the source has no tokenizer",))
     try:
-        hf = read()
-    except Exception as error:  # there is none, or a value in it is of another kind
-        return Stored(None, notes=(f"no tokenizer is stored: {first_line(error)}",))
+        if (folder / TOKENIZER_FILE).exists():
+            read_local(folder)  # bounds what it makes of a text
+        with rust_failures("no tokenizer", str(folder), "one that transformers reads"):
+            hf = read()
+    except DataError as error:
+        why = shown_value(error.value)
+        return Stored(None, notes=(f"no tokenizer is stored: {Path(error.where).name}: {why}",))
     rust = getattr(hf, "backend_tokenizer", None)
     if rust is None:
-        return Stored(None, notes=("no tokenizer is stored: it has no fast form",))
+        return Stored(None, notes=("no tokenizer is stored: transformers has no fast one",))
     tokens = {part: getattr(hf, f"{part}_token", None) for part in SPECIALS}
     specials = {part: str(token) for part, token in tokens.items() if token}
     tokenizer, notes = fitting(rust, name, specials, rows)

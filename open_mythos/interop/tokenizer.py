@@ -35,7 +35,7 @@ class Stored(NamedTuple):
                 write_text(folder / TEMPLATE_FILE, self.chat_template)
 
 
-def read_stored(folder: Path, rows: int, name: str = "") -> Stored:
+def read_stored(folder: Path, rows: int) -> Stored:
     """Read the ``tokenizer.json`` of a checkpoint, and its chat template.
 
     Here bos, eos and pad are three tokens. Where a checkpoint gives one token several of these
@@ -45,16 +45,16 @@ def read_stored(folder: Path, rows: int, name: str = "") -> Stored:
     Args:
         folder: The checkpoint.
         rows: Tokens that the model has; a tokenizer that has more is left out.
-        name: Name of the tokenizer, by default as stored.
     """
     if not (folder / FILE).is_file():
         return Stored(None, notes=(f"the source has no {FILE}: no tokenizer is stored",))
     try:
-        rust, stored_name, specials = read_local(folder)
+        rust, name, specials = read_local(folder)
         template = read_config(folder).get("chat_template")
     except MythosError as error:
-        return Stored(None, notes=(f"the tokenizer is not stored: {error.what}",))
-    tokenizer, notes = fitting(rust, name or stored_name, specials, rows)
+        file = Path(str(error.where)).name
+        return Stored(None, notes=(f"the tokenizer is not stored: {file}: {error.what}",))
+    tokenizer, notes = fitting(rust, name, specials, rows)
     if (folder / TEMPLATE_FILE).is_file():
         try:
             template = read_text(folder / TEMPLATE_FILE)

@@ -33,9 +33,9 @@ def is_path(name: str | Path) -> bool:
     return name.startswith(("/", ".", "~")) or name.endswith(".json") or os.path.exists(name)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read the ``tokenizer_config.json`` of a folder; empty if there is none."""
-    path = directory / CONFIG_FILE
+def read_config(directory: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """Read the ``tokenizer_config.json`` of a folder, or another such; empty if there is none."""
+    path = directory / name
     return read_object(path, "not a JSON file") if path.is_file() else {}
 
 
@@ -57,9 +57,10 @@ def read_local(path: Path) -> tuple[RustTokenizer, str, dict[str, str]]:
     with rust_failures(NO_TOKENIZER, str(file), "a tokenizer.json of the tokenizers library"):
         rust = RustTokenizer.from_str(json.dumps(layout))
     config = read_config(file.parent)
+    stated = read_config(file.parent, "special_tokens_map.json")
     name, specials = config.get("name_or_path"), {}
     for role in SPECIALS:
-        token = config.get(f"{role}_token")
+        token = config.get(f"{role}_token") or stated.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             specials[role] = token

@@ -91,6 +91,7 @@ FILES = (
     File("foreign/model-1.safetensors", "tensors", (CONVERT,)),
     File("foreign/tokenizer.json", "json", (CONVERT,)),
     File("foreign/tokenizer_config.json", "json", (CONVERT,)),
+    File("foreign/special_tokens_map.json", "json", (CONVERT,)),
     File("foreign/generation_config.json", "json", (CONVERT,)),
     File("foreign/LICENSE", "text", (CONVERT,)),
     File("foreign/README.md", "text", (CONVERT,)),
@@ -200,6 +201,7 @@ def _foreign(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(tokenizer())
     named = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|end|>")
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
     (folder / "LICENSE").write_text("MIT License\n")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")

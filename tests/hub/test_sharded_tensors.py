@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from open_mythos.errors import DataError
-from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes
+from open_mythos.hub.sharded_tensors import read_tensors, stored_shapes, write_shards
 
 
 @pytest.fixture
@@ -36,3 +36,12 @@ def test_another_shape_is_refused_before_anything_changes(folder, shape):
 def test_a_missing_tensor_is_named(folder):
     with pytest.raises(DataError, match=r"model/c does not match(.|\n)*missing"):
         read_tensors(folder, {"model/c": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100])
+def test_a_damaged_shard_is_named(tmp_path, kept):
+    (shard,) = write_shards(tmp_path, {"model/a": torch.arange(30.0)})
+    assert stored_shapes(tmp_path) == {"model/a": (30,)}
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(DataError, match="shards cannot be read"):
+        stored_shapes(tmp_path)

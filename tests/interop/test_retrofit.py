@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -181,6 +182,40 @@ def test_the_tokenizer_does_not_outgrow_the_vocabulary(folder):
     assert len(found) == 93
     assert found.encode("w0 w2") == [3, 5]
     assert source.notes == ("pad is '<unk>'; the source has '</s>'",)
+
+
+def test_special_tokens_are_those_that_transformers_finds(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "tokenizer_config.json").read_text())
+    parts = {name: config.pop(name) for name in ("bos_token", "eos_token", "pad_token")}
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "in" / "special_tokens_map.json").write_text(json.dumps(parts))
+    found = read_dense(str(tmp_path / "in")).tokenizer
+    assert (found.eos_id, found.bos_id, found.pad_id) == (2, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("tokenizer.json", "{}", "no tokenizer is stored: tokenizer.json"),
+        ("tokenizer_config.json", '{"tokenizer_class": 7}', "no tokenizer is stored: in: "),
+        ("tokenizer_config.json", "[]", "no tokenizer is stored: tokenizer_config.json"),
+        ("", "", "the source has no tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_left_out_and_said(
+    folder, tmp_path, name, content, note
+):
+    shutil.copytree(folder, tmp_path / "in")
+    if name:
+        (tmp_path / "in" / name).write_text(content)
+    else:
+        for file in (tmp_path / "in").glob("*token*"):
+            file.unlink()
+    (tmp_path / "in" / "LICENSES").mkdir()  # what transformers does not read is not looked at
+    found = read_dense(str(tmp_path / "in"))
+    assert found.tokenizer is None
+    assert found.notes[0].startswith(note)
 
 
 def test_the_command_writes_a_model_that_trains(folder, tmp_path, capsys):

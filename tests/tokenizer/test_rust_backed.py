@@ -40,6 +40,18 @@ def test_declared_special_tokens_are_used_and_a_shared_one_goes_to_eos(tmp_path,
     assert tokenizer.eos_id not in tokenizer.encode(end)
 
 
+def test_special_tokens_are_declared_in_either_file(tmp_path) -> None:
+    rust = foreign("<|end|>")
+    rust.add_special_tokens(["<|start|>", "<|mask|>"])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "", "eos_token": null}')
+    parts = {"bos_token": {"content": "<|start|>"}, "eos_token": "<|end|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(parts))
+    tokenizer = MythosTokenizer(str(tmp_path))
+    ids = (tokenizer.eos_id, tokenizer.bos_id)
+    assert ids == (rust.token_to_id("<|end|>"), rust.token_to_id("<|start|>"))
+
+
 def test_sizes_count_added_tokens_and_gaps_of_the_ids(tmp_path) -> None:
     rust = foreign()
     rust.add_tokens([f"<extra{i}>" for i in range(100)])
