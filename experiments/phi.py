@@ -19,13 +19,15 @@ _GRID = np.linspace(-1, 2, 3001)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the interval that holds 95% of its bootstrap samples."""
+    """A value with its 95% interval; NaN if larger models are not surely better."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if np.isnan(self.value):
+            return "not determined"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
@@ -36,9 +38,9 @@ class Runs:
     losses: Sequence[float]
     """One for every seed."""
     recurrent: float
-    """Parameters inside the loop; of a dense model all."""
+    """Parameters applied at every loop; of a model without loops, all."""
     once: float = 0
-    """Parameters outside the loop."""
+    """Parameters applied once."""
     loops: int = 1
 
 
@@ -46,25 +48,29 @@ def phi(arms: Sequence[Runs], seed: int = 0) -> Estimate:
     """Fit loss = a + b log(N_once + R^phi N_rec) to the means of the arms by least squares.
 
     At least two arms of one loop and one of more are needed; all have seen the same tokens. The
-    seeds of every arm are resampled for the interval.
+    interval is that of refits to means with noise: the deviation of a run is pooled over the seeds
+    of all arms, and drawn anew for every refit, as few seeds leave it uncertain.
     """
     log_n = np.log([arm.once + arm.loops**_GRID * arm.recurrent for arm in arms])
+    means = np.array([np.mean(arm.losses) for arm in arms])
+    runs = np.array([len(arm.losses) for arm in arms])
+    free = int((runs - 1).sum())
+    squares = sum(float(((np.array(a.losses) - np.mean(a.losses)) ** 2).sum()) for a in arms)
     rng = np.random.default_rng(seed)
-    value = _best(log_n, [np.mean(arm.losses) for arm in arms])
-    found = [
-        _best(log_n, [np.mean(rng.choice(arm.losses, len(arm.losses))) for arm in arms])
-        for _ in range(RESAMPLES)
-    ]
-    low, high = np.quantile(found, (0.025, 0.975))
-    return Estimate(value, float(low), float(high))
+    chi2 = rng.chisquare(free, (RESAMPLES, 1)) if free else np.ones((RESAMPLES, 1))
+    noise = rng.standard_normal((RESAMPLES, len(arms))) * np.sqrt(squares / chi2 / runs)
+    refits = _best(log_n, means + noise)
+    low, high = np.quantile(refits, (0.025, 0.975))
+    value = np.nan if np.isnan(refits).any() else _best(log_n, means[None])[0]
+    return Estimate(float(value), float(low), float(high))
 
 
-def _best(log_n: NDArray[np.float64], losses: Sequence[np.floating]) -> float:
-    """Return the phi at which a line through (log_n, losses) leaves the least squares.
+def _best(log_n: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the phi at which a falling line through (log_n, losses) leaves the least squares.
 
-    ``log_n``: (arms, values of phi).
+    ``log_n``: (arms, values of phi); ``losses``: (fits, arms). NaN where no line falls.
     """
     x = log_n - log_n.mean(0)
-    y = np.array(losses) - np.mean(losses)
-    explained = (y @ x) ** 2 / (x**2).sum(0)
-    return float(_GRID[np.argmax(explained)])
+    falls = np.minimum(losses @ x, 0)
+    explained = falls**2 / (x**2).sum(0)
+    return np.where(explained.max(1) > 0, _GRID[explained.argmax(1)], np.nan)

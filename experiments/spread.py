@@ -42,6 +42,12 @@ def minus(ours: Iterable[float], theirs: Iterable[float]) -> tuple[float, float]
     return mean_std([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
+def paired(ours: Sequence[Record], theirs: Sequence[Record], metric: Metric) -> tuple[float, float]:
+    """Return mean and deviation of the differences, over the seeds that both have."""
+    both = min(len(ours), len(theirs))
+    return minus(each(ours[:both], metric), each(theirs[:both], metric))
+
+
 def at_depth(values: Sequence[float], depths: Sequence[int], n_loops: int) -> float:
     """Return the one of ``values`` that belongs to ``n_loops``; a dense model has a single one."""
     return values[list(depths).index(n_loops)] if len(values) > 1 else values[0]
@@ -53,8 +59,8 @@ def columns(rows: Iterable[Sequence[float]]) -> list[float]:
 
 
 def shown(value: tuple[float, float], digits: int = 4) -> str:
-    """Format "mean ± deviation"."""
-    return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+    """Format "mean ± deviation", or the mean alone of a single value."""
+    return f"{value[0]:.{digits}f}" + (f" ± {value[1]:.{digits}f}" if value[1] else "")
 
 
 def share(records: Sequence[Record], metric: Metric) -> str:

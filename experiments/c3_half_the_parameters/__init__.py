@@ -11,7 +11,7 @@ from typing import Any
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, arms_by_seed, verdict
 from experiments.figure import COLOURS, MUTED, panels
 from experiments.phi import Estimate, Runs, phi
-from experiments.spread import by_arm, each, minus, over_seeds, shown
+from experiments.spread import by_arm, each, over_seeds, paired, shown
 from experiments.text import PACKAGES_VOCABULARY, Sizes, train
 
 LOOPS, FEW = 4, 2
@@ -47,10 +47,10 @@ _SIZES = Sizes(
 _ARMS: dict[str, dict[str, Any]] = {
     LOOPED: {"loops": LOOPS, "seeds": SEEDS},
     FEW_LOOPS: {"loops": FEW, "seeds": SEEDS},
-    HALF: {"blocks": LAYERS[HALF], "seeds": SEEDS},
-    WHOLE: {"blocks": LAYERS[WHOLE], "seeds": SEEDS},
-    UNROLLED: {"blocks": LAYERS[UNROLLED], "seeds": SEEDS},
-    BETWEEN: {"loops": LOOPS, "around": AROUND, "seeds": SEEDS},
+    HALF: {"blocks": LAYERS[HALF], "seeds": SEEDS + 1},
+    WHOLE: {"blocks": LAYERS[WHOLE], "seeds": SEEDS + 1},
+    UNROLLED: {"blocks": LAYERS[UNROLLED]},
+    BETWEEN: {"loops": LOOPS, "around": AROUND},
 } | {arm: {"n_layers": blocks} for arm, blocks in DENSE.items()}
 _SWEPT = {"sweep-looped": {"loops": LOOPS}, "sweep-dense": {"n_layers": STORED}}
 
@@ -114,15 +114,15 @@ def summarise(records: Sequence[Record]) -> Summary:
     arms = by_arm(records)
     swept = {arm: found for arm, found in arms.items() if arm not in _ARMS}
     arms = {arm: arms[arm] for arm in SHOWN}
-    gap = _difference(arms[HALF], arms[WHOLE])
-    behind = _difference(arms[LOOPED], arms[WHOLE])
+    gap = paired(arms[HALF], arms[WHOLE], bits)
+    behind = paired(arms[LOOPED], arms[WHOLE], bits)
     measurable = gap[0] > gap[1]
     share = 1 - behind[0] / gap[0] if measurable else math.nan
     made_up = f"{share:.0%} of the gap made up" if measurable else "the gap is noise"
     flops = _flops(arms[LOOPED]) / _flops(arms[WHOLE])
-    unrolled = _difference(arms[UNROLLED], arms[LOOPED])
+    unrolled = paired(arms[UNROLLED], arms[LOOPED], bits)
     named = ", ".join(
-        f"{arm} {_difference(arms[arm], arms[other])[0]:+.3f}"
+        f"{arm} {paired(arms[arm], arms[other], bits)[0]:+.3f}"
         for arm, other in zip(DENSE, LAYERS, strict=True)
     )
     worth = {name: phi(_law(arms, looped)) for name, looped in _ESTIMATES.items()}
@@ -135,15 +135,16 @@ def summarise(records: Sequence[Record]) -> Summary:
             unclear="" if measurable else "twice the layers gain no more than the spread over "
             "seeds; longer training would tell",
         ),
-        f"At {LOOPS} loops the looped model needs {behind[0]:+.4f} ± {behind[1]:.4f} bits per byte "
-        f"against twice the blocks without loops, at {flops:.1f} times the FLOPs. The same blocks "
+        f"At {LOOPS} loops the looped model is {behind[0]:+.4f} ± {behind[1]:.4f} bits per byte "
+        f"above twice the blocks without loops, at {flops:.1f} times the FLOPs. The same blocks "
         f"without loops are {gap[0]:+.4f} ± {gap[1]:.4f} from these: {made_up}. As many blocks as "
         f"the looped model executes are {unrolled[0]:+.4f} ± {unrolled[1]:.4f} from it. phi is "
         f"{fitted} over {runs} runs ({apart}): {_against(fitted, PHI)} {PHI}, "
-        f"{_against(fitted, LANES_PHI)} {LANES_PHI}. Plain transformers of as many blocks "
-        f"differ from the models without loops by {named}.",
+        f"{_against(fitted, LANES_PHI)} {LANES_PHI}. Plain transformers are above the "
+        f"models without loops of as many blocks by {named}: from that of {DOUBLE_BLOCKS} blocks "
+        f"the looped model is {paired(arms[LOOPED], arms['dense-4'], bits)[0]:+.3f}.",
         f"{behind[0]:+.4f} ± {behind[1]:.4f} bits from 2x the parameters; {made_up}; phi {fitted}",
-        ("model", "seeds", "parameters", "training FLOPs", "minutes", "bits per byte",
+        ("model", "seeds", "parameters", "training FLOPs", "bits per byte",
          f"above {WHOLE}"),
         [_row(arm, found, arms[WHOLE]) for arm, found in (arms | swept).items()],
         {"arms": {arm: {"flops": _flops(found), "parameters": found[0].figures["parameters"],
@@ -174,6 +175,8 @@ def _law(arms: dict[str, list[Record]], looped: Sequence[str]) -> list[Runs]:
 
 
 def _against(fitted: Estimate, value: float) -> str:
+    if math.isnan(fitted.value):
+        return "not comparable with"
     return "above" if fitted.low > value else "below" if fitted.high < value else "consistent with"
 
 
@@ -191,17 +194,11 @@ def plot(summary: Summary, path: Path) -> None:
             ax.set(xscale="log", xlabel=name, ylabel="bits per byte", title=f"Against {name}")
         axes[1].set(xlabel="training FLOPs", title="Against compute")
         axes[0].legend(fontsize=7)
-        for (arm, seeds), colour in zip(data["loops"].items(), COLOURS[4:], strict=False):
+        for (arm, seeds), colour in zip(data["loops"].items(), COLOURS[3:], strict=False):
             middle = [mean(column) for column in zip(*seeds, strict=True)]
             loops.plot(range(1, len(middle) + 1), middle, "^-", color=colour, label=arm)
         loops.set(xlabel="loops", ylabel="bits per byte", title="Against loops")
         loops.legend(fontsize=7)
-
-
-def _difference(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[float, float]:
-    """Return mean and deviation of the differences, over the seeds that both have."""
-    both = min(len(ours), len(theirs))
-    return minus(each(ours[:both], bits), each(theirs[:both], bits))
 
 
 def _flops(found: Sequence[Record]) -> float:
@@ -212,6 +209,6 @@ def _row(arm: str, found: Sequence[Record], whole: Sequence[Record]) -> tuple[st
     swept = arm not in _ARMS
     return (
         arm, f"{len(found)}", f"{found[0].figures['parameters']:,}", f"{_flops(found):.2e}",
-        f"{mean(record.seconds for record in found) / 60:.0f}", shown(over_seeds(found, bits)),
-        "-" if swept else shown(_difference(found, whole)),
+        shown(over_seeds(found, bits)),
+        "-" if swept else shown(paired(found, whole, bits)),
     )  # fmt: skip

@@ -10,7 +10,17 @@ from typing import Any
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
 from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
 from experiments.phi import Estimate, Runs, phi
-from experiments.spread import at_depth, by_arm, columns, each, mean_std, minus, over_seeds, shown
+from experiments.spread import (
+    at_depth,
+    by_arm,
+    columns,
+    each,
+    mean_std,
+    minus,
+    over_seeds,
+    paired,
+    shown,
+)
 from experiments.text import Sizes, train
 from experiments.text_recipe.variants import changed
 
@@ -135,8 +145,12 @@ def trained_depth(record: Record) -> int:
     return int(record.settings["run"]["model"]["max_loop_iters"])
 
 
+def _at_trained_depth(record: Record) -> float:
+    return float(at(trained_depth(record))(record))
+
+
 def _bits(records: Sequence[Record]) -> list[float]:
-    return [at(trained_depth(record))(record) for record in records]
+    return each(records, _at_trained_depth)
 
 
 def _best(arms: dict[str, list[Record]], arm: str, width: int) -> list[Record]:
@@ -145,9 +159,7 @@ def _best(arms: dict[str, list[Record]], arm: str, width: int) -> list[Record]:
 
 
 def _from(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[float, float]:
-    """Return mean and deviation of the differences, over the seeds that both have."""
-    both = min(len(ours), len(theirs))
-    return minus(_bits(ours)[:both], _bits(theirs)[:both])
+    return paired(ours, theirs, _at_trained_depth)
 
 
 def summarise(records: Sequence[Record]) -> Summary:
@@ -172,10 +184,10 @@ def summarise(records: Sequence[Record]) -> Summary:
         ),
         f"At equal parameters and data the recipe needs {shares[1]:.1%} fewer bits per byte at "
         f"width 64 ({shown(gains[1])}) and {shares[2]:.1%} fewer at width 128 "
-        f"({shown(gains[2])}). Trained and run at one loop, that of width 64 needs {shown(once)} "
-        f"more, which loops alone are worth. {'Every' if falls else 'Not every'} loop up to "
-        f"{LOOPS} lowers its loss; {DOUBLE} loops cost {beyond[1]:+.1%} and {beyond[2]:+.1%}. At "
-        f"equal training FLOPs a dense model of "
+        f"({shown(gains[2])}). Trained and run at one loop, the model of width 64 needs "
+        f"{shown(once)} more: that is the gain from looping. "
+        f"{'Every' if falls else 'Not every'} loop up to {LOOPS} lowers its loss; {DOUBLE} loops "
+        f"cost {beyond[1]:+.1%} and {beyond[2]:+.1%}. At equal training FLOPs a dense model of "
         f"{LOOPS} times the blocks is {shown(flops[_FLOPS[0]])} from it, one trained for {LOOPS} "
         f"times the steps {shown(flops[_FLOPS[1]])}. By the dense models of 2, 4 and 8 blocks "
         f"{LOOPS} loops have phi {worth[LOOPS]}, 2 loops {worth[2]}. Changes that lower its loss "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from experiments.phi import Runs, phi
@@ -39,3 +40,23 @@ def test_seeds_that_differ_widen_the_interval():
     arms = [law(0, n, spread=spread) for n in (100.0, 200.0, 400.0)]
     found = phi([*arms, law(0, 100, 4, spread=spread)])
     assert found.low < 0.45 < 0.47 < found.high
+
+
+def test_the_interval_covers_the_truth_with_two_seeds(monkeypatch):
+    monkeypatch.setattr("experiments.phi.RESAMPLES", 200)
+    rng = np.random.default_rng(0)
+    arms = [*DENSE, law(0, 100, 2), law(0, 100, 4), law(100, 100, 4)]
+    hits = 0
+    for _ in range(100):
+        noisy = [
+            Runs(list(arm.losses[0] + rng.normal(0, 0.004, 2)), arm.recurrent, arm.once, arm.loops)
+            for arm in arms
+        ]
+        found = phi(noisy)
+        hits += found.low <= 0.46 <= found.high
+    assert hits >= 88
+
+
+def test_larger_models_that_are_not_better_determine_nothing():
+    flat = [Runs([1.0, 1.1], n) for n in (100.0, 200.0, 400.0)]
+    assert str(phi([*flat, Runs([1.0], 100, loops=4)])) == "not determined"
