@@ -45,24 +45,42 @@ class Runs:
 
 
 def phi(arms: Sequence[Runs], seed: int = 0) -> Estimate:
-    """Fit loss = a + b log(N_once + R^phi N_rec) to the means of the arms by least squares.
+    """Fit loss = a + b log(N_once + R^phi N_rec) to the losses of the arms by least squares.
 
-    At least two arms of one loop and one of more are needed; all have seen the same tokens. The
-    interval is that of refits to means with noise: the deviation of a run is pooled over the seeds
-    of all arms, and drawn anew for every refit, as few seeds leave it uncertain.
+    At least two arms of one loop and one of more are needed; all have seen the same tokens. What a
+    seed adds to every arm, such as the order of the data, is removed first, as arms may have
+    different numbers of seeds. The interval is that of refits to losses with noise: its deviation
+    is what arms and seeds leave unexplained, drawn anew for every refit, as few runs leave it
+    uncertain.
     """
     log_n = np.log([arm.once + arm.loops**_GRID * arm.recurrent for arm in arms])
-    means = np.array([np.mean(arm.losses) for arm in arms])
-    runs = np.array([len(arm.losses) for arm in arms])
-    free = int((runs - 1).sum())
-    squares = sum(float(((np.array(a.losses) - np.mean(a.losses)) ** 2).sum()) for a in arms)
+    losses, spread, free = _of_arms(arms)
     rng = np.random.default_rng(seed)
     chi2 = rng.chisquare(free, (RESAMPLES, 1)) if free else np.ones((RESAMPLES, 1))
-    noise = rng.standard_normal((RESAMPLES, len(arms))) * np.sqrt(squares / chi2 / runs)
-    refits = _best(log_n, means + noise)
+    noise = rng.standard_normal((RESAMPLES, len(arms))) @ spread.T / np.sqrt(chi2)
+    refits = _best(log_n, losses + noise)
     low, high = np.quantile(refits, (0.025, 0.975))
-    value = np.nan if np.isnan(refits).any() else _best(log_n, means[None])[0]
+    value = np.nan if np.isnan(refits).any() else _best(log_n, losses[None])[0]
     return Estimate(float(value), float(low), float(high))
+
+
+def _of_arms(arms: Sequence[Runs]) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+    """Fit loss = arm + seed; return the arms' parts, a root of their covariance, and its degrees
+    of freedom, by which the covariance is not divided yet.
+    """
+    places = [(i, j) for i, arm in enumerate(arms) for j in range(len(arm.losses))]
+    seeds = max(len(arm.losses) for arm in arms)
+    design = np.zeros((len(places), len(arms) + seeds - 1))
+    for row, (i, j) in enumerate(places):
+        design[row, i] = 1
+        if j:
+            design[row, len(arms) + j - 1] = 1
+    y = np.concatenate([arm.losses for arm in arms])
+    inverse = np.linalg.inv(design.T @ design)
+    fitted = inverse @ design.T @ y
+    squares = float(((y - design @ fitted) ** 2).sum())
+    root = np.linalg.cholesky(inverse[: len(arms), : len(arms)]) * np.sqrt(squares)
+    return fitted[: len(arms)], root, len(places) - design.shape[1]
 
 
 def _best(log_n: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:

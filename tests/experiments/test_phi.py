@@ -36,9 +36,8 @@ def test_arms_that_disagree_are_weighed_by_least_squares():
 
 
 def test_seeds_that_differ_widen_the_interval():
-    spread = (-0.01, 0.01)
-    arms = [law(0, n, spread=spread) for n in (100.0, 200.0, 400.0)]
-    found = phi([*arms, law(0, 100, 4, spread=spread)])
+    arms = [law(0, n, spread=(0, by)) for n, by in ((100.0, 0.01), (200.0, -0.01), (400.0, 0.01))]
+    found = phi([*arms, law(0, 100, 4, spread=(0, -0.01))])
     assert found.low < 0.45 < 0.47 < found.high
 
 
@@ -60,3 +59,15 @@ def test_the_interval_covers_the_truth_with_two_seeds(monkeypatch):
 def test_larger_models_that_are_not_better_determine_nothing():
     flat = [Runs([1.0, 1.1], n) for n in (100.0, 200.0, 400.0)]
     assert str(phi([*flat, Runs([1.0], 100, loops=4)])) == "not determined"
+
+
+def test_what_a_seed_adds_to_every_arm_moves_nothing():
+    arms = [*DENSE, law(0, 100, 2), law(0, 100, 4)]
+    seeds = (3, 2, 1, 1, 2)
+    moved = [
+        Runs([arm.losses[0] + 0.1 * j for j in range(n)], arm.recurrent, arm.once, arm.loops)
+        for arm, n in zip(arms, seeds, strict=True)
+    ]
+    found = phi(moved)
+    assert found.value == pytest.approx(0.46, abs=1e-6)
+    assert found.high - found.low < 1e-3

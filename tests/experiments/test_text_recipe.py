@@ -126,7 +126,7 @@ def test_changes_and_plot(recorded, tmp_path):
 
 def test_phi_of_the_records(recorded):
     # 0.1 bits for twice the parameters: at 4 loops the recipe is worth twice, 4 ** 0.5
-    assert "4 loops have phi 0.50 [0.4" in text.summarise(records(recorded)).sentence
+    assert "4 loops have phi 0.50 [0.50" in text.summarise(records(recorded)).sentence
 
 
 def test_quick_cell_runs(place):
