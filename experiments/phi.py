@@ -1,7 +1,7 @@
 """How many parameters is a loop worth? The exponent phi of the iso-depth law.
 
-A looped model of N_once + N_rec parameters at R loops has the loss of a dense model of
-N_once + R^phi N_rec parameters (arXiv 2604.21106).
+A looped model of N_once + N_rec parameters at R loops has the loss of one without loops of
+N = N_once + R^phi N_rec parameters, and that loss is E + A N^-alpha (arXiv 2604.21106).
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 2000
-_GRID = np.linspace(-1, 2, 3001)
-"""Values of phi that are tried."""
+RESAMPLES = 1000
+_AT_ONCE = 100
+"""Refits that are searched together, so that they fit in memory."""
+_PHI, _ALPHA = np.linspace(-1, 2, 601), np.linspace(0, 3, 31)
+"""Values that are tried; with alpha = 0 the loss falls with log N."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ class Runs:
 
 
 def phi(arms: Sequence[Runs], seed: int = 0) -> Estimate:
-    """Fit loss = a + b log(N_once + R^phi N_rec) to the losses of the arms by least squares.
+    """Fit E, A, alpha and phi to the losses of the arms by least squares.
 
-    At least two arms of one loop and one of more are needed; all have seen the same tokens. What a
+    At least three arms of one loop and one of more are needed; all saw the same tokens. What a
     seed adds to every arm, such as the order of the data, is removed first, as arms may have
     different numbers of seeds. The interval is that of refits to losses with noise: its deviation
     is what arms and seeds leave unexplained, drawn anew for every refit, as few runs leave it
     uncertain.
     """
-    log_n = np.log([arm.once + arm.loops**_GRID * arm.recurrent for arm in arms])
+    log_n = np.log([arm.once + arm.loops**_PHI * arm.recurrent for arm in arms])
     losses, spread, free = _of_arms(arms)
     rng = np.random.default_rng(seed)
     chi2 = rng.chisquare(free, (RESAMPLES, 1)) if free else np.ones((RESAMPLES, 1))
@@ -84,11 +86,17 @@ def _of_arms(arms: Sequence[Runs]) -> tuple[NDArray[np.float64], NDArray[np.floa
 
 
 def _best(log_n: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the phi at which a falling line through (log_n, losses) leaves the least squares.
+    """Return the phi of the fit that leaves the least squares.
 
-    ``log_n``: (arms, values of phi); ``losses``: (fits, arms). NaN where no line falls.
+    ``log_n``: (arms, values of phi); ``losses``: (fits, arms). NaN where no loss falls with N.
     """
-    x = log_n - log_n.mean(0)
-    falls = np.minimum(losses @ x, 0)
-    explained = falls**2 / (x**2).sum(0)
-    return np.where(explained.max(1) > 0, _GRID[explained.argmax(1)], np.nan)
+    log_n = log_n - log_n[:, :1].mean()
+    x = np.concatenate([log_n if a == 0 else -np.expm1(-a * log_n) / a for a in _ALPHA], axis=1)
+    x -= x.mean(0)
+    x /= np.sqrt((x**2).sum(0))
+    found = list[NDArray[np.float64]]()
+    for first in range(0, len(losses), _AT_ONCE):
+        explained = -np.minimum(losses[first : first + _AT_ONCE] @ x, 0)
+        best = _PHI[explained.argmax(1) % len(_PHI)]
+        found.append(np.where(explained.max(1) > 0, best, np.nan))
+    return np.concatenate(found)
