@@ -61,9 +61,10 @@ def phi(arms: Sequence[Runs], seed: int = 0) -> Estimate:
     chi2 = rng.chisquare(free, (RESAMPLES, 1)) if free else np.ones((RESAMPLES, 1))
     noise = rng.standard_normal((RESAMPLES, len(arms))) @ spread.T / np.sqrt(chi2)
     refits = _best(log_n, losses + noise)
-    low, high = np.quantile(refits, (0.025, 0.975))
-    value = np.nan if np.isnan(refits).any() else _best(log_n, losses[None])[0]
-    return Estimate(float(value), float(low), float(high))
+    if np.isnan(refits).mean() > 0.025:
+        return Estimate(np.nan, np.nan, np.nan)
+    low, high = np.nanquantile(refits, (0.025, 0.975))
+    return Estimate(float(_best(log_n, losses[None])[0]), float(low), float(high))
 
 
 def _of_arms(arms: Sequence[Runs]) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
