@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 1000
+_ROUNDING = 1e-9
 _AT_ONCE = 100
 """Refits that are searched together, so that they fit in memory."""
 _PHI, _ALPHA = np.linspace(-1, 2, 601), np.linspace(0, 3, 31)
@@ -99,5 +100,5 @@ def _best(log_n: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np
     for first in range(0, len(losses), _AT_ONCE):
         explained = -np.minimum(losses[first : first + _AT_ONCE] @ x, 0)
         best = _PHI[explained.argmax(1) % len(_PHI)]
-        found.append(np.where(explained.max(1) > 0, best, np.nan))
+        found.append(np.where(explained.max(1) > _ROUNDING, best, np.nan))
     return np.concatenate(found)
