@@ -135,15 +135,15 @@ def summarise(records: Sequence[Record]) -> Summary:
             unclear="" if measurable else "twice the layers gain no more than the spread over "
             "seeds; longer training would tell",
         ),
-        f"At {LOOPS} loops the looped model is {behind[0]:+.4f} ± {behind[1]:.4f} bits per byte "
+        f"At {LOOPS} loops the looped model is {_signed(behind)} bits per byte "
         f"above twice the blocks without loops, at {flops:.1f} times the FLOPs. The same blocks "
-        f"without loops are {gap[0]:+.4f} ± {gap[1]:.4f} from these: {made_up}. As many blocks as "
-        f"the looped model executes are {unrolled[0]:+.4f} ± {unrolled[1]:.4f} from it. phi is "
+        f"without loops are {_signed(gap)} from these: {made_up}. As many blocks as "
+        f"the looped model executes are {_signed(unrolled)} from it. phi is "
         f"{fitted} over {runs} runs ({apart}): {_against(fitted, PHI)} {PHI}, "
         f"{_against(fitted, LANES_PHI)} {LANES_PHI}. Plain transformers are above the "
         f"models without loops of as many blocks by {named}: from that of {DOUBLE_BLOCKS} blocks "
         f"the looped model is {paired(arms[LOOPED], arms['dense-4'], bits)[0]:+.3f}.",
-        f"{behind[0]:+.4f} ± {behind[1]:.4f} bits from 2x the parameters; {made_up}; phi {fitted}",
+        f"{_signed(behind)} bits from 2x the parameters; {made_up}; phi {fitted}",
         ("model", "seeds", "parameters", "training FLOPs", "bits per byte",
          f"above {WHOLE}"),
         [_row(arm, found, arms[WHOLE]) for arm, found in (arms | swept).items()],
@@ -199,6 +199,10 @@ def plot(summary: Summary, path: Path) -> None:
             loops.plot(range(1, len(middle) + 1), middle, "^-", color=colour, label=arm)
         loops.set(xlabel="loops", ylabel="bits per byte", title="Against loops")
         loops.legend(fontsize=7)
+
+
+def _signed(value: tuple[float, float]) -> str:
+    return ("+" if value[0] >= 0 else "") + shown(value)
 
 
 def _flops(found: Sequence[Record]) -> float:
