@@ -14,7 +14,7 @@ class Stopwatch:
         self.clear()
 
     def clear(self) -> None:
-        """Start anew."""
+        """Restart."""
         self.cpu = self.wall = 0.0
         self.calls = 0
 

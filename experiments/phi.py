@@ -53,7 +53,7 @@ def phi(arms: Sequence[Runs], seed: int = 0) -> Estimate:
     At least three arms of one loop and one of more are needed; all saw the same tokens. What a
     seed adds to every arm, such as the order of the data, is removed first, as arms may have
     different numbers of seeds. The interval is that of refits to losses with noise: its deviation
-    is what arms and seeds leave unexplained, drawn anew for every refit, as few runs leave it
+    is what arms and seeds leave unexplained, redrawn for every refit, as few runs leave it
     uncertain.
     """
     log_n = np.log([arm.once + arm.loops**_PHI * arm.recurrent for arm in arms])
