@@ -23,6 +23,7 @@ CLAIMS = {
     "c10": "c10_branches",
     "c11": "c11_reasoning",
     "c11b": "c11b_state_tracking",
+    "c11c": "c11c_larger_boards",
     "text": "text_recipe",
     "systematic": "systematic",
 }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 
-from experiments.c11_reasoning.sudoku_recipe import CHOSEN_LOOPS, LEVELS
 from experiments.tasks.sudoku import Questions, Sudoku
 from open_mythos.data import IGNORE_INDEX, Batch
 from open_mythos.evaluation.early_exit import Variant, run_exits, wall_clock
@@ -29,28 +28,30 @@ def measure_gate(
     task: Sudoku,
     questions: Questions,
     seed: int,
+    levels: Sequence[str],
+    n_loops: int,
     *,
     rows: int,
     positions: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Train the gate on fresh puzzles and solve ``questions`` with it.
+    """Train the gate on fresh puzzles and solve ``questions`` with it in up to ``n_loops`` loops.
 
     Returns:
         "loops" per cell and "by_level", the share "solved", that at full depth, and the seconds of
         both.
     """
-    config = GateConfig(n_loops=CHOSEN_LOOPS, positions=positions, steps=steps, seed=seed)
+    config = GateConfig(n_loops=n_loops, positions=positions, steps=steps, seed=seed)
     train_gate(model, _puzzles(task, rows), config)
     rule, test = exit_rule(f"gate:{THRESHOLD}", model), _batch(task, questions)
-    variants: list[Variant] = [(CHOSEN_LOOPS, [rule]), (CHOSEN_LOOPS, [None])]
+    variants: list[Variant] = [(n_loops, [rule]), (n_loops, [None])]
     with frozen(model, torch.float32):
         early, full = (run_exits(model, [test], *variant) for variant in variants)
         seconds = wall_clock(model, [test], variants, REPEATS)
     loops_M = early.exits[0].double().mean(1).numpy()
     return {
         "loops": float(loops_M.mean()),
-        "by_level": {level: float(loops_M[questions.level(level)].mean()) for level in LEVELS},
+        "by_level": {level: float(loops_M[questions.level(level)].mean()) for level in levels},
         "solved": _solved(early.right_N, test), "solved_full": _solved(full.right_N, test),
         "seconds": seconds[0], "seconds_full": seconds[1],
     }  # fmt: skip

@@ -25,7 +25,6 @@ CHOSEN_LOOPS = 32
 LOOPS = (1, 2, 4, 6, TRAINED_LOOPS, 12, 16, CHOSEN_LOOPS, 64)
 LEVELS = ("1-3", "4", "5", "6-7", "8+", "guess")
 """Difficulty: rounds of elimination that a solver needs, or that it has to guess."""
-HARDEST = LEVELS[-1]
 STEPS = 1000
 RATE = 1e-2
 

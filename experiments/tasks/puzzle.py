@@ -7,18 +7,20 @@ from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
 
 
 def puzzle_recipe(
-    vocab_size: int, length: int, *, loops: int, lr: float, steps: int, quick: bool = False,
-    seed: int = 0,
+    vocab_size: int, length: int, *, loops: int, lr: float, steps: int, dim: int = 64,
+    batch: int = 64, quick: bool = False, seed: int = 0,
 ) -> RunConfig:  # fmt: skip
-    """Return the run: two blocks of width 64, half of the rows at ``loops`` loops, half around.
+    """Return the run: two blocks, heads of 16, half of the rows at ``loops`` loops, half around.
 
     The other half is uniform on 1 .. 2 ``loops``. Attention has no positions: a token of
     ``vocab_size`` says itself where it stands among the ``length``. ``quick`` makes the run tiny
     for smoke tests.
     """
-    dim, batch, steps = (16, 4, 3) if quick else (64, 64, steps)
+    if quick:
+        dim, batch, steps = 16, 4, 3
+    heads = max(4, dim // 16)
     model = MythosConfig(
-        vocab_size=vocab_size, dim=dim, n_heads=4, n_kv_heads=4, attn_type="gqa",
+        vocab_size=vocab_size, dim=dim, n_heads=heads, n_kv_heads=heads, attn_type="gqa",
         max_seq_len=length, max_loop_iters=loops, prelude_layers=0, recurrent_layers=2,
         coda_layers=0, n_experts=0, lora_rank=0, ffn_dim=2 * dim, rope_theta=0.0, causal=False,
     )  # fmt: skip

@@ -31,12 +31,15 @@ class Sudoku:
     Attributes:
         pool: Puzzles that training rows are made of.
         fewest: Fewest clues of a puzzle.
+        easy_steps: Steps at the start of training in which half of the rows show a share of their
+            empty cells too, uniform in [0, 1].
     """
 
     height: int = 2
     width: int = 3
     pool: int = 2000
     fewest: int = 0
+    easy_steps: int = 0
     seed: int = 0
 
     @cached_property
@@ -61,6 +64,9 @@ class Sudoku:
         rng = np.random.default_rng(derive_seed(self.seed, "sudoku/rows", step))
         chosen_B = rng.integers(self.pool, size=global_batch)
         clues_BN, solution_BN = self.grid.shuffle(rng, *(x[chosen_B] for x in self.puzzles))
+        if step < self.easy_steps:
+            share_B1 = rng.random((global_batch, 1)) * rng.integers(2, size=(global_batch, 1))
+            clues_BN = np.where(rng.random(clues_BN.shape) < share_B1, solution_BN, clues_BN)
         targets_BN = np.where(clues_BN == 0, solution_BN, IGNORE_INDEX)
         first = step * global_batch
         return Batch(
@@ -108,10 +114,9 @@ class Questions:
         return Questions(*(getattr(self, field.name)[kept] for field in fields(self)))
 
     def level(self, name: str) -> Int64Array:
-        """Return the puzzles of a difficulty: "3", "6-7", "8+" rounds, or "guess"."""
-        if name == "guess":
-            return (self.guesses > 0).nonzero()[0]
-        low, _, high = name.rstrip("+").partition("-")
-        most = np.inf if name.endswith("+") else int(high or low)
-        within = (self.rounds >= int(low)) & (self.rounds <= most)
-        return ((self.guesses == 0) & within).nonzero()[0]
+        """Return the puzzles of a difficulty: "3", "6-7", "8+" rounds; "guess", "2-3 guesses"."""
+        asked, _, guess = name.partition(" ") if name != "guess" else ("1+", "", name)
+        low, _, high = asked.rstrip("+").partition("-")
+        needed, easier = (self.guesses, False) if guess else (self.rounds, self.guesses > 0)
+        most = np.inf if asked.endswith("+") else int(high or low)
+        return ((needed >= int(low)) & (needed <= most) & ~easier).nonzero()[0]

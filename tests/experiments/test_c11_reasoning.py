@@ -1,4 +1,4 @@
-"""C11: answers by depth, the gate, the verdict by the mark."""
+"""C11 and C11c: answers by depth, the gate, the verdict by the mark."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from experiments import c11_reasoning as c11
-from experiments.c11_reasoning.sudoku_recipe import answers, recipe, untrained
+from experiments import c11c_larger_boards as c11c
+from experiments.c11_reasoning.sudoku_recipe import Answers, answers, recipe, untrained
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART, UNCLEAR
 from experiments.tasks.sudoku import Sudoku
 
@@ -42,23 +43,33 @@ def test_answers_at_each_depth_are_those_of_single_calls():
 def test_shares_of_puzzles_and_cells():
     questions = TASK.questions(80)
     half = np.where(np.arange(80)[:, None] % 2, questions.solution, 1)
-    found = c11.sudoku_recipe.Answers([1, 2], [half, questions.solution])
+    found = Answers([1, 2], [half, questions.solution])
     level = c11.LEVELS[1]
     odd = (questions.level(level) % 2).mean()
     assert found.solved(questions, level) == [odd, 1.0]
     assert odd < found.cells(questions, level)[0] < 1
 
 
-def figures(cell, deep, dense, equal, easy):
-    levels = {level: [easy if level == c11.LEVELS[0] else deep] * len(c11.LOOPS)
-              for level in c11.LEVELS}  # fmt: skip
+@pytest.fixture(params=[c11, c11c], ids=["c11", "c11c"])
+def claim(request):
+    return request.param
+
+
+def figures(cell, deep, dense, equal, easy, sudoku):
+    levels = {level: [easy if level == sudoku.levels[0] else deep] * len(sudoku.loops)
+              for level in sudoku.levels}  # fmt: skip
     if cell.arm.startswith("dense"):
-        share = equal if cell.arm in c11.EQUAL else dense
-        levels = {level: [share] for level in c11.LEVELS}
-    exits = {"by_level": dict.fromkeys(c11.LEVELS, 9.5), "loops": 9.5, "solved": 0.9,
+        share = equal if cell.arm in sudoku.equal else dense
+        levels = {level: [share] for level in sudoku.levels}
+    exits = {"by_level": dict.fromkeys(sudoku.levels, 9.5), "loops": 9.5, "solved": 0.9,
              "solved_full": 0.91, "seconds": 1.0, "seconds_full": 2.0}  # fmt: skip
     return {"solved": levels, "cells": [0.5], "parameters": 9, "training_flops": 1e12,
-            "asked": dict.fromkeys(c11.LEVELS, 5), "exits": exits}  # fmt: skip
+            "asked": dict.fromkeys(sudoku.levels, 5), "exits": exits}  # fmt: skip
+
+
+def summary(claim, recorded, *shares):
+    cells = claim.cells("cpu")
+    return claim.summarise([recorded(c, **figures(c, *shares, claim.SUDOKU)) for c in cells])
 
 
 @pytest.mark.parametrize(
@@ -70,23 +81,21 @@ def figures(cell, deep, dense, equal, easy):
         (0.0, 0.0, 0.0, 0.2, UNCLEAR),
     ],
 )
-def test_verdicts(recorded, deep, dense, equal, easy, verdict):
-    found = [recorded(c, **figures(c, deep, dense, equal, easy)) for c in c11.cells("cpu")]
-    assert c11.summarise(found).verdict.startswith(verdict)
+def test_verdicts(claim, recorded, deep, dense, equal, easy, verdict):
+    assert summary(claim, recorded, deep, dense, equal, easy).verdict.startswith(verdict)
 
 
-def test_figures_and_plot(recorded, tmp_path):
-    found = [recorded(c, **figures(c, 0.9, 0.5, 0.1, 1.0)) for c in c11.cells("cpu")]
-    summary = c11.summarise(found)
-    assert "the best of all (dense-16-blocks) 50.0%" in summary.sentence
-    assert "in 50% of the time" in summary.sentence
-    c11.plot(summary, tmp_path / "c11.png")
-    assert (tmp_path / "c11.png").stat().st_size > 10_000
+def test_figures_and_plot(claim, recorded, tmp_path):
+    found = summary(claim, recorded, 0.9, 0.5, 0.1, 1.0)
+    assert "the best of all (dense-16-blocks) 50.0%" in found.sentence
+    assert "in 50% of the time" in found.sentence
+    claim.plot(found, tmp_path / "claim.png")
+    assert (tmp_path / "claim.png").stat().st_size > 10_000
 
 
-def test_quick_cells_run(place):
-    looped, dense = (c11.run_cell(cell, place) for cell in c11.cells("quick"))
-    assert len(looped["solved"][c11.HARDEST]) == len(c11.LOOPS)
-    assert len(dense["solved"][c11.HARDEST]) == 1
+def test_quick_cells_run(claim, place):
+    looped, dense = (claim.run_cell(cell, place) for cell in claim.cells("quick"))
+    assert len(looped["solved"]["guess"]) == len(claim.SUDOKU.loops)
+    assert len(dense["solved"]["guess"]) == 1
     assert abs(looped["parameters"] - dense["parameters"]) < 0.02 * dense["parameters"]
-    assert 1 <= looped["exits"]["loops"] <= c11.CHOSEN_LOOPS
+    assert 1 <= looped["exits"]["loops"] <= claim.CHOSEN_LOOPS

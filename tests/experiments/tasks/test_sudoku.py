@@ -100,6 +100,19 @@ def test_batches_are_pure_and_fresh():
     assert (one.input_ids // 7 == torch.arange(36)).all()
 
 
+def test_half_of_the_first_rows_show_more_cells():
+    task = Sudoku(pool=6, easy_steps=4)
+    easy, plain = task.batch(3, global_batch=200), Sudoku(pool=6).batch(3, global_batch=200)
+    of_easy, of_plain = ((row.targets != IGNORE_INDEX).numpy() for row in (easy, plain))
+    assert not (of_easy & ~of_plain).any()  # what is shown was empty
+    assert 0.4 < (of_easy == of_plain).all(1).mean() < 0.6
+    assert 0.65 < of_easy.sum() / of_plain.sum() < 0.85
+    clues = easy.input_ids.numpy() % 7
+    assert SIX.check(np.where(clues > 0, clues, easy.targets.numpy())).all()
+    after = task.batch(4, global_batch=200).input_ids
+    assert torch.equal(after, Sudoku(pool=6).batch(4, global_batch=200).input_ids)
+
+
 def test_a_model_is_read_at_empty_cells():
     task = Sudoku(pool=6)
     batch = task.batch(0, global_batch=4)
@@ -113,6 +126,9 @@ def test_questions_are_sorted_by_difficulty():
     assert sorted(np.concatenate(levels).tolist()) == list(range(120))
     assert (questions.guesses[levels[-1]] > 0).all()
     assert (questions.rounds[levels[3]] >= 6).all()
+    by_guesses = [questions.level(name) for name in ("1 guess", "2-3 guesses", "4+ guesses")]
+    assert sorted(np.concatenate(by_guesses).tolist()) == levels[-1].tolist()
+    assert (questions.guesses[by_guesses[0]] == 1).all()
     few = questions.at_most(5, ("0-3", "4", "guess"))
     assert len(few.level("4")) == 5
     assert len(few.clues) == 10 + min(5, len(levels[-1]))

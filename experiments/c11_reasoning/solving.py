@@ -1,0 +1,196 @@
+"""A claim on Sudokus: looped against dense models, by loops and by difficulty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from experiments.c11_reasoning.exits import measure_gate
+from experiments.c11_reasoning.sudoku_recipe import answers, puzzles, untrained
+from experiments.claim import QUICK, Cell, Place, Record, Summary, arms_by_seed, sweep, verdict
+from experiments.figure import COLOURS, lines, log2_ticks, panels
+from experiments.spread import Metric, at_depth, by_arm, columns, over_seeds, share
+from experiments.tasks.sudoku import Sudoku
+from experiments.training import build, fit, run_of
+from open_mythos.accounting import account
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.train import RunConfig
+
+LOOPED = "looped"
+
+
+@dataclass(frozen=True)
+class SudokuClaim:
+    """The arms of a claim on Sudokus, how they are asked, and its mark.
+
+    Attributes:
+        task: The puzzles.
+        recipe: Run of an arm, from ``lr`` and ``quick``.
+        arms: Arm -> "seeds", and what is special: "dense", "unrolled" (loops that it is as deep
+            as), "times" (the steps), "lr", "random_start". One is "looped".
+        equal: The dense arms of equal parameters.
+        levels: Levels of difficulty, see :meth:`Questions.level`; the last one decides.
+        trained: Loops of the recipe.
+        chosen: Loops of the verdict.
+        loops: Loops at which puzzles are asked, rising.
+        asked: Number of test puzzles.
+        ahead: Percentage points by which the looped model has to be ahead.
+        learnt: Share of the easiest puzzles that it has to solve.
+        wide: Puzzles per pass through a model.
+    """
+
+    task: Sudoku
+    recipe: Callable[..., RunConfig]
+    arms: Mapping[str, Mapping[str, Any]]
+    equal: tuple[str, ...]
+    levels: tuple[str, ...]
+    trained: int
+    chosen: int
+    loops: tuple[int, ...]
+    asked: int
+    ahead: float
+    learnt: float
+    wide: int = 512
+
+    def cells(self, scale: str) -> list[Cell]:
+        """Return every arm with its seeds, one seed after the other."""
+        if scale == QUICK:
+            looped, dense = (self._settings(scale, dense=dense) for dense in (False, True))
+            return sweep({LOOPED: looped, "dense": dense}, [0])
+        return arms_by_seed(self.arms, partial(self._settings, scale))
+
+    def _settings(
+        self, scale: str, *, dense: bool = False, lr: float | None = None, times: int = 1,
+        unrolled: int | None = None, random_start: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        quick = scale == QUICK
+        run = self.recipe(quick=quick, **({} if lr is None else {"lr": lr}))
+        run.architecture = "dense" if dense else "looped"
+        run.train.steps *= times
+        if scale == "gpu":
+            run.train.device = "cuda"
+        gate = (
+            {"rows": 2, "positions": 64, "steps": 2} if quick
+            else {"rows": 256, "positions": 4096, "steps": 600}
+        )  # fmt: skip
+        task = asdict(replace(self.task, pool=4) if quick else self.task)
+        return {"run": run.to_dict(), "task": task, "random_start": random_start,
+                "unrolled": unrolled, "loops": list(self.loops),
+                "asked": 60 if quick else self.asked, "gate": None if dense else gate}  # fmt: skip
+
+    def run_cell(self, cell: Cell, place: Place) -> dict[str, Any]:
+        """Train the arm and ask it at every number of loops; train a gate on a looped one."""
+        run, s = run_of(cell), cell.settings
+        task = Sudoku(**s["task"])
+        model = build(run) if s["random_start"] else untrained(run, task, unrolled=s["unrolled"])
+        curves = fit(model, puzzles(run, task), run)
+        questions = task.questions(s["asked"])
+        found = answers(model, questions.clues, s["loops"], task, self.wide)
+        counts = account(model, context=run.train.seq_len)
+        rows = run.train.steps * run.train.global_batch * run.train.seq_len
+        figures = {
+            "parameters": counts.parameters_without_embedding,
+            "training_flops": rows * counts.training_flops(run.depth.expected),
+            "asked": {level: len(questions.level(level)) for level in self.levels},
+            "solved": {level: found.solved(questions, level) for level in self.levels},
+            "cells": found.cells(questions, self.levels[-1]),
+            "curve": curves["loss"],
+        }
+        if isinstance(model, OpenMythos):
+            figures["exits"] = measure_gate(
+                model, task, questions, cell.seed, self.levels, self.chosen, **s["gate"]
+            )
+        return figures
+
+    def solved(self, level: str = "", loops: int = 0) -> Metric:
+        """Return the metric of the share solved; a dense model has no loops."""
+
+        def of(record: Record) -> float:
+            values = record.figures["solved"][level or self.levels[-1]]
+            return at_depth(values, record.settings["loops"], loops or self.chosen)
+
+        return of
+
+    def _mean(self, found: Sequence[Record], level: str = "", loops: int = 0) -> float:
+        return over_seeds(found, self.solved(level, loops))[0]
+
+    def summarise(self, records: Sequence[Record]) -> Summary:
+        """Compare the looped model with every dense arm on the puzzles that need guessing."""
+        arms = by_arm(records)
+        looped = arms[LOOPED]
+        deep, learnt = self._mean(looped), self._mean(looped, self.levels[0])
+        dense = {arm: self._mean(found) for arm, found in arms.items() if arm.startswith("dense")}
+        equal = max(dense[arm] for arm in self.equal if arm in dense)
+        best = max(dense, key=lambda arm: dense[arm])
+        exits = self._exits(looped)
+        hops = ", ".join(f"{loops:.1f}" for loops in exits["loops"].values())
+        at = {loops: f"{self._mean(looped, loops=loops):.1%}" for loops in self.loops}
+        return Summary(
+            verdict(
+                100 * (deep - dense[best]) >= self.ahead, 100 * (deep - equal) >= self.ahead,
+                unclear=(
+                    "" if learnt >= self.learnt else "the rules were not learnt in these steps"
+                ),
+            ),
+            f"Of the puzzles that need guessing the looped model solves {at[4]} with 4 loops, "
+            f"{at[self.trained]} with {self.trained}, {at[self.chosen]} with {self.chosen} and "
+            f"{at[self.loops[-1]]} with {self.loops[-1]}; the best dense arm of equal parameters "
+            f"{equal:.1%}, the best of all ({best}) {dense[best]:.1%}. With a trained gate it "
+            f"solves {exits['solved']:.1%} of all puzzles with {exits['mean']:.1f} loops on "
+            f"average ({exits['full']:.1%} with {self.chosen}) in {exits['time']:.0%} of the "
+            f"time; by difficulty the loops are {hops}.",
+            f"guessing {at[self.chosen]} at {self.chosen} loops, dense {equal:.1%} (equal "
+            f"parameters), {dense[best]:.1%} (equal FLOPs)",
+            ("arm", "seeds", "parameters", "training FLOPs", "loops",
+             *(f"{level} ({looped[0].figures['asked'][level]})" for level in self.levels)),
+            [row for arm, found in arms.items() for row in self._rows(arm, found)],
+            {"grid": [columns(r.figures["solved"][level] for r in looped) for level in self.levels],
+             "dense": {arm: [self._mean(arms[arm], level) for level in self.levels]
+                       for arm in dense},
+             "exits": exits},
+        )  # fmt: skip
+
+    def _rows(self, arm: str, found: Sequence[Record]) -> list[tuple[str, ...]]:
+        first = found[0].figures
+        depths = [4, self.trained, self.chosen, self.loops[-1]]
+        return [
+            (
+                arm, str(len(found)), f"{first['parameters']:,}", f"{first['training_flops']:.1e}",
+                "-" if arm.startswith("dense") else str(loops),
+                *(share(found, self.solved(level, loops)) for level in self.levels),
+            )
+            for loops in (depths if arm == LOOPED else [self.chosen])
+        ]  # fmt: skip
+
+    def _exits(self, looped: Sequence[Record]) -> dict[str, Any]:
+        """Return the means over seeds of what the gate does."""
+        found = [record.figures["exits"] for record in looped]
+        return {
+            "loops": {level: mean(each["by_level"][level] for each in found)
+                      for level in self.levels},
+            "mean": mean(each["loops"] for each in found),
+            "solved": mean(each["solved"] for each in found),
+            "full": mean(each["solved_full"] for each in found),
+            "time": mean(each["seconds"] / each["seconds_full"] for each in found),
+        }  # fmt: skip
+
+    def plot(self, summary: Summary, path: Path) -> None:
+        """Plot the share solved over loops, all arms over difficulty, and loops under the gate."""
+        data = summary.data
+        with panels(path, 3) as (grid, arms, exits):
+            lines(grid, self.loops, dict(zip(self.levels, data["grid"], strict=True)), small=True)
+            log2_ticks(grid, self.loops)
+            grid.set(title="Sudoku: same weights, more loops", xlabel="loops",
+                     ylabel="puzzles solved", ylim=(0, 1.03))  # fmt: skip
+            place = self.loops.index(self.chosen)
+            shown = {f"looped, {self.chosen} loops": [row[place] for row in data["grid"]]}
+            lines(arms, range(len(self.levels)), shown | data["dense"], small=True)
+            arms.set_xticks(range(len(self.levels)), self.levels)
+            arms.set(title="All arms by difficulty", xlabel="rounds that a solver needs",
+                     ylim=(0, 1.03))  # fmt: skip
+            exits.bar(self.levels, list(data["exits"]["loops"].values()), color=COLOURS[0])
+            exits.set(title="Loops per cell under the gate", xlabel="rounds that a solver needs")
