@@ -44,10 +44,11 @@ def measure_gate(
     config = GateConfig(n_loops=n_loops, positions=positions, steps=steps, seed=seed)
     train_gate(model, _puzzles(task, rows), config)
     rule, test = exit_rule(f"gate:{THRESHOLD}", model), _batch(task, questions)
+    asked = test.to(model.final_norm.weight.device)
     variants: list[Variant] = [(n_loops, [rule]), (n_loops, [None])]
     with frozen(model, torch.float32):
-        early, full = (run_exits(model, [test], *variant) for variant in variants)
-        seconds = wall_clock(model, [test], variants, REPEATS)
+        early, full = (run_exits(model, [asked], *variant) for variant in variants)
+        seconds = wall_clock(model, [asked], variants, REPEATS)
     loops_M = early.exits[0].double().mean(1).numpy()
     return {
         "loops": float(loops_M.mean()),

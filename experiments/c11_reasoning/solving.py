@@ -21,6 +21,9 @@ from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import RunConfig
 
 LOOPED = "looped"
+HARDEST = "guess"
+"""Level that decides."""
+SHALLOW = 4
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,20 @@ class SudokuClaim:
     Attributes:
         task: The puzzles.
         recipe: Run of an arm, from ``lr`` and ``quick``.
-        arms: Arm -> "seeds", and what is special: "dense", "unrolled" (loops that it is as deep
-            as), "times" (the steps), "lr", "random_start". One is "looped".
-        equal: The dense arms of equal parameters.
-        levels: Levels of difficulty, see :meth:`Questions.level`; the last one decides.
-        trained: Loops of the recipe.
+        arms: Arm -> "seeds", and what is special: "dense", "unrolled" (as deep as so many loops),
+            "times" (as many steps), "lr", "random_start". One is "looped".
+        levels: Levels of difficulty, see :meth:`Questions.level`.
+        trained: Loops of training that are shown.
         chosen: Loops of the verdict.
         loops: Loops at which puzzles are asked, rising.
         asked: Number of test puzzles.
         ahead: Percentage points by which the looped model has to be ahead.
         learnt: Share of the easiest puzzles that it has to solve.
-        wide: Puzzles per pass through a model.
     """
 
     task: Sudoku
     recipe: Callable[..., RunConfig]
     arms: Mapping[str, Mapping[str, Any]]
-    equal: tuple[str, ...]
     levels: tuple[str, ...]
     trained: int
     chosen: int
@@ -54,7 +54,17 @@ class SudokuClaim:
     asked: int
     ahead: float
     learnt: float
-    wide: int = 512
+
+    @property
+    def asked_levels(self) -> tuple[str, ...]:
+        """Return all levels that are measured."""
+        return tuple(dict.fromkeys((*self.levels, HARDEST)))
+
+    @property
+    def equal(self) -> list[str]:
+        """Return the dense arms of equal parameters."""
+        return [arm for arm, about in self.arms.items()
+                if about.get("dense") and "unrolled" not in about]  # fmt: skip
 
     def cells(self, scale: str) -> list[Cell]:
         """Return every arm with its seeds, one seed after the other."""
@@ -77,8 +87,9 @@ class SudokuClaim:
             {"rows": 2, "positions": 64, "steps": 2} if quick
             else {"rows": 256, "positions": 4096, "steps": 600}
         )  # fmt: skip
-        task = asdict(replace(self.task, pool=4) if quick else self.task)
-        return {"run": run.to_dict(), "task": task, "random_start": random_start,
+        task = replace(self.task, easy_steps=self.task.easy_steps * times)
+        task = replace(task, pool=4) if quick else task
+        return {"run": run.to_dict(), "task": asdict(task), "random_start": random_start,
                 "unrolled": unrolled, "loops": list(self.loops),
                 "asked": 60 if quick else self.asked, "gate": None if dense else gate}  # fmt: skip
 
@@ -89,33 +100,35 @@ class SudokuClaim:
         model = build(run) if s["random_start"] else untrained(run, task, unrolled=s["unrolled"])
         curves = fit(model, puzzles(run, task), run)
         questions = task.questions(s["asked"])
-        found = answers(model, questions.clues, s["loops"], task, self.wide)
+        found = answers(model, questions.clues, s["loops"], task)
         counts = account(model, context=run.train.seq_len)
         rows = run.train.steps * run.train.global_batch * run.train.seq_len
         figures = {
             "parameters": counts.parameters_without_embedding,
             "training_flops": rows * counts.training_flops(run.depth.expected),
-            "asked": {level: len(questions.level(level)) for level in self.levels},
-            "solved": {level: found.solved(questions, level) for level in self.levels},
-            "cells": found.cells(questions, self.levels[-1]),
+            "asked": {level: len(questions.level(level)) for level in self.asked_levels},
+            "solved": {level: found.solved(questions, level) for level in self.asked_levels},
+            "cells": found.cells(questions, HARDEST),
             "curve": curves["loss"],
         }
         if isinstance(model, OpenMythos):
             figures["exits"] = measure_gate(
-                model, task, questions, cell.seed, self.levels, self.chosen, **s["gate"]
+                model, task, questions, cell.seed, self.asked_levels, self.chosen, **s["gate"]
             )
         return figures
 
-    def solved(self, level: str = "", loops: int = 0) -> Metric:
+    def solved(self, level: str = HARDEST, loops: int | None = None) -> Metric:
         """Return the metric of the share solved; a dense model has no loops."""
 
         def of(record: Record) -> float:
-            values = record.figures["solved"][level or self.levels[-1]]
+            values = record.figures["solved"][level]
             return at_depth(values, record.settings["loops"], loops or self.chosen)
 
         return of
 
-    def _mean(self, found: Sequence[Record], level: str = "", loops: int = 0) -> float:
+    def _mean(
+        self, found: Sequence[Record], level: str = HARDEST, loops: int | None = None
+    ) -> float:
         return over_seeds(found, self.solved(level, loops))[0]
 
     def summarise(self, records: Sequence[Record]) -> Summary:
@@ -136,17 +149,17 @@ class SudokuClaim:
                     "" if learnt >= self.learnt else "the rules were not learnt in these steps"
                 ),
             ),
-            f"Of the puzzles that need guessing the looped model solves {at[4]} with 4 loops, "
-            f"{at[self.trained]} with {self.trained}, {at[self.chosen]} with {self.chosen} and "
-            f"{at[self.loops[-1]]} with {self.loops[-1]}; the best dense arm of equal parameters "
-            f"{equal:.1%}, the best of all ({best}) {dense[best]:.1%}. With a trained gate it "
-            f"solves {exits['solved']:.1%} of all puzzles with {exits['mean']:.1f} loops on "
-            f"average ({exits['full']:.1%} with {self.chosen}) in {exits['time']:.0%} of the "
-            f"time; by difficulty the loops are {hops}.",
+            f"Of the puzzles that need guessing the looped model solves {at[SHALLOW]} with "
+            f"{SHALLOW} loops, {at[self.trained]} with {self.trained}, {at[self.chosen]} with "
+            f"{self.chosen} and {at[self.loops[-1]]} with {self.loops[-1]}; the best dense arm of "
+            f"equal parameters {equal:.1%}, the best of all ({best}) {dense[best]:.1%}. With a "
+            f"trained gate it solves {exits['solved']:.1%} of all puzzles with "
+            f"{exits['mean']:.1f} loops on average ({exits['full']:.1%} with {self.chosen}) in "
+            f"{exits['time']:.0%} of the time; by difficulty the loops are {hops}.",
             f"guessing {at[self.chosen]} at {self.chosen} loops, dense {equal:.1%} (equal "
             f"parameters), {dense[best]:.1%} (equal FLOPs)",
             ("arm", "seeds", "parameters", "training FLOPs", "loops",
-             *(f"{level} ({looped[0].figures['asked'][level]})" for level in self.levels)),
+             *(f"{level} ({looped[0].figures['asked'][level]})" for level in self.asked_levels)),
             [row for arm, found in arms.items() for row in self._rows(arm, found)],
             {"grid": [columns(r.figures["solved"][level] for r in looped) for level in self.levels],
              "dense": {arm: [self._mean(arms[arm], level) for level in self.levels]
@@ -156,12 +169,12 @@ class SudokuClaim:
 
     def _rows(self, arm: str, found: Sequence[Record]) -> list[tuple[str, ...]]:
         first = found[0].figures
-        depths = [4, self.trained, self.chosen, self.loops[-1]]
+        depths = [SHALLOW, self.trained, self.chosen, self.loops[-1]]
         return [
             (
                 arm, str(len(found)), f"{first['parameters']:,}", f"{first['training_flops']:.1e}",
                 "-" if arm.startswith("dense") else str(loops),
-                *(share(found, self.solved(level, loops)) for level in self.levels),
+                *(share(found, self.solved(level, loops)) for level in self.asked_levels),
             )
             for loops in (depths if arm == LOOPED else [self.chosen])
         ]  # fmt: skip
@@ -189,8 +202,12 @@ class SudokuClaim:
             place = self.loops.index(self.chosen)
             shown = {f"looped, {self.chosen} loops": [row[place] for row in data["grid"]]}
             lines(arms, range(len(self.levels)), shown | data["dense"], small=True)
-            arms.set_xticks(range(len(self.levels)), self.levels)
-            arms.set(title="All arms by difficulty", xlabel="rounds that a solver needs",
-                     ylim=(0, 1.03))  # fmt: skip
+            arms.set_xticks(range(len(self.levels)), self.levels, fontsize=8)
+            needs = "rounds, or guesses, that a solver needs"
+            arms.set(title="All arms by difficulty", xlabel=needs, ylim=(0, 1.03))
             exits.bar(self.levels, list(data["exits"]["loops"].values()), color=COLOURS[0])
-            exits.set(title="Loops per cell under the gate", xlabel="rounds that a solver needs")
+            exits.tick_params(axis="x", labelsize=8)
+            exits.set(
+                title="Loops per cell under the gate",
+                xlabel=needs,
+            )

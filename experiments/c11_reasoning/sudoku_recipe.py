@@ -94,8 +94,8 @@ def answers(
     """Return the boards that ``model`` fills in after each of ``loops`` (rising)."""
     ids_MN = task.tokens(clues_MN)
     found: list[list[Int64Array]] = []
-    with frozen(model, torch.float32):
-        for part in ids_MN.split(rows):
+    with frozen(model, torch.float32) as device:
+        for part in ids_MN.to(device).split(rows):
             if not isinstance(model, OpenMythos):
                 found.append([task.boards(part, model(part))])
                 continue

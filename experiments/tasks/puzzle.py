@@ -8,13 +8,13 @@ from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
 
 def puzzle_recipe(
     vocab_size: int, length: int, *, loops: int, lr: float, steps: int, dim: int = 64,
-    batch: int = 64, quick: bool = False, seed: int = 0,
+    batch: int = 64, mixed_share: float = 0.5, quick: bool = False, seed: int = 0,
 ) -> RunConfig:  # fmt: skip
-    """Return the run: two blocks, heads of 16, half of the rows at ``loops`` loops, half around.
+    """Return the run of two blocks of width ``dim``, at ``loops`` loops.
 
-    The other half is uniform on 1 .. 2 ``loops``. Attention has no positions: a token of
-    ``vocab_size`` says itself where it stands among the ``length``. ``quick`` makes the run tiny
-    for smoke tests.
+    The depth of a share of the rows, ``mixed_share``, is uniform on 1 .. 2 ``loops`` instead.
+    Attention has no positions: a token of ``vocab_size`` says itself where it stands among the
+    ``length``. ``quick`` makes the run tiny for smoke tests.
     """
     if quick:
         dim, batch, steps = 16, 4, 3
@@ -26,7 +26,7 @@ def puzzle_recipe(
     )  # fmt: skip
     return RunConfig(
         model=model,
-        depth=DepthConfig(plan="mixed", mean=loops, mixed_share=0.5),
+        depth=DepthConfig(plan="mixed", mean=loops, mixed_share=mixed_share),
         optim=OptimConfig(name="muon", lr=lr, beta2=0.98),
         train=TrainConfig(
             seed=seed, steps=steps, warmup_steps=min(50, steps), seq_len=length,

@@ -82,8 +82,8 @@ class Sudoku:
     def boards(self, ids_MN: Tensor, logits_MNV: Tensor) -> Int64Array:
         """Return (M, N) boards whose empty cells hold the likeliest digits."""
         n = self.grid.digits
-        clues_MN = ids_MN.numpy() % (n + 1)
-        filled_MN = logits_MNV[..., 1 : n + 1].argmax(-1).numpy() + 1
+        clues_MN = ids_MN.cpu().numpy() % (n + 1)
+        filled_MN = logits_MNV[..., 1 : n + 1].argmax(-1).cpu().numpy() + 1
         return np.where(clues_MN > 0, clues_MN, filled_MN)
 
     def questions(self, count: int) -> Questions:
@@ -115,8 +115,8 @@ class Questions:
 
     def level(self, name: str) -> Int64Array:
         """Return the puzzles of a difficulty: "3", "6-7", "8+" rounds; "guess", "2-3 guesses"."""
-        asked, _, guess = name.partition(" ") if name != "guess" else ("1+", "", name)
-        low, _, high = asked.rstrip("+").partition("-")
-        needed, easier = (self.guesses, False) if guess else (self.rounds, self.guesses > 0)
-        most = np.inf if asked.endswith("+") else int(high or low)
-        return ((needed >= int(low)) & (needed <= most) & ~easier).nonzero()[0]
+        amount, _, guesses = ("1+ guesses" if name == "guess" else name).partition(" ")
+        needed_M = self.guesses if guesses else np.where(self.guesses > 0, -1, self.rounds)
+        low, _, high = amount.rstrip("+").partition("-")
+        most = np.inf if amount.endswith("+") else int(high or low)
+        return ((needed_M >= int(low)) & (needed_M <= most)).nonzero()[0]

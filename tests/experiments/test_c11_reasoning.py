@@ -55,16 +55,25 @@ def claim(request):
     return request.param
 
 
+def test_arms_of_more_steps_have_as_many_easy_ones():
+    for cell in c11c.cells("cpu"):
+        steps = cell.settings["run"]["train"]["steps"]
+        assert cell.settings["task"]["easy_steps"] / steps == c11c.EASY_STEPS / c11c.STEPS
+    assert {len(c11.SUDOKU.equal), len(c11c.SUDOKU.equal)} == {4}
+    depth = c11c.recipe().depth
+    assert (depth.mean, depth.mixed_share) == (c11c.MEAN_LOOPS, 1)
+
+
 def figures(cell, deep, dense, equal, easy, sudoku):
     levels = {level: [easy if level == sudoku.levels[0] else deep] * len(sudoku.loops)
-              for level in sudoku.levels}  # fmt: skip
+              for level in sudoku.asked_levels}  # fmt: skip
     if cell.arm.startswith("dense"):
         share = equal if cell.arm in sudoku.equal else dense
-        levels = {level: [share] for level in sudoku.levels}
-    exits = {"by_level": dict.fromkeys(sudoku.levels, 9.5), "loops": 9.5, "solved": 0.9,
+        levels = {level: [share] for level in sudoku.asked_levels}
+    exits = {"by_level": dict.fromkeys(sudoku.asked_levels, 9.5), "loops": 9.5, "solved": 0.9,
              "solved_full": 0.91, "seconds": 1.0, "seconds_full": 2.0}  # fmt: skip
     return {"solved": levels, "cells": [0.5], "parameters": 9, "training_flops": 1e12,
-            "asked": dict.fromkeys(sudoku.levels, 5), "exits": exits}  # fmt: skip
+            "asked": dict.fromkeys(sudoku.asked_levels, 5), "exits": exits}  # fmt: skip
 
 
 def summary(claim, recorded, *shares):
