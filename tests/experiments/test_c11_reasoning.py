@@ -102,6 +102,9 @@ def test_figures_and_plot(claim, recorded, tmp_path):
     assert (tmp_path / "claim.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    "claim", [pytest.param(c11, id="c11"), pytest.param(c11c, id="c11c", marks=pytest.mark.slow)]
+)
 def test_quick_cells_run(claim, place):
     looped, dense = (claim.run_cell(cell, place) for cell in claim.cells("quick"))
     assert len(looped["solved"]["guess"]) == len(claim.SUDOKU.loops)
