@@ -18,7 +18,7 @@ DOUBLE = 2 * TRAINED_LOOPS
 UNROLLED = 2 * TRAINED_LOOPS
 """Blocks of the dense model that is as deep as the loops of two blocks."""
 AHEAD, LEARNT = 20, 0.9
-SEEDS = 3
+SEEDS = 5
 
 CLAIM = Claim.read(__file__, vars())
 SUDOKU = SudokuClaim(
