@@ -151,7 +151,8 @@ def shown_names(names: set[str]) -> Callable[[str], bool]:
 
 def test_metrics_and_dashboard(url: str) -> None:
     """Every metric of the table comes from a real server, and every name of the dashboard, too."""
-    httpx.post(f"{url}/v1/completions", json={"prompt": "x", "nonsense": 1})
+    for body in ({"prompt": "x", "max_tokens": 4}, {"prompt": "x", "nonsense": 1}):
+        httpx.post(f"{url}/v1/completions", json=body)
     for _ in range(100):  # until a heartbeat has told of a loop
         text = httpx.get(f"{url}/metrics").text
         if f"{PREFIX}tick_rows_count" in text:
