@@ -74,11 +74,11 @@ class SudokuClaim:
         return arms_by_seed(self.arms, partial(self._settings, scale))
 
     def _settings(
-        self, scale: str, *, dense: bool = False, lr: float | None = None, times: int = 1,
-        unrolled: int | None = None, random_start: bool = False,
+        self, scale: str, *, dense: bool = False, times: int = 1, unrolled: int | None = None,
+        random_start: bool = False, **of_recipe: float,
     ) -> dict[str, Any]:  # fmt: skip
         quick = scale == QUICK
-        run = self.recipe(quick=quick, **({} if lr is None else {"lr": lr}))
+        run = self.recipe(quick=quick, **of_recipe)
         run.architecture = "dense" if dense else "looped"
         run.train.steps *= times
         if scale == "gpu":
@@ -87,8 +87,8 @@ class SudokuClaim:
             {"rows": 2, "positions": 64, "steps": 2} if quick
             else {"rows": 256, "positions": 4096, "steps": 600}
         )  # fmt: skip
-        task = replace(self.task, easy_steps=self.task.easy_steps * times)
-        task = replace(task, pool=4) if quick else task
+        task = replace(self.task, easy_steps=self.task.easy_steps * times,
+                       pool=4 if quick else self.task.pool)  # fmt: skip
         return {"run": run.to_dict(), "task": asdict(task), "random_start": random_start,
                 "unrolled": unrolled, "loops": list(self.loops),
                 "asked": 60 if quick else self.asked, "gate": None if dense else gate}  # fmt: skip
@@ -140,14 +140,12 @@ class SudokuClaim:
         equal = max(dense[arm] for arm in self.equal if arm in dense)
         best = max(dense, key=lambda arm: dense[arm])
         exits = self._exits(looped)
-        hops = ", ".join(f"{loops:.1f}" for loops in exits["loops"].values())
+        by_level = ", ".join(f"{loops:.1f}" for loops in exits["loops"].values())
         at = {loops: f"{self._mean(looped, loops=loops):.1%}" for loops in self.loops}
         return Summary(
             verdict(
                 100 * (deep - dense[best]) >= self.ahead, 100 * (deep - equal) >= self.ahead,
-                unclear=(
-                    "" if learnt >= self.learnt else "the rules were not learnt in these steps"
-                ),
+                unclear="" if learnt >= self.learnt else "the rules were not learnt in these steps",
             ),
             f"Of the puzzles that need guessing the looped model solves {at[SHALLOW]} with "
             f"{SHALLOW} loops, {at[self.trained]} with {self.trained}, {at[self.chosen]} with "
@@ -155,7 +153,7 @@ class SudokuClaim:
             f"equal parameters {equal:.1%}, the best of all ({best}) {dense[best]:.1%}. With a "
             f"trained gate it solves {exits['solved']:.1%} of all puzzles with "
             f"{exits['mean']:.1f} loops on average ({exits['full']:.1%} with {self.chosen}) in "
-            f"{exits['time']:.0%} of the time; by difficulty the loops are {hops}.",
+            f"{exits['time']:.0%} of the time; by difficulty the loops are {by_level}.",
             f"guessing {at[self.chosen]} at {self.chosen} loops, dense {equal:.1%} (equal "
             f"parameters), {dense[best]:.1%} (equal FLOPs)",
             ("arm", "seeds", "parameters", "training FLOPs", "loops",
@@ -207,7 +205,4 @@ class SudokuClaim:
             arms.set(title="All arms by difficulty", xlabel=needs, ylim=(0, 1.03))
             exits.bar(self.levels, list(data["exits"]["loops"].values()), color=COLOURS[0])
             exits.tick_params(axis="x", labelsize=8)
-            exits.set(
-                title="Loops per cell under the gate",
-                xlabel=needs,
-            )
+            exits.set(title="Loops per cell under the gate", xlabel=needs)

@@ -1,4 +1,4 @@
-"""C11c: the same on boards of 81 cells, where half of the puzzles need guesses."""
+"""C11c: the same on boards of 81 cells, where two puzzles in five need guesses."""
 
 from __future__ import annotations
 
