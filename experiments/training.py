@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from experiments.claim import Cell
+from experiments.tasks.loader import ChainLoader
+from open_mythos.accounting import account
 from open_mythos.errors import DataError
 from open_mythos.model.dense import DenseTransformer
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.seeding import derive_seed
 from open_mythos.train import RunConfig, Trainer, build_model, find_checkpoint
 from open_mythos.train.build import Model
@@ -80,3 +83,20 @@ def fit(
             trainer.resume(find_checkpoint(checkpoints))
     trainer.fit()
     return curves.points
+
+
+def chain_costs(model: Model, run: RunConfig, loader: ChainLoader, hops: int) -> dict[str, Any]:
+    """Return parameters, tokens and training FLOPs of a run on chains of ``hops``.
+
+    The loops of long steps are included.
+    """
+    tokens = loader.drawn(run.train.steps) * (hops + 1)
+    counts = account(model, context=hops + 1)
+    depth = run.depth
+    deep = depth.expected + depth.expected_further
+    loops = (deep, depth.expected) if isinstance(model, OpenMythos) else ()
+    return {
+        "parameters": counts.parameters_without_embedding,
+        "tokens": tokens,
+        "training_flops": tokens * counts.training_flops(*loops),
+    }

@@ -22,11 +22,10 @@ from experiments.claim import (
 )
 from experiments.figure import COLOURS, lines, log2_ticks, panels
 from experiments.spread import at_depth, by_arm, columns, share
-from experiments.tasks import PermHopLoader
+from experiments.tasks import ChainLoader
 from experiments.tasks.accuracy import answered
 from experiments.tasks.word_problem import WordProblem
-from experiments.training import build, fit, run_of
-from open_mythos.accounting import account
+from experiments.training import build, chain_costs, fit, run_of
 
 TASK = WordProblem()
 TRAINED = 5
@@ -87,21 +86,14 @@ def _settings(
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """Train the arm and ask it for the products of unseen words."""
     s, run = cell.settings, run_of(cell)
-    loader = PermHopLoader(
+    loader = ChainLoader(
         TASK, global_batch=run.train.global_batch, hops=TRAINED, pair_from=s["pair_from"],
         chains=s["words"],
     )  # fmt: skip
     model = build(run, unrolled=s["unrolled"])
     curve = fit(model, loader, run)["loss"]
-    counts = account(model, context=TRAINED + 1)
-    steps = run.train.steps
-    rows = s["pair_from"] + s["words"] * (steps - s["pair_from"])
-    tokens = rows * run.train.global_batch * (TRAINED + 1)
-    deep = run.depth.expected + run.depth.expected_further
-    loops = (deep, run.depth.expected) if run.architecture == "looped" else ()
     return {
-        "parameters": counts.parameters_without_embedding,
-        "training_flops": tokens * counts.training_flops(*loops),
+        **chain_costs(model, run, loader, TRAINED),
         "right": [
             answered(model, *TASK.questions(length, s["programs"]), s["loops"])
             for length in s["lengths"]

@@ -22,15 +22,12 @@ from experiments.c1_depth.chain_recipe import (
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
 from experiments.figure import COLOURS, lines, log2_ticks, panels
 from experiments.spread import at_depth, by_arm, columns, each, share, span
-from experiments.tasks import PermHopLoader
-from experiments.training import build, fit, run_of
-from open_mythos.accounting import account
+from experiments.tasks import ChainLoader
+from experiments.training import build, chain_costs, fit, run_of
 from open_mythos.evaluation.frozen import frozen
 from open_mythos.model.exit_rules import exit_rule
 from open_mythos.model.layers.injection import LTIInjection
-from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.trace import LoopTrace
-from open_mythos.train import RunConfig
 from open_mythos.train.build import Model
 
 SOLVED, SHALLOW, DENSE_AT_MOST, PART, DECAY_POINTS = 0.95, 0.60, 0.25, 0.50, 2
@@ -109,7 +106,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """Train the arm and measure it on held-out chains."""
     s = cell.settings
     run = run_of(cell)
-    loader = PermHopLoader(
+    loader = ChainLoader(
         TASK, global_batch=run.train.global_batch, hops=s["hops"], pair_from=s["pair_from"],
         final_only=s["final_only"],
     )  # fmt: skip
@@ -123,7 +120,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         "longest": accuracy_grid(model, [ask["longest"]], ask["loops"], ask["longest_programs"])[0],
         "rules": {rule: _measure_rule(model, rule, ask) for rule in ask["rules"]},
         "curve": curve,
-        **_costs(model, run, s["hops"], s["pair_from"]),
+        **chain_costs(model, run, loader, s["hops"]),
     }
 
 
@@ -154,22 +151,6 @@ def _measure_rule(model: Model, rule: str, ask: dict[str, Any]) -> list[dict[str
             }
         )
     return found
-
-
-def _costs(model: Model, run: RunConfig, hops: int, pair_from: int | None) -> dict[str, Any]:
-    """Return parameters, tokens and training FLOPs, including the loops of long steps."""
-    steps = run.train.steps
-    rows = steps + (0 if pair_from is None else max(0, steps - pair_from))
-    tokens = rows * run.train.global_batch * (hops + 1)
-    counts = account(model, context=hops + 1)
-    depth = run.depth
-    deep = depth.expected + depth.expected_further
-    loops = (deep, depth.expected) if isinstance(model, OpenMythos) else ()
-    return {
-        "parameters": counts.parameters_without_embedding,
-        "tokens": tokens,
-        "training_flops": tokens * counts.training_flops(*loops),
-    }
 
 
 _SHOWN = (SHALLOW_LOOPS, 10, CHOSEN_LOOPS, MANY_LOOPS, MOST_LOOPS)

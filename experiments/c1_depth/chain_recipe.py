@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.tasks import PermHop, PermHopLoader
+from experiments.tasks import ChainLoader, PermHop
 from experiments.tasks.accuracy import answered
 from open_mythos.config import MythosConfig
 from open_mythos.train import DepthConfig, OptimConfig, RunConfig, TrainConfig
@@ -50,9 +50,9 @@ def recipe(seed: int = 0, *, quick: bool = False) -> RunConfig:
     )  # fmt: skip
 
 
-def chains(run: RunConfig) -> PermHopLoader:
+def chains(run: RunConfig) -> ChainLoader:
     """Return the training data: chains of five hops, single and later in pairs."""
-    return PermHopLoader(
+    return ChainLoader(
         TASK,
         global_batch=run.train.global_batch,
         hops=TRAINED_HOPS,

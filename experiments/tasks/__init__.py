@@ -2,8 +2,8 @@
 
 from experiments.tasks.facts import ComposedFacts
 from experiments.tasks.in_context import InContextHop
-from experiments.tasks.loader import TaskLoader
-from experiments.tasks.permhop import PermHop, PermHopLoader
+from experiments.tasks.loader import ChainLoader, TaskLoader
+from experiments.tasks.permhop import PermHop
 
 SMALL = {
     "n_heads": 4, "n_kv_heads": 4, "attn_type": "gqa", "n_experts": 0, "lora_rank": 0,
@@ -11,4 +11,4 @@ SMALL = {
 }  # fmt: skip
 """Fields of the small models that learn these tasks."""
 
-__all__ = ["SMALL", "ComposedFacts", "InContextHop", "PermHop", "PermHopLoader", "TaskLoader"]
+__all__ = ["SMALL", "ChainLoader", "ComposedFacts", "InContextHop", "PermHop", "TaskLoader"]

@@ -50,22 +50,20 @@ class ComposedFacts:
         generator = seeded_generator(self.graph.seed, "facts/lone")
         return (torch.rand(shape, generator=generator) < self.lone_share).numpy()
 
-    def batch(self, step: int, *, global_batch: int, hops: int) -> Batch:
-        """Draw the training chains (B, hops + 1) of ``step``.
+    def batch(self, step: int, *, global_batch: int, hops: int, chains: int = 1) -> Batch:
+        """Draw the training rows (B, chains * (hops + 1)) of ``step``, of ``chains`` each.
 
-        The first relation is labeled; a later one only if no fact up to it is lone and the chain
-        up to it is not held out.
+        The first relation of a chain is labeled; a later one only if no fact up to it is lone and
+        the chain up to it is not held out.
         """
-        drawn = self.graph.batch(step, global_batch=global_batch, hops=hops)
-        tokens = drawn.input_ids.numpy()
+        drawn = self.graph.batch(step, global_batch=global_batch, hops=hops, chains=chains)
+        tokens = drawn.input_ids.view(-1, hops + 1).numpy()
         entity_B, relations_BK = tokens[:, 0], tokens[:, 1:] - self.graph.entities
         labelled_BK = self.kinds(entity_B, relations_BK)["trained"]
         targets_BK = np.where(labelled_BK, self.graph.answers(entity_B, relations_BK), IGNORE_INDEX)
         unlabelled_B1 = np.full((len(entity_B), 1), IGNORE_INDEX, np.int64)
-        return Batch(
-            drawn.input_ids, torch.from_numpy(np.c_[unlabelled_B1, targets_BK]), None,
-            drawn.sample_index,
-        )  # fmt: skip
+        targets = torch.from_numpy(np.c_[unlabelled_B1, targets_BK]).view(global_batch, -1)
+        return Batch(drawn.input_ids, targets, None, drawn.sample_index)
 
     def questions(self, kind: str, hops: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return every chain of a kind (Q, hops + 1) and the answers (Q,)."""

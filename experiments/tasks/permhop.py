@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.tasks.loader import TaskLoader
 from open_mythos.checks import check_count, check_number
 from open_mythos.data.batch import IGNORE_INDEX, Batch
 from open_mythos.data.permutation import Int64Array, UInt64Array, mix64
@@ -136,38 +134,3 @@ class PermHop:
         entity_B = words[:, 0] % np.uint64(self.entities)
         relations_BK = words[:, 1:] % np.uint64(self.relations)
         return entity_B.astype(np.int64), relations_BK.astype(np.int64)
-
-
-class PermHopLoader(TaskLoader):
-    """Draw fresh programs at every step, and rows of ``chains`` from step ``pair_from`` on.
-
-    Single programs come first because they are learned faster.
-    """
-
-    def __init__(
-        self,
-        task: PermHop,
-        *,
-        global_batch: int,
-        hops: int,
-        pair_from: int | None = None,
-        final_only: bool = False,
-        chains: int = 2,
-    ) -> None:
-        super().__init__(task, global_batch=global_batch, hops=hops)
-        self._programs, self._pair_from, self._final_only = task, pair_from, final_only
-        self._chains = check_count("chains", chains)
-
-    def next_batch(self, step: int) -> Batch:
-        """Draw the programs of ``step``."""
-        several = self._pair_from is not None and step >= self._pair_from
-        return self._programs.batch(
-            step, global_batch=self._global_batch, **self._asked,
-            chains=self._chains if several else 1, final_only=self._final_only,
-        )  # fmt: skip
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return position and identity, JSON-ready."""
-        own = {"pair_from": self._pair_from, "final_only": self._final_only,
-               "chains": self._chains}  # fmt: skip
-        return super().state_dict() | own

@@ -36,10 +36,10 @@ RATES = {
     (ONE_LOOP, 1): (2e-2, 1e-2, 4e-2),
 }  # fmt: skip
 """(arm, width in units of the smaller one) -> learning rates; the first is the best of seed 0."""
-SEEDS, OF_PHI, FEWER = 3, 2, 1
-PHI = ("2-loops", "dense-2x-blocks", "dense-4x-blocks")
-"""Arms of which phi is estimated; other changes have fewer seeds."""
-RATE, DENSE_RATE = 4e-2, 1e-2
+SEEDS = 3
+RATE = {1: 4e-2, 2: 1e-2}
+"""Width -> learning rate of the recipe, and of every change of it."""
+DENSE_RATE = 1e-2
 BITS = 1.4426950408889634
 """Bits of one nat."""
 
@@ -70,6 +70,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "dense-adamw": {"architecture": "dense", "optimizer": "adamw", "lr": 1e-2},
 }
 """Arm -> what differs from the recipe."""
+WIDE = (
+    "fixed", "gains", "orthogonal", "8-loops-gains", "poisson", "every-loop", "2-lanes", "4-lanes",
+    "grown", "selective",
+)  # fmt: skip
+"""Changes measured at width 128 too: those of the loop, whose learning rate is the recipe's."""
 
 
 def cells(scale: str) -> list[Cell]:
@@ -84,14 +89,22 @@ def cells(scale: str) -> list[Cell]:
             settings = _settings(scale, arm, width=width, lr=lr, architecture=architecture, **about)
             seeds = range(SEEDS if lr == rates[0] else 1)
             found += sweep({_name(arm, width, lr): settings}, seeds)
-    for arm in (*PHI, *(arm for arm in _CHANGES if arm not in PHI)):
-        seeds = range(OF_PHI if arm in PHI else FEWER)
-        found += sweep({arm: _settings(scale, arm, **_CHANGES[arm])}, seeds)
+    for width, names in ((1, tuple(_CHANGES)), (2, WIDE)):
+        for seed in range(SEEDS):
+            for arm in names:
+                settings = _settings(
+                    scale, arm, **{"width": width, "lr": RATE[width]} | _CHANGES[arm]
+                )
+                found += sweep({_changed(arm, width): settings}, [seed])
     return found
 
 
+def _changed(arm: str, width: int) -> str:
+    return f"{arm}{'-wide' if width > 1 else ''}"
+
+
 def _name(arm: str, width: int, lr: float) -> str:
-    return f"{arm}{'-wide' if width > 1 else ''}-lr{lr:g}"
+    return f"{_changed(arm, width)}-lr{lr:g}"
 
 
 def _settings(
@@ -99,7 +112,7 @@ def _settings(
     arm: str,
     *,
     width: int = 1,
-    lr: float = RATE,
+    lr: float = RATE[1],
     loops: int = LOOPS,
     depth: dict[str, Any] = _MIXED,
     architecture: str = "looped",
@@ -174,7 +187,7 @@ def summarise(records: Sequence[Record]) -> Summary:
         for w, (ours, _) in sides.items()
     }
     once = minus(_bits(_best(arms, ONE_LOOP, 1)), _bits(sides[1][0]))
-    better, worse = _changes(arms, sides[1][0])
+    better, worse = zip(*(_beyond_noise(arms, w, sides[w][0]) for w in sides), strict=True)
     flops = {arm: _from(arms[arm], sides[1][0]) for arm in _FLOPS}
     worth = {loops: _phi(arms, sides[1], loops) for loops in (2, LOOPS)}
     return Summary(
@@ -191,18 +204,21 @@ def summarise(records: Sequence[Record]) -> Summary:
         f"{LOOPS} times the blocks is {shown(flops[_FLOPS[0]])} from it, one trained for {LOOPS} "
         f"times the steps {shown(flops[_FLOPS[1]])}. By the dense models of 2, 4 and 8 blocks "
         f"{LOOPS} loops have phi {worth[LOOPS]}, 2 loops {worth[2]}. Changes that lower its loss "
-        f"by more than one deviation: {better or 'none'}; that raise it: {worse or 'none'}.",
+        f"by more than one deviation: {better[0]} at width 64, {better[1]} at width 128; that "
+        f"raise it: {worse[0]} at width 64, {worse[1]} at width 128.",
         f"-{shares[1]:.1%} and -{shares[2]:.1%} bits at equal parameters; equal FLOPs "
         f"{flops[_FLOPS[1]][0]:+.3f}",
         ("arm", "seeds", "parameters", "training FLOPs", "time",
          *(f"{n} loops" for n in EVALUATED), "from the recipe"),
-        [_row(name, found, sides[1][0]) for name, found in arms.items()],
+        [_row(name, found, sides[found[0].settings["width"]][0]) for name, found in arms.items()],
         {"loops": list(EVALUATED),
          "curves": {"width 64": columns(r.figures["bits"] for r in sides[1][0]),
                     "width 128": columns(r.figures["bits"] for r in sides[2][0])},
          "dense": {"width 64": mean_std(_bits(sides[1][1]))[0],
                    "width 128": mean_std(_bits(sides[2][1]))[0]},
-         "changes": {name: _from(arms[name], sides[1][0]) for name in _CHANGES}},
+         "changes": {"width 64": {name: _from(arms[name], sides[1][0]) for name in _CHANGES},
+                     "width 128": {name: _from(arms[_changed(name, 2)], sides[2][0])
+                                   for name in WIDE}}},
     )  # fmt: skip
 
 
@@ -224,21 +240,17 @@ def _falls(records: Sequence[Record]) -> bool:
     return all(later < earlier for earlier, later in pairwise(middle))
 
 
-def _changes(arms: dict[str, list[Record]], recipe: Sequence[Record]) -> tuple[str, str]:
-    """Name the looped arms that are better, and worse, than the recipe beyond the spread.
-
-    With one seed the spread is that of the recipe over its seeds.
-    """
+def _beyond_noise(
+    arms: dict[str, list[Record]], width: int, recipe: Sequence[Record]
+) -> tuple[str, str]:
+    """Name the looped arms that are better, and worse, than the recipe by over one deviation."""
     better, worse = list[str](), list[str]()
-    own = mean_std(_bits(recipe))[1]
-    for name in _CHANGES:
-        if name.startswith("dense"):
-            continue
-        middle, spread = _from(arms[name], recipe)
-        spread = spread if len(arms[name]) > 1 else own
-        if abs(middle) > spread:
-            (better if middle < 0 else worse).append(f"{name} ({middle:+.4f})")
-    return ", ".join(better), ", ".join(worse)
+    for name in _CHANGES if width == 1 else WIDE:
+        if not name.startswith("dense"):
+            middle, spread = _from(arms[_changed(name, width)], recipe)
+            if abs(middle) > spread:
+                (better if middle < 0 else worse).append(f"{name} ({middle:+.4f})")
+    return ", ".join(better) or "none", ", ".join(worse) or "none"
 
 
 def plot(summary: Summary, path: Path) -> None:
@@ -251,11 +263,16 @@ def plot(summary: Summary, path: Path) -> None:
         depth.legend(fontsize=8)
         log2_ticks(depth, data["loops"])
         depth.set(title="Same weights, more loops", xlabel="loops", ylabel="bits per byte")
-        names = list(data["changes"])[::-1]
-        middles, spreads = zip(*(data["changes"][name] for name in names), strict=True)
-        colours = [COLOURS[1] if name.startswith("dense") else COLOURS[0] for name in names]
-        changes.barh(names, middles, xerr=spreads, color=colours)
+        names = list(data["changes"]["width 64"])[::-1]
+        for (width, found), colour, up in zip(
+            data["changes"].items(), COLOURS, (0.2, -0.2), strict=False
+        ):
+            middles, spreads = zip(*(found[name] for name in names if name in found), strict=True)
+            places = [i + up for i, name in enumerate(names) if name in found]
+            changes.barh(places, middles, 0.4, xerr=spreads, color=colour, label=width)
+        changes.set_yticks(range(len(names)), names)
         changes.axvline(0, color=MUTED)
+        changes.legend(fontsize=8)
         changes.set(title="One change each", xlabel="bits per byte from the recipe (left: better)")
 
 
@@ -267,8 +284,7 @@ def _row(name: str, found: Sequence[Record], recipe: Sequence[Record]) -> tuple[
     )
     bits = [f"{value:.3f}" for value in columns(r.figures["bits"] for r in found)]
     bits += ["-"] * (len(EVALUATED) - len(bits))
-    apart = shown(_from(found, recipe))
     return (
         name, str(len(found)), f"{first['parameters']:,}", f"{first['training_flops']:.1e}",
-        f"{time:.1f}x", *bits, apart if found[0].settings["width"] == 1 else "-",
+        f"{time:.1f}x", *bits, shown(_from(found, recipe)),
     )  # fmt: skip

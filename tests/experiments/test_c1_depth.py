@@ -10,7 +10,7 @@ from experiments import c1_depth as c1
 from experiments.c1_depth import ARMS, DENSE_RIVALS, LEARNABLE, LOOPED, asked, without_injection
 from experiments.c1_depth.chain_recipe import TASK, accuracy_grid, chains, recipe
 from experiments.claim import DOES_NOT_HOLD, HOLDS, HOLDS_IN_PART
-from experiments.tasks import PermHopLoader
+from experiments.tasks import ChainLoader
 from experiments.tasks.accuracy import answered
 from open_mythos.train import RunConfig, build_model
 
@@ -76,7 +76,7 @@ def test_one_pass_answers_as_separate_calls():
 
 def test_final_answers_alone_are_labelled():
     plain, final = (
-        PermHopLoader(TASK, global_batch=64, hops=3, pair_from=1, final_only=only)
+        ChainLoader(TASK, global_batch=64, hops=3, pair_from=1, final_only=only)
         for only in (False, True)
     )
     for step, ends in ((0, [3]), (1, [3, 7])):

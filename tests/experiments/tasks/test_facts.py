@@ -81,6 +81,13 @@ def test_labels_are_the_answers():
     assert (batch.targets[:, 2].numpy() == answers[:, 1])[labelled].all()
 
 
+def test_chains_stand_one_after_the_other():
+    pairs, single = (TASK.batch(5, global_batch=64 // n, hops=2, chains=n) for n in (2, 1))
+    assert pairs.input_ids.shape == pairs.targets.shape == (32, 6)
+    assert torch.equal(pairs.input_ids.view(64, 3), single.input_ids)
+    assert torch.equal(pairs.targets.view(64, 3), single.targets)
+
+
 def test_one_hop_is_always_trained():
     ids_BT, _ = TASK.questions("trained", 1)
     assert len(ids_BT) == 48

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.tasks import PermHop, PermHopLoader
+from experiments.tasks import ChainLoader, PermHop
 from open_mythos.errors import ConfigError, DataError
 
 TASK = PermHop()
@@ -106,16 +106,19 @@ def test_chains_stand_one_after_the_other() -> None:
 
 
 def test_the_loader_goes_over_to_pairs() -> None:
-    loader = PermHopLoader(TASK, global_batch=4, hops=5, pair_from=3)
+    loader = ChainLoader(TASK, global_batch=4, hops=5, pair_from=3)
     assert [loader.next_batch(step).input_ids.shape[1] for step in range(5)] == [6, 6, 6, 12, 12]
-    single = PermHopLoader(TASK, global_batch=4, hops=5)
+    single = ChainLoader(TASK, global_batch=4, hops=5)
     assert single.next_batch(99).input_ids.shape == (4, 6)
+    for each in (loader, single):
+        rows = [each.next_batch(step).input_ids for step in range(5)]
+        assert each.drawn(5) == sum(ids.numel() for ids in rows) // 6
 
 
 def test_the_loader_takes_up_its_own_position_only() -> None:
-    loader, other = (PermHopLoader(TASK, global_batch=4, hops=hops) for hops in (5, 4))
+    loader, other = (ChainLoader(TASK, global_batch=4, hops=hops) for hops in (5, 4))
     loader.step = 17
-    again = PermHopLoader(TASK, global_batch=4, hops=5)
+    again = ChainLoader(TASK, global_batch=4, hops=5)
     again.load_state_dict(loader.state_dict())
     assert again.step == 17
     with pytest.raises(DataError, match="other rows"):
