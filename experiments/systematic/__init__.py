@@ -13,10 +13,12 @@ import torch
 from experiments.claim import QUICK, Cell, Claim, Place, Record, Summary, sweep, verdict
 from experiments.figure import lines, log2_ticks, panels
 from experiments.spread import at_depth, by_arm, columns, share
+from experiments.systematic.states import replaced
 from experiments.tasks import SMALL, ChainLoader, ComposedFacts, PermHop
 from experiments.tasks.accuracy import answered
 from experiments.tasks.facts import KINDS
 from experiments.training import build, chain_costs, fit, run_of
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.seeding import seeded_generator
 from open_mythos.train.build import Model
 
@@ -116,6 +118,9 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
             }
             for hops in ask["hops"]
         },
+        "replaced": replaced(model, TASK, *_questions("lone", HOPS, ask["most"]), CHOSEN_LOOPS)
+        if isinstance(model, OpenMythos)
+        else {},
         "curves": curves,
         **chain_costs(model, run, loader, HOPS),
     }
@@ -141,6 +146,8 @@ def summarise(records: Sequence[Record]) -> Summary:
     longer = {arm: mean(accuracy(r, "known", LONGER) for r in found) for arm, found in arms.items()}
     dense, known = max(lone[arm] for arm in DENSE), mean(accuracy(r, "known") for r in looped)
     steps = {kind: _reached(looped, kind) for kind in STAGES}
+    swapped = {kind: mean(r.figures["replaced"][kind] for r in looped)
+               for kind in looped[0].figures["replaced"]}  # fmt: skip
     return Summary(
         verdict(
             lone[LOOPED] >= SOLVED and dense <= DENSE_AT_MOST,
@@ -156,7 +163,10 @@ def summarise(records: Sequence[Record]) -> Summary:
         f"chain per row: {longer[SINGLE]:.1%}; the best dense arm "
         f"{max(longer[arm] for arm in DENSE):.1%}). It answers half of the trained chains from "
         f"step {steps['trained']}, of the held-out ones from step {steps['known']}, of those of "
-        f"lone facts from step {steps['lone']}.",
+        f"lone facts from step {steps['lone']}. With the state of the first hop replaced in every "
+        f"loop by that of another fact to the same entity, it answers {swapped['known']:.1%} of "
+        f"the chains of lone facts if that fact is known, {swapped['lone']:.1%} if it is lone "
+        f"({swapped['own']:.1%} with their own).",
         f"lone facts {lone[LOOPED]:.1%}, dense {dense:.1%}",
         ("arm", "seeds", "parameters", "training FLOPs",
          *(f"{hops} hops, {kind}" for hops, kind in _SHOWN)),

@@ -79,6 +79,24 @@ class ComposedFacts:
         tokens = np.c_[entity_B, relations_BK + n][asked_B]
         return torch.from_numpy(tokens), torch.from_numpy(answers_B)
 
+    def first_hops(self, ids_BT: torch.Tensor, *, lone: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replace the first hop of chains by another fact, lone or not, to the same entity.
+
+        Returns:
+            The chains (B, T), and whether there is such a fact (B,); a chain without one is kept.
+        """
+        n = self.graph.entities
+        tokens = ids_BT.numpy().copy()
+        relation_B = tokens[:, 1] - n
+        reached_B = self.graph.tables[relation_B, tokens[:, 0]]
+        from_RB = np.argsort(self.graph.tables, axis=1)[:, reached_B]  # the inverse permutations
+        relation_R1 = np.arange(self.graph.relations)[:, None]
+        usable_RB = (self.lone[relation_R1, from_RB] == lone) & (relation_R1 != relation_B)
+        there_B, chosen_B = usable_RB.any(axis=0), usable_RB.argmax(axis=0)
+        hop_B2 = np.c_[from_RB[chosen_B, np.arange(len(tokens))], chosen_B + n]
+        tokens[there_B, :2] = hop_B2[there_B]
+        return torch.from_numpy(tokens), torch.from_numpy(there_B)
+
     def kinds(self, entity_B: Int64Array, relations_BK: Int64Array) -> dict[str, BoolArray]:
         """Return kind -> whether the prefix ending at each relation is of that kind, (B, K)."""
         reached_BK = self.graph.answers(entity_B, relations_BK)

@@ -36,7 +36,7 @@ RATES = {
     (ONE_LOOP, 1): (2e-2, 1e-2, 4e-2),
 }  # fmt: skip
 """(arm, width in units of the smaller one) -> learning rates; the first is the best of seed 0."""
-SEEDS = 3
+SEEDS, WIDE_SEEDS = 3, 2
 RATE = {1: 4e-2, 2: 1e-2}
 """Width -> learning rate of the recipe, and of every change of it."""
 DENSE_RATE = 1e-2
@@ -89,8 +89,8 @@ def cells(scale: str) -> list[Cell]:
             settings = _settings(scale, arm, width=width, lr=lr, architecture=architecture, **about)
             seeds = range(SEEDS if lr == rates[0] else 1)
             found += sweep({_name(arm, width, lr): settings}, seeds)
-    for width, names in ((1, tuple(_CHANGES)), (2, WIDE)):
-        for seed in range(SEEDS):
+    for width, names, n_seeds in ((1, tuple(_CHANGES), SEEDS), (2, WIDE, WIDE_SEEDS)):
+        for seed in range(n_seeds):
             for arm in names:
                 settings = _settings(
                     scale, arm, **{"width": width, "lr": RATE[width]} | _CHANGES[arm]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from helpers import randomise
 
 from experiments import systematic
+from experiments.c1_depth import without_injection
 from experiments.claim import (
     DOES_NOT_HOLD,
     HOLDS,
@@ -12,6 +15,7 @@ from experiments.claim import (
     UNCLEAR,
 )
 from experiments.systematic import ARMS, BETWEEN, LOOPED, STAGES
+from experiments.systematic.states import replaced, with_states_of
 from experiments.tasks.facts import KINDS
 from experiments.training import build
 from open_mythos.model.dense import parameter_count
@@ -30,6 +34,7 @@ def test_a_quick_cell_runs(cell, place):
     for kinds in figures["answered"].values():
         assert all(len(row) == depths and 0 <= min(row) <= max(row) <= 1 for row in kinds.values())
     assert [step for step, _ in figures["curves"]["eval/lone"]] == [2, 4]
+    assert set(figures["replaced"]) == ({"own", "known", "lone"} if cell.arm == LOOPED else set())
 
 
 def test_arms_are_of_the_sizes_they_claim():
@@ -49,6 +54,26 @@ def test_arms_are_of_the_sizes_they_claim():
     assert set(models) == set(ARMS)
 
 
+@torch.no_grad()
+def test_the_state_of_a_first_hop_is_replaced():
+    cell = next(cell for cell in CELLS if cell.arm == LOOPED)
+    run = RunConfig.from_dict(cell.settings["run"])
+    run.model.initial_state = "prelude"
+    model = randomise(build(run))
+    without_injection(model)
+    ids_BT, _ = systematic.TASK.questions("lone", 2)
+    plain_BV = model(ids_BT, n_loops=4)[:, -1]
+    assert torch.allclose(with_states_of(model, ids_BT, ids_BT, 4), plain_BV, atol=1e-5)
+    others_BT = ids_BT.clone()
+    others_BT[:, 1] = ids_BT[:, 1].roll(1)
+    others_BV = model(others_BT, n_loops=4)[:, -1]
+    assert not torch.allclose(others_BV, plain_BV, atol=1e-3)
+    # without injection the state at position 1 is all that the last position sees of its token
+    assert torch.allclose(with_states_of(model, ids_BT, others_BT, 4), others_BV, atol=1e-5)
+    found = replaced(model, systematic.TASK, ids_BT, plain_BV.argmax(-1), 4)
+    assert found["own"] == 1
+
+
 def results(recorded, *, lone=0.9, known=1.0, dense=0.05):
     """Records as if every cell had run."""
     found = []
@@ -58,9 +83,9 @@ def results(recorded, *, lone=0.9, known=1.0, dense=0.05):
         row = {kind: [of_kind.get(kind, 0.5)] * (5 if looped else 1) for kind in KINDS}
         curves = {f"eval/{kind}": [[40, 0.1], [80, 0.3 * (i + 1)]] for i, kind in enumerate(STAGES)}
         answered = {"2": row, "3": {kind: row[kind] for kind in KINDS[1:]}}
-        found.append(
-            recorded(cell, answered=answered, curves=curves, parameters=9, training_flops=1e9)
-        )
+        replaced = {"own": lone, "known": 0.95, "lone": 0.7} if looped else {}
+        costs = {"parameters": 9, "training_flops": 1e9}
+        found.append(recorded(cell, answered=answered, curves=curves, replaced=replaced, **costs))
     return found
 
 

@@ -81,6 +81,23 @@ def test_labels_are_the_answers():
     assert (batch.targets[:, 2].numpy() == answers[:, 1])[labelled].all()
 
 
+@pytest.mark.parametrize("lone", [False, True])
+def test_another_first_hop_reaches_the_same_entity(lone):
+    ids_BT, answers_B = TASK.questions("lone", 2)
+    others_BT, there_B = TASK.first_hops(ids_BT, lone=lone)
+    assert 0 < there_B.sum() <= len(ids_BT)
+    assert torch.equal(others_BT[~there_B], ids_BT[~there_B])
+    assert torch.equal(others_BT[:, 2], ids_BT[:, 2])
+    for row, other, answer in zip(
+        ids_BT[there_B].tolist(), others_BT[there_B].tolist(), answers_B[there_B], strict=True
+    ):
+        assert other[1] != row[1]
+        assert lone_facts(other) == [lone, True]
+        assert (
+            TASK.graph.tables[other[2] - 12, TASK.graph.tables[other[1] - 12, other[0]]] == answer
+        )
+
+
 def test_chains_stand_one_after_the_other():
     pairs, single = (TASK.batch(5, global_batch=64 // n, hops=2, chains=n) for n in (2, 1))
     assert pairs.input_ids.shape == pairs.targets.shape == (32, 6)
