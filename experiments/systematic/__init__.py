@@ -161,12 +161,12 @@ def summarise(records: Sequence[Record]) -> Summary:
         f"{lone[SINGLE]:.1%}. Of held-out chains of known facts it answers {known:.1%}, and of "
         f"chains of {LONGER} known facts, longer than any of training, {longer[LOOPED]:.1%} (one "
         f"chain per row: {longer[SINGLE]:.1%}; the best dense arm "
-        f"{max(longer[arm] for arm in DENSE):.1%}). It answers half of the trained chains from "
-        f"step {steps['trained']}, of the held-out ones from step {steps['known']}, of those of "
-        f"lone facts from step {steps['lone']}. With the state of the first hop replaced in every "
-        f"loop by that of another fact to the same entity, it answers {swapped['known']:.1%} of "
-        f"the chains of lone facts if that fact is known, {swapped['lone']:.1%} if it is lone "
-        f"({swapped['own']:.1%} with their own).",
+        f"{max(longer[arm] for arm in DENSE):.1%}). The looped model answers half of the trained "
+        f"chains from step {steps['trained']}, of the held-out ones from step {steps['known']}, of "
+        f"those of lone facts from step {steps['lone']}. With the state of the first hop replaced "
+        f"in every loop by that of another fact to the same entity, it answers "
+        f"{swapped['known']:.1%} of the chains of lone facts if that fact is known, "
+        f"{swapped['lone']:.1%} if it is lone ({swapped['own']:.1%} with their own).",
         f"lone facts {lone[LOOPED]:.1%}, dense {dense:.1%}",
         ("arm", "seeds", "parameters", "training FLOPs",
          *(f"{hops} hops, {kind}" for hops, kind in _SHOWN)),
