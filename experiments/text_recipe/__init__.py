@@ -36,7 +36,7 @@ RATES = {
     (ONE_LOOP, 1): (2e-2, 1e-2, 4e-2),
 }  # fmt: skip
 """(arm, width in units of the smaller one) -> learning rates; the first is the best of seed 0."""
-SEEDS, WIDE_SEEDS = 3, 2
+SEEDS = 3
 RATE = {1: 4e-2, 2: 1e-2}
 """Width -> learning rate of the recipe, and of every change of it."""
 DENSE_RATE = 1e-2
@@ -62,6 +62,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "selective": {"change": "selective"},
     "2-lanes": {"change": "2 lanes"},
     "4-lanes": {"change": "4 lanes"},
+    "4-lanes-lr0.02": {"change": "4 lanes", "lr": 2e-2},
     "8-loops-gains": {"change": "gains", "loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}},
     "2-loops": {"loops": 2, "depth": _MIXED | {"mean": 2}},
     "dense-2x-blocks": {"architecture": "dense", "lr": DENSE_RATE, "n_layers": BLOCKS * 2},
@@ -70,11 +71,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "dense-adamw": {"architecture": "dense", "optimizer": "adamw", "lr": 1e-2},
 }
 """Arm -> what differs from the recipe."""
-WIDE = (
-    "fixed", "gains", "orthogonal", "8-loops-gains", "poisson", "every-loop", "2-lanes", "4-lanes",
-    "grown", "selective",
-)  # fmt: skip
-"""Changes measured at width 128 too: those of the loop, whose learning rate is the recipe's."""
+WIDE = {
+    "fixed": SEEDS, "poisson": 2, "every-loop": 2, "grown": 2, "gains": 2, "orthogonal": 2,
+    "selective": 2, "2-lanes": SEEDS, "4-lanes": SEEDS, "8-loops-gains": 2,
+}  # fmt: skip
+"""Changes measured at width 128 too (all but the optimizer) -> seeds."""
 
 
 def cells(scale: str) -> list[Cell]:
@@ -89,13 +90,10 @@ def cells(scale: str) -> list[Cell]:
             settings = _settings(scale, arm, width=width, lr=lr, architecture=architecture, **about)
             seeds = range(SEEDS if lr == rates[0] else 1)
             found += sweep({_name(arm, width, lr): settings}, seeds)
-    for width, names, n_seeds in ((1, tuple(_CHANGES), SEEDS), (2, WIDE, WIDE_SEEDS)):
-        for seed in range(n_seeds):
-            for arm in names:
-                settings = _settings(
-                    scale, arm, **{"width": width, "lr": RATE[width]} | _CHANGES[arm]
-                )
-                found += sweep({_changed(arm, width): settings}, [seed])
+    for width, arms in ((1, dict.fromkeys(_CHANGES, SEEDS)), (2, WIDE)):
+        for arm, n in arms.items():
+            changes = {"width": width, "lr": RATE[width]} | _CHANGES[arm]
+            found += sweep({_changed(arm, width): _settings(scale, arm, **changes)}, range(n))
     return found
 
 
