@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.claim import QUICK, Cell, Place
-from experiments.training import build, fit, run_of
-from open_mythos.accounting import account
+from experiments.training import build, costs, fit, run_of
 from open_mythos.data import Batch, EpochWindows, Loader, TokenShards, prepare, read_documents
 from open_mythos.devices import resolve_dtype
 from open_mythos.evaluation import evaluate_depths
@@ -115,14 +114,7 @@ class Trained:
 
     def costs(self) -> dict[str, Any]:
         """Return non-embedding parameters, tokens, training FLOPs at the mean depth, and curve."""
-        counts = account(self.model, context=self.run.train.seq_len)
-        tokens = self.run.train.steps * self.run.train.global_batch * self.run.train.seq_len
-        return {
-            "parameters": counts.parameters_without_embedding,
-            "tokens": tokens,
-            "training_flops": tokens * counts.training_flops(self.run.depth.expected),
-            "curve": self.curve,
-        }
+        return {**costs(self.model, self.run), "curve": self.curve}
 
 
 def train(cell: Cell, place: Place, change: Callable[[Model], Any] = lambda model: None) -> Trained:

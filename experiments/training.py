@@ -14,7 +14,6 @@ from experiments.tasks.loader import ChainLoader
 from open_mythos.accounting import account
 from open_mythos.errors import DataError
 from open_mythos.model.dense import DenseTransformer
-from open_mythos.model.mythos import OpenMythos
 from open_mythos.seeding import derive_seed
 from open_mythos.train import RunConfig, Trainer, build_model, find_checkpoint
 from open_mythos.train.build import Model
@@ -85,18 +84,32 @@ def fit(
     return curves.points
 
 
-def chain_costs(model: Model, run: RunConfig, loader: ChainLoader, hops: int) -> dict[str, Any]:
-    """Return parameters, tokens and training FLOPs of a run on chains of ``hops``.
+def costs(
+    model: Model, run: RunConfig, *, tokens: int | None = None, context: int | None = None
+) -> dict[str, Any]:
+    """Return non-embedding parameters, tokens and training FLOPs at the mean depth.
 
     The loops of long steps are included.
+
+    Args:
+        model: Trained model.
+        run: Its run.
+        tokens: Tokens of training; steps, batch and sequence length of ``run`` by default.
+        context: Positions that a token attends to; the sequence length by default.
     """
-    tokens = loader.drawn(run.train.steps) * (hops + 1)
-    counts = account(model, context=hops + 1)
-    depth = run.depth
-    deep = depth.expected + depth.expected_further
-    loops = (deep, depth.expected) if isinstance(model, OpenMythos) else ()
+    train, depth = run.train, run.depth
+    if tokens is None:
+        tokens = train.steps * train.global_batch * train.seq_len
+    counts = account(model, context=context or train.seq_len)
+    per_token = counts.training_flops(depth.expected + depth.expected_further, depth.expected)
     return {
         "parameters": counts.parameters_without_embedding,
         "tokens": tokens,
-        "training_flops": tokens * counts.training_flops(*loops),
+        "training_flops": tokens * per_token,
     }
+
+
+def chain_costs(model: Model, run: RunConfig, loader: ChainLoader, hops: int) -> dict[str, Any]:
+    """Return the :func:`costs` of a run on chains of ``hops``, each a context of its own."""
+    length = hops + 1
+    return costs(model, run, tokens=loader.drawn(run.train.steps) * length, context=length)

@@ -32,8 +32,7 @@ from experiments.claim import (
 from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
 from experiments.spread import at_depth, by_arm, columns, share
 from experiments.tasks.saved import save_task
-from experiments.training import fit, run_of
-from open_mythos.accounting import account
+from experiments.training import costs, fit, run_of
 from open_mythos.hub.pretrained import save_pretrained
 from open_mythos.model.mythos import OpenMythos
 
@@ -87,11 +86,8 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     curve = fit(model, graphs(run), run)["loss"] if s["train"] else []
     asked = TASK.graphs(0, s["asked"], "test")
     found = look(model, TASK, asked, s["loops"])
-    counts = account(model, context=TASK.length)
-    rows = run.train.steps * run.train.global_batch * TASK.length
     figures = {
-        "parameters": counts.parameters_without_embedding,
-        "training_flops": rows * counts.training_flops(run.depth.expected) * s["train"],
+        **costs(model, run, tokens=None if s["train"] else 0),
         "right": by_distance(found, asked, TASK),
         "whole": [float((r | (asked.distance == 0)).all(1).mean()) for r in found.right],
         "curve": curve,

@@ -15,8 +15,7 @@ from experiments.claim import QUICK, Cell, Place, Record, Summary, arms_by_seed,
 from experiments.figure import COLOURS, lines, log2_ticks, panels
 from experiments.spread import Metric, at_depth, by_arm, columns, over_seeds, share
 from experiments.tasks.sudoku import Sudoku
-from experiments.training import build, fit, run_of
-from open_mythos.accounting import account
+from experiments.training import build, costs, fit, run_of
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import RunConfig
 
@@ -101,11 +100,8 @@ class SudokuClaim:
         curves = fit(model, puzzles(run, task), run)
         questions = task.questions(s["asked"])
         found = answers(model, questions.clues, s["loops"], task)
-        counts = account(model, context=run.train.seq_len)
-        rows = run.train.steps * run.train.global_batch * run.train.seq_len
         figures = {
-            "parameters": counts.parameters_without_embedding,
-            "training_flops": rows * counts.training_flops(run.depth.expected),
+            **costs(model, run),
             "asked": {level: len(questions.level(level)) for level in self.asked_levels},
             "solved": {level: found.solved(questions, level) for level in self.asked_levels},
             "cells": found.cells(questions, HARDEST),
