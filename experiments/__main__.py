@@ -47,15 +47,18 @@ def build_parser() -> Parser:
     run.add_argument("--fresh", action="store_true", help="discard finished cells and start over")
     run.add_argument("--quiet", action="store_true", help="hide the progress bar and the table")
     trace = commands.add_parser(
-        "trace", help="write an HTML trace of a chain or a Sudoku, loop by loop"
+        "trace", help="write an HTML trace of a chain, a Sudoku, a graph or a maze, loop by loop"
     )
     trace.add_argument("folder", type=Path, help="model folder, such as runs/demo/chains/looped")
     trace.add_argument(
         "prompt",
-        help='a chain: "e3 r1 r4"; or the cells of a Sudoku, . if empty ("" draws one)',
+        help='a chain: "e3 r1 r4"; the cells of a Sudoku, . if empty; a graph: "0: 0>3 3>5"; the '
+        'rounds that a maze needs; "" chooses a hard one of the last three',
     )
     trace.add_argument(
-        "--n-loops", type=int, help="number of loops (default: max_loop_iters; Sudoku: twice that)"
+        "--n-loops",
+        type=int,
+        help="number of loops (default: max_loop_iters; Sudoku: twice, maze: four times that)",
     )
     trace.add_argument("--exit", default="", help="early-exit rule to mark, such as kl:0.01,1.0")
     trace.add_argument(

@@ -85,11 +85,12 @@ def run_cells(
     pending = [cell for cell in cells if results.find(cell) is None]
     at_once = min(check_count("--workers", workers or default), max(1, len(pending)))
     threads = max(1, machine.cores() // at_once)
-    jobs = [
-        Job(claim, scale, cell, Place(work, work / "unfinished" / f"{claim}-{scale}-{cell.name}"),
-            threads, at_once)
-        for cell in pending
-    ]  # fmt: skip
+
+    def place(cell: Cell) -> Place:
+        own = f"{claim}-{scale}"
+        return Place(work, work / "models" / own, work / "unfinished" / f"{own}-{cell.name}")
+
+    jobs = [Job(claim, scale, cell, place(cell), threads, at_once) for cell in pending]
     commit, failures = current_commit(), list[Outcome]()
     with _progress(quiet) as progress, closing(_outcomes(jobs, at_once)) as outcomes:
         task = progress.add_task(claim, total=len(cells), completed=len(cells) - len(jobs), cell="")

@@ -110,6 +110,8 @@ class Place:
 
     shared: Path
     """Prepared text, shared by all cells."""
+    models: Path
+    """Models that the cells of a claim keep."""
     own: Path
     """Checkpoints of this cell, deleted when it finishes."""
 

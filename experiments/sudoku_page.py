@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from experiments.c11_reasoning.sudoku_recipe import answers
+from experiments.tasks.puzzle import answers
 from experiments.tasks.saved import looped_model
 from experiments.tasks.sudoku import Sudoku
 from experiments.tasks.sudoku_solver import Grid
@@ -76,15 +76,19 @@ def sudoku_page(folder: Path, task: Sudoku, puzzle: str, n_loops: int | None) ->
             allowed="clues that leave exactly one solution",
             fix="pass '' for a puzzle, or another one",
         )  # fmt: skip
-    found = answers(model, clues, range(1, depth + 1), task)
-    filled = {n: board[0].tolist() for n, board in zip(found.loops, found.boards, strict=True)}
+    ids = task.tokens(clues)
+    found = answers(model, ids, range(1, depth + 1), task)
+    filled = {
+        n: task.filled(ids, digits)[0].tolist()
+        for n, digits in zip(found.loops, found.tokens, strict=True)
+    }
     right = [n for n, board in filled.items() if board == solved.solution[0].tolist()]
     needs = (
         f"a solver needs {solved.rounds[0]} rounds of elimination" if not solved.guesses[0]
         else f"a solver has to guess after {solved.rounds[0]} rounds of elimination"
     )  # fmt: skip
     summary = f"{int((clues > 0).sum())} clues; {needs}. " + (
-        f"The model first has every cell right after {right[0]} loops of {depth}." if right
+        f"The model first has every cell right at loop {right[0]} of {depth}." if right
         else f"The model does not solve it in {depth} loops."
     )  # fmt: skip
     shown = boards(task.grid, clues[0].tolist(), filled, solved.solution[0].tolist())
@@ -96,7 +100,9 @@ def _read(task: Sudoku, puzzle: str) -> np.ndarray:
     """Return a puzzle as (1, N) clues."""
     if not puzzle:
         questions = task.questions(64)
-        return questions.clues[[int((100 * questions.guesses + questions.rounds).argmax())]]
+        return task.clues(
+            questions.ids[[int((100 * questions.guesses + questions.rounds).argmax())]]
+        )
     cells = puzzle.replace(".", "0")
     n, digits = task.grid.cells, task.grid.digits
     if len(cells) != n or not cells.isdecimal() or max(map(int, cells)) > digits:

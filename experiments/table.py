@@ -24,6 +24,7 @@ CLAIMS = {
     "c11": "c11_reasoning",
     "c11b": "c11b_state_tracking",
     "c11c": "c11c_larger_boards",
+    "c11d": "c11d_mazes",
     "text": "text_recipe",
     "systematic": "systematic",
 }

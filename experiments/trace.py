@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.graph_page import graph_page
+from experiments.maze_page import maze_page
 from experiments.sudoku_page import sudoku_page
 from experiments.tasks import PermHop
 from experiments.tasks.distances import Distances
+from experiments.tasks.maze import Maze
 from experiments.tasks.saved import load_task, reached
 from experiments.tasks.sudoku import Sudoku
 from open_mythos.errors import DataError
@@ -48,12 +50,14 @@ def trace_chain(
 
 
 def write_trace(folder: Path, prompt: str, *, n_loops: int | None, exit: str, out: Path) -> None:
-    """Write the HTML page of :func:`trace_chain`, of a Sudoku or of a graph, to ``out``."""
+    """Write the HTML page of :func:`trace_chain`, of a Sudoku, a graph or a maze, to ``out``."""
     task = load_task(folder)
     if isinstance(task, Sudoku):
         write_html(sudoku_page(folder, task, prompt, n_loops), out)
     elif isinstance(task, Distances):
         write_html(graph_page(folder, task, prompt, n_loops), out)
+    elif isinstance(task, Maze):
+        write_html(maze_page(folder, task, prompt, n_loops), out)
     else:
         write_html(page(trace_chain(folder, prompt, n_loops=n_loops, exit=exit)), out)
     print(f"page: {out}")

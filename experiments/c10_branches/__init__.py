@@ -31,9 +31,8 @@ from experiments.claim import (
 )
 from experiments.figure import COLOURS, MUTED, lines, log2_ticks, panels
 from experiments.spread import at_depth, by_arm, columns, share
-from experiments.tasks.saved import save_task
+from experiments.tasks.saved import keep
 from experiments.training import costs, fit, run_of
-from open_mythos.hub.pretrained import save_pretrained
 from open_mythos.model.mythos import OpenMythos
 
 LOOPS = (1, 2, 3, 4, 5, 6, 7, TRAINED_LOOPS, 12, 16, 32)
@@ -94,16 +93,10 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     }
     if isinstance(model, OpenMythos):
         if s["train"]:
-            keep(model, place.shared / "models" / cell.name)
+            keep(model, TASK, place.models / cell.name)
         figures["at_once"] = at_once(found, asked, TASK)
         figures["probes"] = probes(found, asked, TASK, seed=cell.seed)
     return figures
-
-
-def keep(model: OpenMythos, folder: Path) -> None:
-    """Save a model and its task for ``python -m experiments trace``."""
-    save_pretrained(model, folder)
-    save_task(TASK, folder)
 
 
 def right(distance: int, loops: int = TRAINED_LOOPS) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.c11_reasoning.solving import LOOPED, SudokuClaim
+from experiments.c11_reasoning.solving import LOOPED, PuzzleClaim
 from experiments.c11_reasoning.sudoku_recipe import (
     CHOSEN_LOOPS,
     LEVELS,
@@ -11,6 +11,7 @@ from experiments.c11_reasoning.sudoku_recipe import (
     TASK,
     TRAINED_LOOPS,
     recipe,
+    untrained,
 )
 from experiments.claim import Claim
 
@@ -21,7 +22,8 @@ AHEAD, LEARNT = 20, 0.9
 SEEDS = 5
 
 CLAIM = Claim.read(__file__, vars())
-SUDOKU = SudokuClaim(
+PUZZLES = PuzzleClaim(
+    name="Sudoku",
     task=TASK,
     recipe=recipe,
     arms={
@@ -36,12 +38,15 @@ SUDOKU = SudokuClaim(
         "dense-16-blocks-lr2e-2": {"dense": True, "unrolled": TRAINED_LOOPS, "lr": 2e-2},
     },
     levels=LEVELS,
+    hard=("guess", "guessing"),
+    needs="rounds, or guesses, that a solver needs",
     trained=TRAINED_LOOPS,
     chosen=CHOSEN_LOOPS,
     loops=LOOPS,
     asked=3000,
     ahead=AHEAD,
     learnt=LEARNT,
+    untrained=untrained,
 )
-cells, run_cell = SUDOKU.cells, SUDOKU.run_cell
-summarise, plot = SUDOKU.summarise, SUDOKU.plot
+cells, run_cell = PUZZLES.cells, PUZZLES.run_cell
+summarise, plot = PUZZLES.summarise, PUZZLES.plot

@@ -1,4 +1,4 @@
-"""Early exit on Sudokus: does a trained gate stop early on easy puzzles?"""
+"""Early exit on puzzles: does a trained gate stop early on easy puzzles?"""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 
-from experiments.tasks.sudoku import Questions, Sudoku
+from experiments.tasks.puzzle import Puzzle, Questions
 from open_mythos.data import IGNORE_INDEX, Batch
 from open_mythos.evaluation.early_exit import Variant, run_exits, wall_clock
 from open_mythos.evaluation.frozen import frozen
@@ -25,7 +24,7 @@ REPEATS = 3
 
 def measure_gate(
     model: OpenMythos,
-    task: Sudoku,
+    task: Puzzle,
     questions: Questions,
     seed: int,
     levels: Sequence[str],
@@ -43,7 +42,7 @@ def measure_gate(
     """
     config = GateConfig(n_loops=n_loops, positions=positions, steps=steps, seed=seed)
     train_gate(model, _puzzles(task, rows), config)
-    rule, test = exit_rule(f"gate:{THRESHOLD}", model), _batch(task, questions)
+    rule, test = exit_rule(f"gate:{THRESHOLD}", model), _batch(questions)
     asked = test.to(model.final_norm.weight.device)
     variants: list[Variant] = [(n_loops, [rule]), (n_loops, [None])]
     with frozen(model, torch.float32):
@@ -58,17 +57,12 @@ def measure_gate(
     }  # fmt: skip
 
 
-def _puzzles(task: Sudoku, rows: int) -> Iterator[Batch]:
+def _puzzles(task: Puzzle, rows: int) -> Iterator[Batch]:
     return (task.batch(step, global_batch=rows) for step in count(_FRESH))
 
 
-def _batch(task: Sudoku, questions: Questions) -> Batch:
-    """Return the questions with targets at their empty cells."""
-    targets_MN = np.where(questions.clues == 0, questions.solution, IGNORE_INDEX)
-    return Batch(
-        task.tokens(questions.clues), torch.from_numpy(targets_MN), None,
-        torch.arange(len(targets_MN)),
-    )  # fmt: skip
+def _batch(questions: Questions) -> Batch:
+    return Batch(questions.ids, questions.targets, None, torch.arange(len(questions.ids)))
 
 
 def _solved(right_N: torch.Tensor, test: Batch) -> float:

@@ -1,4 +1,4 @@
-"""A claim on Sudokus: looped against dense models, by loops and by difficulty."""
+"""A claim on puzzles: looped against dense models, by loops and by difficulty."""
 
 from __future__ import annotations
 
@@ -10,60 +10,88 @@ from statistics import mean
 from typing import Any
 
 from experiments.c11_reasoning.exits import measure_gate
-from experiments.c11_reasoning.sudoku_recipe import answers, puzzles, untrained
 from experiments.claim import QUICK, Cell, Place, Record, Summary, arms_by_seed, sweep, verdict
 from experiments.figure import COLOURS, lines, log2_ticks, panels
 from experiments.spread import Metric, at_depth, by_arm, columns, over_seeds, share
+from experiments.tasks import TaskLoader
+from experiments.tasks.maze import Maze
+from experiments.tasks.puzzle import answers
+from experiments.tasks.saved import keep
 from experiments.tasks.sudoku import Sudoku
 from experiments.training import build, costs, fit, run_of
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import RunConfig
+from open_mythos.train.build import Model
 
 LOOPED = "looped"
-HARDEST = "guess"
-"""Level that decides."""
 SHALLOW = 4
 
 
+def at_random(run: RunConfig, _task: Any, *, unrolled: int | None = None) -> Model:
+    """Build the model of an arm with the usual random embedding."""
+    return build(run, unrolled=unrolled)
+
+
 @dataclass(frozen=True)
-class SudokuClaim:
-    """The arms of a claim on Sudokus, how they are asked, and its mark.
+class PuzzleClaim:
+    """The arms of a claim on puzzles, how they are asked, and its mark.
 
     Attributes:
+        name: Name of the puzzles, for the figure.
         task: The puzzles.
         recipe: Run of an arm, from ``lr`` and ``quick``.
         arms: Arm -> "seeds", and what is special: "dense", "unrolled" (as deep as so many loops),
-            "times" (as many steps), "lr", "random_start". One is "looped".
+            "times" (as many steps), "lr", "random_start", or fields of the "task" in training. One
+            is "looped".
         levels: Levels of difficulty, see :meth:`Questions.level`.
+        hard: The level that decides, and what its puzzles need.
+        needs: What the levels count.
         trained: Loops of training that are shown.
         chosen: Loops of the verdict.
         loops: Loops at which puzzles are asked, rising.
         asked: Number of test puzzles.
+        gate_asked: Most test puzzles of each level that are solved with the gate; None for all.
         ahead: Percentage points by which the looped model has to be ahead.
         learnt: Share of the easiest puzzles that it has to solve.
+        untrained: Builds the model of an arm from run, task and ``unrolled``.
     """
 
-    task: Sudoku
+    name: str
+    task: Sudoku | Maze
     recipe: Callable[..., RunConfig]
     arms: Mapping[str, Mapping[str, Any]]
     levels: tuple[str, ...]
+    hard: tuple[str, str]
+    needs: str
     trained: int
     chosen: int
     loops: tuple[int, ...]
     asked: int
     ahead: float
     learnt: float
+    untrained: Callable[..., Model] = at_random
+    gate_asked: int | None = None
 
     @property
     def asked_levels(self) -> tuple[str, ...]:
         """Return all levels that are measured."""
-        return tuple(dict.fromkeys((*self.levels, HARDEST)))
+        return tuple(dict.fromkeys((*self.levels, self.hard[0])))
 
     @property
     def equal(self) -> list[str]:
         """Return the dense arms of equal parameters."""
+        return [arm for arm in self.rivals if "unrolled" not in self.arms[arm]]
+
+    @property
+    def rivals(self) -> list[str]:
+        """Return the dense arms, trained on the same puzzles."""
         return [arm for arm, about in self.arms.items()
-                if about.get("dense") and "unrolled" not in about]  # fmt: skip
+                if about.get("dense") and "task" not in about]  # fmt: skip
+
+    @property
+    def _of_gate(self) -> str:
+        most = self.gate_asked
+        return "all puzzles" if most is None else f"up to {most} puzzles of each difficulty"
 
     def cells(self, scale: str) -> list[Cell]:
         """Return every arm with its seeds, one seed after the other."""
@@ -74,7 +102,7 @@ class SudokuClaim:
 
     def _settings(
         self, scale: str, *, dense: bool = False, times: int = 1, unrolled: int | None = None,
-        random_start: bool = False, **of_recipe: float,
+        random_start: bool = False, task: Mapping[str, Any] | None = None, **of_recipe: float,
     ) -> dict[str, Any]:  # fmt: skip
         quick = scale == QUICK
         run = self.recipe(quick=quick, **of_recipe)
@@ -86,53 +114,64 @@ class SudokuClaim:
             {"rows": 2, "positions": 64, "steps": 2} if quick
             else {"rows": 256, "positions": 4096, "steps": 600}
         )  # fmt: skip
-        task = replace(self.task, easy_steps=self.task.easy_steps * times,
-                       pool=4 if quick else self.task.pool)  # fmt: skip
-        return {"run": run.to_dict(), "task": asdict(task), "random_start": random_start,
+        if self.gate_asked is not None:
+            gate["asked"] = self.gate_asked
+        puzzles = replace(self.task.prolonged(times), **(task or {}))
+        if quick:
+            puzzles = replace(puzzles, pool=4)
+        start_at_random = random_start or self.untrained is at_random
+        return {"run": run.to_dict(), "task": asdict(puzzles), "random_start": start_at_random,
                 "unrolled": unrolled, "loops": list(self.loops),
                 "asked": 60 if quick else self.asked, "gate": None if dense else gate}  # fmt: skip
 
     def run_cell(self, cell: Cell, place: Place) -> dict[str, Any]:
         """Train the arm and ask it at every number of loops; train a gate on a looped one."""
         run, s = run_of(cell), cell.settings
-        task = Sudoku(**s["task"])
-        model = build(run) if s["random_start"] else untrained(run, task, unrolled=s["unrolled"])
-        curves = fit(model, puzzles(run, task), run)
+        task = type(self.task)(**s["task"])
+        untrained = at_random if s["random_start"] else self.untrained
+        model = untrained(run, task, unrolled=s["unrolled"])
+        curves = fit(model, TaskLoader(task, global_batch=run.train.global_batch), run)
         questions = task.questions(s["asked"])
-        found = answers(model, questions.clues, s["loops"], task)
+        found = answers(model, questions.ids, s["loops"], task)
         figures = {
             **costs(model, run),
             "asked": {level: len(questions.level(level)) for level in self.asked_levels},
             "solved": {level: found.solved(questions, level) for level in self.asked_levels},
-            "cells": found.cells(questions, HARDEST),
+            "cells": found.cells(questions, self.hard[0]),
             "curve": curves["loss"],
         }
         if isinstance(model, OpenMythos):
+            figures["example"] = found.example(questions, self.trained, self.chosen)
+            keep(model, task, place.models / cell.name)
+            gate = dict(s["gate"])
+            if most := gate.pop("asked", None):
+                questions = questions.at_most(most, self.levels)
             figures["exits"] = measure_gate(
-                model, task, questions, cell.seed, self.asked_levels, self.chosen, **s["gate"]
+                model, task, questions, cell.seed, self.asked_levels, self.chosen, **gate
             )
         return figures
 
-    def solved(self, level: str = HARDEST, loops: int | None = None) -> Metric:
-        """Return the metric of the share solved; a dense model has no loops."""
+    def solved(self, level: str = "", loops: int | None = None) -> Metric:
+        """Return the metric of the share solved, of the hard ones without ``level``.
+
+        A dense model has no loops.
+        """
 
         def of(record: Record) -> float:
-            values = record.figures["solved"][level]
+            values = record.figures["solved"][level or self.hard[0]]
             return at_depth(values, record.settings["loops"], loops or self.chosen)
 
         return of
 
-    def _mean(
-        self, found: Sequence[Record], level: str = HARDEST, loops: int | None = None
-    ) -> float:
+    def _mean(self, found: Sequence[Record], level: str = "", loops: int | None = None) -> float:
         return over_seeds(found, self.solved(level, loops))[0]
 
     def summarise(self, records: Sequence[Record]) -> Summary:
-        """Compare the looped model with every dense arm on the puzzles that need guessing."""
+        """Compare the looped model with every dense arm on the hard puzzles."""
         arms = by_arm(records)
         looped = arms[LOOPED]
         deep, learnt = self._mean(looped), self._mean(looped, self.levels[0])
-        dense = {arm: self._mean(found) for arm, found in arms.items() if arm.startswith("dense")}
+        dense = {arm: self._mean(arms[arm]) for arm in self.rivals if arm in arms}
         equal = max(dense[arm] for arm in self.equal if arm in dense)
         best = max(dense, key=lambda arm: dense[arm])
         exits = self._exits(looped)
@@ -141,17 +180,17 @@ class SudokuClaim:
         return Summary(
             verdict(
                 100 * (deep - dense[best]) >= self.ahead, 100 * (deep - equal) >= self.ahead,
-                unclear="" if learnt >= self.learnt else "the rules were not learnt in these steps",
+                unclear="" if learnt >= self.learnt else "easy puzzles were not learnt",
             ),
-            f"Of the puzzles that need guessing the looped model solves {at[SHALLOW]} with "
+            f"Of the puzzles that need {self.hard[1]} the looped model solves {at[SHALLOW]} with "
             f"{SHALLOW} loops, {at[self.trained]} with {self.trained}, {at[self.chosen]} with "
             f"{self.chosen} and {at[self.loops[-1]]} with {self.loops[-1]}; the best dense arm of "
             f"equal parameters {equal:.1%}, the best of all ({best}) {dense[best]:.1%}. With a "
-            f"trained gate it solves {exits['solved']:.1%} of all puzzles with "
+            f"trained gate it solves {exits['solved']:.1%} of {self._of_gate} with "
             f"{exits['mean']:.1f} loops on average ({exits['full']:.1%} with {self.chosen}) in "
             f"{exits['time']:.0%} of the time; by difficulty the loops are {by_level}.",
-            f"guessing {at[self.chosen]} at {self.chosen} loops, dense {equal:.1%} (equal "
-            f"parameters), {dense[best]:.1%} (equal FLOPs)",
+            f"{self.hard[1]}: {at[self.chosen]} at {self.chosen} loops, dense {equal:.1%} (equal "
+            f"parameters), {dense[best]:.1%} (best of all)",
             ("arm", "seeds", "parameters", "training FLOPs", "loops",
              *(f"{level} ({looped[0].figures['asked'][level]})" for level in self.asked_levels)),
             [row for arm, found in arms.items() for row in self._rows(arm, found)],
@@ -167,7 +206,7 @@ class SudokuClaim:
         return [
             (
                 arm, str(len(found)), f"{first['parameters']:,}", f"{first['training_flops']:.1e}",
-                "-" if arm.startswith("dense") else str(loops),
+                "-" if self.arms[arm].get("dense") else str(loops),
                 *(share(found, self.solved(level, loops)) for level in self.asked_levels),
             )
             for loops in (depths if arm == LOOPED else [self.chosen])
@@ -187,18 +226,21 @@ class SudokuClaim:
 
     def plot(self, summary: Summary, path: Path) -> None:
         """Plot the share solved over loops, all arms over difficulty, and loops under the gate."""
-        data = summary.data
-        with panels(path, 3) as (grid, arms, exits):
-            lines(grid, self.loops, dict(zip(self.levels, data["grid"], strict=True)), small=True)
-            log2_ticks(grid, self.loops)
-            grid.set(title="Sudoku: same weights, more loops", xlabel="loops",
-                     ylabel="puzzles solved", ylim=(0, 1.03))  # fmt: skip
-            place = self.loops.index(self.chosen)
-            shown = {f"looped, {self.chosen} loops": [row[place] for row in data["grid"]]}
-            lines(arms, range(len(self.levels)), shown | data["dense"], small=True)
-            arms.set_xticks(range(len(self.levels)), self.levels, fontsize=8)
-            needs = "rounds, or guesses, that a solver needs"
-            arms.set(title="All arms by difficulty", xlabel=needs, ylim=(0, 1.03))
-            exits.bar(self.levels, list(data["exits"]["loops"].values()), color=COLOURS[0])
-            exits.tick_params(axis="x", labelsize=8)
-            exits.set(title="Loops per cell under the gate", xlabel=needs)
+        with panels(path, 3) as axes:
+            self.draw(summary, axes)
+
+    def draw(self, summary: Summary, axes: Sequence[Any]) -> None:
+        """Draw the three parts of :meth:`plot`."""
+        data, (grid, arms, exits) = summary.data, axes
+        lines(grid, self.loops, dict(zip(self.levels, data["grid"], strict=True)), small=True)
+        log2_ticks(grid, self.loops)
+        grid.set(title=f"{self.name}: same weights, more loops", xlabel="loops",
+                 ylabel="puzzles solved", ylim=(0, 1.03))  # fmt: skip
+        place = self.loops.index(self.chosen)
+        shown = {f"looped, {self.chosen} loops": [row[place] for row in data["grid"]]}
+        lines(arms, range(len(self.levels)), shown | data["dense"], small=True)
+        arms.set_xticks(range(len(self.levels)), self.levels, fontsize=8)
+        arms.set(title="Looped and dense models by difficulty", xlabel=self.needs, ylim=(0, 1.03))
+        exits.bar(self.levels, list(data["exits"]["loops"].values()), color=COLOURS[0])
+        exits.tick_params(axis="x", labelsize=8)
+        exits.set(title="Loops per cell under the gate", xlabel=self.needs)

@@ -1,20 +1,13 @@
-"""Recipe of a model that solves Sudokus by looping, and how it is asked."""
+"""Recipe of a model that solves Sudokus by looping."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from experiments.tasks import TaskLoader
 from experiments.tasks.puzzle import puzzle_recipe
-from experiments.tasks.sudoku import Questions, Sudoku
+from experiments.tasks.sudoku import Sudoku
 from experiments.training import build, seeded
-from open_mythos.data.permutation import Int64Array
-from open_mythos.evaluation.frozen import frozen
-from open_mythos.model.mythos import OpenMythos
 from open_mythos.train import RunConfig
 from open_mythos.train.build import Model
 
@@ -58,51 +51,3 @@ def untrained(run: RunConfig, task: Sudoku = TASK, *, unrolled: int | None = Non
         digit_nD = std * torch.randn(n + 1, model.cfg.dim)
         model.embedding.weight.copy_((place_ND.unsqueeze(1) + digit_nD).flatten(0, 1))
     return model
-
-
-def puzzles(run: RunConfig, task: Sudoku = TASK) -> TaskLoader:
-    """Return the training data."""
-    return TaskLoader(task, global_batch=run.train.global_batch)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model answers at each number of loops; one for a dense model."""
-
-    loops: list[int]
-    boards: list[Int64Array]
-    """(M, N) per number of loops."""
-
-    def solved(self, questions: Questions, level: str) -> list[float]:
-        """Return the share of the puzzles of ``level`` that are right in every cell."""
-        asked = questions.level(level)
-        right = [(found == questions.solution).all(1)[asked] for found in self.boards]
-        return [float(each.mean()) for each in right]
-
-    def cells(self, questions: Questions, level: str) -> list[float]:
-        """Return the share of the empty cells of ``level`` that are right."""
-        asked = questions.level(level)
-        empty = questions.clues[asked] == 0
-        right = [(found == questions.solution)[asked][empty] for found in self.boards]
-        return [float(each.mean()) for each in right]
-
-
-def answers(
-    model: Model, clues_MN: Int64Array, loops: Sequence[int] = LOOPS, task: Sudoku = TASK,
-    rows: int = 512,
-) -> Answers:  # fmt: skip
-    """Return the boards that ``model`` fills in after each of ``loops`` (rising)."""
-    ids_MN = task.tokens(clues_MN)
-    found: list[list[Int64Array]] = []
-    with frozen(model, torch.float32) as device:
-        for part in ids_MN.to(device).split(rows):
-            if not isinstance(model, OpenMythos):
-                found.append([task.boards(part, model(part))])
-                continue
-            ctx = model.context(part)
-            states = model.unroll(part, max(loops), ctx)
-            found.append([
-                task.boards(part, model.logits(h_BTD, ctx)) for t, h_BTD in states if t + 1 in loops
-            ])  # fmt: skip
-    shown = list(loops) if isinstance(model, OpenMythos) else [1]
-    return Answers(shown, [np.concatenate(parts) for parts in zip(*found, strict=True)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from experiments.c11_reasoning.solving import LOOPED, SudokuClaim
+from experiments.c11_reasoning.solving import LOOPED, PuzzleClaim
+from experiments.c11_reasoning.sudoku_recipe import untrained
 from experiments.claim import Claim
 from experiments.tasks.puzzle import puzzle_recipe
 from experiments.tasks.sudoku import Sudoku
@@ -29,7 +30,8 @@ def recipe(*, quick: bool = False, lr: float = RATE) -> RunConfig:
 
 
 CLAIM = Claim.read(__file__, vars())
-SUDOKU = SudokuClaim(
+PUZZLES = PuzzleClaim(
+    name="Sudoku",
     task=TASK,
     recipe=recipe,
     arms={
@@ -43,12 +45,15 @@ SUDOKU = SudokuClaim(
         "dense-lr1e-2": {"dense": True, "lr": 1e-2},
     },
     levels=("1-4", "5-8", "9+", "1 guess", "2-3 guesses", "4+ guesses"),
+    hard=("guess", "guessing"),
+    needs="rounds, or guesses, that a solver needs",
     trained=DOUBLE,
     chosen=CHOSEN_LOOPS,
     loops=(1, 2, 4, 8, DOUBLE, 32, CHOSEN_LOOPS, 128),
     asked=800,
     ahead=AHEAD,
     learnt=LEARNT,
+    untrained=untrained,
 )
-cells, run_cell = SUDOKU.cells, SUDOKU.run_cell
-summarise, plot = SUDOKU.summarise, SUDOKU.plot
+cells, run_cell = PUZZLES.cells, PUZZLES.run_cell
+summarise, plot = PUZZLES.summarise, PUZZLES.plot

@@ -23,7 +23,7 @@ from experiments.demo.setup import (
     TRAINED_DEPTH,
 )
 from experiments.demo.training import Trained
-from experiments.tasks.sudoku import Questions
+from experiments.tasks.puzzle import Answers, Questions, answers
 from open_mythos.data import TokenShards
 from open_mythos.model.depth import Depth
 from open_mythos.model.exit_rules import exit_rule
@@ -67,28 +67,30 @@ def measure_sudoku(looped: Trained, dense: Trained, quick: bool) -> SudokuResult
     """Ask for puzzles of every difficulty at every number of loops."""
     made = sudoku.TASK.questions(300 if quick else PUZZLES)
     questions = made.at_most(PUZZLES_PER_LEVEL, sudoku.LEVELS)
-    found = sudoku.answers(looped.model, questions.clues, SUDOKU_LOOPS)
-    of_dense = sudoku.answers(dense.model, questions.clues)
-    shown = _shown_puzzle(questions, found)
+    found = answers(looped.model, questions.ids, SUDOKU_LOOPS, sudoku.TASK)
+    of_dense = answers(dense.model, questions.ids, SUDOKU_LOOPS, sudoku.TASK)
+    chosen = _shown_puzzle(questions, found)
+    shown = {
+        n: sudoku.TASK.filled(questions.ids, found.tokens[found.loops.index(n)])[chosen].tolist()
+        for n in SHOWN_LOOPS
+    }
     levels, grid = list(sudoku.LEVELS), sudoku.TASK.grid
     return SudokuResults(
         levels=levels, asked=[len(questions.level(level)) for level in levels],
         loops=found.loops, trained_loops=sudoku.TRAINED_LOOPS,
         solved=[found.solved(questions, level) for level in levels],
         dense_solved=[of_dense.solved(questions, level)[0] for level in levels],
-        shape=(grid.height, grid.width), clues=questions.clues[shown].tolist(),
-        solution=questions.solution[shown].tolist(),
-        boards={n: found.boards[found.loops.index(n)][shown].tolist() for n in SHOWN_LOOPS},
-        looped=looped.curve, dense=dense.curve,
+        shape=(grid.height, grid.width),
+        clues=sudoku.TASK.clues(questions.ids)[chosen].tolist(),
+        solution=sudoku.TASK.filled(questions.ids, questions.targets)[chosen].tolist(),
+        boards=shown, looped=looped.curve, dense=dense.curve,
     )  # fmt: skip
 
 
-def _shown_puzzle(questions: Questions, found: sudoku.Answers) -> int:
+def _shown_puzzle(questions: Questions, found: Answers) -> int:
     """Choose a puzzle that needs a guess and is solved at the last loops shown, not before."""
-    right = [(board == questions.solution).all(1) for board in found.boards]
-    late = right[found.loops.index(SHOWN_LOOPS[-1])] & ~right[found.loops.index(SHOWN_LOOPS[-2])]
-    guess = questions.guesses > 0
-    return int(np.argmax(2 * guess + late))
+    before, last = (found.right(questions, n).numpy() for n in SHOWN_LOOPS[-2:])
+    return int(np.argmax(2 * (questions.guesses > 0) + (last & ~before)))
 
 
 def measure_text(config: RunConfig, looped: Trained, dense: Trained, flops: Trained) -> TextResults:

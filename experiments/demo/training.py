@@ -20,6 +20,7 @@ from experiments.c1_depth import chain_recipe as chains
 from experiments.c11_reasoning import sudoku_recipe as sudoku
 from experiments.demo.results import Curve
 from experiments.machine import cores
+from experiments.tasks import TaskLoader
 from experiments.tasks.saved import save_task
 from open_mythos.accounting import account
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
@@ -98,8 +99,8 @@ def _train(
         run = build_run(config, loggers=[listener])
         trainer = run.trainer
     elif job.task == "sudoku":
-        model, rows = sudoku.untrained(config), sudoku.puzzles(config)
-        trainer = Trainer(model, rows, config, loggers=[listener])
+        rows = TaskLoader(sudoku.TASK, global_batch=config.train.global_batch)
+        trainer = Trainer(sudoku.untrained(config), rows, config, loggers=[listener])
     else:
         trainer = Trainer(build_model(config), chains.chains(config), config, loggers=[listener])
     trainer.fit()

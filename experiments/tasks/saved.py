@@ -11,23 +11,30 @@ from dataclasses import asdict
 from pathlib import Path
 
 from experiments.tasks.distances import Distances
+from experiments.tasks.maze import Maze
 from experiments.tasks.permhop import PermHop
 from experiments.tasks.sudoku import Sudoku
 from open_mythos.checks import is_int
 from open_mythos.errors import ConfigError, DataError
 from open_mythos.files import read_object
-from open_mythos.hub.pretrained import from_pretrained
+from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import TOKENIZER_FOLDER
 
 TASK_FILE = "task.json"
 MAX_BYTES = 1 << 16
 MOST_TOKENS = 1 << 13
-"""Entities and relations, cells times digits, or edges of a task that is read."""
-SavedTask = PermHop | Sudoku | Distances
+"""Entities and relations, cells times digits, edges or cells of a task that is read."""
+SavedTask = PermHop | Sudoku | Distances | Maze
 _TASKS: dict[str, type[SavedTask]] = {
-    "permhop": PermHop, "sudoku": Sudoku, "distances": Distances
+    "permhop": PermHop, "sudoku": Sudoku, "distances": Distances, "maze": Maze
 }  # fmt: skip
+
+
+def keep(model: OpenMythos, task: SavedTask, folder: Path) -> None:
+    """Save a model and its task for ``python -m experiments trace``."""
+    save_pretrained(model, folder)
+    save_task(task, folder)
 
 
 def save_task(task: SavedTask, folder: Path) -> None:
@@ -64,14 +71,14 @@ def load_task(folder: Path) -> SavedTask:
         if not all(is_int(x) and abs(x) < 1 << 32 for x in values.values()):
             raise ValueError("not integers of at most 32 bits")
         task = kind(**values)
-        if task.vocab_size > MOST_TOKENS:
-            raise ValueError(f"more than {MOST_TOKENS:,} tokens")
+        if max(task.vocab_size, getattr(task, "cells", 0)) > MOST_TOKENS:
+            raise ValueError(f"more than {MOST_TOKENS:,} tokens or cells")
         return task
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             "no description of a task", where=str(path), value=str(error),
             allowed='{"task": "permhop", "entities": N, "relations": R, "seed": S}, '
-            '"sudoku" or "distances"',
+            '"sudoku", "distances" or "maze"',
             fix=fix,
         ) from error  # fmt: skip
 

@@ -8,14 +8,14 @@ come from another pool and are sorted by what a solver needs: rounds of eliminat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.tasks.puzzle import Questions
 from experiments.tasks.sudoku_solver import Grid
 from open_mythos.checks import check_count
 from open_mythos.data import Batch
@@ -52,10 +52,19 @@ class Sudoku:
         """Return the number of tokens: every cell, empty or with one of n digits."""
         return self.grid.cells * (self.grid.digits + 1)
 
+    @property
+    def answers(self) -> slice:
+        """Return the tokens that answer: the digits."""
+        return slice(1, self.grid.digits + 1)
+
     @cached_property
     def puzzles(self) -> tuple[Int64Array, Int64Array]:
         """Return the (pool, N) puzzles of training and their solutions."""
         return self._made("sudoku/train", self.pool)
+
+    def prolonged(self, times: int) -> Sudoku:
+        """Return the task with ``times`` as many easy steps, for as many more steps in all."""
+        return replace(self, easy_steps=self.easy_steps * times)
 
     def batch(self, step: int, *, global_batch: int) -> Batch:
         """Draw the rows (B, N) of ``step``, a pure function of the arguments."""
@@ -67,10 +76,9 @@ class Sudoku:
         if step < self.easy_steps:
             share_B1 = rng.random((global_batch, 1)) * rng.integers(2, size=(global_batch, 1))
             clues_BN = np.where(rng.random(clues_BN.shape) < share_B1, solution_BN, clues_BN)
-        targets_BN = np.where(clues_BN == 0, solution_BN, IGNORE_INDEX)
         first = step * global_batch
         return Batch(
-            self.tokens(clues_BN), torch.from_numpy(targets_BN), None,
+            self.tokens(clues_BN), self._targets(clues_BN, solution_BN), None,
             torch.arange(first, first + global_batch),
         )  # fmt: skip
 
@@ -79,44 +87,29 @@ class Sudoku:
         place_N = np.arange(self.grid.cells) * (self.grid.digits + 1)
         return torch.from_numpy(boards_MN + place_N)
 
-    def boards(self, ids_MN: Tensor, logits_MNV: Tensor) -> Int64Array:
-        """Return (M, N) boards whose empty cells hold the likeliest digits."""
-        n = self.grid.digits
-        clues_MN = ids_MN.cpu().numpy() % (n + 1)
-        filled_MN = logits_MNV[..., 1 : n + 1].argmax(-1).cpu().numpy() + 1
-        return np.where(clues_MN > 0, clues_MN, filled_MN)
+    def clues(self, ids_MN: Tensor) -> Int64Array:
+        """Return the (M, N) boards of ids, 0 at empty cells."""
+        found: Int64Array = ids_MN.cpu().numpy() % (self.grid.digits + 1)
+        return found
+
+    def filled(self, ids_MN: Tensor, digits_MN: Tensor) -> Int64Array:
+        """Return the (M, N) boards whose empty cells hold ``digits``."""
+        clues_MN = self.clues(ids_MN)
+        return np.where(clues_MN > 0, clues_MN, digits_MN.cpu().numpy())
 
     def questions(self, count: int) -> Questions:
         """Draw ``count`` test puzzles, rated."""
         clues_MN, solution_MN = self._made("sudoku/test", count)
         solved = self.grid.solve(clues_MN)
-        return Questions(clues_MN, solution_MN, solved.rounds, solved.guesses)
+        return Questions(
+            self.tokens(clues_MN), self._targets(clues_MN, solution_MN), solved.rounds,
+            solved.guesses,
+        )  # fmt: skip
+
+    @staticmethod
+    def _targets(clues_MN: Int64Array, solution_MN: Int64Array) -> Tensor:
+        return torch.from_numpy(np.where(clues_MN == 0, solution_MN, IGNORE_INDEX))
 
     def _made(self, stream: str, count: int) -> tuple[Int64Array, Int64Array]:
         rng = np.random.default_rng(derive_seed(self.seed, stream))
         return self.grid.puzzles(count, rng, self.fewest)
-
-
-@dataclass(frozen=True)
-class Questions:
-    """(M, N) test puzzles with their solutions and how hard they are for a solver."""
-
-    clues: Int64Array
-    solution: Int64Array
-    rounds: Int64Array
-    """(M,) rounds of elimination that solve the puzzle, or precede the first guess."""
-    guesses: Int64Array
-    """(M,) boards that a solver has to copy; 0 if elimination is enough."""
-
-    def at_most(self, most: int, levels: Sequence[str]) -> Questions:
-        """Return the first ``most`` puzzles of every difficulty."""
-        kept = np.sort(np.concatenate([self.level(name)[:most] for name in levels]))
-        return Questions(*(getattr(self, field.name)[kept] for field in fields(self)))
-
-    def level(self, name: str) -> Int64Array:
-        """Return the puzzles of a difficulty: "3", "6-7", "8+" rounds; "guess", "2-3 guesses"."""
-        amount, _, guesses = ("1+ guesses" if name == "guess" else name).partition(" ")
-        needed_M = self.guesses if guesses else np.where(self.guesses > 0, -1, self.rounds)
-        low, _, high = amount.rstrip("+").partition("-")
-        most = np.inf if amount.endswith("+") else int(high or low)
-        return ((needed_M >= int(low)) & (needed_M <= most)).nonzero()[0]

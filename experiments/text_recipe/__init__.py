@@ -63,6 +63,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "2-lanes": {"change": "2 lanes"},
     "4-lanes": {"change": "4 lanes"},
     "4-lanes-lr0.02": {"change": "4 lanes", "lr": 2e-2},
+    "8-loops": {"loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}},
     "8-loops-gains": {"change": "gains", "loops": DOUBLE, "depth": _MIXED | {"mean": DOUBLE}},
     "2-loops": {"loops": 2, "depth": _MIXED | {"mean": 2}},
     "dense-2x-blocks": {"architecture": "dense", "lr": DENSE_RATE, "n_layers": BLOCKS * 2},
@@ -71,11 +72,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "dense-adamw": {"architecture": "dense", "optimizer": "adamw", "lr": 1e-2},
 }
 """Arm -> what differs from the recipe."""
-WIDE = {
-    "fixed": SEEDS, "poisson": 2, "every-loop": 2, "grown": 2, "gains": 2, "orthogonal": 2,
-    "selective": 2, "2-lanes": SEEDS, "4-lanes": SEEDS, "8-loops-gains": 2,
-}  # fmt: skip
-"""Changes measured at width 128 too (all but the optimizer) -> seeds."""
+WIDE = (
+    "fixed", "poisson", "every-loop", "grown", "gains", "orthogonal", "selective", "2-lanes",
+    "4-lanes", "8-loops", "8-loops-gains",
+)  # fmt: skip
+"""Changes measured at width 128 too: all but the optimizer."""
 
 
 def cells(scale: str) -> list[Cell]:
@@ -90,10 +91,10 @@ def cells(scale: str) -> list[Cell]:
             settings = _settings(scale, arm, width=width, lr=lr, architecture=architecture, **about)
             seeds = range(SEEDS if lr == rates[0] else 1)
             found += sweep({_name(arm, width, lr): settings}, seeds)
-    for width, arms in ((1, dict.fromkeys(_CHANGES, SEEDS)), (2, WIDE)):
-        for arm, n in arms.items():
+    for width, arms in ((1, tuple(_CHANGES)), (2, WIDE)):
+        for arm in arms:
             changes = {"width": width, "lr": RATE[width]} | _CHANGES[arm]
-            found += sweep({_changed(arm, width): _settings(scale, arm, **changes)}, range(n))
+            found += sweep({_changed(arm, width): _settings(scale, arm, **changes)}, range(SEEDS))
     return found
 
 

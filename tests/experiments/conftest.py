@@ -58,7 +58,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Where quick cells run; the text is prepared by the first that needs it."""
     folder = tmp_path_factory.mktemp("experiments")
-    return Place(folder, folder / "own")
+    return Place(folder, folder / "models", folder / "own")
 
 
 Recorder = Callable[..., Record]

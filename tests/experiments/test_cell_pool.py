@@ -126,7 +126,7 @@ def test_threads_are_shared_and_given_back(toy, tmp_path):
     seen = []
     toy.misbehave = lambda cell: seen.append(torch.get_num_threads())
     before = torch.get_num_threads()
-    place = Place(tmp_path, tmp_path / "own")
+    place = Place(tmp_path, tmp_path / "models", tmp_path / "own")
     outcome = attempt(Job("toy", "cpu", toy.cells("cpu")[0], place, before + 1, workers=1))
     assert outcome.record is not None
     assert seen == [before + 1]

@@ -8,11 +8,14 @@ import pytest
 from helpers import small_model
 
 from experiments.__main__ import main
-from experiments.c10_branches import keep
 from experiments.c10_branches.distance_recipe import recipe, untrained
 from experiments.tasks import PermHop
-from experiments.tasks.saved import TASK_FILE, load_task, reached, save_task
+from experiments.tasks.distances import Distances
+from experiments.tasks.maze import Maze
+from experiments.tasks.puzzle import puzzle_recipe
+from experiments.tasks.saved import TASK_FILE, keep, load_task, reached, save_task
 from experiments.trace import trace_chain
+from experiments.training import build
 from open_mythos import from_pretrained, save_pretrained
 from open_mythos.cli import main as open_mythos
 from open_mythos.errors import DataError
@@ -77,6 +80,7 @@ def test_the_task_survives_the_disk(folder, tmp_path):
         '{"task": "permhop", "entities": 1000000000000}',
         '{"task": "sudoku", "seed": "a"}',
         '{"task": "sudoku", "height": 8, "width": 8}',
+        '{"task": "maze", "side": 3000}',
         "[" * 100_000,
         " " * (1 << 17),
     ):
@@ -107,7 +111,7 @@ def test_commands_of_the_library_read_chains_as_text(folder, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
-    keep(untrained(recipe(quick=True)), folder)
+    keep(untrained(recipe(quick=True)), Distances(), folder)
     return folder
 
 
@@ -127,3 +131,28 @@ def test_a_graph_has_a_page(graphs, tmp_path):
 def test_other_graphs_are_refused(graphs, prompt, capsys):
     assert main(["trace", str(graphs), prompt]) == 3
     assert "such as '0: 0>3 3>5'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def mazes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, task = tmp_path_factory.mktemp("mazes"), Maze(side=5)
+    run = puzzle_recipe(task.vocab_size, task.cells, loops=2, lr=1e-2, steps=1, quick=True)
+    keep(build(run), task, folder)
+    return folder
+
+
+def test_a_maze_has_a_page(mazes, tmp_path):
+    out = tmp_path / "maze.html"
+    assert main(["trace", str(mazes), "6", "--n-loops", "3", "--out", str(out)]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert "needs 6 rounds" in page
+    assert page.count("<figure>") == 3
+    assert page.count("●") == 3 * 2
+    assert main(["trace", str(mazes), "", "--out", str(out)]) == 0
+    assert out.read_text(encoding="utf-8").count("<figure>") == 8
+
+
+@pytest.mark.parametrize("prompt", ["24", "0: 0>3", "6.5", "9" * 30, "-1"])
+def test_other_mazes_are_refused(mazes, prompt, capsys):
+    assert main(["trace", str(mazes), prompt]) == 3
+    assert "no test maze needs that" in capsys.readouterr().err
