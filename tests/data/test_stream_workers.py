@@ -179,11 +179,9 @@ def test_the_global_generator_is_left_alone(corpus_file) -> None:
 
 PROGRAM = """
 import multiprocessing, signal, sys, time
-from torch.utils.data import _utils
 from open_mythos.data import StreamLoader, open_corpus
 from open_mythos.tokenizer import ByteTokenizer
 
-_utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds after which a lost worker is noticed
 if __name__ == "__main__":
     loader = StreamLoader(
         open_corpus(sys.argv[1]), ByteTokenizer(), seq_len=64, global_batch=2, num_workers=2
