@@ -201,7 +201,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", ["killed", pytest.param("done", marks=pytest.mark.slow)])
+@pytest.mark.slow  # PyTorch looks for lost workers every five seconds
+@pytest.mark.parametrize("end", ["killed", "done"])
 def test_signals_to_the_group_let_the_trainer_end_in_order(corpus_file, end):
     """Ctrl-C as a terminal sends it, SIGTERM as launchers do: to every process."""
     program = corpus_file.parent / "program.py"
