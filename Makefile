@@ -33,7 +33,7 @@ setup: $(READY)  ## create the virtual environment
 demo: $(READY)  ## train looped and dense models on chains, Sudokus and text, and compare depths (6 minutes)
 	@$(BIN)/python -m experiments demo
 
-test: $(READY)  ## every invariant at a small size (4 minutes on two cores)
+test: $(READY)  ## every invariant at a small size (5 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 		-m "not slow and not chaos and not gpu and not network"
 
