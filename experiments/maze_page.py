@@ -37,13 +37,11 @@ def maze_page(folder: Path, task: Maze, prompt: str, n_loops: int | None) -> str
     found = answers(model, maze.ids, range(1, depth + 1), task)
     ids, path = maze.ids[0].tolist(), maze.targets[0].tolist()
     boards, right = list[dict[str, object]](), list[int]()
-    for loops, said in zip(
-        found.loops, (tokens[0].tolist() for tokens in found.tokens), strict=True
-    ):
+    for loops, tokens in zip(found.loops, found.tokens, strict=True):
+        said = tokens[0].tolist()
         wrong = sum(a != b for a, b in zip(said, path, strict=True))
         right += [loops] * (wrong == 0)
-        caption = f"{loops} loop{'s' * (loops > 1)}: {f'{wrong} wrong' if wrong else 'solved'}"
-        boards.append({"rows": _rows(task, ids, said, path), "caption": caption})
+        boards.append({"rows": _rows(task, ids, said, path), "loops": loops, "wrong": wrong})
     needed = (
         f"A path of {sum(path)} cells; a solver filling dead ends needs {maze.rounds[0]} rounds, "
         f"in the mazes of training at most {task.most_rounds}."

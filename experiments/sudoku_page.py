@@ -33,11 +33,8 @@ def boards(
             {"digit": digit, "kind": _kind(grid, i, clues[i], digit, solution[i], before[i])}
             for i, digit in enumerate(board)
         ]
-        caption = f"{loops} loop{'s' if loops > 1 else ''}: " + (
-            f"{wrong} wrong" if wrong else "solved"
-        )
         rows = [cells[i : i + grid.digits] for i in range(0, grid.cells, grid.digits)]
-        shown.append({"rows": rows, "caption": caption})
+        shown.append({"rows": rows, "loops": loops, "wrong": wrong})
         before = list(board)
     return render("boards.html", TEMPLATES, boards=shown)
 

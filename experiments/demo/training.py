@@ -21,7 +21,7 @@ from experiments.c11_reasoning import sudoku_recipe as sudoku
 from experiments.demo.results import Curve
 from experiments.machine import cores
 from experiments.tasks import TaskLoader
-from experiments.tasks.saved import save_task
+from experiments.tasks.saved import keep
 from open_mythos.accounting import account
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.train import RunConfig, Trainer, build_model, build_run
@@ -112,11 +112,11 @@ def _train(
         job.label, counts.parameters, counts.training_flops(*loops), listener.steps,
         listener.loss, time.perf_counter() - clock,
     )  # fmt: skip
-    save_pretrained(trainer.model, job.folder)
     if job.task == "text":
+        save_pretrained(trainer.model, job.folder)
         run.describe(job.folder)
     else:
-        save_task(sudoku.TASK if job.task == "sudoku" else chains.TASK, job.folder)
+        keep(trainer.model, sudoku.TASK if job.task == "sudoku" else chains.TASK, job.folder)
     return curve, listener.rows, trainer.state.tokens
 
 

@@ -20,6 +20,7 @@ from open_mythos.files import read_object
 from open_mythos.hub.pretrained import from_pretrained, save_pretrained
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.run_folder import TOKENIZER_FOLDER
+from open_mythos.train.build import Model
 
 TASK_FILE = "task.json"
 MAX_BYTES = 1 << 16
@@ -31,7 +32,7 @@ _TASKS: dict[str, type[SavedTask]] = {
 }  # fmt: skip
 
 
-def keep(model: OpenMythos, task: SavedTask, folder: Path) -> None:
+def keep(model: Model, task: SavedTask, folder: Path) -> None:
     """Save a model and its task for ``python -m experiments trace``."""
     save_pretrained(model, folder)
     save_task(task, folder)

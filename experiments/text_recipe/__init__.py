@@ -76,7 +76,7 @@ WIDE = (
     "fixed", "poisson", "every-loop", "grown", "gains", "orthogonal", "selective", "2-lanes",
     "4-lanes", "8-loops", "8-loops-gains",
 )  # fmt: skip
-"""Changes measured at width 128 too: all but the optimizer."""
+"""Changes of the loop, measured at width 128 too."""
 
 
 def cells(scale: str) -> list[Cell]:
